@@ -1,0 +1,45 @@
+"""BADGE for Hugging Face PEFT: block-wise bypasses and divergence-based early exiting for encoders.
+
+Importing this package makes BADGE known to PEFT.
+"""
+
+from __future__ import annotations
+
+from badge_peft.architectures import ARCHITECTURES, BlockLayout
+from badge_peft.config import BadgeConfig
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.forward import early_exit_forward
+from badge_peft.evaluation import ExitLogits, ExitScores, collect_exit_logits, exit_scores
+from badge_peft.heads import MultiExitHead
+from badge_peft.hub import load_pretrained
+from badge_peft.layer import BadgeBlock, Bypass
+from badge_peft.model import BadgeModel
+from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
+from badge_peft.prepare import package_version
+from badge_peft.registry import register
+from badge_peft.training import make_optimizer, parameter_groups
+
+__version__ = package_version()
+
+register(BadgeConfig, BadgeModel)
+
+__all__ = [
+    "ARCHITECTURES",
+    "BadgeBlock",
+    "BadgeConfig",
+    "BadgeModel",
+    "BlockLayout",
+    "Bypass",
+    "EarlyExitConfig",
+    "EarlyExitOutput",
+    "ExitLogits",
+    "ExitScores",
+    "MultiExitHead",
+    "MultiExitOutput",
+    "collect_exit_logits",
+    "early_exit_forward",
+    "exit_scores",
+    "load_pretrained",
+    "make_optimizer",
+    "parameter_groups",
+]

@@ -1,0 +1,186 @@
+"""What differs between backbones, as one table: a new backbone is a new row, or a row of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the parts of an encoder are. All names are relative: `blocks` and `final_norm` to the backbone (the module
+    that `base_model_prefix` names), `head` to the model, the rest to one block.
+
+    Args:
+        blocks: Path of the `ModuleList` of transformer blocks.
+        attention_norm: The LayerNorm whose *output* is H_{m,MHA} (post-LN), or whose *input* it is (pre-LN).
+        ffn: Submodules that, applied in order, are FFN(.) without its residual.
+        last_norm: The LayerNorm that ends a block; its input is H_{m,F}. `None` for pre-LN blocks, where the block's
+            output is H_{m,F}.
+        final_norm: Pre-LN only: the norm after the last block; LN' starts as its copy.
+        pooling: What the model's own head reads: `cls`, `mean`, `last`, or the config attribute that says it.
+        head: Modules of the model's own head that carry weights, for `train_head=True`.
+        inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
+        shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
+        full_rows_until: The model mixes the output of this block with other full-size tensors, so rows may leave only
+            after it.
+    """
+
+    blocks: str
+    attention_norm: str
+    ffn: tuple[str, ...]
+    last_norm: str | None = None
+    final_norm: str | None = None
+    pooling: str = "cls"
+    head: tuple[str, ...] = ("classifier",)
+    inner_blocks: str | None = None
+    shared_arguments: tuple[str, ...] = ()
+    full_rows_until: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.last_norm is None) == (self.final_norm is None):
+            raise ValueError(
+                f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
+                f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
+            )
+        for name in ("ffn", "head", "shared_arguments"):  # JSON gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether blocks normalise their inputs (ModernBERT) and not their output (BERT)."""
+        return self.last_norm is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+_BERT = BlockLayout(
+    blocks="encoder.layer",
+    attention_norm="attention.output.LayerNorm",
+    ffn=("intermediate", "output.dense", "output.dropout"),
+    last_norm="output.LayerNorm",
+)
+
+ARCHITECTURES: dict[str, BlockLayout] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
+    "albert": BlockLayout(
+        blocks="encoder.albert_layer_groups",
+        inner_blocks="albert_layers",
+        attention_norm="attention.LayerNorm",
+        ffn=("ffn", "activation", "ffn_output"),
+        last_norm="full_layer_layer_norm",
+    ),
+    "distilbert": BlockLayout(
+        blocks="transformer.layer",
+        attention_norm="sa_layer_norm",
+        ffn=("ffn",),
+        last_norm="output_layer_norm",
+        head=("pre_classifier", "classifier"),
+    ),
+    "mpnet": BlockLayout(
+        blocks="encoder.layer",
+        attention_norm="attention.LayerNorm",
+        ffn=("intermediate", "output.dense", "output.dropout"),
+        last_norm="output.LayerNorm",
+    ),
+    "deberta-v2": BlockLayout(
+        blocks="encoder.layer",
+        attention_norm="attention.output.LayerNorm",
+        ffn=("intermediate", "output.dense", "output.dropout"),
+        last_norm="output.LayerNorm",
+        head=("pooler", "classifier"),
+        shared_arguments=("rel_embeddings", "relative_pos"),
+        full_rows_until=1,  # its ConvLayer adds the embeddings to the output of block 1
+    ),
+    "modernbert": BlockLayout(
+        blocks="layers",
+        attention_norm="mlp_norm",
+        ffn=("mlp_norm", "mlp"),
+        final_norm="final_norm",
+        pooling="classifier_pooling",
+        head=("head", "classifier"),
+    ),
+}
+
+
+def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = None) -> BlockLayout:
+    """The row for `model`: `layout` when given, else the table's row for `model.config.model_type`.
+
+    Raises:
+        ValueError: the table has no such row, or `layout` does not fit the model.
+    """
+    if isinstance(layout, dict):
+        layout = BlockLayout(**layout)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if layout is None:
+        if model_type not in ARCHITECTURES:
+            raise ValueError(
+                f"badge_peft does not know where the blocks of model_type={model_type!r} are; it knows "
+                f"{', '.join(ARCHITECTURES)}. For another encoder pass BadgeConfig(block_layout=BlockLayout(...))."
+            )
+        layout = ARCHITECTURES[model_type]
+    _check(model, layout)
+    return layout
+
+
+def backbone_name(model: nn.Module) -> str:
+    """The attribute of `model` that holds the encoder, '' when the model is the encoder."""
+    name = getattr(model, "base_model_prefix", "")
+    return name if name and hasattr(model, name) else ""
+
+
+def block_names(model: nn.Module, layout: BlockLayout) -> list[str]:
+    """Names of the blocks in the order in which a forward pass runs them. A shared block (ALBERT) appears again for
+    each time that it runs."""
+    prefix = backbone_name(model)
+    root = f"{prefix}.{layout.blocks}" if prefix else layout.blocks
+    entries = _length(model, root)
+    if layout.inner_blocks is None:
+        return [f"{root}.{i}" for i in range(entries)]
+    runs = int(cast(Any, model.config).num_hidden_layers)
+    names = []
+    for i in range(runs):
+        group = f"{root}.{int(i / (runs / entries))}.{layout.inner_blocks}"
+        names += [f"{group}.{j}" for j in range(_length(model, group))]
+    return names
+
+
+def inner_block(model: nn.Module, name: str) -> nn.Module:
+    """The block called `name` as the model made it, whatever wraps it now."""
+    block = model.get_submodule(name)
+    while hasattr(block, "base_layer"):
+        block = cast(nn.Module, block.base_layer)
+    return block
+
+
+def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
+    """`cls`, `mean` or `last`: what the model's own head reads."""
+    if layout.pooling in ("cls", "mean", "last"):
+        return layout.pooling
+    return str(getattr(model.config, layout.pooling))
+
+
+def _length(model: nn.Module, path: str) -> int:
+    return len(cast(nn.ModuleList, model.get_submodule(path)))
+
+
+def _check(model: nn.Module, layout: BlockLayout) -> None:
+    try:
+        block = inner_block(model, block_names(model, layout)[0])
+        for path in (layout.attention_norm, *layout.ffn, *([layout.last_norm] if layout.last_norm else [])):
+            block.get_submodule(path)
+        if layout.final_norm:
+            prefix = backbone_name(model)
+            model.get_submodule(f"{prefix}.{layout.final_norm}" if prefix else layout.final_norm)
+    except (AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the block layout does not fit {type(model).__name__}: {error}. Check the paths of BlockLayout."
+        ) from error

@@ -1,0 +1,25 @@
+"""Checks of field values, shared by the configs: an error names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(allowed)}.")
+
+
+def whole(name: str, value: Any, at_least: int) -> None:
+    """Raises a ValueError unless `value` is None or a whole number of at least `at_least`."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")

@@ -1,0 +1,125 @@
+"""`EarlyExitConfig`: how a model stops. Plain data, saved inside `adapter_config.json`; it knows nothing of models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from badge_peft.checks import is_number, one_of, whole
+
+POLICY_NAMES = (
+    "divergence",
+    "patience",
+    "entropy",
+    "max_prob",
+    "learned",
+    "confident_patience",
+    "agreement",
+    "fixed_depth",
+    "never",
+)
+DIVERGENCES = ("ce", "kl", "js", "label")
+WINDOWS = ("all", "consecutive")
+
+
+@dataclass
+class EarlyExitConfig:
+    """How an adapter stops: the rule and its parameters.
+
+    `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
+    labels when the policy is built ([`badge_peft.early_exit.policies.ExitPolicy`]); it never means "do not stop".
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
+    """
+
+    policy: str = field(default="divergence", metadata={"help": f"The exit rule, one of {', '.join(POLICY_NAMES)}."})
+    divergence: str = field(
+        default="ce",
+        metadata={"help": "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`."},
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "tau of Eq. 3, or the bound of the other rules. None: the policy's default."}
+    )
+    patience: int | None = field(
+        default=None, metadata={"help": "t of Eq. 3: how many exits must agree. None: the policy's default."}
+    )
+    window: str = field(
+        default="all",
+        metadata={"help": "`all` earlier exits count (Eq. 3), or `consecutive`: the unbroken run of adjacent ones."},
+    )
+    min_exit: int | None = field(default=None, metadata={"help": "No row stops before this block."})
+    max_exit: int | None = field(default=None, metadata={"help": "No row goes past this block."})
+    depth: int | None = field(default=None, metadata={"help": "The block that answers, for `fixed_depth`."})
+    normalize: bool = field(
+        default=False,
+        metadata={"help": "Divide entropies and cross-entropies by ln K before they meet the threshold."},
+    )
+    temperature: list[float] | None = field(
+        default=None, metadata={"help": "One temperature per exit for `max_prob`; logits are divided by it."}
+    )
+    parameters: dict[str, Any] | None = field(
+        default=None, metadata={"help": "The fitted numbers of `agreement`, written by `calibrate`."}
+    )
+    calibration: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What `calibrate` recorded: data size, score, speed-up, bound."}
+    )
+
+    def __post_init__(self) -> None:
+        one_of("policy", self.policy, POLICY_NAMES)
+        one_of("divergence", self.divergence, DIVERGENCES)
+        one_of("window", self.window, WINDOWS)
+        if self.threshold is not None:
+            if not is_number(self.threshold):
+                raise ValueError(f"threshold={self.threshold!r} is not allowed: it must be a finite number or None.")
+            self.threshold = float(self.threshold)
+        whole("patience", self.patience, at_least=1)
+        whole("min_exit", self.min_exit, at_least=0)
+        whole("max_exit", self.max_exit, at_least=0)
+        whole("depth", self.depth, at_least=0)
+        if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
+            raise ValueError(
+                f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."
+            )
+        if self.policy == "fixed_depth" and self.depth is None:
+            raise ValueError(
+                "policy='fixed_depth' needs depth: the number of the block that answers (1 is the first)."
+            )
+        if self.temperature is not None:
+            if not isinstance(self.temperature, (list, tuple)) or not all(
+                is_number(t) and t > 0 for t in self.temperature
+            ):
+                raise ValueError(
+                    f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
+                )
+            self.temperature = [float(t) for t in self.temperature]
+
+    @classmethod
+    def of(cls, value: EarlyExitConfig | dict[str, Any] | None, **overrides: Any) -> EarlyExitConfig:
+        """The config that `value` and keyword `overrides` describe; `value` itself is never changed.
+
+        Raises:
+            ValueError: `value` is of another type, or a name is not a field.
+        """
+        if value is None:
+            data: dict[str, Any] = {}
+        elif isinstance(value, EarlyExitConfig):
+            data = asdict(value)
+        elif isinstance(value, dict):
+            data = dict(value)
+        else:
+            raise ValueError(
+                f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
+            )
+        data.update(overrides)
+        allowed = [f.name for f in fields(cls)]
+        unknown = sorted(set(data) - set(allowed))
+        if unknown:
+            raise ValueError(
+                f"EarlyExitConfig has no field {', '.join(unknown)}; its fields are {', '.join(allowed)}."
+            )
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return asdict(self)

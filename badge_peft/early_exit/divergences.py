@@ -1,0 +1,48 @@
+"""S(p_m, p_i) of Eq. 4 and its relatives, between one exit and several others, in float32 log-space."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+_LN2 = np.float32(np.log(2.0))
+_LARGEST = np.float32(1e30)  # beyond it differences of logits would overflow; an infinite logit becomes this
+
+
+def log_softmax(logits: Array, out: Array) -> None:
+    """[n, K] -> log-probabilities, into `out`."""
+    clipped = np.clip(logits, -_LARGEST, _LARGEST)
+    np.subtract(clipped, clipped.max(axis=-1, keepdims=True), out=out)
+    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
+
+
+def log_sigmoid(logits: Array, out: Array, out_other: Array) -> None:
+    """[n, K] -> log of the label's probability into `out`, of its complement into `out_other`."""
+    clipped = np.clip(logits, -_LARGEST, _LARGEST)
+    zero = np.float32(0)
+    np.negative(np.logaddexp(zero, -clipped), out=out)
+    np.negative(np.logaddexp(zero, clipped), out=out_other)
+
+
+def categorical(kind: str, log_p: Array, log_q: Array) -> Array:
+    """Divergence between p [n, K] and each q [i, n, K], summed over K: [i, n].
+
+    * `ce`: -sum p log q (Eq. 4) = H(p) + KL(p || q), so it is H(p), not 0, where p = q;
+    * `kl`: KL(p || q);
+    * `js`: the Jensen-Shannon divergence, at most ln 2.
+    """
+    p = np.exp(log_p)
+    if kind == "ce":
+        return -(p * log_q).sum(axis=-1)
+    if kind == "kl":
+        return (p * (log_p - log_q)).sum(axis=-1)
+    middle = np.logaddexp(log_p, log_q) - _LN2
+    q = np.exp(log_q)
+    return np.float32(0.5) * ((p * (log_p - middle)).sum(axis=-1) + (q * (log_q - middle)).sum(axis=-1))
+
+
+def label(logits: Array, others: Array, problem_type: str) -> Array:
+    """0 where the predicted label is the same, else 1 (multi-label: the number of labels that differ): [i, n]."""
+    if problem_type == "multi_label_classification":
+        return ((logits > 0) != (others > 0)).sum(axis=-1).astype(np.float32)
+    return (logits.argmax(axis=-1) != others.argmax(axis=-1)).astype(np.float32)

@@ -1,0 +1,90 @@
+"""`early_exit_forward`: the call that a service makes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.run import EarlyExitRun
+from badge_peft.full_depth import count_rows
+from badge_peft.model import BadgeModel
+from badge_peft.outputs import EarlyExitOutput
+from badge_peft.prepare import pooling_kind
+
+_FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
+_IGNORED = ("labels", "return_dict", "num_items_in_batch")
+_REFUSED = ("output_hidden_states", "output_attentions", "adapter_names")
+
+
+def get_badge_model(model: nn.Module) -> BadgeModel:
+    """The `BadgeModel` inside a PEFT model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner = model if isinstance(model, BadgeModel) else getattr(model, "base_model", None)
+    if not isinstance(inner, BadgeModel):
+        raise ValueError(
+            f"{type(model).__name__} carries no BADGE adapter: make one with get_peft_model(model, BadgeConfig(...)) "
+            "or load one with PeftModel.from_pretrained."
+        )
+    return inner
+
+
+@torch.no_grad()
+def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwargs: Any) -> EarlyExitOutput:
+    """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
+
+    Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone. Switch the model to
+    `eval()` first, as for `generate`: dropout makes exits random.
+
+    Args:
+        model: A PEFT model with an active BADGE adapter.
+        early_exit_config: `EarlyExitConfig` or dict; None takes the active adapter's own.
+        **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win over
+            the config: `policy="divergence", threshold=0.2, patience=3`.
+
+    Returns:
+        `logits` [B, K] and `exit_layer` [B].
+
+    Raises:
+        ValueError: no BADGE adapter, an empty batch, a wrong field, or an argument that has no meaning here.
+    """
+    badge = get_badge_model(model)
+    overrides = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
+    inputs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
+    for name in _REFUSED:
+        if inputs.pop(name, None):
+            raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
+    adapter = badge.single_active_adapter()
+    if not badge.adapters_enabled:
+        raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
+    config = badge.config_of(adapter)
+    if early_exit_config is None:
+        early_exit_config = config.early_exit
+    policy = build_policy(EarlyExitConfig.of(early_exit_config, **overrides))
+    if badge.training:
+        warnings.warn(
+            "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=2
+        )
+    run = EarlyExitRun(
+        adapter,
+        count_rows(**inputs),
+        inputs.get("attention_mask"),
+        pooling_kind(badge.model, config),
+        policy=policy,
+        exits=badge.exit_layers(adapter),
+        num_labels=config.resolved_labels,
+        problem_type=config.resolved_problem_type,
+        num_blocks=badge.num_blocks,
+    )
+    with run:
+        base = badge.model(return_dict=True, **inputs)
+    run.finish(base.logits)
+    assert run.answer is not None  # every row has answered
+    return EarlyExitOutput(logits=run.answer, exit_layer=torch.from_numpy(run.exit_layer).to(run.answer.device))

@@ -1,0 +1,118 @@
+"""`ExitHistory`: what the exits of some rows have said so far, the one input of every policy.
+
+It lives on the host, in numpy: a decision needs the logits there anyway (on CUDA that copy is the only
+synchronisation), and numpy's calls cost a third of torch's on such small arrays. All maths is float32 in log-space, so
+no logit, however large, gives a NaN. Arrays are exit-major, [E, n, K], so that one exit's numbers lie side by side and
+a row's results do not depend on which rows are beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from badge_peft.early_exit import divergences as div
+
+Array = np.ndarray
+
+
+class ExitHistory:
+    """Logits of `n` rows at the exits seen so far, and what policies derive from them.
+
+    Args:
+        exits: Block numbers of all exits of the model, shallow to deep.
+        rows: n.
+        num_labels: K.
+        problem_type: As transformers has it; it says which divergence is meant.
+    """
+
+    def __init__(self, exits: Sequence[int], rows: int, num_labels: int, problem_type: str) -> None:
+        self.exits = list(exits)
+        self.problem_type = problem_type
+        self.num_labels = num_labels
+        self.seen = 0
+        self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
+        self.signals = np.full((len(self.exits), rows), np.nan, dtype=np.float32)
+        self._log_probs = np.empty_like(self.logits)
+        self._log_others = np.empty_like(self.logits) if problem_type == "multi_label_classification" else None
+        self._cache: dict[tuple[str, str, int], Array] = {}
+
+    @classmethod
+    def of(
+        cls, exit_logits: Array, exits: Sequence[int], problem_type: str, signals: Array | None = None
+    ) -> ExitHistory:
+        """The history of stored logits [N, E, K], with all exits seen."""
+        n, e, k = exit_logits.shape
+        history = cls(exits, n, k, problem_type)
+        for j in range(e):
+            history.append(exit_logits[:, j], None if signals is None else signals[:, j])
+        return history
+
+    def append(self, logits: Array, signals: Array | None = None) -> None:
+        """Adds the next exit's logits [n, K], and its learned signal [n] where there is one."""
+        j = self.seen
+        self.logits[j] = logits
+        x = self.logits[j]
+        if self.problem_type == "single_label_classification":
+            div.log_softmax(x, out=self._log_probs[j])
+        elif self.problem_type == "multi_label_classification":
+            assert self._log_others is not None
+            div.log_sigmoid(x, out=self._log_probs[j], out_other=self._log_others[j])
+        if signals is not None:
+            self.signals[j] = signals
+        self.seen = j + 1
+
+    def keep(self, rows: Array) -> None:
+        """Forgets all rows but those that the boolean array `rows` [n] marks."""
+        self.logits = self.logits[:, rows]
+        self.signals = self.signals[:, rows]
+        self._log_probs = self._log_probs[:, rows]
+        if self._log_others is not None:
+            self._log_others = self._log_others[:, rows]
+        self._cache.clear()
+
+    @property
+    def rows(self) -> int:
+        """n."""
+        return self.logits.shape[1]
+
+    def log_probs(self, j: int) -> Array:
+        """[n, K]: log p of exit j (index); single-label."""
+        return self._log_probs[j]
+
+    def to_earlier(self, kind: str, j: int) -> Array:
+        """[j, n]: S(p_j, p_i) for every earlier exit i < j (Eq. 4)."""
+        return self._divergence("all", kind, j, slice(0, j))
+
+    def to_previous(self, kind: str, j: int) -> Array:
+        """[n]: S(p_j, p_{j-1})."""
+        return self._divergence("previous", kind, j, slice(j - 1, j))[0]
+
+    def to(self, kind: str, j: int, i: int) -> Array:
+        """[n]: S(p_j, p_i)."""
+        return self._divergence(f"{i}", kind, j, slice(i, i + 1))[0]
+
+    def entropy(self, j: int) -> Array:
+        """[n]: entropy of exit j in nats; multi-label: the sum over labels."""
+        key = ("entropy", "", j)
+        if key not in self._cache:
+            self._cache[key] = self._divergence("self", "ce", j, slice(j, j + 1))[0]
+        return self._cache[key]
+
+    def _divergence(self, name: str, kind: str, j: int, others: slice) -> Array:
+        key = (name, kind, j)
+        if key not in self._cache:
+            self._cache[key] = self._compute(kind, j, others)
+        return self._cache[key]
+
+    def _compute(self, kind: str, j: int, others: slice) -> Array:
+        if self.problem_type == "regression":
+            return np.abs(self.logits[j] - self.logits[others]).sum(axis=-1)
+        if kind == "label":
+            return div.label(self.logits[j], self.logits[others], self.problem_type)
+        if self._log_others is None:
+            return div.categorical(kind, self._log_probs[j], self._log_probs[others])
+        return div.categorical(kind, self._log_probs[j], self._log_probs[others]) + div.categorical(
+            kind, self._log_others[j], self._log_others[others]
+        )

@@ -1,0 +1,39 @@
+"""Exit policies by name: each is a class with one definition and two uses, live and `replay`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.base import ExitPolicy
+from badge_peft.early_exit.policies.divergence import DivergencePolicy, PatiencePolicy
+from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy
+
+POLICIES: dict[str, type[ExitPolicy]] = {
+    policy.name: policy for policy in (DivergencePolicy, PatiencePolicy, FixedDepthPolicy, NeverPolicy)
+}
+
+
+def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overrides: Any) -> ExitPolicy:
+    """The policy that a config describes.
+
+    Raises:
+        NotImplementedError: the policy is part of the design and not built yet.
+    """
+    config = EarlyExitConfig.of(config, **overrides)
+    if config.policy not in POLICIES:
+        raise NotImplementedError(
+            f"policy={config.policy!r} is not implemented yet in this version; there are {', '.join(POLICIES)}."
+        )
+    return POLICIES[config.policy](config)
+
+
+__all__ = [
+    "POLICIES",
+    "DivergencePolicy",
+    "ExitPolicy",
+    "FixedDepthPolicy",
+    "NeverPolicy",
+    "PatiencePolicy",
+    "build_policy",
+]

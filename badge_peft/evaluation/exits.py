@@ -1,0 +1,120 @@
+"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from badge_peft.early_exit.history import ExitHistory
+
+
+@dataclass
+class ExitLogits:
+    """What every exit said about every row.
+
+    Args:
+        logits: [N, E, K], float32, shallow to deep.
+        labels: [N] class numbers, or [N, K] targets; None when the data has none.
+        exit_layers: Block numbers of the E exits; the last is M. None means 1 to E.
+        problem_type: As transformers has it; None means regression for K = 1, else single-label classification.
+        num_blocks: M, which turns blocks into a speed-up. None means the last exit's block.
+        signals: [N, E], the uncertainty that the `learned` policy reads, when the adapter has it.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+
+    logits: Tensor
+    labels: Tensor | None = None
+    exit_layers: list[int] | None = None
+    problem_type: str | None = None
+    num_blocks: int | None = None
+    signals: Tensor | None = None
+    _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.logits.dim() != 3 or not self.logits.numel():
+            raise ValueError(f"logits must be [N, E, K] with at least one row, got shape {list(self.logits.shape)}.")
+        n, e, k = self.logits.shape
+        self.logits = self.logits.detach().float().cpu()
+        self.exit_layers = list(self.exit_layers) if self.exit_layers is not None else list(range(1, e + 1))
+        if len(self.exit_layers) != e or sorted(set(self.exit_layers)) != self.exit_layers:
+            raise ValueError(f"exit_layers={self.exit_layers} must be {e} increasing block numbers.")
+        if self.labels is not None and len(self.labels) != n:
+            raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
+        if self.signals is not None and tuple(self.signals.shape) != (n, e):
+            raise ValueError(f"signals must be [{n}, {e}], got {list(self.signals.shape)}.")
+        if self.problem_type is None:
+            self.problem_type = "regression" if k == 1 else "single_label_classification"
+        if self.num_blocks is None:
+            self.num_blocks = self.exit_layers[-1]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def exits(self) -> list[int]:
+        """Block numbers of the exits."""
+        assert self.exit_layers is not None
+        return self.exit_layers
+
+    @property
+    def depth(self) -> int:
+        """M."""
+        assert self.num_blocks is not None
+        return self.num_blocks
+
+    def select(self, rows: Tensor) -> ExitLogits:
+        """The rows that an index or boolean tensor picks."""
+        return ExitLogits(
+            self.logits[rows],
+            None if self.labels is None else self.labels[rows],
+            self.exits,
+            self.problem_type,
+            self.num_blocks,
+            None if self.signals is None else self.signals[rows],
+        )
+
+    def history(self) -> ExitHistory:
+        """The rows as a policy sees them; made once, so that many replays share what they derive."""
+        if self._history is None:
+            assert self.problem_type is not None
+            signals = None if self.signals is None else self.signals.float().numpy()
+            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.problem_type, signals)
+        return self._history
+
+    def answers(self, exit_layer: Tensor) -> Tensor:
+        """[N, K]: the logits of each row at the block where it stopped (`exit_layer` [N], block numbers)."""
+        index = torch.searchsorted(torch.tensor(self.exits), exit_layer.cpu())
+        return self.logits[torch.arange(len(self)), index]
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        tensors = {"logits": self.logits, "labels": self.labels, "signals": self.signals}
+        meta = {"exit_layers": self.exits, "problem_type": self.problem_type, "num_blocks": self.depth}
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items() if v is not None},
+            str(path),
+            metadata={"exit_logits": json.dumps(meta)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExitLogits:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            meta = (file.metadata() or {}).get("exit_logits")
+            names = set(file.keys())
+            if meta is None or "logits" not in names:
+                raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
+            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", "signals"}}
+        return cls(**tensors, **json.loads(meta))

@@ -1,0 +1,55 @@
+"""Rows of tokenised features to padded batches, for passes that have no Trainer around them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PADS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+
+
+def tensor_columns(model: nn.Module, dataset: Any) -> list[dict[str, Any]]:
+    """The rows of `dataset` with the columns that `model` reads, and `labels`."""
+    accepted = set(inspect.signature(model.forward).parameters) | {"label", "labels"}
+    rows = []
+    for row in dataset:
+        kept = {k: v for k, v in row.items() if k in accepted and v is not None}
+        if "label" in kept:
+            kept.setdefault("labels", kept.pop("label"))
+            kept.pop("label", None)
+        rows.append(kept)
+    if "input_ids" not in rows[0]:
+        raise ValueError(f"the data set has no input_ids, only {', '.join(dataset[0])}: tokenise it first.")
+    return rows
+
+
+def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
+    """A batch: sequences padded on the right to the longest, an attention mask where the rows have none.
+
+    Args:
+        rows: Features of each row, lists or 1-d tensors.
+        model: Its config says what the padding token is.
+    """
+    pad_token = getattr(model.config, "pad_token_id", None)
+    longest = max(len(row["input_ids"]) for row in rows)
+    if pad_token is None and any(len(row["input_ids"]) != longest for row in rows):
+        raise ValueError(
+            "rows differ in length and the model's config has no pad_token_id: set it, or pass a collator."
+        )
+    batch: dict[str, Tensor] = {}
+    for name in rows[0]:
+        values = [torch.as_tensor(row[name]) for row in rows]
+        if values[0].dim() == 0 or name == "labels":
+            batch[name] = torch.stack(values)
+            continue
+        padded = values[0].new_full((len(rows), longest), pad_token if name == "input_ids" else _PADS.get(name, 0))
+        for i, value in enumerate(values):
+            padded[i, : len(value)] = value
+        batch[name] = padded
+    if "attention_mask" not in batch:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch

@@ -1,0 +1,117 @@
+"""Scores: one metric, of every exit (S-avg and S-best), or of the answers of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+from badge_peft.evaluation.exits import ExitLogits
+
+Array = np.ndarray
+Metric = str | Callable[[Array, Array], float]
+
+
+def _f1(predictions: Array, labels: Array) -> float:
+    multi = predictions.ndim == 2
+    if not multi and max(predictions.max(initial=0), labels.max(initial=0)) > 1:
+        raise ValueError("metric='f1' is for two classes (the positive one is 1) or multi-label: use 'macro_f1'.")
+    return float(f1_score(labels, predictions, average="micro" if multi else "binary", zero_division=0))
+
+
+def _correlation(function: Callable[[Array, Array], object], predictions: Array, labels: Array) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0  # a constant is correlated with nothing
+    return float(function(predictions, labels)[0])  # type: ignore[index]
+
+
+METRICS: dict[str, Callable[[Array, Array], float]] = {
+    "accuracy": lambda p, y: float(accuracy_score(y, p)),
+    "f1": _f1,
+    "acc_and_f1": lambda p, y: (float(accuracy_score(y, p)) + _f1(p, y)) / 2,
+    "macro_f1": lambda p, y: float(f1_score(y, p, average="macro", zero_division=0)),
+    "matthews": lambda p, y: float(matthews_corrcoef(y, p)),
+    "pearson": lambda p, y: _correlation(pearsonr, p, y),
+    "spearman": lambda p, y: _correlation(spearmanr, p, y),
+    "pearson_and_spearman": lambda p, y: (_correlation(pearsonr, p, y) + _correlation(spearmanr, p, y)) / 2,
+    "neg_mse": lambda p, y: -float(np.mean((p - y) ** 2)),
+}
+_REGRESSION = {"pearson", "spearman", "pearson_and_spearman", "neg_mse"}
+
+
+@dataclass
+class ExitScores:
+    """Scores of all exits on one data set.
+
+    Args:
+        per_exit: One score per exit, shallow to deep.
+        exit_layers: Their block numbers.
+        metric: The metric's name.
+    """
+
+    per_exit: list[float]
+    exit_layers: list[int]
+    metric: str
+
+    @property
+    def avg(self) -> float:
+        """S-avg: the mean over all exits."""
+        return float(np.mean(self.per_exit))
+
+    @property
+    def best(self) -> float:
+        """S-best: the best exit's score."""
+        return float(np.max(self.per_exit))
+
+    @property
+    def best_exit(self) -> int:
+        """Block number of the best exit; of several, the shallowest."""
+        return self.exit_layers[int(np.argmax(self.per_exit))]
+
+
+def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitScores:
+    """The score of every exit.
+
+    Args:
+        exit_logits: With labels.
+        metric: A name in `METRICS` or a callable `(predictions, labels) -> float`; predictions are class numbers [N],
+            0 / 1 decisions [N, K] (multi-label) or values [N] (regression).
+
+    Raises:
+        ValueError: no labels, an unknown metric, or one that does not suit the problem type.
+    """
+    per_exit = [score(exit_logits, exit_logits.logits[:, j], metric) for j in range(len(exit_logits.exits))]
+    return ExitScores(per_exit, list(exit_logits.exits), metric if isinstance(metric, str) else metric.__name__)
+
+
+def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy") -> float:
+    """The score of `answers` [N, K] (logits) against the labels of `exit_logits`."""
+    if exit_logits.labels is None:
+        raise ValueError("the exit logits have no labels, so there is nothing to score against.")
+    regression = exit_logits.problem_type == "regression"
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise ValueError(
+                f"metric={metric!r} is not allowed: it must be one of {', '.join(METRICS)} or a callable."
+            )
+        if (metric in _REGRESSION) != regression:
+            fitting = [name for name in METRICS if (name in _REGRESSION) == regression]
+            raise ValueError(f"metric={metric!r} does not suit {exit_logits.problem_type}: use {', '.join(fitting)}.")
+        metric = METRICS[metric]
+    labels = exit_logits.labels.numpy()
+    if regression:
+        labels = labels.reshape(len(labels))
+    return metric(predictions(answers, exit_logits.problem_type), labels)
+
+
+def predictions(logits: Tensor, problem_type: str | None) -> Array:
+    """Logits [N, K] to class numbers [N], 0 / 1 decisions [N, K] or values [N]."""
+    if problem_type == "regression":
+        return logits.float().squeeze(-1).numpy()
+    if problem_type == "multi_label_classification":
+        return (logits > 0).long().numpy()
+    return logits.argmax(dim=-1).numpy()

@@ -1,0 +1,67 @@
+"""A small sample of the base model's weights, stored with an adapter: exits mean nothing on another backbone.
+
+The sample survives a change of precision (it is compared with a tolerance) and weights that are stored quantised (they
+are left out), and it costs a few microseconds and a few hundred bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+VALUES = 4  # values per parameter
+PARAMETERS = 8  # parameters, spread over the depth of the model
+TOLERANCE = 0.02  # relative; bfloat16 keeps 8 bits
+
+
+def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[float]]:
+    """Sampled values by parameter name, as the base model names it; parameters under `skip` are left out."""
+    named = [
+        (base_name(name), p)
+        for name, p in model.named_parameters()
+        if p.is_floating_point()
+        and p.dim() == 2
+        and p.device.type != "meta"
+        and ".badge_" not in name
+        and ".lora_" not in name
+        and ".modules_to_save." not in name
+        and not any(part in skip for part in name.split("."))
+    ]
+    step = max(1, len(named) // PARAMETERS)
+    return {name: _sample(p) for name, p in named[::step][:PARAMETERS]}
+
+
+def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> None:
+    """Compares `model` with the sample stored with an adapter.
+
+    Raises:
+        ValueError: a sampled weight differs by more than rounding.
+    """
+    parameters = {base_name(name): p for name, p in model.named_parameters() if ".modules_to_save." not in name}
+    for name, values in expected.items():
+        parameter = parameters.get(name)
+        if parameter is None or not parameter.is_floating_point() or parameter.device.type == "meta":
+            continue
+        found = _sample(parameter)
+        scale = max(abs(v) for v in values) or 1.0
+        if len(found) != len(values) or any(
+            abs(a - b) > TOLERANCE * scale for a, b in zip(found, values, strict=True)
+        ):
+            raise ValueError(
+                f"this adapter was made for another backbone: the weight {name} starts with "
+                f"{[round(v, 4) for v in found]} here and with {[round(v, 4) for v in values]} where the adapter was "
+                "trained. Load the base model that adapter_config.json names (base_model_name_or_path). If that is "
+                "what you did, its checkpoint lacks this weight and transformers drew it at random: train with "
+                "final_exit='exit', or save the base model beside the adapter."
+            )
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the model as it was before any wrapping."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _sample(parameter: torch.Tensor) -> list[float]:
+    flat = parameter.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, VALUES, device=flat.device).long()
+    return [float(f"{v:.6g}") for v in flat[index].float().tolist()]

@@ -1,0 +1,82 @@
+"""The loss of one exit and the weighted sum over all of them (Eq. 8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resolve_problem_type(num_labels: int, labels: Tensor) -> str:
+    """The problem type that transformers would infer from the number of labels and the labels' type."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def check_labels(labels: Tensor, num_labels: int, problem_type: str, batch_size: int) -> None:
+    """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
+
+    Raises:
+        ValueError: labels of another shape, or outside of 0..K-1.
+    """
+    if problem_type == "single_label_classification":
+        if labels.numel() != batch_size:
+            raise ValueError(f"labels have shape {list(labels.shape)}, but the batch has {batch_size} rows.")
+        if labels.is_floating_point():
+            raise ValueError(f"single_label_classification needs whole-number labels, got {labels.dtype}.")
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+        if wrong.numel():
+            raise ValueError(
+                f"label {wrong.flatten()[0].item()} is out of range: the model has num_labels={num_labels}, so labels "
+                f"are 0 to {num_labels - 1}. Load the model with the right num_labels."
+            )
+    elif labels.numel() != batch_size * num_labels:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}; {problem_type} with num_labels={num_labels} needs "
+            f"[{batch_size}, {num_labels}]."
+        )
+
+
+def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any = None) -> Tensor:
+    """Loss of one exit, as transformers computes it for its own head.
+
+    Args:
+        logits: [B, K].
+        labels: [B] class numbers, or [B, K] targets (multi-label, regression; [B] where K = 1).
+        problem_type: One of transformers' three.
+        num_items: Number of labels in the whole accumulated batch; the sum is divided by it instead of taking the mean
+            (Trainer's `num_items_in_batch`).
+    """
+    logits = logits.float()
+    reduction = "mean" if num_items is None else "sum"
+    if problem_type == "single_label_classification":
+        loss = F.cross_entropy(logits, labels.view(-1), reduction=reduction)
+    elif problem_type == "multi_label_classification":
+        loss = F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).float(), reduction=reduction)
+    else:
+        loss = F.mse_loss(logits, labels.view_as(logits).float(), reduction=reduction)
+    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
+
+
+def loss_weights(weights: str | list[float], exits: list[int]) -> list[float]:
+    """The weight of each exit's loss.
+
+    `uniform`: 1 each, Eq. 8's plain sum. `linear`: m / sum of all m, as PABEE (exit 0 weighs as exit 1). A list: as
+    given.
+
+    Raises:
+        ValueError: a list of another length than the number of exits.
+    """
+    if weights == "uniform":
+        return [1.0] * len(exits)
+    if weights == "linear":
+        depth = [max(m, 1) for m in exits]
+        return [m / sum(depth) for m in depth]
+    if len(weights) != len(exits):
+        raise ValueError(
+            f"exit_weights has {len(weights)} numbers, but there are {len(exits)} exits, at blocks {exits}."
+        )
+    return list(weights)  # type: ignore[arg-type]

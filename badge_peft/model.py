@@ -1,0 +1,233 @@
+"""`BadgeModel`: the tuner that PEFT calls to put BADGE on a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from badge_peft import state_dict as saved
+from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
+from badge_peft.config import BadgeConfig, exit_numbers
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.layer import MERGE_ERROR, BadgeBlock
+from badge_peft.outputs import EarlyExitOutput
+from badge_peft.prepare import prepare_config
+from badge_peft.registry import PREFIX
+
+
+class BadgeModel(BaseTuner):
+    """Block-wise bypasses and early exits on a Hugging Face encoder; `get_peft_model` makes it.
+
+    The blocks are wrapped in place and the model's own layer loop stays in control, so masks, rotary tables and
+    attention implementations need no copy of modelling code.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = BadgeBlock
+    target_module_mapping: dict[str, Any] = {}
+    uses_shared_state = (
+        True  # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
+    )
+
+    # -------------------------------------------------------------------------------------------------- what it does
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
+
+        With adapters disabled it is the base model, output and all.
+        """
+        from badge_peft.full_depth import full_depth_forward
+
+        return full_depth_forward(self, *args, **kwargs)
+
+    def early_exit_forward(self, *, early_exit_config: Any = None, **kwargs: Any) -> EarlyExitOutput:
+        """Each row goes as deep as it must; see `badge_peft.early_exit_forward`."""
+        from badge_peft.early_exit.forward import early_exit_forward
+
+        return early_exit_forward(self, early_exit_config=early_exit_config, **kwargs)
+
+    def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:
+        """How `adapter_name` (None: the active adapter) stops; the default config when it has none of its own."""
+        return EarlyExitConfig.of(self.config_of(adapter_name).early_exit)
+
+    def set_early_exit_config(
+        self, config: EarlyExitConfig | dict[str, Any] | None, adapter_name: str | None = None
+    ) -> None:
+        """Stores how `adapter_name` (None: the active adapter) stops. It is saved with the adapter."""
+        new = None if config is None else EarlyExitConfig.of(config)
+        self.config_of(adapter_name).early_exit = new
+
+    # ------------------------------------------------------------------------------------------- what others may ask
+
+    def exit_layers(self, adapter_name: str | None = None) -> list[int]:
+        """Block numbers of the exits of `adapter_name` (None: the active adapter), shallow to deep; the last is M."""
+        return exit_numbers(self.config_of(adapter_name), self.num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        """M."""
+        return len(self.block_names)
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """False inside `disable_adapter()`, and when no adapter is left."""
+        return bool(self.active_adapters) and not self.wrapped[0].disable_adapters
+
+    def config_of(self, adapter_name: str | None = None) -> BadgeConfig:
+        """The config of `adapter_name` (None: the active adapter).
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        name = adapter_name if adapter_name is not None else self.single_active_adapter()
+        if name not in self.peft_config:
+            raise ValueError(f"there is no adapter {name!r}; the model has {', '.join(map(repr, self.peft_config))}.")
+        return cast(BadgeConfig, self.peft_config[name])
+
+    def single_active_adapter(self) -> str:
+        """The active adapter.
+
+        Raises:
+            ValueError: none is active, or several: a pass has one set of exits.
+        """
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"BADGE needs one active adapter, got {active!r}: call set_adapter with one name.")
+        return active[0]
+
+    # ------------------------------------------------------------------------------------------ injection, by PEFT
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.layout: BlockLayout | None = None
+        self.block_names: list[str] = []  # in the order of a pass, a shared block once for each time it runs
+        self.wrapped: list[BadgeBlock] = []  # each block once; a plain list, as the model owns them
+
+    def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
+        name = next(name for name, known in self.peft_config.items() if known is config)
+        if len(self.peft_config) > 1 and any(self.config_of(n).backbone == "full" for n in self.peft_config):
+            raise ValueError(
+                "backbone='full' trains the base model itself, so such an adapter is alone on its model: put "
+                f"{name!r} on another copy of the base model."
+            )
+
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: BadgeConfig, model_config: dict[str, Any]
+    ) -> BadgeConfig:
+        name = next(name for name, known in self.peft_config.items() if known is peft_config)
+        prepare_config(self.model, peft_config, name)
+        self.layout = get_layout(self.model, peft_config.block_layout)
+        self.block_names = block_names(self.model, self.layout)
+        return peft_config
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        saved.ignore_exit_logits(model)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: BadgeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert self.layout is not None  # _prepare_adapter_config has run
+        exits = exit_numbers(peft_config, self.num_blocks)
+        if peft_config.final_exit == "base_head":
+            exits = exits[:-1]
+        if not isinstance(target, BadgeBlock):
+            numbers = [m for m, name in enumerate(self.block_names, start=1) if name == current_key]
+            block = BadgeBlock(target, numbers, self.layout, self._exit_norm(target, self.layout))
+            self._replace_module(parent, target_name, block, target)
+            self.wrapped.append(block)
+            target = block
+        target.update_layer(adapter_name, peft_config, exits)
+        if adapter_name not in self.active_adapters:
+            target.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _exit_norm(self, block: nn.Module, layout: BlockLayout) -> nn.Module:
+        if layout.last_norm is not None:
+            return block.get_submodule(layout.last_norm)
+        prefix = backbone_name(self.model)
+        return self.model.get_submodule(f"{prefix}.{layout.final_norm}" if prefix else str(layout.final_norm))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own also rebinds .weight, which a block does not have
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        full = [config for config in map(self.config_of, self.active_adapters) if config.backbone == "full"]
+        trained = bool(full) and not full[0].inference_mode
+        unused = saved.unused_by_exits(model, full[0]) if trained else ()
+        for name, parameter in model.named_parameters():
+            if ".badge_" in name or ".modules_to_save." in name:
+                continue
+            parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
+
+    def disable_adapter_layers(self) -> None:
+        """The model answers as the base model, until `enable_adapter_layers`."""
+        self._enable_adapter_layers(enabled=False)  # PEFT's own reads our `bias` as if it were LoRA's
+
+    # ------------------------------------------------------------------------------------------------------- leaving
+
+    def unload(self) -> nn.Module:
+        """The base model without bypasses and exits, working as before; the trained one after `backbone="full"`."""
+        full = any(self.config_of(name).backbone == "full" for name in self.peft_config)
+        for module in self.model.modules():
+            if isinstance(module, BadgeBlock):
+                module.remove_hooks()
+            elif isinstance(module, AuxiliaryTrainingWrapper) and not full:
+                module.set_adapter([])  # PEFT would leave the adapter's trained head in the base model
+        saved.restore_output_keys(self.model)
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_ERROR)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: a bypass feeds an exit, not the block."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is not supported here: call set_adapter(name) and run the rows of each adapter apart."
+            )
+        yield
+
+    # ------------------------------------------------------------------------------------------ saving, called by PEFT
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BadgeConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return saved.adapter_state_dict(config, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(\.{PREFIX}[a-z]+)\.{re.escape(adapter_name)}\.", r"\1.", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: BadgeConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        saved.check_complete(model, config, adapter_name, mapped)
+        return mapped

@@ -1,0 +1,40 @@
+"""What a multi-exit model returns, as transformers' `ModelOutput`s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MultiExitOutput(ModelOutput):
+    """Full depth with every exit.
+
+    Args:
+        loss: Scalar, when labels were given: the weighted sum of the losses of all exits (Eq. 8).
+        logits: [B, K], of exit M.
+        exit_logits: [B, E, K], of all exits, shallow to deep; the last is `logits`.
+        hidden_states: As the base model gives them, when asked for.
+        attentions: As the base model gives them, when asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """Each row's answer and where it was given.
+
+    Args:
+        logits: [B, K], of the exit at which the row stopped.
+        exit_layer: [B], the number of the block that answered, 1 to M; 0 for the exit on the embeddings.
+    """
+
+    logits: Tensor | None = None
+    exit_layer: Tensor | None = None

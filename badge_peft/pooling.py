@@ -1,0 +1,53 @@
+"""From the states of a sequence [B, S, d] to the one vector [B, d] that an exit reads.
+
+A bypass, its LayerNorm and a linear exit act on each position alone, so where the pooling picks one position (CLS,
+last token) we pick first and compute afterwards: the same numbers for one position instead of S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Pooling:
+    """One call's pooling: `pick` before the position-wise maths, `reduce` after it.
+
+    Args:
+        kind: `cls` (position 0), `mean` (over the attention mask) or `last` (the last position of the mask).
+        attention_mask: [B, S], 1 for real tokens, or None when every position is real.
+    """
+
+    def __init__(self, kind: str, attention_mask: Tensor | None) -> None:
+        self.kind = kind
+        self.mask = attention_mask
+        self._index: Tensor | None = None
+        self._weights: Tensor | None = None
+
+    def pick(self, states: Tensor) -> Tensor:
+        """[B, S, d] -> [B, d] for `cls` and `last`; unchanged for `mean`."""
+        if self.kind == "cls":
+            return states[:, 0]
+        if self.kind == "mean":
+            return states
+        if self.mask is None:
+            return states[:, -1]
+        if self._index is None:
+            positions = torch.arange(self.mask.shape[1], device=self.mask.device)
+            self._index = (positions * (self.mask != 0)).amax(dim=1)  # [B], also right for left padding
+        return states[torch.arange(states.shape[0], device=states.device), self._index]
+
+    def reduce(self, states: Tensor) -> Tensor:
+        """[B, S, d] -> [B, d] for `mean`; what `pick` has picked stays as it is."""
+        if self.kind != "mean":
+            return states
+        if self.mask is None:
+            return states.mean(dim=1)
+        if self._weights is None:
+            real = (self.mask != 0).to(states.dtype)
+            self._weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)  # [B, 1, S]
+        return torch.bmm(self._weights.to(states.dtype), states).squeeze(1)
+
+    def rows(self, index: Tensor) -> Pooling:
+        """The pooling of the rows `index` [b] alone."""
+        return Pooling(self.kind, None if self.mask is None else self.mask.index_select(0, index))

@@ -1,0 +1,123 @@
+"""Fills in and checks a `BadgeConfig` against the model it is put on, before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import cast
+
+from torch import nn
+
+from badge_peft.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
+from badge_peft.config import POOLINGS, BadgeConfig, exit_numbers
+from badge_peft.fingerprint import check_fingerprint, fingerprint
+from badge_peft.losses import loss_weights
+
+# PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
+_PEFT_HEADS = ("classifier", "score")
+# PEFT cannot do with an empty list; no module ends in this name.
+_NO_HEAD = "no_head_is_saved"
+
+
+def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> None:
+    """Resolves every field that depends on the model, in place.
+
+    Args:
+        model: The base model, wrapped or not.
+        config: A new config, or one read from a saved adapter.
+        adapter_name: The adapter that will carry it.
+
+    Raises:
+        ValueError: config and model do not fit; the message says what to do.
+    """
+    if any(
+        part == adapter_name for name, _ in model.named_modules() for part in name.split(".") if ".badge_" not in name
+    ):
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: a module of the model has that name, and PEFT would "
+            "confuse the two when it saves. Choose another name."
+        )
+    layout = get_layout(model, config.block_layout)
+    names = block_names(model, layout)
+    _check_saved("num_blocks", config.num_blocks, len(names))
+    hidden_size = _hidden_size(model, layout, names)
+    _check_saved("hidden_size", config.hidden_size, hidden_size)
+    exits = exit_numbers(config, len(names))
+    loss_weights(config.exit_weights, exits)
+    num_labels, problem_type = _labels(model, config)
+    _check_pooling(model, config, layout)
+    target = _target_modules(names)
+    if config.target_modules not in (None, target):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} is not allowed: BADGE wraps whole blocks. Say which blocks "
+            "have an exit with exit_layers, and where the blocks are with block_layout."
+        )
+    head = layout.head if config.train_head and config.final_exit == "base_head" else ()
+    if config.base_fingerprint is not None and config.backbone != "full":
+        check_fingerprint(model, config.base_fingerprint)
+
+    if config.base_fingerprint is None:
+        unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
+        config.base_fingerprint = fingerprint(model, skip=(*unread, *head))
+    config.num_blocks, config.hidden_size, config.target_modules = len(names), hidden_size, target
+    config.num_labels, config.problem_type = num_labels, problem_type
+    config.badge_version = config.badge_version or package_version()
+    ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
+    extra = [name for name in config.modules_to_save or [] if name not in ours]
+    config.modules_to_save = [*extra, *head] or [_NO_HEAD]
+
+
+def pooling_kind(model: nn.Module, config: BadgeConfig) -> str:
+    """`cls`, `mean` or `last`: what the exits of `config` read on `model`."""
+    if config.exit_pooling != "auto":
+        return config.exit_pooling
+    return head_pooling(model, get_layout(model, config.block_layout))
+
+
+def _check_saved(name: str, expected: int | None, found: int) -> None:
+    if expected is not None and expected != found:
+        raise ValueError(
+            f"this adapter was made for a backbone with {name}={expected}, but the model has {name}={found}. Load the "
+            "base model that adapter_config.json names (base_model_name_or_path)."
+        )
+
+
+def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
+    model_labels = getattr(model.config, "num_labels", None)
+    num_labels = config.num_labels if config.num_labels is not None else model_labels
+    if num_labels is None:
+        raise ValueError("the model's config has no num_labels: pass BadgeConfig(num_labels=...).")
+    if config.final_exit == "base_head" and model_labels is not None and num_labels != model_labels:
+        raise ValueError(
+            f"the adapter has num_labels={num_labels}, but the model's head has {model_labels}: load the model with "
+            f"num_labels={num_labels}, or use final_exit='exit', which does not read the model's head."
+        )
+    problem_type = config.problem_type or getattr(model.config, "problem_type", None)
+    return num_labels, problem_type
+
+
+def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    kind = pooling_kind(model, config)
+    if kind not in POOLINGS[1:]:
+        raise ValueError(
+            f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(POOLINGS[1:])}: set "
+            "exit_pooling in BadgeConfig."
+        )
+
+
+def _hidden_size(model: nn.Module, layout: BlockLayout, names: list[str]) -> int:
+    norm = inner_block(model, names[0]).get_submodule(layout.last_norm or layout.attention_norm)
+    return int(cast(nn.Parameter, norm.weight).shape[-1])
+
+
+def _target_modules(names: list[str]) -> str:
+    """One regular expression for all blocks; PEFT matches it against whole module names."""
+    return "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in names}))
+
+
+def package_version() -> str:
+    """The version of badge_peft that is installed."""
+    try:
+        return version("badge-peft")
+    except PackageNotFoundError:  # used from a source tree that is not installed
+        return "unknown"

@@ -1,0 +1,130 @@
+"""`ExitRun`: everything that belongs to one call, found through a ContextVar.
+
+Nothing of a call is stored on modules, so threads can share a model, `deepcopy` works, and no graph outlives its call.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from badge_peft.pooling import Pooling
+
+if TYPE_CHECKING:
+    from badge_peft.layer import BadgeBlock
+
+_CURRENT: ContextVar[ExitRun | None] = ContextVar("badge_peft_exit_run", default=None)
+
+
+def current_run() -> ExitRun | None:
+    """The run that this thread's call belongs to, None outside of one."""
+    return _CURRENT.get()
+
+
+class Frame:
+    """What one block sees while it runs; the names are those of DESIGN's equations. All tensors are [B, S, d]."""
+
+    def __init__(self, block_input: Tensor) -> None:
+        self.block_input = block_input  # H_{m-1}
+        self.attention_sum: Tensor | None = None  # the input of the attention LayerNorm
+        self.attention: Tensor | None = None  # H_{m,MHA}
+        self.ffn_sum: Tensor | None = None  # H_{m,F}
+        self.output: Tensor = block_input  # H_m, once the block is through
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`)."""
+        before = getattr(self, name)
+        setattr(self, name, value if before is None else torch.cat([before, value], dim=1))
+
+
+class ExitRun:
+    """One full-depth call: every block runs, every exit's logits are collected.
+
+    Args:
+        adapter: Name of the adapter whose exits are read.
+        batch_size: Rows of the call, B.
+        attention_mask: [B, S] or None, for the pooling.
+        pooling: `cls`, `mean` or `last`.
+
+    Attributes:
+        exit_logits: Block number -> [B, K], of the exits that have been computed.
+    """
+
+    def __init__(self, adapter: str, batch_size: int, attention_mask: Tensor | None, pooling: str) -> None:
+        if attention_mask is not None and attention_mask.dim() != 2 and pooling != "cls":
+            raise ValueError(
+                f"exit_pooling={pooling!r} needs an attention_mask of shape [batch, sequence], got "
+                f"{list(attention_mask.shape)}."
+            )
+        self.adapter = adapter
+        self.batch_size = batch_size
+        self.pooling = Pooling(pooling, attention_mask)
+        self.exit_logits: dict[int, Tensor] = {}
+        self.frame: Frame | None = None
+        self._visits: dict[int, int] = {}
+        self._token: Token[ExitRun | None] | None = None
+
+    def __enter__(self) -> ExitRun:
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._token is not None
+        _CURRENT.reset(self._token)
+
+    def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs `block` as the model called it and reads its exit. Returns what the block returns, untouched."""
+        number = self._number(block)
+        hidden = self._hidden(args, kwargs)
+        if number == 1:
+            self._check_rows(hidden)
+            if block.has_exit(self.adapter, 0):
+                self.exit_logits[0] = block.exit_logits(self.adapter, 0, Frame(hidden), self.pooling)
+        result, frame = self._run(block, hidden, args, kwargs)
+        if block.has_exit(self.adapter, number):
+            self.exit_logits[number] = block.exit_logits(self.adapter, number, frame, self.pooling)
+        return result
+
+    def _number(self, block: BadgeBlock) -> int:
+        """The block number of this visit: a shared block (ALBERT) has a new one each time."""
+        visit = self._visits.get(id(block), 0)
+        self._visits[id(block)] = visit + 1
+        return block.numbers[visit]
+
+    def _run(
+        self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Frame]:
+        frame = self.frame = Frame(hidden)
+        try:
+            result = block.base_layer(*args, **kwargs)
+        finally:
+            self.frame = None
+        frame.output = result[0] if isinstance(result, tuple) else result
+        if torch.is_grad_enabled() and frame.output.requires_grad:
+            self._check_gradient(frame)
+        return result, frame
+
+    @staticmethod
+    def _check_gradient(frame: Frame) -> None:
+        for name in ("attention_sum", "attention", "ffn_sum"):
+            value = getattr(frame, name)
+            if value is not None and not value.requires_grad:
+                raise RuntimeError(
+                    "re-entrant gradient checkpointing hides what a block computes, so its exit could not send "
+                    "gradients into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+
+    @staticmethod
+    def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    def _check_rows(self, hidden: Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[0] != self.batch_size:
+            raise ValueError(
+                f"block 1 got states of shape {list(hidden.shape)} for a batch of {self.batch_size}: the attention "
+                "implementation has unpadded the batch into one row, and rows could not stop one by one. Load the "
+                "model with attn_implementation='sdpa' (or 'eager')."
+            )

@@ -1,0 +1,85 @@
+"""Which weights an adapter's file holds, and the checks when it is read back."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from badge_peft.architectures import get_layout
+from badge_peft.config import BadgeConfig
+from badge_peft.registry import PREFIX
+
+_OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
+_OUTPUT_KEY = "exit_logits"
+
+
+def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `state_dict` that belong to the adapter: its bypasses and exits, and with `backbone="full"` the
+    trained backbone, which they are never separated from. (PEFT adds `modules_to_save`.)"""
+    ours = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}\.")
+    chosen = {key: value for key, value in state_dict.items() if ours.search(key)}
+    if config.backbone == "full":
+        chosen.update({key: value for key, value in state_dict.items() if _is_backbone(key)})
+    return chosen
+
+
+def check_complete(model: nn.Module, config: BadgeConfig, adapter_name: str, weights: dict[str, Tensor]) -> None:
+    """Refuses a file that does not fill the adapter: an exit with random weights answers at chance, in silence.
+
+    Args:
+        model: The PEFT model, with the adapter in place.
+        config: The adapter's config.
+        adapter_name: Its name.
+        weights: The file's tensors under the model's names.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape.
+    """
+    expected = adapter_state_dict(config, adapter_name, model.state_dict())
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ValueError(
+            f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}: it is damaged, or "
+            "adapter_config.json belongs to another adapter."
+        )
+    for key, value in expected.items():
+        if value.shape != weights[key].shape:
+            raise ValueError(
+                f"{key} has shape {list(weights[key].shape)} in the adapter file and {list(value.shape)} here: "
+                "adapter_config.json does not belong to this file, or the base model is another one."
+            )
+
+
+def unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
+    """Prefixes of parameters that no exit reads: the model's own head and pooler, when `final_exit="exit"`."""
+    if config.final_exit == "base_head":
+        return ()
+    heads = get_layout(model, config.block_layout).head
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*heads, "pooler")]
+    return tuple(f"{name}." for name in names)
+
+
+def ignore_exit_logits(model: nn.Module) -> None:
+    """Tells Trainer that `exit_logits` is no prediction: `compute_metrics` then gets the logits alone, as ever."""
+    config = model.config
+    if config is not None and _OUTPUT_KEY not in (keys := _output_keys(model)):
+        config.keys_to_ignore_at_inference = [*keys, _OUTPUT_KEY]  # type: ignore[union-attr]
+
+
+def restore_output_keys(model: nn.Module) -> None:
+    """Undoes `ignore_exit_logits`."""
+    config = model.config
+    keys = [key for key in _output_keys(model) if key != _OUTPUT_KEY]
+    if keys == list(getattr(type(config), "keys_to_ignore_at_inference", [])):
+        config.__dict__.pop("keys_to_ignore_at_inference", None)
+    else:
+        config.keys_to_ignore_at_inference = keys  # type: ignore[union-attr]
+
+
+def _output_keys(model: nn.Module) -> list[str]:
+    return list(getattr(model.config, "keys_to_ignore_at_inference", None) or [])
+
+
+def _is_backbone(key: str) -> bool:
+    return not _OURS.search(key) and ".modules_to_save." not in key and ".original_module." not in key
