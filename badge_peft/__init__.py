@@ -6,13 +6,24 @@ Importing this package makes BADGE known to PEFT.
 from __future__ import annotations
 
 from badge_peft.architectures import ARCHITECTURES, BlockLayout
+from badge_peft.bypass import Bypass
 from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.forward import early_exit_forward
-from badge_peft.evaluation import ExitLogits, ExitScores, collect_exit_logits, exit_scores
+from badge_peft.evaluation import (
+    ExitLogits,
+    ExitScores,
+    TradeOff,
+    TradeOffPoint,
+    calibrate,
+    collect_exit_logits,
+    evaluate_policy,
+    exit_scores,
+    sweep,
+)
 from badge_peft.heads import MultiExitHead
 from badge_peft.hub import load_pretrained
-from badge_peft.layer import BadgeBlock, Bypass
+from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
 from badge_peft.prepare import package_version
@@ -36,10 +47,15 @@ __all__ = [
     "ExitScores",
     "MultiExitHead",
     "MultiExitOutput",
+    "TradeOff",
+    "TradeOffPoint",
+    "calibrate",
     "collect_exit_logits",
     "early_exit_forward",
+    "evaluate_policy",
     "exit_scores",
     "load_pretrained",
     "make_optimizer",
     "parameter_groups",
+    "sweep",
 ]

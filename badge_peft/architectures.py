@@ -24,6 +24,7 @@ class BlockLayout:
         head: Modules of the model's own head that carry weights, for `train_head=True`.
         inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
         shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
+        lora_targets: Modules of a block that `backbone="lora"` adapts when its LoraConfig does not say.
         full_rows_until: The model mixes the output of this block with other full-size tensors, so rows may leave only
             after it.
     """
@@ -37,6 +38,7 @@ class BlockLayout:
     head: tuple[str, ...] = ("classifier",)
     inner_blocks: str | None = None
     shared_arguments: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ("query", "value")
     full_rows_until: int = 0
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class BlockLayout:
                 f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
                 f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
             )
-        for name in ("ffn", "head", "shared_arguments"):  # JSON gives lists
+        for name in ("ffn", "head", "shared_arguments", "lora_targets"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -84,12 +86,14 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         ffn=("ffn",),
         last_norm="output_layer_norm",
         head=("pre_classifier", "classifier"),
+        lora_targets=("q_lin", "v_lin"),
     ),
     "mpnet": BlockLayout(
         blocks="encoder.layer",
         attention_norm="attention.LayerNorm",
         ffn=("intermediate", "output.dense", "output.dropout"),
         last_norm="output.LayerNorm",
+        lora_targets=("attn.q", "attn.v"),
     ),
     "deberta-v2": BlockLayout(
         blocks="encoder.layer",
@@ -97,6 +101,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         ffn=("intermediate", "output.dense", "output.dropout"),
         last_norm="output.LayerNorm",
         head=("pooler", "classifier"),
+        lora_targets=("query_proj", "value_proj"),
         shared_arguments=("rel_embeddings", "relative_pos"),
         full_rows_until=1,  # its ConvLayer adds the embeddings to the output of block 1
     ),
@@ -107,6 +112,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         final_norm="final_norm",
         pooling="classifier_pooling",
         head=("head", "classifier"),
+        lora_targets=("Wqkv",),
     ),
 }
 
@@ -180,7 +186,7 @@ def _check(model: nn.Module, layout: BlockLayout) -> None:
         if layout.final_norm:
             prefix = backbone_name(model)
             model.get_submodule(f"{prefix}.{layout.final_norm}" if prefix else layout.final_norm)
-    except (AttributeError, IndexError) as error:
+    except (AttributeError, IndexError, TypeError) as error:  # TypeError: `blocks` is no list
         raise ValueError(
             f"the block layout does not fit {type(model).__name__}: {error}. Check the paths of BlockLayout."
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType, TaskType
+from peft import LoraConfig, PeftConfig, PeftType, TaskType
 
 from badge_peft.architectures import BlockLayout
 from badge_peft.checks import is_number, one_of, whole
@@ -15,12 +15,11 @@ from badge_peft.registry import NAME, add_peft_type
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
 ACTIVATIONS = ("gelu", "relu", "leaky_relu", "silu", "swish", "tanh", "identity")
 NORMS = ("own", "shared")
-EXIT_TYPES = ("linear", "pooled", "mha")
+EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
 POOLINGS = ("auto", "cls", "mean", "last")
 FINAL_EXITS = ("base_head", "exit")
 BACKBONES = ("frozen", "lora", "full")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-_LATER = {"placement": ("mhsa",), "exit_type": ("mha",), "backbone": ("lora",)}
 
 
 @dataclass
@@ -32,7 +31,6 @@ class BadgeConfig(PeftConfig):
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
-        NotImplementedError: the value is part of the design and not built yet.
 
     Example:
 
@@ -53,7 +51,9 @@ class BadgeConfig(PeftConfig):
     norm: str = field(
         default="own", metadata={"help": "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`."}
     )
-    exit_type: str = field(default="linear", metadata={"help": "`linear`, `pooled` (dense + tanh + linear) or `mha`."})
+    exit_type: str = field(
+        default="linear", metadata={"help": "`linear`, `pooled` (dense + tanh + linear), `mha` or `past_future`."}
+    )
     exit_pooling: str = field(
         default="auto",
         metadata={"help": "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head."},
@@ -79,6 +79,12 @@ class BadgeConfig(PeftConfig):
     exit_weights: Any = field(
         default="uniform",
         metadata={"help": "Weights of the exits' losses: `uniform` (Eq. 8), `linear` (m, PABEE), or a list."},
+    )
+    learn_to_exit: bool = field(
+        default=False,
+        metadata={
+            "help": "A layer, shared by all exits, that learns when an exit is wrong (LTE), for policy `learned`."
+        },
     )
     early_exit: Any = field(
         default=None, metadata={"help": "EarlyExitConfig or dict: how this adapter stops when the call does not say."}
@@ -122,12 +128,11 @@ class BadgeConfig(PeftConfig):
             ("backbone", BACKBONES),
         ):
             one_of(name, getattr(self, name), allowed)
-        for name in ("bias", "train_head"):
+        if self.exit_type == "past_future" and self.final_exit != "exit":
+            raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
+        for name in ("bias", "train_head", "learn_to_exit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
-        for name, values in _LATER.items():
-            if getattr(self, name) in values:
-                raise NotImplementedError(f"{name}={getattr(self, name)!r} is not implemented yet in this version.")
         if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
         self._check_exit_layers()
@@ -137,12 +142,17 @@ class BadgeConfig(PeftConfig):
             one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.lora is not None and self.backbone != "lora":
             raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
+        if self.backbone == "lora":
+            self.lora = lora_fields(self.lora)
         if self.early_exit is not None:
             self.early_exit = EarlyExitConfig.of(self.early_exit)
-        if isinstance(self.block_layout, dict):
-            self.block_layout = BlockLayout(**self.block_layout)
-        elif self.block_layout is not None and not isinstance(self.block_layout, BlockLayout):
-            raise ValueError(f"block_layout={self.block_layout!r} is not allowed: it must be a BlockLayout or a dict.")
+        if self.exclude_modules:
+            raise ValueError(
+                f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
+            )
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} is not allowed: it must be None or a list.")
+        self._check_block_layout()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
@@ -161,6 +171,19 @@ class BadgeConfig(PeftConfig):
     def resolved_problem_type(self) -> str:
         """The problem type; a model that was never given labels has one output per row or per class."""
         return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+    def _check_block_layout(self) -> None:
+        layout = self.block_layout
+        if isinstance(layout, dict):
+            try:
+                self.block_layout = BlockLayout(**layout)
+            except TypeError as error:
+                allowed = ", ".join(BlockLayout.__dataclass_fields__)
+                raise ValueError(
+                    f"block_layout={layout!r} is not allowed: {error}; its fields are {allowed}."
+                ) from error
+        elif layout is not None and not isinstance(layout, BlockLayout):
+            raise ValueError(f"block_layout={layout!r} is not allowed: it must be a BlockLayout or a dict.")
 
     def _check_exit_layers(self) -> None:
         layers = self.exit_layers
@@ -190,6 +213,25 @@ class BadgeConfig(PeftConfig):
             self.exit_weights = [float(w) for w in weights]
         else:
             raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
+
+
+def lora_fields(value: Any) -> dict[str, Any] | None:
+    """`lora` as the fields that differ from PEFT's defaults, which is what a config file should hold.
+
+    Raises:
+        ValueError: not a LoraConfig, a dict of its fields, or None.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (dict, LoraConfig)):
+        raise ValueError(f"lora={value!r} is not allowed: it must be a LoraConfig, a dict of its fields, or None.")
+    try:
+        config = value if isinstance(value, LoraConfig) else LoraConfig(**value)
+    except TypeError as error:
+        raise ValueError(f"lora={value!r} is not allowed: {error}.") from error
+    default = LoraConfig().to_dict()
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if v != default[k]}
+    return {k: v for k, v in fields.items() if k not in ("peft_type", "task_type", "inference_mode", "peft_version")}
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from badge_peft.losses import check_labels, exit_loss, loss_weights, resolve_problem_type
+from badge_peft.losses import check_labels, doubt_loss, exit_loss, loss_weights, resolve_problem_type
 from badge_peft.outputs import MultiExitOutput
-from badge_peft.prepare import pooling_kind
 from badge_peft.run import ExitRun
 
 if TYPE_CHECKING:
     from badge_peft.model import BadgeModel
+
+_RUN: ContextVar[type[ExitRun]] = ContextVar("badge_peft_run_class", default=ExitRun)
+_KEEP: ContextVar[list[ExitRun] | None] = ContextVar("badge_peft_runs", default=None)
 
 
 def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +36,7 @@ def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
         check_labels(labels, config.resolved_labels, problem_type, batch_size)
         config.problem_type = problem_type  # as transformers does with its own config
 
-    run = ExitRun(adapter, batch_size, kwargs.get("attention_mask"), pooling_kind(model.model, config))
+    run = model.new_run(_RUN.get(), batch_size, kwargs.get("attention_mask"))
     with run:
         base = model.model(*args, return_dict=True, **kwargs)
     exits = model.exit_layers(adapter)
@@ -45,14 +50,41 @@ def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
         labels = labels.to(logits[-1].device)
         losses = [exit_loss(x, labels, config.resolved_problem_type, num_items) for x in logits]
         loss = sum_losses(losses, weights)
+        if run.doubts:
+            loss = loss + doubt_loss(run.doubts, run.exit_logits, labels, config.resolved_problem_type)
     output = MultiExitOutput(
         loss=loss,
         logits=logits[-1],
         exit_logits=torch.stack([x.to(logits[-1].device, logits[-1].dtype) for x in logits], dim=1),
+        exit_doubts=_stack_doubts(run, exits),
         hidden_states=base.get("hidden_states"),
         attentions=base.get("attentions"),
     )
+    runs = _KEEP.get()
+    if runs is not None:
+        runs.append(run)
     return output if return_dict is not False else output.to_tuple()
+
+
+@contextmanager
+def full_depth_runs(run: type[ExitRun]) -> Iterator[list[ExitRun]]:
+    """Inside, full-depth passes are runs of this class, and the list gets each of them: how training objectives see
+    and change what goes on between the blocks, through whatever wraps the model."""
+    runs: list[ExitRun] = []
+    kind, keep = _RUN.set(run), _KEEP.set(runs)
+    try:
+        yield runs
+    finally:
+        _RUN.reset(kind)
+        _KEEP.reset(keep)
+
+
+def _stack_doubts(run: ExitRun, exits: list[int]) -> Tensor | None:
+    """[B, E]; an exit without a doubt (the model's own head, which always answers) has 0."""
+    if not run.doubts:
+        return None
+    like = next(iter(run.doubts.values()))
+    return torch.stack([run.doubts.get(m, torch.zeros_like(like)) for m in exits], dim=1)
 
 
 def sum_losses(losses: list[Tensor], weights: list[float]) -> Tensor:

@@ -1,8 +1,7 @@
-"""`Bypass` (Eq. 1-2) and `BadgeBlock`, which wraps one transformer block and leaves it to do its work."""
+"""`BadgeBlock`: wraps one transformer block, leaves it to do its work, and holds its bypasses and exits."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -10,53 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from badge_peft.architectures import BlockLayout
+from badge_peft.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.config import BadgeConfig
-from badge_peft.heads import MultiExitHead
+from badge_peft.heads import Exit, MultiExitHead
+from badge_peft.hooks import watch_block
 from badge_peft.pooling import Pooling
 from badge_peft.run import Frame, current_run
-
-ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "tanh": nn.Tanh,
-    "identity": nn.Identity,
-}
-
-
-class Bypass(nn.Module):
-    """The bottleneck of one block: B(x) = g1(x W_down) W_up (Eq. 1), and the LayerNorm LN' behind it (Eq. 2).
-
-    W_up starts at zero, so that an exit starts from the block's own output.
-
-    Args:
-        hidden_size: d.
-        r: Bottleneck dimension.
-        activation: g1.
-        bias: Biases in both projections.
-        norm: A LayerNorm whose copy becomes LN', or None when LN' is shared with the block.
-    """
-
-    def __init__(self, hidden_size: int, r: int, activation: str, bias: bool, norm: nn.Module | None) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_size, r, bias=bias)
-        self.activation = ACTIVATION_MODULES[activation]()
-        self.up = nn.Linear(r, hidden_size, bias=bias)
-        nn.init.zeros_(self.up.weight)
-        if bias:
-            nn.init.zeros_(self.up.bias)
-        self.norm = None if norm is None else _plain_copy(norm)
-
-    def forward(self, source: Tensor, residual: Tensor, shared_norm: nn.Module) -> Tensor:
-        """LN'( B(source) + residual ); both [..., d], the result too."""
-        dtype = self.down.weight.dtype
-        inner = self.activation(self.down(source.to(dtype)))  # [..., r]
-        adjusted = self.up(inner) + residual.to(dtype)  # [..., d]
-        if self.norm is not None:
-            return self.norm(adjusted)
-        return apply_norm(shared_norm, adjusted)
 
 
 class BadgeBlock(nn.Module, BaseTunerLayer):
@@ -69,7 +27,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         exit_norm: The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN).
     """
 
-    adapter_layer_names = ("badge_bypass", "badge_exit")
+    adapter_layer_names = ("badge_bypass", "badge_exit", "badge_doubt")
     other_param_names = ("badge_placement",)
 
     def __init__(self, base_layer: nn.Module, numbers: list[int], layout: BlockLayout, exit_norm: nn.Module) -> None:
@@ -79,6 +37,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self.layout = layout
         self.badge_bypass = nn.ModuleDict()
         self.badge_exit = nn.ModuleDict()
+        self.badge_doubt = nn.ModuleDict()  # LTE's one layer for all exits, in block 1
         self.badge_placement: dict[str, str] = {}
         self.returns_tuple: bool | None = None  # known once the block has run
         self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
@@ -108,7 +67,9 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             self.badge_bypass[adapter_name] = nn.ModuleDict(
                 {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
             )
-            self._watch(config.placement)
+            watch_block(self.base_layer, self.layout, config.placement, self._hooks)
+        if config.learn_to_exit and 1 in self.numbers:
+            self.badge_doubt[adapter_name] = nn.Linear(config.hidden_size, 1)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -123,36 +84,25 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """Whether `adapter` reads an exit of ours at block `number` (0: the embeddings)."""
         return adapter in self.badge_exit and str(number) in cast(nn.ModuleDict, self.badge_exit[adapter])
 
-    def exit_logits(self, adapter: str, number: int, frame: Frame, pooling: Pooling) -> Tensor:
-        """Logits of exit `number`, [B, K], from what the block has just computed."""
+    def own_exit(self, adapter: str, number: int) -> Exit:
+        """The exit of `adapter` at block `number`."""
+        return cast(MultiExitHead, self.badge_exit[adapter]).exit(number)
+
+    def represent(self, adapter: str, number: int, frame: Frame, pooling: Pooling) -> tuple[Exit, Tensor]:
+        """Exit `number`, and the vector [B, d] that it reads from what the block has just computed."""
+        exit_ = self.own_exit(adapter, number)
+        picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if number > 0 and adapter in self.badge_bypass:
-            state = self._bypassed(self.badge_bypass[adapter][str(number)], adapter, frame, pooling)  # type: ignore
-        else:
-            state = pooling.pick(frame.output)
-            if number > 0 and self.layout.pre_norm:  # the model's own head reads normalised states, too
-                state = apply_norm(self._exit_norm[0], state)
-        return self.badge_exit[adapter].logits(number, pooling.reduce(state))  # type: ignore[operator]
-
-    def _bypassed(self, bypass: Bypass, adapter: str, frame: Frame, pooling: Pooling) -> Tensor:
-        """H'_m at the pooled position(s)."""
-        residual = frame.output if self.layout.pre_norm else frame.ffn_sum  # H_{m,F}
-        source = frame.block_input if self.badge_placement[adapter] == "block" else frame.attention
-        assert residual is not None and source is not None  # the hooks have run
-        return bypass(pooling.pick(source), pooling.pick(residual), self._exit_norm[0])
-
-    def _watch(self, placement: str) -> None:
-        """Puts hooks on the block's norms, for what a bypass reads beyond the block's input and output."""
-        layout = self.layout
-        if layout.last_norm and "ffn_sum" not in self._hooks:
-            norm = self.base_layer.get_submodule(layout.last_norm)
-            self._hooks["ffn_sum"] = norm.register_forward_pre_hook(_RecordInput("ffn_sum"))
-        if placement == "ffn" and "attention" not in self._hooks:
-            norm = self.base_layer.get_submodule(layout.attention_norm)
-            self._hooks["attention"] = (
-                norm.register_forward_pre_hook(_RecordInput("attention"))
-                if layout.pre_norm
-                else norm.register_forward_hook(_RecordOutput("attention"))
+            bypass = cast(Bypass, cast(nn.ModuleDict, self.badge_bypass[adapter])[str(number)])
+            placement = self.badge_placement[adapter]
+            states = bypassed_states(
+                bypass, placement, self.base_layer, self.layout, frame, picking, self._exit_norm[0]
             )
+        else:
+            states = picking.pick(frame.output)
+            if number > 0 and self.layout.pre_norm:  # the model's own head reads normalised states, too
+                states = apply_norm(self._exit_norm[0], states)
+        return exit_, exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
 
     def remove_hooks(self) -> None:
         """Takes our hooks off the block, which is then as it was."""
@@ -192,40 +142,3 @@ MERGE_ERROR = (
     "BADGE cannot be merged: a bypass feeds its block's exit and never the block, so the base weights have nothing to "
     "take in. Use unload() to get the base model back."
 )
-
-
-class _RecordInput:
-    """A forward pre-hook that notes the input of a norm in the frame of the running block."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        run = current_run()
-        if run is not None and run.frame is not None:
-            run.frame.record(self.name, args[0])
-
-
-class _RecordOutput:
-    """A forward hook that notes the output of a norm in the frame of the running block."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        run = current_run()
-        if run is not None and run.frame is not None:
-            run.frame.record(self.name, output)
-
-
-def apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
-    """Applies a norm of the model in its own precision, past its hooks (ours would record the call)."""
-    weight = getattr(norm, "weight", None)
-    return norm.forward(states if weight is None else states.to(weight.dtype))
-
-
-def _plain_copy(norm: nn.Module) -> nn.Module:
-    new = copy.deepcopy(norm)
-    new._forward_hooks.clear()
-    new._forward_pre_hooks.clear()
-    return new.requires_grad_(True)

@@ -61,6 +61,29 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any 
     return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
 
 
+def doubt_loss(doubts: dict[int, Tensor], exit_logits: dict[int, Tensor], labels: Tensor, problem_type: str) -> Tensor:
+    """The loss of learning to exit: the mean over exits and rows of (u - t)^2, where t says how wrong the exit is: 1
+    or 0, for regression |tanh(y' - y)|. Source: BERxiT, section 4.2 (with the complement, certainty, there).
+
+    Args:
+        doubts: Block number -> u [B].
+        exit_logits: Block number -> [B, K].
+        labels: As for `exit_loss`.
+        problem_type: As for `exit_loss`.
+    """
+    losses = []
+    for m, doubt in doubts.items():
+        logits = exit_logits[m].detach()
+        if problem_type == "regression":
+            wrong = (logits.float() - labels.view_as(logits)).tanh().abs().mean(dim=-1)
+        elif problem_type == "multi_label_classification":
+            wrong = ((logits > 0) != (labels.view_as(logits) > 0.5)).any(dim=-1).float()
+        else:
+            wrong = (logits.argmax(dim=-1) != labels.view(-1)).float()
+        losses.append(F.mse_loss(doubt.float(), wrong))
+    return torch.stack(losses).mean()
+
+
 def loss_weights(weights: str | list[float], exits: list[int]) -> list[float]:
     """The weight of each exit's loss.
 

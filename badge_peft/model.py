@@ -12,14 +12,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from badge_peft import lora
 from badge_peft import state_dict as saved
 from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.prepare import prepare_config
+from badge_peft.prepare import pooling_kind, prepare_config
 from badge_peft.registry import PREFIX
+from badge_peft.run import ExitRun
 
 
 class BadgeModel(BaseTuner):
@@ -69,6 +71,35 @@ class BadgeModel(BaseTuner):
     def exit_layers(self, adapter_name: str | None = None) -> list[int]:
         """Block numbers of the exits of `adapter_name` (None: the active adapter), shallow to deep; the last is M."""
         return exit_numbers(self.config_of(adapter_name), self.num_blocks)
+
+    def new_run(self, run: type[ExitRun], batch_size: int, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        """A run of class `run` for the active adapter.
+
+        Args:
+            run: `ExitRun` or a subclass.
+            batch_size: B.
+            attention_mask: [B, S] or None.
+            **kwargs: For the subclass.
+        """
+        adapter = self.single_active_adapter()
+        config = self.config_of(adapter)
+        exits, doubt = {}, None
+        if config.exit_type == "past_future" or config.learn_to_exit:
+            for block in self.wrapped:
+                for m in (0, *block.numbers):
+                    if block.has_exit(adapter, m):
+                        exits[m] = block.own_exit(adapter, m)
+                if adapter in block.badge_doubt:
+                    doubt = block.badge_doubt[adapter]
+        return run(
+            adapter,
+            batch_size,
+            attention_mask,
+            pooling_kind(self.model, config),
+            dict(sorted(exits.items())),
+            doubt,
+            **kwargs,
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -126,6 +157,13 @@ class BadgeModel(BaseTuner):
         self.block_names = block_names(self.model, self.layout)
         return peft_config
 
+    def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if peft_config.backbone == "lora":
+            assert self.layout is not None
+            name = next(name for name, known in self.peft_config.items() if known is peft_config)
+            wanted = lora.lora_config(peft_config.lora, self.layout)
+            lora.inject(model, name, wanted, self.block_names, peft_config.inference_mode)
+
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         saved.ignore_exit_logits(model)
 
@@ -167,13 +205,24 @@ class BadgeModel(BaseTuner):
         trained = bool(full) and not full[0].inference_mode
         unused = saved.unused_by_exits(model, full[0]) if trained else ()
         for name, parameter in model.named_parameters():
-            if ".badge_" in name or ".modules_to_save." in name:
+            if ".badge_" in name or ".modules_to_save." in name or lora.MARK in name:
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
 
     def disable_adapter_layers(self) -> None:
         """The model answers as the base model, until `enable_adapter_layers`."""
         self._enable_adapter_layers(enabled=False)  # PEFT's own reads our `bias` as if it were LoRA's
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes `adapter_name` the active adapter, with the LoRA that belongs to it."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        lora.set_active(self.model, self.active_adapters, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, with the LoRA that belongs to it."""
+        super().delete_adapter(adapter_name)
+        lora.delete(self.model, adapter_name)
+        lora.set_active(self.model, self.active_adapters, inference_mode=False)
 
     # ------------------------------------------------------------------------------------------------------- leaving
 
@@ -186,7 +235,8 @@ class BadgeModel(BaseTuner):
             elif isinstance(module, AuxiliaryTrainingWrapper) and not full:
                 module.set_adapter([])  # PEFT would leave the adapter's trained head in the base model
         saved.restore_output_keys(self.model)
-        return super().unload()
+        super().unload()
+        return super().unload()  # PEFT does not look inside of tuner layers, where a LoRA of ours is
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_ERROR)
@@ -218,7 +268,7 @@ class BadgeModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"(\.{PREFIX}[a-z]+)\.{re.escape(adapter_name)}\.", r"\1.", key)
+        return re.sub(rf"(\.(?:{PREFIX}|lora_)\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

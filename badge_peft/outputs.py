@@ -16,6 +16,7 @@ class MultiExitOutput(ModelOutput):
         loss: Scalar, when labels were given: the weighted sum of the losses of all exits (Eq. 8).
         logits: [B, K], of exit M.
         exit_logits: [B, E, K], of all exits, shallow to deep; the last is `logits`.
+        exit_doubts: [B, E], the uncertainty of each exit that `policy="learned"` reads, where the adapter learns it.
         hidden_states: As the base model gives them, when asked for.
         attentions: As the base model gives them, when asked for.
     """
@@ -23,6 +24,7 @@ class MultiExitOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     exit_logits: Tensor | None = None
+    exit_doubts: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 

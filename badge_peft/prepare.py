@@ -17,6 +17,27 @@ from badge_peft.losses import loss_weights
 _PEFT_HEADS = ("classifier", "score")
 # PEFT cannot do with an empty list; no module ends in this name.
 _NO_HEAD = "no_head_is_saved"
+# Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
+_OUR_NAMES = (
+    "query",
+    "key",
+    "value",
+    "output",
+    "imitate",
+    "gate",
+    "balance",
+    "badge_doubt",
+    "down",
+    "up",
+    "norm",
+    "activation",
+    "linear",
+    "dense",
+    "dropout",
+    "badge_bypass",
+    "badge_exit",
+)
+_PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
 
 
 def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> None:
@@ -30,13 +51,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     Raises:
         ValueError: config and model do not fit; the message says what to do.
     """
-    if any(
-        part == adapter_name for name, _ in model.named_modules() for part in name.split(".") if ".badge_" not in name
-    ):
-        raise ValueError(
-            f"an adapter cannot be called {adapter_name!r}: a module of the model has that name, and PEFT would "
-            "confuse the two when it saves. Choose another name."
-        )
+    _check_name(model, adapter_name)
     layout = get_layout(model, config.block_layout)
     names = block_names(model, layout)
     _check_saved("num_blocks", config.num_blocks, len(names))
@@ -65,6 +80,22 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
     extra = [name for name in config.modules_to_save or [] if name not in ours]
     config.modules_to_save = [*extra, *head] or [_NO_HEAD]
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
+    named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
+    taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
+    if adapter_name in taken or adapter_name in (*_OUR_NAMES, *_PEFT_NAMES) or adapter_name.isdigit():
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
+            "and PEFT would confuse the two when it saves. Choose another name."
+        )
+    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: torch cannot store a module under that name. Choose "
+            "another name, without a dot."
+        )
 
 
 def pooling_kind(model: nn.Module, config: BadgeConfig) -> str:

@@ -5,12 +5,14 @@ Nothing of a call is stored on modules, so threads can share a model, `deepcopy`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from badge_peft.notes import Notes
 from badge_peft.pooling import Pooling
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Frame:
         self.attention: Tensor | None = None  # H_{m,MHA}
         self.ffn_sum: Tensor | None = None  # H_{m,F}
         self.output: Tensor = block_input  # H_m, once the block is through
+        self.scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
 
     def record(self, name: str, value: Tensor) -> None:
         """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`)."""
@@ -48,12 +51,24 @@ class ExitRun:
         batch_size: Rows of the call, B.
         attention_mask: [B, S] or None, for the pooling.
         pooling: `cls`, `mean` or `last`.
+        exits: The adapter's own exits, shallow to deep, by block number.
 
     Attributes:
         exit_logits: Block number -> [B, K], of the exits that have been computed.
+        doubts: Block number -> [B], the uncertainty that a learned exit layer predicts, where the adapter has one.
     """
 
-    def __init__(self, adapter: str, batch_size: int, attention_mask: Tensor | None, pooling: str) -> None:
+    keep_notes = False
+
+    def __init__(
+        self,
+        adapter: str,
+        batch_size: int,
+        attention_mask: Tensor | None,
+        pooling: str,
+        exits: dict[int, nn.Module] | None = None,
+        learn_to_exit: nn.Module | None = None,
+    ) -> None:
         if attention_mask is not None and attention_mask.dim() != 2 and pooling != "cls":
             raise ValueError(
                 f"exit_pooling={pooling!r} needs an attention_mask of shape [batch, sequence], got "
@@ -63,6 +78,10 @@ class ExitRun:
         self.batch_size = batch_size
         self.pooling = Pooling(pooling, attention_mask)
         self.exit_logits: dict[int, Tensor] = {}
+        self.doubts: dict[int, Tensor] = {}
+        self.exits = exits or {}
+        self.learn_to_exit = learn_to_exit
+        self.notes = Notes(list(self.exits.values()), keep=self.keep_notes)
         self.frame: Frame | None = None
         self._visits: dict[int, int] = {}
         self._token: Token[ExitRun | None] | None = None
@@ -82,11 +101,30 @@ class ExitRun:
         if number == 1:
             self._check_rows(hidden)
             if block.has_exit(self.adapter, 0):
-                self.exit_logits[0] = block.exit_logits(self.adapter, 0, Frame(hidden), self.pooling)
-        result, frame = self._run(block, hidden, args, kwargs)
+                self.exit_logits[0] = self._read(block, 0, Frame(hidden))
+        args, kwargs = self.before_block(number, args, kwargs)
+        result, frame = self._run(block, self._hidden(args, kwargs), args, kwargs)
         if block.has_exit(self.adapter, number):
-            self.exit_logits[number] = block.exit_logits(self.adapter, number, frame, self.pooling)
+            self.exit_logits[number] = self._read(block, number, self.before_exit(number, hidden, frame))
         return result
+
+    def before_block(
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What block `number` is called with; training objectives may change it."""
+        return args, kwargs
+
+    def before_exit(self, number: int, block_input: Tensor, frame: Frame) -> Frame:
+        """What exit `number` reads; training objectives may change it."""
+        return frame
+
+    def _read(self, block: BadgeBlock, number: int, frame: Frame) -> Tensor:
+        """Logits [B, K] of exit `number`; its doubt and its notes are kept on the way."""
+        exit_, vector = block.represent(self.adapter, number, frame, self.pooling)
+        self.notes.keep_vector(exit_, vector)
+        if self.learn_to_exit is not None:
+            self.doubts[number] = self.learn_to_exit(vector).sigmoid().squeeze(-1)
+        return exit_(vector, self.notes)
 
     def _number(self, block: BadgeBlock) -> int:
         """The block number of this visit: a shared block (ALBERT) has a new one each time."""

@@ -8,17 +8,20 @@ from torch import Tensor, nn
 
 from badge_peft.architectures import get_layout
 from badge_peft.config import BadgeConfig
+from badge_peft.lora import is_adapter_key
 from badge_peft.registry import PREFIX
 
 _OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
-_OUTPUT_KEY = "exit_logits"
+_OUTPUT_KEYS = ["exit_logits", "exit_doubts"]
 
 
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `state_dict` that belong to the adapter: its bypasses and exits, and with `backbone="full"` the
-    trained backbone, which they are never separated from. (PEFT adds `modules_to_save`.)"""
+    """The entries of `state_dict` that belong to the adapter: its bypasses and exits, and the backbone's LoRA or the
+    trained backbone itself, which they are never separated from. (PEFT adds `modules_to_save`.)"""
     ours = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}\.")
     chosen = {key: value for key, value in state_dict.items() if ours.search(key)}
+    if config.backbone == "lora":
+        chosen.update({key: value for key, value in state_dict.items() if is_adapter_key(key, adapter_name)})
     if config.backbone == "full":
         chosen.update({key: value for key, value in state_dict.items() if _is_backbone(key)})
     return chosen
@@ -63,14 +66,15 @@ def unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
 def ignore_exit_logits(model: nn.Module) -> None:
     """Tells Trainer that `exit_logits` is no prediction: `compute_metrics` then gets the logits alone, as ever."""
     config = model.config
-    if config is not None and _OUTPUT_KEY not in (keys := _output_keys(model)):
-        config.keys_to_ignore_at_inference = [*keys, _OUTPUT_KEY]  # type: ignore[union-attr]
+    if config is not None:
+        keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
+        config.keys_to_ignore_at_inference = [*keys, *_OUTPUT_KEYS]  # type: ignore[union-attr]
 
 
 def restore_output_keys(model: nn.Module) -> None:
     """Undoes `ignore_exit_logits`."""
     config = model.config
-    keys = [key for key in _output_keys(model) if key != _OUTPUT_KEY]
+    keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
     if keys == list(getattr(type(config), "keys_to_ignore_at_inference", [])):
         config.__dict__.pop("keys_to_ignore_at_inference", None)
     else:
@@ -82,4 +86,9 @@ def _output_keys(model: nn.Module) -> list[str]:
 
 
 def _is_backbone(key: str) -> bool:
-    return not _OURS.search(key) and ".modules_to_save." not in key and ".original_module." not in key
+    return (
+        not _OURS.search(key)
+        and ".lora_" not in key
+        and ".modules_to_save." not in key
+        and ".original_module." not in key
+    )

@@ -86,13 +86,21 @@ class EarlyExitConfig:
                 "policy='fixed_depth' needs depth: the number of the block that answers (1 is the first)."
             )
         if self.temperature is not None:
-            if not isinstance(self.temperature, (list, tuple)) or not all(
-                is_number(t) and t > 0 for t in self.temperature
+            if (
+                not isinstance(self.temperature, (list, tuple))
+                or not self.temperature
+                or not all(is_number(t) and t > 0 for t in self.temperature)
             ):
                 raise ValueError(
                     f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
                 )
             self.temperature = [float(t) for t in self.temperature]
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize={self.normalize!r} is not allowed: it must be True or False.")
+        for name in ("parameters", "calibration"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
 
     @classmethod
     def of(cls, value: EarlyExitConfig | dict[str, Any] | None, **overrides: Any) -> EarlyExitConfig:

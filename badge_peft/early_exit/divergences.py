@@ -41,8 +41,25 @@ def categorical(kind: str, log_p: Array, log_q: Array) -> Array:
     return np.float32(0.5) * ((p * (log_p - middle)).sum(axis=-1) + (q * (log_q - middle)).sum(axis=-1))
 
 
+def largest_probability(logits: Array, problem_type: str) -> Array:
+    """[n, K] -> [n]: the largest probability; multi-label: that of the least sure label."""
+    log_p = np.empty_like(logits)
+    if problem_type != "multi_label_classification":
+        log_softmax(logits, out=log_p)
+        return np.exp(log_p.max(axis=-1))
+    log_other = np.empty_like(logits)
+    log_sigmoid(logits, out=log_p, out_other=log_other)
+    return np.exp(np.maximum(log_p, log_other).min(axis=-1))
+
+
 def label(logits: Array, others: Array, problem_type: str) -> Array:
     """0 where the predicted label is the same, else 1 (multi-label: the number of labels that differ): [i, n]."""
     if problem_type == "multi_label_classification":
         return ((logits > 0) != (others > 0)).sum(axis=-1).astype(np.float32)
     return (logits.argmax(axis=-1) != others.argmax(axis=-1)).astype(np.float32)
+
+
+def distance(values: Array, others: Array) -> Array:
+    """|y_m - y_i| of regression, summed over outputs: [i, n]."""
+    clipped = np.clip(others, -_LARGEST, _LARGEST)
+    return np.abs(np.clip(values, -_LARGEST, _LARGEST) - clipped).sum(axis=-1)

@@ -14,7 +14,6 @@ from badge_peft.early_exit.run import EarlyExitRun
 from badge_peft.full_depth import count_rows
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.prepare import pooling_kind
 
 _FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
 _IGNORED = ("labels", "return_dict", "num_items_in_batch")
@@ -72,13 +71,12 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=2
         )
-    run = EarlyExitRun(
-        adapter,
+    run = badge.new_run(
+        EarlyExitRun,
         count_rows(**inputs),
         inputs.get("attention_mask"),
-        pooling_kind(badge.model, config),
         policy=policy,
-        exits=badge.exit_layers(adapter),
+        exit_layers=badge.exit_layers(adapter),
         num_labels=config.resolved_labels,
         problem_type=config.resolved_problem_type,
         num_blocks=badge.num_blocks,

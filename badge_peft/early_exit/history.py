@@ -100,6 +100,12 @@ class ExitHistory:
             self._cache[key] = self._divergence("self", "ce", j, slice(j, j + 1))[0]
         return self._cache[key]
 
+    def confidence(self, j: int) -> Array:
+        """[n]: the largest probability of exit j; multi-label: that of the least sure label."""
+        if self._log_others is None:
+            return np.exp(self._log_probs[j].max(axis=-1))
+        return np.exp(np.maximum(self._log_probs[j], self._log_others[j]).min(axis=-1))
+
     def _divergence(self, name: str, kind: str, j: int, others: slice) -> Array:
         key = (name, kind, j)
         if key not in self._cache:
@@ -108,7 +114,7 @@ class ExitHistory:
 
     def _compute(self, kind: str, j: int, others: slice) -> Array:
         if self.problem_type == "regression":
-            return np.abs(self.logits[j] - self.logits[others]).sum(axis=-1)
+            return div.distance(self.logits[j], self.logits[others])
         if kind == "label":
             return div.label(self.logits[j], self.logits[others], self.problem_type)
         if self._log_others is None:

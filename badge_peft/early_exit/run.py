@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
@@ -23,7 +23,7 @@ class EarlyExitRun(ExitRun):
 
     Args:
         policy: Decides, on the host.
-        exits: Block numbers of all exits; the last is M.
+        exit_layers: Block numbers of all exits; the last is M.
         num_labels: K.
         problem_type: For the policy.
         (the others as `ExitRun`)
@@ -39,23 +39,26 @@ class EarlyExitRun(ExitRun):
         batch_size: int,
         attention_mask: Tensor | None,
         pooling: str,
+        exits: dict[int, nn.Module] | None = None,
+        learn_to_exit: nn.Module | None = None,
         *,
         policy: ExitPolicy,
-        exits: list[int],
+        exit_layers: list[int],
         num_labels: int,
         problem_type: str,
         num_blocks: int,
     ) -> None:
-        super().__init__(adapter, batch_size, attention_mask, pooling)
-        policy.check(exits, num_labels, problem_type)
+        super().__init__(adapter, batch_size, attention_mask, pooling, exits, learn_to_exit)
+        policy.check(exit_layers, num_labels, problem_type)
         self.policy = policy
         self.num_blocks = num_blocks
-        self.history = ExitHistory(exits, batch_size, num_labels, problem_type)
+        self.history = ExitHistory(exit_layers, batch_size, num_labels, problem_type)
         self.answer: Tensor | None = None
         self.exit_layer = np.full(batch_size, -1, dtype=np.int64)
         self.alive: np.ndarray | None = None  # indices of the rows in the states; None: all B
         self._waiting: np.ndarray | None = None  # of those, the rows to keep at the next block
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # per-row arguments, already compacted
+        self._returned_tuple: bool | None = None  # whether the last block that ran did
 
     @property
     def finished(self) -> bool:
@@ -69,16 +72,18 @@ class EarlyExitRun(ExitRun):
         if number == 1:
             self._check_rows(hidden)
             if block.has_exit(self.adapter, 0):
-                self._decide(0, block.exit_logits(self.adapter, 0, Frame(hidden), self.pooling))
+                self._decide(0, self._read(block, 0, Frame(hidden)))
+        if self.finished and block.returns_tuple is None:
+            block.returns_tuple = self._returned_tuple  # a new model: as the block before it
         if self.finished and block.returns_tuple is not None:
             return self._skip(block, number, hidden)
         if number > block.layout.full_rows_until and not self.finished:
             args, kwargs = self._drop_stopped(block, args, kwargs)
             hidden = self._hidden(args, kwargs)
         result, frame = self._run(block, hidden, args, kwargs)
-        block.returns_tuple = isinstance(result, tuple)
+        block.returns_tuple = self._returned_tuple = isinstance(result, tuple)
         if block.has_exit(self.adapter, number) and not self.finished:
-            self._decide(number, block.exit_logits(self.adapter, number, frame, self.pooling))
+            self._decide(number, self._read(block, number, frame))
         if number == self.num_blocks and self.alive is not None:
             full = self._all_rows(frame.output)
             return (full, *result[1:]) if isinstance(result, tuple) else full
@@ -98,9 +103,10 @@ class EarlyExitRun(ExitRun):
         rows = np.arange(self.batch_size) if self.alive is None else self.alive
         going = self.exit_layer[rows] < 0  # rows may have stopped and still be in the states
         host = logits.detach().float().cpu().numpy()
+        doubt = self.doubts[number].float().cpu().numpy() if number in self.doubts else None
         if host.shape[0] != self.history.rows:
-            host = host[going]
-        self.history.append(host)
+            host, doubt = host[going], None if doubt is None else doubt[going]
+        self.history.append(host, doubt)
         stops = self.policy.stops(self.history, self.history.seen - 1)
         if not stops.any():
             return
@@ -135,6 +141,7 @@ class EarlyExitRun(ExitRun):
             rows = np.arange(self.batch_size) if self.alive is None else self.alive
             self.alive = rows[self._waiting]
             self.pooling = self.pooling.rows(keep)
+            self.notes.rows(keep)
             self._waiting = None
             self._kept.clear()
         if self.alive is None:

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from badge_peft.evaluation.calibration import calibrate
 from badge_peft.evaluation.collect import collect_exit_logits
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.metrics import ExitScores, exit_scores
+from badge_peft.evaluation.tradeoff import TradeOff, TradeOffPoint, evaluate_policy, sweep
 
-__all__ = ["ExitLogits", "ExitScores", "collect_exit_logits", "exit_scores"]
+__all__ = [
+    "ExitLogits",
+    "ExitScores",
+    "TradeOff",
+    "TradeOffPoint",
+    "calibrate",
+    "collect_exit_logits",
+    "evaluate_policy",
+    "exit_scores",
+    "sweep",
+]

@@ -47,6 +47,7 @@ def collect_exit_logits(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     logits: list[Tensor] = []
     labels: list[Tensor] = []
+    doubts: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
@@ -57,7 +58,10 @@ def collect_exit_logits(
             target = batch.pop("labels", None)
             if target is not None:
                 labels.append(target.cpu())
-            logits.append(badge(**batch).exit_logits.float().cpu())
+            output = badge(**batch)
+            logits.append(output.exit_logits.float().cpu())
+            if output.exit_doubts is not None:
+                doubts.append(output.exit_doubts.float().cpu())
     finally:
         model.train(was_training)
     back = torch.empty(len(order), dtype=torch.long)
@@ -68,4 +72,5 @@ def collect_exit_logits(
         badge.exit_layers(),
         config.resolved_problem_type,
         badge.num_blocks,
+        torch.cat(doubts)[back] if doubts else None,
     )

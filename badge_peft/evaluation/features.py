@@ -35,10 +35,12 @@ def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tens
     """
     pad_token = getattr(model.config, "pad_token_id", None)
     longest = max(len(row["input_ids"]) for row in rows)
-    if pad_token is None and any(len(row["input_ids"]) != longest for row in rows):
-        raise ValueError(
-            "rows differ in length and the model's config has no pad_token_id: set it, or pass a collator."
-        )
+    if pad_token is None:
+        if any(len(row["input_ids"]) != longest for row in rows):
+            raise ValueError(
+                "rows differ in length, and the model's config has no pad_token_id: set it, or pass a data_collator."
+            )
+        pad_token = 0
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         values = [torch.as_tensor(row[name]) for row in rows]

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
 from badge_peft.evaluation.exits import ExitLogits
 
 Array = np.ndarray
 Metric = str | Callable[[Array, Array], float]
+
+
+def _accuracy(predictions: Array, labels: Array) -> float:
+    right = predictions == labels  # multi-label: all labels of a row must be right, as scikit-learn has it
+    return float((right if right.ndim == 1 else right.all(axis=1)).mean())
 
 
 def _f1(predictions: Array, labels: Array) -> float:
@@ -30,9 +35,9 @@ def _correlation(function: Callable[[Array, Array], object], predictions: Array,
 
 
 METRICS: dict[str, Callable[[Array, Array], float]] = {
-    "accuracy": lambda p, y: float(accuracy_score(y, p)),
+    "accuracy": _accuracy,
     "f1": _f1,
-    "acc_and_f1": lambda p, y: (float(accuracy_score(y, p)) + _f1(p, y)) / 2,
+    "acc_and_f1": lambda p, y: (_accuracy(p, y) + _f1(p, y)) / 2,
     "macro_f1": lambda p, y: float(f1_score(y, p, average="macro", zero_division=0)),
     "matthews": lambda p, y: float(matthews_corrcoef(y, p)),
     "pearson": lambda p, y: _correlation(pearsonr, p, y),

@@ -6,11 +6,28 @@ from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.base import ExitPolicy
+from badge_peft.early_exit.policies.confidence import (
+    ConfidentPatiencePolicy,
+    EntropyPolicy,
+    LearnedPolicy,
+    MaxProbPolicy,
+)
 from badge_peft.early_exit.policies.divergence import DivergencePolicy, PatiencePolicy
 from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy
+from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 
 POLICIES: dict[str, type[ExitPolicy]] = {
-    policy.name: policy for policy in (DivergencePolicy, PatiencePolicy, FixedDepthPolicy, NeverPolicy)
+    policy.name: policy
+    for policy in (
+        DivergencePolicy,
+        PatiencePolicy,
+        EntropyPolicy,
+        MaxProbPolicy,
+        LearnedPolicy,
+        ConfidentPatiencePolicy,
+        FixedDepthPolicy,
+        NeverPolicy,
+    )
 }
 
 
@@ -30,10 +47,15 @@ def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overr
 
 __all__ = [
     "POLICIES",
+    "ConfidentPatiencePolicy",
     "DivergencePolicy",
+    "EntropyPolicy",
     "ExitPolicy",
     "FixedDepthPolicy",
+    "LearnedPolicy",
+    "MaxProbPolicy",
     "NeverPolicy",
     "PatiencePolicy",
+    "ThresholdPolicy",
     "build_policy",
 ]

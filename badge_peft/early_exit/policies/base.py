@@ -122,7 +122,7 @@ def as_history(
     return ExitHistory.of(logits, exits, problem_type, None if signals is None else _numpy(signals))
 
 
-def log_labels(num_labels: int, problem_type: str) -> float:
+def max_entropy(num_labels: int, problem_type: str) -> float:
     """The largest entropy: ln K, or K ln 2 for K independent labels."""
     return num_labels * math.log(2) if problem_type == "multi_label_classification" else math.log(max(num_labels, 2))
 

@@ -8,17 +8,19 @@ import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array, ExitPolicy, log_labels
+from badge_peft.early_exit.policies.base import Array, max_entropy
+from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 
 
-class DivergencePolicy(ExitPolicy):
-    """Divergence-based early exiting: stop at block m when at least t earlier exits predicted a distribution whose
-    divergence from p_m is below tau.
+class DivergencePolicy(ThresholdPolicy):
+    """Divergence-based early exiting: stop at block m when at least t earlier exits predicted a distribution close to
+    p_m, which means at a divergence below tau.
 
         cnt_m = #{ i < m : S(p_m, p_i) < tau };  stop at the first m with cnt_m >= t        (Eq. 3)
 
     `window="all"` is Eq. 3. `window="consecutive"` counts the unbroken run of adjacent agreements
-    S(p_j, p_{j-1}) < tau that ends at m. Source: BADGE, section 3.2.
+    S(p_j, p_{j-1}) < tau that ends at m. The signal is the t-th smallest divergence (`all`), or the largest of the
+    last t (`consecutive`): it lies below tau exactly where the count reaches t. Source: BADGE, section 3.2.
 
     Defaults: t = 1; tau = 0.3 ln K for `ce` (which has to exceed the entropy of the prediction itself), 0.05 ln K for
     `kl`, 0.02 ln K for `js`, 0.5 for `label`; K independent labels count K ln 2 in place of ln K; 0.1 for regression,
@@ -28,25 +30,27 @@ class DivergencePolicy(ExitPolicy):
     name = "divergence"
     default_patience = 1
 
-    def agrees(self, history: ExitHistory, j: int) -> Array:
-        """[n] bool: cnt_j >= t."""
-        t = self.config.patience if self.config.patience is not None else self.default_patience
+    @property
+    def patience(self) -> int:
+        """t."""
+        return self.config.patience if self.config.patience is not None else self.default_patience
+
+    def signal(self, history: ExitHistory, j: int) -> Array:
+        """[n]: the smallest tau that would stop a row at exit j."""
+        t, kind = self.patience, self.config.divergence
         if j < t:
-            return np.zeros(history.rows, dtype=bool)
-        tau = self.tau(history)
+            return self.nobody(history)
         if self.config.window == "all":
-            return (history.to_earlier(self.config.divergence, j) < tau).sum(axis=0) >= t
-        run = history.to_previous(self.config.divergence, j) < tau
+            earlier = history.to_earlier(kind, j)  # [j, n]
+            return earlier.min(axis=0) if t == 1 else np.partition(earlier, t - 1, axis=0)[t - 1]
+        run = history.to_previous(kind, j)
         for k in range(1, t):
-            run &= history.to_previous(self.config.divergence, j - k) < tau
+            run = np.maximum(run, history.to_previous(kind, j - k))
         return run
 
-    def tau(self, history: ExitHistory) -> np.float32:
-        """tau in the unit of S."""
-        tau = self.threshold(history)
-        if self.config.normalize and self.config.threshold is not None and self._has_entropy(history.problem_type):
-            tau *= log_labels(history.num_labels, history.problem_type)
-        return np.float32(tau)
+    def in_nats(self, problem_type: str) -> bool:
+        """Not for `label` and regression."""
+        return problem_type != "regression" and self.config.divergence != "label"
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""
@@ -55,10 +59,7 @@ class DivergencePolicy(ExitPolicy):
         if self.config.divergence == "label":
             return 0.5
         share = {"ce": 0.3, "kl": 0.05, "js": 0.02}[self.config.divergence]
-        return share * log_labels(num_labels, problem_type)
-
-    def _has_entropy(self, problem_type: str) -> bool:
-        return problem_type != "regression" and self.config.divergence != "label"
+        return share * max_entropy(num_labels, problem_type)
 
 
 class PatiencePolicy(DivergencePolicy):

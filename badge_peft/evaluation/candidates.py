@@ -1,0 +1,121 @@
+"""Which configurations a sweep or a calibration tries: for each policy, settings spread over the speed-up range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+
+from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig
+from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.early_exit.policies.threshold import ThresholdPolicy
+
+Array = np.ndarray
+MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
+
+
+def policy_label(config: EarlyExitConfig) -> str:
+    """A short name of a policy's variant, for curves and tables: `divergence-kl-consecutive t=2`."""
+    name = config.policy
+    if config.policy == "divergence":
+        name += "" if config.divergence == "ce" else f"-{config.divergence}"
+        name += "" if config.window == "all" else f"-{config.window}"
+    if config.policy in ("divergence", "confident_patience") and config.patience is not None:
+        name += f" t={config.patience}"
+    return name
+
+
+def families(policy: str | dict[str, Any] | EarlyExitConfig, history: ExitHistory) -> list[EarlyExitConfig]:
+    """The variants of `policy` worth searching for these exits, each without its threshold.
+
+    A name leaves the patience open; `auto` stands for every policy with every divergence and window.
+    """
+    if policy == "auto":
+        return [family for template in _every_policy(history) for family in families(template, history)]
+    config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
+    steps = len(history.exits) - 1
+    if config.policy in ("divergence", "confident_patience") and config.patience is None:
+        return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]
+    return [config]
+
+
+def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[tuple[EarlyExitConfig, Array]]:
+    """At most `count` configs of one family, slow to fast, each with the blocks [N] at which its rows stop.
+
+    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give.
+    """
+    if family.policy == "fixed_depth":
+        return [_replayed(EarlyExitConfig.of(family, depth=m), history) for m in reversed(history.exits)]
+    policy = build_policy(family)
+    policy.check(history.exits, history.num_labels, history.problem_type)
+    labels = family.policy == "patience" and history.problem_type != "regression"
+    if labels and family.patience is None:
+        patience = reversed(range(1, max(2, len(history.exits))))
+        return [_replayed(EarlyExitConfig.of(family, patience=t), history) for t in patience]
+    if labels or not isinstance(policy, ThresholdPolicy) or family.threshold is not None:
+        return [_replayed(family, history)]
+    doubts = first_doubts(policy, history)  # [E-1, N]
+    found = []
+    for tau in _thresholds(doubts, policy.stops_above, history, count):
+        config = EarlyExitConfig.of(family, threshold=1.0)
+        config.threshold = tau / cast(ThresholdPolicy, build_policy(config)).unit(history)
+        found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), doubts, history)))
+    return found
+
+
+def _every_policy(history: ExitHistory) -> Iterable[dict[str, Any]]:
+    regression = history.problem_type == "regression"
+    divergences = ("ce",) if regression else DIVERGENCES
+    yield from ({"policy": "divergence", "divergence": d, "window": w} for d in divergences for w in WINDOWS)
+    yield {"policy": "patience"}
+    if not regression:
+        yield from ({"policy": name} for name in ("entropy", "max_prob", "confident_patience") if name in POLICIES)
+    if not np.isnan(history.signals).any():
+        yield {"policy": "learned"}
+
+
+def _thresholds(doubts: Array, stops_above: bool, history: ExitHistory, count: int) -> list[float]:
+    """Thresholds in the unit of the signal, from few stops to many."""
+    values = np.unique(doubts[np.isfinite(doubts)])
+    if not len(values):
+        return []
+    if len(values) > 2000:
+        values = values[np.linspace(0, len(values) - 1, 2000).astype(int)]
+    above = np.append(values[1:], values[-1] + np.float32(1e-3) + abs(values[-1]) * np.float32(1e-3))
+    taus = (values + above) / 2  # halfway to the next value that was seen: no row lies on the threshold
+    gaps = np.diff(np.array(history.exits, dtype=np.float64))
+    saved = sum(gap * np.searchsorted(np.sort(row), taus) for gap, row in zip(gaps, doubts, strict=True))
+    wanted = np.linspace(saved.min(), saved.max(), count)
+    chosen = sorted({int(np.abs(saved - goal).argmin()) for goal in wanted})
+    sign = -1.0 if stops_above else 1.0
+    return [sign * float(taus[i]) for i in chosen]
+
+
+def first_doubts(policy: ThresholdPolicy, history: ExitHistory) -> Array:
+    """[E-1, N]: the least doubt that a row has shown up to each exit but the last, so that a row has stopped by exit j
+    exactly where this lies below the threshold. A confidence counts as its negative."""
+    sign = np.float32(-1.0 if policy.stops_above else 1.0)
+    rows = []
+    for j in range(len(history.exits) - 1):
+        low = policy.config.min_exit is not None and history.exits[j] < policy.config.min_exit
+        rows.append(np.full(history.rows, np.inf, dtype=np.float32) if low else sign * policy.signal(history, j))
+    if not rows:
+        return np.empty((0, history.rows), dtype=np.float32)
+    return np.minimum.accumulate(np.stack(rows), axis=0)
+
+
+def _stops(policy: ThresholdPolicy, doubts: Array, history: ExitHistory) -> Array:
+    """[N]: what `policy.replay_history` gives, from doubts that all thresholds share."""
+    tau = np.float32(policy.limit(history))
+    going = doubts > -tau if policy.stops_above else doubts >= tau  # [E-1, N], True down to the exit that answers
+    index = going.sum(axis=0)
+    cap = policy.config.max_exit
+    if cap is not None:
+        index = np.minimum(index, max(j for j, m in enumerate(history.exits) if m <= cap))
+    return np.array(history.exits)[index]
+
+
+def _replayed(config: EarlyExitConfig, history: ExitHistory) -> tuple[EarlyExitConfig, Array]:
+    return config, build_policy(config).replay_history(history)

@@ -1,0 +1,152 @@
+"""Score against speed-up: what each policy costs and gives on stored exit logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.candidates import families, policy_label, settings
+from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.metrics import Metric, score
+
+
+@dataclass(frozen=True)
+class TradeOffPoint:
+    """One configuration on one data set.
+
+    Args:
+        name: The curve that it belongs to.
+        config: The configuration.
+        mean_exit: Mean number of the block that answered.
+        layer_speedup: 1 - mean_exit / M, the share of blocks saved.
+        score: Of the answers.
+    """
+
+    name: str
+    config: EarlyExitConfig
+    mean_exit: float
+    layer_speedup: float
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: the numbers, and the fields of the config that are set."""
+        keep = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth")
+        config = {k: v for k, v in self.config.to_dict().items() if k in keep and v is not None}
+        numbers = {"mean_exit": self.mean_exit, "layer_speedup": self.layer_speedup, "score": self.score}
+        return {"name": self.name, **config, **numbers}
+
+
+@dataclass
+class TradeOff:
+    """The points of a sweep; the line of fixed depths is always among them.
+
+    Args:
+        points: In the order of the sweep.
+        metric: What `score` is.
+        num_blocks: M.
+    """
+
+    points: list[TradeOffPoint]
+    metric: str
+    num_blocks: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the curves."""
+        return list(dict.fromkeys(point.name for point in self.points))
+
+    def curve(self, name: str) -> list[TradeOffPoint]:
+        """The points of one curve, by speed-up."""
+        return sorted((p for p in self.points if p.name == name), key=lambda p: p.layer_speedup)
+
+    def best_at(self, name: str, speedup: float) -> TradeOffPoint | None:
+        """The best score of a curve at a layer speed-up of at least `speedup`; None where the curve does not reach."""
+        reached = [p for p in self.curve(name) if p.layer_speedup >= speedup]
+        return max(reached, key=lambda p: (p.score, p.layer_speedup), default=None)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One flat dict per point, for `pandas.DataFrame` or JSON."""
+        return [point.to_dict() for point in self.points]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a JSON file."""
+        data = {"metric": self.metric, "num_blocks": self.num_blocks, **self.notes, "points": self.to_dicts()}
+        Path(path).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def evaluate_policy(
+    exit_logits: ExitLogits,
+    config: EarlyExitConfig | dict[str, Any],
+    metric: Metric = "accuracy",
+    name: str | None = None,
+) -> TradeOffPoint:
+    """Speed-up and score of one configuration, by replay."""
+    config = EarlyExitConfig.of(config)
+    stops = build_policy(config).replay_history(exit_logits.history())
+    return _point(exit_logits, config, stops, metric, name or policy_label(config))
+
+
+def sweep(
+    exit_logits: ExitLogits,
+    policies: Iterable[str | dict[str, Any] | EarlyExitConfig] | None = None,
+    points: int = 20,
+    metric: Metric = "accuracy",
+) -> TradeOff:
+    """The trade-off of several policies, by replaying stored logits.
+
+    Args:
+        exit_logits: With labels.
+        policies: Names, or configs whose threshold (or depth, or patience) is left open. None: `divergence`,
+            `patience`, `entropy` and `max_prob`, those that suit the problem type. A name takes the policy's default
+            patience.
+        points: Per policy, spread over the speed-ups it can give. `patience` and `fixed_depth` have one point per
+            block and no more.
+        metric: As for `exit_scores`.
+
+    Returns:
+        The points, with the fixed depths first.
+    """
+    history = exit_logits.history()
+    if policies is None:
+        regression = exit_logits.problem_type == "regression"
+        policies = ["divergence", "patience"] if regression else ["divergence", "patience", "entropy", "max_prob"]
+    result = TradeOff([], metric if isinstance(metric, str) else metric.__name__, exit_logits.depth)
+    templates = [
+        EarlyExitConfig.of({"policy": p} if isinstance(p, str) else p) for p in policies if p != "fixed_depth"
+    ]
+    for template in [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *templates]:
+        for config, stops in settings(template, history, points):
+            result.points.append(_point(exit_logits, config, stops, metric, policy_label(template)))
+    return result
+
+
+def search(
+    exit_logits: ExitLogits, policy: str | dict[str, Any] | EarlyExitConfig, count: int, metric: Metric
+) -> list[TradeOffPoint]:
+    """Every setting of every variant of `policy` that a calibration considers, and the fixed depths."""
+    history = exit_logits.history()
+    variants = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *families(policy, history)]
+    return [
+        _point(exit_logits, config, stops, metric, policy_label(config))
+        for family in variants
+        for config, stops in settings(family, history, count)
+    ]
+
+
+def _point(
+    exit_logits: ExitLogits, config: EarlyExitConfig, stops: np.ndarray, metric: Metric, name: str
+) -> TradeOffPoint:
+    mean_exit = float(stops.mean())
+    answers = exit_logits.answers(torch.from_numpy(stops))
+    return TradeOffPoint(
+        name, config, mean_exit, 1 - mean_exit / exit_logits.depth, score(exit_logits, answers, metric)
+    )

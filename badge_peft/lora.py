@@ -1,0 +1,111 @@
+"""`backbone="lora"`: a PEFT LoRA inside the blocks, one adapter with the bypasses and exits that it is trained with.
+
+The LoRA layers are PEFT's own. Here stands only what makes them one with our adapter: when they are put in, switched,
+deleted and taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from badge_peft.architectures import BlockLayout
+from badge_peft.layer import BadgeBlock
+
+MARK = ".lora_"
+
+
+def lora_config(fields: dict[str, Any] | None, layout: BlockLayout) -> LoraConfig:
+    """The LoRA that a `BadgeConfig.lora` describes; None is r=8, alpha=16, dropout 0.05. Without `target_modules` it
+    adapts queries and values, as PEFT does by default."""
+    fields = dict(fields or {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05})
+    if not fields.get("target_modules"):
+        fields["target_modules"] = list(layout.lora_targets)
+    return LoraConfig(**fields)
+
+
+def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:
+    """Puts the LoRA of `adapter_name` into the blocks.
+
+    Args:
+        model: The base model, its blocks wrapped by us or not.
+        adapter_name: The adapter.
+        config: Its LoRA; modules outside of the blocks are left alone.
+        blocks: Names of the blocks.
+        inference: Whether the adapter is loaded for inference only.
+    """
+    with _unwrapped(model):
+        before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
+        try:
+            prefixes = tuple(f"{name}." for name in blocks)
+            targets = [
+                name for name, _ in model.named_modules() if name.startswith(prefixes) and _targeted(config, name)
+            ]
+            if not targets:
+                raise ValueError(
+                    f"lora target_modules={config.target_modules!r} match no module inside of the blocks."
+                )
+            bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
+            LoraModel(model, {adapter_name: bound}, adapter_name)
+        finally:
+            model.__dict__.pop("peft_config", None)
+            if before is not None:
+                model.peft_config = before
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The LoRA layers inside of `model`."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def set_active(model: nn.Module, adapter_names: list[str], inference_mode: bool) -> None:
+    """Makes the LoRA of the given adapters the active ones; an adapter without one switches them all off."""
+    for layer in lora_layers(model):
+        known = set(layer.lora_A) | set(layer.lora_embedding_A)
+        layer.set_adapter([name for name in adapter_names if name in known], inference_mode=inference_mode)
+
+
+def delete(model: nn.Module, adapter_name: str) -> None:
+    """Takes the LoRA of one adapter away."""
+    for layer in lora_layers(model):
+        layer.delete_adapter(adapter_name)
+
+
+def is_adapter_key(key: str, adapter_name: str) -> bool:
+    """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
+    return MARK in key and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
+
+
+def foreign(model: nn.Module, ours: dict[str, PeftConfig]) -> list[str]:
+    """Names of LoRA adapters in `model` that are not part of one of ours."""
+    return sorted({name for layer in lora_layers(model) for name in layer.lora_A} - set(ours))
+
+
+def _targeted(config: LoraConfig, name: str) -> bool:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return bool(LoraModel._check_target_module_exists(config, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """PEFT never looks for targets inside of another tuner's layers, so ours step aside."""
+    places = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BadgeBlock):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            places.append((parent, name.rpartition(".")[2], module))
+    try:
+        for parent, child, block in places:
+            setattr(parent, child, block.base_layer)
+        yield
+    finally:
+        for parent, child, block in places:
+            setattr(parent, child, block)
