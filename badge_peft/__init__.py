@@ -28,7 +28,7 @@ from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
 from badge_peft.prepare import package_version
 from badge_peft.registry import register
-from badge_peft.training import make_optimizer, parameter_groups
+from badge_peft.training import MultiExitTrainer, make_optimizer, multi_exit_arguments, parameter_groups
 
 __version__ = package_version()
 
@@ -47,6 +47,7 @@ __all__ = [
     "ExitScores",
     "MultiExitHead",
     "MultiExitOutput",
+    "MultiExitTrainer",
     "TradeOff",
     "TradeOffPoint",
     "calibrate",
@@ -56,6 +57,7 @@ __all__ = [
     "exit_scores",
     "load_pretrained",
     "make_optimizer",
+    "multi_exit_arguments",
     "parameter_groups",
     "sweep",
 ]

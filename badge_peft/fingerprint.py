@@ -29,7 +29,8 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
         and ".modules_to_save." not in name
         and not any(part in skip for part in name.split("."))
     ]
-    # The last two are always among them: pooler and head, which transformers draws at random where a checkpoint has none.
+    # The last two are always among them: pooler and head, which transformers draws at random where a checkpoint has
+    # none.
     last = len(named) - 1
     chosen = {last - 1, *(round(i * last / (PARAMETERS - 2)) for i in range(PARAMETERS - 1))}
     return {named[i][0]: _sample(named[i][1]) for i in sorted(chosen) if 0 <= i <= last}
@@ -52,7 +53,7 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
         ):
             raise ValueError(
                 f"this adapter was made for another backbone: the weight {name} starts with "
-                f"{[round(v, 4) for v in found]} here and with {[round(v, 4) for v in values]} where the adapter was "
+                f"{[round(v, 6) for v in found]} here and with {[round(v, 6) for v in values]} where the adapter was "
                 "trained. Load the base model that adapter_config.json names (base_model_name_or_path). If that is "
                 "what you did, its checkpoint lacks this weight and transformers drew it at random: train with "
                 "final_exit='exit', or save the base model beside the adapter."

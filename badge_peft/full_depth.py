@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
         config.problem_type = problem_type  # as transformers does with its own config
 
     run = model.new_run(_RUN.get(), batch_size, kwargs.get("attention_mask"))
+    run.trains_backbone = model.trains_backbone
     with run:
         base = model.model(*args, return_dict=True, **kwargs)
     exits = model.exit_layers(adapter)
@@ -55,7 +57,7 @@ def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
     output = MultiExitOutput(
         loss=loss,
         logits=logits[-1],
-        exit_logits=torch.stack([x.to(logits[-1].device, logits[-1].dtype) for x in logits], dim=1),
+        exit_logits=_stack_logits(logits),
         exit_doubts=_stack_doubts(run, exits),
         hidden_states=base.get("hidden_states"),
         attentions=base.get("attentions"),
@@ -77,6 +79,12 @@ def full_depth_runs(run: type[ExitRun]) -> Iterator[list[ExitRun]]:
     finally:
         _RUN.reset(kind)
         _KEEP.reset(keep)
+
+
+def _stack_logits(logits: list[Tensor]) -> Tensor:
+    """[B, E, K], in the highest precision among the exits: policies decide on these numbers, unrounded."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in logits))
+    return torch.stack([x.to(logits[-1].device, dtype) for x in logits], dim=1)
 
 
 def _stack_doubts(run: ExitRun, exits: list[int]) -> Tensor | None:

@@ -98,6 +98,7 @@ class BadgeModel(BaseTuner):
             pooling_kind(self.model, config),
             dict(sorted(exits.items())),
             doubt,
+            exit_layers=self.exit_layers(adapter),
             **kwargs,
         )
 
@@ -110,6 +111,15 @@ class BadgeModel(BaseTuner):
     def adapters_enabled(self) -> bool:
         """False inside `disable_adapter()`, and when no adapter is left."""
         return bool(self.active_adapters) and not self.wrapped[0].disable_adapters
+
+    def trains_backbone(self) -> bool:
+        """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
+        assert self.layout is not None
+        head = self.layout.head
+        return any(
+            p.requires_grad and ".badge_" not in name and name.split(".")[0] not in head
+            for name, p in self.model.named_parameters()
+        )
 
     def config_of(self, adapter_name: str | None = None) -> BadgeConfig:
         """The config of `adapter_name` (None: the active adapter).

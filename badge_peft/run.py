@@ -51,7 +51,9 @@ class ExitRun:
         batch_size: Rows of the call, B.
         attention_mask: [B, S] or None, for the pooling.
         pooling: `cls`, `mean` or `last`.
-        exits: The adapter's own exits, shallow to deep, by block number.
+        exits: The adapter's own exits by block number, shallow to deep, where they need one another.
+        learn_to_exit: The layer of LTE, where the adapter has one.
+        exit_layers: Block numbers of all exits; the last is M.
 
     Attributes:
         exit_logits: Block number -> [B, K], of the exits that have been computed.
@@ -68,6 +70,8 @@ class ExitRun:
         pooling: str,
         exits: dict[int, nn.Module] | None = None,
         learn_to_exit: nn.Module | None = None,
+        *,
+        exit_layers: list[int] | None = None,
     ) -> None:
         if attention_mask is not None and attention_mask.dim() != 2 and pooling != "cls":
             raise ValueError(
@@ -80,9 +84,11 @@ class ExitRun:
         self.exit_logits: dict[int, Tensor] = {}
         self.doubts: dict[int, Tensor] = {}
         self.exits = exits or {}
+        self.exit_layers = exit_layers or []
         self.learn_to_exit = learn_to_exit
         self.notes = Notes(list(self.exits.values()), keep=self.keep_notes)
         self.frame: Frame | None = None
+        self.trains_backbone: Callable[[], bool] = lambda: True  # asked only where gradients would get lost
         self._visits: dict[int, int] = {}
         self._token: Token[ExitRun | None] | None = None
 
@@ -101,7 +107,7 @@ class ExitRun:
         if number == 1:
             self._check_rows(hidden)
             if block.has_exit(self.adapter, 0):
-                self.exit_logits[0] = self._read(block, 0, Frame(hidden))
+                self.exit_logits[0] = self._read(block, 0, self.before_exit(0, hidden, Frame(hidden)))
         args, kwargs = self.before_block(number, args, kwargs)
         result, frame = self._run(block, self._hidden(args, kwargs), args, kwargs)
         if block.has_exit(self.adapter, number):
@@ -145,11 +151,10 @@ class ExitRun:
             self._check_gradient(frame)
         return result, frame
 
-    @staticmethod
-    def _check_gradient(frame: Frame) -> None:
+    def _check_gradient(self, frame: Frame) -> None:
         for name in ("attention_sum", "attention", "ffn_sum"):
             value = getattr(frame, name)
-            if value is not None and not value.requires_grad:
+            if value is not None and not value.requires_grad and self.trains_backbone():
                 raise RuntimeError(
                     "re-entrant gradient checkpointing hides what a block computes, so its exit could not send "
                     "gradients into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."

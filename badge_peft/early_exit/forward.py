@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
     for name in _REFUSED:
         if inputs.pop(name, None):
             raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
+    _check_names(badge.model, inputs)
     adapter = badge.single_active_adapter()
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
@@ -76,7 +79,6 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
         count_rows(**inputs),
         inputs.get("attention_mask"),
         policy=policy,
-        exit_layers=badge.exit_layers(adapter),
         num_labels=config.resolved_labels,
         problem_type=config.resolved_problem_type,
         num_blocks=badge.num_blocks,
@@ -86,3 +88,21 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
     run.finish(base.logits)
     assert run.answer is not None  # every row has answered
     return EarlyExitOutput(logits=run.answer, exit_layer=torch.from_numpy(run.exit_layer).to(run.answer.device))
+
+
+def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Refuses a misspelt field, which models that take `**kwargs` would swallow."""
+    known = _arguments(type(model))
+    unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, torch.Tensor)]
+    if known and unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is neither an argument of {type(model).__name__} nor a field of EarlyExitConfig; "
+            f"its fields are {', '.join(EarlyExitConfig.__dataclass_fields__)}."
+        )
+
+
+@cache
+def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+    """The names that a model's forward spells out; none where it only passes them on."""
+    names = frozenset(inspect.signature(model_class.forward).parameters)
+    return names if names & {"input_ids", "inputs_embeds"} else frozenset()

@@ -48,7 +48,7 @@ class EarlyExitRun(ExitRun):
         problem_type: str,
         num_blocks: int,
     ) -> None:
-        super().__init__(adapter, batch_size, attention_mask, pooling, exits, learn_to_exit)
+        super().__init__(adapter, batch_size, attention_mask, pooling, exits, learn_to_exit, exit_layers=exit_layers)
         policy.check(exit_layers, num_labels, problem_type)
         self.policy = policy
         self.num_blocks = num_blocks
@@ -59,6 +59,7 @@ class EarlyExitRun(ExitRun):
         self._waiting: np.ndarray | None = None  # of those, the rows to keep at the next block
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # per-row arguments, already compacted
         self._returned_tuple: bool | None = None  # whether the last block that ran did
+        self._dtype: torch.dtype | None = None  # of the exits' logits
 
     @property
     def finished(self) -> bool:
@@ -91,10 +92,12 @@ class EarlyExitRun(ExitRun):
 
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are left the answer of the model's own head, [B, K]."""
+        dtype = logits.dtype if self._dtype is None else torch.promote_types(logits.dtype, self._dtype)
+        if self.answer is not None:  # one precision, whoever answers
+            self.answer = self.answer.to(dtype)
         left = self.exit_layer < 0
-        if not left.any():
-            return
-        self._store(logits, left, np.arange(self.batch_size), self.num_blocks)
+        if left.any():
+            self._store(logits.to(dtype), left, np.arange(self.batch_size), self.num_blocks)
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
@@ -106,6 +109,7 @@ class EarlyExitRun(ExitRun):
         doubt = self.doubts[number].float().cpu().numpy() if number in self.doubts else None
         if host.shape[0] != self.history.rows:
             host, doubt = host[going], None if doubt is None else doubt[going]
+        self._dtype = logits.dtype
         self.history.append(host, doubt)
         stops = self.policy.stops(self.history, self.history.seen - 1)
         if not stops.any():

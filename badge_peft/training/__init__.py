@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from badge_peft.training.arguments import multi_exit_arguments
+from badge_peft.training.objectives import OBJECTIVES, Objective
 from badge_peft.training.parameters import make_optimizer, parameter_groups
+from badge_peft.training.trainer import MultiExitTrainer
 
-__all__ = ["make_optimizer", "parameter_groups"]
+__all__ = [
+    "OBJECTIVES",
+    "MultiExitTrainer",
+    "Objective",
+    "make_optimizer",
+    "multi_exit_arguments",
+    "parameter_groups",
+]

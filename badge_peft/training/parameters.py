@@ -1,4 +1,4 @@
-"""Two learning rates: a backbone wants about 5e-5, bypasses and exits two hundred times more."""
+"""Learning rates by part: a backbone wants about 5e-5, bypasses and exits two hundred times more."""
 
 from __future__ import annotations
 
@@ -7,54 +7,72 @@ from typing import Any
 import torch
 from torch import nn
 
-# The rates of docs/results: the best of a search on validation data, for a trained and for a frozen backbone.
-BACKBONE_LR = 5e-5
+from badge_peft.early_exit.forward import get_badge_model
+
 ADAPTER_LR = 1e-2
-_NO_DECAY = ("bias", "norm", "layernorm", "layer_norm")
+BACKBONE_LR = {"frozen": 5e-5, "lora": 1e-3, "full": 5e-5}  # by backbone mode
+_PARTS = ("backbone", "head", "adapter")
 
 
 def parameter_groups(
     model: nn.Module,
-    adapter_lr: float = ADAPTER_LR,
-    backbone_lr: float = BACKBONE_LR,
+    adapter_lr: float | None = None,
+    backbone_lr: float | None = None,
+    head_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in optimiser groups: backbone and adapter, each with and without weight decay.
-
-    The adapter group is what BADGE adds: bypasses and exits. Everything else that is trainable, the model's own head
-    among it, was fine-tuned at the backbone's rate before and still is.
+    """Trainable parameters in optimiser groups: backbone, the model's own head, and adapter (bypasses and exits), each
+    with and without weight decay.
 
     Args:
         model: A PEFT model with a BADGE adapter.
-        adapter_lr: Learning rate of bypasses and exits.
-        backbone_lr: Learning rate of everything else that is trainable.
+        adapter_lr: Learning rate of bypasses and exits; None is 1e-2.
+        backbone_lr: Of the backbone or its LoRA; None is 5e-5, for a LoRA 1e-3.
+        head_lr: Of the model's own head, where it is trained; None is the backbone's rate when the backbone is trained
+            with it, else a tenth of the adapter's.
         weight_decay: For matrices; biases and norms have none.
 
     Raises:
         ValueError: nothing is trainable.
     """
+    mode = get_badge_model(model).config_of().backbone
+    adapter_lr = ADAPTER_LR if adapter_lr is None else adapter_lr
+    backbone_lr = BACKBONE_LR[mode] if backbone_lr is None else backbone_lr
+    if head_lr is None:
+        head_lr = backbone_lr if mode == "full" else adapter_lr / 10
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "adapter" if ".badge_" in name else "backbone"
-            lowered = name.lower()
-            decays = parameter.dim() > 1 and not any(word in lowered.split(".") for word in _NO_DECAY)
-            groups.setdefault((part, decays), []).append(parameter)
+            groups.setdefault((_part(name), parameter.dim() > 1), []).append(parameter)
     if not groups:
         raise ValueError("no parameter is trainable: load the adapter with is_trainable=True, or make a new one.")
-    rates = {"adapter": adapter_lr, "backbone": backbone_lr}
+    rates = dict(zip(_PARTS, (backbone_lr, head_lr, adapter_lr), strict=True))
     return [
-        {"params": members, "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "name": part}
-        for (part, decays), members in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        {
+            "params": groups[part, matrix],
+            "lr": rates[part],
+            "weight_decay": weight_decay if matrix else 0.0,
+            "name": part,
+        }
+        for part in _PARTS
+        for matrix in (True, False)
+        if (part, matrix) in groups
     ]
 
 
 def make_optimizer(
     model: nn.Module,
-    adapter_lr: float = ADAPTER_LR,
-    backbone_lr: float = BACKBONE_LR,
+    adapter_lr: float | None = None,
+    backbone_lr: float | None = None,
+    head_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, for `Trainer(optimizers=(make_optimizer(model), None))`: Trainer then adds the
-    learning-rate schedule of its arguments to both rates."""
-    return torch.optim.AdamW(parameter_groups(model, adapter_lr, backbone_lr, weight_decay))
+    learning-rate schedule of its arguments to every rate."""
+    return torch.optim.AdamW(parameter_groups(model, adapter_lr, backbone_lr, head_lr, weight_decay))
+
+
+def _part(name: str) -> str:
+    if ".badge_" in name:
+        return "adapter"
+    return "head" if ".modules_to_save." in name else "backbone"

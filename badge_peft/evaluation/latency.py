@@ -1,0 +1,255 @@
+"""`measure_latency`: what early exits save on the clock, one example at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from badge_peft.checks import one_of, whole
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.forward import early_exit_forward, get_badge_model
+from badge_peft.evaluation.features import pad_features, tensor_columns
+from badge_peft.evaluation.metrics import predictions
+from badge_peft.model import BadgeModel
+
+REFERENCES = ("full_depth", "all_exits")
+
+
+@dataclass
+class LatencyReport:
+    """Wall-clock times per example at batch size 1. `t` is a time with early exits, `T` one of the reference.
+
+    Args:
+        times_ms: [N] t, milliseconds.
+        full_depth_times_ms: [N] T, milliseconds.
+        exit_layer: [N] number of the block that answered.
+        predictions: [N] class numbers or values, or [N, K] 0 / 1 decisions, of the early exits.
+        num_blocks: M.
+        reference: What `T` is: `full_depth` or `all_exits`.
+        early_exit: The fields of the config that was measured.
+        threads: Threads that torch computed with.
+        device: Where the model was, with the name of the card.
+        torch_version: Of torch.
+    """
+
+    times_ms: list[float]
+    full_depth_times_ms: list[float]
+    exit_layer: list[int]
+    predictions: list[Any]
+    num_blocks: int
+    reference: str
+    early_exit: dict[str, Any]
+    threads: int
+    device: str
+    torch_version: str
+
+    def __len__(self) -> int:
+        return len(self.times_ms)
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean time with early exits."""
+        return float(np.mean(self.times_ms))
+
+    @property
+    def p50_ms(self) -> float:
+        """Median time with early exits."""
+        return float(np.percentile(self.times_ms, 50))
+
+    @property
+    def p95_ms(self) -> float:
+        """95th percentile of the time with early exits."""
+        return float(np.percentile(self.times_ms, 95))
+
+    @property
+    def full_depth_mean_ms(self) -> float:
+        """Mean time of the reference."""
+        return float(np.mean(self.full_depth_times_ms))
+
+    @property
+    def full_depth_p50_ms(self) -> float:
+        """Median time of the reference."""
+        return float(np.percentile(self.full_depth_times_ms, 50))
+
+    @property
+    def full_depth_p95_ms(self) -> float:
+        """95th percentile of the time of the reference."""
+        return float(np.percentile(self.full_depth_times_ms, 95))
+
+    @property
+    def speedup_paper(self) -> float:
+        """1 - sum t / sum T: the share of the time saved, as the paper counts it."""
+        return 1 - sum(self.times_ms) / sum(self.full_depth_times_ms)
+
+    @property
+    def speedup_ratio(self) -> float:
+        """sum T / sum t: how many times as fast."""
+        return sum(self.full_depth_times_ms) / sum(self.times_ms)
+
+    @property
+    def mean_exit(self) -> float:
+        """Mean number of the block that answered."""
+        return float(np.mean(self.exit_layer))
+
+    @property
+    def layer_speedup(self) -> float:
+        """1 - mean_exit / M: the share of the blocks saved, which `speedup_paper` falls short of by what exits cost."""
+        return 1 - self.mean_exit / self.num_blocks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summary and raw numbers as JSON-able values."""
+        summary = ("mean_ms", "p50_ms", "p95_ms", "full_depth_mean_ms", "full_depth_p50_ms", "full_depth_p95_ms")
+        summary += ("speedup_paper", "speedup_ratio", "mean_exit", "layer_speedup")  # type: ignore[assignment]
+        return {**{name: getattr(self, name) for name in summary}, **asdict(self)}
+
+
+def measure_latency(
+    model: nn.Module,
+    examples: Any,
+    early_exit_config: EarlyExitConfig | dict[str, Any] | None = None,
+    repeats: int = 1,
+    warmup: int = 10,
+    reference: str = "full_depth",
+    progress: bool = False,
+) -> LatencyReport:
+    """Times every example alone, with early exits and without.
+
+    The two take turns example by example, in changing order, so that a machine that slows down slows both. The model
+    is in eval mode under `torch.inference_mode`; inputs are on its device before the clock starts; on CUDA the clock
+    waits for the device. Mode and trainable parameters are as before afterwards.
+
+    Args:
+        model: A PEFT model with an active BADGE adapter.
+        examples: Tokenised rows: a `datasets.Dataset` or any sequence of dicts. Labels and text are left out.
+        early_exit_config: None takes the active adapter's own.
+        repeats: How often each example is timed; its median counts.
+        warmup: Passes of each kind before the first that counts.
+        reference: `full_depth`: the base model's plain forward, adapter disabled, which is what is in service today.
+            `all_exits`: full depth with every exit computed, which is what the exits cost.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: no examples, no BADGE adapter, or a wrong argument.
+
+    Example:
+
+    ```python
+    report = measure_latency(model, test_rows, {"threshold": 0.2, "patience": 1})
+    print(report.speedup_ratio, report.p95_ms, report.full_depth_p95_ms)
+    ```
+    """
+    from tqdm.auto import tqdm
+
+    badge = get_badge_model(model)
+    one_of("reference", reference, REFERENCES)
+    whole("repeats", repeats, at_least=1)
+    whole("warmup", warmup, at_least=0)
+    if not len(examples):
+        raise ValueError("there are no examples: pass at least one tokenised row.")
+    config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)
+    device = next(badge.model.parameters()).device
+    batches = [_batch(row, badge, device) for row in tensor_columns(badge.model, examples)]
+    clock = _Clock(device)
+
+    def early(batch: dict[str, Tensor]) -> Any:
+        return early_exit_forward(badge, early_exit_config=config, **batch)
+
+    def full(batch: dict[str, Tensor]) -> Any:
+        return badge(**batch)
+
+    times, full_times, outputs = [], [], []
+    with _quiet_model(badge), torch.inference_mode():
+        for batch in _cycle(batches, warmup):
+            early(batch)
+            with _reference_mode(badge, reference):
+                full(batch)
+        for i, batch in enumerate(tqdm(batches, desc="timing at batch size 1", disable=not progress)):
+            t, big_t = [], []
+            for repeat in range(repeats):
+                for turn in ("early", "full") if (i + repeat) % 2 == 0 else ("full", "early"):
+                    if turn == "early":
+                        ms, output = clock(early, batch)
+                        t.append(ms)
+                    else:
+                        with _reference_mode(badge, reference):
+                            big_t.append(clock(full, batch)[0])
+            times.append(float(np.median(t)))
+            full_times.append(float(np.median(big_t)))
+            outputs.append((output.logits.float().cpu(), int(output.exit_layer)))
+
+    answers = predictions(torch.cat([logits for logits, _ in outputs]), badge.config_of().resolved_problem_type)
+    return LatencyReport(
+        times,
+        full_times,
+        [number for _, number in outputs],
+        answers.tolist(),
+        badge.num_blocks,
+        reference,
+        config.to_dict(),
+        torch.get_num_threads(),
+        f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        torch.__version__,
+    )
+
+
+class _Clock:
+    """Milliseconds of one call, with its result."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, function: Callable[[dict[str, Tensor]], Any], batch: dict[str, Tensor]) -> tuple[float, Any]:
+        self._wait()
+        start = time.perf_counter()
+        result = function(batch)
+        self._wait()
+        return 1e3 * (time.perf_counter() - start), result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _batch(row: dict[str, Any], badge: BadgeModel, device: torch.device) -> dict[str, Tensor]:
+    features = {name: value for name, value in row.items() if name != "labels"}
+    return {name: value.to(device) for name, value in pad_features([features], badge.model).items()}
+
+
+def _cycle(batches: list[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    for i in range(count):
+        yield batches[i % len(batches)]
+
+
+@contextmanager
+def _quiet_model(badge: BadgeModel) -> Iterator[None]:
+    """Eval mode; afterwards the mode and the trainable parameters are as before (PEFT changes the latter whenever an
+    adapter is enabled)."""
+    was_training = badge.training
+    trainable = [(parameter, parameter.requires_grad) for parameter in badge.parameters()]
+    badge.eval()
+    try:
+        yield
+    finally:
+        badge.train(was_training)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _reference_mode(badge: BadgeModel, reference: str) -> Iterator[None]:
+    """Disables the adapter, outside of the time that counts, where the reference is the base model."""
+    if reference == "all_exits":
+        yield
+        return
+    badge.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        badge.enable_adapter_layers()

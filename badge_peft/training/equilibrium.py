@@ -1,0 +1,62 @@
+"""Gradient equilibrium: a pass like any other, whose gradients are rescaled on their way down."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from badge_peft.run import ExitRun, Frame
+
+
+class _Scale(torch.autograd.Function):
+    """Identity forward, a factor backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient is multiplied by `factor`."""
+    return _Scale.apply(x, factor)
+
+
+class GradientEquilibriumRun(ExitRun):
+    """What reaches block m is the mean of the gradients of the exits at m and behind it, for any set of exits.
+
+    With n_m exits at blocks >= m, the weight of their gradients inside of block m is c_m = 1 / n_m. So what exit m
+    reads of block m is scaled by c_m, what it reads of the block's input by c_{m-1}, and between blocks m-1 and m the
+    gradient changes from c_m to c_{m-1}. The exits' own parameters are not rescaled.
+    """
+
+    def weight(self, number: int) -> float:
+        """c_m, for the embeddings c_0."""
+        return 1 / sum(m >= number for m in self.exit_layers)
+
+    def before_block(
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Gradients that leave block `number` downwards have weight c_m and go on with c_{m-1}."""
+        hidden = scale_gradient(self._hidden(args, kwargs), self.weight(number - 1) / self.weight(number))
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
+
+    def before_exit(self, number: int, block_input: Tensor, frame: Frame) -> Frame:
+        """The exit's gradients enter block m with c_m, and what is before it with c_{m-1}."""
+        scaled = Frame(scale_gradient(block_input, self.weight(number - 1) if number else self.weight(0)))
+        inside = self.weight(number)
+        for name in ("attention_sum", "attention", "ffn_sum", "output"):
+            value = getattr(frame, name)
+            if value is not None:
+                setattr(scaled, name, scale_gradient(value, inside))
+        scaled.scale_weights = partial(scale_gradient, factor=inside)
+        return scaled

@@ -1,0 +1,199 @@
+"""Training objectives: which exits' losses count, at which step, and how their gradients reach the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from badge_peft.full_depth import sum_losses
+from badge_peft.losses import exit_loss, loss_weights
+from badge_peft.run import ExitRun
+from badge_peft.training.equilibrium import GradientEquilibriumRun
+from badge_peft.training.imitation import ImitationRun, imitation_loss
+
+
+@dataclass
+class Step:
+    """What an objective may know about the pass that it scores.
+
+    Args:
+        exits: Block numbers of the exits; the last is M.
+        logits: One [B, K] per exit.
+        labels: As the loss needs them, or None.
+        problem_type: As transformers has it.
+        number: Optimiser steps done before this one.
+        run: The pass.
+    """
+
+    exits: list[int]
+    logits: list[Tensor]
+    labels: Tensor | None
+    problem_type: str
+    number: int
+    run: ExitRun
+
+    def loss(self, index: int) -> Tensor:
+        """Loss of one exit against the labels."""
+        if self.labels is None:
+            raise ValueError("this objective needs labels; without them, distil: MultiExitTrainer(distillation=1.0).")
+        return exit_loss(self.logits[index], self.labels, self.problem_type)
+
+
+@dataclass
+class Objective:
+    """Joint training (JT, Eq. 8): the weighted sum of all exits' losses.
+
+    Args:
+        weights: `uniform` (Eq. 8), `linear` (m, PABEE), a list, or None for the adapter's `exit_weights`.
+        distillation: Share in [0, 1] of the loss of exits below M that follows exit M's distribution and not the
+            label; 1 needs no labels.
+        temperature: Of the distillation.
+    """
+
+    weights: str | list[float] | None = None
+    distillation: float = 0.0
+    temperature: float = 1.0
+    run: type[ExitRun] = field(default=ExitRun, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation={self.distillation} is not allowed: it is a share, in [0, 1].")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} is not allowed: it must be positive.")
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch."""
+        weights = loss_weights(self.weights or "uniform", step.exits)
+        losses = [self.exit(step, i) for i in range(len(step.exits))]
+        kept = [(x, w) for x, w in zip(losses, weights, strict=True) if x is not None]
+        return sum_losses([x for x, _ in kept], [w for _, w in kept])
+
+    def exit(self, step: Step, index: int) -> Tensor | None:
+        """Loss of one exit: label, distillation, or both; None for exit M where there is no label to learn from."""
+        last = len(step.exits) - 1
+        if index == last:
+            return step.loss(index) if step.labels is not None and self.distillation < 1 else None
+        share = self.distillation
+        loss = (1 - share) * step.loss(index) if share < 1 else 0.0
+        if share > 0:
+            loss = loss + share * distillation_loss(
+                step.logits[index], step.logits[last].detach(), step.problem_type, self.temperature
+            )
+        return loss  # type: ignore[return-value]
+
+
+@dataclass
+class Alternating(Objective):
+    """ALT (BERxiT): the final exit alone at odd optimiser steps (counted from 1), all exits at even ones."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch."""
+        if step.number % 2 == 0:
+            return step.loss(-1)
+        return super().__call__(step)
+
+
+@dataclass
+class GradientEquilibrium(Objective):
+    """GradEquil (IMTA): the sum of all losses, and the gradient that reaches block m is the *mean*, not the sum, of
+    the gradients of exits m..M. Source: Li et al., "Improved Techniques for Training Adaptive Deep Networks", 2019."""
+
+    run: type[ExitRun] = field(default=GradientEquilibriumRun, repr=False)
+
+
+@dataclass
+class PastFuture(Objective):
+    """GPF: half the m-weighted mean of all losses, half the imitation loss; needs `exit_type="past_future"`."""
+
+    run: type[ExitRun] = field(default=ImitationRun, repr=False)
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch."""
+        weights = loss_weights(self.weights or "linear", step.exits)
+        classify = sum_losses([step.loss(i) for i in range(len(step.exits))], weights)
+        return (classify + imitation_loss(step.run.notes)) / 2
+
+
+@dataclass
+class SingleExit(Objective):
+    """One exit alone, as if the model ended there: the paper's "single exits", one training for each.
+
+    Args:
+        depth: Block number of the exit.
+    """
+
+    depth: int = 0
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch."""
+        if self.depth not in step.exits:
+            raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {step.exits}.")
+        return step.loss(step.exits.index(self.depth))
+
+
+@dataclass
+class FinalExit(Objective):
+    """Stage 1 of two-stage training: exit M alone."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch."""
+        return step.loss(-1)
+
+
+@dataclass
+class EarlierExits(Objective):
+    """Stage 2 of two-stage training: every exit but M, on a backbone that no longer moves. With labels as DeeBERT does
+    it (Eq. 6), or with `distillation` from exit M as FastBERT does, whose teacher is not disturbed by dropout here."""
+
+    def exit(self, step: Step, index: int) -> Tensor | None:
+        """As for joint training, without exit M."""
+        return None if index == len(step.exits) - 1 else super().exit(step, index)
+
+
+OBJECTIVES = ("joint", "two_stage", "alternating", "gradient_equilibrium", "past_future", "single_exit")
+
+
+def make_objective(name: str, depth: int | None = None, **options: Any) -> Objective:
+    """The objective called `name`; `two_stage` gives its first stage.
+
+    Raises:
+        ValueError: no such objective, or `single_exit` without a depth.
+    """
+    if name == "single_exit":
+        if depth is None:
+            raise ValueError("objective='single_exit' needs depth: the block number of the exit.")
+        return SingleExit(depth=depth, **options)
+    kinds = {
+        "joint": Objective,
+        "two_stage": FinalExit,
+        "alternating": Alternating,
+        "gradient_equilibrium": GradientEquilibrium,
+        "past_future": PastFuture,
+    }
+    if name not in kinds:
+        raise ValueError(f"objective={name!r} is not allowed: it must be one of {', '.join(OBJECTIVES)}.")
+    return kinds[name](**options)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student), the mean over rows; multi-label: summed over labels; regression: squared difference.
+
+    Args:
+        student: [B, K].
+        teacher: [B, K], without gradient.
+        problem_type: As transformers has it.
+        temperature: T.
+    """
+    student, teacher = student.float() / temperature, teacher.float() / temperature
+    if problem_type == "regression":
+        return F.mse_loss(student, teacher)
+    if problem_type == "single_label_classification":
+        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+        return kl * temperature**2
+    both = torch.stack([student, -student], dim=-1), torch.stack([teacher, -teacher], dim=-1)
+    kl = F.kl_div(F.logsigmoid(both[0]), F.logsigmoid(both[1]), reduction="sum", log_target=True)
+    return kl / len(student) * temperature**2
