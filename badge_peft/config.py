@@ -215,11 +215,24 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
 
 
+_LORA_STARTS = (True, False, "gaussian", "orthogonal")
+_NOT_IN_LORA = {
+    "bias": "it would train biases of the base model, which no adapter can be switched away from",
+    "modules_to_save": "set it in BadgeConfig",
+    "layers_to_transform": "say which blocks in target_modules, as a regular expression",
+    "layers_pattern": "say which blocks in target_modules, as a regular expression",
+    "layer_replication": "it changes the number of blocks",
+    "target_parameters": "name modules in target_modules",
+    "trainable_token_indices": "only modules inside of the blocks are adapted",
+    "init_lora_weights": f"it changes the base weights or needs data; use one of {_LORA_STARTS}",
+}
+
+
 def lora_fields(value: Any) -> dict[str, Any] | None:
     """`lora` as the fields that differ from PEFT's defaults, which is what a config file should hold.
 
     Raises:
-        ValueError: not a LoraConfig, a dict of its fields, or None.
+        ValueError: not a LoraConfig, a dict of its fields, or None; or a field that has no meaning in an adapter.
     """
     if value is None:
         return None
@@ -231,6 +244,9 @@ def lora_fields(value: Any) -> dict[str, Any] | None:
         raise ValueError(f"lora={value!r} is not allowed: {error}.") from error
     default = LoraConfig().to_dict()
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if v != default[k]}
+    for name, remedy in _NOT_IN_LORA.items():
+        if name in fields and not (name == "init_lora_weights" and fields[name] in _LORA_STARTS):
+            raise ValueError(f"lora {name}={fields[name]!r} is not allowed: {remedy}.")
     return {k: v for k, v in fields.items() if k not in ("peft_type", "task_type", "inference_mode", "peft_version")}
 
 

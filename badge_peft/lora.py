@@ -24,7 +24,7 @@ MARK = ".lora_"
 def lora_config(fields: dict[str, Any] | None, layout: BlockLayout) -> LoraConfig:
     """The LoRA that a `BadgeConfig.lora` describes; None is r=8, alpha=16, dropout 0.05. Without `target_modules` it
     adapts queries and values, as PEFT does by default."""
-    fields = dict(fields or {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05})
+    fields = dict({"r": 8, "lora_alpha": 16, "lora_dropout": 0.05} if fields is None else fields)
     if not fields.get("target_modules"):
         fields["target_modules"] = list(layout.lora_targets)
     return LoraConfig(**fields)
@@ -42,10 +42,13 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
     """
     with _unwrapped(model):
         before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
+        heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
         try:
             prefixes = tuple(f"{name}." for name in blocks)
             targets = [
-                name for name, _ in model.named_modules() if name.startswith(prefixes) and _targeted(config, name)
+                name
+                for name, module in model.named_modules()
+                if name.startswith(prefixes) and _targeted(config, name, module)
             ]
             if not targets:
                 raise ValueError(
@@ -54,6 +57,8 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
             bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
             LoraModel(model, {adapter_name: bound}, adapter_name)
         finally:
+            for parameter in heads:  # of the adapters before, which it has frozen with the base model
+                parameter.requires_grad = True
             model.__dict__.pop("peft_config", None)
             if before is not None:
                 model.peft_config = before
@@ -87,8 +92,10 @@ def foreign(model: nn.Module, ours: dict[str, PeftConfig]) -> list[str]:
     return sorted({name for layer in lora_layers(model) for name in layer.lora_A} - set(ours))
 
 
-def _targeted(config: LoraConfig, name: str) -> bool:
+def _targeted(config: LoraConfig, name: str, module: nn.Module) -> bool:
     targets = config.target_modules
+    if targets == "all-linear":
+        return isinstance(module, (nn.Linear, LoraLayer))
     if isinstance(targets, str):
         return bool(LoraModel._check_target_module_exists(config, name))
     return any(name == target or name.endswith(f".{target}") for target in targets or ())

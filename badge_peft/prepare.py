@@ -27,6 +27,12 @@ _OUR_NAMES = (
     "gate",
     "balance",
     "badge_doubt",
+    "lora_A",
+    "lora_B",
+    "lora_dropout",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
     "down",
     "up",
     "norm",
@@ -63,6 +69,12 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     _check_pooling(model, config, layout)
     target = _target_modules(names)
     if config.target_modules not in (None, target):
+        if config.base_fingerprint is not None:  # read from a file
+            raise ValueError(
+                f"this adapter was made for another architecture: the blocks of its backbone are called "
+                f"{config.target_modules}, and those of this {type(model).__name__} are called {target}. Load the "
+                "base model that adapter_config.json names (base_model_name_or_path)."
+            )
         raise ValueError(
             f"target_modules={config.target_modules!r} is not allowed: BADGE wraps whole blocks. Say which blocks "
             "have an exit with exit_layers, and where the blocks are with block_layout."
@@ -71,14 +83,14 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     if config.base_fingerprint is not None and config.backbone != "full":
         check_fingerprint(model, config.base_fingerprint)
 
+    ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
+    extra = [name for name in config.modules_to_save or [] if name not in ours]
     if config.base_fingerprint is None:
         unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
-        config.base_fingerprint = fingerprint(model, skip=(*unread, *head))
+        config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
     config.num_blocks, config.hidden_size, config.target_modules = len(names), hidden_size, target
     config.num_labels, config.problem_type = num_labels, problem_type
     config.badge_version = config.badge_version or package_version()
-    ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
-    extra = [name for name in config.modules_to_save or [] if name not in ours]
     config.modules_to_save = [*extra, *head] or [_NO_HEAD]
 
 

@@ -6,7 +6,7 @@ import re
 
 from torch import Tensor, nn
 
-from badge_peft.architectures import get_layout
+from badge_peft.architectures import backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
 from badge_peft.lora import is_adapter_key
 from badge_peft.registry import PREFIX
@@ -39,27 +39,35 @@ def check_complete(model: nn.Module, config: BadgeConfig, adapter_name: str, wei
     Raises:
         ValueError: a tensor is missing, or has another shape.
     """
-    expected = adapter_state_dict(config, adapter_name, model.state_dict())
+    here = model.state_dict()
+    expected = adapter_state_dict(config, adapter_name, here)
     missing = sorted(set(expected) - set(weights))
     if missing:
         raise ValueError(
             f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}: it is damaged, or "
             "adapter_config.json belongs to another adapter."
         )
-    for key, value in expected.items():
-        if value.shape != weights[key].shape:
+    for key, value in weights.items():
+        if key in here and here[key].shape != value.shape:
             raise ValueError(
-                f"{key} has shape {list(weights[key].shape)} in the adapter file and {list(value.shape)} here: "
+                f"{key} has shape {list(value.shape)} in the adapter file and {list(here[key].shape)} here: "
                 "adapter_config.json does not belong to this file, or the base model is another one."
             )
 
 
 def unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
-    """Prefixes of parameters that no exit reads: the model's own head and pooler, when `final_exit="exit"`."""
+    """Prefixes of parameters that no exit reads, when `final_exit="exit"`: the model's own head and pooler, and the
+    norm behind block M where exit M has its own."""
     if config.final_exit == "base_head":
         return ()
-    heads = get_layout(model, config.block_layout).head
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*heads, "pooler")]
+    layout = get_layout(model, config.block_layout)
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*layout.head, "pooler")]
+    blocks = block_names(model, layout)
+    if config.norm == "own" and config.placement != "none":
+        if layout.pre_norm:
+            names.append(".".join(filter(None, (backbone_name(model), layout.final_norm))))
+        elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too
+            names.append(f"{blocks[-1]}.base_layer.{layout.last_norm}")
     return tuple(f"{name}." for name in names)
 
 

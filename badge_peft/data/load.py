@@ -9,7 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 
 from badge_peft.data.columns import LABEL_NAMES, TEXT_NAMES, find_column
 
@@ -27,8 +37,8 @@ def load_text_dataset(
 ) -> DatasetDict:
     """Reads labelled texts as `text` (string) and `label` (a `ClassLabel`), one entry per split that the source has.
 
-    Rows without a text or a label (missing, blank, or -1, which stands for a hidden label on the Hub) are left out, and
-    so are splits in which no row is left.
+    Rows without a text or a label (missing, blank, or -1, which stands for a hidden label on the Hub) are left out,
+    and so are splits in which no row is left.
 
     Args:
         source: A csv, tsv, json, jsonl or parquet file (also compressed, as `.csv.bz2`), a folder of such files
@@ -47,7 +57,7 @@ def load_text_dataset(
     columns = next(iter(splits.values())).features
     text = find_column(columns, text_column, TEXT_NAMES, "text", taken=label_column)
     label = find_column(columns, label_column, LABEL_NAMES, "label", taken=text)
-    rows = {split: _clean(data[text], data[label]) for split, data in splits.items()}
+    rows = {split: _clean(data[text][:], data[label][:]) for split, data in splits.items()}
     rows = {split: kept for split, kept in rows.items() if kept}
     if not rows:
         raise ValueError(f"no row of {source} has both a text ({text!r}) and a label ({label!r}).")
@@ -69,8 +79,7 @@ def _read(source: str | Path, name: str | None) -> DatasetDict:
     """The data set as the source has it."""
     path = Path(source)
     if path.is_dir():
-        with TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # files change; the Hub cache would not notice
-            return _in_memory(load_dataset(str(path), cache_dir=cache))
+        return _read_local(str(path))
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
     suffix = suffixes[-1].lower() if suffixes else ""
     if path.is_file():
@@ -79,15 +88,23 @@ def _read(source: str | Path, name: str | None) -> DatasetDict:
         options: dict[str, Any] = {}
         if FORMATS[suffix] == "csv":  # "None", "NA" and "null" are texts, too
             options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffix == ".tsv" else ","}
-        with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-            return _in_memory(load_dataset(FORMATS[suffix], data_files=str(path), cache_dir=cache, **options))
+        return _read_local(FORMATS[suffix], data_files=str(path), **options)
     if suffix in FORMATS or path.is_absolute():
         raise FileNotFoundError(f"there is no file {path}.")
     return load_dataset(str(source), name)
 
 
-def _in_memory(splits: DatasetDict) -> DatasetDict:
-    return DatasetDict({split: Dataset.from_dict(data.to_dict(), features=data.features) for split, data in splits.items()})
+def _read_local(*args: Any, **options: Any) -> DatasetDict:
+    """Reads files straight into memory: the user's cache is left alone, and a changed file is never missed."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            splits = load_dataset(*args, cache_dir=cache, **options)
+            return DatasetDict({k: Dataset.from_dict(v.to_dict(), features=v.features) for k, v in splits.items()})
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _clean(texts: Any, labels: Any) -> list[tuple[str, Any]]:
@@ -113,7 +130,7 @@ def _label_names(
         kinds = {type(value) for value in values}
         if not kinds <= {str, int, bool}:
             raise ValueError(
-                f"the label column {column!r} holds {', '.join(sorted(kind.__name__ for kind in kinds))} values: labels "
+                f"the label column {column!r} holds {', '.join(sorted(k.__name__ for k in kinds))} values, but labels "
                 "must be strings or whole numbers. Name another with label_column."
             )
         raw = sorted(set(values), key=lambda value: (str(type(value)), value))

@@ -17,7 +17,7 @@ def split_texts(
     max_train: int | None = None,
     max_eval: int | None = None,
 ) -> DatasetDict:
-    """Splits labelled texts into `train`, `validation` and `test`, such that no text is in two of them or twice in one.
+    """Splits labelled texts into `train`, `validation` and `test`, with no text in two of them or twice in one.
 
     Splits that the source has are kept; a validation split that it lacks is cut from its training rows, a test split
     that it lacks too (where the source has only training and validation rows, the latter become the test split, as is
@@ -80,7 +80,7 @@ def _named(data: DatasetDict) -> dict[str, Dataset]:
 def _unique(data: Dataset, seen: set[str]) -> Dataset:
     """The rows whose text is not in `seen`, which they are added to."""
     keep = []
-    for i, text in enumerate(data["text"]):
+    for i, text in enumerate(data["text"][:]):
         key = " ".join(text.split()).casefold()
         if key not in seen:
             seen.add(key)
@@ -89,7 +89,7 @@ def _unique(data: Dataset, seen: set[str]) -> Dataset:
 
 
 def _check_classes(splits: DatasetDict) -> None:
-    missing = {y for data in splits.values() for y in data["label"]} - set(splits["train"]["label"])
+    missing = {y for data in splits.values() for y in data["label"][:]} - set(splits["train"]["label"][:])
     if missing:
         name = splits["train"].features["label"].int2str(min(missing))
         raise ValueError(f"no training row has the label {name!r}: it is too rare for three splits. Leave it out.")

@@ -16,5 +16,5 @@ def tokenise(data: Dataset, tokenizer: Any, max_length: int = 128) -> Dataset:
         max_length: Longer texts are cut; the model's own limit holds too.
     """
     limit = min(max_length, getattr(tokenizer, "model_max_length", max_length))
-    encoded = tokenizer(list(data["text"]), truncation=True, max_length=limit)
-    return Dataset.from_dict({**encoded, "labels": list(data["label"])})
+    encoded = tokenizer(list(data["text"][:]), truncation=True, max_length=limit)
+    return Dataset.from_dict({**encoded, "labels": list(data["label"][:])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -92,7 +93,7 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
 
 def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Refuses a misspelt field, which models that take `**kwargs` would swallow."""
-    known = _arguments(type(model))
+    known = _arguments(type(model).forward)
     unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, torch.Tensor)]
     if known and unknown:
         raise ValueError(
@@ -102,7 +103,7 @@ def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 @cache
-def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
     """The names that a model's forward spells out; none where it only passes them on."""
-    names = frozenset(inspect.signature(model_class.forward).parameters)
+    names = frozenset(inspect.signature(forward).parameters)
     return names if names & {"input_ids", "inputs_embeds"} else frozenset()

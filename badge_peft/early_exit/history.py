@@ -106,6 +106,14 @@ class ExitHistory:
             return np.exp(self._log_probs[j].max(axis=-1))
         return np.exp(np.maximum(self._log_probs[j], self._log_others[j]).min(axis=-1))
 
+    def margin(self, j: int) -> Array:
+        """[n]: how far the largest probability of exit j lies above the next; multi-label: that of the least sure
+        label above its complement."""
+        if self._log_others is not None:
+            return 2 * self.confidence(j) - 1
+        top = np.partition(self._log_probs[j], -2, axis=-1)[:, -2:]
+        return np.exp(top[:, 1]) - np.exp(top[:, 0])
+
     def _divergence(self, name: str, kind: str, j: int, others: slice) -> Array:
         key = (name, kind, j)
         if key not in self._cache:

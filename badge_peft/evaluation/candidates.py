@@ -9,8 +9,10 @@ import numpy as np
 
 from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
+from badge_peft.evaluation.agreement import best_exit, fit_agreement
+from badge_peft.evaluation.exits import ExitLogits
 
 Array = np.ndarray
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
@@ -27,14 +29,26 @@ def policy_label(config: EarlyExitConfig) -> str:
     return name
 
 
-def families(policy: str | dict[str, Any] | EarlyExitConfig, history: ExitHistory) -> list[EarlyExitConfig]:
+def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> list[EarlyExitConfig]:
     """The variants of `policy` worth searching for these exits, each without its threshold.
 
-    A name leaves the patience open; `auto` stands for every policy with every divergence and window.
+    A name leaves the patience open; `auto` stands for every policy with every divergence and window, with and without
+    a cap at the exit that is best on this data. `agreement` is fitted here.
     """
+    history = exit_logits.history()
     if policy == "auto":
-        return [family for template in _every_policy(history) for family in families(template, history)]
+        found = [family for template in _every_policy(history) for family in families(template, exit_logits)]
+        best = best_exit(exit_logits)
+        if best == exit_logits.exits[-1]:
+            return found
+        capped = [EarlyExitConfig.of(f, max_exit=best) for f in found if f.max_exit is None]
+        return found + capped
+    if policy == "agreement":
+        return [fit_agreement(exit_logits)]
     config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
+    if config.policy == "agreement" and config.parameters is None:
+        fitted = fit_agreement(exit_logits)
+        return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=config.max_exit or fitted.max_exit)]
     steps = len(history.exits) - 1
     if config.policy in ("divergence", "confident_patience") and config.patience is None:
         return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]
@@ -65,13 +79,14 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
     return found
 
 
-def _every_policy(history: ExitHistory) -> Iterable[dict[str, Any]]:
+def _every_policy(history: ExitHistory) -> Iterable[str | dict[str, Any]]:
     regression = history.problem_type == "regression"
     divergences = ("ce",) if regression else DIVERGENCES
     yield from ({"policy": "divergence", "divergence": d, "window": w} for d in divergences for w in WINDOWS)
     yield {"policy": "patience"}
     if not regression:
-        yield from ({"policy": name} for name in ("entropy", "max_prob", "confident_patience") if name in POLICIES)
+        yield from ({"policy": name} for name in ("entropy", "max_prob", "confident_patience"))
+    yield "agreement"
     if not np.isnan(history.signals).any():
         yield {"policy": "learned"}
 

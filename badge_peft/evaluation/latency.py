@@ -100,7 +100,7 @@ class LatencyReport:
 
     @property
     def layer_speedup(self) -> float:
-        """1 - mean_exit / M: the share of the blocks saved, which `speedup_paper` falls short of by what exits cost."""
+        """1 - mean_exit / M: the share of the blocks saved; `speedup_paper` falls short of it by what exits cost."""
         return 1 - self.mean_exit / self.num_blocks
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def plot_tradeoff(
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'badge-peft[plots]'.", name=error.name) from error
+        raise ModuleNotFoundError(
+            "plots need matplotlib: pip install 'badge-peft[plots]'.", name=error.name
+        ) from error
     if not tradeoff.points:
         raise ValueError("the trade-off has no points: there is nothing to draw.")
 
@@ -83,7 +85,6 @@ def plot_tradeoff(
 def _points(tradeoff: TradeOff, name: str) -> tuple[list[float], list[float]]:
     curve = tradeoff.curve(name)
     return [point.layer_speedup for point in curve], [point.score for point in curve]
-
 
 
 def _label(name: str) -> str:

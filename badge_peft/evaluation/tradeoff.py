@@ -120,10 +120,9 @@ def sweep(
         regression = exit_logits.problem_type == "regression"
         policies = ["divergence", "patience"] if regression else ["divergence", "patience", "entropy", "max_prob"]
     result = TradeOff([], metric if isinstance(metric, str) else metric.__name__, exit_logits.depth)
-    templates = [
-        EarlyExitConfig.of({"policy": p} if isinstance(p, str) else p) for p in policies if p != "fixed_depth"
-    ]
-    for template in [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *templates]:
+    templates = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)]
+    templates += [_template(p, exit_logits) for p in policies if p != "fixed_depth"]
+    for template in templates:
         for config, stops in settings(template, history, points):
             result.points.append(_point(exit_logits, config, stops, metric, policy_label(template)))
     return result
@@ -134,12 +133,20 @@ def search(
 ) -> list[TradeOffPoint]:
     """Every setting of every variant of `policy` that a calibration considers, and the fixed depths."""
     history = exit_logits.history()
-    variants = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *families(policy, history)]
+    variants = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *families(policy, exit_logits)]
     return [
         _point(exit_logits, config, stops, metric, policy_label(config))
         for family in variants
         for config, stops in settings(family, history, count)
     ]
+
+
+def _template(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> EarlyExitConfig:
+    """What a sweep varies: the policy with its default patience; `agreement` fitted."""
+    config = {"policy": policy} if isinstance(policy, str) else policy
+    if policy == "agreement":
+        return families(policy, exit_logits)[0]
+    return EarlyExitConfig.of(config)
 
 
 def _point(

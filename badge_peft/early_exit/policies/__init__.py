@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.agreement import AgreementPolicy
 from badge_peft.early_exit.policies.base import ExitPolicy
 from badge_peft.early_exit.policies.confidence import (
     ConfidentPatiencePolicy,
@@ -25,6 +26,7 @@ POLICIES: dict[str, type[ExitPolicy]] = {
         MaxProbPolicy,
         LearnedPolicy,
         ConfidentPatiencePolicy,
+        AgreementPolicy,
         FixedDepthPolicy,
         NeverPolicy,
     )
@@ -32,21 +34,14 @@ POLICIES: dict[str, type[ExitPolicy]] = {
 
 
 def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overrides: Any) -> ExitPolicy:
-    """The policy that a config describes.
-
-    Raises:
-        NotImplementedError: the policy is part of the design and not built yet.
-    """
+    """The policy that a config describes."""
     config = EarlyExitConfig.of(config, **overrides)
-    if config.policy not in POLICIES:
-        raise NotImplementedError(
-            f"policy={config.policy!r} is not implemented yet in this version; there are {', '.join(POLICIES)}."
-        )
     return POLICIES[config.policy](config)
 
 
 __all__ = [
     "POLICIES",
+    "AgreementPolicy",
     "ConfidentPatiencePolicy",
     "DivergencePolicy",
     "EntropyPolicy",

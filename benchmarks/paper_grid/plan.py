@@ -1,0 +1,130 @@
+"""From a grid to an ordered list of runs; each is a plain dict of settings, whose hash is the run's key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+from paper_grid.methods import METHODS, SINGLE
+from paper_grid.settings import Settings
+
+
+@dataclass
+class Run:
+    """One training, its learning rates still open.
+
+    Args:
+        group: The first group of the grid that asks for it.
+        settings: All that decides the result, except the learning rates.
+    """
+
+    group: str
+    settings: dict[str, Any] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """`task/backbone/mode/method/variant/s<seed>`: what `--only` is matched with."""
+        s = self.settings
+        method = s["method"] + (f"@{s['depth']}" if s["depth"] else "")
+        variant = ",".join(f"{k}={v}" for k, v in sorted(s["variant"].items())) or "plain"
+        return f"{s['task']}/{s['backbone']}/{s['mode']}/{method}/{variant}/s{s['seed']}"
+
+    def matches(self, pattern: str | None) -> bool:
+        """Whether a shell pattern (or a part of the label or the group's name) means this run."""
+        if pattern is None:
+            return True
+        return any(pattern in text or fnmatch(text, pattern) for text in (self.label, self.group))
+
+
+def plan(settings: Settings) -> list[Run]:
+    """Every run once, in the order of the groups, and in a group seed by seed: whatever has been finished when the time
+    is up can be compared."""
+    runs: dict[str, Run] = {}
+    for group in settings.groups:
+        for seed in group.seeds:
+            for task in group.tasks:
+                for backbone in group.backbones:
+                    for mode in group.modes:
+                        for method in group.methods:
+                            for variant in group.variants:
+                                for one in _runs(settings, task, backbone, mode, method, variant, seed):
+                                    runs.setdefault(key_of(one), Run(group.name, one))
+    return list(runs.values())
+
+
+def _runs(
+    settings: Settings, task: str, backbone: str, mode: str, method: str, variant: dict[str, Any], seed: int
+) -> Iterator[dict[str, Any]]:
+    if method not in SINGLE:
+        yield make_run(settings, task, backbone, mode, method, variant, seed)
+        return
+    blocks = settings.backbones[backbone].blocks
+    for depth in [blocks] if method == "single_final" else range(blocks, 0, -1):
+        yield make_run(settings, task, backbone, mode, "single", variant, seed, depth)
+
+
+def make_run(
+    settings: Settings,
+    task: str,
+    backbone: str,
+    mode: str,
+    method: str,
+    variant: dict[str, Any],
+    seed: int,
+    depth: int | None = None,
+) -> dict[str, Any]:
+    """The settings of one run.
+
+    Args:
+        settings: The grid.
+        task, backbone, mode, method, variant, seed: What the run combines.
+        depth: Of a single exit: the model is cut off behind this block.
+    """
+    if method == "badge" and variant.get("placement") == "none":  # that is what JT is
+        method, variant = "joint", {k: v for k, v in variant.items() if k != "placement"}
+    t, b = settings.tasks[task], settings.backbones[backbone]
+    adapter = {"r": settings.r, "activation": t.activation or settings.activation, **METHODS[method].adapter}
+    adapter |= {"exit_pooling": b.pooling, "final_exit": b.final_exit, "backbone": mode}
+    if adapter.get("exit_type") == "past_future":
+        adapter["final_exit"] = "exit"
+    fields = {k: v for k, v in variant.items() if k != "exit_0"}
+    # A variant that says what the method says anyway is no variant.
+    variant = {k: v for k, v in variant.items() if (v if k == "exit_0" else adapter.get(k) != v)}
+    adapter |= fields
+    if adapter["placement"] == "none":  # no bypass: its size and activation mean nothing
+        adapter |= {"r": settings.r, "activation": settings.activation}
+        variant.pop("r", None)
+    return {
+        "task": task,
+        "data": t.data,
+        "metric": t.metric,
+        "rows": {"train": t.max_train, "validation": t.max_validation, "test": t.max_test},
+        "data_seed": settings.data_seed,
+        "max_length": t.max_length,
+        "backbone": backbone,
+        "source": b.source,
+        "blocks": b.blocks,
+        "freeze_embeddings": b.freeze_embeddings and mode == "full",
+        "mode": mode,
+        "method": method,
+        "objective": METHODS[method].objective,
+        "depth": depth,
+        "variant": variant,
+        "adapter": adapter,
+        "exit_0": bool(variant.get("exit_0")),
+        "epochs": t.epochs or settings.epochs,
+        "patience": settings.patience,
+        "batch_size": t.batch_size or settings.batch_size,
+        "seed": seed,
+        "purpose": "result",
+    }
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """A hash of the settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,85 @@
+"""Where results are kept: one folder per run, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from badge_peft.evaluation import ExitLogits
+from paper_grid.plan import key_of
+
+RESULT = "run.json"
+
+
+class Store:
+    """The folder given by `--out`.
+
+    Args:
+        root: Made when something is written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def folder(self, settings: dict[str, Any]) -> Path:
+        """Where a run with these settings (learning rates among them) is or will be."""
+        parts = (settings["task"], settings["backbone"], settings["mode"], settings["method"], f"s{settings['seed']}")
+        kind = "trials" if settings["purpose"] == "search" else "runs"
+        return self.root / kind / f"{'-'.join(parts)}-{key_of(settings)}"
+
+    def read(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The `run.json` of a finished run, or None."""
+        path = self.folder(settings) / RESULT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def logits(self, settings: dict[str, Any], split: str) -> ExitLogits:
+        """The stored exit logits of `validation` or `test`."""
+        return ExitLogits.load(self.folder(settings) / f"{split}.safetensors")
+
+    def write(self, settings: dict[str, Any], result: dict[str, Any], logits: dict[str, ExitLogits]) -> Path:
+        """Writes a finished run. If another process was faster, its result stays."""
+        target = self.folder(settings)
+        with self.scratch() as folder:
+            for split, one in logits.items():
+                one.save(folder / f"{split}.safetensors")
+            write_json(folder / RESULT, {"key": key_of(settings), "settings": settings, **result})
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.rename(folder, target)
+            except OSError:
+                if not (target / RESULT).is_file():
+                    raise
+        return target
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder on the same disk that is gone afterwards, also when the run fails."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self.root))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def tuned(self, name: str) -> dict[str, Any] | None:
+        """What an optuna search found for `name`, or None."""
+        path = self.root / "optuna" / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_tuned(self, name: str, result: dict[str, Any]) -> None:
+        """Stores what an optuna search found."""
+        (self.root / "optuna").mkdir(parents=True, exist_ok=True)
+        write_json(self.root / "optuna" / f"{name}.json", result)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, path)

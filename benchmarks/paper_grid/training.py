@@ -1,0 +1,176 @@
+"""One run: train, score every exit on validation and test, keep the logits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
+from transformers.utils import logging
+
+from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores
+from badge_peft.training import MultiExitTrainer, multi_exit_arguments
+from paper_grid.data import TaskData, load_task
+from paper_grid.models import find_backbone, load_tokenizer, make_model
+from paper_grid.settings import Settings
+from paper_grid.store import Store
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
+
+
+class Workshop:
+    """Trains runs; what they share (tokenised data, the backbones' places) is read once.
+
+    Args:
+        settings: The grid.
+        store: Where unfinished files may lie.
+        data_dir: Where task folders are.
+        model_dir: Where backbone folders are.
+    """
+
+    def __init__(
+        self, settings: Settings, store: Store, data_dir: str | None = None, model_dir: str | None = None
+    ) -> None:
+        self.settings, self.store = settings, store
+        self.data_dir, self.model_dir = data_dir, model_dir
+        self._data: dict[str, TaskData] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def path(self, run: dict[str, Any]) -> str:
+        """Where the run's backbone is."""
+        return find_backbone(self.settings.backbones[run["backbone"]], self.model_dir)
+
+    def tokenizer(self, run: dict[str, Any]) -> Any:
+        """The tokenizer of the run's backbone."""
+        if run["backbone"] not in self._tokenizers:
+            self._tokenizers[run["backbone"]] = load_tokenizer(self.path(run))
+        return self._tokenizers[run["backbone"]]
+
+    def data(self, run: dict[str, Any]) -> TaskData:
+        """The run's task, tokenised."""
+        name = str([run[k] for k in ("data", "rows", "data_seed", "max_length", "backbone")])
+        if name not in self._data:
+            self._data[name] = load_task(run, self.data_dir, self.tokenizer(run))
+        return self._data[name]
+
+    def trainer(self, run: dict[str, Any], folder: Path, **options: Any) -> MultiExitTrainer:
+        """A trainer for the run, without anything that costs time and tells nothing.
+
+        Args:
+            run: With its learning rates.
+            folder: For checkpoints.
+            **options: In place of the trainer's own `model`.
+        """
+        data = self.data(run)
+        if "model" not in options and "model_init" not in options:
+            options["model"] = make_model(run, self.path(run), data)
+        model = options["model"] if "model" in options else options["model_init"](None)
+        arguments = multi_exit_arguments(
+            model,
+            str(folder),
+            learning_rate=run["backbone_lr"],
+            num_train_epochs=run["epochs"],
+            per_device_train_batch_size=run["batch_size"],
+            per_device_eval_batch_size=max(64, run["batch_size"]),
+            seed=run["seed"],
+            save_only_model=True,
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = MultiExitTrainer(
+            args=arguments,
+            train_dataset=data.splits["train"],
+            eval_dataset=data.splits["validation"],
+            data_collator=DataCollatorWithPadding(self.tokenizer(run)),
+            objective=run["objective"],
+            depth=run["depth"],
+            adapter_learning_rate=run["adapter_lr"],
+            metric=run["metric"],
+            early_stopping_patience=run["patience"],
+            **options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def run(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Trains one run and stores it. A trial of the search is scored on validation data alone.
+
+        Args:
+            run: With its learning rates.
+
+        Returns:
+            What is stored in `run.json`.
+        """
+        start = time.perf_counter()
+        data = self.data(run)
+        with self.store.scratch() as folder, quiet():
+            set_seed(run["seed"])
+            trainer = self.trainer(run, folder)
+            trained = time.perf_counter()
+            trainer.train()
+            trained = time.perf_counter() - trained
+            model = trainer.model
+            splits = ("validation",) if run["purpose"] == "search" else ("validation", "test")
+            logits = {s: collect_exit_logits(model, data.splits[s], batch_size=64) for s in splits}
+        history = [
+            {k.removeprefix("eval_"): row[k] for k in ("epoch", "eval_s_avg", "eval_s_best") if k in row}
+            for row in trainer.state.log_history
+            if "eval_s_avg" in row
+        ]
+        result = {
+            "scores": {split: scores(one, run["metric"]) for split, one in logits.items()},
+            "best_epoch": max(history, key=lambda row: row["s_avg"])["epoch"] if history else None,
+            "history": history,
+            "seconds": {"train": round(trained, 2), "total": round(time.perf_counter() - start, 2)},
+            "parameters": {
+                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "adapter": sum(p.numel() for n, p in model.named_parameters() if ".badge_" in n),
+            },
+            "data": {"digest": data.digest, "rows": {s: len(rows) for s, rows in data.splits.items()}},
+            "environment": environment(),
+        }
+        self.store.write(run, result, logits if run["purpose"] == "result" else {})
+        return result
+
+
+def scores(logits: ExitLogits, metric: str) -> dict[str, Any]:
+    """Scores per exit; S-avg and S-best are over the exits behind a block, so that exit 0 does not change what they
+    mean."""
+    found = exit_scores(logits, metric)
+    behind = [s for m, s in zip(found.exit_layers, found.per_exit, strict=True) if m > 0]
+    return {
+        "exits": found.exit_layers,
+        "per_exit": found.per_exit,
+        "avg": sum(behind) / len(behind),
+        "best": max(behind),
+        "final": behind[-1],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads and machine."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+    }
+
+
+@contextmanager
+def quiet() -> Any:
+    """No word about weights that a fresh head does not find, and no progress bars of loading."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
