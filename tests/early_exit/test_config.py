@@ -1,0 +1,143 @@
+"""EarlyExitConfig: what it refuses, how overrides win, and that JSON keeps it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+
+import pytest
+
+from badge_peft import BadgeConfig, EarlyExitConfig
+from badge_peft.early_exit.config import DIVERGENCES, POLICY_NAMES, WINDOWS
+
+FULL = {
+    "policy": "fixed_depth",
+    "divergence": "js",
+    "threshold": 0.25,
+    "patience": 3,
+    "window": "consecutive",
+    "min_exit": 0,
+    "max_exit": 7,
+    "depth": 4,
+    "normalize": True,
+    "temperature": [1.0, 0.5],
+    "parameters": {"weights": [0.5, 1.0]},
+    "calibration": {"rows": 100, "score": 0.9},
+}
+
+NOT_NUMBERS = (math.nan, math.inf, -math.inf, "0.2", True, [0.1])
+NOT_WHOLE = (-1, 1.5, 2.0, True, "2", math.nan)
+
+WRONG = [
+    *(("policy", v) for v in ("dge", "Divergence", "", None, 1, ["never"])),
+    *(("divergence", v) for v in ("jsd", "CE", None)),
+    *(("window", v) for v in ("any", 2, None)),
+    *(("threshold", v) for v in NOT_NUMBERS),
+    *(("patience", v) for v in (0, *NOT_WHOLE)),
+    *(("min_exit", v) for v in NOT_WHOLE),
+    *(("max_exit", v) for v in NOT_WHOLE),
+    *(("depth", v) for v in NOT_WHOLE),
+    *(("normalize", v) for v in (None, 1, "yes")),
+    *(("temperature", v) for v in (1.0, "1", [], [0.0], [1.0, -1.0], [math.nan], [True], [None])),
+    *(("parameters", v) for v in (1, "x", [1.0])),
+    *(("calibration", v) for v in (1, "x", [1.0])),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=lambda v: repr(v))
+def test_a_wrong_value_is_refused_with_its_field_and_value(field, value):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}")):
+        EarlyExitConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", sorted(FULL))
+def test_every_field_has_a_wrong_value_above(field):
+    assert field in {name for name, _ in WRONG}
+    assert set(FULL) == set(EarlyExitConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("field", "allowed"), [("policy", POLICY_NAMES), ("divergence", DIVERGENCES), ("window", WINDOWS)]
+)
+def test_names_that_are_allowed_are_in_the_message(field, allowed):
+    with pytest.raises(ValueError, match=", ".join(allowed)):
+        EarlyExitConfig(**{field: "x"})
+    for value in allowed:
+        assert getattr(EarlyExitConfig(**{field: value, "depth": 1}), field) == value
+
+
+def test_exits_that_leave_no_block_are_refused():
+    with pytest.raises(ValueError, match=r"min_exit=3 is deeper than max_exit=2"):
+        EarlyExitConfig(min_exit=3, max_exit=2)
+    assert EarlyExitConfig(min_exit=2, max_exit=2).max_exit == 2
+
+
+def test_fixed_depth_needs_a_depth():
+    with pytest.raises(ValueError, match=r"fixed_depth.*needs depth"):
+        EarlyExitConfig(policy="fixed_depth")
+    assert EarlyExitConfig(policy="fixed_depth", depth=0).depth == 0
+
+
+def test_whole_thresholds_and_tuples_become_what_json_gives():
+    config = EarlyExitConfig(threshold=1, temperature=(1, 2))
+    assert type(config.threshold) is float and config.threshold == 1.0
+    assert config.temperature == [1.0, 2.0] and all(type(t) is float for t in config.temperature)
+
+
+class TestOf:
+    def test_nothing_gives_the_defaults(self):
+        assert EarlyExitConfig.of(None) == EarlyExitConfig() == EarlyExitConfig.of({})
+
+    @pytest.mark.parametrize("kind", [EarlyExitConfig, dict])
+    def test_overrides_win_and_change_nothing(self, kind):
+        value = kind(**copy.deepcopy(FULL))
+        before = copy.deepcopy(value)
+        new = EarlyExitConfig.of(value, threshold=0.5, patience=None, policy="divergence")
+        assert value == before
+        assert (new.threshold, new.patience, new.policy) == (0.5, None, "divergence")
+        same = {name: getattr(new, name) for name in FULL if name not in ("threshold", "patience", "policy")}
+        assert same == {name: FULL[name] for name in same}
+
+    def test_a_copy_shares_nothing_with_the_config(self):
+        config = EarlyExitConfig(**copy.deepcopy(FULL))
+        new = EarlyExitConfig.of(config)
+        assert new == config and new is not config
+        new.temperature.append(2.0)
+        new.parameters["weights"].clear()
+        assert config == EarlyExitConfig(**FULL)
+
+    @pytest.mark.parametrize("given", [({"tau": 0.2}, {}), (None, {"tau": 0.2}), (EarlyExitConfig(), {"tau": 0.2})])
+    def test_an_unknown_name_is_refused_with_those_that_exist(self, given):
+        value, overrides = given
+        with pytest.raises(ValueError, match=r"no field tau.*policy, divergence, threshold, patience"):
+            EarlyExitConfig.of(value, **overrides)
+
+    @pytest.mark.parametrize("value", ["divergence", 0.2, ["policy"]])
+    def test_another_type_is_refused(self, value):
+        with pytest.raises(ValueError, match=type(value).__name__):
+            EarlyExitConfig.of(value)
+
+    def test_overrides_are_checked(self):
+        with pytest.raises(ValueError, match="patience=0"):
+            EarlyExitConfig.of(EarlyExitConfig(), patience=0)
+        with pytest.raises(ValueError, match="min_exit=3"):
+            EarlyExitConfig.of({"max_exit": 2}, min_exit=3)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, FULL, {"threshold": 0.1, "policy": "patience"}], ids=["default", "full", "two"]
+)
+def test_json_gives_the_same_config_back(fields):
+    config = EarlyExitConfig(**copy.deepcopy(fields))
+    assert EarlyExitConfig.of(json.loads(json.dumps(config.to_dict()))) == config
+    assert set(config.to_dict()) == set(FULL)
+
+
+def test_it_travels_inside_the_adapters_config(tmp_path):
+    badge = BadgeConfig(early_exit=dict(FULL))
+    assert badge.early_exit == EarlyExitConfig(**FULL)
+    badge.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["early_exit"] == FULL
+    assert BadgeConfig.from_pretrained(tmp_path).early_exit == EarlyExitConfig(**FULL)

@@ -1,0 +1,442 @@
+"""Every exit rule against its formula, exit by exit, on random logits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badge_peft import EarlyExitConfig
+from badge_peft.early_exit.config import POLICY_NAMES
+from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.policies import (
+    POLICIES,
+    DivergencePolicy,
+    FixedDepthPolicy,
+    NeverPolicy,
+    PatiencePolicy,
+    ThresholdPolicy,
+    build_policy,
+)
+
+from .reference import MULTI, REGRESSION, SINGLE, dge, distributions, divergences, entropy, pabee
+from .rules import NO_REGRESSION, ON_LOGITS, fields_of
+
+KINDS = ("ce", "kl", "js", "label")
+PROBLEMS = (SINGLE, MULTI, REGRESSION)
+ROWS, EXITS = 120, 7
+RULED = [(name, p) for name in ON_LOGITS for p in PROBLEMS if not (p == REGRESSION and name in NO_REGRESSION)]
+
+
+@cache
+def random_logits(problem_type, num_labels=3):
+    """[N, E, K]: exits that agree more and more, some rows from the start and some hardly ever."""
+    rng = np.random.default_rng(1)
+    k = 1 if problem_type == REGRESSION else num_labels
+    final = rng.normal(scale=2.0, size=(ROWS, 1, k))
+    noise = rng.normal(size=(ROWS, EXITS, k)) * rng.uniform(0.1, 3.0, size=(ROWS, 1, 1))
+    return (final + noise * np.linspace(1.0, 0.3, EXITS)[None, :, None]).astype(np.float32)
+
+
+@cache
+def tables(kind, problem_type):
+    """S[m][i] of every row, by the reference."""
+    return [divergences(kind, row, problem_type) for row in random_logits(problem_type).tolist()]
+
+
+def gap_at(values, share):
+    """The middle of a gap between the numbers of a list of lists, near the quantile `share`: no number is so close to
+    it that float32 and float64 could disagree about which is the smaller."""
+    s = np.sort([v for row in values for v in row])
+    middle, gap = (s[1:] + s[:-1]) / 2, s[1:] - s[:-1]
+    middle = middle[gap > 2e-4 * np.maximum(1, middle)]
+    return float(middle[np.abs(middle - np.quantile(s, share)).argmin()])
+
+
+def tau_at(s, share):
+    """`gap_at` for S[m][i] of many rows."""
+    return gap_at([v for table in s for v in table], share)
+
+
+# ------------------------------------------------------------------------------------------------------ against loops
+
+
+@pytest.mark.parametrize("problem_type", PROBLEMS)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("t", [1, 2, 3, 5])
+@pytest.mark.parametrize("window", ["all", "consecutive"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dge_is_equations_3_and_4(kind, window, t, share, problem_type):
+    s = tables(kind, problem_type)
+    tau = tau_at(s, share) if problem_type == REGRESSION or kind != "label" else 2 * share
+    want = [dge(row, window, tau, t) for row in s]
+    policy = DivergencePolicy(divergence=kind, window=window, threshold=tau, patience=t)
+    assert policy.replay(random_logits(problem_type), problem_type=problem_type).tolist() == want
+
+
+def test_the_logits_above_reach_every_exit():
+    reached, never = set(), 0
+    for kind, window, t in itertools.product(KINDS, ("all", "consecutive"), (1, 2, 3)):
+        s = tables(kind, SINGLE)
+        tau = 0.5 if kind == "label" else tau_at(s, 0.5)
+        found = [dge(row, window, tau, t) for row in s]
+        reached |= set(found)
+        never += found.count(EXITS)
+        assert len(set(found)) >= 3
+    assert reached == set(range(2, EXITS + 1)) and never > 0
+
+
+@pytest.mark.parametrize("problem_type", PROBLEMS)
+@pytest.mark.parametrize("patience", [1, 2, 3, 6, 7])
+def test_patience_is_pabees_counter(patience, problem_type):
+    logits = random_logits(problem_type)
+    threshold = tau_at(tables("label", REGRESSION), 0.4)
+    policy = PatiencePolicy(patience=patience, threshold=threshold if problem_type == REGRESSION else None)
+    want = [pabee(row, problem_type, patience, threshold) for row in logits.tolist()]
+    assert policy.replay(logits, problem_type=problem_type).tolist() == want
+    assert len(set(want)) >= (3 if patience < 6 else 1)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=9), st.integers(1, 5))
+def test_patience_on_label_sequences(labels, patience):
+    """Sequences of labels, so that hypothesis can shrink to the shortest one that goes wrong."""
+    logits = np.eye(3, dtype=np.float32)[np.array(labels)]
+    want = [pabee(row, SINGLE, patience, 0.0) for row in logits.tolist()]
+    assert PatiencePolicy(patience=patience).replay(logits).tolist() == want
+    same = DivergencePolicy(divergence="label", window="consecutive", patience=patience)
+    assert same.replay(logits).tolist() == want
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+@pytest.mark.parametrize("t", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_rules_that_trust_an_exits_own_confidence(share, t, problem_type):
+    """DeeBERT's entropy, the largest probability, and PCEE's counter of consecutive low entropies, as they are coded
+    there, on entropies in shares of the largest one."""
+    logits = random_logits(problem_type).tolist()
+    most = math.log(3) if problem_type == SINGLE else 3 * math.log(2)
+    h = [[sum(map(entropy, distributions(x, problem_type))) / most for x in row] for row in logits]
+    top = [[min(max(p) for p in distributions(x, problem_type)) for x in row] for row in logits]
+    low, high = gap_at(h, share), gap_at(top, 1 - share)
+
+    def stop(name, **fields):
+        return build_policy(policy=name, **fields).replay(logits, problem_type=problem_type).tolist()
+
+    assert stop("entropy", threshold=low * most) == [first(row, lambda v: v < low) for row in h]
+    assert stop("entropy", threshold=low, normalize=True) == [first(row, lambda v: v < low) for row in h]
+    assert stop("max_prob", threshold=high) == [first(row, lambda v: v >= high) for row in top]
+    want = [pcee(row, low, t) for row in h]
+    assert stop("confident_patience", threshold=low, patience=t) == want
+    assert len(set(want)) > 3
+
+
+def first(values, condition):
+    """Number (from 1) of the first value that meets the condition, or of the last."""
+    return next((m for m, v in enumerate(values, start=1) if condition(v)), len(values))
+
+
+def pcee(entropies, threshold, patience):
+    counter = 0
+    for number, value in enumerate(entropies, start=1):
+        counter = counter + 1 if value < threshold else 0
+        if counter == patience:
+            return number
+    return len(entropies)
+
+
+def test_temperatures_divide_the_logits_of_their_exit():
+    logits = random_logits(SINGLE)
+    temperature = [0.5, 2.0, 1.0, 3.0, 0.7, 1.5, 1.0]
+    scaled = logits / np.array(temperature, np.float32)[None, :, None]
+    plain = build_policy(policy="max_prob", threshold=0.8)
+    got = build_policy(policy="max_prob", threshold=0.8, temperature=temperature).replay(logits)
+    assert got.tolist() == plain.replay(scaled).tolist() != plain.replay(logits).tolist()
+    with pytest.raises(ValueError, match="temperature has 2 numbers, but there are 7 exits"):
+        build_policy(policy="max_prob", temperature=[1.0, 1.0]).replay(logits)
+
+
+def test_learned_stops_where_the_doubt_is_small():
+    doubts = np.random.default_rng(0).uniform(size=(ROWS, EXITS)).astype(np.float32)
+    policy = build_policy(policy="learned", threshold=0.3)
+    want = [first(row, lambda v: v < 0.3) for row in doubts.tolist()]
+    assert policy.replay(random_logits(SINGLE), signals=doubts).tolist() == want
+    with pytest.raises(ValueError, match="learn_to_exit"):
+        policy.replay(random_logits(SINGLE))
+
+
+@pytest.mark.parametrize("name", NO_REGRESSION)
+def test_rules_that_need_a_distribution_refuse_regression(name):
+    with pytest.raises(ValueError, match=f"policy='{name}' needs a distribution"):
+        build_policy(policy=name).replay(random_logits(REGRESSION))
+
+
+def test_labels_a_b_a_count_for_dge_and_not_for_pabee():
+    logits = np.eye(2, dtype=np.float32)[np.array([[0, 1, 0, 1, 1]])]
+    assert DivergencePolicy(divergence="label", patience=1).replay(logits).tolist() == [3]
+    assert PatiencePolicy(patience=1).replay(logits).tolist() == [5]
+
+
+def test_the_count_may_jump_past_t():
+    logits = np.eye(2, dtype=np.float32)[np.array([[0, 1, 0, 1, 0, 0]])]
+    # cnt = 0, 0, 1, 1, 2, 3 for the labels 0 1 0 1 0 0; it never equals 3 before it is reached by a jump elsewhere
+    assert DivergencePolicy(divergence="label", patience=2).replay(logits).tolist() == [5]
+    jump = np.eye(3, dtype=np.float32)[np.array([[0, 1, 1, 2, 2, 0, 2]])]  # cnt = 0, 0, 1, 0, 1, 1, 2
+    assert DivergencePolicy(divergence="label", patience=2).replay(jump).tolist() == [7]
+    close = np.array([[[0.0], [10.0], [1.0], [0.5]]], np.float32)  # cnt = 0, 0, 0, 2
+    assert DivergencePolicy(threshold=0.6, patience=1).replay(close).tolist() == [4]
+    longer = np.concatenate([close, close[:, :1]], axis=1)
+    assert DivergencePolicy(threshold=0.6, patience=1).replay(longer).tolist() == [4]
+
+
+def test_equality_with_tau_does_not_stop():
+    logits = np.array([[[1.0], [1.5], [2.0], [2.0]]], np.float32)
+    assert DivergencePolicy(threshold=0.5).replay(logits).tolist() == [4]
+    assert DivergencePolicy(threshold=0.5000001).replay(logits).tolist() == [2]
+    assert PatiencePolicy(threshold=0.5, patience=1).replay(logits).tolist() == [4]
+
+
+def test_cross_entropy_stops_on_agreement_with_confidence_only():
+    """S(p, p) = H(p): two equal, undecided exits are not close, two equal, certain ones are."""
+    undecided, certain = [[0.0, 0.0]] * 4, [[5.0, -5.0]] * 4
+    logits = np.array([undecided, certain], np.float32)
+    assert DivergencePolicy(divergence="ce", threshold=0.3).replay(logits).tolist() == [4, 2]
+    for kind in ("kl", "js", "label"):
+        assert DivergencePolicy(divergence=kind, threshold=0.3).replay(logits).tolist() == [2, 2]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(["all", "consecutive"]),
+    st.floats(0, 3, width=32),
+    st.floats(0, 3, width=32),
+    st.integers(1, 4),
+    st.sampled_from(PROBLEMS),
+)
+def test_a_stricter_rule_never_stops_earlier(kind, window, tau, more, t, problem_type):
+    logits = random_logits(problem_type)
+    rule = {"divergence": kind, "window": window}
+
+    def stop(threshold, patience):
+        policy = DivergencePolicy(**rule, threshold=threshold, patience=patience)
+        return policy.replay(logits, problem_type=problem_type)
+
+    assert (stop(tau + more, t) <= stop(tau, t)).all()
+    assert (stop(tau, t) <= stop(tau, t + 1)).all()
+    assert (stop(tau, t) > t).all() or t >= EXITS
+
+
+# ---------------------------------------------------------------------------------------------- the ends of the model
+
+
+@pytest.mark.parametrize("exits", [None, [0, 1, 3, 4, 8, 9, 12], [2, 3, 4, 5, 6, 7, 12]])
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_min_exit_and_max_exit(name, exits):
+    logits = random_logits(SINGLE)
+    numbers = exits or list(range(1, EXITS + 1))
+    base = fields_of(name, numbers, 3, SINGLE)
+    free = build_policy(base).replay(logits, exits)
+    assert set(free.tolist()) <= set(numbers)
+    for cap in range(numbers[0], numbers[-1] + 1):
+        answers = max(m for m in numbers if m <= cap)
+        capped = build_policy(base, max_exit=cap).replay(logits, exits)
+        assert capped.tolist() == free.clamp(max=answers).tolist()
+    for floor in range(numbers[-1] + 1):
+        late = build_policy(base, min_exit=floor).replay(logits, exits)
+        assert (late >= floor).all() and (late >= free).all()
+        assert late[free >= floor].tolist() == free[free >= floor].tolist()
+    both = build_policy(base, min_exit=numbers[3], max_exit=numbers[3]).replay(logits, exits)
+    assert both.tolist() == [numbers[3]] * ROWS
+
+
+@pytest.mark.parametrize(("field", "value"), [("min_exit", 8), ("max_exit", 8), ("max_exit", 0), ("depth", 8)])
+def test_blocks_that_the_model_lacks_are_refused(field, value):
+    policy = build_policy({"policy": "fixed_depth", "depth": 3, **{field: value}})
+    with pytest.raises(ValueError, match=f"{field}={value} is not allowed"):
+        policy.replay(random_logits(SINGLE))
+
+
+def test_a_depth_without_an_exit_is_refused():
+    with pytest.raises(ValueError, match=r"depth=4 is not allowed.*\[0, 2, 5\]"):
+        FixedDepthPolicy(depth=4).replay(random_logits(SINGLE)[:, :3], exit_layers=[0, 2, 5])
+
+
+@pytest.mark.parametrize("exits", [[1, 2, 3, 4, 5, 6, 7], [0, 2, 5, 6, 8, 10, 12]])
+def test_fixed_depth_and_never(exits):
+    logits = random_logits(SINGLE)
+    for depth in exits:
+        assert FixedDepthPolicy(depth=depth).replay(logits, exits).tolist() == [depth] * ROWS
+    assert NeverPolicy().replay(logits, exits).tolist() == [exits[-1]] * ROWS
+
+
+def test_one_exit_alone_answers():
+    for name in ON_LOGITS:
+        policy = build_policy(fields_of(name, [12], 3, SINGLE))
+        assert policy.replay(random_logits(SINGLE)[:, :1], [12]).tolist() == [12] * ROWS
+
+
+@pytest.mark.parametrize("exits", [[0, 2, 5], [1, 6], [3]])
+def test_a_subset_of_exits_is_a_shorter_history(exits):
+    logits = random_logits(SINGLE)[:, : len(exits)]
+    policy = DivergencePolicy(threshold=0.7)
+    by_index = policy.replay(logits) - 1
+    assert policy.replay(logits, exits).tolist() == [exits[j] for j in by_index.tolist()]
+
+
+# ----------------------------------------------------------------------------------------------------------- defaults
+
+
+def plausible_logits(problem_type, num_labels, rows=300, exits=12):
+    """Exits of a trained classifier: evidence for the right answer grows with depth, faster for easy rows."""
+    rng = np.random.default_rng(2)
+    depth = np.linspace(0.0, 1.0, exits)[None, :, None]
+    ease = rng.uniform(0.3, 1.5, size=(rows, 1, 1))
+    if problem_type == REGRESSION:
+        wander = rng.normal(size=(rows, exits, 1)) * np.exp(-3 * depth * ease)
+        return (rng.uniform(0, 5, size=(rows, 1, 1)) + wander).astype(np.float32)
+    size = (rows, 1, num_labels)
+    right = rng.integers(0, 2, size) * 2.0 - 1.0 if problem_type == MULTI else np.eye(num_labels)[None][:, :1] * 2.5
+    noise = rng.normal(size=(rows, exits, num_labels)) * (1.5 - depth)
+    return (right * depth * ease * (4.0 + np.log(num_labels)) + noise).astype(np.float32)
+
+
+SIZES = [(SINGLE, 2), (SINGLE, 3), (SINGLE, 77), (SINGLE, 150), (MULTI, 10), (REGRESSION, 1)]
+RULES = [
+    *({"divergence": kind, "window": window} for kind in KINDS for window in ("all", "consecutive")),
+    {"policy": "patience"},
+]
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule.values()))
+def test_defaults_stop_some_rows_and_not_all_at_once(rule, problem_type, num_labels):
+    logits = plausible_logits(problem_type, num_labels)
+    stops = build_policy(**rule).replay(logits, problem_type=problem_type)
+    early = (stops < logits.shape[1]).float().mean()
+    assert early > 0.2
+    assert (stops == stops.min()).float().mean() < 0.95
+    assert len(stops.unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem_type", "num_labels", "tau"),
+    [
+        ("ce", SINGLE, 2, 0.3 * np.log(2)),
+        ("ce", SINGLE, 150, 0.3 * np.log(150)),
+        ("kl", SINGLE, 77, 0.05 * np.log(77)),
+        ("js", SINGLE, 3, 0.02 * np.log(3)),
+        ("ce", MULTI, 10, 0.3 * 10 * np.log(2)),
+        ("js", MULTI, 10, 0.02 * 10 * np.log(2)),
+        ("label", SINGLE, 77, 0.5),
+        ("label", MULTI, 10, 0.5),
+        ("ce", REGRESSION, 1, 0.1),
+        ("label", REGRESSION, 1, 0.1),
+    ],
+)
+def test_documented_defaults(kind, problem_type, num_labels, tau):
+    logits = plausible_logits(problem_type, num_labels)
+    default = DivergencePolicy(divergence=kind).replay(logits, problem_type=problem_type)
+    written = DivergencePolicy(divergence=kind, threshold=float(tau), patience=1)
+    assert default.tolist() == written.replay(logits, problem_type=problem_type).tolist()
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
+def test_documented_defaults_of_patience(problem_type, num_labels):
+    logits = plausible_logits(problem_type, num_labels)
+    written = PatiencePolicy(patience=2, threshold=0.1)
+    want = written.replay(logits, problem_type=problem_type).tolist()
+    assert PatiencePolicy().replay(logits, problem_type=problem_type).tolist() == want
+
+
+@pytest.mark.parametrize(("problem_type", "unit"), [(SINGLE, np.log(3)), (MULTI, 3 * np.log(2)), (REGRESSION, 1.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalize_makes_tau_a_share_of_the_largest_entropy(kind, problem_type, unit):
+    logits = random_logits(problem_type)
+    share = 0.4
+    scaled = DivergencePolicy(divergence=kind, threshold=share, normalize=True)
+    plain = DivergencePolicy(divergence=kind, threshold=share * (1.0 if kind == "label" else float(unit)))
+    want = plain.replay(logits, problem_type=problem_type).tolist()
+    assert scaled.replay(logits, problem_type=problem_type).tolist() == want
+    default = DivergencePolicy(divergence=kind).replay(logits, problem_type=problem_type)
+    same = DivergencePolicy(divergence=kind, normalize=True).replay(logits, problem_type=problem_type)
+    assert default.tolist() == same.tolist()
+
+
+# ------------------------------------------------------------------------------------------------- building and input
+
+
+def test_the_problem_type_follows_from_the_labels():
+    one = random_logits(REGRESSION)
+    assert DivergencePolicy().replay(one).tolist() == DivergencePolicy().replay(one, problem_type=REGRESSION).tolist()
+    three = random_logits(SINGLE)
+    assert DivergencePolicy().replay(three).tolist() == DivergencePolicy().replay(three, problem_type=SINGLE).tolist()
+    assert DivergencePolicy().replay(three).tolist() != DivergencePolicy().replay(three, problem_type=MULTI).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "problem_type"), RULED)
+def test_half_precision_is_read_as_it_is(problem_type, name, dtype):
+    logits = torch.from_numpy(random_logits(problem_type)) * 50
+    logits[:3] = 0.0
+    logits[:3, :, 0] = torch.finfo(dtype).max
+    logits[1] = -logits[1]
+    logits[2, :, 0] = torch.inf
+    logits = logits.to(dtype)
+    policy = build_policy(fields_of(name, range(1, EXITS + 1), logits.shape[2], problem_type))
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        stops = policy.replay(logits, problem_type=problem_type)
+    assert stops.tolist() == policy.replay(logits.float(), problem_type=problem_type).tolist()
+    if name in ("divergence", "patience") and problem_type == SINGLE:
+        assert stops[0] <= 3 and stops[2] <= 3  # equal and certain exits, however large
+
+
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_a_policy_keeps_no_state(name):
+    policy = build_policy(fields_of(name, range(1, EXITS + 1), 3, SINGLE))
+    first = policy.replay(random_logits(SINGLE))
+    policy.replay(random_logits(SINGLE)[:1] * 100)
+    policy.replay(random_logits(SINGLE)[::-1] / 3)
+    assert policy.replay(random_logits(SINGLE)).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_a_policy_never_changes_the_config_it_was_given(name):
+    fields = fields_of(name, range(1, EXITS + 1), 3, SINGLE)
+    config = EarlyExitConfig(**fields, window="all", divergence="js")
+    before = copy.deepcopy(config)
+    policy = build_policy(config, threshold=0.3)
+    policy.replay(random_logits(SINGLE))
+    assert config == before
+    assert type(policy) is POLICIES[name] and policy.name == name
+
+
+@pytest.mark.parametrize(("name", "problem_type"), RULED)
+def test_a_rows_signal_does_not_depend_on_the_rows_beside_it(name, problem_type):
+    """To the last bit, for as many exits as BERT-base has: or a row could stop elsewhere in another batch."""
+    exits = list(range(13))
+    logits = plausible_logits(problem_type, 1 if problem_type == REGRESSION else 10, rows=33, exits=13)
+    policy = build_policy(fields_of(name, exits, logits.shape[2], problem_type))
+    stops = policy.replay(logits, exits, problem_type)
+    alone = [policy.replay(logits[n : n + 1], exits, problem_type).item() for n in range(33)]
+    assert alone == stops.tolist()
+    if isinstance(policy, ThresholdPolicy):
+        history = ExitHistory.of(logits, exits, problem_type)
+        signals = np.stack([policy.signal(history, j) for j in range(13)])
+        for n in range(33):
+            one = ExitHistory.of(logits[n : n + 1], exits, problem_type)
+            np.testing.assert_array_equal([policy.signal(one, j)[0] for j in range(13)], signals[:, n])
+
+
+def test_every_name_is_built():
+    assert set(POLICIES) == set(POLICY_NAMES)
+    for name, policy in POLICIES.items():
+        built = build_policy(fields_of(name, [1, 2], 3, SINGLE))
+        assert type(built) is policy and built.name == built.config.policy == name

@@ -1,0 +1,153 @@
+"""EarlyExitRun: on any logits at all, live and replay give the same exits and the same answers, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badge_peft.early_exit.policies import build_policy
+
+from .reference import MULTI, REGRESSION, SINGLE
+from .rules import NO_REGRESSION, ON_LOGITS, fields_of
+from .table_model import as_inputs, table_model
+
+BLOCKS = 6
+EXITS = [(1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 5, 6), (0, 2, 5, 6), (3, 6), (0, 6), (6,)]
+PROBLEMS = [(SINGLE, 2), (SINGLE, 5), (MULTI, 4), (REGRESSION, 1)]
+KINDS = ("normal", "converging", "whole", "huge")
+
+
+def logits_of(seed: int, rows: int, num_labels: int, kind: str) -> torch.Tensor:
+    """[rows, M + 1, K]; entry m is what an exit at block m says. `whole` numbers have ties, in labels and in S."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, BLOCKS + 1, num_labels, generator=generator)
+    if kind == "converging":
+        final = 2 * torch.randn(rows, 1, num_labels, generator=generator)
+        logits = final + logits * torch.linspace(1, 0.05, BLOCKS + 1).view(1, -1, 1)
+    return {"whole": logits.round(), "huge": logits * 1e4}.get(kind, logits)
+
+
+@st.composite
+def configs(draw, exits, num_labels, problem_type):
+    """Any config but those that `check` refuses."""
+    names = [name for name in ON_LOGITS if problem_type != REGRESSION or name not in NO_REGRESSION]
+    name = draw(st.sampled_from(names))
+    low = draw(st.none() | st.integers(0, BLOCKS))
+    high = draw(st.none() | st.integers(max(low or 0, exits[0]), BLOCKS))
+    return {
+        **fields_of(name, exits, num_labels, problem_type),
+        "divergence": draw(st.sampled_from(["ce", "kl", "js", "label"])),
+        "window": draw(st.sampled_from(["all", "consecutive"])),
+        "threshold": draw(st.sampled_from([None, 0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 2.0, 1e4])),
+        "patience": draw(st.none() | st.integers(1, 4)),
+        "normalize": draw(st.booleans()),
+        "min_exit": low,
+        "max_exit": high,
+        **({"depth": draw(st.sampled_from(exits))} if name == "fixed_depth" else {}),
+    }
+
+
+def check(model, logits, exits, problem_type, config):
+    """One call against the replay; returns the exits."""
+    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
+    want = build_policy(config).replay(logits[:, list(exits)], exits, problem_type)
+    assert out.exit_layer.dtype == torch.long
+    assert out.exit_layer.tolist() == want.tolist()
+    assert torch.equal(out.logits, logits[torch.arange(len(logits)), want])
+    going = [int((want >= m).sum()) for m in range(1, BLOCKS + 1)]
+    assert model.base_model.model.computed == [rows for rows in going if rows]
+    return want
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(data=st.data())
+def test_live_is_replay(problem_type, num_labels, data):
+    exits = data.draw(st.sampled_from(EXITS))
+    style = data.draw(st.tuples(st.sampled_from(["exit", "base_head"]), st.booleans(), st.booleans()))
+    rows = data.draw(st.integers(1, 17))
+    config = data.draw(configs(exits, num_labels, problem_type))
+    logits = logits_of(data.draw(st.integers(0, 999)), rows, num_labels, data.draw(st.sampled_from(KINDS)))
+    model = table_model(num_labels, problem_type, exits, BLOCKS, *style)
+    warm_up(model, logits, exits)
+    check(model, logits, exits, problem_type, config)
+
+
+def warm_up(model, logits, exits):
+    """Runs every block once."""
+    model.early_exit_forward(**as_inputs(logits[:1]), policy="never")
+
+
+@pytest.mark.parametrize("name", ON_LOGITS)
+@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_every_policy_at_every_batch_size(rows, final_exit, name):
+    exits = EXITS[1]
+    model = table_model(5, SINGLE, exits, BLOCKS, final_exit)
+    logits = logits_of(rows, rows, 5, "converging")
+    warm_up(model, logits, exits)
+    check(model, logits, exits, SINGLE, fields_of(name, exits, 5, SINGLE))
+
+
+def test_the_logits_above_reach_every_exit():
+    logits = logits_of(0, 300, 5, "converging")
+    reached = build_policy(threshold=0.8).replay(logits, range(BLOCKS + 1)).unique()
+    assert reached.tolist() == list(range(1, BLOCKS + 1))
+
+
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
+def test_full_depth_gives_the_table(final_exit, exits):
+    logits = logits_of(0, 4, 5, "normal")
+    out = table_model(5, SINGLE, exits, BLOCKS, final_exit)(**as_inputs(logits))
+    assert torch.equal(out.exit_logits, logits[:, list(exits)])
+    assert torch.equal(out.logits, logits[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_their_order(kind):
+    exits = EXITS[1]
+    model = table_model(5, SINGLE, exits, BLOCKS)
+    logits = logits_of(3, 17, 5, kind)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    first = model.early_exit_forward(**as_inputs(logits), threshold=0.6)
+    second = model.early_exit_forward(**as_inputs(logits[order]), threshold=0.6)
+    assert second.exit_layer.tolist() == first.exit_layer[order].tolist()
+    assert torch.equal(second.logits, first.logits[order])
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
+@pytest.mark.parametrize("depth", EXITS[1])
+def test_all_rows_stop_together(depth, final_exit, by_keyword, returns_tuple):
+    model = table_model(2, SINGLE, EXITS[1], BLOCKS, final_exit, returns_tuple, by_keyword)
+    logits = logits_of(0, 5, 2, "normal")
+    warm_up(model, logits, EXITS[1])
+    want = check(model, logits, EXITS[1], SINGLE, {"policy": "fixed_depth", "depth": depth})
+    assert want.tolist() == [depth] * 5
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_each_row_stops_somewhere_else(by_keyword, returns_tuple):
+    """Row n says the same label from entry n on; row 5 never does."""
+    labels = torch.arange(BLOCKS + 1).expand(7, -1) % 2
+    rows = torch.arange(7).unsqueeze(1)
+    agreed = torch.where(torch.arange(BLOCKS + 1) >= rows, rows % 2, labels)
+    logits = torch.nn.functional.one_hot(agreed, 2) * torch.tensor([1.0, 1.5]) + torch.arange(7.0).view(-1, 1, 1)
+    model = table_model(2, SINGLE, EXITS[1], BLOCKS, "base_head", returns_tuple, by_keyword)
+    warm_up(model, logits, EXITS[1])
+    want = check(model, logits, EXITS[1], SINGLE, {"policy": "patience", "patience": 1})
+    assert want.tolist() == [1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("depth", EXITS[1])
+def test_a_new_model_wastes_no_block(depth):
+    """Before its first block has run, nobody knows what a block returns; block 1 alone may run for that."""
+    table_model.cache_clear()
+    model = table_model(2, SINGLE, EXITS[1], BLOCKS, "exit", True)
+    model.early_exit_forward(**as_inputs(logits_of(0, 5, 2, "normal")), policy="fixed_depth", depth=depth)
+    assert model.base_model.model.computed == [5] * max(depth, 1)

@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from badge_peft import BadgeConfig, EarlyExitConfig, load_pretrained
+from tests import reference
+from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake
+
+FILE = "adapter_model.safetensors"
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"placement": "ffn", "norm": "shared", "bias": True},
+    {"placement": "mhsa", "exit_type": "mha", "final_exit": "exit"},
+    {"placement": "none", "exit_type": "pooled", "train_head": False},
+    {"exit_layers": [0, 2], "exit_pooling": "mean"},
+    {"backbone": "full"},
+    {"backbone": "full", "final_exit": "exit"},
+]
+
+
+def trained(case: str = "bert", base: Any = None, **fields: Any) -> Any:
+    """A model as after training: everything that is trained differs from its start."""
+    model = make_badge(case, base=base, **fields)
+    shake(model, only=".modules_to_save.")
+    if fields.get("backbone") == "full":
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".badge_" not in name:
+                shake(model, only=name)
+    return model
+
+
+def saved_base(path: Path, case: str = "bert", **changes: Any) -> Any:
+    """A base model that has a folder to be loaded from, as every real one has."""
+    make_model(case, **changes).save_pretrained(path)
+    return AutoModelForSequenceClassification.from_pretrained(path).eval()
+
+
+def other_base(seed: int = 0, **changes: Any) -> Any:
+    return make_model("bert", seed=seed, **changes)
+
+
+# ---- loading gives the same exits, bit for bit
+
+
+def by_peft(path: Path, base: Any, **kwargs: Any) -> Any:
+    return PeftModel.from_pretrained(base, path, **kwargs)
+
+
+def by_other_name(path: Path, base: Any) -> Any:
+    model = PeftModel.from_pretrained(base, path, adapter_name="other")
+    assert model.active_adapter == "other" and list(model.peft_config) == ["other"]
+    return model
+
+
+def by_low_memory(path: Path, base: Any) -> Any:
+    model = PeftModel.from_pretrained(base, path, low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in model.parameters())
+    return model
+
+
+def by_trainable(path: Path, base: Any) -> Any:
+    return PeftModel.from_pretrained(base, path, is_trainable=True)
+
+
+def by_load_adapter(path: Path, base: Any) -> Any:
+    model = get_peft_model(base, BadgeConfig(r=2, placement="none", final_exit="exit"), adapter_name="first")
+    model.load_adapter(path, "second")
+    assert model.active_adapter == "first"
+    model.set_adapter("second")
+    return model
+
+
+def by_load_adapter_onto_the_same(path: Path, base: Any) -> Any:
+    model = get_peft_model(base, BadgeConfig.from_pretrained(path))
+    model.load_adapter(path, "default", is_trainable=True)
+    return model
+
+
+def by_our_helper(path: Path, base: Any) -> Any:
+    return load_pretrained(str(path), base_model=base)
+
+
+WAYS = [by_peft, by_other_name, by_low_memory, by_trainable, by_load_adapter_onto_the_same, by_our_helper]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_every_way_of_loading(way, fields, tmp_path):
+    model = trained(**fields)
+    expected = exits_of(model, make_batch())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(exits_of(way(tmp_path, make_model()).eval(), make_batch()), expected)
+
+
+@pytest.mark.parametrize("fields", FIELDS[:-2], ids=str)
+def test_beside_another_adapter(fields, tmp_path):
+    model = trained(**fields)
+    expected = exits_of(model, make_batch())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(exits_of(by_load_adapter(tmp_path, make_model()).eval(), make_batch()), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full", "final_exit": "exit"}], ids=str)
+def test_every_backbone(case, fields, tmp_path):
+    base = saved_base(tmp_path / "base", case)
+    model = trained(base=base, **fields)
+    expected = exits_of(model, make_batch())
+    model.save_pretrained(tmp_path / "adapter")
+    for loaded in (
+        PeftModel.from_pretrained(make_model(case), tmp_path / "adapter"),
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
+        load_pretrained(str(tmp_path / "adapter")),
+    ):
+        assert torch.equal(exits_of(loaded.eval(), make_batch()), expected)
+
+
+def test_number_of_labels_travels_with_the_adapter(tmp_path):
+    """The base model's folder says 3 labels; the adapter has 5 exits of its own."""
+    model = trained(base=saved_base(tmp_path / "base"), num_labels=5, final_exit="exit")
+    expected = exits_of(model, make_batch())
+    assert expected.shape == (4, 3, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter").eval()
+    assert torch.equal(exits_of(loaded, make_batch()), expected)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full"}, {"norm": "shared"}], ids=str)
+def test_copies_work_and_are_apart(how, case, fields):
+    model = trained(case, **fields)
+    expected = exits_of(model, make_batch())
+    copied = how(model)
+    assert torch.equal(exits_of(copied, make_batch()), expected)
+    shake(copied, only="")
+    assert not torch.allclose(exits_of(copied, make_batch()), expected)
+    assert torch.equal(exits_of(model, make_batch()), expected)
+    base = copied.unload()  # the copy's hooks are its own
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert torch.equal(exits_of(model, make_batch()), expected)
+
+
+# ---- what a file holds
+
+
+def block_keys(numbers: range | list[int], parts: tuple[str, ...], kind: str) -> set[str]:
+    return {f"base_model.model.bert.encoder.layer.{m - 1}.badge_{kind}.{m}.{part}" for m in numbers for part in parts}
+
+
+BYPASS = ("down.weight", "up.weight", "norm.weight", "norm.bias")
+EXIT = ("linear.weight", "linear.bias")
+HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "keys"),
+    [
+        ({}, block_keys([1, 2], BYPASS, "bypass") | block_keys([1, 2], EXIT, "exit") | HEAD),
+        ({"train_head": False}, block_keys([1, 2], BYPASS, "bypass") | block_keys([1, 2], EXIT, "exit")),
+        (
+            {"final_exit": "exit", "norm": "shared", "bias": True},
+            block_keys([1, 2, 3], (*BYPASS[:2], "down.bias", "up.bias"), "bypass")
+            | block_keys([1, 2, 3], EXIT, "exit"),
+        ),
+        (
+            {"placement": "none", "exit_type": "pooled", "exit_layers": [2]},
+            block_keys([2], (*EXIT, "dense.weight", "dense.bias"), "exit") | HEAD,
+        ),
+        (
+            {"exit_layers": [0, 2]},
+            {f"base_model.model.bert.encoder.layer.0.badge_exit.0.{part}" for part in EXIT}
+            | block_keys([2], BYPASS, "bypass")
+            | block_keys([2], EXIT, "exit")
+            | HEAD,
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_exact_keys(fields, keys, adapter_name, tmp_path):
+    model = make_badge(adapter_name=adapter_name, **fields)
+    model.add_adapter("third", BadgeConfig(placement="ffn", bias=True, final_exit="exit"))
+    model.save_pretrained(tmp_path, selected_adapters=[adapter_name])
+    path = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    assert set(load_file(path / FILE)) == keys
+    assert {p.name for p in path.iterdir()} - {"README.md"} == {"adapter_config.json", FILE}
+    assert (tmp_path / "README.md").exists()
+
+
+def test_exact_keys_of_a_shared_block(tmp_path):
+    make_badge("albert", final_exit="exit").save_pretrained(tmp_path)
+    root = "base_model.model.albert.encoder.albert_layer_groups.0.albert_layers.0"
+    expected = {f"{root}.badge_bypass.{m}.{part}" for m in (1, 2, 3) for part in BYPASS}
+    expected |= {f"{root}.badge_exit.{m}.{part}" for m in (1, 2, 3) for part in EXIT}
+    assert set(load_file(tmp_path / FILE)) == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trained_backbone_is_in_the_file_once(case, tmp_path):
+    model = trained(case, backbone="full")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / FILE)
+    own = {name for name in stored if ".badge_" in name}
+    names = {f"base_model.model.{name}" for name in make_model(case).state_dict()}
+    assert {name.replace(".base_layer.", ".") for name in stored if name not in own} == names
+    assert len(stored) == len(own) + len(names)
+
+
+def test_files_of_several_adapters(tmp_path):
+    model = make_badge(r=4)
+    model.add_adapter("other", BadgeConfig(r=2, placement="ffn"))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_config.json", FILE, "README.md", "other"}
+    ranks = [load_file(path / FILE) for path in (tmp_path, tmp_path / "other")]
+    key = "base_model.model.bert.encoder.layer.1.badge_bypass.2.down.weight"
+    assert [len(weights[key]) for weights in ranks] == [4, 2]
+    assert ranks[0].keys() == ranks[1].keys()
+
+
+def test_config_holds_what_loading_needs(tmp_path):
+    make_badge(base=saved_base(tmp_path / "base"), exit_layers=[1, 2]).save_pretrained(tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(tmp_path / "base")
+    assert (stored["num_labels"], stored["hidden_size"], stored["num_blocks"]) == (3, 32, 3)
+    assert stored["exit_layers"] == [1, 2] and stored["inference_mode"] is True
+    assert stored["peft_type"] == "BADGE" and stored["base_fingerprint"]
+
+
+# ---- the trained backbone
+
+
+@pytest.mark.parametrize("case", ["bert", "albert", "deberta-v2", "modernbert-mean"])
+@pytest.mark.parametrize("final_exit", ["base_head", "exit"])
+def test_trained_backbone_comes_back_bit_for_bit(case, final_exit, tmp_path):
+    model = trained(case, backbone="full", final_exit=final_exit)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        out = model(**make_batch())
+    loaded = PeftModel.from_pretrained(make_model(case), tmp_path).eval()
+    expected = model.get_base_model().state_dict()
+    assert expected.keys() == loaded.get_base_model().state_dict().keys()
+    assert all(torch.equal(expected[name], value) for name, value in loaded.get_base_model().state_dict().items())
+    unloaded = loaded.unload()
+    assert unloaded.state_dict().keys() == make_model(case).state_dict().keys()
+    start = make_model(case).state_dict()
+    same = {name for name, p in unloaded.named_parameters() if torch.equal(p, start[name])}
+    frozen = {name for name, p in model.get_base_model().named_parameters() if not p.requires_grad}
+    frozen = {name.replace(".base_layer.", ".") for name in frozen if ".original_module." not in name}
+    assert same == frozen and bool(frozen) == (final_exit == "exit")  # what no exit reads is not trained
+    with torch.no_grad():
+        logits = unloaded(**make_batch()).logits
+        assert not torch.equal(logits, make_model(case)(**make_batch()).logits)
+    if final_exit == "base_head":
+        assert torch.equal(logits, out.logits)
+
+
+def test_trained_backbone_ignores_the_weights_of_its_base(tmp_path):
+    """The file holds the whole backbone, so it does not matter which weights it is put on."""
+    model = trained(backbone="full")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(seed=5), tmp_path).eval()
+    assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))
+
+
+@pytest.mark.parametrize(("first", "second"), [("full", "frozen"), ("frozen", "full"), ("full", "full")])
+def test_trained_backbone_has_its_model_to_itself(first, second, tmp_path):
+    model = make_badge(backbone=first)
+    before = exits_of(model, make_batch())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="backbone='full' .* alone on its model: put 'second' on another copy"):
+        model.add_adapter("second", BadgeConfig(backbone=second))
+    make_badge(backbone=second).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="alone on its model"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert torch.equal(exits_of(model, make_batch()), before)
+
+
+# ---- training on
+
+
+@pytest.mark.parametrize("fields", [{}, {"train_head": False}, {"backbone": "full"}, {"final_exit": "exit"}], ids=str)
+def test_only_a_trainable_adapter_has_gradients(fields, tmp_path):
+    model = trained(**fields)
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert not [name for name, p in loaded.named_parameters() if p.requires_grad]
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == expected
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.1)
+    loaded.train()(**make_batch(), labels=make_labels()).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in loaded.named_parameters() if name in before and not torch.equal(p, before[name])}
+    still = before.keys() - moved
+    # embeddings of tokens that are not in the batch have no gradient, and the bias of keys never has one
+    assert not {name for name in still if "embeddings" not in name and not name.endswith("key.bias")}
+
+
+# ---- files that do not fit
+
+
+def refused(model_or_base: Any, load: Any, message: str, error: type[Exception] = ValueError) -> None:
+    """`load` raises, and the model answers as before."""
+    with torch.no_grad():
+        before = model_or_base(**make_batch()).logits
+    with pytest.raises(error, match=message):
+        load()
+    with torch.no_grad():
+        assert torch.equal(model_or_base(**make_batch()).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda: other_base(seed=1), "made for another backbone: the weight bert"),
+        (lambda: other_base(hidden_size=64), "hidden_size=32, but the model has hidden_size=64"),
+        (lambda: other_base(num_hidden_layers=4), "num_blocks=3, but the model has num_blocks=4"),
+        (
+            lambda: other_base(num_labels=2),
+            "num_labels=3, but the model's head has 2: load the model with num_labels=3",
+        ),
+        (lambda: make_model("roberta"), "another architecture: the blocks .* this RobertaForSequenceClassification"),
+        (lambda: make_model("modernbert-cls"), "made for another architecture"),
+    ],
+    ids=["weights", "hidden_size", "blocks", "labels", "roberta", "modernbert"],
+)
+def test_adapter_of_another_model(base, message, tmp_path):
+    make_badge().save_pretrained(tmp_path)
+    fresh = base()
+    refused(fresh, lambda: PeftModel.from_pretrained(fresh, tmp_path), message)
+    assert not blocks_of(fresh) and not hasattr(fresh, "peft_config")
+    model = make_badge(base=fresh)
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
+    assert list(model.peft_config) == ["default"]
+
+
+def drop(name: str) -> Any:
+    return lambda weights: {key: value for key, value in weights.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"final_exit": "exit", "exit_type": "pooled"}, {"backbone": "full"}], ids=["head", "exit", "full"]
+)
+def test_file_that_lacks_any_tensor(fields, tmp_path):
+    """Loaded all the same, an exit or the head would keep random weights and answer at chance."""
+    model = make_badge(base=make_model(num_hidden_layers=2), **fields)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    for name in weights:
+        save_file(drop(name)(weights), tmp_path / FILE)
+        base = make_model(num_hidden_layers=2)
+        load = partial(PeftModel.from_pretrained, base, tmp_path)
+        if name in HEAD:  # PEFT itself looks for what is in modules_to_save
+            refused(base, load, name, KeyError)
+        else:
+            refused(base, load, "lacks 1 of .* tensors, first")
+    save_file({}, tmp_path / FILE)
+    with pytest.raises((ValueError, KeyError), match="lacks|classifier"):
+        PeftModel.from_pretrained(make_model(num_hidden_layers=2), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["badge_bypass.2.down.weight", "badge_exit.1.linear.bias", "classifier.weight"])
+def test_file_with_a_tensor_of_another_shape(part, tmp_path):
+    make_badge().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    name = next(name for name in weights if name.endswith(part))
+    save_file({**weights, name: weights[name][:2].clone()}, tmp_path / FILE)
+    base = make_model()
+    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), r"has shape \[2.* in the adapter file and \[[34]")
+
+
+def test_damaged_file_leaves_the_active_adapter_alone(tmp_path):
+    make_badge().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    save_file(drop(next(iter(weights)))(weights), tmp_path / FILE)
+    model = trained()
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), "lacks 1 of")
+    assert model.active_adapter == "default"
+
+
+# ---- how an adapter stops travels with it
+
+
+EARLY = {"policy": "patience", "patience": 2, "min_exit": 1, "calibration": {"score": 0.5}}
+
+
+@pytest.mark.parametrize("way", [*WAYS, by_load_adapter], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_early_exit_config_travels(way, when, tmp_path):
+    model = make_badge(early_exit=EARLY if when == "at the start" else None)
+    if when == "later":
+        assert model.get_early_exit_config() == EarlyExitConfig()
+        model.set_early_exit_config(EARLY)
+    assert model.get_early_exit_config() == EarlyExitConfig(**EARLY)
+    model.save_pretrained(tmp_path)
+    loaded = way(tmp_path, make_model())
+    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
+    assert copy.deepcopy(loaded).get_early_exit_config() == EarlyExitConfig(**EARLY)
+    assert pickle.loads(pickle.dumps(loaded)).get_early_exit_config() == EarlyExitConfig(**EARLY)
+    loaded.save_pretrained(tmp_path / "again", selected_adapters=[loaded.active_adapter])
+    stored = next((tmp_path / "again").rglob("adapter_config.json"))
+    assert json.loads(stored.read_text())["early_exit"]["patience"] == 2
+
+
+def test_early_exit_config_travels_by_auto_model(tmp_path):
+    make_badge(base=saved_base(tmp_path / "base"), early_exit=EARLY).save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full"}], ids=str)
+def test_half_precision_base(fields, dtype, tmp_path):
+    model = trained(base=make_model().to(dtype), **fields)
+    expected = exits_of(model, make_batch())
+    assert model.get_base_model().dtype == dtype
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model().to(dtype), tmp_path).eval()
+    assert torch.equal(exits_of(loaded, make_batch()), expected)
+    own: dict[str, Tensor] = reference.own_weights(loaded)
+    assert all(p.dtype == torch.float32 for p in own.values())
+
+
+def test_adapter_trained_in_full_precision_serves_in_half(tmp_path):
+    model = trained(base=make_model(initializer_range=0.1))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(initializer_range=0.1).to(torch.bfloat16), tmp_path).eval()
+    found, expected = exits_of(loaded, make_batch()), exits_of(model, make_batch())
+    assert expected.std(dim=0).min() > 0.1
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)  # bfloat16 keeps 8 bits
