@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from badge_peft.pooling import Pooling
 
 if TYPE_CHECKING:
     from badge_peft.run import Frame
+
+Scale = Callable[[Tensor], Tensor]
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -56,9 +59,11 @@ class Bypass(nn.Module):
         """B(source): [..., d] -> [..., r] -> [..., d]."""
         return self.up(self.activation(self.down(source.to(self.down.weight.dtype))))
 
-    def normalise(self, states: Tensor, shared_norm: nn.Module) -> Tensor:
-        """LN'."""
-        return apply_norm(shared_norm, states) if self.norm is None else self.norm(states.to(self.down.weight.dtype))
+    def normalise(self, states: Tensor, shared_norm: nn.Module, scale_weights: Scale | None = None) -> Tensor:
+        """LN'; `scale_weights` is for a shared one."""
+        if self.norm is None:
+            return apply_norm(shared_norm, states, scale_weights)
+        return self.norm(states.to(self.down.weight.dtype))
 
 
 def bypassed_states(
@@ -88,36 +93,41 @@ def bypassed_states(
     source = frame.attention if placement == "ffn" else frame.block_input
     assert source is not None  # the hooks have run
     adjustment = bypass.bottleneck(pooling.pick(source))  # B(.)
+    scale = frame.scale_weights
+    scale_last = None if layout.pre_norm else scale  # the model's final norm belongs to no block
     if placement == "mhsa":
         sums = frame.attention if layout.pre_norm else frame.attention_sum
         assert sums is not None
         inner = adjustment + pooling.pick(sums).to(adjustment.dtype)
         if not layout.pre_norm:
-            inner = apply_norm(block.get_submodule(layout.attention_norm), inner)
-        return bypass.normalise(_ffn(block, layout, inner, frame) + inner, exit_norm)
+            inner = apply_norm(block.get_submodule(layout.attention_norm), inner, scale)
+        return bypass.normalise(_ffn(block, layout, inner, scale) + inner, exit_norm, scale_last)
     residual = frame.output if layout.pre_norm else frame.ffn_sum  # H_{m,F}
     assert residual is not None
-    return bypass.normalise(adjustment + pooling.pick(residual).to(adjustment.dtype), exit_norm)
+    return bypass.normalise(adjustment + pooling.pick(residual).to(adjustment.dtype), exit_norm, scale_last)
 
 
-def apply_norm(norm: nn.Module, states: Tensor) -> Tensor:
+def apply_norm(norm: nn.Module, states: Tensor, scale_weights: Scale | None = None) -> Tensor:
     """Applies a norm of the model in its own precision, past its hooks (ours would record the call)."""
     weight = getattr(norm, "weight", None)
-    return norm.forward(states if weight is None else states.to(weight.dtype))
+    states = states if weight is None else states.to(weight.dtype)
+    return norm.forward(states) if scale_weights is None else _scaled(norm, states, scale_weights)
 
 
-def _ffn(block: nn.Module, layout: BlockLayout, states: Tensor, frame: Frame) -> Tensor:
+def _ffn(block: nn.Module, layout: BlockLayout, states: Tensor, scale_weights: Scale | None) -> Tensor:
     """FFN(states), by the block's own submodules."""
     for path in layout.ffn:
         part = block.get_submodule(path)
         first = next(part.parameters(), None)
         if first is not None:
             states = states.to(first.dtype)
-        if frame.scale_weights is None:
-            states = part(states)
-        else:  # gradient equilibrium: this exit's gradient reaches the FFN's weights here, too
-            states = functional_call(part, {n: frame.scale_weights(p) for n, p in part.named_parameters()}, (states,))
+        states = part(states) if scale_weights is None else _scaled(part, states, scale_weights)
     return states
+
+
+def _scaled(part: nn.Module, states: Tensor, scale_weights: Scale) -> Tensor:
+    """Gradient equilibrium: the exit's gradient reaches these weights of the block, too."""
+    return functional_call(part, {name: scale_weights(p) for name, p in part.named_parameters()}, (states,))
 
 
 def _plain_copy(norm: nn.Module) -> nn.Module:

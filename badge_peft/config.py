@@ -91,6 +91,9 @@ class BadgeConfig(PeftConfig):
     )
     num_labels: int | None = field(default=None, metadata={"help": "Outputs of an exit; None = the model's."})
     problem_type: str | None = field(default=None, metadata={"help": "As transformers has it; None = the model's."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the labels by number; None = the base model's own."}
+    )
     block_layout: Any = field(default=None, metadata={"help": "BlockLayout or dict for a backbone not in the table."})
     target_modules: str | None = field(
         default=None, metadata={"help": "Filled in: the blocks of the model, as a regular expression."}
@@ -138,6 +141,7 @@ class BadgeConfig(PeftConfig):
         self._check_exit_layers()
         self._check_exit_weights()
         whole("num_labels", self.num_labels, at_least=1)
+        self._check_label_names()
         if self.problem_type is not None:
             one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.lora is not None and self.backbone != "lora":
@@ -200,6 +204,15 @@ class BadgeConfig(PeftConfig):
                 "is the first block and 0 the embeddings."
             )
         self.exit_layers = sorted(layers)
+
+    def _check_label_names(self) -> None:
+        names = self.label_names
+        if names is None:
+            return
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+            raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
+        if self.num_labels is not None and len(names) != self.num_labels:
+            raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={self.num_labels}.")
 
     def _check_exit_weights(self) -> None:
         weights = self.exit_weights

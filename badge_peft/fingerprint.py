@@ -67,5 +67,6 @@ def base_name(name: str) -> str:
 
 def _sample(parameter: torch.Tensor) -> list[float]:
     flat = parameter.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, VALUES, device=flat.device).long()
+    last = flat.numel() - 1
+    index = [i * last // (VALUES - 1) for i in range(VALUES)]  # a float32 linspace would overshoot beyond 2^24
     return [float(f"{v:.6g}") for v in flat[index].float().tolist()]

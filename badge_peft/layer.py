@@ -60,7 +60,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         if numbers:
             self.badge_exit[adapter_name] = MultiExitHead(
                 numbers, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
-            )
+            ).train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
         bypassed = [m for m in numbers if m > 0]
         if config.placement != "none" and bypassed:
             norm = self._exit_norm[0] if config.norm == "own" else None

@@ -39,7 +39,7 @@ class Notes:
 
     def keep_vector(self, exit_: nn.Module, vector: Tensor) -> None:
         """Keeps v_j for the objective."""
-        if self.keep:
+        if self.keep and self.exits:
             self.vectors[self._index(exit_)] = vector
 
     def keep_guess(self, exit_: nn.Module, later: nn.Module, guess: Tensor) -> None:

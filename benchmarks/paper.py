@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,8 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(*(f"done  {text}" for text in done), *(f"to do {text}" for text in todo), sep="\n")
         print(f"{len(done)} done, {len(todo)} to do")
         return 0
+    if options.workers > 1 and not (options.command == "search" and options.optuna):
+        return _crowd(sys.argv[1:] if arguments is None else arguments, options.workers)
     import torch
-
     from paper_grid.training import Workshop
 
     if options.threads is not None:
@@ -57,10 +59,21 @@ def main(arguments: list[str] | None = None) -> int:
                 print(name, tune(workshop, run, options.trials), flush=True)
         return 0
     loop = Loop(settings, store, workshop.run, options.minutes)
-    (loop.search if options.command == "search" else loop.run)(runs)
+    loop.go(runs, search_only=options.command == "search")
     if loop.failed:
-        print(f"{len(loop.failed)} failed:", *loop.failed, sep="\n  ", file=sys.stderr)
+        print(f"{len(loop.failed)} failed:", *loop.failed.values(), sep="\n  ", file=sys.stderr)
     return 1 if loop.failed else 0
+
+
+def _crowd(arguments: list[str], workers: int) -> int:
+    """The same command in `workers` processes that share the store."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--workers", "1"]
+    started = [subprocess.Popen(command) for _ in range(workers)]
+    try:
+        return max(process.wait() for process in started)
+    finally:
+        for process in started:
+            process.terminate()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model-dir", help="the folder with one folder per backbone that is on disk")
         command.add_argument("--only", metavar="PATTERN", help="part of a run's label or group, or a shell pattern")
         command.add_argument("--dry-run", action="store_true", help="say what is there and what is missing")
-        command.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+        command.add_argument("--threads", type=int, help="of torch, per process (default: its own choice)")
+        command.add_argument(
+            "--workers",
+            type=int,
+            default=1,
+            help="processes; on small models one per core with --threads 1 is the fastest (default: %(default)s)",
+        )
         command.add_argument("--minutes", type=float, help="start nothing after so many")
         if name == "search":
             command.add_argument("--optuna", action="store_true", help="the paper's search space, by optuna")

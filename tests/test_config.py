@@ -33,6 +33,7 @@ DEFAULTS = {
     "early_exit": None,
     "num_labels": None,
     "problem_type": None,
+    "label_names": None,
     "block_layout": None,
 }
 
@@ -55,6 +56,7 @@ OTHER: dict[str, Any] = {
     "early_exit": {"policy": "patience", "patience": 2, "min_exit": 1},
     "num_labels": 5,
     "problem_type": "multi_label_classification",
+    "label_names": ["a", "b", "c", "d", "e"],
     "block_layout": LAYOUT,
     "modules_to_save": ["embeddings"],
 }
@@ -102,6 +104,7 @@ def test_every_field_says_what_it_is():
         *(("exit_weights", value, "numbers >= 0") for value in ([], [0, 0], [1, -1], [1, "a"], [math.nan, 1], [True])),
         *(("num_labels", value, "at least 1") for value in (0, 2.5, "2", True)),
         *(("problem_type", value, "single_label_classification, multi_label_classification") for value in ("x", 1)),
+        *(("label_names", value, "list of different strings") for value in ("ab", ("a", "b"), ["a", "a"], [0, 1])),
         *(("task_type", value, "SEQ_CLS") for value in ("TOKEN_CLS", TaskType.CAUSAL_LM)),
         ("block_layout", "bert", "a BlockLayout or a dict"),
         ("block_layout", {"blocks": "h"}, "attention_norm"),
@@ -141,6 +144,11 @@ def test_unknown_task_type_is_named():
 def test_layout_has_one_of_two_norms(norms):
     with pytest.raises(ValueError, match="either last_norm .* or final_norm"):
         BlockLayout(blocks="h", attention_norm="ln_1", ffn=("mlp",), **norms)
+
+
+def test_as_many_names_as_labels():
+    with pytest.raises(ValueError, match=r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"):
+        BadgeConfig(label_names=["a", "b"], num_labels=3)
 
 
 def test_past_future_exits_need_an_exit_at_the_end():

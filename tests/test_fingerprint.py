@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from badge_peft.fingerprint import base_name, check_fingerprint, fingerprint
+from badge_peft.fingerprint import _sample, base_name, check_fingerprint, fingerprint
 from tests.models import CASES, make_badge, make_model
 
 
@@ -120,3 +120,8 @@ def test_base_name(wrapped, base):
 
 def test_small_whatever_the_model():
     assert len(json.dumps(fingerprint(make_model(num_hidden_layers=12)))) < 1500
+
+
+def test_a_very_large_weight_is_sampled_to_its_last_value() -> None:
+    # 250,037 words of 384 numbers: a float32 cannot count that far
+    assert _sample(torch.ones(1).expand(250_037 * 384)) == [1.0] * 4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,17 @@ def test_config_of_the_model_is_as_peft_leaves_it():
     assert model.config is model.get_base_model().config
     assert model.get_base_model().config.model_type == "bert"
     assert model.device == torch.device("cpu") and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_is_in_the_mode_of_its_model(training):
+    """One that joins a model in eval mode must not drop anything, whoever forgets to call eval() again."""
+    model = get_peft_model(make_model().train(training), BadgeConfig(final_exit="exit", exit_dropout=0.5))
+    model.add_adapter("second", BadgeConfig(final_exit="exit", exit_dropout=0.5))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert torch.equal(exits_of(model, make_batch()), exits_of(model, make_batch())) != training
+    assert {m.training for m in model.modules() if isinstance(m, nn.Dropout) and m.p == 0.5} == {training}
 
 
 # ---- several adapters
@@ -189,8 +201,10 @@ def test_disabled_adapter_is_the_base_model(fields):
     before = exits_of(model, make_batch())
     base, labels = make_model(), make_labels()
     expected = base(**make_batch(), labels=labels)
-    with model.disable_adapter(), torch.no_grad():
-        out = model(**make_batch(), labels=labels)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # PEFT's own would warn of a bias as LoRA has them
+        with model.disable_adapter():
+            out = model(**make_batch(), labels=labels)
     assert type(out) is type(expected)
     assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
     assert torch.equal(exits_of(model, make_batch()), before)

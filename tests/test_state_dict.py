@@ -127,6 +127,55 @@ def test_every_backbone(case, fields, tmp_path):
         assert torch.equal(exits_of(loaded.eval(), make_batch()), expected)
 
 
+def encoder_only(path: Path, case: str, drop_pooler: bool = False) -> Any:
+    """A checkpoint as pre-training leaves it: without a head, and some without a pooler; loading draws them."""
+    encoder = make_model(case).base_model
+    if drop_pooler:
+        encoder.pooler = None
+    encoder.save_pretrained(path)
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=5).eval()
+
+
+@pytest.mark.parametrize("case", ["bert", "albert", "distilbert", "roberta", "deberta-v2", "modernbert-mean"])
+@pytest.mark.parametrize("fields", [{}, {"final_exit": "exit"}, {"backbone": "full"}], ids=str)
+def test_new_head_on_a_pretrained_encoder(case, fields, tmp_path):
+    model = trained(base=encoder_only(tmp_path / "base", case), **fields)
+    expected = exits_of(model, make_batch())
+    assert expected.shape[-1] == 5
+    model.save_pretrained(tmp_path / "adapter")
+    for loaded in (
+        load_pretrained(str(tmp_path / "adapter")),
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=5),
+    ):
+        assert torch.equal(exits_of(loaded.eval(), make_batch()), expected)
+    if not fields:
+        with pytest.raises(ValueError, match="num_labels=5, but the model's head has 3: load .* num_labels=5"):
+            AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "works"),
+    [
+        ({}, False),
+        ({"train_head": False}, False),
+        ({"final_exit": "exit"}, True),
+        ({"modules_to_save": ["pooler"]}, True),
+        ({"backbone": "full"}, True),
+    ],
+    ids=str,
+)
+def test_pooler_that_the_checkpoint_lacks(fields, works, tmp_path):
+    """Nobody could load what was trained on a random pooler that is not saved: say so, and do not answer at chance."""
+    model = trained(base=encoder_only(tmp_path / "base", "bert", drop_pooler=True), **fields)
+    model.save_pretrained(tmp_path / "adapter")
+    if works:
+        loaded = load_pretrained(str(tmp_path / "adapter"))
+        assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))
+    else:
+        with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.weight.*drew it at random"):
+            load_pretrained(str(tmp_path / "adapter"))
+
+
 def test_number_of_labels_travels_with_the_adapter(tmp_path):
     """The base model's folder says 3 labels; the adapter has 5 exits of its own."""
     model = trained(base=saved_base(tmp_path / "base"), num_labels=5, final_exit="exit")

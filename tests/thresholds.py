@@ -20,8 +20,8 @@ def in_a_gap(
     signals: Tensor | None = None,
     least: float = 1e-4,
 ) -> dict[str, Any]:
-    """`policy` with the threshold that spreads the rows of these logits [N, E, K] over the most exits, among those in a
-    gap wider than `least`."""
+    """`policy` with the threshold that spreads the rows of these logits [N, E, K] over the most exits, among those in
+    a gap wider than `least`."""
     history = ExitHistory.of(
         exit_logits.float().numpy(), exits, problem_type, None if signals is None else signals.float().numpy()
     )

@@ -6,6 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from badge_peft.commands.calibrate import calibrate
 from badge_peft.commands.demo import demo
+from badge_peft.commands.evaluate import evaluate
+from badge_peft.commands.predict import predict
+from badge_peft.commands.sweep import sweep
+from badge_peft.commands.train import train
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "sweep": sweep,
+    "calibrate": calibrate,
+    "predict": predict,
+    "demo": demo,
+}

@@ -14,5 +14,5 @@ def told_plainly() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error

@@ -34,9 +34,11 @@ def find_column(
     for name in usual:
         if name in by_lower:
             return by_lower[name]
-    likely = [column for column in columns if column != taken and (_is_string(features[column]) or what == "label")]
-    if len(likely) == 1:
-        return likely[0]
+    others = [column for column in columns if column != taken]
+    if what == "text":
+        others = [c for c in others if _is_string(features[c]) and c.lower() not in LABEL_NAMES]
+    if len(others) == 1:
+        return others[0]
     raise ValueError(f"cannot tell which column holds the {what}s. {remedy}")
 
 

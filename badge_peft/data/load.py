@@ -20,6 +20,7 @@ from datasets import (
     enable_progress_bars,
     load_dataset,
 )
+from datasets.exceptions import DatasetGenerationError
 
 from badge_peft.data.columns import LABEL_NAMES, TEXT_NAMES, find_column
 
@@ -53,7 +54,7 @@ def load_text_dataset(
         FileNotFoundError: `source` looks like a path and there is no such file.
         ValueError: a format or column that cannot be read; the message says which there are.
     """
-    splits = _read(source, name)
+    splits = read_source(source, name)
     columns = next(iter(splits.values())).features
     text = find_column(columns, text_column, TEXT_NAMES, "text", taken=label_column)
     label = find_column(columns, label_column, LABEL_NAMES, "label", taken=text)
@@ -75,8 +76,13 @@ def load_text_dataset(
     return DatasetDict(found)
 
 
-def _read(source: str | Path, name: str | None) -> DatasetDict:
-    """The data set as the source has it."""
+def read_source(source: str | Path, name: str | None = None) -> DatasetDict:
+    """The data set as the source has it, every column and every split.
+
+    Raises:
+        FileNotFoundError: `source` looks like a path and there is no such file.
+        ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
+    """
     path = Path(source)
     if path.is_dir():
         return _read_local(str(path))
@@ -102,6 +108,9 @@ def _read_local(*args: Any, **options: Any) -> DatasetDict:
         with TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             splits = load_dataset(*args, cache_dir=cache, **options)
             return DatasetDict({k: Dataset.from_dict(v.to_dict(), features=v.features) for k, v in splits.items()})
+    except (DatasetGenerationError, ValueError) as error:
+        path = options.get("data_files", args[0])
+        raise ValueError(f"{path} cannot be read, or has no rows: {error.__cause__ or error}") from error
     finally:
         if shown:
             enable_progress_bars()

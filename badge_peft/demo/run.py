@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from badge_peft.data import load_text_dataset, split_texts, tokenise
 from badge_peft.demo.packaged import DATA_PACKAGE, MODEL_PACKAGE, packaged_model, packaged_reviews
 from badge_peft.demo.report import early_exit_entry, exit_table, peak_memory_mb, summary_table
 from badge_peft.demo.settings import DemoSettings
-from badge_peft.demo.train import make_model, quiet, train
-from badge_peft.evaluation import calibrate, collect_exit_logits, evaluate_policy, exit_scores, sweep
+from badge_peft.demo.train import make_model, train
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits, evaluate_policy, exit_scores, sweep
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.hub import load_pretrained
 from badge_peft.prepare import package_version
+from badge_peft.training.progress import quiet
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "divergence", "patience": 1},
@@ -73,7 +76,7 @@ def run_demo(settings: DemoSettings | None = None, say: Callable[[str], None] = 
     train(model, rows["train"], tokenizer, settings)
 
     validation = collect_exit_logits(model, rows["validation"], progress=True)
-    chosen = calibrate(validation, "divergence", max_score_drop=settings.max_score_drop)
+    chosen = _choose(validation, settings.max_score_drop)
     model.set_early_exit_config(chosen)
     say(f"4. exit rule, chosen on the validation split: {_describe(chosen.to_dict())}")
 
@@ -114,6 +117,8 @@ def run_demo(settings: DemoSettings | None = None, say: Callable[[str], None] = 
         "s_best": scores.best,
         "full_depth_accuracy": scores.per_exit[-1],
         "early_exit": early_exit_entry(chosen, latency, accuracy),
+        "max_score_drop": settings.max_score_drop,
+        "epochs": settings.epochs,
         "seed": settings.seed,
         "threads": latency.threads,
         "device": latency.device,
@@ -133,6 +138,18 @@ def _read(settings: DemoSettings) -> DatasetDict:
     return load_text_dataset(
         settings.dataset, settings.text_column, settings.label_column, name=settings.dataset_config
     )
+
+
+def _choose(validation: ExitLogits, max_score_drop: float) -> EarlyExitConfig:
+    """tau and t within the loss allowed. Where that is wide enough for one depth for all rows to be the fastest, the
+    fastest setting that loses nothing is asked for instead; if a fixed depth wins there, too, it is what we take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for drop in (max_score_drop, 0.0):
+            chosen = calibrate(validation, "divergence", max_score_drop=drop)
+            if chosen.policy != "fixed_depth":
+                break
+    return chosen
 
 
 def _describe(config: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
     policy = build_policy(EarlyExitConfig.of(early_exit_config, **overrides))
     if badge.training:
         warnings.warn(
-            "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=2
+            "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3
         )
     run = badge.new_run(
         EarlyExitRun,

@@ -59,7 +59,7 @@ def calibrate(
         raise ValueError(
             f"target_speedup={target_speedup} is not allowed: it is the share of blocks saved, in [0, 1)."
         )
-    scored = exit_logits if exit_logits.labels is not None else _own_labels(exit_logits)
+    scored = exit_logits if exit_logits.labels is not None else own_labels(exit_logits)
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     if confidence is not None:
         best, extra = _certified(scored, policy, max_score_drop, confidence, metric)
@@ -155,7 +155,7 @@ def _full(exit_logits: ExitLogits, metric: Metric) -> float:
     return score(exit_logits, exit_logits.logits[:, -1], metric)
 
 
-def _own_labels(exit_logits: ExitLogits) -> ExitLogits:
-    """The same rows with full depth's answers as labels: a score is then the agreement with full depth."""
+def own_labels(exit_logits: ExitLogits) -> ExitLogits:
+    """The same rows with full depth's own answers as labels: a score is then the agreement with full depth."""
     answers = torch.from_numpy(predictions(exit_logits.logits[:, -1], exit_logits.problem_type))
     return replace(exit_logits, labels=answers)

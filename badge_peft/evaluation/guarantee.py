@@ -5,8 +5,8 @@ Candidates are found on one half of the data and ordered from slow to fast; on t
 probability of returning a setting with a larger loss at 1 - confidence, however many are tried.
 
 Sources: Angelopoulos et al., "Learn then Test", 2021; Laufer-Goldshtein et al., "Efficiently Controlling Multiple
-Risks with Pareto Testing", 2023. The test is the betting martingale of Waudby-Smith and Ramdas, "Estimating means of bounded
-random variables by betting", 2024, which notices that most rows keep their answer.
+Risks with Pareto Testing", 2023. The test is the betting martingale of Waudby-Smith and Ramdas, "Estimating means of
+bounded random variables by betting", 2024, which notices that most rows keep their answer.
 """
 
 from __future__ import annotations

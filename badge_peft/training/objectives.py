@@ -48,7 +48,8 @@ class Objective:
     """Joint training (JT, Eq. 8): the weighted sum of all exits' losses.
 
     Args:
-        weights: `uniform` (Eq. 8), `linear` (m, PABEE), a list, or None for the adapter's `exit_weights`.
+        weights: `uniform` (Eq. 8), `linear` (m, PABEE), a list, or None for the objective's own: `uniform`, and for
+            `PastFuture` `linear`.
         distillation: Share in [0, 1] of the loss of exits below M that follows exit M's distribution and not the
             label; 1 needs no labels.
         temperature: Of the distillation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput, TrainOutput, get_last_checkpoint
 
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.full_depth import count_rows, full_depth_runs
 from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
+from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 
@@ -43,6 +45,8 @@ class MultiExitTrainer(Trainer):
     `args.learning_rate` is the backbone's rate (or its LoRA's).
     """
 
+    _quiet_backbone = False
+
     def __init__(
         self,
         *args: Any,
@@ -60,7 +64,6 @@ class MultiExitTrainer(Trainer):
         self._user_metrics = kwargs.pop("compute_metrics", None)
         super().__init__(*args, **kwargs)
         self.compute_metrics = self._scores
-        self.badge = get_badge_model(self._module)
         config = self.badge.config_of()
         options: dict[str, Any] = {
             "weights": exit_weights if exit_weights is not None else config.exit_weights,
@@ -70,21 +73,35 @@ class MultiExitTrainer(Trainer):
         if objective == "past_future" and exit_weights is None:
             options["weights"] = None  # GPF's own, by depth
         self.two_stage = objective == "two_stage"
-        self.objective: Objective = (
+        # not `self.objective`, in which Trainer keeps the result of a trial of its hyper-parameter search
+        self.exit_objective: Objective = (
             objective if isinstance(objective, Objective) else make_objective(objective, depth, **options)
         )
-        self._second = EarlierExits(**options) if self.two_stage else None
+        self._stages = (self.exit_objective, EarlierExits(**options))
+        self._has_first_stage = any(
+            p.requires_grad and not self._is_earlier_exit(name) for name, p in self._module.named_parameters()
+        )
+        self._part: Callable[[str], bool] | None = None  # which parameters the running stage trains
+        self._trainable: set[str] | None = None  # what both stages train, once the first has begun
         self.adapter_learning_rate = adapter_learning_rate
         self.head_learning_rate = head_learning_rate
         self.metric = metric
-        self.exits = self.badge.exit_layers()
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
-        self._quiet_backbone = False
         if self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no":
             self.args.metric_for_best_model = f"exit_{depth}" if objective == "single_exit" else "s_avg"
             self.args.greater_is_better = True
         if early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience))
+
+    @property
+    def badge(self) -> BadgeModel:
+        """The tuner of the model that is trained now: a hyper-parameter search makes a new one for each trial."""
+        return get_badge_model(self._module)
+
+    @property
+    def exits(self) -> list[int]:
+        """Block numbers of its exits."""
+        return self.badge.exit_layers()
 
     @property
     def _module(self) -> nn.Module:
@@ -109,7 +126,7 @@ class MultiExitTrainer(Trainer):
             check_labels(labels, config.resolved_labels, config.resolved_problem_type, count_rows(**features))
         if self._quiet_backbone:
             self._silence(model)
-        with full_depth_runs(self.objective.run) as runs:
+        with full_depth_runs(self.exit_objective.run) as runs:
             outputs = model(**features)
         step = Step(
             self.exits,
@@ -119,14 +136,17 @@ class MultiExitTrainer(Trainer):
             self.state.global_step,
             runs[0],
         )
-        loss = self.objective(step)
-        if runs[0].doubts and labels is not None:
+        loss = self.exit_objective(step)
+        doubt = runs[0].learn_to_exit
+        if doubt is not None and labels is not None and any(p.requires_grad for p in doubt.parameters()):
             loss = loss + doubt_loss(runs[0].doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The arguments' optimiser, with a learning rate for each part of the model."""
         if self.optimizer is None:
+            if self._part is not None:
+                self._select(self._part)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             options.pop("lr", None)
             groups = parameter_groups(
@@ -142,33 +162,38 @@ class MultiExitTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------ two stages
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains; `two_stage` runs both stages, each with a folder of its own in `output_dir`.
+        """Trains; `two_stage` runs both stages, each with a folder of its own in `output_dir`. A model whose backbone,
+        head and final exit are all frozen has the second alone.
 
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
         """
         if not self.two_stage:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        home = str(self.args.output_dir)
+        home, best = str(self.args.output_dir), self.args.metric_for_best_model
         second = str(Path(home, "stage2"))
-        trainable = {name for name, p in self._module.named_parameters() if p.requires_grad}
-        earlier = {name for name in trainable if self._is_earlier_exit(name)}
+        self._trainable = None
         try:
             if not (resume_from_checkpoint and Path(second).is_dir() and get_last_checkpoint(second)):
-                self._only(trainable - earlier)
-                best = self.args.metric_for_best_model
-                if self.args.load_best_model_at_end:
-                    self.args.metric_for_best_model = f"exit_{self.exits[-1]}"
-                self._stage(str(Path(home, "stage1")), resume_from_checkpoint, *args, **kwargs)
-                self.args.metric_for_best_model = best
+                if self._has_first_stage:
+                    self._part = lambda name: not self._is_earlier_exit(name)
+                    if self.args.load_best_model_at_end:
+                        self.args.metric_for_best_model = "final"
+                    self._stage(str(Path(home, "stage1")), resume_from_checkpoint, *args, **kwargs)
+                    self.args.metric_for_best_model = best
+                    self.save_model(str(Path(home, "stage1", "best")))
                 resume_from_checkpoint = None
-                self.save_model(str(Path(home, "stage1", "best")))
-            self._only(earlier)
-            assert self._second is not None
-            self.objective, self._quiet_backbone = self._second, True
+            self.exit_objective, self._part, self._quiet_backbone = self._stages[1], self._is_earlier_exit, True
             return self._stage(second, resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._only(trainable)
-            self.args.output_dir, self._quiet_backbone = home, False
+            if self._trainable is not None:
+                self._select(lambda name: True)
+            self._part, self._quiet_backbone = None, False
+            self.exit_objective = self._stages[0]
+            self.args.output_dir, self.args.metric_for_best_model = home, best
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """In the second of two stages, the model of the first."""
+        return self.model if self._quiet_backbone else super().call_model_init(trial)
 
     def _stage(self, folder: str, resume: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         self.args.output_dir = folder
@@ -184,20 +209,29 @@ class MultiExitTrainer(Trainer):
         """Whether a parameter belongs to a bypass or an exit below M (or judges them, as LTE does)."""
         return ".badge_" in name and f".{self.exits[-1]}." not in name.partition(".badge_")[2]
 
-    def _only(self, names: set[str]) -> None:
+    def _select(self, part: Callable[[str], bool]) -> None:
+        """Of what both stages train, only `part` takes gradients."""
+        if self._trainable is None:
+            self._trainable = {name for name, p in self._module.named_parameters() if p.requires_grad}
         for name, parameter in self._module.named_parameters():
-            parameter.requires_grad = name in names
+            parameter.requires_grad = name in self._trainable and part(name)
 
     def _silence(self, model: nn.Module) -> None:
         """Evaluation mode for all but the exits: a frozen teacher gives the same answer every time."""
+        training = model.training
         for name, module in model.named_modules():
-            module.training = model.training and ".badge_" in name
+            module.training = training and ".badge_" in name
 
     # ---------------------------------------------------------------------------------------------------------- scores
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """As Trainer's, with the scores of all exits."""
-        return super().evaluate(eval_dataset, ignore_keys or _NO_PREDICTIONS, metric_key_prefix)
+        return super().evaluate(eval_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """As Trainer's: the logits of exit M; with labels, the scores of all exits beside them."""
+        output = super().predict(test_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
+        return output._replace(predictions=output.predictions[0])
 
     def _scores(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
         logits, exit_logits = cast(tuple[np.ndarray, ...], prediction.predictions)[:2]

@@ -1,4 +1,7 @@
-"""The loop over a grid: search what has not been searched, run what has not been run, go on after a failure."""
+"""The loop over a grid: search what has not been searched, run what has not been run, go on after a failure.
+
+Several processes may work on one store: each takes what no other is at.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from paper_grid.rates import choose, trial_base, trials, with_rates
 from paper_grid.settings import Settings
 from paper_grid.store import Store
 
-Trainer = Callable[[dict[str, Any]], dict[str, Any]]
+DONE, BUSY, FAILED = "done", "busy", "failed"  # of a training; busy: another process is at it
+_WAIT = 2.0  # seconds
 
 
 class Loop:
@@ -26,72 +30,95 @@ class Loop:
         minutes: Nothing is started after so many; None never stops.
     """
 
-    def __init__(self, settings: Settings, store: Store, train: Trainer, minutes: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        train: Callable[[dict[str, Any]], dict[str, Any]],
+        minutes: float | None = None,
+    ) -> None:
         self.settings, self.store, self.train = settings, store, train
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.failed: list[str] = []
-        self._given_up: set[str] = set()
+        self.failed: dict[str, str] = {}  # key -> label
+        self._started = 0
 
-    def search(self, runs: list[Run]) -> None:
-        """The trials that these runs need."""
-        for run in runs:
-            if not self.time_is_up():
-                self._search(run)
+    def go(self, runs: list[Run], search_only: bool = False) -> None:
+        """Trains what these runs lack, their trials first. Comes back to those that had to wait for another process.
 
-    def run(self, runs: list[Run]) -> None:
-        """The runs, each after the trials that it needs."""
-        for i, run in enumerate(runs, start=1):
-            if self.time_is_up():
-                print(f"time is up: {len(runs) - i + 1} of {len(runs)} runs not looked at; the same command goes on")
-                return
-            if not self._search(run):
-                continue
-            settled, source = choose(self.settings, run, self.store)
-            if self.store.read(settled) is None:
-                rates = f"lr {settled['adapter_lr']:g} / {settled['backbone_lr']:g} ({source})"
-                self._one(settled, f"[{i}/{len(runs)}] {run.label} {rates}")
+        Args:
+            runs: In the order of their importance.
+            search_only: Only the trials.
+        """
+        waiting = list(runs)
+        while waiting:
+            started, left = self._started, []
+            for i, run in enumerate(waiting):
+                if self.time_is_up():
+                    left = waiting[i:]
+                    print(f"time is up with {len(left)} runs left to look at; the same command goes on", flush=True)
+                    return
+                status = self._search(run)
+                if status == DONE and not search_only:
+                    settled, source = choose(self.settings, run, self.store)
+                    status = self._train(settled, f"{run.label} ({source} rates)", "test")
+                if status == BUSY:
+                    left.append(run)
+            if left and self._started == started:
+                time.sleep(_WAIT)
+            waiting = left
 
     def time_is_up(self) -> bool:
         """Whether nothing more may be started."""
         return self.end is not None and time.monotonic() >= self.end
 
-    def _search(self, run: Run) -> bool:
-        """Whether the rates are settled."""
+    def _search(self, run: Run) -> str:
+        """Whether the run's rates are settled."""
         base = trial_base(self.settings, run.settings)
         if base is None or choose(self.settings, run, self.store)[1] == "optuna":
-            return True
+            return DONE
         while True:
             todo, _ = trials(self.settings, base, self.store)
             if not todo:
-                return True
+                return DONE
+            found = set()
             for trial in todo:
                 if self.time_is_up():
-                    return False
-                name = Run("search", trial).label
-                text = f"search {name} lr {trial['adapter_lr']:g} / {trial['backbone_lr']:g}"
-                if not self._one(trial, text, split="validation"):
-                    return False
+                    return BUSY
+                found.add(self._train(trial, f"search {Run('search', trial).label}", "validation"))
+                if FAILED in found:
+                    return FAILED
+            if BUSY in found:
+                return BUSY
 
-    def _one(self, settled: dict[str, Any], text: str, split: str = "test") -> bool:
+    def _train(self, settled: dict[str, Any], text: str, split: str) -> str:
         key = key_of(settled)
-        if key in self._given_up:
-            return False
-        try:
-            result = self.train(settled)
-        except Exception:
-            traceback.print_exc()
-            print(f"{text}: FAILED", file=sys.stderr, flush=True)
-            self.failed.append(text)
-            self._given_up.add(key)
-            return False
+        if self.store.read(settled) is not None:
+            return DONE
+        if key in self.failed:
+            return FAILED
+        with self.store.claim(settled) as mine:
+            if not mine:
+                return BUSY
+            if self.store.read(settled) is not None:  # while we looked
+                return DONE
+            self._started += 1
+            text += f" lr {settled['adapter_lr']:g} / {settled['backbone_lr']:g}"
+            try:
+                result = self.train(settled)
+            except Exception:
+                traceback.print_exc()
+                print(f"{text}: FAILED", file=sys.stderr, flush=True)
+                self.failed[key] = text
+                return FAILED
         score, seconds = result["scores"][split], result["seconds"]["total"]
         print(f"{text}: {split} avg {score['avg']:.4f} best {score['best']:.4f}, {seconds:.0f} s", flush=True)
-        return True
+        return DONE
 
 
 def state(settings: Settings, runs: list[Run], store: Store) -> tuple[list[str], list[str]]:
     """What is there and what is missing, trials among it, for `--dry-run`."""
-    done, todo, seen = [], [], set()
+    done: dict[str, None] = {}
+    todo: dict[str, None] = {}
     for run in runs:
         base = trial_base(settings, run.settings)
         if base is not None:
@@ -99,9 +126,7 @@ def state(settings: Settings, runs: list[Run], store: Store) -> tuple[list[str],
             for rates in race:
                 trial = with_rates(base, rates)
                 text = f"search {Run('search', trial).label} lr {rates[0]:g} / {rates[1]:g}"
-                if text not in seen:
-                    seen.add(text)
-                    (todo if trial in missing else done).append(text)
+                (todo if trial in missing else done)[text] = None
         settled, source = choose(settings, run, store)
-        (todo if store.read(settled) is None else done).append(f"{run.label} ({source} rates)")
-    return done, todo
+        (todo if store.read(settled) is None else done)[f"{run.label} ({source} rates)"] = None
+    return list(done), list(todo)

@@ -41,8 +41,8 @@ class Run:
 
 
 def plan(settings: Settings) -> list[Run]:
-    """Every run once, in the order of the groups, and in a group seed by seed: whatever has been finished when the time
-    is up can be compared."""
+    """Every run once, in the order of the groups, and in a group seed by seed: what is finished when the time is up
+    can be compared."""
     runs: dict[str, Run] = {}
     for group in settings.groups:
         for seed in group.seeds:
@@ -119,6 +119,7 @@ def make_run(
         "epochs": t.epochs or settings.epochs,
         "patience": settings.patience,
         "batch_size": t.batch_size or settings.batch_size,
+        "bf16": settings.bf16,
         "seed": seed,
         "purpose": "result",
     }

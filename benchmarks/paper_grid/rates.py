@@ -43,7 +43,8 @@ def trial_base(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None
 def trials(settings: Settings, base: dict[str, Any], store: Store) -> tuple[list[dict[str, Any]], list[Rates]]:
     """The trials that can be run now, and all rates that are in the race.
 
-    Adapter rates first, with the first of the backbone rates; then the other backbone rates, with the best adapter rate.
+    Adapter rates first, with the first of the backbone rates; then the other backbone rates, with the best adapter
+    rate.
     """
     search = settings.search
     assert search is not None

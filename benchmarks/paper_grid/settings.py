@@ -124,10 +124,10 @@ class Settings:
     batch_size: int = 16
     activation: str = "gelu"
     r: int = 16
+    bf16: bool = False
     data_seed: int = 0
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     savings: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.66, 0.75])
-    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def load_settings(path: str | Path) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -56,6 +57,20 @@ class Store:
                 if not (target / RESULT).is_file():
                     raise
         return target
+
+    @contextmanager
+    def claim(self, settings: dict[str, Any]) -> Iterator[bool]:
+        """Whether this process may make the run: False while another process of this machine is at it. The claim ends
+        with the process that holds it, however that ends."""
+        folder = self.root / ".claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / key_of(settings)).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

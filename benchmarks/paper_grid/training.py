@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,8 @@ class Workshop:
             per_device_train_batch_size=run["batch_size"],
             per_device_eval_batch_size=max(64, run["batch_size"]),
             seed=run["seed"],
+            bf16=run["bf16"],
+            use_cpu=not torch.cuda.is_available(),
             save_only_model=True,
             logging_strategy="no",
             disable_tqdm=True,
@@ -158,10 +162,21 @@ def environment() -> dict[str, Any]:
     """Versions, threads and machine."""
     return {
         "python": platform.python_version(),
+        "badge_peft commit": _commit(),
         **{name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
+
+
+@cache
+def _commit() -> str:
+    """Of the source tree, `-dirty` where it differs from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 @contextmanager

@@ -31,7 +31,9 @@ def tune(workshop: Workshop, run: Run, count: int) -> dict[str, Any]:
     try:
         import optuna
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("this search needs optuna: pip install 'badge-peft[train]'.", name="optuna") from error
+        raise ModuleNotFoundError(
+            "this search needs optuna: pip install 'badge-peft[train]'.", name="optuna"
+        ) from error
     base = with_rates(run.settings, default_rates(workshop.settings, run.settings["mode"]))
     trainer: Any = None
 

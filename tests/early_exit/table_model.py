@@ -18,9 +18,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from badge_peft import BadgeConfig, BlockLayout
 
-LAYOUT = BlockLayout(
-    blocks="blocks", attention_norm="norm", ffn=("ffn",), last_norm="norm", shared_arguments=("shared",)
-)
+LAYOUT = {
+    "blocks": "blocks",
+    "attention_norm": "norm",
+    "ffn": ["ffn"],
+    "last_norm": "norm",
+    "shared_arguments": ["shared"],
+}
 
 
 class TableConfig(PretrainedConfig):
@@ -83,13 +87,14 @@ def table_model(
     final_exit: str = "exit",
     returns_tuple: bool = False,
     by_keyword: bool = False,
+    full_rows_until: int = 0,
 ) -> Any:
     """A PEFT model whose exits are at `exits` (the last is `num_blocks`) and read the table."""
     config = TableConfig(num_labels=num_labels, problem_type=problem_type)
     config.update({"num_blocks": num_blocks, "returns_tuple": returns_tuple, "by_keyword": by_keyword})
     badge = BadgeConfig(
         placement="none",
-        block_layout=LAYOUT,
+        block_layout=BlockLayout(**LAYOUT, full_rows_until=full_rows_until),
         exit_layers=list(exits),
         final_exit=final_exit,
         exit_pooling="cls",

@@ -419,6 +419,23 @@ def test_a_backbone_in_bfloat16(final_exit, own):
             assert torch.equal(out.logits, answers(logits, exits, want)) and out.logits.dtype == dtype
 
 
+def test_exits_in_bfloat16_beside_a_head_in_float32(model):
+    for name, parameter in model.named_parameters():
+        if ".badge_" in name:
+            parameter.data = parameter.data.bfloat16()
+    batch = make_batch(ROWS)
+    logits, exits = exits_of(model, batch), model.exit_layers()
+    assert logits.dtype == torch.float32
+    rule = mixed_rule(logits, exits)
+    for config in (at(1), rule, at(6)):
+        out = model.early_exit_forward(**batch, **config)
+        want = build_policy(config).replay(logits, exits)
+        assert out.logits.dtype == torch.float32 and out.exit_layer.tolist() == want.tolist()
+        stayed = want == 6
+        assert config is not rule or 0 < stayed.sum() < ROWS
+        torch.testing.assert_close(out.logits[stayed], logits[stayed, -1], **CLOSE)
+
+
 def test_the_active_adapter_counts(model):
     other = BadgeConfig(r=2, placement="ffn", exit_layers=[0, 2, 5], final_exit="exit", early_exit=at(5))
     model.add_adapter("second", other)

@@ -93,7 +93,7 @@ def _class_features(history: ExitHistory, j: int) -> list[Array]:
     if j:
         earlier = history.to_earlier("ce", j) / scale  # [j, n]
         same = (history.to_earlier("label", j) == 0).mean(axis=0, dtype=np.float32)
-        columns += [earlier.min(axis=0), earlier[-1], earlier.mean(axis=0), history.to_previous("kl", j) / scale, same]
+        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), history.to_previous("kl", j) / scale, same]
         columns.append(history.confidence(j - 1))
     return columns
 
@@ -102,5 +102,10 @@ def _regression_features(history: ExitHistory, j: int) -> list[Array]:
     columns = [history.logits[j].mean(axis=-1)]
     if j:
         earlier = history.to_earlier("ce", j)  # |y_j - y_i|: [j, n]
-        columns += [earlier.min(axis=0), earlier[-1], earlier.mean(axis=0), earlier.max(axis=0)]
+        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), earlier.max(axis=0)]
     return columns
+
+
+def _mean(values: Array) -> Array:
+    """[j, n] -> [n], added one by one: the order in which numpy sums the first axis depends on n."""
+    return sum(values[1:], start=values[0]) / np.float32(len(values))

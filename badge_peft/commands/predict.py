@@ -1,0 +1,64 @@
+"""`badge-peft predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from badge_peft.commands import options as shared
+from badge_peft.commands.errors import told_plainly
+
+_STOP = "How to stop"
+_SOURCE = (
+    "Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file; - is the standard input."
+)
+
+
+def predict(
+    adapter: shared.AdapterArgument,
+    source: Annotated[str, typer.Argument(metavar="FILE", help=_SOURCE)] = "-",
+    format: Annotated[
+        str | None,
+        typer.Option(help="text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input."),
+    ] = None,
+    text_column: shared.TextColumn = None,
+    text_pair_column: shared.TextPairColumn = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Texts at once; 1 answers each line as soon as it is there.")
+    ] = 32,
+    policy: shared.OwnPolicy = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of the rule, in place of the adapter's.", rich_help_panel=_STOP)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many exits must agree, in place of the adapter's.", rich_help_panel=_STOP),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="The block that answers, for fixed_depth.", rich_help_panel=_STOP)
+    ] = None,
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Answer texts with early exits: one line of JSON per text, in the order of the texts.
+
+    Each line has the text, its label, the confidence (the label's probability),
+    and the exit: the block that answered.
+    """
+    with told_plainly():
+        from badge_peft.workflows import exit_rule, open_adapter, read_texts
+        from badge_peft.workflows import predict as answers
+
+        opened = open_adapter(adapter, base_model, device)
+        rule = exit_rule(opened, policy=policy, threshold=threshold, patience=patience, depth=depth)
+        texts = read_texts(source, format, text_column, text_pair_column, opened.columns)
+        try:
+            for answer in answers(opened, texts, rule, batch_size):
+                sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

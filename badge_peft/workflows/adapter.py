@@ -1,0 +1,192 @@
+"""An adapter's folder as the commands see it: model, tokenizer, what training recorded, and its exit rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from badge_peft.config import BadgeConfig
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.hub import load_pretrained
+from badge_peft.registry import NAME
+from badge_peft.training.progress import quiet
+from badge_peft.workflows.encode import has_tokenizer, limit_length, load_tokenizer
+from badge_peft.workflows.labels import LabelSet
+
+CONFIG = "adapter_config.json"
+LOGITS = "exit_logits.safetensors"
+REPORT = "report.json"
+
+
+@dataclass
+class Adapter:
+    """A loaded adapter.
+
+    Args:
+        model: In eval mode.
+        tokenizer: Of its base model, with its limit set.
+        labels: What the model answers with.
+        columns: What `train_adapter` recorded of its data's columns.
+    """
+
+    model: PeftModel
+    tokenizer: Any
+    labels: LabelSet
+    columns: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def config(self) -> BadgeConfig:
+        """The adapter's config."""
+        found = self.model.peft_config["default"]
+        assert isinstance(found, BadgeConfig)
+        return found
+
+
+def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
+    """Loads an adapter, its base model and the tokenizer.
+
+    Args:
+        path: A folder that `badge-peft train` or `save_pretrained` wrote, or a Hub repository.
+        base_model: Folder or repository of the base model; None takes what the adapter names.
+        device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
+
+    Raises:
+        OSError: there is no such adapter or base model.
+        ValueError: it is no BADGE adapter, or there is no tokenizer.
+    """
+    check_adapter(path)
+    where = _device(device)
+    with quiet():
+        model = load_pretrained(str(path), base_model=base_model).to(where)
+    config = model.peft_config["default"]
+    assert isinstance(config, BadgeConfig)
+    base: Any = model.get_base_model()
+    local = Path(path)
+    beside = has_tokenizer(local) if local.is_dir() else True
+    tokenizer = load_tokenizer(path if beside else str(base_model or config.base_model_name_or_path))
+    limit_length(tokenizer, base.config, None)
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
+    labels = LabelSet(names, config.resolved_problem_type)
+    return Adapter(model, tokenizer, labels, _recorded(local).get("columns") or {})
+
+
+def check_adapter(path: str | Path) -> None:
+    """Refuses what cannot be an adapter, without loading anything.
+
+    Raises:
+        FileNotFoundError: it looks like a path and there is nothing.
+        ValueError: a folder without an adapter, or a file.
+    """
+    local = Path(path)
+    if local.is_dir():
+        if not (local / CONFIG).exists():
+            raise ValueError(
+                f"{path} holds no adapter: it has no {CONFIG}. Give the folder that `badge-peft train` or "
+                "save_pretrained wrote."
+            )
+    elif local.exists():
+        raise ValueError(f"{path} is a file: give the folder of an adapter.")
+    elif local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
+        raise FileNotFoundError(f"there is no folder {path}.")
+
+
+def stored_logits(path: str | Path) -> ExitLogits:
+    """The exit logits in a file, or those that `badge-peft train` left in an adapter's folder.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file holds something else.
+    """
+    local = Path(path)
+    if not local.is_dir():
+        if not local.exists():
+            raise FileNotFoundError(f"there is no file or folder {path}.")
+        return _load_logits(local)
+    check_adapter(path)
+    file = local / LOGITS
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} has no {LOGITS}: give the data to run through the adapter, or write the file with "
+            "`badge-peft evaluate --save-logits`."
+        )
+    return _load_logits(file)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The fields of `adapter_config.json`.
+
+    Raises:
+        ValueError: the file is no JSON object, or not of a BADGE adapter.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(data, dict) or data.get("peft_type") != NAME:
+        raise ValueError(f"{path} is not of a BADGE adapter: its peft_type must be {NAME!r}.")
+    return data
+
+
+def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
+    """Puts `config` into `adapter_config.json`; all else in the file stays, and a reader sees the old file or the new.
+
+    Raises:
+        ValueError: `folder` is no local adapter.
+    """
+    check_adapter(folder)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no local folder, so its exit rule cannot be changed: download it first.")
+    path = (Path(folder) / CONFIG).resolve()
+    data = read_config(folder)
+    data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{CONFIG}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _load_logits(path: Path) -> ExitLogits:
+    try:
+        return ExitLogits.load(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no exit logits: {error}.") from error
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """`report.json`, where there is one that can be read."""
+    try:
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

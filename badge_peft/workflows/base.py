@@ -1,0 +1,116 @@
+"""The model to put exits on: loaded, checked for a trained head, and sized for the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from badge_peft.architectures import get_layout
+from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.training.progress import quiet
+from badge_peft.workflows.labels import LabelSet
+from badge_peft.workflows.rows import TextRows
+from badge_peft.workflows.settings import TrainSettings
+
+
+@dataclass
+class Base:
+    """A loaded model.
+
+    Args:
+        model: With a head for `labels`.
+        labels: What it answers with.
+        fresh: Weights of the head that the checkpoint lacks; drawn at random.
+    """
+
+    model: Any
+    labels: LabelSet
+    fresh: list[str]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head was in the checkpoint, so that full depth can answer already."""
+        return not self.fresh
+
+
+def load_base(settings: TrainSettings, rows: TextRows) -> Base:
+    """The model of `settings`, with its own labels where it has a trained head, else with those of `rows`.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the model does not suit the settings or the rows.
+    """
+    path = local_path(settings.model)
+    if Path(path, "adapter_config.json").exists():
+        raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
+    with quiet():
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+    head = get_layout(model, (settings.badge or {}).get("block_layout")).head
+    fresh = [name for name in info["missing_keys"] if name.split(".")[0] in head or "pooler" in name.split(".")]
+    if not fresh:
+        labels = LabelSet.of_model(model.config)
+        if settings.problem_type not in (None, labels.problem_type):
+            raise ValueError(
+                f"problem_type={settings.problem_type!r} is not allowed: the model in {path} does "
+                f"{labels.problem_type}, with the labels {', '.join(labels.names[:20])}."
+            )
+        model.config.problem_type = labels.problem_type
+        return Base(model, labels, [])
+    if settings.keep_head:
+        raise ValueError(
+            f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): leave --keep-head "
+            "out to train a new one from labelled rows, or give a fine-tuned model."
+        )
+    labels = LabelSet.of_data(rows, settings.problem_type)
+    config = AutoConfig.from_pretrained(path)
+    config.id2label = dict(enumerate(labels.names))
+    config.label2id = {name: i for i, name in enumerate(labels.names)}
+    config.problem_type = labels.problem_type
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config)
+    return Base(model, labels, fresh)
+
+
+def add_exits(base: Base, settings: TrainSettings) -> PeftModel:
+    """The model with an untrained adapter on it.
+
+    Raises:
+        ValueError: the config does not fit the model.
+    """
+    final_exit = settings.final_exit or ("base_head" if base.has_head else "exit")
+    head = get_layout(base.model, (settings.badge or {}).get("block_layout")).head
+    lost = [name for name in base.fresh if name.split(".")[0] not in head]
+    if final_exit == "base_head" and lost:
+        raise ValueError(
+            f"final_exit='base_head' is not possible here: the checkpoint lacks {lost[0]}, which no adapter saves. "
+            "Use final_exit='exit'."
+        )
+    names = None if base.has_head else base.labels.names
+    config = settings.badge_config(final_exit, label_names=names, problem_type=base.labels.problem_type)
+    with quiet():
+        return get_peft_model(base.model, config)
+
+
+def keeps_answers(model: nn.Module) -> bool:
+    """Whether full depth is promised to answer as the base model, bit for bit."""
+    config = get_badge_model(model).config_of()
+    return config.backbone == "frozen" and not config.train_head and config.final_exit == "base_head"
+
+
+def local_path(name: str) -> str:
+    """A folder by its whole path, so that an adapter finds its base model from anywhere; a Hub name as it is.
+
+    Raises:
+        FileNotFoundError: it looks like a path and there is nothing.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {name}.")
+    return name

@@ -1,0 +1,158 @@
+"""Texts to answer, one at a time: from a file or stdin, never all of it in memory."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from badge_peft.checks import one_of
+from badge_peft.data.columns import TEXT_NAMES
+from badge_peft.workflows.rows import pair_column
+
+FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
+_BY_SUFFIX = {".txt": "text", "": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".parquet": "parquet"}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_CHUNK = 1024  # rows of a parquet file in memory at once
+
+Columns = Mapping[str, str | None]
+Pair = tuple[str, str | None]
+
+
+def read_texts(
+    source: str = "-",
+    format: str | None = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    usual: Columns | None = None,
+) -> Iterator[Pair]:
+    """Yields each text with its second text (or None), in the order of the source.
+
+    Args:
+        source: A file; `-` is stdin.
+        format: `text` (a text per line), `csv`, `tsv`, `jsonl` or `parquet`; None goes by the file's name, and takes
+            `text` for stdin.
+        text_column: None finds it by its usual names.
+        text_pair_column: Column of the second texts.
+        usual: What training recorded of its columns, as for `read_rows`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown format, a column that is not there, or a line that cannot be read.
+    """
+    path = Path(source)
+    if format is None:
+        format = "text" if source == "-" else _format_of(path)
+    one_of("format", format, FORMATS)
+    if source != "-" and not path.is_file():
+        raise FileNotFoundError(f"there is no file {source}.")
+    if format == "parquet":
+        if source == "-":
+            raise ValueError("format='parquet' is not allowed for stdin: name a file.")
+        rows = _parquet(path)
+    else:
+        rows = _lines(source, format)
+    if format == "text":
+        if text_pair_column or (usual or {}).get("text_pair"):
+            raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
+        return ((row["text"], None) for row in rows)
+    return _columns(rows, text_column, text_pair_column, usual or {})
+
+
+def _columns(
+    rows: Iterable[Mapping[str, Any]], text_column: str | None, text_pair_column: str | None, usual: Columns
+) -> Iterator[Pair]:
+    text = pair = None
+    for number, row in enumerate(rows, start=1):
+        if text is None:
+            text = _text_column(list(row), text_column, usual)
+            pair = pair_column(list(row), text_pair_column, usual)
+        for column in (text, pair):
+            if column is not None and row.get(column) is None:
+                raise ValueError(f"row {number} has no value in column {column!r}.")
+        yield str(row[text]), str(row[pair]) if pair is not None else None
+
+
+def _text_column(columns: list[str], given: str | None, usual: Columns) -> str:
+    remedy = f"Say which with --text-column: the columns are {', '.join(columns)}."
+    if given is not None:
+        if given not in columns:
+            raise ValueError(f"there is no text column {given!r}. {remedy}")
+        return given
+    by_lower = {column.lower(): column for column in columns}
+    recorded = usual.get("text")
+    if recorded in columns:
+        return str(recorded)
+    for name in TEXT_NAMES:
+        if name in by_lower:
+            return by_lower[name]
+    if len(columns) == 1:
+        return columns[0]
+    raise ValueError(f"cannot tell which column holds the texts. {remedy}")
+
+
+def _format_of(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _OPENERS:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in _BY_SUFFIX:
+        raise ValueError(f"{path} is in no format that can be read line by line: say which with --format.")
+    return _BY_SUFFIX[suffix]
+
+
+def _lines(source: str, format: str) -> Iterator[dict[str, Any]]:
+    with _open(source) as file:
+        try:
+            if format in ("csv", "tsv"):
+                yield from csv.DictReader(file, delimiter="\t" if format == "tsv" else ",")
+            elif format == "jsonl":
+                yield from _json_lines(file)
+            else:
+                yield from ({"text": line.rstrip("\r\n")} for line in file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not in UTF-8: {error}.") from error
+        except csv.Error as error:
+            raise ValueError(f"{source} cannot be read as {format}: {error}.") from error
+
+
+def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} is no JSON object: each line must be one, such as {{"text": "..."}}.')
+        yield row
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_CHUNK):
+                yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}.") from error
+
+
+@contextmanager
+def _open(source: str) -> Iterator[TextIO]:
+    if source == "-":
+        yield sys.stdin
+        return
+    opener = _OPENERS.get(Path(source).suffix.lower(), open)
+    with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+        yield file

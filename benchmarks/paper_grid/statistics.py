@@ -1,0 +1,73 @@
+"""Medians, spreads, and paired differences with their confidence intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass
+class Paired:
+    """The difference between two methods over what both have (seeds, or pairs of task and seed).
+
+    Args:
+        differences: One per pair.
+    """
+
+    differences: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return mean(self.differences)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean, by Student's t; None for fewer than two pairs."""
+        n = len(self.differences)
+        if n < 2:
+            return None
+        half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * stdev(self.differences) / n**0.5
+        return self.mean - half, self.mean + half
+
+    @property
+    def text(self) -> str:
+        """`+1.2 [0.3, 2.1] (3)`: mean, interval, pairs."""
+        interval = self.interval
+        bounds = "[one pair: no interval]" if interval is None else f"[{interval[0]:+.1f}, {interval[1]:+.1f}]"
+        return f"{self.mean:+.1f} {bounds} ({len(self.differences)})"
+
+    def verdict(self, expected: int = 1) -> str:
+        """Whether an ordering that the paper reports is found here.
+
+        Args:
+            expected: 1 where the paper has the first method ahead, -1 where the second is.
+        """
+        ahead = self.mean * expected > 0
+        interval = self.interval
+        if interval is None:
+            return f"{'same' if ahead else '**not** the same'} direction, one pair: not settled"
+        clear = interval[0] * interval[1] > 0
+        if ahead:
+            return "holds" if clear else "same direction, but the interval includes 0: not settled"
+        return "does **not** hold: " + ("the opposite, clearly" if clear else "no gain here, the interval includes 0")
+
+
+def paired(first: dict[object, float], second: dict[object, float]) -> Paired | None:
+    """`first` minus `second` over the keys that both have; None where there are none."""
+    keys = [k for k in first if k in second]
+    return Paired([first[k] - second[k] for k in keys]) if keys else None
+
+
+def summary(scores: dict[int, float]) -> str:
+    """`86.0 (85.1-86.9)`: the median over seeds and the range."""
+    values = list(scores.values())
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.1f} (1 seed)"
+    return f"{median(values):.1f} ({min(values):.1f}-{max(values):.1f})"

@@ -1,0 +1,199 @@
+"""Tables 1, 2, 3 and 6 of the paper, exit 0, and the policies at given savings, as markdown."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from paper_grid import published
+from paper_grid.curves import at
+from paper_grid.methods import TABLE_1, TITLES
+from paper_grid.records import Place, Record, method_scores, places, variant_scores
+from paper_grid.settings import Settings
+from paper_grid.statistics import Paired, paired, summary
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _sides(records: list[Record]) -> list[tuple[str, str]]:
+    """(backbone, mode) pairs in the order of the grid."""
+    return list(dict.fromkeys((backbone, mode) for _, backbone, mode in places(records)))
+
+
+def _tasks(records: list[Record], backbone: str, mode: str) -> list[Place]:
+    return [place for place in places(records) if place[1:] == (backbone, mode)]
+
+
+def table_1(settings: Settings, records: list[Record]) -> str:
+    """Training methods: one table of scores per backbone and mode, and one of paired differences."""
+    text = ""
+    for backbone, mode in _sides(records):
+        found = _tasks(records, backbone, mode)
+        rows = []
+        for row in (*TABLE_1, "badge_lte", "badge_alternating"):
+            cells = []
+            for place in found:
+                avg, best = (method_scores(records, place, row, what) for what in ("avg", "best"))
+                cells.append(f"{summary(avg) if row != 'single_final' else '-'} / {summary(best)}" if best else "-")
+            if any(cell != "-" for cell in cells):
+                rows.append([f"**{TITLES[row]}**" if row == "badge" else TITLES[row], *cells])
+        if len(rows) < 2:
+            continue
+        header = ["S-avg / S-best", *(task_title(settings, place[0]) for place in found)]
+        text += f"### {title_of(settings, backbone)}, backbone {mode}\n\n{markdown(header, rows)}\n"
+        text += _differences(settings, records, found)
+    return text
+
+
+def _differences(settings: Settings, records: list[Record], found: list[Place]) -> str:
+    """BADGE minus every other row, S-avg: per task over seeds, and over all pairs of task and seed."""
+    rows = []
+    for row in TABLE_1:
+        if row in ("badge", "single_final"):
+            continue
+        cells, everything = [], []
+        for place in found:
+            pair = paired(
+                dict(method_scores(records, place, "badge", "avg")), dict(method_scores(records, place, row, "avg"))
+            )
+            cells.append(pair.text if pair else "-")
+            everything += pair.differences if pair else []
+        if everything:
+            together = Paired(everything)
+            expected = published.paper_difference(row)
+            rows.append([f"BADGE - {TITLES[row]}", *cells, together.text, expected, together.verdict()])
+    if not rows:
+        return ""
+    header = ["S-avg", *(task_title(settings, p[0]) for p in found), "all pairs", "paper", "the paper's ordering"]
+    note = (
+        "Paired by seed: mean difference [95% interval, Student's t] (pairs). `all pairs` takes the pairs of all "
+        "tasks together, as if tasks were alike.\n\n"
+    )
+    return note + markdown(header, rows) + "\n"
+
+
+def paper_table_1() -> str:
+    """The paper's figures."""
+    rows = [
+        [TITLES[row], *(f"{a if a is not None else '-'} / {b}" for a, b in published.TABLE_1[row].values())]
+        for row in TABLE_1
+    ]
+    return markdown(["S-avg / S-best", *published.TASKS_1], rows)
+
+
+def table_2(settings: Settings, records: list[Record]) -> str:
+    """Placements."""
+    return _variants(
+        settings,
+        records,
+        "placement",
+        {"block": {}, "ffn": {"placement": "ffn"}, "mhsa": {"placement": "mhsa"}},
+        against="none",
+    )
+
+
+def table_3(settings: Settings, records: list[Record]) -> str:
+    """Bottleneck dimensions."""
+    sizes = sorted({r.variant["r"] for r in records if set(r.variant) == {"r"}} | {settings.r})
+    return _variants(
+        settings, records, "r", {f"r={r}": ({} if r == settings.r else {"r": r}) for r in sizes}, against="r=0 (JT)"
+    )
+
+
+def _variants(
+    settings: Settings, records: list[Record], what: str, variants: dict[str, dict[str, object]], against: str
+) -> str:
+    others = [v for v in variants.values() if v]
+    found = [p for p in places(records) if any(variant_scores(records, p, v, "avg") for v in others)]
+    rows = []
+    for place in found:
+        plain = method_scores(records, place, "joint", "avg")
+        for name, variant in {against: None, **variants}.items():
+            if variant is None:
+                avg, best = plain, method_scores(records, place, "joint", "best")
+            else:
+                avg, best = (variant_scores(records, place, variant, x) for x in ("avg", "best"))
+            pair = paired(dict(avg), dict(plain)) if variant is not None else None
+            if avg:
+                cells = [summary(avg), summary(best), pair.text if pair else "-"]
+                rows.append([place_title(settings, place), name, *cells])
+    return markdown(["task", what, "S-avg", "S-best", "S-avg - JT, paired"], rows) if rows else ""
+
+
+def table_6(settings: Settings, records: list[Record]) -> str:
+    """Backbones: JT, ALT and BADGE."""
+    rows = []
+    for place in places(records):
+        cells = {}
+        for method in ("joint", "alternating", "badge"):
+            avg, best = (method_scores(records, place, method, what) for what in ("avg", "best"))
+            cells[method] = f"{summary(avg)} / {summary(best)}" if avg else "-"
+        pair = paired(
+            dict(method_scores(records, place, "badge", "avg")), dict(method_scores(records, place, "joint", "avg"))
+        )
+        if pair:
+            rows.append([place_title(settings, place), *cells.values(), pair.text, pair.verdict()])
+    for backbone, scores in published.TABLE_6.items():
+        cells = {m: f"{a} / {b}" for m, (a, b) in scores.items()}
+        gain = scores["badge"][0] - scores["joint"][0]
+        rows.append([f"the paper: RTE, {backbone}", *cells.values(), f"{gain:+.1f}", "-"])
+    return markdown(["S-avg / S-best", "JT", "ALT", "BADGE", "BADGE - JT, paired S-avg", "BADGE ahead of JT"], rows)
+
+
+def exit_0_table(settings: Settings, records: list[Record]) -> str:
+    """What an exit on the embeddings gives, and what it does to the others."""
+    rows = []
+    for place in places(records):
+        for method in ("joint", "badge"):
+            with_it = [r for r in records if r.place == place and r.method == method and r.variant == {"exit_0": True}]
+            if not with_it:
+                continue
+            first = {r.seed: 100 * r.result["scores"]["test"]["per_exit"][0] for r in with_it}
+            avg = {r.seed: r.score("avg") for r in with_it}
+            without = method_scores(records, place, method, "avg")
+            pair = paired(dict(avg), dict(without))
+            cells = [summary(first), summary(avg), summary(without), pair.text if pair else "-"]
+            rows.append([place_title(settings, place), TITLES[method], *cells])
+    header = ["task", "method", "exit 0 alone", "S-avg of exits 1..M with it", "without it", "paired difference"]
+    return markdown(header, rows) if rows else ""
+
+
+def saving_table(curves: dict[str, dict[int, np.ndarray]], savings: list[float]) -> str:
+    """Scores of the policies at given savings, the mean over seeds, and how far DGE is ahead."""
+    header = ["policy", *(f"{s:.0%} saved" for s in savings), *(f"DGE - it, {s:.0%}" for s in savings)]
+    rows = []
+    ours = curves.get("DGE", {})
+    for name, seeds in curves.items():
+        scores = [[at(c, s) for c in seeds.values()] for s in savings]
+        cells = [f"{np.mean(x):.1f}" if not any(map(math.isnan, x)) else "not reached" for x in scores]
+        gaps = []
+        for s in savings:
+            mine = {k: at(c, s) for k, c in ours.items()}
+            other = {k: at(c, s) for k, c in seeds.items()}
+            pair = paired(
+                {k: v for k, v in mine.items() if not math.isnan(v)},
+                {k: v for k, v in other.items() if not math.isnan(v)},
+            )
+            gaps.append(pair.text if pair and name != "DGE" else "-")
+        rows.append([name, *cells, *gaps])
+    return markdown(header, rows)
+
+
+def title_of(settings: Settings, backbone: str) -> str:
+    """A backbone's name for readers."""
+    return settings.backbones[backbone].title or backbone
+
+
+def task_title(settings: Settings, task: str) -> str:
+    """A task's name for readers."""
+    return settings.tasks[task].title or task
+
+
+def place_title(settings: Settings, place: Place) -> str:
+    """Task, backbone and mode for readers."""
+    return f"{task_title(settings, place[0])}, {title_of(settings, place[1])}, {place[2]}"

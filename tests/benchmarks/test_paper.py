@@ -1,0 +1,311 @@
+"""`benchmarks/paper.py` from end to end, on a tiny random model and made-up data: every method, resumed, reported."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import paper  # noqa: E402
+from paper_grid.loop import Loop  # noqa: E402
+from paper_grid.plan import Run, key_of, plan  # noqa: E402
+from paper_grid.published import TABLE_1  # noqa: E402
+from paper_grid.rates import choose  # noqa: E402
+from paper_grid.records import gather, method_scores  # noqa: E402
+from paper_grid.settings import load_settings  # noqa: E402
+from paper_grid.statistics import Paired, paired, summary  # noqa: E402
+from paper_grid.store import Store  # noqa: E402
+
+WORDS = [f"w{i}" for i in range(20)]
+METHODS = [
+    "single_final",
+    "single_exits",
+    "two_stage",
+    "joint",
+    "joint_mha",
+    "gradient_equilibrium",
+    "alternating",
+    "past_future",
+    "badge",
+    "badge_lte",
+]
+GRID: dict[str, Any] = {
+    "title": "A tiny grid",
+    "epochs": 1,
+    "batch_size": 8,
+    "tasks": {"pairs": {"data": "pairs", "metric": "acc_and_f1", "max_train": 24, "max_length": 16}},
+    "backbones": {"tiny": {"folder": "tiny", "blocks": 2, "pooling": "mean"}},
+    "search": {"adapter_lr": {"full": [1e-3, 1e-2]}, "backbone_lr": {"full": [5e-5, 1e-4]}, "max_train": 8},
+    "groups": [
+        {
+            "name": "table-1",
+            "tasks": ["pairs"],
+            "backbones": ["tiny"],
+            "modes": ["full"],
+            "methods": METHODS,
+            "seeds": [0],
+        },
+        {
+            "name": "variants",
+            "tasks": ["pairs"],
+            "backbones": ["tiny"],
+            "modes": ["frozen"],
+            "methods": ["joint", "badge"],
+            "seeds": [0, 1],
+            "variants": [{}, {"placement": "ffn"}, {"placement": "mhsa"}, {"r": 4}, {"r": 16}, {"exit_0": True}],
+        },
+        {
+            "name": "lora",
+            "tasks": ["pairs"],
+            "backbones": ["tiny"],
+            "modes": ["lora"],
+            "methods": ["badge"],
+            "seeds": [0],
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with data, a model, a grid and the store of one finished `run`."""
+    folder = tmp_path_factory.mktemp("paper")
+    _write_data(folder / "data" / "pairs")
+    _write_model(folder / "models" / "tiny")
+    (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    assert paper.main(_arguments("run", folder)) == 0
+    yield folder
+
+
+def _arguments(command: str, folder: Path, *more: str) -> list[str]:
+    where = ["--data-dir", str(folder / "data"), "--model-dir", str(folder / "models")] if command != "report" else []
+    return [command, str(folder / "grid.yaml"), "--out", str(folder / "runs"), *where, *more]
+
+
+def _write_data(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    for split, rows in (("train", 32), ("validation", 12), ("test", 12)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for i in range(rows):
+                first, second = (" ".join(rng.choices(WORDS[:10] if i % 2 else WORDS[10:], k=4)) for _ in range(2))
+                file.write(json.dumps({"text": first, "text_pair": second, "label": i % 2}) + "\n")
+
+
+def _write_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    pieces = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    names = {f"{n}_token": f"[{n.upper()}]" for n in ("pad", "cls", "sep", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def _settings(place: Path) -> Any:
+    return load_settings(place / "grid.yaml")
+
+
+def test_every_method_is_run_and_stored(place: Path) -> None:
+    settings, store = _settings(place), Store(place / "runs")
+    records, missing = gather(settings, store)
+    assert not missing
+    full = ("pairs", "tiny", "full")
+    for row in TABLE_1:
+        assert list(method_scores(records, full, row, "best")) == [0], row
+    for record in records:
+        for split, rows in (("validation", 12), ("test", 12)):
+            logits = store.logits(record.settled, split)
+            assert len(logits) == rows
+            assert logits.exits == record.result["scores"][split]["exits"]
+        assert record.result["data"]["rows"]["train"] == 24
+        assert {"torch", "transformers", "peft", "threads"} <= set(record.result["environment"])
+        assert record.result["seconds"]["total"] > 0
+    exits = {tuple(r.result["scores"]["test"]["exits"]) for r in records}
+    assert exits == {(1, 2), (0, 1, 2), (1,), (2,)}  # all, with exit 0, and the single ones
+    lte = next(r for r in records if r.method == "badge_lte")
+    assert store.logits(lte.settled, "test").signals is not None
+
+
+def test_rates_come_from_the_search(place: Path) -> None:
+    settings, store = _settings(place), Store(place / "runs")
+    sources = {run.settings["mode"]: choose(settings, run, store)[1] for run in plan(settings)}
+    assert sources == {"full": "search", "frozen": "default", "lora": "default"}
+    # two adapter rates and one more backbone rate, for each of the eight methods that have a search of their own
+    assert len(list((place / "runs" / "trials").iterdir())) == 3 * 8
+    for folder in (place / "runs" / "trials").iterdir():
+        stored = json.loads((folder / "run.json").read_text())
+        assert set(stored["scores"]) == {"validation"}
+
+
+def test_what_is_stored_is_not_run_again(place: Path) -> None:
+    settings, store = _settings(place), Store(place / "runs")
+    runs = plan(settings)
+    victim, _ = choose(settings, runs[3], store)
+    before = store.read(victim)
+    (store.folder(victim) / "run.json").unlink()
+    (store.folder(victim) / "test.safetensors").unlink()
+    (store.folder(victim) / "validation.safetensors").unlink()
+    store.folder(victim).rmdir()
+    assert paper.main(_arguments("run", place, "--threads", "1")) == 0
+    after = store.read(victim)
+    assert before is not None and after is not None
+    assert after["scores"] == before["scores"]  # the same settings give the same result
+    trained: list[str] = []
+    Loop(settings, store, lambda run: trained.append(run["method"]) or {}).go(runs)  # type: ignore[func-returns-value]
+    assert trained == []
+
+
+def test_a_failure_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = _settings(place)
+    seen: list[str] = []
+
+    def train(run: dict[str, Any]) -> dict[str, Any]:
+        seen.append(run["method"])
+        raise RuntimeError("no")
+
+    loop = Loop(settings, Store(tmp_path), train)
+    loop.go([run for run in plan(settings) if run.settings["mode"] == "frozen"][:3])
+    assert len(seen) == 3
+    assert len(loop.failed) == 3
+    assert "FAILED" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(place: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run, _ = choose(_settings(place), plan(_settings(place))[0], store)
+    with store.claim(run) as first, store.claim(run) as second:
+        assert (first, second) == (True, False)
+    with store.claim(run) as again:
+        assert again
+
+
+def test_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = place / "docs" / "paper.md"
+    assert paper.main(_arguments("report", place, "--docs", str(docs))) == 0
+    text = docs.read_text()
+    for title in ("2ST", "GradEquil", "ALT", "GPF", "JT + MHA exit", "single final exit", "**BADGE**"):
+        assert title in text
+    for heading in ("Table 1", "Table 2", "Table 3", "Table 6", "Figure 2", "Exit 0", "Learning rates", "Data"):
+        assert f"## {heading}" in text
+    assert "Nothing: every run of the grid is stored." in text
+    assert "70.2 / 77.9" in text  # the paper's own, beside ours
+    assert "nan" not in text
+    assert str(place) not in text
+    pictures = list((place / "docs" / "paper").glob("*.png"))
+    assert {p.name for p in pictures} >= {
+        "pairs-tiny-full.png",
+        "pairs-tiny-frozen.png",
+        "pairs-tiny-frozen-exit0.png",
+    }
+
+
+def test_report_of_a_part(place: Path, tmp_path: Path) -> None:
+    settings, store = _settings(place), Store(place / "runs")
+    for run in plan(settings)[:6]:
+        settled, _ = choose(settings, run, store)
+        target = tmp_path / store.folder(settled).relative_to(store.root)
+        target.mkdir(parents=True)
+        for file in store.folder(settled).iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "trials").symlink_to(store.root / "trials")
+    options = ["--out", str(tmp_path), "--docs", str(tmp_path / "paper.md")]
+    assert paper.main(["report", str(place / "grid.yaml"), *options]) == 0
+    text = (tmp_path / "paper.md").read_text()
+    assert "runs are not stored" in text and "pairs/tiny/frozen/badge" in text
+    with pytest.raises(ValueError, match="start with the command `run`"):
+        paper.main(["report", str(place / "grid.yaml"), "--out", str(tmp_path / "none"), "--docs", options[-1]])
+
+
+def test_dry_run_starts_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper.main(_arguments("run", place, "--dry-run", "--only", "full/badge")) == 0
+    out = capsys.readouterr().out
+    assert "done  pairs/tiny/full/badge/plain/s0 (search rates)" in out
+    assert "0 to do" in out
+    with pytest.raises(SystemExit, match="matches no run"):
+        paper.main(_arguments("run", place, "--only", "no-such-run"))
+
+
+def test_optuna_search_is_used_by_run(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    arguments = [*_arguments("search", place, "--optuna", "--trials", "2", "--only", "lora/badge")]
+    arguments[3] = str(tmp_path)
+    assert paper.main(arguments) == 0
+    store = Store(tmp_path)
+    run = next(run for run in plan(_settings(place)) if run.settings["mode"] == "lora")
+    settled, source = choose(_settings(place), run, store)
+    best = store.tuned("pairs-tiny-lora-badge")
+    assert best is not None and source == "optuna"
+    assert settled["adapter"]["activation"] == best["best"]["activation"]
+    assert settled["batch_size"] == best["best"]["batch_size"]
+
+
+def test_plan_has_no_run_twice_and_its_keys_are_stable(place: Path) -> None:
+    runs = plan(_settings(place))
+    keys = [key_of(run.settings) for run in runs]
+    assert len(set(keys)) == len(keys)
+    labels = [run.label for run in runs]
+    assert len(set(labels)) == len(labels)
+    assert "pairs/tiny/frozen/badge/r=16/s0" not in labels  # 16 is the grid's own
+    assert "pairs/tiny/frozen/joint/r=4/s0" not in labels  # JT has no bottleneck
+    assert Run("g", runs[0].settings).matches("table-1") is False
+    assert Run("g", runs[0].settings).matches("pairs/*/s0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "has no field epoch"),
+        ({"groups": [{**GRID["groups"][0], "methods": ["sudden"]}]}, "method 'sudden' is not known"),
+        ({"groups": [{**GRID["groups"][0], "tasks": ["rte"]}]}, "'rte' is not defined in tasks"),
+        ({"backbones": {"tiny": {"blocks": 2}}}, "exactly one of package, folder and hub"),
+    ],
+)
+def test_a_wrong_grid_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_settings(path)
+
+
+def test_the_grids_that_are_shipped_can_be_read() -> None:
+    for name in ("paper.yaml", "paper_small.yaml"):
+        runs = plan(load_settings(BENCHMARKS / name))
+        assert {"badge", "joint", "alternating", "past_future", "two_stage"} <= {r.settings["method"] for r in runs}
+
+
+def test_statistics() -> None:
+    pair = paired({0: 2.0, 1: 4.0, 2: 3.0}, {0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0})
+    assert pair is not None and pair.mean == 2.0
+    low, high = pair.interval or (0.0, 0.0)
+    assert (round(low, 3), round(high, 3)) == (-0.484, 4.484)  # 2 -+ 4.303 * 1 / sqrt(3)
+    assert "not settled" in pair.verdict()
+    assert pair.verdict(-1).startswith("does **not** hold")
+    assert Paired([1.0, 1.1, 0.9]).verdict() == "holds"
+    assert Paired([-1.0, -1.1, -0.9]).verdict().startswith("does **not** hold: the opposite")
+    assert Paired([-1.0]).verdict().startswith("**not** the same direction")
+    assert Paired([1.0]).interval is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert summary({0: 1.0, 1: 5.0, 2: 2.0}) == "2.0 (1.0-5.0)"

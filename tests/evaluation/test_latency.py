@@ -1,0 +1,181 @@
+"""Wall-clock measurement: what is run, in which order, and what is reported. No test looks at how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from badge_peft.evaluation import latency as module
+from badge_peft.evaluation.latency import LatencyReport, measure_latency
+from badge_peft.run import current_run
+from tests.evaluation.rows import make_exits, make_rows
+from tests.models import make_model
+
+EARLY = {"policy": "patience", "patience": 1}
+
+
+def record_calls(model: Any) -> list[tuple[str, bool]]:
+    """Notes for each pass whether it is one with exits, and whether the adapter is on."""
+    calls: list[tuple[str, bool]] = []
+
+    def hook(inner: Any, args: Any) -> None:
+        run = current_run()
+        kind = "stock" if run is None else "early" if type(run).__name__ == "EarlyExitRun" else "all_exits"
+        calls.append((kind, model.base_model.adapters_enabled))
+
+    model.base_model.model.register_forward_pre_hook(hook)
+    return calls
+
+
+def test_answers_and_exits_are_those_of_early_exit_forward() -> None:
+    model, rows = make_exits(), make_rows(12)
+    report = measure_latency(model, rows, EARLY, warmup=2)
+    for i, row in enumerate(rows):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
+        out = model.early_exit_forward(**batch, **EARLY)
+        assert report.exit_layer[i] == out.exit_layer.item()
+        assert report.predictions[i] == out.logits.argmax().item()
+    assert len(set(report.exit_layer)) > 1  # otherwise this shows little
+
+
+def test_the_adapters_own_config_is_the_default() -> None:
+    model = make_exits(early_exit={"policy": "fixed_depth", "depth": 2})
+    report = measure_latency(model, make_rows(3), warmup=0)
+    assert report.exit_layer == [2, 2, 2]
+    assert report.early_exit["policy"] == "fixed_depth"
+    assert (report.mean_exit, report.layer_speedup) == (2.0, pytest.approx(1 / 3))
+
+
+def test_early_and_stock_passes_take_turns_example_by_example() -> None:
+    model = make_exits()
+    calls = record_calls(model)
+    measure_latency(model, make_rows(4), EARLY, warmup=0)
+    kinds = [kind for kind, _ in calls]
+    assert kinds == ["early", "stock", "stock", "early"] * 2
+    assert all(enabled == (kind == "early") for kind, enabled in calls)
+
+
+def test_the_reference_can_be_full_depth_with_every_exit() -> None:
+    model = make_exits()
+    calls = record_calls(model)
+    report = measure_latency(model, make_rows(2), EARLY, warmup=0, reference="all_exits")
+    assert sorted(calls) == [("all_exits", True)] * 2 + [("early", True)] * 2
+    assert report.reference == "all_exits"
+
+
+def test_warmup_and_repeats_are_counted_per_kind() -> None:
+    model = make_exits()
+    calls = record_calls(model)
+    report = measure_latency(model, make_rows(3), EARLY, repeats=3, warmup=5)
+    assert [kind for kind, _ in calls].count("early") == [kind for kind, _ in calls].count("stock") == 5 + 3 * 3
+    assert len(report) == len(report.full_depth_times_ms) == 3
+
+
+def test_the_clock_decides_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each early pass takes 1, 2, 3, ... ms and each full one ten times as long, on a clock of our own."""
+    count = {"early": 0, "full": 0}
+
+    def clock(self: Any, function: Any, batch: Any) -> tuple[float, Any]:
+        count[function.__name__] += 1
+        return count[function.__name__] * (1.0 if function.__name__ == "early" else 10.0), function(batch)
+
+    monkeypatch.setattr(module._Clock, "__call__", clock)
+    report = measure_latency(make_exits(), make_rows(4), EARLY, warmup=0)
+    assert report.times_ms == [1, 2, 3, 4]
+    assert (report.mean_ms, report.p50_ms, report.p95_ms) == (2.5, 2.5, pytest.approx(3.85))
+    assert (report.full_depth_mean_ms, report.full_depth_p50_ms) == (25, 25)
+    assert report.speedup_paper == pytest.approx(0.9)
+    assert report.speedup_ratio == pytest.approx(10)
+
+
+def test_the_median_of_the_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 9.0, 500.0, 8.0, 7.0, 3.0])  # early, full; full, early; early, full
+
+    def clock(self: Any, function: Any, batch: Any) -> tuple[float, Any]:
+        return next(times), function(batch)
+
+    monkeypatch.setattr(module._Clock, "__call__", clock)
+    report = measure_latency(make_exits(), make_rows(1), EARLY, repeats=3, warmup=0)
+    assert (report.times_ms, report.full_depth_times_ms) == ([7.0], [9.0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_model_is_left_as_it_was(training: bool, trainable: bool) -> None:
+    model = make_exits()
+    model.train(training)
+    if not trainable:
+        model.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes: list[tuple[bool, bool]] = []
+    model.base_model.model.register_forward_pre_hook(
+        lambda inner, args: modes.append((inner.training, torch.is_inference_mode_enabled()))
+    )
+    measure_latency(model, make_rows(2), EARLY, warmup=1)
+    assert set(modes) == {(False, True)}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert model.training is training
+    assert model.base_model.adapters_enabled
+
+
+def test_the_model_is_left_as_it_was_when_a_pass_fails() -> None:
+    model = make_exits().train()
+    rows = [{"input_ids": [5, 6], "attention_mask": [1, 1]}, {"input_ids": [10**6], "attention_mask": [1]}]
+    with pytest.raises(IndexError):
+        measure_latency(model, rows, EARLY, warmup=0)
+    assert model.training and model.base_model.adapters_enabled
+
+
+def test_dict_is_json_with_summary_and_raw_numbers() -> None:
+    report = measure_latency(make_exits(), make_rows(3), EARLY, warmup=0)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["exit_layer"] == report.exit_layer
+    assert data["threads"] == torch.get_num_threads()
+    assert data["torch_version"] == torch.__version__
+    assert data["device"] == "cpu"
+    assert {"p50_ms", "p95_ms", "mean_ms", "full_depth_p50_ms", "full_depth_p95_ms", "times_ms"} <= set(data)
+    assert data["speedup_paper"] == pytest.approx(1 - 1 / data["speedup_ratio"])
+
+
+def test_regression_predictions_are_values() -> None:
+    torch.manual_seed(0)
+    from peft import get_peft_model
+
+    from badge_peft import BadgeConfig
+
+    model = get_peft_model(make_model(num_labels=1), BadgeConfig(problem_type="regression")).eval()
+    report = measure_latency(model, make_rows(2, labels=False), {"policy": "never"}, warmup=0)
+    assert all(isinstance(value, float) for value in report.predictions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference": "half"}, "reference='half'.*full_depth, all_exits"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"early_exit_config": {"patience": 0}}, "patience=0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure_latency(make_exits(), make_rows(1), **arguments)
+
+
+def test_no_examples_and_no_adapter() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        measure_latency(make_exits(), [])
+    with pytest.raises(ValueError, match="no BADGE adapter"):
+        measure_latency(make_model(), make_rows(1))
+
+
+def test_speedups_of_a_made_up_report() -> None:
+    report = LatencyReport([1.0, 3.0], [4.0, 4.0], [1, 3], [0, 1], 4, "full_depth", {}, 2, "cpu", "2")
+    assert report.speedup_paper == pytest.approx(0.5)
+    assert report.speedup_ratio == pytest.approx(2.0)
+    assert report.layer_speedup == pytest.approx(0.5)
+    assert np.isclose(report.full_depth_p95_ms, 4.0)

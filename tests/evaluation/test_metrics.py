@@ -1,0 +1,114 @@
+"""Scores: against numbers worked out by hand and against scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from badge_peft import ExitLogits, exit_scores
+from badge_peft.evaluation.metrics import METRICS, predictions, score
+from tests.evaluation.rows import make_logits
+
+
+def by_hand() -> ExitLogits:
+    """Three exits, four rows of two classes; the exits are right 2, 4 and 3 times."""
+    labels = torch.tensor([0, 0, 1, 1])
+    said = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 1, 0]])  # [N, E]
+    return ExitLogits(torch.nn.functional.one_hot(said, 2).float(), labels, [1, 2, 4], num_blocks=4)
+
+
+def regression(values: torch.Tensor) -> ExitLogits:
+    return ExitLogits(torch.stack([values, -values], dim=1)[..., None], torch.arange(len(values)).float())
+
+
+def test_score_of_each_exit_and_the_two_summaries() -> None:
+    scores = exit_scores(by_hand())
+    assert scores.per_exit == [0.5, 1.0, 0.75]
+    assert scores.exit_layers == [1, 2, 4]
+    assert scores.avg == pytest.approx(0.75)
+    assert (scores.best, scores.best_exit, scores.metric) == (1.0, 2, "accuracy")
+
+
+def test_the_shallowest_of_equal_exits_is_the_best_one() -> None:
+    logits = by_hand()
+    same = ExitLogits(logits.logits[:, [0, 1, 1]], logits.labels, [2, 3, 4])
+    assert exit_scores(same).best_exit == 3
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_classification_metrics_are_those_of_scikit_learn(labels: int) -> None:
+    data = make_logits(labels=labels)
+    assert data.labels is not None
+    said, truth = data.logits[:, 0].argmax(-1).numpy(), data.labels.numpy()
+    expected = {
+        "accuracy": accuracy_score(truth, said),
+        "macro_f1": f1_score(truth, said, average="macro"),
+        "matthews": matthews_corrcoef(truth, said),
+    }
+    if labels == 2:
+        expected["f1"] = f1_score(truth, said)
+        expected["acc_and_f1"] = (expected["accuracy"] + expected["f1"]) / 2
+    for name, value in expected.items():
+        assert exit_scores(data, name).per_exit[0] == pytest.approx(value)
+
+
+def test_correlations_are_those_of_scipy() -> None:
+    values = torch.tensor([0.1, 0.9, 0.7, 2.5, 3.1])
+    data, truth = regression(values), np.arange(5)
+    expected = pearsonr(values, truth)[0], spearmanr(values, truth)[0]
+    assert exit_scores(data, "pearson").per_exit == pytest.approx([expected[0], -expected[0]])
+    assert exit_scores(data, "spearman").per_exit == pytest.approx([expected[1], -expected[1]])
+    assert exit_scores(data, "pearson_and_spearman").per_exit[0] == pytest.approx(sum(expected) / 2)
+    assert exit_scores(data, "neg_mse").per_exit[0] == pytest.approx(-float(((values - torch.arange(5)) ** 2).mean()))
+
+
+def test_a_constant_answer_has_correlation_zero_and_no_nan() -> None:
+    assert exit_scores(regression(torch.ones(4)), "pearson").per_exit == [0.0, 0.0]
+
+
+def test_multi_label_answers_are_decisions_per_label() -> None:
+    logits = torch.tensor([[[1.0, -1.0]], [[2.0, 3.0]], [[-1.0, 1.0]]])
+    labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    data = ExitLogits(logits, labels, problem_type="multi_label_classification")
+    assert predictions(logits[:, 0], "multi_label_classification").tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert exit_scores(data).per_exit == [pytest.approx(2 / 3)]  # a row counts when all of its labels are right
+    assert exit_scores(data, "f1").per_exit == [pytest.approx(2 * 4 / (2 * 4 + 1))]  # 4 hits, 1 miss
+
+
+def test_a_metric_of_ones_own() -> None:
+    def share_of_zeros(answers: np.ndarray, labels: np.ndarray) -> float:
+        return float((answers == 0).mean())
+
+    scores = exit_scores(by_hand(), share_of_zeros)
+    assert scores.per_exit == [0.5, 0.5, 0.75]
+    assert scores.metric == "share_of_zeros"
+
+
+def test_score_takes_answers_that_no_single_exit_gave() -> None:
+    data = by_hand()
+    assert score(data, data.answers(torch.tensor([1, 2, 4, 2]))) == 1.0
+
+
+def test_refusals() -> None:
+    data = make_logits(labels=3)
+    with pytest.raises(ValueError, match="no labels"):
+        exit_scores(ExitLogits(data.logits))
+    with pytest.raises(ValueError, match="metric='acuracy' is not allowed.*accuracy, f1"):
+        exit_scores(data, "acuracy")
+    with pytest.raises(ValueError, match="metric='pearson' does not suit single_label_classification.*macro_f1"):
+        exit_scores(data, "pearson")
+    with pytest.raises(ValueError, match="metric='accuracy' does not suit regression.*spearman"):
+        exit_scores(regression(torch.arange(3.0)), "accuracy")
+    with pytest.raises(ValueError, match="two classes.*macro_f1"):
+        exit_scores(data, "f1")
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_every_metric_is_finite_on_a_single_row(name: str) -> None:
+    answers, labels = np.array([1]), np.array([1])
+    if name == "matthews":
+        answers, labels = np.array([1, 0]), np.array([1, 0])
+    assert np.isfinite(METRICS[name](answers, labels))

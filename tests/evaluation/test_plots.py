@@ -1,0 +1,99 @@
+"""The trade-off picture: what is in it, and that drawing it changes nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from badge_peft import evaluate_policy, sweep
+from badge_peft.evaluation.plots import plot_tradeoff
+from badge_peft.evaluation.tradeoff import TradeOff
+from tests.evaluation.rows import make_logits
+
+POLICIES = [{"policy": "divergence", "patience": 1}, {"policy": "divergence", "divergence": "kl"}, "patience"]
+
+
+@pytest.fixture(scope="module")
+def tradeoff() -> TradeOff:
+    return sweep(make_logits(), POLICIES, points=5)
+
+
+def test_one_line_per_curve_and_a_legend(tradeoff: TradeOff) -> None:
+    axes = plot_tradeoff(tradeoff).axes[0]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["DGE t=1", "DGE-kl", "patience", "fixed depth"]
+    for line in axes.get_lines():
+        name = next(n for n in tradeoff.names if n.replace("divergence", "DGE").replace("_", " ") == line.get_label())
+        curve = tradeoff.curve(name)
+        assert list(line.get_xdata()) == [point.layer_speedup for point in curve]
+        assert list(line.get_ydata()) == [point.score for point in curve]
+
+
+def test_only_fixed_depth_is_dashed_and_curves_can_be_told_apart(tradeoff: TradeOff) -> None:
+    lines = plot_tradeoff(tradeoff).axes[0].get_lines()
+    assert [line.get_label() for line in lines if line.get_linestyle() == "--"] == ["fixed depth"]
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines)
+
+
+def test_fixed_depth_is_there_when_nobody_asked_for_it() -> None:
+    figure = plot_tradeoff(sweep(make_logits(), ["patience"]))
+    assert "fixed depth" in [line.get_label() for line in figure.axes[0].get_lines()]
+
+
+def test_axes_are_in_per_cent(tradeoff: TradeOff) -> None:
+    axes = plot_tradeoff(tradeoff, title="tiny").axes[0]
+    assert axes.xaxis.get_major_formatter()(0.5) == "50%"
+    assert axes.yaxis.get_major_formatter()(0.925) == "92.5%"
+    assert "%" in axes.get_xlabel() and axes.get_ylabel() == "accuracy (%)"
+    assert axes.get_title() == "tiny"
+
+
+def test_a_correlation_is_not_in_per_cent() -> None:
+    axes = plot_tradeoff(sweep(make_logits(), ["patience"], metric="matthews")).axes[0]
+    assert axes.get_ylabel() == "matthews"
+    assert "%" not in axes.yaxis.get_major_formatter()(0.5)
+
+
+def test_the_chosen_setting_is_marked(tradeoff: TradeOff) -> None:
+    point = evaluate_policy(make_logits(), {"policy": "divergence", "threshold": 0.5, "patience": 1})
+    star = plot_tradeoff(tradeoff, chosen=point).axes[0].get_lines()[-1]
+    assert (star.get_label(), star.get_marker()) == ("calibrated", "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([point.layer_speedup], [point.score])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_it_writes_the_format_that_the_name_says(tradeoff: TradeOff, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    plot_tradeoff(tradeoff, path)
+    start = path.read_bytes()[:200]
+    assert {"png": b"\x89PNG", "svg": b"<svg", "pdf": b"%PDF"}[suffix] in start or b"<?xml" in start
+
+
+def test_nothing_global_changes(tmp_path: Path) -> None:
+    code = """
+import sys
+import matplotlib
+from badge_peft import sweep
+from badge_peft.evaluation.plots import plot_tradeoff
+from tests.evaluation.rows import make_logits
+before = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+plot_tradeoff(sweep(make_logits(40), ["patience"]), sys.argv[1])
+assert (dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules) == before
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "picture.svg")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120)
+
+
+def test_without_matplotlib_the_error_names_the_extra(tradeoff: TradeOff, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"badge-peft\[plots\]"):
+        plot_tradeoff(tradeoff)
+
+
+def test_no_points() -> None:
+    with pytest.raises(ValueError, match="no points"):
+        plot_tradeoff(TradeOff([], "accuracy", 3))

@@ -1,0 +1,85 @@
+"""The imitation loss of Global Past-Future by hand, and what a run keeps for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from badge_peft.full_depth import full_depth_runs
+from badge_peft.notes import Notes
+from badge_peft.training.imitation import ImitationRun, imitation_loss
+from tests import reference
+from tests.models import make_badge, make_batch
+
+FIELDS = {"exit_type": "past_future", "final_exit": "exit"}
+
+
+def kept(model):
+    with full_depth_runs(ImitationRun) as runs:
+        model(**make_batch())
+    return runs[0].notes
+
+
+def distance(a, b):
+    """1 - cos(a, b), the mean over rows."""
+    rows = []
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        dot = sum(p * q for p, q in zip(x, y, strict=True))
+        rows.append(1 - dot / math.sqrt(sum(p * p for p in x)) / math.sqrt(sum(q * q for q in y)))
+    return sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize(("exit_layers", "count"), [(None, 3), ([0, 1, 2, 3], 4), ([2], 2)], ids=str)
+def test_mean_over_exits_of_the_mean_over_those_behind(exit_layers, count):
+    notes = kept(make_badge(**FIELDS, exit_layers=exit_layers))
+    assert sorted(notes.vectors) == list(range(count))
+    assert sorted(notes.guesses) == [(i, j) for i in range(count) for j in range(i + 1, count)]
+    each = [
+        sum(distance(notes.guesses[i, j], notes.vectors[j]) for j in range(i + 1, count)) / (count - 1 - i)
+        for i in range(count - 1)
+    ]
+    assert float(imitation_loss(notes)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    if count > 2:  # it is not the mean over all pairs
+        pairs = [distance(g, notes.vectors[j]) for (_, j), g in notes.guesses.items()]
+        assert abs(sum(pairs) / len(pairs) - sum(each) / len(each)) > 1e-4
+
+
+def test_guesses_are_tanh_w_j_v_i():
+    model = make_badge(**FIELDS)
+    notes, w = kept(model), reference.own_weights(model)
+    for (i, j), guess in notes.guesses.items():
+        weight, bias = (w[f"exit.{j + 1}.imitate.{name}"] for name in ("weight", "bias"))
+        torch.testing.assert_close(guess, torch.tanh(notes.vectors[i] @ weight.T + bias))
+
+
+def test_only_the_guess_learns_from_it():
+    """W_j and v_i take gradients, the real v_j none."""
+    model = make_badge(**FIELDS)
+    imitation_loss(kept(model)).backward()
+    moved = {name for name, p in reference.own_weights(model).items() if p.grad is not None and p.grad.any()}
+    assert {name for name in moved if name.startswith("exit.")} == {
+        f"exit.{m}.{part}.{kind}"
+        for m, part in ((1, "dense"), (2, "dense"), (2, "imitate"), (3, "imitate"))
+        for kind in ("weight", "bias")
+    }
+
+
+def test_training_on_it_brings_the_guesses_closer():
+    model = make_badge(**FIELDS)
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".imitate." in name], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(imitation_loss(kept(model)))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_exits_that_make_no_guesses():
+    with pytest.raises(ValueError, match=r"objective='past_future' needs BadgeConfig\(exit_type='past_future'"):
+        imitation_loss(Notes([], keep=True))
+    with pytest.raises(ValueError, match="objective='past_future' needs"):
+        imitation_loss(kept(make_badge()))

@@ -1,0 +1,244 @@
+"""Learning to exit (LTE): its loss by hand, its layer trained, saved and loaded, and policy `learned` live and replayed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.losses import doubt_loss, exit_loss
+from tests import reference
+from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.thresholds import in_a_gap
+
+from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, make, make_trainer, moved, weights
+
+BATCH = make_batch()
+RATES = {"adapter_learning_rate": 0.1, "max_steps": 5}
+
+
+def output_of(model, batch=BATCH):
+    with torch.no_grad():
+        return model(**batch)
+
+
+def wrongness(logits, labels, problem_type):
+    """t of each row: 1 where the exit is wrong, for regression |tanh(y' - y)|."""
+    targets = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        if problem_type == SINGLE:
+            targets.append(float(row.index(max(row)) != label))
+        elif problem_type == MULTI:
+            targets.append(float([v > 0 for v in row] != [v > 0.5 for v in label]))
+        else:
+            targets.append(abs(math.tanh(row[0] - label)))
+    return targets
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@pytest.mark.parametrize(
+    "fields", [{}, {"final_exit": "exit"}, {"exit_layers": [0, 2], "exit_weights": "linear"}], ids=str
+)
+def test_loss(fields, problem_type, num_labels):
+    model = make(problem_type, num_labels, learn_to_exit=True, **fields)
+    labels = make_labels(problem_type, num_labels=num_labels)
+    out = model(**BATCH, labels=labels)
+    numbers = model.base_model.exit_layers()
+    own = len(numbers) - ("final_exit" not in fields)  # the model's own head always answers: nobody doubts it
+    losses = []
+    for place in range(own):
+        targets = wrongness(out.exit_logits[:, place], labels, problem_type)
+        losses += [(u - t) ** 2 for u, t in zip(out.exit_doubts[:, place].tolist(), targets, strict=True)]
+    depth = [max(m, 1) / sum(max(n, 1) for n in numbers) if "exit_weights" in fields else 1 for m in numbers]
+    joint = sum(w * exit_loss(x, labels, problem_type) for w, x in zip(depth, out.exit_logits.unbind(1), strict=True))
+    assert float(out.loss.detach()) == pytest.approx(float(joint) + sum(losses) / len(losses), rel=1e-5)
+    if own < len(numbers):
+        assert not out.exit_doubts[:, -1].any()
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+def test_doubt_loss_teaches_the_doubts_alone(problem_type, num_labels):
+    logits = torch.randn(4, num_labels, requires_grad=True)
+    doubts = torch.rand(4, requires_grad=True)
+    labels = make_labels(problem_type, num_labels=num_labels)
+    loss = doubt_loss({2: doubts}, {2: logits, 3: -logits}, labels, problem_type)
+    targets = torch.tensor(wrongness(logits, labels, problem_type))
+    torch.testing.assert_close(loss, ((doubts - targets) ** 2).mean())
+    loss.backward()
+    assert doubts.grad.any() and logits.grad is None
+
+
+@pytest.mark.parametrize("exit_type", ["linear", "pooled", "mha", "past_future"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_doubt_is_one_layer_on_what_each_exit_reads(case, exit_type):
+    """u_m = sigmoid(w . v_m + b), w and b shared by all exits; v_m stands before the exit's linear layer."""
+    model = make_badge(case, exit_type=exit_type, final_exit="exit", exit_layers=[0, 1, 2, 3], learn_to_exit=True)
+    seen = []
+    for number in model.base_model.exit_layers():
+        block = next(b for b in model.base_model.wrapped if b.has_exit("default", number))
+        block.own_exit("default", number).dropout.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    doubts = output_of(model).exit_doubts
+    layers = [p for name, p in model.named_parameters() if "badge_doubt" in name]
+    assert [tuple(p.shape) for p in layers] == [(1, HIDDEN), (1,)]
+    expected = torch.stack([1 / (1 + torch.exp(-(v @ layers[0][0] + layers[1]))) for v in seen], dim=1)
+    assert doubts.shape == (4, len(seen))
+    torch.testing.assert_close(doubts, expected)
+    assert doubts.std() > 0.01
+
+
+@pytest.mark.parametrize("objective", ["joint", "alternating", "gradient_equilibrium", "two_stage"])
+def test_trained_with_every_objective(objective, tmp_path):
+    model = make(learn_to_exit=True)
+    before = weights(model)
+    make_trainer(tmp_path, model, objective=objective, **RATES).train()
+    assert {name for name in moved(before, weights(model)) if "badge_doubt" in name} == {
+        name for name in before if "badge_doubt" in name
+    }
+
+
+def test_a_trained_doubt_knows_which_rows_are_wrong(tmp_path):
+    data, model = Rows(rows=24), make(learn_to_exit=True, train_head=False)
+    make_trainer(
+        tmp_path, model, data, optim="adamw_torch", adapter_learning_rate=0.02, max_steps=60,
+        per_device_train_batch_size=24,
+    ).train()  # fmt: skip
+    out = output_of(model.eval(), data.batch)
+    wrong = out.exit_logits[:, :2].argmax(-1) != data.labels[:, None]
+    doubts = out.exit_doubts[:, :2]
+    rate = wrong.float().mean()
+    assert ((doubts - wrong.float()) ** 2).mean() < 0.5 * rate * (1 - rate) + 0.02
+
+
+def test_the_trainers_loss_is_the_models(tmp_path):
+    data, model = Rows(), make(learn_to_exit=True)
+    found = make_trainer(tmp_path, model, data).evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(float(model.eval()(**data.batch, labels=data.labels).loss), rel=1e-4)
+
+
+def test_stage_one_is_without_it(tmp_path):
+    """It trains the final exit, so nothing else may pull at the backbone: as if there were no LTE."""
+    with_doubts, without = make(backbone="full", learn_to_exit=True), make(backbone="full")
+    for model, folder in ((with_doubts, "a"), (without, "b")):
+        make_trainer(tmp_path / folder, model, objective="two_stage").train()
+    a, b = (load_file(tmp_path / x / "stage1" / "best" / "adapter_model.safetensors") for x in "ab")
+    backbone = [key for key in b if ".badge_" not in key]
+    assert len(backbone) > 10 and all(torch.equal(a[key], b[key]) for key in backbone)
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def test_saved_and_loaded(tmp_path):
+    model = make_badge(learn_to_exit=True, train_head=False)
+    model.save_pretrained(tmp_path)
+    keys = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "doubt" in key}
+    assert keys == {f"base_model.model.bert.encoder.layer.0.badge_doubt.{name}" for name in ("weight", "bias")}
+    before, loaded = output_of(model), PeftModel.from_pretrained(make_model(), tmp_path, adapter_name="other")
+    assert loaded.peft_config["other"].learn_to_exit is True
+    after = output_of(loaded)
+    assert torch.equal(after.exit_doubts, before.exit_doubts) and torch.equal(after.exit_logits, before.exit_logits)
+    beside = make_badge(adapter_name="one")
+    beside.load_adapter(tmp_path, "two")
+    assert output_of(beside).exit_doubts is None
+    beside.set_adapter("two")
+    assert torch.equal(output_of(beside).exit_doubts, before.exit_doubts)
+
+
+@pytest.mark.parametrize("case", ["bert", "albert", "albert-groups", "modernbert-cls"])
+def test_one_layer_for_all_exits(case):
+    model = get_peft_model(make_model(case), BadgeConfig(r=4, learn_to_exit=True))
+    plain = get_peft_model(make_model(case), BadgeConfig(r=4))
+    extra = model.get_nb_trainable_parameters()[0] - plain.get_nb_trainable_parameters()[0]
+    assert extra == HIDDEN + 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the policy
+
+
+@pytest.mark.parametrize("final_exit", ["base_head", "exit"])
+@pytest.mark.parametrize("case", CASES)
+def test_live_is_replay(case, final_exit):
+    model = make_badge(case, learn_to_exit=True, final_exit=final_exit, exit_layers=[0, 1, 2, 3]).double()
+    batch = make_batch(rows=11, seed=4)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(11)]
+    stored = collect_exit_logits(model, rows, batch_size=4)
+    full = output_of(model, batch)
+    torch.testing.assert_close(stored.signals, full.exit_doubts.float())
+    rule = in_a_gap({"policy": "learned"}, stored.logits, stored.exits, signals=stored.signals)
+    replayed = build_policy(rule).replay(stored)
+    assert torch.equal(replayed, build_policy(rule).replay(full.exit_logits, stored.exits, signals=full.exit_doubts))
+    out = model.early_exit_forward(**batch, early_exit_config=rule)
+    assert out.exit_layer.tolist() == replayed.tolist() and len(replayed.unique()) >= 2
+    by_hand = [
+        next((m for m, u in zip(stored.exits[:-1], row, strict=False) if u < rule["threshold"]), stored.exits[-1])
+        for row in stored.signals.tolist()
+    ]
+    assert replayed.tolist() == by_hand
+    index = torch.tensor([stored.exits.index(m) for m in by_hand])
+    torch.testing.assert_close(out.logits, full.exit_logits[torch.arange(11), index], rtol=1e-9, atol=1e-9)
+    for i in range(11):
+        alone = model.early_exit_forward(**{k: v[i : i + 1] for k, v in batch.items()}, early_exit_config=rule)
+        assert alone.exit_layer.tolist() == by_hand[i : i + 1]
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+def test_problem_types(problem_type, num_labels):
+    model = make(problem_type, num_labels, learn_to_exit=True, final_exit="exit")
+    batch = make_batch(rows=9, seed=4)
+    out = output_of(model, batch)
+    rule = in_a_gap({"policy": "learned"}, out.exit_logits, [1, 2, 3], problem_type, out.exit_doubts, least=1e-3)
+    found = model.early_exit_forward(**batch, early_exit_config=rule).exit_layer
+    want = build_policy(rule).replay(out.exit_logits, problem_type=problem_type, signals=out.exit_doubts)
+    assert found.tolist() == want.tolist()
+
+
+def test_default_threshold_is_a_tenth():
+    logits = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    signals = torch.tensor([[0.2, 0.11, 0.09, 0.0], [0.05, 0.9, 0.9, 0.0], [0.5, 0.4, 0.3, 0.0]])
+    assert build_policy(policy="learned").replay(logits, signals=signals).tolist() == [3, 1, 4]
+    equal = build_policy(policy="learned", threshold=0.5).replay(logits, signals=signals)
+    assert equal.tolist() == [1, 1, 2]  # below, not at, the threshold
+
+
+def test_swept_and_calibrated():
+    model = make_badge(learn_to_exit=True, final_exit="exit")
+    data = Rows(rows=40)
+    stored = collect_exit_logits(model, [data[i] for i in range(40)])
+    assert {p.name for p in sweep(stored, ["learned"]).points} == {"fixed_depth", "learned"}
+    config = calibrate(stored, "learned", target_speedup=0.3)
+    out = model.early_exit_forward(**data.batch, early_exit_config=config)
+    assert 1 - out.exit_layer.float().mean() / 3 >= 0.3 - 1e-6
+    restored = type(stored)(stored.logits, stored.labels, signals=stored.signals)
+    assert torch.equal(build_policy(config).replay(restored), build_policy(config).replay(stored))
+
+
+def test_without_the_layer_it_says_so():
+    model = make_badge()
+    message = r"policy='learned' needs an adapter with an LTE layer: train with BadgeConfig\(learn_to_exit=True\)"
+    before = exits_of(model, BATCH)
+    with pytest.raises(ValueError, match=message):
+        model.early_exit_forward(**BATCH, policy="learned")
+    with pytest.raises(ValueError, match=message):
+        build_policy(policy="learned").replay(before)
+    assert torch.equal(exits_of(model, BATCH), before)
+    assert output_of(model).exit_doubts is None
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_wrong_value(value):
+    with pytest.raises(ValueError, match=f"learn_to_exit={value!r} is not allowed: it must be True or False"):
+        BadgeConfig(learn_to_exit=value)
+
+
+def test_doubts_are_no_prediction_of_the_trainer(tmp_path):
+    data, model = Rows(REGRESSION, 1), make(REGRESSION, 1, learn_to_exit=True)
+    found = make_trainer(tmp_path, model, data, per_device_eval_batch_size=3).evaluate()
+    assert {f"eval_exit_{m}" for m in (1, 2, 3)} <= found.keys()
+    assert reference.own_weights(model)

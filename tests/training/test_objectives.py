@@ -1,0 +1,562 @@
+"""Objectives: their loss by hand on given logits, and whole runs against loops written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from badge_peft import BadgeConfig
+from badge_peft.full_depth import full_depth_runs
+from badge_peft.losses import exit_loss
+from badge_peft.run import ExitRun
+from badge_peft.training.equilibrium import GradientEquilibriumRun
+from badge_peft.training.imitation import ImitationRun, imitation_loss
+from badge_peft.training.objectives import (
+    OBJECTIVES,
+    Alternating,
+    EarlierExits,
+    FinalExit,
+    GradientEquilibrium,
+    Objective,
+    PastFuture,
+    SingleExit,
+    Step,
+    distillation_loss,
+    make_objective,
+)
+from tests import reference
+from tests.models import exits_of, make_model
+
+from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, Stop, close, kl, make, make_trainer, moved, weights
+
+LOGITS = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))  # [E, B, K]
+LABELS = torch.tensor([0, 2, 1, 1, 0])
+
+
+def step(number=0, exits=(1, 2, 3, 5), labels=LABELS, logits=LOGITS, problem_type=SINGLE, run=None):
+    return Step(list(exits), list(logits), labels, problem_type, number, run or ExitRun("default", 5, None, "cls"))
+
+
+def hard(index):
+    return float(reference.cross_entropy(LOGITS[index], LABELS))
+
+
+# --------------------------------------------------------------------------------------------------- on given logits
+
+
+@pytest.mark.parametrize(
+    ("weights_", "exits", "expected"),
+    [
+        (None, (1, 2, 3, 5), [1, 1, 1, 1]),
+        ("uniform", (0, 2, 3, 5), [1, 1, 1, 1]),
+        ("linear", (1, 2, 3, 5), [1 / 11, 2 / 11, 3 / 11, 5 / 11]),
+        ("linear", (0, 1, 2, 4), [1 / 8, 1 / 8, 2 / 8, 4 / 8]),
+        ([0.5, 0, 2, 3], (1, 2, 3, 4), [0.5, 0, 2, 3]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Objective, GradientEquilibrium])
+def test_joint(kind, weights_, exits, expected):
+    found = kind(weights=weights_)(step(exits=exits))
+    assert float(found) == pytest.approx(sum(w * hard(i) for i, w in enumerate(expected)), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_a_share_of_each_exit_below_m(share, temperature):
+    found = Objective(distillation=share, temperature=temperature)(step())
+    soft = [kl(LOGITS[3], LOGITS[i], SINGLE, temperature) for i in range(3)]
+    expected = sum((1 - share) * hard(i) + share * soft[i] for i in range(3))
+    expected += hard(3) if share < 1 else 0.0  # exit M teaches; with labels it learns from them
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_labels_the_exits_learn_from_exit_m():
+    expected = sum(w * kl(LOGITS[3], LOGITS[i], SINGLE, 1.0) for i, w in enumerate([0.5, 1.0, 2.0]))
+    found = Objective(weights=[0.5, 1.0, 2.0, 7.0], distillation=1.0)(step(labels=None))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    for objective in (Objective(distillation=0.5), Alternating(), SingleExit(depth=2), FinalExit(), EarlierExits()):
+        with pytest.raises(ValueError, match=r"needs labels; without them, distil.*distillation=1\.0"):
+            objective(step(labels=None))
+
+
+@pytest.mark.parametrize("kind", [Objective, EarlierExits])
+def test_the_teacher_takes_no_gradient(kind):
+    logits = LOGITS.clone().requires_grad_()
+    kind(distillation=1.0)(step(logits=logits)).backward()
+    assert logits.grad[:3].abs().sum(dim=(1, 2)).min() > 0
+    assert not logits.grad[3].any()
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distillation_loss(problem_type, temperature):
+    found = distillation_loss(LOGITS[0], LOGITS[1], problem_type, temperature)
+    assert float(found) == pytest.approx(kl(LOGITS[1], LOGITS[0], problem_type, temperature), rel=1e-5)
+    assert float(distillation_loss(LOGITS[0], LOGITS[0], problem_type, temperature)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_distillation_of_regression_is_the_squared_distance():
+    student, teacher = LOGITS[0, :, :1], LOGITS[1, :, :1]
+    expected = (
+        sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)) / 5
+    )
+    assert float(distillation_loss(student, teacher, REGRESSION)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_distillation_of_large_logits_is_no_nan(problem_type, dtype):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]]).to(dtype).requires_grad_()
+    loss = distillation_loss(student, -student.detach(), problem_type)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_alternating_by_step(number):
+    """The first step trains the final exit alone, the second all of them, and so on."""
+    found = Alternating()(step(number=number))
+    assert float(found) == pytest.approx(hard(3) if number % 2 == 0 else sum(map(hard, range(4))), rel=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "index"), [(1, 0), (3, 2), (5, 3)])
+def test_single_exit(depth, index):
+    assert float(SingleExit(depth=depth)(step())) == pytest.approx(hard(index), rel=1e-6)
+    with pytest.raises(ValueError, match=r"depth=4 is not allowed: the model has exits at blocks \[1, 2, 3, 5\]"):
+        SingleExit(depth=4)(step())
+
+
+def test_the_two_stages():
+    assert float(FinalExit()(step())) == pytest.approx(hard(3), rel=1e-6)
+    assert float(EarlierExits()(step())) == pytest.approx(sum(map(hard, range(3))), rel=1e-6)
+    soft = sum(kl(LOGITS[3], LOGITS[i], SINGLE, 2.0) for i in range(3))
+    found = EarlierExits(distillation=1.0, temperature=2.0)(step(labels=None))
+    assert float(found) == pytest.approx(soft, rel=1e-5)
+    linear = EarlierExits(weights="linear")(step())
+    assert float(linear) == pytest.approx(sum(w * hard(i) for i, w in enumerate([1 / 11, 2 / 11, 3 / 11])), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: make_objective("joined"),
+            f"objective='joined' is not allowed: it must be one of {', '.join(OBJECTIVES)}",
+        ),
+        (lambda: make_objective("single_exit"), "objective='single_exit' needs depth"),
+        (lambda: Objective(distillation=1.5), r"distillation=1\.5 is not allowed: it is a share, in \[0, 1\]"),
+        (lambda: Objective(temperature=0.0), r"temperature=0\.0 is not allowed: it must be positive"),
+        (lambda: Objective(weights=[1.0])(step()), "exit_weights has 1 numbers, but there are 4 exits"),
+    ],
+)
+def test_bad_values(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_by_name():
+    kinds = {
+        "joint": (Objective, ExitRun),
+        "two_stage": (FinalExit, ExitRun),
+        "alternating": (Alternating, ExitRun),
+        "gradient_equilibrium": (GradientEquilibrium, GradientEquilibriumRun),
+        "past_future": (PastFuture, ImitationRun),
+        "single_exit": (SingleExit, ExitRun),
+    }
+    assert tuple(kinds) == OBJECTIVES
+    for name, (kind, run) in kinds.items():
+        objective = make_objective(name, depth=2, distillation=0.5, temperature=2.0, weights="linear")
+        assert type(objective) is kind and objective.run is run
+        assert (objective.distillation, objective.temperature, objective.weights) == (0.5, 2.0, "linear")
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def by_hand(model, data, loss, steps=3, run=ExitRun):
+    """SGD with the rates of `make_trainer`, on all rows at once; `loss(exits [B, E, K], step)`."""
+    groups = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            head = ".modules_to_save." in name
+            frozen = model.peft_config["default"].backbone != "full"
+            rate = 0.1 if ".badge_" in name else (0.1 / 10 if head and frozen else 0.01)
+            groups.append({"params": [parameter], "lr": rate})
+    optimizer = torch.optim.SGD(groups)
+    model.train()
+    for number in range(steps):
+        optimizer.zero_grad()
+        with full_depth_runs(run) as runs:
+            exits = model(**data.batch).exit_logits
+        loss(exits, number, runs[0]).backward()
+        optimizer.step()
+    return weights(model)
+
+
+def losses(data, problem_type):
+    def each(exits):
+        return [exit_loss(x, data.labels, problem_type) for x in exits.unbind(dim=1)]
+
+    return each
+
+
+RUNS = {
+    "joint": ({}, lambda x, n: sum(x), ExitRun),
+    "linear": ({"exit_weights": "linear"}, lambda x, n: x[0] / 6 + x[1] / 3 + x[2] / 2, ExitRun),
+    "list": ({"exit_weights": [2.0, 0.0, 1.0]}, lambda x, n: 2 * x[0] + x[2], ExitRun),
+    "alternating": ({"objective": "alternating"}, lambda x, n: x[2] if n % 2 == 0 else sum(x), ExitRun),
+    "gradient_equilibrium": ({"objective": "gradient_equilibrium"}, lambda x, n: sum(x), GradientEquilibriumRun),
+    "single_exit": ({"objective": "single_exit", "depth": 2}, lambda x, n: x[1], ExitRun),
+    "own": ({"objective": SingleExit(depth=1)}, lambda x, n: x[0], ExitRun),
+}
+
+
+@pytest.mark.parametrize("placement", ["block", "none"])
+@pytest.mark.parametrize("backbone", ["frozen", "full"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_this_loop(name, backbone, placement, tmp_path):
+    options, total, run = RUNS[name]
+    data, fields = Rows(), {"backbone": backbone, "placement": placement}
+    model = make(**fields)
+    before = weights(model)
+    make_trainer(tmp_path, model, data, **options).train()
+    each = losses(data, SINGLE)
+    expected = by_hand(make(**fields), data, lambda exits, n, _: total(each(exits), n), run=run)
+    close(weights(model), expected)
+    if not (name == "single_exit" or name == "own"):
+        assert any(".badge_" in n for n in moved(before, expected))
+
+
+@pytest.mark.parametrize("name", ["joint", "alternating"])
+def test_accumulation_does_not_change_it(name, tmp_path):
+    """`alternating` goes by optimiser steps: the two halves of a batch have the same loss."""
+    options, total, run = RUNS[name]
+    data, model = Rows(), make(backbone="full")
+    make_trainer(
+        tmp_path, model, data, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4, **options
+    ).train()
+    each = losses(data, SINGLE)
+    close(weights(model), by_hand(make(backbone="full"), data, lambda exits, n, _: total(each(exits), n), 4, run))
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+def test_problem_types(problem_type, num_labels, tmp_path):
+    data = Rows(problem_type, num_labels)
+    model = make(problem_type, num_labels)
+    make_trainer(tmp_path, model, data).train()
+    each = losses(data, problem_type)
+    close(weights(model), by_hand(make(problem_type, num_labels), data, lambda exits, n, _: sum(each(exits))))
+
+
+def test_the_adapters_own_weights_are_the_default(tmp_path):
+    data, model = Rows(), make(exit_weights=[2.0, 0.0, 1.0])
+    make_trainer(tmp_path, model, data).train()
+    each = losses(data, SINGLE)
+    close(weights(model), by_hand(make(), data, lambda exits, n, _: RUNS["list"][1](each(exits), n)))
+
+
+@pytest.mark.parametrize("objective", ["joint", "single_exit"])
+def test_what_has_no_loss_does_not_move(objective, tmp_path):
+    """Exit 2 alone: bypass 1 and exit 1 stay, and so does block 3; the backbone up to block 2 moves."""
+    model = make(backbone="full", final_exit="exit")
+    before = weights(model)
+    options = (
+        {"objective": "single_exit", "depth": 2} if objective == "single_exit" else {"exit_weights": [0.0, 1.0, 0.0]}
+    )
+    make_trainer(tmp_path, model, **options).train()
+    names = moved(before, weights(model))
+    assert {n for n in names if ".badge_" in n} == {n for n in before if ".layer.1.badge_" in n}
+    assert {n.split(".layer.")[1][0] for n in names if ".layer." in n} == {"0", "1"}
+
+
+@pytest.mark.parametrize("weights_", [None, "uniform"])
+def test_past_future_run(weights_, tmp_path):
+    fields = {"exit_type": "past_future", "final_exit": "exit", "backbone": "full"}
+    data, model = Rows(), make(**fields)
+    options = {} if weights_ is None else {"exit_weights": weights_}
+    make_trainer(tmp_path, model, data, objective="past_future", **options).train()
+    shares = [1 / 6, 2 / 6, 3 / 6] if weights_ is None else [1, 1, 1]
+    each = losses(data, SINGLE)
+
+    def loss(exits, number, run):
+        return (sum(w * x for w, x in zip(shares, each(exits), strict=True)) + imitation_loss(run.notes)) / 2
+
+    close(weights(model), by_hand(make(**fields), data, loss, run=ImitationRun))
+
+
+def test_unlabelled_training(tmp_path):
+    """From a deployed classifier's own answers: full depth stays, and the exits come closer to it."""
+    data = Rows(labelled=False)
+    model = make(train_head=False)
+    before = exits_of(model, data.batch)
+    with torch.no_grad():
+        deployed = make_model()(**data.batch).logits
+    assert torch.equal(before[:, -1], deployed)
+    make_trainer(tmp_path, model, data, distillation=1.0, max_steps=30).train()
+    after = exits_of(model.eval(), data.batch)
+    assert torch.equal(after[:, -1], deployed)
+    for m in range(2):
+        start, end = (kl(deployed, exits[:, m], SINGLE, 1.0) for exits in (before, after))
+        assert end < 0.5 * start
+    expected = by_hand(
+        make(train_head=False),
+        data,
+        lambda exits, n, _: sum(distillation_loss(exits[:, m], exits[:, 2].detach(), SINGLE) for m in range(2)),
+    )
+    again = make(train_head=False)
+    make_trainer(tmp_path, again, data, distillation=1.0).train()
+    close(weights(again), expected)
+
+
+def test_training_without_labels_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"needs labels; without them, distil: MultiExitTrainer\(distillation=1\.0\)"):
+        make_trainer(tmp_path, make(), Rows(labelled=False)).train()
+
+
+def test_past_future_on_other_exits_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="objective='past_future' needs .*exit_type='past_future', final_exit='exit'"):
+        make_trainer(tmp_path, make(), objective="past_future").train()
+
+
+# -------------------------------------------------------------------------------------------------------- two stages
+
+
+def is_earlier(name):
+    return ".badge_" in name and ".3." not in name.partition(".badge_")[2]
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize(
+    "fields",
+    [{"backbone": "full"}, {"backbone": "full", "final_exit": "exit"}, {"backbone": "lora"}, {"backbone": "frozen"}],
+    ids=str,
+)
+def test_two_stages(fields, distillation, tmp_path):
+    data, model = Rows(), make(**fields)
+    before = weights(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    make_trainer(tmp_path, model, data, objective="two_stage", distillation=distillation).train()
+    after = weights(model)
+    between = PeftModel.from_pretrained(make_model(), tmp_path / "stage1" / "best")
+    between = {name: p for name, p in weights(between).items() if name in before}
+    first, second = moved(before, between), moved(between, after)
+    assert first and all(not is_earlier(name) for name in first)
+    assert second and second == {name for name in before if is_earlier(name)}
+    if fields["backbone"] != "frozen":
+        assert any(".badge_" not in name and ".modules_to_save." not in name for name in first)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable  # all of it, as before
+
+
+def test_both_stages_are_these_loops(tmp_path):
+    data, model, fields = Rows(), make(backbone="full"), {"backbone": "full"}
+    make_trainer(tmp_path, model, data, objective="two_stage").train()
+    each, again = losses(data, SINGLE), make(**fields)
+    for stage in (1, 2):
+        for name, parameter in again.named_parameters():
+            if ".original_module." not in name:
+                parameter.requires_grad = is_earlier(name) == (stage == 2)
+        by_hand(again, data, lambda exits, n, _, s=stage: each(exits)[2] if s == 1 else sum(each(exits)[:2]))
+    close(weights(model), weights(again))
+
+
+class Modes(TrainerCallback):
+    """Notes, inside of each forward pass of training, which parts drop units out."""
+
+    def __init__(self, model):
+        self.seen = {"stage1": set(), "stage2": set()}
+        self.folder = ""
+        parts = {
+            "backbone": "bert.encoder.layer.0.base_layer.output.dropout",
+            "exit": "0.badge_exit.default.1.dropout",
+        }
+        for name, module in model.named_modules():
+            for part, end in parts.items():
+                if name.endswith(end):
+                    module.register_forward_pre_hook(lambda m, args, part=part: self.note(part, m))
+
+    def note(self, part, module):
+        if self.folder and torch.is_grad_enabled():
+            self.seen[self.folder].add((part, module.training))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.folder = Path(args.output_dir).name
+
+
+def test_the_backbone_is_quiet_in_stage_two(tmp_path):
+    """A frozen teacher does not drop units out; the exits that learn from it do."""
+    base = make_model(hidden_dropout_prob=0.5)
+    model = get_peft_model(base, BadgeConfig(r=4, exit_dropout=0.5))
+    modes = Modes(model)
+    make_trainer(tmp_path, model, objective="two_stage", distillation=1.0, callbacks=[modes]).train()
+    assert modes.seen["stage1"] == {("backbone", True), ("exit", True)}
+    assert modes.seen["stage2"] == {("backbone", False), ("exit", True)}
+
+
+def test_the_teacher_of_stage_two_is_the_same_every_time(tmp_path):
+    base = make_model(hidden_dropout_prob=0.5)
+    model = get_peft_model(base, BadgeConfig(r=4))
+    seen = {"stage1": [], "stage2": []}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.folder = Path(args.output_dir).name
+
+    watch = Watch()
+    trainer = make_trainer(tmp_path, model, objective="two_stage", distillation=1.0, callbacks=[watch])
+    original = trainer.compute_loss
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = original(model, inputs, True, num_items_in_batch)
+        order = inputs["input_ids"].sum(dim=1).argsort()
+        seen[watch.folder].append(outputs.logits[order].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert not torch.allclose(seen["stage1"][0], seen["stage1"][1], atol=1e-3)
+    assert len(seen["stage2"]) == 3
+    assert all(torch.allclose(x, seen["stage2"][0], atol=1e-5) for x in seen["stage2"])
+
+
+def scripted(scores):
+    """A metric that gives the final exit these scores, one per evaluation, and every other exit 0."""
+    calls = []
+
+    def metric(predictions, labels):
+        calls.append(1)
+        evaluation, exit_ = divmod(len(calls) - 1, 3)
+        return scores[evaluation] if exit_ == 2 else 0.0
+
+    return metric
+
+
+def test_the_best_checkpoint_of_stage_one_is_kept(tmp_path):
+    """Stage 1 is judged by exit M (there: best at its second of four steps), stage 2 by all exits."""
+    model = make(backbone="full")
+    metric = scripted([0.1, 0.9, 0.3, 0.2] + [0.5, 0.6, 0.4, 0.3])
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        objective="two_stage",
+        metric=metric,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best, second, last = (
+        load_file(tmp_path / "stage1" / folder / "adapter_model.safetensors")
+        for folder in ("best", "checkpoint-2", "checkpoint-4")
+    )
+    assert all(torch.equal(best[key], second[key]) for key in best)
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+    state = json.loads((tmp_path / "stage1" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == 0.9 and state["best_global_step"] == 2
+    state = json.loads((tmp_path / "stage2" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(0.2) and state["best_global_step"] == 2  # S-avg: 0.6 / 3
+    end = load_file(tmp_path / "stage2" / "checkpoint-2" / "adapter_model.safetensors")
+    model.save_pretrained(tmp_path / "end")
+    found = load_file(tmp_path / "end" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], end[key]) for key in end)
+    assert trainer.args.output_dir == str(tmp_path) and trainer.args.metric_for_best_model == "s_avg"
+
+
+def test_early_stopping_counts_anew_in_stage_two(tmp_path):
+    model = make()
+    metric = scripted([0.9, 0.1, 0.1] + [0.5, 0.6, 0.1, 0.1] + [0.0] * 9)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        objective="two_stage",
+        metric=metric,
+        max_steps=9,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        early_stopping_patience=2,
+    )
+    trainer.train()
+    steps = {
+        stage: max(int(p.name[11:]) for p in (tmp_path / stage).glob("checkpoint-*")) for stage in ("stage1", "stage2")
+    }
+    assert steps == {"stage1": 3, "stage2": 4}
+
+
+@pytest.mark.parametrize("fields", [{"backbone": "full"}, {"backbone": "lora", "learn_to_exit": True}], ids=str)
+@pytest.mark.parametrize(("stage", "at"), [("stage1", 2), ("stage2", 1), ("stage2", 2)])
+def test_resume_in_either_stage(stage, at, fields, tmp_path):
+    options = {
+        "objective": "two_stage",
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+    }
+    options |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "linear", "adapter_learning_rate": 0.01}
+    whole = make(**fields)
+    make_trainer(tmp_path / "whole", whole, **options).train()
+    model = make(**fields)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "cut", model, callbacks=[Stop(at, stage)], **options).train()
+    again = make(**fields)
+    make_trainer(tmp_path / "cut", again, **options).train(resume_from_checkpoint=True)
+    close(weights(again), weights(whole))
+    assert moved(weights(again), weights(make(**fields)))
+
+
+def test_resume_with_nothing_to_resume_from_starts_anew(tmp_path):
+    whole, again = make(), make()
+    make_trainer(tmp_path / "a", whole, objective="two_stage").train()
+    make_trainer(tmp_path / "b", again, objective="two_stage").train(resume_from_checkpoint=True)
+    close(weights(again), weights(whole))
+
+
+def test_a_failed_stage_leaves_the_trainer_as_it_was(tmp_path):
+    model = make(backbone="full")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        objective="two_stage",
+        callbacks=[Stop(1, "stage1")],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert trainer.args.output_dir == str(tmp_path) and trainer.args.metric_for_best_model == "s_avg"
+
+
+def test_two_stages_of_a_model_that_the_trainer_makes(tmp_path):
+    """As for a search over hyper-parameters: stage 2 goes on with the model of stage 1."""
+    trainer = make_trainer(tmp_path, None, objective="two_stage", model_init=lambda: make(backbone="full"))
+    trainer.train()
+    expected = make(backbone="full")
+    make_trainer(tmp_path / "other", expected, objective="two_stage").train()
+    close(weights(trainer.model), weights(expected))
+    trainer.train()  # and once more from the start
+    close(weights(trainer.model), weights(expected))
+
+
+def test_a_deployed_model_has_nothing_to_train_in_stage_one(tmp_path):
+    model = make(train_head=False)
+    before = weights(model)
+    make_trainer(tmp_path, model, Rows(labelled=False), objective="two_stage", distillation=1.0).train()
+    assert moved(before, weights(model)) == {name for name in before if ".badge_" in name}
+    assert not (tmp_path / "stage1").exists()

@@ -1,0 +1,362 @@
+"""`MultiExitTrainer`: scores per exit, the best checkpoint by them, learning rates by part, resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset as TextDataset
+from transformers import EvalPrediction, TrainingArguments
+
+from badge_peft import exit_scores
+from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.features import pad_features
+from badge_peft.training import MultiExitTrainer, multi_exit_arguments
+from tests import reference
+from tests.models import exits_of, make_badge
+
+from .runs import MULTI, PROBLEMS, REGRESSION, Rows, Stop, arguments, close, make, make_trainer, moved, weights
+
+EACH_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+def expected_scores(model, data, metric):
+    exits = exits_of(model.eval(), data.batch)
+    config = model.peft_config["default"]
+    numbers = model.base_model.exit_layers()
+    return exit_scores(ExitLogits(exits, data.labels, numbers, config.problem_type), metric)
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("exit_layers", [None, [0, 2]], ids=str)
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+def test_scores_of_an_evaluation(problem_type, num_labels, exit_layers, tmp_path):
+    data = Rows(problem_type, num_labels, rows=40)
+    model = make(problem_type, num_labels, exit_layers=exit_layers)
+    found = make_trainer(tmp_path, model, data, per_device_eval_batch_size=3).evaluate()
+    scores = expected_scores(model, data, "pearson" if problem_type == REGRESSION else "accuracy")
+    assert len(set(scores.per_exit)) > 1
+    numbers = model.base_model.exit_layers()
+    assert numbers == ([1, 2, 3] if exit_layers is None else [0, 2, 3])
+    expected = {f"eval_exit_{m}": s for m, s in zip(numbers, scores.per_exit, strict=True)}
+    expected |= {"eval_s_avg": scores.avg, "eval_s_best": scores.best, "eval_final": scores.per_exit[-1]}
+    names = ("eval_exit_", "eval_s_", "eval_final")
+    assert {k: v for k, v in found.items() if k.startswith(names)} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "matthews", lambda predictions, labels: float(predictions.sum())])
+def test_metric(metric, tmp_path):
+    data, model = Rows(), make()
+    found = make_trainer(tmp_path, model, data, metric=metric).evaluate(metric_key_prefix="dev")
+    scores = expected_scores(model, data, metric)
+    assert [found[f"dev_exit_{m}"] for m in (1, 2, 3)] == pytest.approx(scores.per_exit)
+    assert found["dev_s_avg"] == pytest.approx(sum(scores.per_exit) / 3)
+
+
+@pytest.mark.parametrize("learn_to_exit", [False, True])
+def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_path):
+    seen: list[EvalPrediction] = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"mine": 7.0}
+
+    data, model = Rows(), make(learn_to_exit=learn_to_exit)
+    found = make_trainer(
+        tmp_path, model, data, compute_metrics=compute_metrics, per_device_eval_batch_size=3
+    ).evaluate()
+    assert found["eval_mine"] == 7.0 and "eval_s_avg" in found
+    assert isinstance(seen[0].predictions, np.ndarray)
+    np.testing.assert_allclose(
+        seen[0].predictions, exits_of(model.eval(), data.batch)[:, -1].numpy(), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("learn_to_exit", [False, True])
+def test_predict(learn_to_exit, labelled, tmp_path):
+    data, model = Rows(labelled=labelled), make(learn_to_exit=learn_to_exit)
+    output = make_trainer(tmp_path, model, Rows(), per_device_eval_batch_size=3).predict(data)
+    logits = exits_of(model.eval(), data.batch)[:, -1].numpy()
+    np.testing.assert_allclose(output.predictions, logits, rtol=1e-4, atol=1e-5)
+    if labelled:
+        scores = expected_scores(model, data, "accuracy")
+        assert output.metrics["test_s_avg"] == pytest.approx(scores.avg)
+        np.testing.assert_array_equal(output.label_ids, data.labels.numpy())
+    else:
+        assert "test_s_avg" not in output.metrics
+
+
+@pytest.mark.parametrize("ignore_keys", [None, [], ["hidden_states"]])
+def test_keys_to_ignore(ignore_keys, tmp_path):
+    trainer = make_trainer(tmp_path, make(learn_to_exit=True))
+    assert trainer.evaluate(ignore_keys=ignore_keys)["eval_s_avg"] == trainer.evaluate()["eval_s_avg"]
+
+
+def test_loss_of_an_evaluation_is_the_objectives(tmp_path):
+    data, model = Rows(), make()
+    exits = exits_of(model, data.batch)
+    losses = [float(reference.cross_entropy(exits[:, m], data.labels)) for m in range(3)]
+    for options, expected in (
+        ({}, sum(losses)),
+        ({"exit_weights": [1.0, 2.0, 3.0]}, losses[0] + 2 * losses[1] + 3 * losses[2]),
+        ({"objective": "single_exit", "depth": 1}, losses[0]),
+    ):
+        assert make_trainer(tmp_path, model, data, **options).evaluate()["eval_loss"] == pytest.approx(
+            expected, rel=1e-4
+        )
+
+
+def test_wrong_labels_are_refused(tmp_path):
+    data = Rows()
+    data.labels[5] = 3
+    with pytest.raises(ValueError, match="label 3 is out of range.*num_labels=3"):
+        make_trainer(tmp_path, make(), data).train()
+
+
+def test_problem_type_that_the_labels_say(tmp_path):
+    model = make(problem_type=None)
+    make_trainer(tmp_path, model, Rows(MULTI)).train()
+    assert model.peft_config["default"].problem_type == MULTI
+
+
+# ------------------------------------------------------------------------------------------------- the best checkpoint
+
+
+def scripted(scores):
+    """A metric that gives these scores, a list of one per exit for each evaluation."""
+    calls = []
+
+    def metric(predictions, labels):
+        calls.append(1)
+        evaluation, exit_ = divmod(len(calls) - 1, 3)
+        return scores[evaluation][exit_]
+
+    return metric
+
+
+SCORES = [[0.1, 0.2, 0.9], [0.6, 0.5, 0.4], [0.7, 0.1, 0.1], [0.2, 0.3, 0.3]]
+# s_avg: 0.4, 0.5, 0.3, 0.27; s_best: 0.9, 0.6, 0.7, 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "best"),
+    [
+        ({}, "s_avg", 2),
+        ({"metric_for_best_model": "s_best", "greater_is_better": True}, "s_best", 1),
+        ({"metric_for_best_model": "exit_1", "greater_is_better": True}, "exit_1", 3),
+        ({"metric_for_best_model": "eval_final", "greater_is_better": False}, "eval_final", 3),
+        ({"objective": "single_exit", "depth": 1}, "exit_1", 3),
+    ],
+    ids=str,
+)
+def test_the_best_checkpoint_is_loaded_at_the_end(options, name, best, tmp_path):
+    model = make(backbone="full")
+    trainer = make_trainer(tmp_path, model, metric=scripted(SCORES), max_steps=4, **EACH_STEP, **options)
+    assert trainer.args.metric_for_best_model == name
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    key = name.removeprefix("eval_")
+    values = {"s_avg": np.mean, "s_best": max, "exit_1": lambda s: s[0], "final": lambda s: s[-1]}[key]
+    assert trainer.state.best_metric == pytest.approx(values(SCORES[best - 1]))
+    stopped = make(backbone="full")
+    plain = {key: value for key, value in options.items() if key in ("objective", "depth")}
+    make_trainer(tmp_path / "other", stopped, max_steps=best, **plain).train()
+    close(weights(model), weights(stopped))
+
+
+def test_without_evaluation_nothing_is_selected(tmp_path):
+    trainer = make_trainer(tmp_path, make(), max_steps=1)
+    assert trainer.args.metric_for_best_model is None
+    trainer.train()
+    assert trainer.state.best_metric is None
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1, 3), (2, 4), (None, 6)])
+def test_early_stopping(patience, steps, tmp_path):
+    metric = scripted([*SCORES, [0.1] * 3, [0.1] * 3])
+    trainer = make_trainer(tmp_path, make(), metric=metric, max_steps=6, early_stopping_patience=patience, **EACH_STEP)
+    assert trainer.train().global_step == steps
+    assert trainer.state.best_global_step == 2
+
+
+# ------------------------------------------------------------------------------------------------------ learning rates
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "rates"),
+    [
+        ({}, {}, {"head": 0.001, "adapter": 0.01}),
+        ({"backbone": "full"}, {}, {"backbone": 5e-5, "head": 5e-5, "adapter": 0.01}),
+        ({"backbone": "lora"}, {}, {"backbone": 1e-3, "head": 0.001, "adapter": 0.01}),
+        ({"train_head": False}, {"adapter_learning_rate": 0.3}, {"adapter": 0.3}),
+        (
+            {"backbone": "full"},
+            {"learning_rate": 0.02, "adapter_learning_rate": 0.3, "head_learning_rate": 0.04},
+            {"backbone": 0.02, "head": 0.04, "adapter": 0.3},
+        ),
+        ({}, {"adapter_learning_rate": 0.3}, {"head": 0.03, "adapter": 0.3}),
+    ],
+    ids=str,
+)
+def test_learning_rates_by_part(fields, options, rates, tmp_path):
+    model = make(**fields)
+    own = {name: options.pop(name) for name in ("adapter_learning_rate", "head_learning_rate") if name in options}
+    args = multi_exit_arguments(
+        model,
+        str(tmp_path),
+        use_cpu=True,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        **options,
+    )
+    trainer = MultiExitTrainer(model=model, args=args, train_dataset=Rows(), **own)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.AdamW
+    found = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert found == pytest.approx(rates)
+    parts = {"backbone": set(), "head": set(), "adapter": set()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        parts[group["name"]] |= {names[id(p)] for p in group["params"]}
+    assert parts["adapter"] == {name for name in names.values() if ".badge_" in name}
+    assert set.union(*parts.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".modules_to_save." in name for name in parts["head"])
+
+
+def test_a_schedule_scales_every_rate(tmp_path):
+    trainer = make_trainer(tmp_path, make(backbone="full"), max_steps=4, lr_scheduler_type="linear", weight_decay=0.1)
+    trainer.train()
+    start = {"backbone": 0.01, "head": 0.01, "adapter": 0.1}
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.0, abs=1e-9) and group["initial_lr"] == start[group["name"]]
+        assert group["weight_decay"] == (0.1 if all(p.dim() > 1 for p in group["params"]) else 0.0)
+
+
+def test_arguments_are_the_papers(tmp_path):
+    model = make(backbone="lora")
+    args = multi_exit_arguments(model, str(tmp_path), num_train_epochs=25, learning_rate=0.5)
+    assert isinstance(args, TrainingArguments)
+    assert args.get_warmup_steps(1000) == 100
+    assert (args.learning_rate, args.num_train_epochs, args.lr_scheduler_type) == (0.5, 25, "linear")
+    assert (args.eval_strategy, args.save_strategy, args.load_best_model_at_end) == ("epoch", "epoch", True)
+    assert (args.metric_for_best_model, args.greater_is_better, args.report_to) == ("s_avg", True, [])
+    grouped = getattr(args, "train_sampling_strategy", None) == "group_by_length" or getattr(
+        args, "group_by_length", False
+    )
+    assert grouped
+    assert multi_exit_arguments(model, str(tmp_path)).learning_rate == 1e-3
+    assert multi_exit_arguments(make(backbone="full"), str(tmp_path)).learning_rate == 5e-5
+
+
+def test_rows_of_like_length_share_a_batch(tmp_path):
+    model, lengths = make(), [3 + i % 8 for i in range(64)]
+    rows = {
+        "input_ids": [[5] * n for n in lengths],
+        "attention_mask": [[1] * n for n in lengths],
+        "labels": [0, 1] * 32,
+    }
+    args = multi_exit_arguments(
+        model, str(tmp_path), use_cpu=True, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+    trainer = MultiExitTrainer(
+        model=model,
+        args=args,
+        train_dataset=TextDataset.from_dict(rows),
+        data_collator=lambda rows: pad_features(rows, model.base_model.model),
+    )
+    batches = list(trainer.get_train_dataloader())
+    assert sum(batch["attention_mask"].sum().item() for batch in batches) == sum(lengths)
+    padding = sum((batch["attention_mask"] == 0).sum().item() for batch in batches)
+    assert padding < 64  # one position for each row; batches at random have two to three
+
+
+# ------------------------------------------------------------------------------------------------- resuming, searching
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"backbone": "full", "exit_dropout": 0.3}, {"objective": "alternating"}),
+        ({"backbone": "lora", "learn_to_exit": True}, {"objective": "gradient_equilibrium"}),
+        ({"exit_type": "past_future", "final_exit": "exit"}, {"objective": "past_future"}),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(fields, options, tmp_path):
+    options = {**options, "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    options |= {
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "learning_rate": 0.001,
+        "adapter_learning_rate": 0.01,
+    }
+    whole = make(**fields)
+    make_trainer(tmp_path / "whole", whole, **options).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "cut", make(**fields), callbacks=[Stop(4)], **options).train()
+    again = make(**fields)
+    trainer = make_trainer(tmp_path / "cut", again, **options)
+    trainer.train(resume_from_checkpoint=True)
+    found, expected = weights(again), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    state = json.loads((tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+
+
+@pytest.mark.parametrize("objective", ["joint", "two_stage"])
+def test_search_over_hyper_parameters(objective, tmp_path):
+    """Each trial has a new model, and its objective is not the search's."""
+    made = []
+
+    def model_init(trial=None):
+        rank = 2 if trial is None else trial.suggest_categorical("r", [2, 3])
+        made.append(make(r=rank))
+        return made[-1]
+
+    options = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make_trainer(tmp_path, None, objective=objective, model_init=model_init, **options)
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.02)},
+        compute_objective=lambda metrics: metrics["eval_s_avg"],
+        n_trials=2,
+        direction="maximize",
+        backend="optuna",
+    )
+    assert {"learning_rate", "r"} <= set(best.hyperparameters)
+    assert len(made) == 3 and best.objective is not None
+    start = {r: weights(make(r=r)) for r in (2, 3)}
+    for model in made[1:]:  # the first is the one that the trainer was made with
+        names = moved(start[model.peft_config["default"].r], weights(model))
+        assert {".badge_" in name for name in names} == {True, False}
+
+
+def test_gradient_checkpointing(tmp_path):
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    found = []
+    for checkpointing in ({}, {name: True, f"{name}_kwargs": {"use_reentrant": False}}):
+        model = make(backbone="full", placement="mhsa")
+        make_trainer(tmp_path, model, objective="gradient_equilibrium", **checkpointing).train()
+        found.append(weights(model))
+    close(found[1], found[0])
+
+
+def test_a_model_without_an_adapter_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="carries no BADGE adapter"):
+        MultiExitTrainer(model=make_badge().unload(), args=arguments(tmp_path), train_dataset=Rows())
