@@ -129,7 +129,7 @@ def draw(curves: dict[str, dict[int, np.ndarray]], title: str, metric: str, path
     axes.set_ylabel(f"{metric.replace('_', ' ')} on test data (%)")
     axes.grid(True, color="#dddddd", linewidth=0.7)
     axes.set_title(title)
-    axes.legend(frameon=False, loc="lower left", title="curve (seeds)")
+    axes.legend(frameon=False, loc="best", title="curve (seeds)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130)
