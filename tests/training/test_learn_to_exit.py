@@ -1,4 +1,4 @@
-"""Learning to exit (LTE): its loss by hand, its layer trained, saved and loaded; policy `learned` live and replayed."""
+"""Learning to exit (LTE): its loss by hand; its layer trained, saved, loaded; policy `learned` live and replayed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,184 @@
+"""Which settings are tried, and that the fast path to their exits is the policies' own replay."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation import candidates
+from badge_peft.evaluation.candidates import families, first_doubts, policy_label
+
+from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
+
+PROBLEMS = [(SINGLE, 2), (SINGLE, 4), (MULTI, 3), (REGRESSION, 1)]
+ON_DISTRIBUTIONS = ("entropy", "max_prob", "confident_patience")
+NAMES = ("divergence", "patience", "learned", "agreement", "fixed_depth", "never", *ON_DISTRIBUTIONS)
+
+
+def fields_of(config):
+    return {k: v for k, v in config.to_dict().items() if v != getattr(EarlyExitConfig(), k)}
+
+
+@st.composite
+def templates(draw, problem_type, exits):
+    """Any config that leaves something open."""
+    names = [n for n in NAMES if problem_type != REGRESSION or n not in ON_DISTRIBUTIONS]
+    name = draw(st.sampled_from(names))
+    low = draw(st.none() | st.sampled_from(exits))
+    high = draw(st.none() | st.sampled_from([m for m in exits if m >= (low or 0)]))
+    config = {"policy": name, "min_exit": low, "max_exit": high, "normalize": draw(st.booleans())}
+    config["divergence"] = draw(st.sampled_from(["ce", "kl", "js", "label"]))
+    config["window"] = draw(st.sampled_from(["all", "consecutive"]))
+    config["patience"] = draw(st.none() | st.integers(1, 5))
+    if name == "fixed_depth":
+        config["depth"] = exits[-1]
+    if name == "max_prob" and draw(st.booleans()):
+        config["temperature"] = [1.0 + 0.3 * j for j in range(len(exits))]
+    return config
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_the_fast_path_is_the_replay(problem_type, num_labels, data):
+    exits = data.draw(st.sampled_from(EXITS))
+    rows, kind = data.draw(st.integers(1, 30)), data.draw(st.sampled_from(KINDS))
+    stored = strange(problem_type, num_labels, rows, exits, kind, data.draw(st.integers(0, 99)))
+    template = data.draw(templates(problem_type, exits))
+    if template["policy"] == "agreement" and template["min_exit"] is not None:
+        template["max_exit"] = exits[-1]  # or the best exit may be shallower than min_exit
+    history = stored.history()
+    for family in families(template, stored):
+        for config, stops in candidates.settings(family, history, 12):
+            assert stops.tolist() == build_policy(config).replay(stored).tolist(), config
+            assert set(stops.tolist()) <= set(exits)
+            saved = EarlyExitConfig.of(json.loads(json.dumps(config.to_dict())))
+            assert stops.tolist() == build_policy(saved).replay(stored).tolist()
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
+@pytest.mark.parametrize("name", ["divergence", "agreement", "learned", *ON_DISTRIBUTIONS])
+def test_settings_go_from_slow_to_fast_and_differ(name, problem_type, num_labels):
+    if problem_type == REGRESSION and name in ON_DISTRIBUTIONS:
+        name = "patience"
+    stored = plausible(problem_type, num_labels)
+    found = candidates.settings(families({"policy": name}, stored)[0], stored.history(), 15)
+    assert 10 <= len(found) <= 15
+    means = [stops.mean() for _, stops in found]
+    assert all(a > b for a, b in zip(means, means[1:], strict=False))
+    thresholds = [config.threshold for config, _ in found]
+    assert len(set(thresholds)) == len(found)
+    signals = candidates.first_doubts(build_policy(found[0][0]), stored.history())
+    assert not np.isin(np.abs(signals), np.abs(np.float32(thresholds))).any()  # no row lies on a threshold
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_at_most_as_many_as_asked_for(count):
+    stored = plausible()
+    found = candidates.settings(EarlyExitConfig(policy="entropy"), stored.history(), count)
+    assert 1 <= len(found) <= count and (count < 3 or len(found) >= count - 1)
+
+
+def test_first_doubts_is_the_least_so_far():
+    stored = plausible(rows=30, exits=5)
+    history = stored.history()
+    for name, sign in (("entropy", 1), ("max_prob", -1)):
+        for low in (None, 3):
+            policy = build_policy(policy=name, min_exit=low)
+            found = first_doubts(policy, history)
+            assert found.shape == (4, 30)
+            least = np.full(30, np.inf)
+            for j in range(4):
+                if low is None or j + 1 >= low:
+                    least = np.minimum(least, sign * policy.signal(history, j))
+                np.testing.assert_array_equal(found[j], least.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("policy", "exits", "expected"),
+    [
+        ("divergence", 6, [{"patience": t} for t in (1, 2, 3, 4)]),
+        ("divergence", 3, [{"patience": t} for t in (1, 2)]),
+        ("divergence", 1, [{"patience": 1}]),
+        ({"policy": "divergence", "divergence": "js", "patience": 3}, 6, [{"divergence": "js", "patience": 3}]),
+        ("confident_patience", 3, [{"policy": "confident_patience", "patience": t} for t in (1, 2)]),
+        ("entropy", 6, [{"policy": "entropy"}]),
+        ("patience", 6, [{"policy": "patience"}]),
+        (EarlyExitConfig(policy="max_prob", min_exit=2), 6, [{"policy": "max_prob", "min_exit": 2}]),
+    ],
+    ids=str,
+)
+def test_families(policy, exits, expected):
+    found = families(policy, strange(SINGLE, 3, 20, list(range(1, exits + 1)), "plain", 0))
+    assert [fields_of(config) for config in found] == expected
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@pytest.mark.parametrize("signals", [True, False])
+def test_auto_is_every_policy(problem_type, num_labels, signals):
+    stored = strange(problem_type, num_labels, 40, [1, 2, 3, 4, 5], "plain", 1)
+    stored.signals = stored.signals if signals else None
+    found = families("auto", stored)
+    kinds = {(c.policy, c.divergence, c.window) for c in found}
+    divergences = ("ce",) if problem_type == REGRESSION else ("ce", "kl", "js", "label")
+    expected = {("divergence", d, w) for d in divergences for w in ("all", "consecutive")}
+    names = {"patience", "agreement"} | ({"learned"} if signals else set())
+    names |= set() if problem_type == REGRESSION else set(ON_DISTRIBUTIONS)
+    assert kinds == expected | {(name, "ce", "all") for name in names}
+    best = {c.max_exit for c in found if c.max_exit is not None}
+    capped = {(c.policy, c.divergence, c.window) for c in found if c.max_exit is not None}
+    assert len(best) == 1 and capped == (kinds if best != {5} else {("agreement", "ce", "all")})
+    for family in found:  # and each can be worked out
+        for config, stops in candidates.settings(family, stored.history(), 3):
+            assert len(stops) == 40 and config.policy == family.policy
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3])
+def test_a_cap_of_the_user_stays(cap):
+    stored = strange(SINGLE, 3, 60, [0, 1, 2, 3], "plain", 3)
+    for name in ("agreement", "entropy", "divergence"):
+        for family in families({"policy": name, "max_exit": cap}, stored):
+            assert family.max_exit == cap
+            assert all((stops <= cap).all() for _, stops in candidates.settings(family, stored.history(), 5))
+
+
+@pytest.mark.parametrize(
+    ("config", "label"),
+    [
+        ({}, "divergence"),
+        ({"patience": 2}, "divergence t=2"),
+        ({"divergence": "kl", "window": "consecutive", "patience": 1}, "divergence-kl-consecutive t=1"),
+        ({"divergence": "label"}, "divergence-label"),
+        ({"policy": "patience", "patience": 3}, "patience"),
+        ({"policy": "confident_patience", "patience": 2}, "confident_patience t=2"),
+        ({"policy": "max_prob", "threshold": 0.3}, "max_prob"),
+        ({"policy": "fixed_depth", "depth": 3}, "fixed_depth"),
+    ],
+)
+def test_labels(config, label):
+    assert policy_label(EarlyExitConfig.of(config)) == label
+
+
+def test_a_setting_that_is_closed_is_the_only_one():
+    stored = plausible(rows=50)
+    config = EarlyExitConfig(policy="entropy", threshold=0.4)
+    assert [c for c, _ in candidates.settings(config, stored.history(), 20)] == [config]
+    closed = EarlyExitConfig(policy="patience", patience=3)
+    assert [c for c, _ in candidates.settings(closed, stored.history(), 20)] == [closed]
+    assert [c.policy for c, _ in candidates.settings(EarlyExitConfig(policy="never"), stored.history(), 20)] == [
+        "never"
+    ]
+
+
+def test_patience_and_fixed_depth_are_tried_whole():
+    stored = plausible(rows=50, exits=6)
+    found = candidates.settings(EarlyExitConfig(policy="patience"), stored.history(), 2)
+    assert [c.patience for c, _ in found] == [5, 4, 3, 2, 1]
+    found = candidates.settings(EarlyExitConfig(policy="fixed_depth", depth=6), stored.history(), 2)
+    assert [(c.depth, set(stops.tolist())) for c, stops in found] == [(m, {m}) for m in (6, 5, 4, 3, 2, 1)]

@@ -1,0 +1,205 @@
+"""Sweeps: enough points, well spread, with the fixed depths beside them; each point is what a replay measures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation import TradeOff, TradeOffPoint, evaluate_policy, exit_scores, sweep
+from badge_peft.evaluation.exits import ExitLogits
+
+from .logits import MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
+
+THRESHOLD_POLICIES = [
+    *(
+        {"policy": "divergence", "divergence": d, "window": w}
+        for d in ("ce", "kl", "js")
+        for w in ("all", "consecutive")
+    ),
+    {"policy": "divergence", "patience": 2},
+    *({"policy": name} for name in ("entropy", "max_prob", "confident_patience", "learned", "agreement", "patience")),
+]
+WITHOUT_DISTRIBUTION = ("entropy", "max_prob", "confident_patience")
+
+
+def metric_of(problem_type):
+    return "pearson" if problem_type == REGRESSION else "accuracy"
+
+
+@pytest.mark.parametrize("policy", THRESHOLD_POLICIES, ids=lambda p: "-".join(map(str, p.values())))
+@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
+def test_twenty_points_spread_over_the_speed_ups(problem_type, num_labels, policy):
+    regression = problem_type == REGRESSION
+    if (policy["policy"] in WITHOUT_DISTRIBUTION) == regression and policy["policy"] in (
+        *WITHOUT_DISTRIBUTION,
+        "patience",
+    ):
+        with pytest.raises(ValueError, match="needs a distribution") if regression else _whole():
+            assert len(sweep(plausible(problem_type, num_labels), [policy]).points) == 12 + 11  # one for each block
+        return
+    if policy["policy"] == "patience" and not regression:
+        policy = {"policy": "divergence", "divergence": "ce", "patience": 3}
+    stored = plausible(problem_type, num_labels)
+    found = sweep(stored, [policy], metric=metric_of(problem_type))
+    points = [p for p in found.points if p.config.policy != "fixed_depth"]
+    speed_ups = sorted({p.layer_speedup for p in points})
+    assert len(points) == 20 and len(speed_ups) == 20
+    gaps = np.diff(speed_ups)
+    assert gaps.max() < 3 * (speed_ups[-1] - speed_ups[0]) / 19 + 0.01
+    assert speed_ups[0] < 0.1 or policy["policy"] == "agreement"  # which goes no further than the best exit
+    reach = build_policy({**policy, **fastest(points)}).replay(stored)
+    assert speed_ups[-1] == pytest.approx(1 - reach.double().mean().item() / 12)
+    assert speed_ups[-1] > 0.5
+
+
+def fastest(points):
+    config = max(points, key=lambda p: p.layer_speedup).config
+    return {name: getattr(config, name) for name in ("threshold", "parameters", "max_exit")}
+
+
+class _whole:
+    """Nothing is raised."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+
+@pytest.mark.parametrize("exits", [[1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 5]], ids=str)
+@pytest.mark.parametrize(
+    "policies", [[], ["entropy"], ["fixed_depth"], None, [{"policy": "divergence", "divergence": "kl"}]]
+)
+def test_the_fixed_depths_are_always_there(policies, exits):
+    stored = strange(SINGLE, 3, 60, exits, "plain", 0)
+    found = sweep(stored, policies)
+    line = found.points[: len(exits)]
+    assert [p.name for p in line] == ["fixed_depth"] * len(exits)
+    assert [p.config.depth for p in line] == exits[::-1]
+    assert sum(p.name == "fixed_depth" for p in found.points) == len(exits)
+    scores = dict(zip(exits, exit_scores(stored).per_exit, strict=True))
+    for point in line:
+        assert point.mean_exit == point.config.depth
+        assert point.layer_speedup == pytest.approx(1 - point.config.depth / exits[-1])
+        assert point.score == scores[point.config.depth]
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
+def test_each_point_is_what_a_replay_measures(problem_type, num_labels):
+    stored = plausible(problem_type, num_labels, rows=120, exits=6)
+    metric = metric_of(problem_type)
+    found = sweep(stored, points=7, metric=metric)
+    for point in found.points:
+        again = evaluate_policy(stored, point.config, metric, point.name)
+        assert again == point
+        stops = build_policy(point.config).replay(stored)
+        assert point.mean_exit == pytest.approx(stops.double().mean().item())
+        answers = stored.logits[torch.arange(120), stops - 1]
+        if problem_type == SINGLE:
+            assert point.score == pytest.approx((answers.argmax(-1) == stored.labels).double().mean().item())
+        elif problem_type == MULTI:
+            assert point.score == pytest.approx(
+                ((answers > 0) == (stored.labels > 0.5)).all(-1).double().mean().item()
+            )
+        else:
+            both = torch.stack([answers[:, 0], stored.labels]).double()
+            assert point.score == pytest.approx(torch.corrcoef(both)[0, 1].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "names"),
+    [
+        (SINGLE, 3, ["fixed_depth", "divergence", "patience", "entropy", "max_prob"]),
+        (MULTI, 6, ["fixed_depth", "divergence", "patience", "entropy", "max_prob"]),
+        (REGRESSION, 1, ["fixed_depth", "divergence", "patience"]),
+    ],
+)
+def test_policies_that_are_swept_unasked(problem_type, num_labels, names):
+    found = sweep(plausible(problem_type, num_labels, rows=60), metric=metric_of(problem_type))
+    assert found.names == names
+    assert found.num_blocks == 12 and found.metric == metric_of(problem_type)
+
+
+def test_the_configs_of_the_user_are_kept():
+    stored = plausible(rows=80)
+    template = EarlyExitConfig(divergence="js", patience=2, min_exit=3, max_exit=9, normalize=True)
+    found = sweep(stored, [template, {"policy": "patience", "max_exit": 6}], points=9)
+    points = [p for p in found.points if p.name == "divergence-js t=2"]
+    assert 5 < len(points) <= 9
+    for point in points:
+        assert {**point.config.to_dict(), "threshold": None} == template.to_dict()
+        stops = build_policy(point.config).replay(stored)
+        assert stops.min() >= 3 and stops.max() <= 9
+    assert all(p.mean_exit <= 6 for p in found.points if p.name == "patience")
+    assert template.threshold is None
+
+
+def test_metric():
+    stored = plausible(rows=80)
+    found = sweep(stored, ["entropy"], points=5, metric="macro_f1")
+    assert found.metric == "macro_f1"
+    assert found.points[0].score == exit_scores(stored, "macro_f1").per_exit[-1]
+
+    def share_of_zeros(predictions, labels):
+        return float((predictions == 0).mean())
+
+    found = sweep(stored, ["entropy"], points=5, metric=share_of_zeros)
+    assert found.metric == "share_of_zeros"
+    assert found.points[0].score == pytest.approx((stored.logits[:, -1].argmax(-1) == 0).double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: sweep(ExitLogits(x.logits)), "no labels"),
+        (lambda x: sweep(x, ["guess"]), "policy='guess' is not allowed"),
+        (lambda x: sweep(x, metric="bleu"), "metric='bleu' is not allowed"),
+        (lambda x: sweep(x, metric="pearson"), "metric='pearson' does not suit"),
+        (lambda x: sweep(ExitLogits(x.logits, x.labels), ["learned"]), "LTE layer"),
+        (lambda x: sweep(x, [{"policy": "entropy", "max_exit": 13}]), "max_exit=13 is not allowed"),
+        (lambda x: evaluate_policy(x, {"policy": "fixed_depth", "depth": 13}), "depth=13 is not allowed"),
+    ],
+)
+def test_bad_values(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(plausible(rows=20))
+
+
+POINTS = [
+    TradeOffPoint("a", EarlyExitConfig(policy="entropy", threshold=t), 12 * (1 - s), s, score)
+    for t, s, score in ((0.1, 0.2, 0.9), (0.3, 0.6, 0.7), (0.2, 0.4, 0.8), (0.4, 0.7, 0.7))
+]
+
+
+def test_curves():
+    found = TradeOff([*POINTS, TradeOffPoint("b", EarlyExitConfig(), 6.0, 0.5, 0.5)], "accuracy", 12)
+    assert found.names == ["a", "b"]
+    assert [p.layer_speedup for p in found.curve("a")] == [0.2, 0.4, 0.6, 0.7]
+    assert found.best_at("a", 0.0).score == 0.9 and found.best_at("a", 0.4).score == 0.8
+    assert found.best_at("a", 0.41).layer_speedup == 0.7  # of equal scores the faster
+    assert found.best_at("a", 0.71) is None and found.best_at("c", 0.0) is None
+
+
+def test_files(tmp_path):
+    found = TradeOff(POINTS, "accuracy", 12, {"model": "m"})
+    assert found.to_dicts()[1] == {
+        "name": "a",
+        "policy": "entropy",
+        "divergence": "ce",
+        "threshold": 0.3,
+        "window": "all",
+        "mean_exit": pytest.approx(4.8),
+        "layer_speedup": 0.6,
+        "score": 0.7,
+    }
+    found.save(tmp_path / "sweep.json")
+    read = json.loads((tmp_path / "sweep.json").read_text())
+    assert read == {"metric": "accuracy", "num_blocks": 12, "model": "m", "points": found.to_dicts()}
+    sweep(plausible(rows=30)).save(tmp_path / "real.json")
+    assert len(json.loads((tmp_path / "real.json").read_text())["points"]) > 60
