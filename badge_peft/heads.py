@@ -80,6 +80,11 @@ class AttentionExit(Exit):
         query = self._heads(asking if asking.dim() == 3 else asking.unsqueeze(1))  # [B, h, S or 1, w/h]
         scores = query @ self._heads(self.key(states)).transpose(-1, -2) * (self.WIDTH / self.HEADS) ** -0.5
         if pooling.mask is not None:
+            if pooling.mask.dim() != 2:
+                raise ValueError(
+                    "exit_type='mha' needs an attention_mask of shape [batch, sequence], got "
+                    f"{list(pooling.mask.shape)}."
+                )
             padding = (pooling.mask == 0)[:, None, None, :]
             scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)  # not -inf: a row may be padding alone
         mixed = scores.softmax(dim=-1) @ self._heads(self.value(states))  # [B, h, S or 1, w/h]

@@ -389,13 +389,12 @@ def test_states_that_attention_has_unpadded_are_refused(states):
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_mask_of_four_dimensions(pooling):
-    """The backbone takes one, a pooling over real tokens cannot."""
+    """The backbone may take one, a pooling over real tokens cannot."""
     batch = make_batch()
     mask = batch["attention_mask"][:, None, None, :].expand(4, 1, 8, 8)
     additive = {"input_ids": batch["input_ids"], "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
-    with pytest.raises(
-        ValueError, match=rf"exit_pooling='{pooling}' needs .* \[batch, sequence\], got \[4, 1, 8, 8\]"
-    ):
+    message = rf"exit_pooling='{pooling}' needs .* \[batch, sequence\], got \[4, 1, 8, 8\]"
+    with pytest.raises(ValueError, match=message):
         make_badge(exit_pooling=pooling)(**additive)
 
 

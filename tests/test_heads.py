@@ -62,3 +62,9 @@ def test_attention_exit_never_reads_padding(kind):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     short = exit_.represent(STATES[1:, :3], Pooling(kind, None))
     torch.testing.assert_close(before[1:], short)
+
+
+def test_attention_exit_needs_a_mask_of_two_dimensions():
+    exit_ = EXITS["mha"](8, 3, 0.0)
+    with pytest.raises(ValueError, match=r"exit_type='mha' needs .* \[batch, sequence\], got \[2, 1, 1, 5\]"):
+        exit_.represent(STATES, Pooling("cls", MASK[:, None, None, :]))

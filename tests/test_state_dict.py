@@ -238,7 +238,7 @@ HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"
             | HEAD,
         ),
     ],
-    ids=str,
+    ids=["own", "untrained-head", "exit-shared-bias", "none-pooled", "exit-0"],
 )
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_exact_keys(fields, keys, adapter_name, tmp_path):

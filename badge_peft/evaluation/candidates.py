@@ -48,7 +48,8 @@ def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLo
     config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
     if config.policy == "agreement" and config.parameters is None:
         fitted = fit_agreement(exit_logits)
-        return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=config.max_exit or fitted.max_exit)]
+        cap = fitted.max_exit if config.max_exit is None else config.max_exit
+        return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=cap)]
     steps = len(history.exits) - 1
     if config.policy in ("divergence", "confident_patience") and config.patience is None:
         return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]

@@ -143,10 +143,8 @@ def search(
 
 def _template(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> EarlyExitConfig:
     """What a sweep varies: the policy with its default patience; `agreement` fitted."""
-    config = {"policy": policy} if isinstance(policy, str) else policy
-    if policy == "agreement":
-        return families(policy, exit_logits)[0]
-    return EarlyExitConfig.of(config)
+    config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
+    return families(config, exit_logits)[0] if config.policy == "agreement" else config
 
 
 def _point(
