@@ -276,16 +276,10 @@ def test_wrong_early_exit_config_changes_nothing(call, message):
 def test_everything_that_is_trained_has_a_gradient(case, fields):
     """A distributed trainer would wait for the others forever."""
     model = make_badge(case, backbone="full", **fields).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(True)
     model(**make_batch(), labels=make_labels()).loss.backward()
-    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    norm = {"LayerNorm", "full_layer_layer_norm", "output_layer_norm", "final_norm"}
-    unread = {"classifier", "pre_classifier", "head", "pooler"} | norm
-    if fields["final_exit"] == "base_head":
-        assert all(".original_module." in name for name in frozen)
-    else:
-        assert frozen and all(unread & set(name.split(".")) for name in frozen)
-    assert sum(bool(norm & set(name.split("."))) for name in frozen) <= 2
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_embeddings_trained_behind_frozen_blocks_need_their_gradients():

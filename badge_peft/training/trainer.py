@@ -198,9 +198,6 @@ class MultiExitTrainer(Trainer):
     def _stage(self, folder: str, resume: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         self.args.output_dir = folder
         self.optimizer, self.lr_scheduler = None, None
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience_counter = 0
         if resume is True and not (Path(folder).is_dir() and get_last_checkpoint(folder)):
             resume = None
         return super().train(resume, *args, **kwargs)

@@ -203,6 +203,11 @@ def test_equality_with_tau_does_not_stop():
     assert PatiencePolicy(threshold=0.5, patience=1).replay(logits).tolist() == [4]
 
 
+def test_equality_with_the_threshold_of_max_prob_stops():
+    certain = np.array([[[50.0, -50.0]] * 3], np.float32)
+    assert build_policy(policy="max_prob", threshold=1.0).replay(certain).tolist() == [1]
+
+
 def test_cross_entropy_stops_on_agreement_with_confidence_only():
     """S(p, p) = H(p): two equal, undecided exits are not close, two equal, certain ones are."""
     undecided, certain = [[0.0, 0.0]] * 4, [[5.0, -5.0]] * 4
