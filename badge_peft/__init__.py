@@ -13,12 +13,15 @@ from badge_peft.early_exit.forward import early_exit_forward
 from badge_peft.evaluation import (
     ExitLogits,
     ExitScores,
+    LatencyReport,
     TradeOff,
     TradeOffPoint,
     calibrate,
     collect_exit_logits,
     evaluate_policy,
     exit_scores,
+    measure_latency,
+    plot_tradeoff,
     sweep,
 )
 from badge_peft.heads import MultiExitHead
@@ -45,6 +48,7 @@ __all__ = [
     "EarlyExitOutput",
     "ExitLogits",
     "ExitScores",
+    "LatencyReport",
     "MultiExitHead",
     "MultiExitOutput",
     "MultiExitTrainer",
@@ -57,7 +61,9 @@ __all__ = [
     "exit_scores",
     "load_pretrained",
     "make_optimizer",
+    "measure_latency",
     "multi_exit_arguments",
     "parameter_groups",
+    "plot_tradeoff",
     "sweep",
 ]

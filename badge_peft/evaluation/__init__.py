@@ -5,17 +5,22 @@ from __future__ import annotations
 from badge_peft.evaluation.calibration import calibrate
 from badge_peft.evaluation.collect import collect_exit_logits
 from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.latency import LatencyReport, measure_latency
 from badge_peft.evaluation.metrics import ExitScores, exit_scores
+from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, TradeOffPoint, evaluate_policy, sweep
 
 __all__ = [
     "ExitLogits",
     "ExitScores",
+    "LatencyReport",
     "TradeOff",
     "TradeOffPoint",
     "calibrate",
     "collect_exit_logits",
     "evaluate_policy",
     "exit_scores",
+    "measure_latency",
+    "plot_tradeoff",
     "sweep",
 ]

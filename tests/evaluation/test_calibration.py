@@ -89,13 +89,14 @@ def test_auto_is_never_worse_either(goal, problem_type, num_labels, kind):
     [{"max_score_drop": 0.01}, {"max_score_drop": 0.1}, {"target_speedup": 0.3}, {"target_speedup": 0.6}],
     ids=str,
 )
-def test_nothing_that_is_tried_is_better(policy, goal):
-    stored = plausible(rows=150, exits=8)
+@pytest.mark.parametrize("rows", [150, 12])  # few rows: many settings cost the same
+def test_nothing_that_is_tried_is_better(rows, policy, goal):
+    stored = plausible(rows=rows, exits=8)
     config = quiet(stored, policy, **goal)
     point = check(stored, config, goal, "accuracy")
     full = exit_scores(stored).per_exit[-1]
     tried = search(stored, policy, SETTINGS, "accuracy")
-    assert len(tried) > 14
+    assert len(tried) > 12
     if "max_score_drop" in goal:
         good = [p for p in tried if p.score >= full - goal["max_score_drop"] - 1e-12]
         assert max(p.layer_speedup for p in good) == point.layer_speedup
@@ -104,6 +105,18 @@ def test_nothing_that_is_tried_is_better(policy, goal):
         good = [p for p in tried if p.layer_speedup >= goal["target_speedup"] - 1e-12]
         assert max(p.score for p in good) == point.score
         assert max(p.layer_speedup for p in good if p.score == point.score) == point.layer_speedup
+
+
+def test_of_equal_speed_ups_the_better_score():
+    """Half of the rows are sure at exit 1; the others are wrong there, and one of them at exit 2, too. Answering at
+    block 2 saves as much as stopping the first half at 1, and loses one row of 20, which is allowed."""
+    sure, doubtful, wrong, weak = [3.0, 0.0], [0.0, 0.8], [0.0, 0.4], [0.4, 0.0]
+    easy, hard, lost = [sure, sure, sure], [doubtful, weak, sure], [doubtful, wrong, sure]
+    stored = ExitLogits(torch.tensor([easy] * 10 + [hard] * 9 + [lost]), torch.zeros(20, dtype=torch.long))
+    config = calibrate(stored, "max_prob", max_score_drop=0.05)
+    assert config.policy == "max_prob" and config.calibration["score"] == 1.0
+    assert config.calibration["layer_speedup"] == pytest.approx(1 / 3)
+    assert evaluate_policy(stored, {"policy": "fixed_depth", "depth": 2}).score == 0.95
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)

@@ -73,6 +73,8 @@ def test_settings_go_from_slow_to_fast_and_differ(name, problem_type, num_labels
     stored = plausible(problem_type, num_labels)
     found = candidates.settings(families({"policy": name}, stored)[0], stored.history(), 15)
     assert 10 <= len(found) <= 15
+    for config, stops in found:  # saturated probabilities lie on their threshold: no float is between them
+        assert stops.tolist() == build_policy(config).replay(stored).tolist()
     means = [stops.mean() for _, stops in found]
     assert all(a > b for a, b in zip(means, means[1:], strict=False))
     thresholds = [config.threshold for config, _ in found]

@@ -52,6 +52,17 @@ def test_twenty_points_spread_over_the_speed_ups(policy, problem_type, num_label
     assert speed_ups[-1] > 0.5
 
 
+@pytest.mark.parametrize("policy", ["divergence", "entropy"])
+@pytest.mark.parametrize(("problem_type", "num_labels"), [(SINGLE, 77), (MULTI, 6)])
+def test_normalised_thresholds_are_shares_of_the_same_ones(problem_type, num_labels, policy):
+    stored = plausible(problem_type, num_labels, rows=100, exits=6)
+    plain, normal = (sweep(stored, [{"policy": policy, "normalize": n}]).curve(policy) for n in (False, True))
+    assert [p.layer_speedup for p in normal] == [p.layer_speedup for p in plain] and len(plain) > 15
+    most = np.log(num_labels) if problem_type == SINGLE else num_labels * np.log(2)
+    for a, b in zip(plain, normal, strict=True):
+        assert b.config.threshold == pytest.approx(a.config.threshold / most)
+
+
 @pytest.mark.parametrize(("problem_type", "num_labels"), [size for size in SIZES if size[0] != REGRESSION])
 def test_patience_has_a_point_for_each_block(problem_type, num_labels):
     points = sweep(plausible(problem_type, num_labels), ["patience"]).curve("patience")
