@@ -18,6 +18,7 @@ from torch import nn
 from badge_peft import ARCHITECTURES, BadgeBlock, BadgeConfig
 from badge_peft.config import lora_fields
 from badge_peft.lora import lora_layers
+from tests.labels import label
 from tests.models import (
     BLOCKS,
     CASES,
@@ -166,7 +167,7 @@ def test_early_exit_reads_the_same_exits(case):
             2 * BLOCKS,
         ),
     ],
-    ids=str,
+    ids=label,
 )
 def test_target_modules(lora, targets, layers):
     model = make_lora(lora={**LORA, **lora})
@@ -219,7 +220,7 @@ def test_dict_and_lora_config_are_the_same(value):
 
 
 @pytest.mark.parametrize(
-    "value", [LoraConfig(), LoraConfig(r=8), {}, {"r": 8}, {"target_modules": ["query"]}], ids=str
+    "value", [LoraConfig(), LoraConfig(r=8), {}, {"r": 8}, {"target_modules": ["query"]}], ids=label
 )
 def test_a_lora_that_is_given_has_pefts_defaults_and_not_ours(value):
     for layer in lora_layers(make_badge(backbone="lora", lora=value)):
@@ -230,7 +231,7 @@ def test_a_lora_that_is_given_has_pefts_defaults_and_not_ours(value):
 @pytest.mark.parametrize(
     "value",
     [None, LORA, LoraConfig(r=4, target_modules=["key", "query"], use_dora=True, lora_dropout=0.2), {}],
-    ids=str,
+    ids=label,
 )
 def test_the_config_survives_json(value, tmp_path):
     config = BadgeConfig(backbone="lora", lora=value)
@@ -262,7 +263,7 @@ def test_the_config_survives_json(value, tmp_path):
         ({"init_lora_weights": "pissa"}, "lora init_lora_weights='pissa' is not allowed"),
         ({"init_lora_weights": "olora"}, "lora init_lora_weights='olora' is not allowed"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_bad_values(lora, message):
     model = make_badge()
