@@ -473,3 +473,11 @@ def test_a_second_lora_after_wrapping(case, first):
 def test_names_that_lora_has_taken(name):
     with pytest.raises(ValueError, match=f"an adapter cannot be called '{name}'"):
         make_lora(adapter_name=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_lora_is_in_the_mode_of_its_model(training):
+    model = get_peft_model(make_model("bert").train(training), BadgeConfig(backbone="lora"))
+    layers = lora_layers(model)
+    assert layers and {layer.training for layer in layers} == {training}
+    assert {layer.lora_dropout["default"].training for layer in layers} == {training}
