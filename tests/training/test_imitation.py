@@ -40,7 +40,7 @@ def test_mean_over_exits_of_the_mean_over_those_behind(exit_layers, count):
         sum(distance(notes.guesses[i, j], notes.vectors[j]) for j in range(i + 1, count)) / (count - 1 - i)
         for i in range(count - 1)
     ]
-    assert float(imitation_loss(notes)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert imitation_loss(notes).item() == pytest.approx(sum(each) / len(each), rel=1e-5)
     if count > 2:  # it is not the mean over all pairs
         pairs = [distance(g, notes.vectors[j]) for (_, j), g in notes.guesses.items()]
         assert abs(sum(pairs) / len(pairs) - sum(each) / len(each)) > 1e-4
