@@ -51,9 +51,12 @@ class Bypass(nn.Module):
             nn.init.zeros_(self.up.bias)
         self.norm = None if norm is None else _plain_copy(norm)
 
-    def forward(self, source: Tensor, residual: Tensor, shared_norm: nn.Module) -> Tensor:
+    def forward(
+        self, source: Tensor, residual: Tensor, shared_norm: nn.Module, scale_weights: Scale | None = None
+    ) -> Tensor:
         """LN'( B(source) + residual ); both [..., d], the result too."""
-        return self.normalise(self.bottleneck(source) + residual.to(self.down.weight.dtype), shared_norm)
+        adjusted = self.bottleneck(source) + residual.to(self.down.weight.dtype)
+        return self.normalise(adjusted, shared_norm, scale_weights)
 
     def bottleneck(self, source: Tensor) -> Tensor:
         """B(source): [..., d] -> [..., r] -> [..., d]."""
@@ -92,19 +95,20 @@ def bypassed_states(
     """
     source = frame.attention if placement == "ffn" else frame.block_input
     assert source is not None  # the hooks have run
-    adjustment = bypass.bottleneck(pooling.pick(source))  # B(.)
+    source = pooling.pick(source)
     scale = frame.scale_weights
     scale_last = None if layout.pre_norm else scale  # the model's final norm belongs to no block
     if placement == "mhsa":
         sums = frame.attention if layout.pre_norm else frame.attention_sum
         assert sums is not None
+        adjustment = bypass.bottleneck(source)
         inner = adjustment + pooling.pick(sums).to(adjustment.dtype)
         if not layout.pre_norm:
             inner = apply_norm(block.get_submodule(layout.attention_norm), inner, scale)
         return bypass.normalise(_ffn(block, layout, inner, scale) + inner, exit_norm, scale_last)
     residual = frame.output if layout.pre_norm else frame.ffn_sum  # H_{m,F}
     assert residual is not None
-    return bypass.normalise(adjustment + pooling.pick(residual).to(adjustment.dtype), exit_norm, scale_last)
+    return bypass(source, pooling.pick(residual), exit_norm, scale_last)
 
 
 def apply_norm(norm: nn.Module, states: Tensor, scale_weights: Scale | None = None) -> Tensor:

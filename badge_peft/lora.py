@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import nn
@@ -87,11 +87,6 @@ def delete(model: nn.Module, adapter_name: str) -> None:
 def is_adapter_key(key: str, adapter_name: str) -> bool:
     """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
     return MARK in key and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
-
-
-def foreign(model: nn.Module, ours: dict[str, PeftConfig]) -> list[str]:
-    """Names of LoRA adapters in `model` that are not part of one of ours."""
-    return sorted({name for layer in lora_layers(model) for name in layer.lora_A} - set(ours))
 
 
 def _targeted(config: LoraConfig, name: str, module: nn.Module) -> bool:

@@ -34,9 +34,8 @@ class BadgeModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = BadgeBlock
     target_module_mapping: dict[str, Any] = {}
-    uses_shared_state = (
-        True  # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
-    )
+    # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
+    uses_shared_state = True
 
     # -------------------------------------------------------------------------------------------------- what it does
 
@@ -95,7 +94,7 @@ class BadgeModel(BaseTuner):
             adapter,
             batch_size,
             attention_mask,
-            pooling_kind(self.model, config),
+            pooling_kind(self.model, config, self.layout),
             dict(sorted(exits.items())),
             doubt,
             exit_layers=self.exit_layers(adapter),
@@ -151,7 +150,7 @@ class BadgeModel(BaseTuner):
         self.wrapped: list[BadgeBlock] = []  # each block once; a plain list, as the model owns them
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
-        name = next(name for name, known in self.peft_config.items() if known is config)
+        name = self._name_of(config)
         if len(self.peft_config) > 1 and any(self.config_of(n).backbone == "full" for n in self.peft_config):
             raise ValueError(
                 "backbone='full' trains the base model itself, so such an adapter is alone on its model: put "
@@ -161,8 +160,7 @@ class BadgeModel(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: BadgeConfig, model_config: dict[str, Any]
     ) -> BadgeConfig:
-        name = next(name for name, known in self.peft_config.items() if known is peft_config)
-        prepare_config(self.model, peft_config, name)
+        prepare_config(self.model, peft_config, self._name_of(peft_config))
         self.layout = get_layout(self.model, peft_config.block_layout)
         self.block_names = block_names(self.model, self.layout)
         return peft_config
@@ -170,9 +168,11 @@ class BadgeModel(BaseTuner):
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.backbone == "lora":
             assert self.layout is not None
-            name = next(name for name, known in self.peft_config.items() if known is peft_config)
             wanted = lora.lora_config(peft_config.lora, self.layout)
-            lora.inject(model, name, wanted, self.block_names, peft_config.inference_mode)
+            lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
+
+    def _name_of(self, config: BadgeConfig) -> str:
+        return next(name for name, known in self.peft_config.items() if known is config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         saved.ignore_exit_logits(model)

@@ -110,11 +110,11 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def pooling_kind(model: nn.Module, config: BadgeConfig) -> str:
-    """`cls`, `mean` or `last`: what the exits of `config` read on `model`."""
+def pooling_kind(model: nn.Module, config: BadgeConfig, layout: BlockLayout | None = None) -> str:
+    """`cls`, `mean` or `last`: what the exits of `config` read on `model`, whose `layout` may be known already."""
     if config.exit_pooling != "auto":
         return config.exit_pooling
-    return head_pooling(model, get_layout(model, config.block_layout))
+    return head_pooling(model, layout or get_layout(model, config.block_layout))
 
 
 def _check_saved(name: str, expected: int | None, found: int) -> None:
@@ -140,7 +140,7 @@ def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
 
 
 def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    kind = pooling_kind(model, config)
+    kind = pooling_kind(model, config, layout)
     if kind not in POOLINGS[1:]:
         raise ValueError(
             f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(POOLINGS[1:])}: set "

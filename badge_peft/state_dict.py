@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from badge_peft.architectures import backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
-from badge_peft.lora import is_adapter_key
+from badge_peft.lora import MARK, is_adapter_key
 from badge_peft.registry import PREFIX
 
 _OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
@@ -95,8 +95,5 @@ def _output_keys(model: nn.Module) -> list[str]:
 
 def _is_backbone(key: str) -> bool:
     return (
-        not _OURS.search(key)
-        and ".lora_" not in key
-        and ".modules_to_save." not in key
-        and ".original_module." not in key
+        not _OURS.search(key) and MARK not in key and ".modules_to_save." not in key and ".original_module." not in key
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.latency import LatencyReport
 from badge_peft.evaluation.metrics import ExitScores
+from badge_peft.workflows.tables import text_table
 
 
 def early_exit_entry(config: EarlyExitConfig, latency: LatencyReport, accuracy: float) -> dict[str, Any]:
@@ -70,19 +70,6 @@ def summary_table(report: dict[str, Any]) -> str:
             ["time, p95 (ms)", f"{early['full_depth_p95_ms']:.2f}", f"{early['p95_ms']:.2f}", ""],
         ],
     )
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    rule = "  ".join("-" * width for width in widths)
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def peak_memory_mb() -> float | None:

@@ -82,7 +82,6 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
         policy=policy,
         num_labels=config.resolved_labels,
         problem_type=config.resolved_problem_type,
-        num_blocks=badge.num_blocks,
     )
     with run:
         base = badge.model(return_dict=True, **inputs)

@@ -95,10 +95,7 @@ class ExitHistory:
 
     def entropy(self, j: int) -> Array:
         """[n]: entropy of exit j in nats; multi-label: the sum over labels."""
-        key = ("entropy", "", j)
-        if key not in self._cache:
-            self._cache[key] = self._divergence("self", "ce", j, slice(j, j + 1))[0]
-        return self._cache[key]
+        return self._divergence("self", "ce", j, slice(j, j + 1))[0]
 
     def confidence(self, j: int) -> Array:
         """[n]: the largest probability of exit j; multi-label: that of the least sure label."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
@@ -23,38 +23,23 @@ class EarlyExitRun(ExitRun):
 
     Args:
         policy: Decides, on the host.
-        exit_layers: Block numbers of all exits; the last is M.
         num_labels: K.
         problem_type: For the policy.
-        (the others as `ExitRun`)
+        (the others as `ExitRun`, `exit_layers` among them)
 
     Attributes:
         answer: [B, K], logits of the rows that have stopped.
         exit_layer: [B], the block each row stopped at; -1 while it has not.
     """
 
-    def __init__(
-        self,
-        adapter: str,
-        batch_size: int,
-        attention_mask: Tensor | None,
-        pooling: str,
-        exits: dict[int, nn.Module] | None = None,
-        learn_to_exit: nn.Module | None = None,
-        *,
-        policy: ExitPolicy,
-        exit_layers: list[int],
-        num_labels: int,
-        problem_type: str,
-        num_blocks: int,
-    ) -> None:
-        super().__init__(adapter, batch_size, attention_mask, pooling, exits, learn_to_exit, exit_layers=exit_layers)
-        policy.check(exit_layers, num_labels, problem_type)
+    def __init__(self, *args: Any, policy: ExitPolicy, num_labels: int, problem_type: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        policy.check(self.exit_layers, num_labels, problem_type)
         self.policy = policy
-        self.num_blocks = num_blocks
-        self.history = ExitHistory(exit_layers, batch_size, num_labels, problem_type)
+        self.num_blocks = self.exit_layers[-1]
+        self.history = ExitHistory(self.exit_layers, self.batch_size, num_labels, problem_type)
         self.answer: Tensor | None = None
-        self.exit_layer = np.full(batch_size, -1, dtype=np.int64)
+        self.exit_layer = np.full(self.batch_size, -1, dtype=np.int64)
         self.alive: np.ndarray | None = None  # indices of the rows in the states; None: all B
         self._waiting: np.ndarray | None = None  # of those, the rows to keep at the next block
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # per-row arguments, already compacted

@@ -105,8 +105,8 @@ class LatencyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Summary and raw numbers as JSON-able values."""
-        summary = ("mean_ms", "p50_ms", "p95_ms", "full_depth_mean_ms", "full_depth_p50_ms", "full_depth_p95_ms")
-        summary += ("speedup_paper", "speedup_ratio", "mean_exit", "layer_speedup")  # type: ignore[assignment]
+        times = ("mean_ms", "p50_ms", "p95_ms", "full_depth_mean_ms", "full_depth_p50_ms", "full_depth_p95_ms")
+        summary = (*times, "speedup_paper", "speedup_ratio", "mean_exit", "layer_speedup")
         return {**{name: getattr(self, name) for name in summary}, **asdict(self)}
 
 
