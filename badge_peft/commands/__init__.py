@@ -9,6 +9,7 @@ from typing import Any
 from badge_peft.commands.calibrate import calibrate
 from badge_peft.commands.demo import demo
 from badge_peft.commands.evaluate import evaluate
+from badge_peft.commands.export import export
 from badge_peft.commands.predict import predict
 from badge_peft.commands.sweep import sweep
 from badge_peft.commands.train import train
@@ -19,5 +20,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sweep": sweep,
     "calibrate": calibrate,
     "predict": predict,
+    "export": export,
     "demo": demo,
 }

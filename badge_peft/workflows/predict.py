@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from badge_peft.answers import spoken
 from badge_peft.checks import whole
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.forward import early_exit_forward, get_badge_model
@@ -71,28 +68,8 @@ def predict(
         batch = {name: value.to(device) for name, value in batch.items()}
         output = early_exit_forward(adapter.model, early_exit_config=rule, **batch)
         assert output.logits is not None and output.exit_layer is not None
-        logits, exits = output.logits.float().cpu(), output.exit_layer.tolist()
+        logits, exits = output.logits.float().cpu().numpy(), output.exit_layer.tolist()
         for (text, pair), row, number in zip(chunk, logits, exits, strict=True):
             said = {"text": text} if pair is None else {"text": text, "text_pair": pair}
-            yield {**said, **_answer(adapter, row), "exit": number}
-
-
-def _answer(adapter: Adapter, logits: Tensor) -> dict[str, Any]:
-    """What one row's logits [K] say."""
-    names, kind = adapter.labels.names, adapter.labels.problem_type
-    if kind == "regression":
-        values = [_number(value) for value in logits.tolist()]
-        return {"value": values[0] if len(values) == 1 else values}
-    if kind == "multi_label_classification":
-        chances = torch.sigmoid(logits)
-        sure = torch.maximum(chances, 1 - chances).min()
-        chosen = [name for name, value in zip(names, logits.tolist(), strict=True) if value > 0]
-        return {"labels": chosen, "confidence": _number(float(sure))}
-    chances = logits.softmax(dim=-1)
-    best = int(logits.argmax())
-    return {"label": names[best], "confidence": _number(float(chances[best]))}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return round(value, 6) if math.isfinite(value) else None
+            answer = spoken(row, adapter.labels.names, adapter.labels.problem_type)
+            yield {**said, **answer, "exit": number}

@@ -1,0 +1,9 @@
+"""Early exits outside of PyTorch: ONNX. Needs the extra `onnx`."""
+
+from __future__ import annotations
+
+from badge_peft.export.full_depth import export_full_depth
+from badge_peft.export.onnx import OnnxExportReport, export_onnx
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+
+__all__ = ["OnnxEarlyExitModel", "OnnxExportReport", "OnnxOutput", "export_full_depth", "export_onnx"]

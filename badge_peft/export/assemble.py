@@ -1,0 +1,101 @@
+"""Puts the pieces of a model together into one early-exit graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from badge_peft.export.chain import Chain, Insert, Stage
+from badge_peft.export.decisions import Decision
+from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Piece
+from badge_peft.export.quantize import quantize_trunk
+from badge_peft.export.share import share_weights
+from badge_peft.export.trace import Cut
+
+
+def assemble(cut: Cut, decision: Decision, hidden_size: int, *, int8: bool, compact: bool) -> onnx.ModelProto:
+    """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` and `patience` to the answers.
+
+    The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
+    file.
+
+    Args:
+        cut: The pieces.
+        decision: The policy.
+        hidden_size: d.
+        int8: Quantise the blocks; exits and decisions stay in float32.
+        compact: Take rows that have answered out of the batch.
+    """
+    main = Graph("main")
+    threshold, unit = decision.threshold()
+    limit = main.op("Mul", "threshold", main.floats(unit)) if unit != 1 else "threshold"
+    embeddings = _insert(cut, 0, int8)
+    made = embeddings(main, {name: name for name in cut.inputs})
+    outer = {name: name for name in cut.inputs} | {n: v for n, v in made.items() if n.startswith("shared_")}
+    chain = Chain(
+        main,
+        decision,
+        outer,
+        {*cut.inputs, *cut.per_row},
+        compact=compact,
+        batch=main.op("Squeeze", main.op("Shape", "input_ids", start=0, end=1)),
+        hidden_size=hidden_size,
+        threshold=limit,
+        patience="patience",
+    )
+    exits = decision.exits
+    index = exits.index(0) if 0 in exits else None
+    chain.start(
+        made["hidden"], made.get("logits"), made.get("doubt"), index, index is not None and decision.is_last(index)
+    )
+    for m in sorted(cut.blocks):
+        place = exits.index(m) if m in exits and decision.reads(exits.index(m)) else None
+        reads = [*cut.shared[m], *cut.inputs]
+        chain.add(Stage(m, _insert(cut, m, int8), reads, place, place is not None and decision.is_last(place)))
+    main.op("Identity", chain.answer, output="logits")
+    main.op("Identity", chain.exit_layer, output="exit_layer")
+    return _model(cut, decision, main, threshold)
+
+
+def _insert(cut: Cut, block: int, int8: bool) -> Insert:
+    """Adds the nodes of a piece, in float32 or with its trunk in int8."""
+    model = cut.blocks[block] if block else cut.embeddings
+    names = [info.name for info in model.graph.input]
+    piece = Piece.of(model, cut.returned[block])
+    parts: list[Piece] = [piece]
+    if int8:
+        trunk, rest = quantize_trunk(model, piece)
+        parts = [trunk] if rest is None else [trunk, rest]
+    arguments = ["hidden", *cut.shared[block], *cut.inputs] if block else list(cut.inputs)
+
+    def insert(graph: Graph, values: dict[str, str]) -> dict[str, str]:
+        bound = {name: values[argument] for name, argument in zip(names, arguments, strict=True)}
+        made: dict[str, str] = {}
+        for part in parts:
+            made |= graph.insert(part, bound)
+            bound |= {inner: made[name] for name, inner in part.outputs.items()}
+        return made
+
+    return insert
+
+
+def _model(cut: Cut, decision: Decision, main: Graph, threshold: float) -> onnx.ModelProto:
+    inputs = [helper.make_tensor_value_info(name, INT64, ["batch", "sequence"]) for name in cut.inputs]
+    inputs.append(helper.make_tensor_value_info("threshold", FLOAT, []))
+    inputs.append(helper.make_tensor_value_info("patience", INT64, []))
+    outputs = [
+        helper.make_tensor_value_info("logits", FLOAT, ["batch", decision.num_labels]),
+        helper.make_tensor_value_info("exit_layer", INT64, ["batch"]),
+    ]
+    defaults = [
+        numpy_helper.from_array(np.asarray(threshold, dtype=np.float32), "threshold"),
+        numpy_helper.from_array(np.asarray(decision.patience, dtype=np.int64), "patience"),
+    ]
+    graph = helper.make_graph(main.nodes, "badge", inputs, outputs, [*main.initializers, *defaults])
+    share_weights(graph)
+    domains = {node.domain for node in graph.node} | {
+        node.domain for top in graph.node for a in top.attribute if a.HasField("g") for node in a.g.node
+    }
+    opsets = [helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in sorted(domains | {""})]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="badge_peft")

@@ -1,0 +1,193 @@
+"""`OnnxEarlyExitModel`: runs what `export_onnx` wrote, with onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from badge_peft.answers import spoken
+from badge_peft.checks import is_number, whole
+from badge_peft.export.needs import need_onnxruntime
+
+MODEL = "model.onnx"
+CONFIG = "early_exit.json"
+
+
+@dataclass
+class OnnxOutput:
+    """Each row's answer and where it was given.
+
+    Args:
+        logits: [B, K] float32, of the exit at which the row stopped.
+        exit_layer: [B] int64, the block that answered, 1 to M; 0 for the exit on the embeddings.
+    """
+
+    logits: np.ndarray
+    exit_layer: np.ndarray
+
+
+class OnnxEarlyExitModel:
+    """An exported model. Made by `from_pretrained`.
+
+    Attributes:
+        config: What `early_exit.json` says: labels, exits, the rule and its defaults.
+    """
+
+    def __init__(self, directory: Path, session: Any, config: dict[str, Any]) -> None:
+        self.directory = directory
+        self.session = session
+        self.config = config
+        self._tokenizer: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        spinning: bool = False,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> OnnxEarlyExitModel:
+        """Loads a folder that `export_onnx` wrote.
+
+        Args:
+            directory: The folder.
+            threads: Of one call; None leaves it to onnxruntime (all cores).
+            spinning: Whether idle threads of onnxruntime spin while they wait. That saves a little time in a process
+                that does nothing else, and takes it from whatever runs beside it.
+            providers: As onnxruntime names them.
+
+        Raises:
+            ModuleNotFoundError: onnxruntime is not installed.
+            FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
+        """
+        need_onnxruntime()
+        import onnxruntime
+
+        folder = Path(directory)
+        for name in (MODEL, CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{directory} has no {name}: give a folder that export_onnx wrote.")
+        whole("threads", threads, at_least=1)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of inputs that have defaults, which is what we want
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(str(folder / MODEL), options, providers=list(providers))
+        return cls(folder, session, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        *,
+        threshold: float | None = None,
+        patience: int | None = None,
+    ) -> OnnxOutput:
+        """Answers a batch.
+
+        Args:
+            input_ids: [B, S], anything that numpy takes.
+            attention_mask: [B, S]; None means that every position is real.
+            token_type_ids: [B, S]; None means zeros. Ignored where the model has none.
+            threshold: In place of the file's own, for this call.
+            patience: In place of the file's own, for this call.
+
+        Raises:
+            ValueError: an empty batch, more positions than the model has, or a threshold or patience that is not
+                allowed.
+        """
+        ids = np.asarray(input_ids, dtype=np.int64)
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(f"input_ids must be [batch, sequence] and not empty, got shape {list(ids.shape)}.")
+        longest = self.config["max_length"]
+        if longest is not None and ids.shape[1] > longest:
+            raise ValueError(
+                f"the input has {ids.shape[1]} positions, and the model has {longest}: truncate to {longest} tokens."
+            )
+        feed = {"input_ids": ids, "attention_mask": _like(ids, attention_mask, "attention_mask", 1)}
+        if "token_type_ids" in self.config["inputs"]:
+            feed["token_type_ids"] = _like(ids, token_type_ids, "token_type_ids", 0)
+        if threshold is not None:
+            if not is_number(threshold):
+                raise ValueError(f"threshold={threshold!r} is not allowed: it must be a finite number or None.")
+            feed["threshold"] = np.asarray(threshold, dtype=np.float32)
+        if patience is not None:
+            whole("patience", patience, at_least=1)
+            feed["patience"] = np.asarray(patience, dtype=np.int64)
+        logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
+        return OnnxOutput(logits, exit_layer)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was saved with the graph.
+
+        Raises:
+            FileNotFoundError: none was.
+        """
+        if self._tokenizer is None:
+            if not (self.directory / "tokenizer_config.json").is_file():
+                raise FileNotFoundError(
+                    f"{self.directory} has no tokenizer: export with export_onnx(..., tokenizer=tokenizer), or pass "
+                    "token numbers."
+                )
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        return self._tokenizer
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels, K."""
+        return self.config["labels"] or [str(i) for i in range(self.config["num_labels"])]
+
+    def predict(
+        self,
+        texts: Sequence[str] | str,
+        text_pairs: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        threshold: float | None = None,
+        patience: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answers texts, or pairs of texts.
+
+        Returns:
+            Per text `label`, `confidence` and `exit_layer`; `labels` where a text may have several, `value` for
+            regression.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(texts), batch_size):
+            part = slice(start, start + batch_size)
+            pairs = None if text_pairs is None else list(text_pairs[part])
+            encoded = self.tokenizer(
+                list(texts[part]), pairs, padding=True, truncation=True, max_length=self.config["max_length"],
+                return_tensors="np",
+            )  # fmt: skip
+            fields = {name: encoded[name] for name in self.config["inputs"] if name in encoded}
+            output = self(**fields, threshold=threshold, patience=patience)
+            for row, number in zip(output.logits, output.exit_layer, strict=True):
+                answers.append({**spoken(row, self.labels, self.config["problem_type"]), "exit_layer": int(number)})
+        return answers
+
+
+def _like(ids: np.ndarray, value: Any, name: str, default: int) -> np.ndarray:
+    if value is None:
+        return np.full_like(ids, default)
+    array = np.asarray(value, dtype=np.int64)
+    if array.shape != ids.shape:
+        raise ValueError(
+            f"{name} has shape {list(array.shape)}, and input_ids have {list(ids.shape)}: they must agree."
+        )
+    return array

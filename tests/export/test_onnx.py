@@ -1,0 +1,326 @@
+"""The exported file against PyTorch: same exits, logits within 1e-4, on every backbone of the table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from badge_peft import early_exit_forward
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
+from badge_peft.export.assemble import assemble
+from badge_peft.export.decisions import Decision
+from badge_peft.export.trace import cut
+from tests.early_exit.reference import SINGLE
+from tests.early_exit.rules import labels_are_safe, with_threshold
+from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_model
+from tests.texts import make_tokenizer
+
+# each backbone gets another combination of what an adapter may be
+KINDS = itertools.cycle(
+    [
+        {"exit_pooling": "cls", "placement": "block"},
+        {"exit_pooling": "mean", "placement": "ffn", "exit_layers": [0, 1, 2, 3]},
+        {"exit_pooling": "last", "placement": "mhsa", "final_exit": "exit"},
+        {"exit_pooling": "mean", "placement": "block", "exit_type": "mha"},
+        {"exit_pooling": "cls", "placement": "none", "exit_type": "pooled", "exit_layers": [0, 2, 3]},
+    ]
+)
+RULES = [
+    {"policy": "divergence"},
+    {"policy": "divergence", "divergence": "label", "window": "consecutive"},
+    {"policy": "max_prob"},
+    {"policy": "learned"},
+    {"policy": "agreement"},
+    {"policy": "never"},
+]
+
+
+def session_of(graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options)
+
+
+def run(session, batch, **scalars):
+    names = [info.name for info in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
+    if "token_type_ids" in names:
+        feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+    feed |= {"threshold": np.asarray(scalars["threshold"], np.float32)} if scalars.get("threshold") is not None else {}
+    feed |= {"patience": np.asarray(scalars["patience"], np.int64)} if scalars.get("patience") is not None else {}
+    return session.run(["logits", "exit_layer"], feed)
+
+
+def safe_batch(model, rows, length, seed, side="right"):
+    """A batch whose labels do not hang on rounding."""
+    for attempt in range(10):
+        batch = make_batch(rows, length, seed + attempt, side)
+        logits = exits_of(model, batch)
+        if labels_are_safe(logits):
+            return batch, logits
+    raise AssertionError("ten batches in a row have labels that hang on rounding")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), list(zip(CASES, KINDS, strict=False)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_every_backbone(case, kind):
+    """One cut, many graphs: rules, rows taken out or not, rows alone and together, other lengths, left padding."""
+    blocks = {"albert-inner": 4, "albert-groups": 4}.get(case, 3)
+    if blocks == 4 and "exit_layers" in kind:
+        kind = {**kind, "exit_layers": [*kind["exit_layers"], 4]}
+    model = make_badge(case, learn_to_exit=True, **kind)
+    badge = model.base_model
+    exits = badge.exit_layers()
+    pieces = cut(badge, set(exits), exits[-1])
+    batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2), safe_batch(model, 3, 8, 3, "left")]
+    for i, rule in enumerate(RULES):
+        with torch.no_grad():
+            logits, doubts = batches[0][1], model(**batches[0][0]).exit_doubts
+        rule = with_threshold(rule, logits, exits, 0.4, doubts)
+        decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
+        session = session_of(assemble(pieces, decision, HIDDEN, int8=False, compact=i % 2 == 0))
+        for batch, _ in batches[: 3 if i < 2 else 1]:
+            wanted = early_exit_forward(model, **batch, **rule)
+            answers, exit_layer = run(session, batch, threshold=rule.get("threshold"), patience=rule.get("patience"))
+            assert exit_layer.tolist() == wanted.exit_layer.tolist()
+            scale = max(1.0, float(wanted.logits.abs().max()))
+            np.testing.assert_allclose(answers / scale, wanted.logits.numpy() / scale, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_badge("bert", exit_layers=[0, 1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx")
+    report = export_onnx(model, path, tokenizer=make_tokenizer(), early_exit_config={"threshold": 1.0})
+    assert report.max_difference is not None and report.max_difference < 1e-4
+    assert report.exit_layers == [0, 1, 2, 3]
+    assert report.size_bytes == (path / "model.onnx").stat().st_size
+    return path
+
+
+def test_the_folder_holds_all_that_belongs_to_it(folder):
+    names = {file.name for file in folder.iterdir()}
+    assert {"model.onnx", "early_exit.json", "config.json", "tokenizer.json", "README.md"} <= names
+    facts = json.loads((folder / "early_exit.json").read_text())
+    assert (facts["threshold"], facts["patience"], facts["max_length"]) == (1.0, 1, 40)
+    card = (folder / "README.md").read_text()
+    assert "divergence" in card and "tokenizer.json" in card
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    assert str(Path.cwd()).encode() not in (folder / "model.onnx").read_bytes()  # no trace of where it was made
+
+
+def test_speed_is_a_matter_of_the_call(folder, model):
+    session = OnnxEarlyExitModel.from_pretrained(folder, threads=1)
+    batch = make_batch(6, 9)
+    fields = {name: tensor.numpy() for name, tensor in batch.items()}
+    default = session(**fields)
+    assert default.exit_layer.tolist() == early_exit_forward(model, **batch, threshold=1.0).exit_layer.tolist()
+    depths = [session(**fields, threshold=tau).exit_layer.mean() for tau in (0.01, 0.8, 1.2, 50.0)]
+    assert depths == sorted(depths, reverse=True) and depths[0] == 3 and depths[-1] == 1
+    depths = [session(**fields, threshold=50.0, patience=t).exit_layer.tolist() for t in (1, 2, 3, 9)]
+    assert depths == [[1] * 6, [2] * 6, [3] * 6, [3] * 6]
+
+
+def test_blocks_behind_the_exit_are_not_computed(folder, tmp_path):
+    """By the runtime's own profile: which matrix products ran."""
+    counts = []
+    for patience in (1, 2, 3):
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.log_severity_level = 3
+        options.profile_file_prefix = str(tmp_path / f"profile{patience}")
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
+        run(session, make_batch(2, 9), threshold=50.0, patience=patience)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        ran = [e["name"] for e in events if e.get("cat") == "Node" and e["args"].get("op_name", "").endswith("MatMul")]
+        counts.append(len(ran))
+    assert counts[0] < counts[1] < counts[2]
+    assert counts[2] - counts[1] >= 8 and counts[1] - counts[0] >= 8  # a block has 8 products
+
+
+def test_texts_in_answers_out(folder, model):
+    session = OnnxEarlyExitModel.from_pretrained(folder)
+    texts = ["a very good film", "the plot was dull", "the cast is a very very fine cast"]
+    together = session.predict(texts, threshold=1.0)
+    alone = [session.predict(text, threshold=1.0)[0] for text in texts]
+    assert [a["exit_layer"] for a in together] == [a["exit_layer"] for a in alone]
+    encoded = make_tokenizer()(texts, padding=True, return_tensors="pt")
+    fields = {k: v for k, v in encoded.items() if k != "token_type_ids"}
+    wanted = early_exit_forward(model, **fields, threshold=1.0)
+    names = model.config.id2label
+    assert [a["label"] for a in together] == [names[int(i)] for i in wanted.logits.argmax(-1)]
+    scores = wanted.logits.softmax(-1).amax(-1)
+    assert [a["confidence"] for a in together] == pytest.approx(scores.tolist(), abs=1e-4)
+
+
+def test_without_any_of_our_packages(folder):
+    """The example in plain onnxruntime and tokenizers, in a process that cannot import anything else of ours."""
+    script = Path(__file__).parents[2] / "examples" / "onnx_service.py"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['badge_peft', 'torch', 'transformers', 'peft']))"
+    code = f"{blocked}; import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(script), str(folder), "--threshold", "1.0", "a very good film"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": ""},
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    wanted = OnnxEarlyExitModel.from_pretrained(folder).predict(["a very good film"], threshold=1.0)[0]
+    assert (answer["label"], answer["exit_layer"]) == (wanted["label"], wanted["exit_layer"])
+
+
+def test_int8(model, tmp_path):
+    rows = [{"input_ids": row, "labels": i % LABELS} for i, row in enumerate(make_batch(8, 9)["input_ids"].tolist())]
+    report = export_onnx(model, tmp_path / "a", early_exit_config={"threshold": 1.0}, int8=True, examples=rows)
+    plain = export_onnx(model, tmp_path / "b", early_exit_config={"threshold": 1.0}, examples=rows)
+    assert report.size_bytes < 0.7 * plain.size_bytes  # even of so small a model
+    assert report.changes is not None and plain.changes is not None
+    assert (plain.changes.same_answer, plain.changes.same_exit, plain.changes.rows) == (1.0, 1.0, 8)
+    assert plain.changes.score == plain.changes.score_before == report.changes.score_before
+    assert report.changes.same_answer >= 0.5
+    graph = onnx.load(tmp_path / "a" / "model.onnx").graph
+    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    kinds = [node.op_type for g in (graph, *branches) for node in g.node]
+    assert sum("MatMulInteger" in kind for kind in kinds) >= 18  # six weights a block
+    assert kinds.count("Gemm") == 7  # one of exit 0, two of each bypass and one of its exit: these stay in float32
+    OnnxEarlyExitModel.from_pretrained(tmp_path / "a")(make_batch()["input_ids"])
+
+
+def test_a_shared_block_is_stored_once(tmp_path):
+    """ALBERT with twice as many runs of its one block: the file grows by exits and nodes, not by weights."""
+    stored = []
+    for runs in (2, 4):
+        albert = make_badge("albert", base=make_model("albert", num_hidden_layers=runs, intermediate_size=512))
+        report = export_onnx(albert, tmp_path / str(runs), early_exit_config={"threshold": 1.0})
+        assert report.max_difference is not None and report.max_difference < 1e-3
+        stored.append(report.size_bytes)
+    weights = 4 * 2 * HIDDEN * 512  # bytes of the FFN alone
+    assert stored[0] > weights and stored[1] - stored[0] < 0.6 * weights
+
+
+def test_a_fixed_depth_leaves_the_rest_out(model, tmp_path):
+    all_of_it = export_onnx(model, tmp_path / "never", early_exit_config={"policy": "never"})
+    two = export_onnx(model, tmp_path / "two", early_exit_config={"policy": "fixed_depth", "depth": 2})
+    assert two.exit_layers == [2] and two.size_bytes < all_of_it.size_bytes - 10_000
+    batch = make_batch()
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path / "two")(batch["input_ids"], batch["attention_mask"])
+    wanted = exits_of(model, batch)[:, 2]
+    np.testing.assert_allclose(found.logits, wanted.numpy(), atol=1e-4)
+    assert set(found.exit_layer.tolist()) == {2}
+
+
+def test_the_lora_of_an_adapter_is_folded_in_and_given_back(tmp_path):
+    model = make_badge("bert", backbone="lora", lora={"r": 4, "target_modules": ["query", "value"]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    report = export_onnx(model, tmp_path, early_exit_config={"threshold": 1.0})
+    assert report.max_difference is not None and report.max_difference < 1e-3
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not any("lora" in t.name for t in graph.initializer)
+
+
+def test_full_depth_alone(model, tmp_path):
+    batch = make_batch(3, 9)
+    with torch.no_grad():
+        wanted = model(**batch).logits.numpy()
+    for int8 in (False, True):
+        export_full_depth(model, tmp_path / "full.onnx", int8=int8)
+        session = onnxruntime.InferenceSession(str(tmp_path / "full.onnx"))
+        feed = {name: tensor.numpy() for name, tensor in batch.items()}
+        (logits,) = session.run(["logits"], {**feed, "token_type_ids": np.zeros_like(feed["input_ids"])})
+        np.testing.assert_allclose(logits, wanted, atol=1e-4 if not int8 else 3.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_has_no_onnx_form(tmp_path):
+    target = tmp_path / "never"
+    with pytest.raises(ValueError, match="exit_type='past_future'"):
+        export_onnx(make_badge("bert", exit_type="past_future"), target)
+    with pytest.raises(ValueError, match="needs an adapter with an LTE layer"):
+        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "learned"})
+    with pytest.raises(ValueError, match="depth=7 is not allowed"):
+        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "fixed_depth", "depth": 7})
+    with pytest.raises(ValueError, match=r"weights in torch\.float16.*dtype=torch\.float32"):
+        export_onnx(make_badge("bert").half(), target)
+    with pytest.raises(ValueError, match="carries no BADGE adapter"):
+        export_onnx(make_model("bert"), target)
+    disabled = make_badge("bert")
+    with disabled.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled"):
+        export_onnx(disabled, target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"patience": 0}, "patience=0 is not allowed"),
+        ({"patience": 1.5}, "patience=1.5 is not allowed"),
+        ({"threshold": float("nan")}, "threshold=nan is not allowed"),
+        ({"input_ids": np.zeros((1, 41))}, "41 positions, and the model has 40: truncate"),
+        ({"input_ids": np.zeros((0, 4))}, "not empty"),
+        ({"input_ids": np.zeros(4)}, r"\[batch, sequence\]"),
+        ({"attention_mask": np.ones((1, 3))}, "attention_mask has shape"),
+    ],
+)
+def test_bad_calls(folder, call, message):
+    session = OnnxEarlyExitModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        session(**{"input_ids": np.full((1, 4), 7), **call})
+
+
+def test_a_folder_that_is_no_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
+        OnnxEarlyExitModel.from_pretrained(tmp_path)
+
+
+def test_no_tokenizer_says_so(model, tmp_path):
+    export_onnx(model, tmp_path, early_exit_config={"policy": "fixed_depth", "depth": 1})
+    with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):
+        OnnxEarlyExitModel.from_pretrained(tmp_path).predict(["a film"])
+
+
+def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
+    import badge_peft.export.needs as needs
+
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name.startswith("onnx") else object())
+    for action in (
+        lambda: export_onnx(model, tmp_path / "x"),
+        lambda: export_full_depth(model, tmp_path / "x.onnx"),
+        lambda: OnnxEarlyExitModel.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ModuleNotFoundError, match=r"badge-peft\[onnx\]"):
+            action()
+
+
+@pytest.mark.parametrize("case", ["roberta", "modernbert-cls"])
+def test_longest_input(case):
+    from badge_peft.export.onnx import max_length
+
+    wanted = {"roberta": 38, "modernbert-cls": None}[case]  # RoBERTa counts from behind the padding position
+    assert max_length(make_model(case)) == wanted
