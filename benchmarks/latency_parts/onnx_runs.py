@@ -49,7 +49,7 @@ class Sessions:
             self._once(path.parent, lambda: export_full_depth(self.forced.stock, path, int8=int8))
         session = plain_session(path, self.threads)
         taken = [entry.name for entry in session.get_inputs()]
-        return lambda **inputs: session.run(None, {name: inputs[name] for name in taken if name in inputs})
+        return lambda **inputs: session.run(None, {name: inputs[name] for name in taken})
 
     def early(self, int8: bool = False, compact: bool = True) -> Callable[..., Any]:
         """The file with early exits: numpy inputs [B, S] -> an output with `logits` [B, K] and `exit_layer` [B]."""
@@ -139,4 +139,6 @@ def int8_against_stock(forced: Forced, settings: Settings, sessions: Sessions) -
 
 
 def _numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.numpy().astype(np.int64) for name, value in batch.items()}
+    """What BERT's tokenizer gives, [B, S] int64."""
+    filled = {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+    return {name: value.numpy().astype(np.int64) for name, value in filled.items()}
