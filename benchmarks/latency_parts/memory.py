@@ -1,4 +1,4 @@
-"""Peak memory: a process of its own for each kind, which loads, runs three batches and says how far it got.
+"""Peak memory: a process of its own for each kind, which loads, runs two batches and says how far it got.
 
 Run as `python -m latency_parts.memory KIND SIZE ROWS LENGTH THREADS`; all kinds import the same libraries.
 """
@@ -85,7 +85,7 @@ def _measure(kind: str, size: str, rows: int, length: int, threads: int) -> dict
         rule = forced.NOBODY if kind == "nobody" else forced.RULE
         call = (lambda: model(**batch)) if kind == "all-exits" else lambda: model.early_exit_forward(**batch, **rule)
     with torch.inference_mode():
-        for _ in range(3):
+        for _ in range(2):
             call()
     return {"peak_mb": peak_mb(), "imports_mb": imports}
 

@@ -73,7 +73,7 @@ class Settings:
         ("onnx-int8", 20),
         ("onnx-batch", 10),
         ("int8-vs-stock", 20),
-        ("memory", 3),
+        ("memory", 2),
     )
     warmup: int = 2
     threads: int = 2

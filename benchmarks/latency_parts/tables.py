@@ -36,10 +36,15 @@ def times(rows: Sequence[Row]) -> Table:
 
 
 def megabytes(rows: Sequence[Row]) -> Table:
-    """Peak memory, in the place of times."""
+    """Peak memory, in the place of times; what the imported libraries take is in every line."""
     header, lines = _pivot(rows, lambda row: f"{row['peak_mb']:.0f} MB")
     base = {_column(row): f"{row['base_peak_mb']:.0f} MB" for row in rows}
-    return header, [[rows[0]["base"], *(base[column] for column in _columns(rows))], *lines]
+    imports = {_column(row): f"{row['imports_mb']:.0f} MB" for row in rows}
+    first = [
+        ["the imported libraries alone", *(imports[column] for column in _columns(rows))],
+        [rows[0]["base"], *(base[column] for column in _columns(rows))],
+    ]
+    return header, [*first, *lines]
 
 
 def verdicts(found: Sequence[Verdict]) -> Table:
