@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from badge_peft.commands.bench import bench
 from badge_peft.commands.calibrate import calibrate
 from badge_peft.commands.demo import demo
 from badge_peft.commands.evaluate import evaluate
@@ -21,5 +22,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "calibrate": calibrate,
     "predict": predict,
     "export": export,
+    "bench": bench,
     "demo": demo,
 }

@@ -26,11 +26,9 @@ def export(
         bool, typer.Option(help="Take rows that have answered out of the batch, or let them go along.")
     ] = True,
     policy: shared.OwnPolicy = None,
-    threshold: Annotated[float | None, typer.Option(help="The file's own threshold; a call may give another.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="The file's own patience; a call may give another.")
-    ] = None,
-    depth: Annotated[int | None, typer.Option(min=0, help="The block that answers, for fixed_depth.")] = None,
+    threshold: shared.OwnThreshold = None,
+    patience: shared.OwnPatience = None,
+    depth: shared.OwnDepth = None,
     text_column: shared.TextColumn = None,
     text_pair_column: shared.TextPairColumn = None,
     label_column: shared.LabelColumn = None,

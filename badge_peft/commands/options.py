@@ -87,6 +87,18 @@ Policy = Annotated[
 OwnPolicy = Annotated[
     str | None, typer.Option(help=f"Rule in place of the adapter's own: {_RULES}.", rich_help_panel="How to stop")
 ]
+OwnThreshold = Annotated[
+    float | None,
+    typer.Option(help="Of the rule, in place of the adapter's.", rich_help_panel="How to stop"),
+]
+OwnPatience = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many exits must agree, in place of the adapter's.", rich_help_panel="How to stop"),
+]
+OwnDepth = Annotated[
+    int | None,
+    typer.Option(min=0, help="The block that answers, for fixed_depth.", rich_help_panel="How to stop"),
+]
 
 
 def prepare_folder(path: Path | None) -> None:

@@ -12,7 +12,6 @@ import typer
 from badge_peft.commands import options as shared
 from badge_peft.commands.errors import told_plainly
 
-_STOP = "How to stop"
 _SOURCE = (
     "Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file; - is the standard input."
 )
@@ -31,16 +30,9 @@ def predict(
         int, typer.Option(min=1, help="Texts at once; 1 answers each line as soon as it is there.")
     ] = 32,
     policy: shared.OwnPolicy = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Of the rule, in place of the adapter's.", rich_help_panel=_STOP)
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many exits must agree, in place of the adapter's.", rich_help_panel=_STOP),
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option(min=0, help="The block that answers, for fixed_depth.", rich_help_panel=_STOP)
-    ] = None,
+    threshold: shared.OwnThreshold = None,
+    patience: shared.OwnPatience = None,
+    depth: shared.OwnDepth = None,
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:

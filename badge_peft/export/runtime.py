@@ -13,6 +13,7 @@ import numpy as np
 from badge_peft.answers import spoken
 from badge_peft.checks import is_number, whole
 from badge_peft.export.needs import need_onnxruntime
+from badge_peft.export.session import open_session
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"
@@ -67,21 +68,12 @@ class OnnxEarlyExitModel:
             FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
         """
         need_onnxruntime()
-        import onnxruntime
-
         folder = Path(directory)
         for name in (MODEL, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{directory} has no {name}: give a folder that export_onnx wrote.")
         whole("threads", threads, at_least=1)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of inputs that have defaults, which is what we want
-        options.inter_op_num_threads = 1
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(str(folder / MODEL), options, providers=list(providers))
+        session = open_session(folder / MODEL, threads, spinning, providers)
         return cls(folder, session, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
 
     def __call__(

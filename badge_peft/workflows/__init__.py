@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from badge_peft.workflows.adapter import Adapter, open_adapter, stored_logits, write_early_exit
+from badge_peft.workflows.bench import bench_adapter
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.inputs import read_texts
 from badge_peft.workflows.predict import exit_rule, predict
@@ -14,6 +15,7 @@ __all__ = [
     "Adapter",
     "TextRows",
     "TrainSettings",
+    "bench_adapter",
     "evaluate_adapter",
     "exit_rule",
     "open_adapter",

@@ -1,0 +1,3 @@
+"""The parts of `benchmarks/latency.py`: what early exits cost and save on the clock."""
+
+from __future__ import annotations

@@ -1,0 +1,134 @@
+"""Experiments in ONNX Runtime, on the CPU: one file with early exits against the plain export of the same model.
+
+Idle threads of one session spin by default, and would take cores from whatever takes its turn after it: every session
+here is told not to (`session.intra_op.allow_spinning` = 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latency_parts.forced import Forced, exits_of, spread
+from latency_parts.rows import Row, make_row
+from latency_parts.settings import Settings
+from latency_parts.torch_runs import DGE, MIXED, STOCK
+from latency_parts.turns import take_turns
+
+PLAIN = "plain ONNX export"
+PLAIN_INT8 = "plain int8 ONNX export"
+HALF_WAY = "ONNX Runtime int8, leaves half-way"
+UNCOMPACTED = "each row leaves on its own, no compaction"
+_PAUSE = 0.01  # seconds between two runtimes
+
+
+class Sessions:
+    """The exported files of one model and sessions on them; a file that is there is not exported again.
+
+    Args:
+        forced: The model.
+        folder: Where the files are.
+        threads: Of a session.
+    """
+
+    def __init__(self, forced: Forced, folder: Path, threads: int) -> None:
+        self.forced, self.folder, self.threads = forced, folder, threads
+
+    def plain(self, int8: bool = False) -> Callable[..., Any]:
+        """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]."""
+        from badge_peft.export import export_full_depth
+        from badge_peft.export.session import open_session
+
+        path = self.folder / ("plain-int8" if int8 else "plain") / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._once(path.parent, lambda: export_full_depth(self.forced.stock, path, int8=int8))
+        session = open_session(path, self.threads)
+        taken = [entry.name for entry in session.get_inputs()]
+        return lambda **inputs: session.run(None, {name: inputs[name] for name in taken})
+
+    def early(self, int8: bool = False, compact: bool = True) -> Callable[..., Any]:
+        """The file with early exits: numpy inputs [B, S] -> an output with `logits` [B, K] and `exit_layer` [B]."""
+        from badge_peft.export import OnnxEarlyExitModel, export_onnx
+
+        folder = self.folder / f"early{'-int8' if int8 else ''}{'' if compact else '-uncompacted'}"
+        if not (folder / "model.onnx").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._once(folder, lambda: export_onnx(self.forced.model, folder, int8=int8, compact=compact))
+        return OnnxEarlyExitModel.from_pretrained(folder, threads=self.threads, spinning=False)
+
+    def _once(self, folder: Path, export: Callable[[], Any]) -> None:
+        """Exports, and leaves no half-written model behind."""
+        try:
+            export()
+        except BaseException:
+            for file in folder.glob("model.onnx*"):
+                file.unlink()
+            raise
+
+
+def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = False) -> list[Row]:
+    """Batch 1: a row leaves at block k, from block 2 on (DGE cannot stop before)."""
+    rows, last = [], forced.size.blocks
+    plain, early = sessions.plain(int8), sessions.early(int8)
+    experiment = "onnx-int8" if int8 else "onnx"
+    for length in settings.lengths:
+        calls = {k: partial(early, **_numpy(forced.batch([k], length, seed=k))) for k in range(2, last + 1)}
+        left = {k: exits_of(call()) for k, call in calls.items()}
+        base = partial(plain, **_numpy(forced.batch([last], length)))
+        timings = take_turns(
+            base, {str(k): call for k, call in calls.items()}, settings.rounds_of(experiment), settings.warmup
+        )
+        for k in calls:
+            against = PLAIN_INT8 if int8 else PLAIN
+            rows.append(make_row(DGE, against, timings[str(k)], last, length, [k], left[k]))
+    return rows
+
+
+def batches(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]:
+    """Rows of a batch leave at blocks 2 to M: the rows that are left are gathered (`compact`), or not."""
+    rows, last = [], forced.size.blocks
+    plain = sessions.plain()
+    models = {MIXED: sessions.early(), UNCOMPACTED: sessions.early(compact=False)}
+    for count, length in settings.onnx_batches:
+        wanted = spread(count, last)
+        inputs = _numpy(forced.batch(wanted, length))
+        calls = {name: partial(model, **inputs) for name, model in models.items()}
+        left = {name: exits_of(call()) for name, call in calls.items()}
+        base = partial(plain, **inputs)
+        timings = take_turns(base, calls, settings.rounds_of("onnx-batch"), settings.warmup)
+        for name in calls:
+            rows.append(make_row(name, PLAIN, timings[name], last, length, wanted, left[name]))
+    return rows
+
+
+def int8_against_stock(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]:
+    """Batch 1: the int8 file leaving at block M/2, and stock PyTorch at full depth. `times_faster` is the quotient."""
+    rows, last = [], forced.size.blocks
+    early, half = sessions.early(int8=True), max(2, last // 2)
+    for length in settings.lengths:
+        batch = forced.batch([half], length)
+        call = partial(early, **_numpy(batch))
+        left = exits_of(call())
+        with torch.inference_mode():
+            timing = take_turns(
+                partial(forced.stock, **batch),
+                {HALF_WAY: call},
+                settings.rounds_of("int8-vs-stock"),
+                settings.warmup,
+                pause=_PAUSE,
+            )[HALF_WAY]
+        row = make_row(HALF_WAY, STOCK, timing, last, length, [half], left, whole=True)
+        rows.append({**row, "times_faster": 1 / row["ratio"]})
+    return rows
+
+
+def _numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What BERT's tokenizer gives, [B, S] int64."""
+    filled = {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+    return {name: value.numpy().astype(np.int64) for name, value in filled.items()}
