@@ -131,9 +131,14 @@ def sweep(
 def search(
     exit_logits: ExitLogits, policy: str | dict[str, Any] | EarlyExitConfig, count: int, metric: Metric
 ) -> list[TradeOffPoint]:
-    """Every setting of every variant of `policy` that a calibration considers, and the fixed depths."""
+    """Every setting of every variant of `policy` that a calibration considers, and the fixed depths between the
+    `min_exit` and `max_exit` that it asks for."""
     history = exit_logits.history()
-    variants = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *families(policy, exit_logits)]
+    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
+    fixed = EarlyExitConfig(
+        policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
+    )
+    variants = [fixed, *families(policy, exit_logits)]
     return [
         _point(exit_logits, config, stops, metric, policy_label(config))
         for family in variants
