@@ -24,7 +24,8 @@ def policy_label(config: EarlyExitConfig) -> str:
     if config.policy == "divergence":
         name += "" if config.divergence == "ce" else f"-{config.divergence}"
         name += "" if config.window == "all" else f"-{config.window}"
-    if config.policy in ("divergence", "confident_patience") and config.patience is not None:
+    distances = config.policy == "patience" and config.threshold is not None  # regression
+    if (config.policy in ("divergence", "confident_patience") or distances) and config.patience is not None:
         name += f" t={config.patience}"
     return name
 
@@ -51,7 +52,10 @@ def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLo
         cap = fitted.max_exit if config.max_exit is None else config.max_exit
         return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=cap)]
     steps = len(history.exits) - 1
-    if config.policy in ("divergence", "confident_patience") and config.patience is None:
+    with_patience = ["divergence", "confident_patience"]
+    if history.problem_type == "regression":  # elsewhere `settings` tries every patience
+        with_patience.append("patience")
+    if config.policy in with_patience and config.patience is None:
         return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]
     return [config]
 
