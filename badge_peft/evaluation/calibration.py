@@ -13,7 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.guarantee import is_certified, rows_needed
-from badge_peft.evaluation.metrics import Metric, predictions, score
+from badge_peft.evaluation.metrics import Metric, metric_name, predictions, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
 
 SETTINGS = 60  # per variant of a policy
@@ -76,7 +76,7 @@ def calibrate(
         )
     record = {
         "policy_asked_for": asked,
-        "metric": metric if isinstance(metric, str) else metric.__name__,
+        "metric": metric_name(metric),
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "rows": len(exit_logits),
         "score": best.score,
