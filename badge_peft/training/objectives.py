@@ -73,6 +73,10 @@ class Objective:
         kept = [(x, w) for x, w in zip(losses, weights, strict=True) if x is not None]
         return sum_losses([x for x, _ in kept], [w for _, w in kept])
 
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
+        return False
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """Loss of one exit: label, distillation, or both; None for exit M where there is no label to learn from."""
         last = len(step.exits) - 1
@@ -96,6 +100,10 @@ class Alternating(Objective):
         if step.number % 2 == 0:
             return step.loss(-1)
         return super().__call__(step)
+
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """At odd steps."""
+        return True
 
 
 @dataclass
@@ -135,6 +143,10 @@ class SingleExit(Objective):
             raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {step.exits}.")
         return step.loss(step.exits.index(self.depth))
 
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Where it is exit M."""
+        return self.depth == exits[-1]
+
 
 @dataclass
 class FinalExit(Objective):
@@ -143,6 +155,10 @@ class FinalExit(Objective):
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         return step.loss(-1)
+
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass

@@ -20,6 +20,7 @@ from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
 from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
+from badge_peft.training.preflight import check_evaluation, check_final_exit
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
 
@@ -78,7 +79,7 @@ class MultiExitTrainer(Trainer):
             objective if isinstance(objective, Objective) else make_objective(objective, depth, **options)
         )
         self._stages = (self.exit_objective, EarlierExits(**options))
-        self._has_first_stage = any(
+        self.trains_final_exit = any(
             p.requires_grad and not self._is_earlier_exit(name) for name, p in self._module.named_parameters()
         )
         self._part: Callable[[str], bool] | None = None  # which parameters the running stage trains
@@ -166,15 +167,20 @@ class MultiExitTrainer(Trainer):
         head and final exit are all frozen has the second alone.
 
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
+
+        Raises:
+            ValueError: steps without a gradient lie ahead, or evaluations without labels.
         """
+        check_evaluation(self)
         if not self.two_stage:
+            check_final_exit(self)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         home, best = str(self.args.output_dir), self.args.metric_for_best_model
         second = str(Path(home, "stage2"))
         self._trainable = None
         try:
             if not (resume_from_checkpoint and Path(second).is_dir() and get_last_checkpoint(second)):
-                if self._has_first_stage:
+                if self.trains_final_exit:
                     self._part = lambda name: not self._is_earlier_exit(name)
                     if self.args.load_best_model_at_end:
                         self.args.metric_for_best_model = "final"
