@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput, TrainOutput, get_last_checkpoint
 
 from badge_peft.early_exit.forward import get_badge_model
@@ -21,6 +21,7 @@ from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_evaluation, check_final_exit
+from badge_peft.training.stopping import EarlyStopping
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
 
@@ -92,7 +93,7 @@ class MultiExitTrainer(Trainer):
             self.args.metric_for_best_model = f"exit_{depth}" if objective == "single_exit" else "s_avg"
             self.args.greater_is_better = True
         if early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(early_stopping_patience))
+            self.add_callback(EarlyStopping(early_stopping_patience))
 
     @property
     def badge(self) -> BadgeModel:

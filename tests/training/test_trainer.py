@@ -193,6 +193,21 @@ def test_early_stopping(patience, steps, tmp_path):
     assert trainer.state.best_global_step == 2
 
 
+def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path):
+    """Step 2 is the best; with a patience of 2 the end comes at step 4, also where step 3 was in another process."""
+    options = {"max_steps": 6, "early_stopping_patience": 2, **EACH_STEP}
+    later = [[0.1] * 3, [0.1] * 3]
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, make(), metric=scripted([*SCORES, *later]), callbacks=[Stop(4)], **options).train()
+    trainer = make_trainer(tmp_path, make(), metric=scripted([*SCORES[3:], *later]), **options)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+    patient = make_trainer(
+        tmp_path, make(), metric=scripted([*SCORES[3:], *later]), **{**options, "early_stopping_patience": 3}
+    )
+    patient.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert patient.state.global_step == 5  # the patience is that of the new call
+
+
 @pytest.mark.parametrize("objective", ["joint", "two_stage"])
 @pytest.mark.parametrize(
     "options", [{}, {"metric_for_best_model": "s_best"}, {"load_best_model_at_end": False}], ids=str
