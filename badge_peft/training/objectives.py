@@ -77,6 +77,10 @@ class Objective:
         """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
         return False
 
+    def judges(self, number: int) -> bool:
+        """Whether learning to exit (LTE) is taught at exit `number`: where this objective trains the exit."""
+        return True
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """Loss of one exit: label, distillation, or both; None for exit M where there is no label to learn from."""
         last = len(step.exits) - 1
@@ -146,6 +150,10 @@ class SingleExit(Objective):
     def final_exit_alone(self, exits: list[int]) -> bool:
         """Where it is exit M."""
         return self.depth == exits[-1]
+
+    def judges(self, number: int) -> bool:
+        """At this exit alone: the loss of LTE reaches the bypass of every exit that it judges."""
+        return number == self.depth
 
 
 @dataclass

@@ -141,7 +141,9 @@ class MultiExitTrainer(Trainer):
         loss = self.exit_objective(step)
         doubt = runs[0].learn_to_exit
         if doubt is not None and labels is not None and any(p.requires_grad for p in doubt.parameters()):
-            loss = loss + doubt_loss(runs[0].doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
+            doubts = {m: u for m, u in runs[0].doubts.items() if self.exit_objective.judges(m)}
+            if doubts:
+                loss = loss + doubt_loss(doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
