@@ -29,6 +29,9 @@ class BadgeConfig(PeftConfig):
     Source: "BADGE: Speeding Up BERT Inference after Deployment via Block-wise Bypasses and Divergence-Based Early
     Exiting", ACL 2023 industry track. `task_type` is `SEQ_CLS`, also when it is not given.
 
+    A model gets a copy, in which the fields that depend on it are filled in: `model.peft_config[name]`. One config may
+    be put on any number of models.
+
     Raises:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
 

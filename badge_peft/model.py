@@ -19,7 +19,7 @@ from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.prepare import pooling_kind, prepare_config
+from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
 from badge_peft.run import ExitRun
 
@@ -160,10 +160,11 @@ class BadgeModel(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: BadgeConfig, model_config: dict[str, Any]
     ) -> BadgeConfig:
-        prepare_config(self.model, peft_config, self._name_of(peft_config))
-        self.layout = get_layout(self.model, peft_config.block_layout)
+        name = self._name_of(peft_config)
+        own = self.peft_config[name] = prepared_copy(self.model, peft_config, name)
+        self.layout = get_layout(self.model, own.block_layout)
         self.block_names = block_names(self.model, self.layout)
-        return peft_config
+        return own
 
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.backbone == "lora":
