@@ -25,7 +25,7 @@ from badge_peft.evaluation import (
     sweep,
 )
 from badge_peft.heads import MultiExitHead
-from badge_peft.hub import load_pretrained
+from badge_peft.hub import load_pretrained, push_to_hub
 from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
@@ -65,5 +65,6 @@ __all__ = [
     "multi_exit_arguments",
     "parameter_groups",
     "plot_tradeoff",
+    "push_to_hub",
     "sweep",
 ]

@@ -13,7 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.guarantee import is_certified, rows_needed
-from badge_peft.evaluation.metrics import Metric, metric_name, predictions, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, predictions, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
 
 SETTINGS = 60  # per variant of a policy
@@ -74,6 +74,7 @@ def calibrate(
             "that is what is returned. Try policy='auto'.",
             stacklevel=2,
         )
+    scores = exit_scores(scored, metric)
     record = {
         "policy_asked_for": asked,
         "metric": metric_name(metric),
@@ -81,6 +82,7 @@ def calibrate(
         "rows": len(exit_logits),
         "score": best.score,
         "full_depth_score": _full(scored, metric),
+        "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
         "mean_exit": best.mean_exit,
         "layer_speedup": best.layer_speedup,
         **extra,

@@ -177,6 +177,9 @@ def test_what_is_recorded(problem_type, num_labels):
     assert (record["policy_asked_for"], record["metric"], record["rows"]) == ("divergence", metric, 100)
     assert record["score"] == pytest.approx(point.score)
     assert record["full_depth_score"] == pytest.approx(exit_scores(stored, metric).per_exit[-1])
+    assert record["exit_scores"] == dict(
+        zip(map(str, range(1, 13)), exit_scores(stored, metric).per_exit, strict=True)
+    )
     assert record["mean_exit"] == pytest.approx(point.mean_exit)
     assert record["layer_speedup"] == pytest.approx(1 - point.mean_exit / 12)
     again = EarlyExitConfig.of(json.loads(json.dumps(config.to_dict())))
