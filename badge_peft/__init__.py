@@ -25,10 +25,11 @@ from badge_peft.evaluation import (
     sweep,
 )
 from badge_peft.heads import MultiExitHead
-from badge_peft.hub import load_pretrained
+from badge_peft.hub import load_pretrained, push_to_hub
 from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
+from badge_peft.pipelines import pipeline
 from badge_peft.prepare import package_version
 from badge_peft.registry import register
 from badge_peft.training import MultiExitTrainer, make_optimizer, multi_exit_arguments, parameter_groups
@@ -64,6 +65,8 @@ __all__ = [
     "measure_latency",
     "multi_exit_arguments",
     "parameter_groups",
+    "pipeline",
     "plot_tradeoff",
+    "push_to_hub",
     "sweep",
 ]

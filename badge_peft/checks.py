@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """A numpy scalar as the Python value that JSON knows; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite int or float, and no bool."""

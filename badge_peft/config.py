@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from badge_peft.architectures import BlockLayout
 from badge_peft.checks import is_number, one_of, whole
@@ -28,6 +30,9 @@ class BadgeConfig(PeftConfig):
 
     Source: "BADGE: Speeding Up BERT Inference after Deployment via Block-wise Bypasses and Divergence-Based Early
     Exiting", ACL 2023 industry track. `task_type` is `SEQ_CLS`, also when it is not given.
+
+    A model gets a copy, in which the fields that depend on it are filled in: `model.peft_config[name]`. One config may
+    be put on any number of models.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
@@ -164,6 +169,15 @@ class BadgeConfig(PeftConfig):
         if isinstance(self.block_layout, BlockLayout):
             data["block_layout"] = self.block_layout.to_dict()
         return data
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`; beside an adapter's weights, where PEFT's own `save_pretrained` calls this
+        last, the model card, too."""
+        super().save_pretrained(save_directory, **kwargs)
+        if any(Path(save_directory, name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            from badge_peft.card import write_card
+
+            write_card(save_directory)
 
     @property
     def resolved_labels(self) -> int:

@@ -1,13 +1,21 @@
-"""`load_pretrained`: base model and adapter in one call, from a folder or the Hub."""
+"""From a folder or the Hub in one call, base model and adapter, and to the Hub with a card."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from badge_peft.card import CARD, CONFIG, hub_id, write_card
 from badge_peft.config import BadgeConfig, is_badge
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
+_NOT_PUSHED = ["checkpoint-*/**", ".*"]
 
 
 def load_pretrained(
@@ -61,3 +69,96 @@ def load_pretrained(
         base_model, path_or_repo, adapter_name=adapter_name, is_trainable=is_trainable, revision=revision, **hub
     )
     return model if is_trainable else model.eval()
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a local folder holds a tokenizer; a repository may."""
+    folder = Path(path)
+    return not folder.is_dir() or any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir())
+
+
+def push_to_hub(
+    adapter: Any,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload BADGE adapter",
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Uploads an adapter with its card. (`model.push_to_hub` works, too, but transformers puts a card of its own over
+    the one that is saved.)
+
+    Args:
+        adapter: A PEFT model, or the folder of a saved adapter, which goes up with all that lies in it.
+        repo_id: The repository; it is made where there is none.
+        tokenizer: Goes up with a model, so that one name loads both.
+        adapter_name: Which adapter of the model; None is the active one.
+        private: Of a new repository; None is the account's default.
+        token: As everywhere in huggingface_hub.
+        revision: The branch.
+        commit_message: Of the commit.
+        create_pr: Propose the commit, and do not make it.
+
+    Raises:
+        ValueError: `adapter` is no BADGE adapter; nothing has been uploaded then.
+    """
+    with TemporaryDirectory() as temporary:
+        if isinstance(adapter, (str, Path)):
+            folder = Path(adapter)
+            if not (folder / CONFIG).exists():
+                raise ValueError(f"{folder} holds no adapter: it has no {CONFIG}.")
+        else:
+            folder = _save(adapter, Path(temporary), adapter_name, tokenizer)
+        config = PeftConfig.from_pretrained(str(folder))
+        if not is_badge(config):
+            raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a BADGE one: push it with PEFT.")
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not isinstance(adapter, (str, Path)):
+            _take_remote_card(folder, repo, revision, token)
+        write_card(folder, repo, _remote_license(api, config))
+        return api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=_NOT_PUSHED,
+        )
+
+
+def _save(model: PeftModel, folder: Path, adapter_name: str | None, tokenizer: Any) -> Path:
+    """Where the files of one adapter lie, once they are saved."""
+    name = adapter_name or str(getattr(model, "active_adapter", ""))
+    if name not in getattr(model, "peft_config", {}):
+        raise ValueError(f"{type(model).__name__} has no adapter {name!r}: give a PEFT model, or an adapter's folder.")
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    folder = folder if name == "default" else folder / name
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def _take_remote_card(folder: Path, repo: str, revision: str | None, token: Any) -> None:
+    """Puts the repository's card into `folder`, so that what somebody wrote there is kept."""
+    try:
+        hf_hub_download(repo, CARD, revision=revision, token=token, local_dir=folder, force_download=True)
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+        return
+
+
+def _remote_license(api: HfApi, config: PeftConfig) -> str | None:
+    """What the base model's card on the Hub states; None where it cannot be asked."""
+    base = hub_id(config.base_model_name_or_path)
+    if base is None:
+        return None
+    try:
+        card = api.model_info(base, revision=config.revision).card_data
+    except (HfHubHTTPError, OSError):
+        return None
+    found = card.get("license") if card is not None else None
+    return found if isinstance(found, str) else None

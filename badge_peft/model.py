@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.prepare import pooling_kind, prepare_config
+from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
 from badge_peft.run import ExitRun
+from badge_peft.saved_modules import rename, take_over
 
 
 class BadgeModel(BaseTuner):
@@ -148,6 +149,7 @@ class BadgeModel(BaseTuner):
         self.layout: BlockLayout | None = None
         self.block_names: list[str] = []  # in the order of a pass, a shared block once for each time it runs
         self.wrapped: list[BadgeBlock] = []  # each block once; a plain list, as the model owns them
+        self.unfilled: set[str] = set()  # adapters that were made for a file, until their weights are in
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
@@ -160,16 +162,23 @@ class BadgeModel(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: BadgeConfig, model_config: dict[str, Any]
     ) -> BadgeConfig:
-        prepare_config(self.model, peft_config, self._name_of(peft_config))
-        self.layout = get_layout(self.model, peft_config.block_layout)
+        name = self._name_of(peft_config)
+        from_file = peft_config.base_fingerprint is not None
+        own = self.peft_config[name] = prepared_copy(self.model, peft_config, name)
+        (self.unfilled.add if from_file else self.unfilled.discard)(name)
+        self.layout = get_layout(self.model, own.block_layout)
         self.block_names = block_names(self.model, self.layout)
-        return peft_config
+        return own
 
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.backbone == "lora":
             assert self.layout is not None
             wanted = lora.lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        take_over(self.model)  # PEFT calls this once an adapter is in place, and before it reads a file
 
     def _name_of(self, config: BadgeConfig) -> str:
         return next(name for name, known in self.peft_config.items() if known is config)
@@ -288,6 +297,16 @@ class BadgeModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        state_dict = rename(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        saved.check_complete(model, config, adapter_name, mapped)
+        tuner = getattr(model, "base_model", None)
+        unfilled = tuner.unfilled if isinstance(tuner, cls) else set()
+        try:
+            saved.check_complete(model, config, adapter_name, mapped)
+        except ValueError:
+            outer = cast(PeftModel, model)
+            if adapter_name in unfilled and adapter_name not in outer.active_adapters:
+                outer.delete_adapter(adapter_name)  # load_adapter has just made it
+            raise
+        unfilled.discard(adapter_name)
         return mapped

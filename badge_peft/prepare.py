@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
@@ -43,6 +44,8 @@ _OUR_NAMES = (
     "badge_bypass",
     "badge_exit",
 )
+# Where a config remembers the modules_to_save that it was given.
+_ASKED = "_asked_modules"
 _PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
 
 
@@ -92,6 +95,26 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     config.num_labels, config.problem_type = num_labels, problem_type
     config.badge_version = config.badge_version or package_version()
     config.modules_to_save = [*extra, *head] or [_NO_HEAD]
+
+
+def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
+    """A copy of `config`, filled in for `model`. `config` itself stays free for another model.
+
+    PEFT reads one field of the caller's object once more, `modules_to_save`, to which it has added names before: that
+    is set to what was resolved, and what was asked for is remembered beside it.
+
+    Raises:
+        ValueError: as `prepare_config`; `config` is unchanged then.
+    """
+    own = copy.deepcopy(config)
+    resolved, asked = own.__dict__.pop(_ASKED, (None, None))
+    if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:
+        own.modules_to_save = asked
+    asked = list(own.modules_to_save or [])
+    prepare_config(model, own, adapter_name)
+    config.modules_to_save = list(own.modules_to_save or [])
+    config.__dict__[_ASKED] = (list(config.modules_to_save), asked)
+    return own
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:

@@ -10,6 +10,7 @@ from badge_peft.architectures import backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
 from badge_peft.lora import MARK, is_adapter_key
 from badge_peft.registry import PREFIX
+from badge_peft.saved_modules import file_names
 
 _OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
 _OUTPUT_KEYS = ["exit_logits", "exit_doubts"]
@@ -40,8 +41,8 @@ def check_complete(model: nn.Module, config: BadgeConfig, adapter_name: str, wei
         ValueError: a tensor is missing, or has another shape.
     """
     here = model.state_dict()
-    expected = adapter_state_dict(config, adapter_name, here)
-    missing = sorted(set(expected) - set(weights))
+    expected = {*adapter_state_dict(config, adapter_name, here), *file_names(model, adapter_name).values()}
+    missing = sorted(expected - set(weights))
     if missing:
         raise ValueError(
             f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}: it is damaged, or "

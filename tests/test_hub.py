@@ -1,17 +1,22 @@
-"""`load_pretrained`: base and adapter in one call, from a local folder."""
+"""`load_pretrained`: base and adapter in one call, from a local folder; `push_to_hub`: an adapter with its card."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft import BadgeConfig, load_pretrained
+from badge_peft import BadgeConfig, load_pretrained, push_to_hub
 from tests.models import make_batch, make_model
+from tests.texts import make_tokenizer
 
 RULE = {"policy": "divergence", "threshold": 0.7, "patience": 2}
 
@@ -112,3 +117,122 @@ def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
 def test_another_base_is_refused(saved: tuple[str, PeftModel]) -> None:
     with pytest.raises(ValueError, match="another backbone"):
         load_pretrained(saved[0], base_model=make_model(seed=1))
+
+
+# ---- to the Hub, which is a mock
+
+
+class Hub:
+    """What `push_to_hub` asks of the Hub; the uploaded files, by name, are kept in `pushed`."""
+
+    def __init__(self, license: str | None = None, readme: str | None = None) -> None:
+        self.license, self.readme = license, readme
+        self.pushed: dict[str, bytes] = {}
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, token: Any = None) -> Hub:
+        self.calls.append(("token", {"token": token}))
+        return self
+
+    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+        self.calls.append(("create_repo", kwargs))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def model_info(self, repo_id: str, **kwargs: Any) -> Any:
+        self.calls.append(("model_info", {"repo_id": repo_id, **kwargs}))
+        if self.license is None:
+            raise OSError("no network")
+        return SimpleNamespace(card_data=ModelCardData(license=self.license))
+
+    def upload_folder(self, folder_path: str | Path, **kwargs: Any) -> str:
+        self.calls.append(("upload_folder", kwargs))
+        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        self.pushed = {str(path.relative_to(folder_path)): path.read_bytes() for path in files}
+        return "commit"
+
+    def download(self, repo_id: str, name: str, local_dir: str, **kwargs: Any) -> str:
+        if self.readme is None:
+            raise LocalEntryNotFoundError("nothing there")
+        Path(local_dir, name).write_text(self.readme)
+        return str(Path(local_dir, name))
+
+    def card(self) -> ModelCard:
+        return ModelCard(self.pushed["README.md"].decode())
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub(license="apache-2.0")
+    monkeypatch.setattr("badge_peft.hub.HfApi", fake)
+    monkeypatch.setattr("badge_peft.hub.hf_hub_download", fake.download)
+    return fake
+
+
+def test_a_model_goes_up_with_its_card(saved: tuple[str, PeftModel], hub: Hub) -> None:
+    model = saved[1]
+    model.peft_config["default"].base_model_name_or_path = "google-bert/bert-base-uncased"
+    pushed: Any = push_to_hub(model, "exits", tokenizer=make_tokenizer(), private=True, token="secret", revision="dev")
+    assert pushed == "commit"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= hub.pushed.keys()
+    data = hub.card().data
+    assert data.license == "apache-2.0" and data.base_model == "google-bert/bert-base-uncased"
+    assert 'load_pretrained("me/exits")' in hub.card().text
+    calls = dict(hub.calls)
+    assert calls["token"] == {"token": "secret"} and calls["create_repo"] == {"private": True, "exist_ok": True}
+    assert calls["upload_folder"]["repo_id"] == "me/exits" and calls["upload_folder"]["revision"] == "dev"
+
+
+def test_what_somebody_wrote_on_the_hub_stays(saved: tuple[str, PeftModel], hub: Hub) -> None:
+    hub.license, hub.readme = None, "---\nlicense: mit\n---\n# Ours\n"
+    push_to_hub(saved[1], "exits")
+    assert "# Ours" in hub.card().text and hub.card().data.license == "mit"
+    assert "badge" in (hub.card().data.tags or [])
+
+
+def test_one_adapter_of_several(saved: tuple[str, PeftModel], hub: Hub) -> None:
+    model = saved[1]
+    model.add_adapter("other", BadgeConfig(r=2))
+    push_to_hub(model, "exits", adapter_name="other")
+    assert hub.pushed.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads(hub.pushed["adapter_config.json"])["r"] == 2 and "r = 2" in hub.card().text
+    model.set_adapter("other")
+    push_to_hub(model, "exits")
+    assert json.loads(hub.pushed["adapter_config.json"])["r"] == 2
+
+
+def test_a_folder_goes_up_whole(saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path) -> None:
+    folder = Path(saved[0])
+    (folder / "report.json").write_text("{}")
+    hub.readme = "# not asked for"
+    push_to_hub(folder, "exits")
+    assert {"README.md", "report.json", "adapter_model.safetensors"} <= hub.pushed.keys()
+    assert 'load_pretrained("me/exits")' in hub.card().text and "license" not in hub.card().data.to_dict()
+
+
+def test_what_is_no_adapter_is_not_pushed(saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no adapter: it has no adapter_config.json"):
+        push_to_hub(tmp_path, "exits")
+    with pytest.raises(ValueError, match="has no adapter 'nobody'"):
+        push_to_hub(saved[1], "exits", adapter_name="nobody")
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no adapter"):
+        push_to_hub(make_model(), "exits")
+    lora = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError, match="holds a .*LORA adapter"):
+        push_to_hub(lora, "exits")
+    assert not hub.calls
+
+
+def test_a_revision_reaches_the_adapters_files(saved: tuple[str, PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository whose files have been downloaded before, as far as PEFT can see."""
+    seen = []
+
+    def download(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> str:
+        seen.append((repo_id, revision))
+        return str(Path(saved[0], filename))
+
+    monkeypatch.setattr("peft.config.hf_hub_download", download)
+    monkeypatch.setattr("peft.utils.save_and_load.hf_hub_download", download)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda *args, **kwargs: True)
+    model = load_pretrained("me/exits", revision="v1", base_model=make_model())
+    assert torch.equal(exits(model), exits(saved[1]))
+    assert set(seen) == {("me/exits", "v1")}

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import badge_peft
 from badge_peft import ARCHITECTURES, BadgeConfig
@@ -177,8 +179,49 @@ def test_pooling_of_the_model_that_exits_do_not_know():
     assert exits_of(model, make_batch()).shape == (4, 3, 3)
 
 
-def test_one_config_may_be_put_on_equal_models():
+@pytest.mark.parametrize("train_head", [True, False])
+def test_one_config_may_be_put_on_many_models(train_head, tmp_path):
+    """Each has a copy with what was found out about it; heads have other names, and so have blocks."""
+    config = BadgeConfig(r=4, train_head=train_head, modules_to_save=["embeddings"])
+    heads = {"distilbert": ["pre_classifier", "classifier"], "bert": ["classifier"], "roberta": ["classifier"]}
+    bases = {
+        **{case: partial(make_model, case) for case in heads},
+        "other weights": partial(make_model, seed=1),
+        "larger": partial(make_model, num_labels=5, hidden_size=64, num_hidden_layers=2),
+    }
+    models = {}
+    for name, base in bases.items():
+        models[name] = get_peft_model(base(), config).eval()
+        saved = ["embeddings", *(heads.get(name, ["classifier"]) if train_head else [])]
+        assert models[name].peft_config["default"].modules_to_save == saved
+        trained = {n.split(".modules_to_save.")[0] for n, p in models[name].named_parameters() if p.requires_grad}
+        assert {n.split(".")[-1] for n in trained if "classifier" in n} == set(saved[1:])
+    assert config.base_fingerprint is None and config.num_labels is None and config.hidden_size is None
+    assert models["larger"].peft_config["default"].num_labels == 5
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        back = PeftModel.from_pretrained(bases[name](), tmp_path / name)
+        assert torch.equal(exits_of(back.eval(), make_batch()), exits_of(model, make_batch()))
+        assert copy.deepcopy(model).peft_config["default"] == model.peft_config["default"]
+
+
+def test_one_config_may_be_two_adapters_of_a_model():
     config = BadgeConfig(r=4)
-    for _ in range(2):
-        model = get_peft_model(make_model(), config)
-        assert model.peft_config["default"] is config and config.modules_to_save == ["classifier"]
+    model = get_peft_model(make_model(), config, adapter_name="one")
+    model.add_adapter("two", config)
+    one, two = model.peft_config["one"], model.peft_config["two"]
+    assert one is not two and one.modules_to_save == two.modules_to_save == ["classifier"]
+    two.early_exit = {"threshold": 0.5}
+    assert one.early_exit is None and config.early_exit is None
+    config.modules_to_save = ["embeddings"]  # another wish is another config
+    model = get_peft_model(make_model(), config)
+    assert model.peft_config["default"].modules_to_save == ["embeddings", "classifier"]
+
+
+def test_a_config_that_does_not_fit_is_as_before():
+    config = BadgeConfig(r=4, exit_layers=[9], modules_to_save=["embeddings"])
+    with pytest.raises(ValueError, match="names block 9"):
+        get_peft_model(make_model(), config)
+    assert config.num_blocks is None and config.base_fingerprint is None
+    model = get_peft_model(make_model(num_hidden_layers=9), config)
+    assert model.peft_config["default"].modules_to_save == ["embeddings", "classifier"]

@@ -32,8 +32,9 @@ def calibrate(
 ) -> None:
     """Choose how an adapter stops, and write the choice into its adapter_config.json.
 
-    Nothing else in the folder changes, and nothing is trained: an adapter can be
-    calibrated again, in seconds, whenever another speed is wanted.
+    Nothing else in the folder changes but the numbers of its card, and nothing is
+    trained: an adapter can be calibrated again, in seconds, whenever another speed
+    is wanted.
     """
     with told_plainly():
         from badge_peft.workflows.choose import choose_rule

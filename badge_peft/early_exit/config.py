@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from badge_peft.checks import is_number, one_of, whole
+from badge_peft.checks import is_number, one_of, plain, whole
 
 POLICY_NAMES = (
     "divergence",
@@ -28,6 +28,7 @@ class EarlyExitConfig:
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
     labels when the policy is built ([`badge_peft.early_exit.policies.ExitPolicy`]); it never means "do not stop".
+    Numpy scalars are taken, too, and stored as plain numbers.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
@@ -66,6 +67,10 @@ class EarlyExitConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
+            setattr(self, name, plain(getattr(self, name)))
+        if isinstance(self.temperature, (list, tuple)):
+            self.temperature = [plain(t) for t in self.temperature]
         one_of("policy", self.policy, POLICY_NAMES)
         one_of("divergence", self.divergence, DIVERGENCES)
         one_of("window", self.window, WINDOWS)

@@ -13,7 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.guarantee import is_certified, rows_needed
-from badge_peft.evaluation.metrics import Metric, predictions, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, predictions, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
 
 SETTINGS = 60  # per variant of a policy
@@ -30,8 +30,8 @@ def calibrate(
 ) -> EarlyExitConfig:
     """Chooses threshold and patience on stored exit logits.
 
-    The fixed depths are always among the candidates, so that what is returned is never worse, on this data, than a
-    fixed depth of the same cost; where one of them wins, it is returned and a warning says so.
+    The fixed depths between `min_exit` and `max_exit` are always among the candidates, so that what is returned is
+    never worse, on this data, than one of the same cost; where one of them wins, it is returned and a warning says so.
 
     Args:
         exit_logits: Of data that the model was not trained on. Without labels the score is the agreement with full
@@ -74,13 +74,15 @@ def calibrate(
             "that is what is returned. Try policy='auto'.",
             stacklevel=2,
         )
+    scores = exit_scores(scored, metric)
     record = {
         "policy_asked_for": asked,
-        "metric": metric if isinstance(metric, str) else metric.__name__,
+        "metric": metric_name(metric),
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "rows": len(exit_logits),
         "score": best.score,
         "full_depth_score": _full(scored, metric),
+        "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
         "mean_exit": best.mean_exit,
         "layer_speedup": best.layer_speedup,
         **extra,
@@ -93,6 +95,12 @@ def _best(
 ) -> TradeOffPoint:
     if max_score_drop is not None:
         good = [p for p in points if p.score >= full - max_score_drop - 1e-12]
+        if not good:  # full depth itself is out of reach
+            best = max(p.score for p in points)
+            raise ValueError(
+                f"max_score_drop={max_score_drop} cannot be reached below max_exit: full depth scores {full:.4f} and "
+                f"{best:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
+            )
         return max(good, key=lambda p: (p.layer_speedup, p.score))
     assert target_speedup is not None
     good = [p for p in points if p.layer_speedup >= target_speedup - 1e-12]

@@ -24,7 +24,8 @@ def policy_label(config: EarlyExitConfig) -> str:
     if config.policy == "divergence":
         name += "" if config.divergence == "ce" else f"-{config.divergence}"
         name += "" if config.window == "all" else f"-{config.window}"
-    if config.policy in ("divergence", "confident_patience") and config.patience is not None:
+    distances = config.policy == "patience" and config.threshold is not None  # regression
+    if (config.policy in ("divergence", "confident_patience") or distances) and config.patience is not None:
         name += f" t={config.patience}"
     return name
 
@@ -51,7 +52,10 @@ def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLo
         cap = fitted.max_exit if config.max_exit is None else config.max_exit
         return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=cap)]
     steps = len(history.exits) - 1
-    if config.policy in ("divergence", "confident_patience") and config.patience is None:
+    with_patience = ["divergence", "confident_patience"]
+    if history.problem_type == "regression":  # elsewhere `settings` tries every patience
+        with_patience.append("patience")
+    if config.policy in with_patience and config.patience is None:
         return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]
     return [config]
 
@@ -62,7 +66,8 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
     Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give.
     """
     if family.policy == "fixed_depth":
-        return [_replayed(EarlyExitConfig.of(family, depth=m), history) for m in reversed(history.exits)]
+        depths = reversed(within(family, history.exits))
+        return [_replayed(EarlyExitConfig.of(family, depth=m), history) for m in depths]
     policy = build_policy(family)
     policy.check(history.exits, history.num_labels, history.problem_type)
     labels = family.policy == "patience" and history.problem_type != "regression"
@@ -78,6 +83,18 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
         config.threshold = tau / cast(ThresholdPolicy, build_policy(config)).unit(history)
         found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), doubts, history)))
     return found
+
+
+def within(config: EarlyExitConfig, exits: list[int]) -> list[int]:
+    """The exits at which `min_exit` and `max_exit` let a row stop; where none lies between the two, the deepest up to
+    `max_exit`, which is the one that answers then.
+
+    Raises:
+        ValueError: a bound lies outside of the model.
+    """
+    build_policy(EarlyExitConfig.of(config, policy="never")).check(exits, 1, "")
+    reached = [m for m in exits if config.max_exit is None or m <= config.max_exit]
+    return [m for m in reached if config.min_exit is None or m >= config.min_exit] or reached[-1:]
 
 
 def _every_policy(history: ExitHistory) -> Iterable[str | dict[str, Any]]:

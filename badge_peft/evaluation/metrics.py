@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -90,7 +91,17 @@ def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitSco
         ValueError: no labels, an unknown metric, or one that does not suit the problem type.
     """
     per_exit = [score(exit_logits, exit_logits.logits[:, j], metric) for j in range(len(exit_logits.exits))]
-    return ExitScores(per_exit, list(exit_logits.exits), metric if isinstance(metric, str) else metric.__name__)
+    return ExitScores(per_exit, list(exit_logits.exits), metric_name(metric))
+
+
+def metric_name(metric: Metric) -> str:
+    """What a record calls a metric: a function's name, for a `functools.partial` that of the function inside, for any
+    other callable that of its class."""
+    if isinstance(metric, str):
+        return metric
+    while isinstance(metric, partial):
+        metric = metric.func
+    return getattr(metric, "__name__", type(metric).__name__)
 
 
 def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy") -> float:
@@ -110,7 +121,7 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
     labels = exit_logits.labels.numpy()
     if regression:
         labels = labels.reshape(len(labels))
-    return metric(predictions(answers, exit_logits.problem_type), labels)
+    return float(metric(predictions(answers, exit_logits.problem_type), labels))  # a plain number, for JSON
 
 
 def predictions(logits: Tensor, problem_type: str | None) -> Array:

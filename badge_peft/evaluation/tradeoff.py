@@ -15,7 +15,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.candidates import families, policy_label, settings
 from badge_peft.evaluation.exits import ExitLogits
-from badge_peft.evaluation.metrics import Metric, score
+from badge_peft.evaluation.metrics import Metric, metric_name, score
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def sweep(
     if policies is None:
         regression = exit_logits.problem_type == "regression"
         policies = ["divergence", "patience"] if regression else ["divergence", "patience", "entropy", "max_prob"]
-    result = TradeOff([], metric if isinstance(metric, str) else metric.__name__, exit_logits.depth)
+    result = TradeOff([], metric_name(metric), exit_logits.depth)
     templates = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)]
     templates += [_template(p, exit_logits) for p in policies if p != "fixed_depth"]
     for template in templates:
@@ -131,9 +131,14 @@ def sweep(
 def search(
     exit_logits: ExitLogits, policy: str | dict[str, Any] | EarlyExitConfig, count: int, metric: Metric
 ) -> list[TradeOffPoint]:
-    """Every setting of every variant of `policy` that a calibration considers, and the fixed depths."""
+    """Every setting of every variant of `policy` that a calibration considers, and the fixed depths between the
+    `min_exit` and `max_exit` that it asks for."""
     history = exit_logits.history()
-    variants = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth), *families(policy, exit_logits)]
+    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
+    fixed = EarlyExitConfig(
+        policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
+    )
+    variants = [fixed, *families(policy, exit_logits)]
     return [
         _point(exit_logits, config, stops, metric, policy_label(config))
         for family in variants

@@ -73,6 +73,14 @@ class Objective:
         kept = [(x, w) for x, w in zip(losses, weights, strict=True) if x is not None]
         return sum_losses([x for x, _ in kept], [w for _, w in kept])
 
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
+        return False
+
+    def judges(self, number: int) -> bool:
+        """Whether learning to exit (LTE) is taught at exit `number`: where this objective trains the exit."""
+        return True
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """Loss of one exit: label, distillation, or both; None for exit M where there is no label to learn from."""
         last = len(step.exits) - 1
@@ -96,6 +104,10 @@ class Alternating(Objective):
         if step.number % 2 == 0:
             return step.loss(-1)
         return super().__call__(step)
+
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """At odd steps."""
+        return True
 
 
 @dataclass
@@ -135,6 +147,14 @@ class SingleExit(Objective):
             raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {step.exits}.")
         return step.loss(step.exits.index(self.depth))
 
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Where it is exit M."""
+        return self.depth == exits[-1]
+
+    def judges(self, number: int) -> bool:
+        """At this exit alone: the loss of LTE reaches the bypass of every exit that it judges."""
+        return number == self.depth
+
 
 @dataclass
 class FinalExit(Objective):
@@ -143,6 +163,10 @@ class FinalExit(Objective):
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         return step.loss(-1)
+
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass

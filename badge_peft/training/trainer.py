@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput, TrainOutput, get_last_checkpoint
 
 from badge_peft.early_exit.forward import get_badge_model
@@ -20,6 +20,8 @@ from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
 from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
+from badge_peft.training.preflight import check_evaluation, check_final_exit
+from badge_peft.training.stopping import EarlyStopping
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
 
@@ -78,7 +80,7 @@ class MultiExitTrainer(Trainer):
             objective if isinstance(objective, Objective) else make_objective(objective, depth, **options)
         )
         self._stages = (self.exit_objective, EarlierExits(**options))
-        self._has_first_stage = any(
+        self.trains_final_exit = any(
             p.requires_grad and not self._is_earlier_exit(name) for name, p in self._module.named_parameters()
         )
         self._part: Callable[[str], bool] | None = None  # which parameters the running stage trains
@@ -91,7 +93,7 @@ class MultiExitTrainer(Trainer):
             self.args.metric_for_best_model = f"exit_{depth}" if objective == "single_exit" else "s_avg"
             self.args.greater_is_better = True
         if early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(early_stopping_patience))
+            self.add_callback(EarlyStopping(early_stopping_patience))
 
     @property
     def badge(self) -> BadgeModel:
@@ -139,7 +141,9 @@ class MultiExitTrainer(Trainer):
         loss = self.exit_objective(step)
         doubt = runs[0].learn_to_exit
         if doubt is not None and labels is not None and any(p.requires_grad for p in doubt.parameters()):
-            loss = loss + doubt_loss(runs[0].doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
+            doubts = {m: u for m, u in runs[0].doubts.items() if self.exit_objective.judges(m)}
+            if doubts:
+                loss = loss + doubt_loss(doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -166,15 +170,20 @@ class MultiExitTrainer(Trainer):
         head and final exit are all frozen has the second alone.
 
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
+
+        Raises:
+            ValueError: steps without a gradient lie ahead, or evaluations without labels.
         """
+        check_evaluation(self)
         if not self.two_stage:
+            check_final_exit(self)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         home, best = str(self.args.output_dir), self.args.metric_for_best_model
         second = str(Path(home, "stage2"))
         self._trainable = None
         try:
             if not (resume_from_checkpoint and Path(second).is_dir() and get_last_checkpoint(second)):
-                if self._has_first_stage:
+                if self.trains_final_exit:
                     self._part = lambda name: not self._is_earlier_exit(name)
                     if self.args.load_best_model_at_end:
                         self.args.metric_for_best_model = "final"

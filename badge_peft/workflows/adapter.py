@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.exits import ExitLogits
-from badge_peft.hub import load_pretrained
+from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.registry import NAME
 from badge_peft.training.progress import quiet
-from badge_peft.workflows.encode import has_tokenizer, limit_length, load_tokenizer
+from badge_peft.workflows.encode import limit_length, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 
 CONFIG = "adapter_config.json"
@@ -72,8 +72,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
     assert isinstance(config, BadgeConfig)
     base: Any = model.get_base_model()
     local = Path(path)
-    beside = has_tokenizer(local) if local.is_dir() else True
-    tokenizer = load_tokenizer(path if beside else str(base_model or config.base_model_name_or_path))
+    tokenizer = load_tokenizer(path if has_tokenizer(path) else str(base_model or config.base_model_name_or_path))
     limit_length(tokenizer, base.config, None)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id

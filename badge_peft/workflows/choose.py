@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from badge_peft.card import CARD, write_card
 from badge_peft.checks import one_of
 from badge_peft.early_exit.config import POLICY_NAMES
 from badge_peft.evaluation import calibrate
@@ -26,7 +27,8 @@ def choose_rule(
     batch_size: int = 32,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Calibrates an adapter and writes its `adapter_config.json`, of which nothing but the exit rule changes.
+    """Calibrates an adapter and writes its `adapter_config.json`, of which nothing but the exit rule changes, and the
+    numbers of its card.
 
     Args:
         folder: Of the adapter; local.
@@ -62,6 +64,8 @@ def choose_rule(
         warnings.simplefilter("always")
         chosen = calibrate(exit_logits, policy, metric=metric or default_metric(kind), **wanted)
     write_early_exit(folder, chosen)
+    if (Path(folder) / CARD).exists():
+        write_card(folder)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return {**measure(exit_logits, chosen, metric), "written": str(Path(folder) / CONFIG), "notes": notes}
 

@@ -8,10 +8,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from badge_peft.hub import has_tokenizer
 from badge_peft.workflows.rows import TextRows
 
 _NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
-_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
 _OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # count positions from behind the padding token
 
 
@@ -22,8 +22,7 @@ def load_tokenizer(path: str | Path) -> Any:
         ValueError: there is none, or one without a vocabulary.
     """
     remedy = "Save it there with tokenizer.save_pretrained, or name where it is with --tokenizer."
-    folder = Path(path)
-    if folder.is_dir() and not has_tokenizer(folder):
+    if not has_tokenizer(path):
         raise ValueError(f"{path} holds no tokenizer. {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
@@ -32,11 +31,6 @@ def load_tokenizer(path: str | Path) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"the tokenizer in {path} has no vocabulary. {remedy}")
     return tokenizer
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a local folder holds a tokenizer."""
-    return any(file.name.startswith(_FILES) for file in folder.iterdir())
 
 
 def limit_length(tokenizer: Any, model_config: Any, max_length: int | None) -> int:

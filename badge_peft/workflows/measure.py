@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from badge_peft.card_text import SHARES
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.calibration import own_labels
@@ -14,8 +15,6 @@ from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.metrics import METRICS, exit_scores, predictions
 from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.workflows.tables import text_table
-
-_SHARES = ("accuracy", "f1", "acc_and_f1", "macro_f1")  # read as per cent
 
 
 def default_metric(problem_type: str | None) -> str:
@@ -105,7 +104,7 @@ def describe(config: dict[str, Any]) -> str:
 
 def show(value: float, metric: str) -> str:
     """A score as it is usually read."""
-    return f"{value:.1%}" if metric in _SHARES else f"{value:.3f}"
+    return f"{value:.1%}" if metric in SHARES else f"{value:.3f}"
 
 
 def check_metric(metric: str | None, problem_type: str, num_labels: int) -> None:

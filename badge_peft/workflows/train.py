@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
+from badge_peft.card import write_card
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
@@ -39,7 +40,7 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
     """Trains exits, saves them as an adapter, and chooses how to stop, with what it costs, on evaluation rows.
 
     `output_dir` gets the adapter (PEFT's files and the tokenizer's), `exit_logits.safetensors` (of the evaluation
-    rows, for more sweeps and calibrations), `report.json` and `tradeoff.png`.
+    rows, for more sweeps and calibrations), `report.json`, `tradeoff.png` and a card, `README.md`.
 
     Args:
         settings: What to train, and how.
@@ -113,6 +114,7 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
         say(f"   no {PICTURE}: pictures need matplotlib: pip install 'badge-peft[plots]'")
     report["seconds"] = time.perf_counter() - start
     (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_card(out)
     say(f"\n{measured_table(report)}\n\n{summary(report)}\n{_say_checks(report)}")
     return report
 

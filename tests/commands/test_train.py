@@ -67,6 +67,16 @@ def test_the_folder_holds_all_that_is_promised(place: Path, trained: Path) -> No
     assert not head
 
 
+def test_the_card_says_what_the_report_says(trained: Path) -> None:
+    report, card = json.loads((trained / "report.json").read_text()), (trained / "README.md").read_text()
+    assert "| exit after block | accuracy against full depth | rows it answers |" in card
+    answered = [f"{count / 24:.1%}" for count in report["early_exit"]["rows_stopped"]]
+    for m, score, share in zip(report["exit_layers"], report["per_exit"], answered, strict=True):
+        assert f"| {m} | {score:.1%} | {share} |" in card
+    assert f"| {report['latency']['full_depth_p50_ms']:.2f} ms | {report['latency']['p50_ms']:.2f} ms |" in card
+    assert "![Score against speed-up](tradeoff.png)" in card and "full depth answers as before, bit for bit" in card
+
+
 def test_the_exits_learn_what_the_model_says(place: Path, cli: Cli, tmp_path: Path) -> None:
     train = ("train", place / "model", place / "texts.txt", "--keep-head", "--latency", 0)
     cli(*train, "--output-dir", tmp_path / "hardly", "--epochs", 1, "--adapter-lr", 1e-7)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from badge_peft import BadgeConfig, EarlyExitConfig
@@ -66,6 +67,42 @@ def test_names_that_are_allowed_are_in_the_message(field, allowed):
         EarlyExitConfig(**{field: "x"})
     for value in allowed:
         assert getattr(EarlyExitConfig(**{field: value, "depth": 1}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "stored"),
+    [
+        ("threshold", np.float32(0.25), 0.25),
+        ("threshold", np.int64(1), 1.0),
+        ("patience", np.int64(2), 2),
+        ("min_exit", np.int32(1), 1),
+        ("max_exit", np.uint8(3), 3),
+        ("depth", np.int64(4), 4),
+        ("normalize", np.bool_(True), True),
+        ("temperature", [np.float32(0.5), np.float64(2.0)], [0.5, 2.0]),
+    ],
+    ids=repr,
+)
+def test_numpy_scalars_become_plain_numbers(field, value, stored):
+    config = EarlyExitConfig(**{field: value})
+    found = getattr(config, field)
+    assert found == stored and type(found) is type(stored)
+    assert EarlyExitConfig.of(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", np.float32("nan")),
+        ("threshold", np.bool_(True)),
+        ("patience", np.float32(2.0)),
+        ("patience", np.int64(0)),
+    ],
+    ids=repr,
+)
+def test_numpy_scalars_are_checked_as_others_are(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value.item()!r} is not allowed"):
+        EarlyExitConfig(**{field: value})
 
 
 def test_exits_that_leave_no_block_are_refused():

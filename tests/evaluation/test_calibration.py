@@ -177,6 +177,9 @@ def test_what_is_recorded(problem_type, num_labels):
     assert (record["policy_asked_for"], record["metric"], record["rows"]) == ("divergence", metric, 100)
     assert record["score"] == pytest.approx(point.score)
     assert record["full_depth_score"] == pytest.approx(exit_scores(stored, metric).per_exit[-1])
+    assert record["exit_scores"] == dict(
+        zip(map(str, range(1, 13)), exit_scores(stored, metric).per_exit, strict=True)
+    )
     assert record["mean_exit"] == pytest.approx(point.mean_exit)
     assert record["layer_speedup"] == pytest.approx(1 - point.mean_exit / 12)
     again = EarlyExitConfig.of(json.loads(json.dumps(config.to_dict())))
@@ -193,6 +196,41 @@ def test_the_fields_of_the_user_are_kept():
     assert config.threshold is not None and asked.threshold is None and asked.calibration is None
     tried = search(stored, {"policy": "entropy", "threshold": 0.5}, SETTINGS, "accuracy")
     assert [p.config.threshold for p in tried if p.config.policy == "entropy"] == [0.5]
+
+
+@pytest.mark.parametrize("policy", ["max_prob", "fixed_depth"])
+@pytest.mark.parametrize(
+    ("bounds", "depths"),
+    [
+        ({"min_exit": 4}, [6, 5, 4]),
+        ({"max_exit": 3}, [3, 2, 1]),
+        ({"min_exit": 2, "max_exit": 4}, [4, 2]),
+        ({"min_exit": 3, "max_exit": 3}, [2]),  # the block has no exit: the one before it answers
+    ],
+    ids=str,
+)
+def test_a_fixed_depth_stays_between_the_bounds(bounds, depths, policy):
+    stored = strange(SINGLE, 3, 60, [1, 2, 3, 4, 5, 6] if len(depths) == 3 else [1, 2, 4, 6], "plain", 3)
+    asked = {"policy": policy, **bounds} | ({"depth": 6} if policy == "fixed_depth" else {})
+    tried = [p.config for p in search(stored, asked, SETTINGS, "accuracy") if p.config.policy == "fixed_depth"]
+    assert {c.depth for c in tried} == set(depths)
+    assert all({name: getattr(c, name) for name in bounds} == bounds for c in tried)
+    for goal in ({"max_score_drop": 2.0}, {"target_speedup": 0.0}):
+        stops = build_policy(quiet(stored, asked, **goal)).replay(stored)
+        assert min(depths) <= stops.min() and stops.max() <= max(depths)
+
+
+def test_a_score_that_no_exit_up_to_max_exit_has():
+    labels = torch.arange(40) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float()
+    stored = ExitLogits(torch.stack([1 - right, 1 - right, right], dim=1), labels)
+    with pytest.raises(
+        ValueError, match=r"max_score_drop=0\.1 cannot be reached .*1\.0000 and 0\.0000.*deeper max_exit"
+    ):
+        calibrate(stored, {"policy": "max_prob", "max_exit": 2}, max_score_drop=0.1)
+    for bounds, message in (({"max_exit": 0}, "max_exit=0"), ({"min_exit": 4}, "min_exit=4")):
+        with pytest.raises(ValueError, match=f"{message} is not allowed"):
+            calibrate(stored, {"policy": "fixed_depth", "depth": 3, **bounds}, max_score_drop=0.1)
 
 
 def test_another_metric_is_another_choice():

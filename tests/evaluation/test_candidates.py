@@ -125,6 +125,17 @@ def test_families(policy, exits, expected):
     assert [fields_of(config) for config in found] == expected
 
 
+def test_patience_on_values_is_tried_with_several_thresholds():
+    stored = plausible(REGRESSION, 1, rows=60)
+    found = [families(policy, stored) for policy in ("patience", {"policy": "patience", "patience": 3})]
+    assert [[c.patience for c in f] for f in found] == [[1, 2, 3, 4], [3]]
+    tried = [c for family in found[0] for c, _ in candidates.settings(family, stored.history(), 15)]
+    assert all(len({c.threshold for c in tried if c.patience == t}) >= 10 for t in (1, 2, 3, 4))
+    assert {policy_label(c) for c in tried} == {f"patience t={t}" for t in (1, 2, 3, 4)}
+    closed = families({"policy": "patience", "threshold": 0.3}, stored)
+    assert [(c.patience, c.threshold) for c in closed] == [(t, 0.3) for t in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
 @pytest.mark.parametrize("signals", [True, False])
 def test_auto_is_every_policy(problem_type, num_labels, signals):

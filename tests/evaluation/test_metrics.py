@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from badge_peft import ExitLogits, exit_scores
-from badge_peft.evaluation.metrics import METRICS, predictions, score
+from badge_peft import ExitLogits, calibrate, exit_scores, sweep
+from badge_peft.evaluation.metrics import METRICS, Metric, predictions, score
 from tests.evaluation.rows import make_logits
 
 
@@ -112,3 +115,24 @@ def test_every_metric_is_finite_on_a_single_row(name: str) -> None:
     if name == "matthews":
         answers, labels = np.array([1, 0]), np.array([1, 0])
     assert np.isfinite(METRICS[name](answers, labels))
+
+
+class Rate:
+    def __call__(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        return np.float32((predictions == labels).mean())  # type: ignore[return-value]
+
+
+def rate(predictions: np.ndarray, labels: np.ndarray, scale: float = 1.0) -> float:
+    return scale * float((predictions == labels).mean())
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"), [(rate, "rate"), (partial(partial(rate), scale=1.0), "rate"), (Rate(), "Rate")], ids=str
+)
+def test_any_callable_has_a_name(metric: Metric, name: str) -> None:
+    data = by_hand()
+    assert exit_scores(data, metric).metric == name
+    assert exit_scores(data, metric).per_exit == [0.5, 1.0, 0.75]
+    assert sweep(data, ["entropy"], metric=metric).metric == name
+    config = calibrate(data, "auto", max_score_drop=1.0, metric=metric)
+    assert json.loads(json.dumps(config.to_dict()))["calibration"]["metric"] == name

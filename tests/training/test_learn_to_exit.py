@@ -132,6 +132,20 @@ def test_stage_one_is_without_it(tmp_path):
     assert len(backbone) > 10 and all(torch.equal(a[key], b[key]) for key in backbone)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_single_exit_is_trained_as_without_it(depth, tmp_path):
+    """LTE judges the one exit that is trained; the model's own head, exit 3, nobody doubts."""
+    found = []
+    for learn_to_exit, folder in ((True, "a"), (False, "b")):
+        model = make(learn_to_exit=learn_to_exit)
+        before = weights(model)
+        make_trainer(tmp_path / folder, model, objective="single_exit", depth=depth).train()
+        found.append({name for name in moved(before, weights(model)) if ".modules_to_save." not in name})
+    doubt = {name for name in found[0] if "badge_doubt" in name}
+    assert found[0] - doubt == found[1] and len(doubt) == (2 if depth < 3 else 0)
+    assert all(f".{depth}." in name for name in found[1])
+
+
 # ----------------------------------------------------------------------------------------------------------- the files
 
 

@@ -320,6 +320,25 @@ def test_training_without_labels_says_what_to_do(tmp_path):
         make_trainer(tmp_path, make(), Rows(labelled=False)).train()
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"objective": "alternating"}, "Alternating"),
+        ({"objective": "single_exit", "depth": 3}, "SingleExit"),
+        ({"objective": FinalExit()}, "FinalExit"),
+    ],
+    ids=str,
+)
+def test_steps_of_a_frozen_final_exit_say_what_to_do(options, name, tmp_path):
+    frozen = make(train_head=False)
+    before = weights(frozen)
+    with pytest.raises(ValueError, match=f"{name} trains exit 3 alone.*train_head=True, final_exit='exit'"):
+        make_trainer(tmp_path, frozen, **options).train()
+    assert not moved(before, weights(frozen))
+    for fields in ({}, {"train_head": False, "final_exit": "exit"}, {"train_head": False, "backbone": "lora"}):
+        make_trainer(tmp_path, make(**fields), **{**options, "max_steps": 2}).train()
+
+
 def test_past_future_on_other_exits_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="objective='past_future' needs .*exit_type='past_future', final_exit='exit'"):
         make_trainer(tmp_path, make(), objective="past_future").train()

@@ -15,6 +15,7 @@ from badge_peft import exit_scores
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.features import pad_features
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
+from badge_peft.training.preflight import check_evaluation
 from tests import reference
 from tests.models import exits_of, make_badge
 
@@ -190,6 +191,70 @@ def test_early_stopping(patience, steps, tmp_path):
     trainer = make_trainer(tmp_path, make(), metric=metric, max_steps=6, early_stopping_patience=patience, **EACH_STEP)
     assert trainer.train().global_step == steps
     assert trainer.state.best_global_step == 2
+
+
+def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path):
+    """Step 2 is the best; with a patience of 2 the end comes at step 4, also where step 3 was in another process."""
+    options = {"max_steps": 6, "early_stopping_patience": 2, **EACH_STEP}
+    later = [[0.1] * 3, [0.1] * 3]
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, make(), metric=scripted([*SCORES, *later]), callbacks=[Stop(4)], **options).train()
+    trainer = make_trainer(tmp_path, make(), metric=scripted([*SCORES[3:], *later]), **options)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+    patient = make_trainer(
+        tmp_path, make(), metric=scripted([*SCORES[3:], *later]), **{**options, "early_stopping_patience": 3}
+    )
+    patient.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert patient.state.global_step == 5  # the patience is that of the new call
+
+
+@pytest.mark.parametrize("objective", ["joint", "two_stage"])
+@pytest.mark.parametrize(
+    "options", [{}, {"metric_for_best_model": "s_best"}, {"load_best_model_at_end": False}], ids=str
+)
+def test_evaluation_rows_without_labels_are_refused_before_training(options, objective, tmp_path):
+    model = make()
+    before = weights(model)
+    trainer = make_trainer(tmp_path / "out", model, objective=objective, **{**EACH_STEP, **options})
+    bare = Rows(labelled=False)
+    table = TextDataset.from_list([{k: v.tolist() for k, v in bare[i].items()} for i in range(len(bare))])
+    for rows in (bare, table, {"one": bare, "two": table}):
+        trainer.eval_dataset = rows
+        name = options.get("metric_for_best_model", "s_avg")
+        with pytest.raises(ValueError, match=f"metric_for_best_model='{name}' .* no labels.*column 'labels'"):
+            trainer.train()
+    assert not moved(before, weights(model)) and trainer.state.global_step == 0
+
+
+def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
+    """A collator may make them of any column; of several sets, the metric's counts; random numbers stay the same."""
+    trainer = make_trainer(tmp_path, make(), max_steps=1, remove_unused_columns=False, **EACH_STEP)
+    collate = trainer.data_collator
+
+    def with_labels(rows):
+        batch = collate(rows)
+        return (
+            {"labels": batch["truth"], **{k: v for k, v in batch.items() if k != "truth"}}
+            if "truth" in batch
+            else batch
+        )
+
+    labelled = Rows()
+    rows = [{**Rows(labelled=False)[i], "truth": int(labelled.labels[i])} for i in range(len(labelled))]
+    trainer.data_collator, trainer.eval_dataset = with_labels, rows
+    state = torch.get_rng_state()
+    check_evaluation(trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    trainer.args.metric_for_best_model = "eval_two_s_avg"
+    trainer.eval_dataset = {"one": Rows(labelled=False), "two": Rows()}
+    check_evaluation(trainer)
+    trainer.eval_dataset = {"one": Rows(), "two": Rows(labelled=False)}
+    with pytest.raises(ValueError, match="eval_two_s_avg"):
+        check_evaluation(trainer)
+    trainer.args.eval_strategy = "no"
+    check_evaluation(trainer)
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates

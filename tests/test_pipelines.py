@@ -1,0 +1,170 @@
+"""`pipeline`: transformers' text classification, each text with the exit that answered it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TextClassificationPipeline
+
+import badge_peft
+from badge_peft import BadgeConfig
+from badge_peft.pipelines import EarlyExitPipeline
+from tests.models import make_badge, make_model, shake
+from tests.texts import make_tokenizer, save_base, sentences
+from tests.thresholds import in_a_gap
+
+TEXTS = [text for text, _ in sentences(12)]
+
+
+def save(folder: Path, case: str = "bert", num_labels: int = 2, **fields: Any) -> Path:
+    """An adapter in `folder/adapter` for a base with a tokenizer in `folder/base`; it stops at several exits."""
+    path = save_base(folder / "base", case, num_labels)
+    base = AutoModelForSequenceClassification.from_pretrained(path)
+    torch.manual_seed(0)
+    model = get_peft_model(base, BadgeConfig(**{"r": 4, "exit_layers": [0, 1, 2, 3], **fields})).eval()
+    shake(model)
+    batch = make_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model(**batch).exit_logits
+    if num_labels > 1 and fields.get("problem_type") is None:
+        model.set_early_exit_config(in_a_gap({"policy": "max_prob"}, logits, [0, 1, 2, 3]))
+    model.save_pretrained(str(folder / "adapter"))
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def classify(adapter: Path) -> EarlyExitPipeline:
+    return badge_peft.pipeline("text-classification", model=str(adapter), batch_size=4)
+
+
+def by_hand(model: Any, text: str, pair: str | None = None, **rule: Any) -> tuple[torch.Tensor, int]:
+    """Logits [K] of a text, and the block that it stopped at."""
+    batch = make_tokenizer()(text, pair, return_tensors="pt", return_token_type_ids=False)
+    out = model.early_exit_forward(**batch, **rule)
+    return out.logits[0], int(out.exit_layer)
+
+
+def test_each_answer_is_that_of_the_model(classify: EarlyExitPipeline) -> None:
+    found: Any = classify(TEXTS)
+    assert isinstance(classify, TextClassificationPipeline) and len({a["exit_layer"] for a in found}) >= 3
+    for text, answer in zip(TEXTS, found, strict=True):
+        logits, number = by_hand(classify.model, text)
+        assert answer.keys() == {"label", "score", "exit_layer"}
+        assert answer["exit_layer"] == number and answer["label"] == f"LABEL_{int(logits.argmax())}"
+        assert answer["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["bert", "distilbert", "roberta", "modernbert-mean"])
+def test_at_full_depth_it_is_transformers_own(case: str, tmp_path: Path) -> None:
+    """Text by text, with every form of input and answer that transformers has."""
+    adapter = save(tmp_path, case, num_labels=3, train_head=False)
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_max_length = 32  # RoBERTa counts positions from behind the padding token
+    base: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    theirs = TextClassificationPipeline(model=base, tokenizer=tokenizer, device=-1)
+    ours = badge_peft.pipeline(model=str(adapter), tokenizer=tokenizer, policy="never", device=-1)
+    pair: Any = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    inputs: list[Any] = [TEXTS[0], TEXTS[:5], pair, [pair, {"text": TEXTS[2], "text_pair": TEXTS[3]}]]
+    for given in inputs:
+        for options in ({}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "none"}, {"batch_size": 3}):
+            compare(ours(given, **options), theirs(given, **options))  # type: ignore[arg-type]
+    long = " ".join(TEXTS)
+    compare(ours(long, truncation=True), theirs(long, truncation=True))  # type: ignore[arg-type]
+    lazily = [*ours(text for text in TEXTS)]
+    assert lazily == ours(TEXTS)
+
+
+def compare(found: Any, expected: Any) -> None:
+    """The same answers, but for `exit_layer`, which ours have and which says block 3."""
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            compare(one, other)
+    else:
+        assert found.pop("exit_layer") == 3
+        assert found == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
+
+
+def test_rules_of_the_pipeline_and_of_a_call(adapter: Path) -> None:
+    classify = badge_peft.pipeline(model=str(adapter), batch_size=3, min_exit=1, threshold=0.0)
+    assert [a["exit_layer"] for a in classify(TEXTS)] == [1] * 12
+    assert [a["exit_layer"] for a in classify(TEXTS, threshold=2.0)] == [3] * 12
+    assert [a["exit_layer"] for a in classify(TEXTS, threshold=2.0, max_exit=2)] == [2] * 12
+    assert [a["exit_layer"] for a in classify(TEXTS)] == [1] * 12
+    patient: Any = classify(TEXTS, early_exit_config={"policy": "patience"}, patience=1)
+    for text, answer in zip(TEXTS, patient, strict=True):
+        rule = {"policy": "patience", "patience": 1, "min_exit": 1}
+        assert answer["exit_layer"] == by_hand(classify.model, text, **rule)[1]
+    for wrong, message in (({"patience": 0}, "patience=0"), ({"policy": "luck"}, "policy='luck'")):
+        with pytest.raises(ValueError, match=message):
+            classify(TEXTS, **wrong)
+        with pytest.raises(ValueError, match=message):
+            badge_peft.pipeline(model=str(adapter), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "function"),
+    [("regression", 1, lambda x: x), ("multi_label_classification", 3, torch.sigmoid)],
+)
+def test_problem_types(problem_type: str, num_labels: int, function: Any, tmp_path: Path) -> None:
+    """The adapter's, where the base model's config says nothing."""
+    classify = badge_peft.pipeline(model=str(save(tmp_path, num_labels=num_labels, problem_type=problem_type)))
+    assert classify.model.config.problem_type is None
+    logits, number = by_hand(classify.model, TEXTS[0])
+    [answers] = classify([TEXTS[0]], top_k=None)
+    scores = sorted((float(s) for s in function(logits)), reverse=True)
+    assert [a["score"] for a in answers] == pytest.approx(scores, abs=1e-5)
+    assert {a["exit_layer"] for a in answers} == {number}
+
+
+def test_a_loaded_model(adapter: Path) -> None:
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(adapter.parent / "base"), adapter
+    ).train()
+    classify = badge_peft.pipeline("sentiment-analysis", model=model)
+    assert classify.model is model and not model.training and classify.device == model.device
+    assert classify("a fine film")[0]["exit_layer"] in range(4)
+
+
+def test_where_the_tokenizer_comes_from(adapter: Path, tmp_path: Path) -> None:
+    classify = badge_peft.pipeline(model=str(adapter))
+    assert classify.tokenizer is not None and classify.tokenizer.name_or_path == str(adapter.parent / "base")
+    other = make_tokenizer()
+    other.save_pretrained(tmp_path / "other")
+    for given in (tmp_path / "other", str(tmp_path / "other"), AutoTokenizer.from_pretrained(tmp_path / "other")):
+        classify = badge_peft.pipeline(model=adapter, tokenizer=given)
+        assert classify.tokenizer is not None and classify.tokenizer.name_or_path == str(tmp_path / "other")
+    model = make_badge()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="no tokenizer in any place that the adapter names: pass tokenizer"):
+        badge_peft.pipeline(model=model)
+    other.save_pretrained(tmp_path / "adapter")
+    beside = badge_peft.pipeline(model=tmp_path / "adapter", model_kwargs={"base_model": make_model()})
+    assert beside.tokenizer is not None and beside.tokenizer.name_or_path == str(tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no tokenizer in .*empty"):
+        badge_peft.pipeline(model=adapter, tokenizer=tmp_path / "empty")
+
+
+def test_what_is_refused(adapter: Path) -> None:
+    with pytest.raises(ValueError, match="task='fill-mask' is not allowed"):
+        badge_peft.pipeline("fill-mask", model=str(adapter))
+    with pytest.raises(ValueError, match="model=None is not allowed: give an adapter's folder"):
+        badge_peft.pipeline("text-classification")
+    lora = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ValueError, match="carries no BADGE adapter"):
+        badge_peft.pipeline(model=lora, tokenizer=make_tokenizer())
+    more = make_badge(num_labels=5, final_exit="exit")
+    with pytest.raises(ValueError, match="have 5 outputs, but the model's config names 3 labels: set id2label"):
+        badge_peft.pipeline(model=more, tokenizer=make_tokenizer())
