@@ -79,6 +79,56 @@ def test_live_is_replay(problem_type, num_labels, data):
     check(model, logits, exits, problem_type, config)
 
 
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(data=st.data())
+def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
+    """Whatever they would have said; and live they are not computed at all."""
+    exits = data.draw(st.sampled_from(EXITS))
+    config = data.draw(configs(exits, num_labels, problem_type))
+    logits = logits_of(data.draw(st.integers(0, 999)), 5, num_labels, data.draw(st.sampled_from(KINDS)))
+    policy = build_policy(config)
+    want = policy.replay(logits[:, list(exits)], exits, problem_type)
+    read = [m for j, m in enumerate(exits) if policy.reads(exits, j)]
+    unread = [m for m in exits if m not in read]
+    logits[:, unread] = 1e3 * torch.randn(logits[:, unread].shape, generator=torch.Generator().manual_seed(1))
+    assert policy.replay(logits[:, list(exits)], exits, problem_type).tolist() == want.tolist()
+    model = table_model(num_labels, problem_type, exits, BLOCKS)
+    computed = []
+    handles = [
+        exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number))
+        for block in model.base_model.wrapped
+        for head in block.badge_exit.values()
+        for number, exit_ in head.items()
+    ]
+    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
+    for handle in handles:
+        handle.remove()
+    assert out.exit_layer.tolist() == want.tolist()
+    assert computed == [m for m in read if m <= want.max()]
+
+
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({"policy": "fixed_depth", "depth": 3}, [3]),
+        ({"policy": "fixed_depth", "depth": 3, "min_exit": 5}, [6]),
+        ({"policy": "fixed_depth", "depth": 5, "max_exit": 4}, [4]),
+        ({"policy": "never"}, [6]),
+        ({"policy": "never", "max_exit": 2}, [2]),
+        ({"policy": "entropy", "min_exit": 4}, [4, 5, 6]),
+        ({"policy": "confident_patience", "patience": 3, "min_exit": 4}, [2, 3, 4, 5, 6]),
+        ({"policy": "patience", "patience": 2, "min_exit": 5}, [3, 4, 5, 6]),
+        ({"policy": "divergence", "min_exit": 5}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"policy": "divergence", "min_exit": 6}, [6]),
+    ],
+)
+def test_which_exits_are_read(config, read):
+    policy, exits = build_policy(config), range(7)
+    reached = range(1 + next(j for j in exits if policy.answers(exits, j)))
+    assert [j for j in reached if policy.reads(exits, j)] == read
+
+
 def warm_up(model, logits, exits):
     """Runs every block once."""
     model.early_exit_forward(**as_inputs(logits[:1]), policy="never")

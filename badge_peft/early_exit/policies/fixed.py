@@ -15,6 +15,16 @@ class FixedDepthPolicy(ExitPolicy):
 
     name = "fixed_depth"
 
+    def answers(self, exits: Sequence[int], j: int) -> bool:
+        """At `depth`, unless `min_exit` lies behind it."""
+        low = self.config.min_exit
+        at_depth = exits[j] == self.config.depth and (low is None or exits[j] >= low)
+        return at_depth or super().answers(exits, j)
+
+    def decides(self, exits: Sequence[int], j: int) -> bool:
+        """Where all rows stop."""
+        return self.answers(exits, j)
+
     def agrees(self, history: ExitHistory, j: int) -> Array:
         """[n] bool."""
         return np.full(history.rows, history.exits[j] == self.config.depth)
@@ -30,6 +40,10 @@ class NeverPolicy(ExitPolicy):
     """No row stops before the last exit (or `max_exit`)."""
 
     name = "never"
+
+    def decides(self, exits: Sequence[int], j: int) -> bool:
+        """Where all rows stop."""
+        return self.answers(exits, j)
 
     def agrees(self, history: ExitHistory, j: int) -> Array:
         """[n] bool, all False."""
