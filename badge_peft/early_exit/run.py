@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class EarlyExitRun(ExitRun):
         self.survivors = Survivors(self.batch_size)
         if not policy.reads_doubts:
             self.learn_to_exit = None
+        self._position = 0  # of the next exit among all exits
+        self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._waiting = False  # whether rows have stopped since the states were last compacted
         self._returned_tuple: bool | None = None  # whether the last block that ran did
         self._dtype: torch.dtype | None = None  # of the exits' logits
@@ -92,7 +95,7 @@ class EarlyExitRun(ExitRun):
                 self.answer, self.left = logits.to(dtype), 0
                 self.exit_layer[:] = self.num_blocks
             else:
-                self._store(logits[torch.from_numpy(rows).to(logits.device)].to(dtype), rows, self.num_blocks)
+                self._store(_take(logits, rows).to(dtype), rows, self.num_blocks)
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
@@ -100,11 +103,12 @@ class EarlyExitRun(ExitRun):
         """Reads exit `number` of `block`, where there is one and somebody asks for it, and lets rows stop there."""
         if not block.has_exit(self.adapter, number):
             return
-        exits, j = self.exit_layers, self.history.seen
+        exits, j = self.exit_layers, self._position
+        self._position += 1
         exit_ = block.own_exit(self.adapter, number)
         if not (self.policy.reads(exits, j) or exit_.feeds_later_exits):
             self._dtype = self._dtype or logits_dtype(exit_)
-            self.history.skip()
+            self._undecided.append(None)
             return
         logits = self._read(block, number, frame)  # a row for each that is in the states
         self._dtype = logits.dtype
@@ -114,21 +118,27 @@ class EarlyExitRun(ExitRun):
         if self.policy.answers(exits, j):
             self._stop(logits, going, np.ones(self.left, dtype=bool), number)
             return
-        self._append(number, logits, going)
+        found = [logits, self.doubts[number]] if number in self.doubts else [logits]
+        self._undecided.append(found if going is None else [_take(x, going) for x in found])
         if self.policy.decides(exits, j):
+            self._bring_up_to_date()
             stops = self.policy.stops(self.history, j)
             if np.count_nonzero(stops):
                 self._stop(logits, going, stops, number)
                 if self.left:
                     self.history.keep(~stops)
 
-    def _append(self, number: int, logits: Tensor, going: Array | None) -> None:
-        """Puts the logits of the rows that have not stopped into the history."""
-        host = on_host(logits)
-        doubt = on_host(self.doubts[number]) if number in self.doubts else None
-        if going is not None:
-            host, doubt = host[going], None if doubt is None else doubt[going]
-        self.history.append(host, doubt)
+    def _bring_up_to_date(self) -> None:
+        """Puts the exits since the last decision into the history: one transfer for all of them, as each waits for
+        the device. No row has left in between."""
+        found = zip(*(entry for entry in self._undecided if entry is not None), strict=True)
+        host = zip(*map(on_host, found), strict=True)  # for each exit its logits, and its doubts
+        for entry in self._undecided:
+            if entry is None:
+                self.history.skip()
+            else:
+                self.history.append(*next(host))
+        self._undecided.clear()
 
     def _stop(self, logits: Tensor, going: Array | None, stops: Array, number: int) -> None:
         """Of the rows in the states those `going`, and of these the ones that `stops` marks, stop at exit `number`."""
@@ -137,8 +147,7 @@ class EarlyExitRun(ExitRun):
             self.answer, self.left = logits, 0
             self.exit_layer[:] = number
             return
-        source = torch.from_numpy(places).to(logits.device)
-        self._store(logits.index_select(0, source), self.survivors.rows[places], number)
+        self._store(_take(logits, places), self.survivors.rows[places], number)
         self._waiting = True
 
     def _store(self, logits: Tensor, rows: Array, number: int) -> None:
@@ -173,6 +182,12 @@ def logits_dtype(exit_: Exit) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exit_.linear.weight.dtype
 
 
-def on_host(values: Tensor) -> Array:
-    """As float32 in numpy."""
-    return values.detach().float().cpu().numpy()
+def on_host(values: Sequence[Tensor]) -> list[Array]:
+    """Equal shapes in, float32 arrays in numpy out."""
+    if values[0].device.type == "cpu":
+        return [x.float().numpy() for x in values]
+    return list(torch.stack([x.float() for x in values]).cpu().numpy())
+
+
+def _take(values: Tensor, rows: Array) -> Tensor:
+    return values.index_select(0, torch.from_numpy(rows).to(values.device))

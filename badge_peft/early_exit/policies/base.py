@@ -70,9 +70,10 @@ class ExitPolicy:
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
 
     def decides(self, exits: Sequence[int], j: int) -> bool:
-        """Whether a row may stop at exit j (index)."""
+        """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""
         low = self.config.min_exit
-        return low is None or exits[j] >= low or self.answers(exits, j)
+        due = (j + 1) % self.config.decide_every == 0 and (low is None or exits[j] >= low)
+        return due or self.answers(exits, j)
 
     def reads(self, exits: Sequence[int], j: int) -> bool:
         """Whether anything depends on the logits of exit j (index): they can be an answer, or `agrees` looks at them.

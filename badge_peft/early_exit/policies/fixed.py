@@ -11,7 +11,8 @@ from badge_peft.early_exit.policies.base import Array, ExitPolicy
 
 
 class FixedDepthPolicy(ExitPolicy):
-    """Every row stops at block `depth`: the line that any dynamic policy has to beat."""
+    """Every row stops at block `depth`: the line that any dynamic policy has to beat. `decide_every` has no meaning
+    here, as there is nothing to decide."""
 
     name = "fixed_depth"
 
