@@ -29,6 +29,9 @@ class Exit(nn.Module):
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False
 
+    #: Whether deeper exits need what this one leaves in the notes.
+    feeds_later_exits: ClassVar[bool] = False
+
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
@@ -107,6 +110,7 @@ class PastFutureExit(Exit):
     """
 
     GATE: ClassVar[int] = 32
+    feeds_later_exits: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)

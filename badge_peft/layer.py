@@ -77,16 +77,27 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """As the block's own forward: the layer loop of the model calls it and never notices."""
         run = current_run()
         if run is None or self._disable_adapters:
-            return self.base_layer(*args, **kwargs)
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return run.visit(self, args, kwargs)
 
     def has_exit(self, adapter: str, number: int) -> bool:
         """Whether `adapter` reads an exit of ours at block `number` (0: the embeddings)."""
-        return adapter in self.badge_exit and str(number) in cast(nn.ModuleDict, self.badge_exit[adapter])
+        exits = self._adapters("badge_exit").get(adapter)
+        return exits is not None and str(number) in exits._modules
 
     def own_exit(self, adapter: str, number: int) -> Exit:
         """The exit of `adapter` at block `number`."""
-        return cast(MultiExitHead, self.badge_exit[adapter]).exit(number)
+        return cast(Exit, self._adapters("badge_exit")[adapter]._modules[str(number)])
+
+    @property
+    def exit_norm(self) -> nn.Module:
+        """The norm that LN' copies or shares."""
+        return self._exit_norm[0]
+
+    def _adapters(self, name: str) -> dict[str, nn.Module]:
+        # the modules of `badge_exit` or `badge_bypass` by adapter, without the detours of a module's attribute access:
+        # a call asks for them at every block
+        return self._modules[name]._modules  # type: ignore[union-attr,return-value]
 
     def represent(self, adapter: str, number: int, frame: Frame, pooling: Pooling) -> tuple[Exit, Tensor]:
         """Exit `number`, and the vector [B, d] that it reads from what the block has just computed."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from badge_peft.fused import fused_logits, fused_vector
 from badge_peft.notes import Notes
 from badge_peft.pooling import Pooling
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 _CURRENT: ContextVar[ExitRun | None] = ContextVar("badge_peft_exit_run", default=None)
 
 
-def current_run() -> ExitRun | None:
-    """The run that this thread's call belongs to, None outside of one."""
-    return _CURRENT.get()
+#: The run that this thread's call belongs to, None outside of one. (The variable's own method: blocks and hooks ask it
+#: dozens of times a call.)
+current_run: Callable[[], ExitRun | None] = _CURRENT.get
 
 
 class Frame:
@@ -126,14 +127,20 @@ class ExitRun:
 
     def _read(self, block: BadgeBlock, number: int, frame: Frame) -> Tensor:
         """Logits [B, K] of exit `number`; its doubt and its notes are kept on the way."""
-        exit_, vector = block.represent(self.adapter, number, frame, self.pooling)
+        fused = fused_vector(block, self.adapter, number, frame, self.pooling)
+        if fused is None:
+            exit_, vector = block.represent(self.adapter, number, frame, self.pooling)
+        else:
+            exit_, vector = block.own_exit(self.adapter, number), fused
         self.notes.keep_vector(exit_, vector)
         if self.learn_to_exit is not None:
             self.doubts[number] = self.learn_to_exit(vector).sigmoid().squeeze(-1)
-        return exit_(vector, self.notes)
+        return exit_(vector, self.notes) if fused is None else fused_logits(exit_, vector)
 
     def _number(self, block: BadgeBlock) -> int:
         """The block number of this visit: a shared block (ALBERT) has a new one each time."""
+        if len(block.numbers) == 1:
+            return block.numbers[0]
         visit = self._visits.get(id(block), 0)
         self._visits[id(block)] = visit + 1
         return block.numbers[visit]
@@ -143,7 +150,7 @@ class ExitRun:
     ) -> tuple[Any, Frame]:
         frame = self.frame = Frame(hidden)
         try:
-            result = block.base_layer(*args, **kwargs)
+            result = block._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         finally:
             self.frame = None
         frame.output = result[0] if isinstance(result, tuple) else result

@@ -52,6 +52,13 @@ class EarlyExitConfig:
     min_exit: int | None = field(default=None, metadata={"help": "No row stops before this block."})
     max_exit: int | None = field(default=None, metadata={"help": "No row goes past this block."})
     depth: int | None = field(default=None, metadata={"help": "The block that answers, for `fixed_depth`."})
+    decide_every: int = field(
+        default=1,
+        metadata={
+            "help": "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
+            "exits between count as earlier exits. On a GPU each decision waits for the device: fewer may be faster."
+        },
+    )
     normalize: bool = field(
         default=False,
         metadata={"help": "Divide entropies and cross-entropies by ln K before they meet the threshold."},
@@ -82,6 +89,9 @@ class EarlyExitConfig:
         whole("min_exit", self.min_exit, at_least=0)
         whole("max_exit", self.max_exit, at_least=0)
         whole("depth", self.depth, at_least=0)
+        if self.decide_every is None:
+            raise ValueError("decide_every=None is not allowed: it must be a whole number of at least 1.")
+        whole("decide_every", self.decide_every, at_least=1)
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."

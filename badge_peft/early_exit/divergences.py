@@ -6,19 +6,23 @@ import numpy as np
 
 Array = np.ndarray
 _LN2 = np.float32(np.log(2.0))
-_LARGEST = np.float32(1e30)  # beyond it differences of logits would overflow; an infinite logit becomes this
+_LARGEST = np.array(1e30, np.float32)  # beyond it differences of logits would overflow; an infinite logit becomes this
+_SMALLEST = -_LARGEST
 
 
 def log_softmax(logits: Array, out: Array) -> None:
     """[n, K] -> log-probabilities, into `out`."""
-    clipped = np.clip(logits, -_LARGEST, _LARGEST)
-    np.subtract(clipped, clipped.max(axis=-1, keepdims=True), out=out)
-    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
+    # reductions by their ufuncs and clipping by two of them: on a row or two, the Python around numpy's methods is
+    # what they cost
+    np.maximum(logits, _SMALLEST, out=out)
+    np.minimum(out, _LARGEST, out=out)
+    np.subtract(out, np.maximum.reduce(out, axis=-1, keepdims=True), out=out)
+    np.subtract(out, np.log(np.add.reduce(np.exp(out), axis=-1, keepdims=True)), out=out)
 
 
 def log_sigmoid(logits: Array, out: Array, out_other: Array) -> None:
     """[n, K] -> log of the label's probability into `out`, of its complement into `out_other`."""
-    clipped = np.clip(logits, -_LARGEST, _LARGEST)
+    clipped = np.clip(logits, _SMALLEST, _LARGEST)
     zero = np.float32(0)
     np.negative(np.logaddexp(zero, -clipped), out=out)
     np.negative(np.logaddexp(zero, clipped), out=out_other)
@@ -33,9 +37,9 @@ def categorical(kind: str, log_p: Array, log_q: Array) -> Array:
     """
     p = np.exp(log_p)
     if kind == "ce":
-        return -(p * log_q).sum(axis=-1)
+        return -np.add.reduce(p * log_q, axis=-1)
     if kind == "kl":
-        return (p * (log_p - log_q)).sum(axis=-1)
+        return np.add.reduce(p * (log_p - log_q), axis=-1)
     middle = np.logaddexp(log_p, log_q) - _LN2
     q = np.exp(log_q)
     return np.float32(0.5) * ((p * (log_p - middle)).sum(axis=-1) + (q * (log_q - middle)).sum(axis=-1))
@@ -61,5 +65,5 @@ def label(logits: Array, others: Array, problem_type: str) -> Array:
 
 def distance(values: Array, others: Array) -> Array:
     """|y_m - y_i| of regression, summed over outputs: [i, n]."""
-    clipped = np.clip(others, -_LARGEST, _LARGEST)
-    return np.abs(np.clip(values, -_LARGEST, _LARGEST) - clipped).sum(axis=-1)
+    clipped = np.clip(others, _SMALLEST, _LARGEST)
+    return np.abs(np.clip(values, _SMALLEST, _LARGEST) - clipped).sum(axis=-1)

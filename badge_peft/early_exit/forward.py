@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.recent import policy_for
 from badge_peft.early_exit.run import EarlyExitRun
 from badge_peft.full_depth import count_rows
 from badge_peft.model import BadgeModel
@@ -70,7 +70,7 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
     config = badge.config_of(adapter)
     if early_exit_config is None:
         early_exit_config = config.early_exit
-    policy = build_policy(EarlyExitConfig.of(early_exit_config, **overrides))
+    policy = policy_for(early_exit_config, overrides)
     if badge.training:
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3

@@ -33,7 +33,7 @@ class ExitHistory:
         self.num_labels = num_labels
         self.seen = 0
         self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
-        self.signals = np.full((len(self.exits), rows), np.nan, dtype=np.float32)
+        self._signals: Array | None = None
         self._log_probs = np.empty_like(self.logits)
         self._log_others = np.empty_like(self.logits) if problem_type == "multi_label_classification" else None
         self._cache: dict[tuple[str, str, int], Array] = {}
@@ -60,13 +60,28 @@ class ExitHistory:
             assert self._log_others is not None
             div.log_sigmoid(x, out=self._log_probs[j], out_other=self._log_others[j])
         if signals is not None:
-            self.signals[j] = signals
+            if self._signals is None:
+                self._signals = self._no_signals()
+            self._signals[j] = signals
         self.seen = j + 1
+
+    def skip(self) -> None:
+        """Passes over the next exit, which no decision will read."""
+        self.seen += 1
+
+    @property
+    def signals(self) -> Array:
+        """[E, n]: the learned signals, NaN where there are none."""
+        return self._no_signals() if self._signals is None else self._signals
+
+    def _no_signals(self) -> Array:
+        return np.full(self.logits.shape[:2], np.nan, dtype=np.float32)
 
     def keep(self, rows: Array) -> None:
         """Forgets all rows but those that the boolean array `rows` [n] marks."""
         self.logits = self.logits[:, rows]
-        self.signals = self.signals[:, rows]
+        if self._signals is not None:
+            self._signals = self._signals[:, rows]
         self._log_probs = self._log_probs[:, rows]
         if self._log_others is not None:
             self._log_others = self._log_others[:, rows]
@@ -113,9 +128,10 @@ class ExitHistory:
 
     def _divergence(self, name: str, kind: str, j: int, others: slice) -> Array:
         key = (name, kind, j)
-        if key not in self._cache:
-            self._cache[key] = self._compute(kind, j, others)
-        return self._cache[key]
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = self._compute(kind, j, others)
+        return found
 
     def _compute(self, kind: str, j: int, others: slice) -> Array:
         if self.problem_type == "regression":

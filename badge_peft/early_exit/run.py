@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.early_exit.survivors import Survivors
+from badge_peft.heads import Exit
 from badge_peft.layer import BadgeBlock
 from badge_peft.run import ExitRun, Frame
 
+Array = np.ndarray
+
 
 class EarlyExitRun(ExitRun):
-    """Rows that have stopped go no further: at the next block only the survivors are handed on, and when none is left
-    the blocks return at once.
+    """Rows that have stopped go no further: at the next block only the survivors are handed on, without the padding
+    that none of them needs, and when none is left the blocks return at once. Exits whose logits no decision can depend
+    on are not computed.
 
     Rows leave at the *entry* of a block, not behind the exit, so that a model may still mix the states of all rows
     between two blocks. Behind block M the full batch is put together again for the model's own head.
@@ -30,6 +36,7 @@ class EarlyExitRun(ExitRun):
     Attributes:
         answer: [B, K], logits of the rows that have stopped.
         exit_layer: [B], the block each row stopped at; -1 while it has not.
+        left: How many rows have not stopped.
     """
 
     def __init__(self, *args: Any, policy: ExitPolicy, num_labels: int, problem_type: str, **kwargs: Any) -> None:
@@ -40,16 +47,15 @@ class EarlyExitRun(ExitRun):
         self.history = ExitHistory(self.exit_layers, self.batch_size, num_labels, problem_type)
         self.answer: Tensor | None = None
         self.exit_layer = np.full(self.batch_size, -1, dtype=np.int64)
-        self.alive: np.ndarray | None = None  # indices of the rows in the states; None: all B
-        self._waiting: np.ndarray | None = None  # of those, the rows to keep at the next block
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # per-row arguments, already compacted
+        self.left = self.batch_size
+        self.survivors = Survivors(self.batch_size, self.pooling.mask)
+        if not policy.reads_doubts:
+            self.learn_to_exit = None
+        self._position = 0  # of the next exit among all exits
+        self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
+        self._waiting = False  # whether rows have stopped since the states were last compacted
         self._returned_tuple: bool | None = None  # whether the last block that ran did
         self._dtype: torch.dtype | None = None  # of the exits' logits
-
-    @property
-    def finished(self) -> bool:
-        """Whether every row has answered."""
-        return self.answer is not None and not (self.exit_layer < 0).any()
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `block` for the rows that have not stopped."""
@@ -57,21 +63,25 @@ class EarlyExitRun(ExitRun):
         hidden = self._hidden(args, kwargs)
         if number == 1:
             self._check_rows(hidden)
-            if block.has_exit(self.adapter, 0):
-                self._decide(0, self._read(block, 0, Frame(hidden)))
-        if self.finished and block.returns_tuple is None:
-            block.returns_tuple = self._returned_tuple  # a new model: as the block before it
-        if self.finished and block.returns_tuple is not None:
-            return self._skip(block, number, hidden)
-        if number > block.layout.full_rows_until and not self.finished:
-            args, kwargs = self._drop_stopped(block, args, kwargs)
-            hidden = self._hidden(args, kwargs)
+            self._exit(block, 0, Frame(hidden))
+        if not self.left:
+            if block.returns_tuple is None:
+                block.returns_tuple = self._returned_tuple  # a new model: as the block before it
+            if block.returns_tuple is not None:
+                return self._skip(block, number, hidden)
+        elif number > block.layout.full_rows_until:
+            if self._waiting:
+                hidden = self._compact(block, hidden, args, kwargs)
+            if not self.survivors.complete:
+                args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
         result, frame = self._run(block, hidden, args, kwargs)
-        block.returns_tuple = self._returned_tuple = isinstance(result, tuple)
-        if block.has_exit(self.adapter, number) and not self.finished:
-            self._decide(number, self._read(block, number, frame))
-        if number == self.num_blocks and self.alive is not None:
-            full = self._all_rows(frame.output)
+        self._returned_tuple = isinstance(result, tuple)
+        if block.returns_tuple is not self._returned_tuple:  # setting an attribute of a module takes its time
+            block.returns_tuple = self._returned_tuple
+        if self.left:
+            self._exit(block, number, frame)
+        if number == self.num_blocks and not self.survivors.complete:
+            full = self.survivors.restore(frame.output)
             return (full, *result[1:]) if isinstance(result, tuple) else full
         return result
 
@@ -80,86 +90,105 @@ class EarlyExitRun(ExitRun):
         dtype = logits.dtype if self._dtype is None else torch.promote_types(logits.dtype, self._dtype)
         if self.answer is not None:  # one precision, whoever answers
             self.answer = self.answer.to(dtype)
-        left = self.exit_layer < 0
-        if left.any():
-            self._store(logits.to(dtype), left, np.arange(self.batch_size), self.num_blocks)
+        if self.left:
+            rows = np.flatnonzero(self.exit_layer < 0)
+            if len(rows) == self.batch_size:
+                self.answer, self.left = logits.to(dtype), 0
+                self.exit_layer[:] = self.num_blocks
+            else:
+                self._store(_take(logits, rows).to(dtype), rows, self.num_blocks)
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
-    def _decide(self, number: int, logits: Tensor) -> None:
-        """Asks the policy about exit `number`; `logits` has the rows of the current states."""
-        rows = np.arange(self.batch_size) if self.alive is None else self.alive
-        going = self.exit_layer[rows] < 0  # rows may have stopped and still be in the states
-        host = logits.detach().float().cpu().numpy()
-        doubt = self.doubts[number].float().cpu().numpy() if number in self.doubts else None
-        if host.shape[0] != self.history.rows:
-            host, doubt = host[going], None if doubt is None else doubt[going]
-        self._dtype = logits.dtype
-        self.history.append(host, doubt)
-        stops = self.policy.stops(self.history, self.history.seen - 1)
-        if not stops.any():
+    def _exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        """Reads exit `number` of `block`, where there is one and somebody asks for it, and lets rows stop there."""
+        if not block.has_exit(self.adapter, number):
             return
-        marked = np.zeros(len(rows), dtype=bool)
-        marked[np.flatnonzero(going)[stops]] = True
-        self._store(logits, marked, rows, number)
-        self.history.keep(~stops)
-        self._waiting = self.exit_layer[rows] < 0
+        exits, j = self.exit_layers, self._position
+        self._position += 1
+        exit_ = block.own_exit(self.adapter, number)
+        if not (self.policy.reads(exits, j) or exit_.feeds_later_exits):
+            self._dtype = self._dtype or logits_dtype(exit_)
+            self._undecided.append(None)
+            return
+        logits = self._read(block, number, frame)  # a row for each that is in the states
+        self._dtype = logits.dtype
+        going = None  # which of these have not stopped; None: all
+        if self._waiting:
+            going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
+        if self.policy.answers(exits, j):
+            self._stop(logits, going, np.ones(self.left, dtype=bool), number)
+            return
+        found = [logits, self.doubts[number]] if number in self.doubts else [logits]
+        self._undecided.append(found if going is None else [_take(x, going) for x in found])
+        if self.policy.decides(exits, j):
+            self._bring_up_to_date()
+            stops = self.policy.stops(self.history, j)
+            if np.count_nonzero(stops):
+                self._stop(logits, going, stops, number)
+                if self.left:
+                    self.history.keep(~stops)
 
-    def _store(self, logits: Tensor, marked: np.ndarray, rows: np.ndarray, number: int) -> None:
-        """Keeps `logits` of the `marked` rows as their answer."""
-        if marked.all() and len(rows) == self.batch_size:
-            self.answer = logits
-        else:
-            if self.answer is None:
-                self.answer = logits.new_zeros(self.batch_size, logits.shape[-1])
-            source = torch.from_numpy(np.flatnonzero(marked)).to(logits.device)
-            target = torch.from_numpy(rows[marked]).to(self.answer.device)
-            self.answer[target] = logits.index_select(0, source).to(self.answer)
-        self.exit_layer[rows[marked]] = number
+    def _bring_up_to_date(self) -> None:
+        """Puts the exits since the last decision into the history: one transfer for all of them, as each waits for
+        the device. No row has left in between."""
+        found = zip(*(entry for entry in self._undecided if entry is not None), strict=True)
+        host = zip(*map(on_host, found), strict=True)  # for each exit its logits, and its doubts
+        for entry in self._undecided:
+            if entry is None:
+                self.history.skip()
+            else:
+                self.history.append(*next(host))
+        self._undecided.clear()
 
-    # ------------------------------------------------------------------------------------------------------ compaction
+    def _stop(self, logits: Tensor, going: Array | None, stops: Array, number: int) -> None:
+        """Of the rows in the states those `going`, and of these the ones that `stops` marks, stop at exit `number`."""
+        places = np.flatnonzero(stops) if going is None else going[stops]
+        if len(places) == self.batch_size:
+            self.answer, self.left = logits, 0
+            self.exit_layer[:] = number
+            return
+        self._store(_take(logits, places), self.survivors.rows[places], number)
+        self._waiting = True
 
-    def _drop_stopped(
-        self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The block's arguments for the rows that go on: the states, and everything that has a row per input."""
-        hidden = self._hidden(args, kwargs)
-        if self._waiting is not None:
-            keep = torch.from_numpy(np.flatnonzero(self._waiting)).to(hidden.device)
-            hidden = hidden.index_select(0, keep)
-            rows = np.arange(self.batch_size) if self.alive is None else self.alive
-            self.alive = rows[self._waiting]
-            self.pooling = self.pooling.rows(keep)
-            self.notes.rows(keep)
-            self._waiting = None
-            self._kept.clear()
-        if self.alive is None:
-            return args, kwargs
-        index = torch.from_numpy(self.alive).to(hidden.device)
-        shared = block.layout.shared_arguments
-        rest = {k: v if k in shared else self._rows(v, index) for k, v in kwargs.items() if k != "hidden_states"}
-        if args:
-            return (hidden, *(self._rows(v, index) for v in args[1:])), rest
-        return (), {**rest, "hidden_states": hidden}
+    def _store(self, logits: Tensor, rows: Array, number: int) -> None:
+        """Keeps `logits`, whose rows are the `rows` of the batch, as their answer."""
+        if self.answer is None:
+            self.answer = logits.new_zeros(self.batch_size, logits.shape[-1])
+        self.answer[torch.from_numpy(rows).to(self.answer.device)] = logits.to(self.answer)
+        self.exit_layer[rows] = number
+        self.left -= len(rows)
 
-    def _rows(self, value: Any, index: Tensor) -> Any:
-        """`value` for the rows `index`, where it is a tensor (or a tuple of tensors) with a row per input."""
-        if isinstance(value, tuple):
-            return tuple(self._rows(v, index) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != self.batch_size:
-            return value
-        if id(value) not in self._kept:
-            self._kept[id(value)] = (value, value.index_select(0, index))  # the first keeps the id from being reused
-        return self._kept[id(value)][1]
+    # ----------------------------------------------------------------------------------------------------- compaction
+
+    def _compact(self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The states of the rows that go on."""
+        going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
+        hidden, index = self.survivors.keep(going, block, hidden, args, kwargs)
+        self.pooling = self.pooling.rows(index, self.survivors.length)
+        self.notes.rows(index)
+        self._waiting = False
+        return hidden
 
     def _skip(self, block: BadgeBlock, number: int, hidden: Tensor) -> Any:
         """What a block returns when nobody is left: its input, in the shape that the model expects."""
-        if number == self.num_blocks and hidden.shape[0] != self.batch_size:
-            hidden = hidden[:1].expand(self.batch_size, -1, -1)
+        if number == self.num_blocks and not self.survivors.complete:
+            hidden = self.survivors.stand_in(hidden)
         return (hidden, None) if block.returns_tuple else hidden
 
-    def _all_rows(self, states: Tensor) -> Tensor:
-        """Puts the survivors' states back at their places among all B rows."""
-        full = states.new_zeros(self.batch_size, *states.shape[1:])
-        full[torch.from_numpy(self.alive).to(states.device)] = states
-        return full
+
+def logits_dtype(exit_: Exit) -> torch.dtype:
+    """The precision in which an exit would answer."""
+    device = exit_.linear.weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exit_.linear.weight.dtype
+
+
+def on_host(values: Sequence[Tensor]) -> list[Array]:
+    """Equal shapes in, float32 arrays in numpy out."""
+    if values[0].device.type == "cpu":
+        return [x.float().numpy() for x in values]
+    return list(torch.stack([x.float() for x in values]).cpu().numpy())
+
+
+def _take(values: Tensor, rows: Array) -> Tensor:
+    return values.index_select(0, torch.from_numpy(rows).to(values.device))

@@ -132,8 +132,8 @@ def first_doubts(policy: ThresholdPolicy, history: ExitHistory) -> Array:
     sign = np.float32(-1.0 if policy.stops_above else 1.0)
     rows = []
     for j in range(len(history.exits) - 1):
-        low = policy.config.min_exit is not None and history.exits[j] < policy.config.min_exit
-        rows.append(np.full(history.rows, np.inf, dtype=np.float32) if low else sign * policy.signal(history, j))
+        decides = policy.decides(history.exits, j)
+        rows.append(sign * policy.signal(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32))
     if not rows:
         return np.empty((0, history.rows), dtype=np.float32)
     return np.minimum.accumulate(np.stack(rows), axis=0)

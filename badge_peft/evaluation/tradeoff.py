@@ -40,6 +40,8 @@ class TradeOffPoint:
         """Flat: the numbers, and the fields of the config that are set."""
         keep = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth")
         config = {k: v for k, v in self.config.to_dict().items() if k in keep and v is not None}
+        if self.config.decide_every > 1:
+            config["decide_every"] = self.config.decide_every
         numbers = {"mean_exit": self.mean_exit, "layer_speedup": self.layer_speedup, "score": self.score}
         return {"name": self.name, **config, **numbers}
 

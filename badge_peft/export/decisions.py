@@ -129,22 +129,18 @@ class Decision:
             )
 
     def may_stop(self, index: int) -> bool:
-        """Whether the config lets rows stop at exit `index`, the last ones aside."""
-        least = self.policy.config.min_exit
-        return least is None or self.exits[index] >= least
+        """Whether the config lets rows stop at exit `index`."""
+        return self.policy.decides(self.exits, index)
 
     def is_last(self, index: int) -> bool:
-        """Whether everybody answers at exit `index`: the model's last, or the last that the config allows."""
-        if index == len(self.exits) - 1 or self.exits[index] == self.policy.config.depth:
-            return True
-        cap = self.policy.config.max_exit
-        return cap is not None and self.exits[index + 1] > cap
+        """Whether everybody who comes to exit `index` answers there."""
+        return self.policy.answers(self.exits, index)
 
     def reads(self, index: int) -> bool:
-        """Whether the answers of exit `index` matter to anybody."""
-        if isinstance(self.policy, (NeverPolicy, FixedDepthPolicy)):
-            return self.is_last(index)
-        return True
+        """Whether the answers of exit `index` matter to anybody, whatever patience a call brings."""
+        if self.uses_patience:  # any exit may be the first of those that agree
+            return True
+        return self.policy.reads(self.exits, index)
 
     def threshold(self) -> tuple[float, float]:
         """The config's own threshold, and the unit by which a threshold is multiplied before it meets the signal."""

@@ -178,7 +178,7 @@ def _facts(
     badge: BadgeModel, decision: Decision, inputs: list[str], wanted: EarlyExitConfig, int8: bool, compact: bool
 ) -> dict[str, Any]:
     """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
-    exits = [m for i, m in enumerate(decision.exits) if decision.reads(i)]
+    exits = [m for i, m in enumerate(decision.exits) if decision.may_stop(i)]
     depth = next(m for i, m in enumerate(decision.exits) if decision.is_last(i))
     config: Any = badge.model.config
     return {

@@ -99,6 +99,8 @@ def describe(config: dict[str, Any]) -> str:
     for key in ("threshold", "patience", "depth", "min_exit", "max_exit"):
         if config.get(key) is not None:
             shown.append(f"{key}={config[key]:.4g}")
+    if config.get("decide_every", 1) > 1:
+        shown.append(f"decide_every={config['decide_every']}")
     return ", ".join([name, *shown])
 
 

@@ -50,6 +50,8 @@ def agreement_parameters(exits: Sequence[int], num_labels: int, problem_type: st
 RULES: list[dict[str, Any]] = [
     *({"divergence": kind, "window": window} for kind in ("ce", "kl", "js") for window in ("all", "consecutive")),
     {"divergence": "ce", "patience": 2},
+    {"divergence": "ce", "decide_every": 2},
+    {"policy": "entropy", "decide_every": 2, "min_exit": 2},
     {"divergence": "label"},
     {"policy": "patience", "patience": 1},
     {"policy": "fixed_depth", "depth": 0},

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertForSequenceClassification
 
 from badge_peft import BadgeConfig, EarlyExitConfig, early_exit_forward
+from badge_peft.early_exit import run as run_module
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.run import current_run
 from tests.models import CASES, exits_of, make_badge, make_batch, make_model, shake
@@ -79,7 +80,14 @@ class TestConfig:
     @pytest.mark.parametrize("field", sorted(EarlyExitConfig.__dataclass_fields__))
     def test_every_field_is_an_override(self, model, field):
         values = {"policy": "patience", "divergence": "js", "window": "consecutive", "threshold": 0.2, "patience": 1}
-        values |= {"min_exit": 2, "max_exit": 4, "depth": 1, "normalize": True, "temperature": [1.0] * 6}
+        values |= {
+            "min_exit": 2,
+            "max_exit": 4,
+            "depth": 1,
+            "decide_every": 2,
+            "normalize": True,
+            "temperature": [1.0] * 6,
+        }
         values |= {"parameters": {}, "calibration": {}}
         config = {} if field == "policy" else {"policy": "max_prob" if field == "temperature" else "divergence"}
         batch = make_batch(ROWS)
@@ -293,6 +301,28 @@ def test_multi_label_and_regression(problem_type, num_labels, final_exit):
             torch.testing.assert_close(out.logits, answers(logits, exits, want), **CLOSE)
             reached |= set(want.tolist())
     assert len(reached) > 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "transfers"),
+    [
+        ({}, [1, 1, 1, 1, 1]),
+        ({"decide_every": 2}, [2, 2]),
+        ({"decide_every": 3}, [3]),
+        ({"decide_every": 6}, []),
+        ({"min_exit": 4}, [4, 1]),
+        ({"policy": "entropy", "decide_every": 2}, [1, 1]),
+        ({"policy": "never"}, []),
+        (at(4), []),
+    ],
+)
+def test_logits_come_to_the_host_once_a_decision(model, rule, transfers, monkeypatch):
+    """On a GPU each of these waits for the device. The last exit needs no decision."""
+    found = []
+    whole = run_module.on_host
+    monkeypatch.setattr(run_module, "on_host", lambda values: found.append(len(values)) or whole(values))
+    model.early_exit_forward(**make_batch(ROWS), **{"threshold": 1e-9, **rule})
+    assert found == transfers
 
 
 # ------------------------------------------------------------------------------------------------ nothing stays behind

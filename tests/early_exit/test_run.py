@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import build_policy
 
 from .reference import MULTI, REGRESSION, SINGLE
@@ -43,6 +44,7 @@ def configs(draw, exits, num_labels, problem_type):
         "threshold": draw(st.sampled_from([None, 0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 2.0, 1e4])),
         "patience": draw(st.none() | st.integers(1, 4)),
         "normalize": draw(st.booleans()),
+        "decide_every": draw(st.sampled_from([1, 1, 2, 3, 4, 9])),
         "min_exit": low,
         "max_exit": high,
         **({"depth": draw(st.sampled_from(exits))} if name == "fixed_depth" else {}),
@@ -77,6 +79,84 @@ def test_live_is_replay(problem_type, num_labels, data):
     model = table_model(num_labels, problem_type, exits, BLOCKS, *style)
     warm_up(model, logits, exits)
     check(model, logits, exits, problem_type, config)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(data=st.data())
+def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
+    """Whatever they would have said; and live they are not computed at all."""
+    exits = data.draw(st.sampled_from(EXITS))
+    config = data.draw(configs(exits, num_labels, problem_type))
+    logits = logits_of(data.draw(st.integers(0, 999)), 5, num_labels, data.draw(st.sampled_from(KINDS)))
+    policy = build_policy(config)
+    want = policy.replay(logits[:, list(exits)], exits, problem_type)
+    read = [m for j, m in enumerate(exits) if policy.reads(exits, j)]
+    unread = [m for m in exits if m not in read]
+    logits[:, unread] = 1e3 * torch.randn(logits[:, unread].shape, generator=torch.Generator().manual_seed(1))
+    assert policy.replay(logits[:, list(exits)], exits, problem_type).tolist() == want.tolist()
+    model = table_model(num_labels, problem_type, exits, BLOCKS)
+    computed = []
+    handles = [
+        exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number))
+        for block in model.base_model.wrapped
+        for head in block.badge_exit.values()
+        for number, exit_ in head.items()
+    ]
+    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
+    for handle in handles:
+        handle.remove()
+    assert out.exit_layer.tolist() == want.tolist()
+    assert computed == [m for m in read if m <= want.max()]
+
+
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({"policy": "fixed_depth", "depth": 3}, [3]),
+        ({"policy": "fixed_depth", "depth": 3, "min_exit": 5}, [6]),
+        ({"policy": "fixed_depth", "depth": 5, "max_exit": 4}, [4]),
+        ({"policy": "never"}, [6]),
+        ({"policy": "never", "max_exit": 2}, [2]),
+        ({"policy": "entropy", "min_exit": 4}, [4, 5, 6]),
+        ({"policy": "confident_patience", "patience": 3, "min_exit": 4}, [2, 3, 4, 5, 6]),
+        ({"policy": "patience", "patience": 2, "min_exit": 5}, [3, 4, 5, 6]),
+        ({"policy": "divergence", "min_exit": 5}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"policy": "divergence", "min_exit": 6}, [6]),
+        ({"policy": "entropy", "decide_every": 3}, [2, 5, 6]),
+        ({"policy": "entropy", "decide_every": 3, "max_exit": 4}, [2, 4]),
+        ({"policy": "patience", "patience": 1, "decide_every": 3}, [1, 2, 4, 5, 6]),
+        ({"policy": "fixed_depth", "depth": 3, "decide_every": 3}, [3]),
+    ],
+)
+def test_which_exits_are_read(config, read):
+    policy, exits = build_policy(config), range(7)
+    reached = range(1 + next(j for j in exits if policy.answers(exits, j)))
+    assert [j for j in reached if policy.reads(exits, j)] == read
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(data=st.data())
+def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_labels, data):
+    """A row stops at the first k-th exit at which the rule holds; the exits between count as earlier exits."""
+    exits = data.draw(st.sampled_from(EXITS))
+    config = {**data.draw(configs(exits, num_labels, problem_type)), "min_exit": None, "max_exit": None}
+    if config["policy"] == "fixed_depth":
+        config["policy"] = "never"
+    logits = logits_of(data.draw(st.integers(0, 999)), 9, num_labels, data.draw(st.sampled_from(KINDS)))[
+        :, list(exits)
+    ]
+    every, last = config["decide_every"], exits[-1]
+    policy = build_policy(config)
+    if config["policy"] == "agreement":
+        policy.config.max_exit = None
+    history = ExitHistory.of(logits.numpy(), exits, problem_type)
+    holds = [policy.agrees(history, j) for j in range(len(exits) - 1)]
+    want = [
+        next((exits[j] for j in range(every - 1, len(exits) - 1, every) if holds[j][row]), last) for row in range(9)
+    ]
+    assert policy.replay(logits, exits, problem_type).tolist() == want
 
 
 def warm_up(model, logits, exits):

@@ -91,6 +91,18 @@ def test_at_most_as_many_as_asked_for(count):
     assert 1 <= len(found) <= count and (count < 3 or len(found) >= count - 1)
 
 
+@pytest.mark.parametrize("policy", ["entropy", "max_prob", "divergence"])
+@pytest.mark.parametrize("every", [2, 3])
+def test_decide_every_is_searched_as_it_is_replayed(policy, every):
+    stored = plausible(rows=30, exits=6)
+    found = candidates.settings(EarlyExitConfig(policy=policy, patience=1, decide_every=every), stored.history(), 6)
+    assert len(found) > 1
+    for config, stops in found:
+        assert config.decide_every == every
+        assert stops.tolist() == build_policy(config).replay(stored).tolist()
+        assert set(stops.tolist()) <= {every, 2 * every, 6}
+
+
 def test_first_doubts_is_the_least_so_far():
     stored = plausible(rows=30, exits=5)
     history = stored.history()

@@ -28,6 +28,9 @@ class ExitPolicy:
 
     name: ClassVar[str]
 
+    #: Whether `agrees` reads the doubts that a learned exit layer predicts.
+    reads_doubts: ClassVar[bool] = False
+
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
         self.config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
 
@@ -60,12 +63,41 @@ class ExitPolicy:
         if cap is not None and cap < exits[0]:
             raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
 
+    def answers(self, exits: Sequence[int], j: int) -> bool:
+        """Whether every row that comes to exit j (index) stops there, whatever the logits are: the last exit, or the
+        last up to `max_exit`."""
+        cap = self.config.max_exit
+        return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
+
+    def decides(self, exits: Sequence[int], j: int) -> bool:
+        """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""
+        low = self.config.min_exit
+        due = (j + 1) % self.config.decide_every == 0 and (low is None or exits[j] >= low)
+        return due or self.answers(exits, j)
+
+    def reads(self, exits: Sequence[int], j: int) -> bool:
+        """Whether anything depends on the logits of exit j (index): they can be an answer, or `agrees` looks at them.
+        An exit for which this is False need not be computed."""
+        if self.decides(exits, j):
+            return True
+        back = self.looks_back()
+        behind = len(exits) if back is None else min(len(exits), j + 1 + back)
+        for i in range(j + 1, behind):
+            if self.answers(exits, i):
+                return False
+            if self.decides(exits, i):
+                return True
+        return False
+
+    def looks_back(self) -> int | None:
+        """How many exits before j `agrees` looks at; None: all of them."""
+        return None
+
     def stops(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers."""
-        exits = history.exits
-        if j == len(exits) - 1 or (self.config.max_exit is not None and exits[j + 1] > self.config.max_exit):
+        if self.answers(history.exits, j):
             return np.ones(history.rows, dtype=bool)
-        if self.config.min_exit is not None and exits[j] < self.config.min_exit:
+        if not self.decides(history.exits, j):
             return np.zeros(history.rows, dtype=bool)
         return self.agrees(history, j)
 

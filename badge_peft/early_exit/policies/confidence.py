@@ -29,6 +29,10 @@ class EntropyPolicy(ThresholdPolicy):
 
     name = "entropy"
 
+    def looks_back(self) -> int:
+        """No exit."""
+        return 0
+
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: nats."""
         return history.entropy(j)
@@ -57,9 +61,18 @@ class ConfidentPatiencePolicy(EntropyPolicy):
     name = "confident_patience"
     default_patience = 2
 
+    @property
+    def patience(self) -> int:
+        """t."""
+        return self.config.patience if self.config.patience is not None else self.default_patience
+
+    def looks_back(self) -> int:
+        """t - 1."""
+        return self.patience - 1
+
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: share of the largest entropy."""
-        t = self.config.patience if self.config.patience is not None else self.default_patience
+        t = self.patience
         if j + 1 < t:
             return self.nobody(history)
         worst = history.entropy(j)
@@ -86,6 +99,10 @@ class MaxProbPolicy(ThresholdPolicy):
 
     name = "max_prob"
     stops_above = True
+
+    def looks_back(self) -> int:
+        """No exit."""
+        return 0
 
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability."""
@@ -118,6 +135,11 @@ class LearnedPolicy(ThresholdPolicy):
     """
 
     name = "learned"
+    reads_doubts = True
+
+    def looks_back(self) -> int:
+        """No exit."""
+        return 0
 
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: predicted uncertainty in [0, 1]."""

@@ -35,6 +35,10 @@ class DivergencePolicy(ThresholdPolicy):
         """t."""
         return self.config.patience if self.config.patience is not None else self.default_patience
 
+    def looks_back(self) -> int | None:
+        """All exits, or t of them."""
+        return None if self.config.window == "all" else self.patience
+
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: the smallest tau that would stop a row at exit j."""
         t, kind = self.patience, self.config.divergence
@@ -42,7 +46,7 @@ class DivergencePolicy(ThresholdPolicy):
             return self.nobody(history)
         if self.config.window == "all":
             earlier = history.to_earlier(kind, j)  # [j, n]
-            return earlier.min(axis=0) if t == 1 else np.partition(earlier, t - 1, axis=0)[t - 1]
+            return np.minimum.reduce(earlier, axis=0) if t == 1 else np.partition(earlier, t - 1, axis=0)[t - 1]
         run = history.to_previous(kind, j)
         for k in range(1, t):
             run = np.maximum(run, history.to_previous(kind, j - k))

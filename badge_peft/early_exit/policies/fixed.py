@@ -11,9 +11,20 @@ from badge_peft.early_exit.policies.base import Array, ExitPolicy
 
 
 class FixedDepthPolicy(ExitPolicy):
-    """Every row stops at block `depth`: the line that any dynamic policy has to beat."""
+    """Every row stops at block `depth`: the line that any dynamic policy has to beat. `decide_every` has no meaning
+    here, as there is nothing to decide."""
 
     name = "fixed_depth"
+
+    def answers(self, exits: Sequence[int], j: int) -> bool:
+        """At `depth`, unless `min_exit` lies behind it."""
+        low = self.config.min_exit
+        at_depth = exits[j] == self.config.depth and (low is None or exits[j] >= low)
+        return at_depth or super().answers(exits, j)
+
+    def decides(self, exits: Sequence[int], j: int) -> bool:
+        """Where all rows stop."""
+        return self.answers(exits, j)
 
     def agrees(self, history: ExitHistory, j: int) -> Array:
         """[n] bool."""
@@ -30,6 +41,10 @@ class NeverPolicy(ExitPolicy):
     """No row stops before the last exit (or `max_exit`)."""
 
     name = "never"
+
+    def decides(self, exits: Sequence[int], j: int) -> bool:
+        """Where all rows stop."""
+        return self.answers(exits, j)
 
     def agrees(self, history: ExitHistory, j: int) -> Array:
         """[n] bool, all False."""
