@@ -27,7 +27,7 @@ class EarlyExitConfig:
     """How an adapter stops: the rule and its parameters.
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
-    labels when the policy is built ([`badge_peft.early_exit.policies.ExitPolicy`]); it never means "do not stop".
+    labels when the policy is built (see `badge_peft.early_exit.policies`); it never means "do not stop".
     Numpy scalars are taken, too, and stored as plain numbers.
 
     Raises:

@@ -129,8 +129,8 @@ class MaxProbPolicy(ThresholdPolicy):
 class LearnedPolicy(ThresholdPolicy):
     """LTE, learning to exit: stop where the uncertainty that a small trained layer predicts is below the threshold.
 
-    The layer is a linear map with a sigmoid, shared by all exits, trained by `MultiExitTrainer(learn_to_exit=True)` to
-    predict whether the exit is wrong (regression: how far off it is). Source: Xin et al., "BERxiT", 2021.
+    The layer is a linear map with a sigmoid, shared by all exits. `BadgeConfig(learn_to_exit=True)` adds it, and it is
+    trained to predict whether the exit is wrong (regression: how far off it is). Source: Xin et al., "BERxiT", 2021.
     Default threshold: 0.1.
     """
 
