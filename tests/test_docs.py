@@ -57,13 +57,15 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     tokenizer = make_tokenizer()
     for part in (base, tokenizer):
         part.save_pretrained(classifier)
+    for part in (make_model("bert", num_labels=2), tokenizer):  # whose labels have no names
+        part.save_pretrained(tmp_path / "bert")
     (tmp_path / "path" / "to" / "your").mkdir(parents=True)
     (tmp_path / "path" / "to" / "your" / "classifier").symlink_to(classifier)
     for auto in (AutoModelForSequenceClassification, AutoTokenizer):
         real = auto.from_pretrained
 
         def from_pretrained(name: str, *args: Any, real: Any = real, **kwargs: Any) -> Any:
-            return real(str(classifier) if name == HUB else name, *args, **kwargs)
+            return real(str(tmp_path / "bert") if name == HUB else name, *args, **kwargs)
 
         monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -101,6 +103,7 @@ def test_a_page_runs_as_printed(name: str, space: dict[str, Any]) -> None:
     if name == "quickstart":
         assert Path("my-adapter", "adapter_config.json").exists()
         assert after["out"].logits.shape == (2, 2) and len(after["report"]) == 50
+        assert after["classify"]("a fine film")[0]["label"] in ("negative", "positive")
     if name == "after-deployment":
         assert after["label"] in ("negative", "positive")
 
