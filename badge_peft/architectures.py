@@ -24,6 +24,9 @@ class BlockLayout:
         head: Modules of the model's own head that carry weights, for `train_head=True`.
         inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
         shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
+        mask_arguments: Arguments of a block that have positions in their last two dimensions ([B, 1, S, S] or
+            [B, 1, 1, S] or [B, S]). Without any, rows that survive an early exit keep the padding of those that left.
+        position_arguments: Arguments of a block that have positions in dimension 1 ([B, S] or [1, S, ...]).
         lora_targets: Modules of a block that `backbone="lora"` adapts when its LoraConfig does not say.
         full_rows_until: The model mixes the output of this block with other full-size tensors, so rows may leave only
             after it.
@@ -38,6 +41,8 @@ class BlockLayout:
     head: tuple[str, ...] = ("classifier",)
     inner_blocks: str | None = None
     shared_arguments: tuple[str, ...] = ()
+    mask_arguments: tuple[str, ...] = ()
+    position_arguments: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("query", "value")
     full_rows_until: int = 0
 
@@ -47,7 +52,14 @@ class BlockLayout:
                 f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
                 f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
             )
-        for name in ("ffn", "head", "shared_arguments", "lora_targets"):  # JSON gives lists
+        for name in (
+            "ffn",
+            "head",
+            "shared_arguments",
+            "mask_arguments",
+            "position_arguments",
+            "lora_targets",
+        ):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -65,6 +77,7 @@ _BERT = BlockLayout(
     attention_norm="attention.output.LayerNorm",
     ffn=("intermediate", "output.dense", "output.dropout"),
     last_norm="output.LayerNorm",
+    mask_arguments=("attention_mask",),
 )
 
 ARCHITECTURES: dict[str, BlockLayout] = {
@@ -79,6 +92,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         attention_norm="attention.LayerNorm",
         ffn=("ffn", "activation", "ffn_output"),
         last_norm="full_layer_layer_norm",
+        mask_arguments=("attention_mask",),
     ),
     "distilbert": BlockLayout(
         blocks="transformer.layer",
@@ -87,6 +101,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         last_norm="output_layer_norm",
         head=("pre_classifier", "classifier"),
         lora_targets=("q_lin", "v_lin"),
+        mask_arguments=("attention_mask", "attn_mask"),  # its name before transformers 5
     ),
     "mpnet": BlockLayout(
         blocks="encoder.layer",
@@ -94,6 +109,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         ffn=("intermediate", "output.dense", "output.dropout"),
         last_norm="output.LayerNorm",
         lora_targets=("attn.q", "attn.v"),
+        mask_arguments=("attention_mask", "position_bias"),
     ),
     "deberta-v2": BlockLayout(
         blocks="encoder.layer",
@@ -103,6 +119,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         head=("pooler", "classifier"),
         lora_targets=("query_proj", "value_proj"),
         shared_arguments=("rel_embeddings", "relative_pos"),
+        mask_arguments=("attention_mask", "relative_pos"),
         full_rows_until=1,  # its ConvLayer adds the embeddings to the output of block 1
     ),
     "modernbert": BlockLayout(
@@ -113,6 +130,8 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         pooling="classifier_pooling",
         head=("head", "classifier"),
         lora_targets=("Wqkv",),
+        mask_arguments=("attention_mask", "sliding_window_mask"),
+        position_arguments=("position_embeddings", "position_ids"),
     ),
 }
 

@@ -48,6 +48,9 @@ class Pooling:
             self._weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)  # [B, 1, S]
         return torch.bmm(self._weights.to(states.dtype), states).squeeze(1)
 
-    def rows(self, index: Tensor) -> Pooling:
-        """The pooling of the rows `index` [b] alone."""
-        return Pooling(self.kind, None if self.mask is None else self.mask.index_select(0, index))
+    def rows(self, index: Tensor, length: int | None = None) -> Pooling:
+        """The pooling of the rows `index` [b] alone, and of their first `length` positions (None: all)."""
+        if self.mask is None:
+            return Pooling(self.kind, None)
+        rows = self.mask.index_select(0, index)
+        return Pooling(self.kind, rows if length is None else rows[:, :length])

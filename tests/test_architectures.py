@@ -86,7 +86,8 @@ def test_pooling_of_modernbert_follows_its_config():
 
 def test_row_from_a_dict_and_the_backbone_alone():
     base = make_model("bert")
-    assert get_layout(base, ERNIE) == get_layout(base) == ARCHITECTURES["bert"]
+    row = {**ERNIE, "mask_arguments": ["attention_mask"]}
+    assert get_layout(base, row) == get_layout(base) == ARCHITECTURES["bert"]
     encoder = AutoModel.from_config(base.config)
     assert block_names(encoder, get_layout(encoder)) == [f"encoder.layer.{i}" for i in range(3)]
 

@@ -20,8 +20,9 @@ Array = np.ndarray
 
 
 class EarlyExitRun(ExitRun):
-    """Rows that have stopped go no further: at the next block only the survivors are handed on, and when none is left
-    the blocks return at once. Exits whose logits no decision can depend on are not computed.
+    """Rows that have stopped go no further: at the next block only the survivors are handed on, without the padding
+    that none of them needs, and when none is left the blocks return at once. Exits whose logits no decision can depend
+    on are not computed.
 
     Rows leave at the *entry* of a block, not behind the exit, so that a model may still mix the states of all rows
     between two blocks. Behind block M the full batch is put together again for the model's own head.
@@ -47,7 +48,7 @@ class EarlyExitRun(ExitRun):
         self.answer: Tensor | None = None
         self.exit_layer = np.full(self.batch_size, -1, dtype=np.int64)
         self.left = self.batch_size
-        self.survivors = Survivors(self.batch_size)
+        self.survivors = Survivors(self.batch_size, self.pooling.mask)
         if not policy.reads_doubts:
             self.learn_to_exit = None
         self._position = 0  # of the next exit among all exits
@@ -70,7 +71,7 @@ class EarlyExitRun(ExitRun):
                 return self._skip(block, number, hidden)
         elif number > block.layout.full_rows_until:
             if self._waiting:
-                hidden = self._compact(hidden)
+                hidden = self._compact(block, hidden, args, kwargs)
             if not self.survivors.complete:
                 args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
         result, frame = self._run(block, hidden, args, kwargs)
@@ -160,19 +161,19 @@ class EarlyExitRun(ExitRun):
 
     # ----------------------------------------------------------------------------------------------------- compaction
 
-    def _compact(self, hidden: Tensor) -> Tensor:
+    def _compact(self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The states of the rows that go on."""
         going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
-        hidden, index = self.survivors.keep(going, hidden)
-        self.pooling = self.pooling.rows(index)
+        hidden, index = self.survivors.keep(going, block, hidden, args, kwargs)
+        self.pooling = self.pooling.rows(index, self.survivors.length)
         self.notes.rows(index)
         self._waiting = False
         return hidden
 
     def _skip(self, block: BadgeBlock, number: int, hidden: Tensor) -> Any:
         """What a block returns when nobody is left: its input, in the shape that the model expects."""
-        if number == self.num_blocks and hidden.shape[0] != self.batch_size:
-            hidden = hidden[:1].expand(self.batch_size, -1, -1)
+        if number == self.num_blocks and not self.survivors.complete:
+            hidden = self.survivors.stand_in(hidden)
         return (hidden, None) if block.returns_tuple else hidden
 
 
