@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -23,6 +23,9 @@ from badge_peft.prepare import pooling_kind, prepare_config
 from badge_peft.registry import PREFIX
 from badge_peft.run import ExitRun
 
+if TYPE_CHECKING:
+    from badge_peft.compile import CompiledBlocks
+
 
 class BadgeModel(BaseTuner):
     """Block-wise bypasses and early exits on a Hugging Face encoder; `get_peft_model` makes it.
@@ -36,6 +39,7 @@ class BadgeModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
+    compiled: CompiledBlocks | None = None  # by `compile_blocks`
 
     # -------------------------------------------------------------------------------------------------- what it does
 
@@ -90,7 +94,7 @@ class BadgeModel(BaseTuner):
                         exits[m] = block.own_exit(adapter, m)
                 if adapter in block.badge_doubt:
                     doubt = block.badge_doubt[adapter]
-        return run(
+        new = run(
             adapter,
             batch_size,
             attention_mask,
@@ -100,6 +104,8 @@ class BadgeModel(BaseTuner):
             exit_layers=self.exit_layers(adapter),
             **kwargs,
         )
+        new.compiled = self.compiled
+        return new
 
     @property
     def num_blocks(self) -> int:
