@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from badge_peft.architectures import ARCHITECTURES, BlockLayout
 from badge_peft.bypass import Bypass
+from badge_peft.compile import compile_blocks
 from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.forward import early_exit_forward
@@ -57,6 +58,7 @@ __all__ = [
     "TradeOffPoint",
     "calibrate",
     "collect_exit_logits",
+    "compile_blocks",
     "early_exit_forward",
     "evaluate_policy",
     "exit_scores",

@@ -32,6 +32,8 @@ def full_depth_forward(model: BadgeModel, *args: Any, **kwargs: Any) -> Any:
     num_items = kwargs.pop("num_items_in_batch", None)
     return_dict = kwargs.pop("return_dict", None)
     batch_size = count_rows(*args, **kwargs)
+    if model.compiled is not None:
+        kwargs = model.compiled.pad(kwargs)
     if labels is not None:
         problem_type = config.problem_type or resolve_problem_type(config.resolved_labels, labels)
         check_labels(labels, config.resolved_labels, problem_type, batch_size)

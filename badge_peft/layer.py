@@ -12,7 +12,7 @@ from badge_peft.architectures import BlockLayout
 from badge_peft.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.config import BadgeConfig
 from badge_peft.heads import Exit, MultiExitHead
-from badge_peft.hooks import watch_block
+from badge_peft.hooks import Recorder, watch_block
 from badge_peft.pooling import Pooling
 from badge_peft.run import Frame, current_run
 
@@ -42,6 +42,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self.returns_tuple: bool | None = None  # known once the block has run
         self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
         self._hooks: dict[str, Any] = {}
+        self.recorders: dict[str, Recorder] = {}  # the hooks themselves
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -67,7 +68,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             self.badge_bypass[adapter_name] = nn.ModuleDict(
                 {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
             )
-            watch_block(self.base_layer, self.layout, config.placement, self._hooks)
+            watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
         if config.learn_to_exit and 1 in self.numbers:
             self.badge_doubt[adapter_name] = nn.Linear(config.hidden_size, 1)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -120,6 +121,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+        self.recorders.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: a bypass feeds an exit, not the block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -24,6 +24,9 @@ from badge_peft.registry import PREFIX
 from badge_peft.run import ExitRun
 from badge_peft.saved_modules import rename, take_over
 
+if TYPE_CHECKING:
+    from badge_peft.compile import CompiledBlocks
+
 
 class BadgeModel(BaseTuner):
     """Block-wise bypasses and early exits on a Hugging Face encoder; `get_peft_model` makes it.
@@ -37,6 +40,7 @@ class BadgeModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
+    compiled: CompiledBlocks | None = None  # by `compile_blocks`
 
     # -------------------------------------------------------------------------------------------------- what it does
 
@@ -91,7 +95,7 @@ class BadgeModel(BaseTuner):
                         exits[m] = block.own_exit(adapter, m)
                 if adapter in block.badge_doubt:
                     doubt = block.badge_doubt[adapter]
-        return run(
+        new = run(
             adapter,
             batch_size,
             attention_mask,
@@ -101,6 +105,8 @@ class BadgeModel(BaseTuner):
             exit_layers=self.exit_layers(adapter),
             **kwargs,
         )
+        new.compiled = self.compiled
+        return new
 
     @property
     def num_blocks(self) -> int:

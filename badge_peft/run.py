@@ -17,6 +17,7 @@ from badge_peft.notes import Notes
 from badge_peft.pooling import Pooling
 
 if TYPE_CHECKING:
+    from badge_peft.compile import CompiledBlocks
     from badge_peft.layer import BadgeBlock
 
 _CURRENT: ContextVar[ExitRun | None] = ContextVar("badge_peft_exit_run", default=None)
@@ -89,6 +90,7 @@ class ExitRun:
         self.learn_to_exit = learn_to_exit
         self.notes = Notes(list(self.exits.values()), keep=self.keep_notes)
         self.frame: Frame | None = None
+        self.compiled: CompiledBlocks | None = None
         self.trains_backbone: Callable[[], bool] = lambda: True  # asked only where gradients would get lost
         self._visits: dict[int, int] = {}
         self._token: Token[ExitRun | None] | None = None
@@ -149,8 +151,16 @@ class ExitRun:
         self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Frame]:
         frame = self.frame = Frame(hidden)
+        layer: Any = block._modules["base_layer"]
         try:
-            result = block._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+            if self.compiled is None or torch.is_grad_enabled():
+                result = layer(*args, **kwargs)
+            else:
+                recorders = list(block.recorders.values())
+                result, seen = self.compiled.run(layer, recorders, hidden.shape[1], args, kwargs)
+                for recorder, value in zip(recorders, seen, strict=False):
+                    if value is not None:
+                        frame.record(recorder.name, value)
         finally:
             self.frame = None
         frame.output = result[0] if isinstance(result, tuple) else result

@@ -148,13 +148,15 @@ def test_early_exit(case, pooling, final_exit):
     index = torch.tensor([numbers.index(m) for m in out.exit_layer.tolist()])
     torch.testing.assert_close(out.logits, full[torch.arange(9), index], rtol=1e-9, atol=1e-9)
     expected = []
+    lengths = batch["attention_mask"].sum(dim=1)
     for number in numbers:
-        left = int((out.exit_layer >= number).sum())
-        if not left:
+        left = out.exit_layer >= number
+        if not left.any():
             break
-        rows = 9 if number <= ARCHITECTURES[base.config.model_type].full_rows_until else left
-        second = (rows, HIDDEN) if pooling != "mean" else (rows, 8, HIDDEN)
-        expected += [(rows, 8, HIDDEN)] + [second] * (number < numbers[-1] or final_exit == "exit")
+        whole = left.all() or number <= ARCHITECTURES[base.config.model_type].full_rows_until
+        rows, length = (9, 8) if whole else (int(left.sum()), int(lengths[left].max()))
+        second = (rows, HIDDEN) if pooling != "mean" else (rows, length, HIDDEN)
+        expected += [(rows, length, HIDDEN)] + [second] * (number < numbers[-1] or final_exit == "exit")
     assert shapes == expected
 
 

@@ -75,9 +75,12 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3
         )
+    batch_size = count_rows(**inputs)
+    if badge.compiled is not None:
+        inputs = badge.compiled.pad(inputs)
     run = badge.new_run(
         EarlyExitRun,
-        count_rows(**inputs),
+        batch_size,
         inputs.get("attention_mask"),
         policy=policy,
         num_labels=config.resolved_labels,

@@ -164,7 +164,8 @@ class EarlyExitRun(ExitRun):
     def _compact(self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The states of the rows that go on."""
         going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
-        hidden, index = self.survivors.keep(going, block, hidden, args, kwargs)
+        round_up = int if self.compiled is None else self.compiled.round_up
+        hidden, index = self.survivors.keep(going, block, hidden, args, kwargs, round_up)
         self.pooling = self.pooling.rows(index, self.survivors.length)
         self.notes.rows(index)
         self._waiting = False

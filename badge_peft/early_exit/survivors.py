@@ -45,9 +45,15 @@ class Survivors:
         self._cut: dict[int, tuple[Tensor, Tensor]] = {}  # arguments of the model's loop, already cut
 
     def keep(
-        self, chosen: Array, block: BadgeBlock, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        chosen: Array,
+        block: BadgeBlock,
+        states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        round_up: Callable[[int], int] = int,
     ) -> tuple[Tensor, Tensor]:
-        """Goes on with the `chosen` [k] of the rows in the states.
+        """Goes on with the `chosen` [k] of the rows in the states; `round_up` gives the length for a longest row.
 
         Returns:
             Their states, and `chosen` as a tensor.
@@ -62,7 +68,7 @@ class Survivors:
         self._index = torch.from_numpy(self.rows).to(states.device)
         self._cut.clear()
         if self._mask is not None:
-            longest = int(self._row_ends(self._mask)[self.rows].max())
+            longest = round_up(int(self._row_ends(self._mask)[self.rows].max()))
             if longest < states.shape[1]:
                 self.length = longest
                 states = states[:, :longest]

@@ -97,25 +97,23 @@ def test_the_same_answers_from_shorter_states(case, pooling, attention):
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_each_row_that_leaves_shortens_the_rest(case):
-    """The longest row is the surest, and leaves first."""
+def test_when_the_longest_row_leaves_the_rest_is_shorter(case):
     lengths = [LENGTH, 12, 9, 6, 3]
     model = make(case)
+    exits, layout = model.base_model.exit_layers(), model.base_model.layout
+    for seed in range(40):
+        batch = batch_of(lengths, seed=seed)
+        entropies = torch.distributions.Categorical(logits=exits_of(model, batch)[:, :-1]).entropy()
+        least, where = entropies.min(dim=1)  # [B], over the exits before the last
+        if least[1:].max() > least[0] + 2e-4 and exits[int(where[0])] < model.base_model.num_blocks - 1:
+            break
     shapes = Shapes(model)
-    batch = batch_of(lengths)
-    exits = model.base_model.exit_layers()
-    logits = exits_of(model, batch)
-    entropies = torch.distributions.Categorical(logits=logits[:, 0]).entropy()
-    order = entropies.argsort().tolist()  # the surest row becomes the longest one
-    for name in batch:
-        batch[name] = batch[name][order]
-    ordered = [lengths[n] for n in order]
-    threshold = float(entropies.sort().values[:2].mean())
-    out = model.early_exit_forward(**batch, policy="entropy", threshold=threshold)
-    layout = model.base_model.layout
-    want = expected(out.exit_layer.tolist(), ordered, model.base_model.num_blocks, layout.full_rows_until)
-    assert out.exit_layer[0] == exits[0] and shapes.found[-len(want) :] == want
-    assert min(positions for _, positions in want) < LENGTH
+    out = model.early_exit_forward(**batch, policy="entropy", threshold=float(least[0]) + 1e-4)
+    assert out.exit_layer[0] < out.exit_layer.max()
+    assert shapes.found == expected(
+        out.exit_layer.tolist(), lengths, model.base_model.num_blocks, layout.full_rows_until
+    )
+    assert min(positions for _, positions in shapes.found) < LENGTH
 
 
 @pytest.mark.parametrize("case", ["bert", "modernbert-mean", "deberta-v2", "mpnet"])

@@ -1,0 +1,188 @@
+"""compile_blocks: equal answers to rounding, few compilations over many lengths, and clear errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import threading
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from badge_peft import compile_blocks
+from badge_peft.compile import longest_sequence
+
+from .models import CASES, PAD, exits_of, make_badge, make_batch, make_model
+
+BATCHES = [make_batch(4, 8), make_batch(3, 5, seed=3), make_batch(1, 7), make_batch(6, 7)]
+RULE = {"policy": "entropy", "threshold": 0.6}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(case="bert", blocks=4, **fields):
+    layers = {"distilbert": "n_layers"}.get(case, "num_hidden_layers")
+    changes = {} if case == "albert-inner" else {layers: blocks}
+    return make_badge(case, base=make_model(case, **changes), **fields)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+QUICK = ("bert", "deberta-v2", "modernbert-cls")
+BACKBONES = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(CASES)]
+
+
+@pytest.mark.parametrize("case", BACKBONES)
+def test_equal_answers_on_every_backbone(case):
+    """In one graph a block (`fullgraph`), with what a placement reads among its results."""
+    turn = sorted(CASES).index(case)
+    model = make(case, placement=("block", "ffn", "mhsa")[turn % 3], final_exit=("base_head", "exit")[turn % 2])
+    full = [exits_of(model, batch) for batch in BATCHES]
+    early = [model.early_exit_forward(**batch, **RULE) for batch in BATCHES]
+    assert len({int(m) for out in early for m in out.exit_layer}) > 1
+    counter = CompileCounterWithBackend("eager")
+    compile_blocks(model, buckets=[4, 8], backend=counter, fullgraph=True)
+    for batch, logits, want in zip(BATCHES, full, early, strict=True):
+        close(exits_of(model, batch), logits)
+        out = model.early_exit_forward(**batch, **RULE)
+        assert out.exit_layer.tolist() == want.exit_layer.tolist()
+        close(out.logits, want.logits)
+    assert 0 < counter.frame_count <= 16
+
+
+def test_many_lengths_and_sizes_are_few_compilations():
+    model = make(blocks=6)
+    counter = CompileCounterWithBackend("eager")
+    compile_blocks(model, buckets=[8, 16], backend=counter)
+    for length in range(3, 17):
+        for rows in (1, 2 + length % 5):
+            batch = {"input_ids": torch.randint(5, 99, (rows, length))}
+            exits_of(model, batch)
+    # by bucket: one row or several; a mask or none (a length that is a bucket); a block with an exit or the last one
+    assert counter.frame_count <= 2 * 2 * 2 * 2
+
+
+def test_what_it_leaves_alone():
+    model = make()
+    plain, batch = exits_of(model, BATCHES[0]), make_batch(4, 20)
+    long = exits_of(model, batch)
+    counter = CompileCounterWithBackend("eager")
+    handle = compile_blocks(model, buckets=[8], backend=counter)
+    assert torch.equal(exits_of(model, batch), long)  # longer than any bucket
+    loss = model(**BATCHES[0], labels=torch.zeros(4, dtype=torch.long)).loss  # training
+    loss.backward()
+    with torch.no_grad():
+        states = model(**BATCHES[1], output_hidden_states=True).hidden_states
+    assert states[0].shape[1] == 5 and counter.frame_count == 0
+    handle.remove()
+    assert torch.equal(exits_of(model, BATCHES[0]), plain) and counter.frame_count == 0
+
+
+def test_inputs_of_every_kind_are_padded():
+    model = make()
+    batch = {**make_batch(3, 5), "token_type_ids": torch.ones(3, 5, dtype=torch.long)}
+    batch["position_ids"] = torch.arange(5).expand(3, -1) + 1
+    embeds = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).detach()}
+    del embeds["input_ids"]
+    want = exits_of(model, batch)
+    handle = compile_blocks(model, buckets=[8], backend="eager")
+    for inputs in (batch, embeds):
+        close(exits_of(model, inputs), want)
+    with torch.no_grad():
+        padded = handle.pad(batch)
+        assert {name: tuple(value.shape) for name, value in padded.items()} == dict.fromkeys(batch, (3, 8))
+        assert (padded["input_ids"][:, 5:] == PAD).all() and not padded["attention_mask"][:, 5:].any()
+        assert handle.pad({"input_ids": batch["input_ids"]})["attention_mask"].sum() == 15
+        odd = {**batch, "attention_mask": torch.ones(3, 1, 5, 5)}
+        assert handle.pad(odd) is odd
+
+
+def test_survivors_are_cut_to_a_bucket():
+    model = make(blocks=6)
+    shapes = []
+    handle = compile_blocks(model, buckets=[4, 8, 11, 16], backend="eager")
+    whole = handle.run
+    handle.run = lambda layer, recorders, length, *rest: (
+        shapes.append(length) or whole(layer, recorders, length, *rest)
+    )
+    batch = make_batch(6, 12)
+    surest = exits_of(model, batch)[:, 0].softmax(-1).amax(-1)
+    threshold = float(surest[0]) - 1e-4  # at exit 1 the longest row leaves, and whoever is as sure
+    out = model.early_exit_forward(**batch, policy="max_prob", threshold=threshold)
+    assert out.exit_layer[0] == 1 and out.exit_layer.max() > 1
+    assert set(shapes) <= {4, 8, 11, 16} and len(set(shapes)) > 1
+
+
+def test_threads_share_compiled_blocks():
+    model = make()
+    batches = [make_batch(3, 8, seed=seed) for seed in range(8)]
+    compile_blocks(model, buckets=[8], backend="eager")
+    want = [exits_of(model, batch) for batch in batches]
+    found, errors = {}, []
+
+    def work(i):
+        try:
+            for _ in range(5):
+                found[i] = exits_of(model, batches[i])
+                assert torch.equal(found[i], want[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(found) == 8
+
+
+def test_a_copy_compiles_for_itself():
+    model = make()
+    compile_blocks(model, buckets=[8], backend="eager")
+    want = exits_of(model, BATCHES[0])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.base_model.compiled is not model.base_model.compiled
+        assert other.base_model.compiled._model is other.base_model
+        close(exits_of(other, BATCHES[0]), want)
+
+
+@pytest.mark.parametrize("buckets", [[], [0, 8], [8, 8], [16, 8], [8.0], [True], "8", 8, [None]])
+def test_wrong_buckets(buckets):
+    with pytest.raises(ValueError, match=r"buckets=.* is not allowed: it must be a list of increasing whole numbers"):
+        compile_blocks(make(), buckets=buckets)
+
+
+@pytest.mark.parametrize(("case", "limit"), [("bert", 40), ("roberta", 38), ("mpnet", 38), ("modernbert-cls", 40)])
+def test_buckets_end_where_the_positions_end(case, limit):
+    model = make(case)
+    assert longest_sequence(model.base_model.model) == limit
+    assert compile_blocks(model, backend="eager").buckets == [16, 32]
+    with pytest.raises(ValueError, match=f"the model has positions for {limit} tokens"):
+        compile_blocks(model, buckets=[16, limit + 1])
+    compile_blocks(model, buckets=[limit], backend="eager")
+    exits_of(model, make_batch(2, limit - 1))
+
+
+def test_a_model_without_badge():
+    with pytest.raises(ValueError, match="carries no BADGE adapter"):
+        compile_blocks(make_model())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
+def test_with_inductor():
+    model = make(blocks=2)
+    batch = make_batch(2, 7)
+    want = exits_of(model, batch)
+    compile_blocks(model, buckets=[8])
+    close(exits_of(model, batch), want)
+    close(model.early_exit_forward(**batch, policy="never").logits, want[:, -1])
