@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.hooks import Recorder
 from badge_peft.model import BadgeModel
+from badge_peft.positions import max_positions
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 
@@ -140,17 +141,13 @@ _FILLED = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type
 
 def longest_sequence(model: nn.Module) -> int:
     """How many tokens the position table of `model` has room for; what its config says where it has none."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and MPNet count positions from behind the padding token's
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return int(getattr(model.config, "max_position_embeddings", BUCKETS[-1]))
+    return max_positions(model) or int(getattr(model.config, "max_position_embeddings", BUCKETS[-1]))
 
 
 def _step(layer: Any, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
     """One block. Compiled code must not look for the run of its thread, so there the recorders hand over what they saw
     as results; where torch gives up and calls this as it is, they tell the run, as always."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return layer(*args, **kwargs), []
     for recorder in recorders:
         recorder.seen = None

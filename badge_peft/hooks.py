@@ -27,7 +27,7 @@ class Recorder:
 
     def note(self, value: Tensor) -> None:
         """Notes `value`, or the next chunk of the sequence."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.seen = value if self.seen is None else torch.cat([self.seen, value], dim=1)
             return
         run = current_run()

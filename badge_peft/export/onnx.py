@@ -21,6 +21,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.needs import need_onnx
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
 from badge_peft.model import BadgeModel
+from badge_peft.positions import max_positions
 from badge_peft.prepare import package_version
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _facts(
         "labels": [str(config.id2label[i]) for i in range(decision.num_labels)] if config.id2label else None,
         "num_blocks": badge.num_blocks,
         "exit_layers": [m for m in exits if m <= depth],
-        "max_length": max_length(badge.model),
+        "max_length": max_positions(badge.model),
         "early_exit": wanted.to_dict(),
         "threshold": decision.threshold()[0],
         "patience": decision.patience,
@@ -201,23 +202,15 @@ def _facts(
     }
 
 
-def max_length(model: nn.Module) -> int | None:
-    """Positions that the model's table has, None where it has no table."""
-    for name, module in model.named_modules():
-        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and MPNet count from behind the padding position
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
-
-
 @contextmanager
 def _ready(badge: BadgeModel) -> Iterator[None]:
     """In eval mode, with the adapter's own LoRA folded into the weights; afterwards all is bit for bit as before."""
-    training = badge.training
+    training, compiled = badge.training, badge.compiled
     layers = [x for x in lora.lora_layers(badge.model) if x.active_adapters and not (x.merged or x.disable_adapters)]
     weights = [cast(nn.Parameter, x.get_base_layer().weight) for x in layers]
     kept = [weight.detach().clone() for weight in weights]
     badge.eval()
+    badge.compiled = None
     try:
         for layer in layers:
             cast(Any, layer).merge()
@@ -227,4 +220,5 @@ def _ready(badge: BadgeModel) -> Iterator[None]:
             layer.merged_adapters.clear()
             with torch.no_grad():
                 weight.copy_(before)
+        badge.compiled = compiled
         badge.train(training)

@@ -8,37 +8,32 @@ from collections.abc import Iterator
 
 from onnx import GraphProto, TensorProto
 
+Key = tuple[int, tuple[int, ...], bytes]
 LEAST = 1024  # bytes; small constants stay where they are read
 
 
 def share_weights(graph: GraphProto) -> None:
     """Moves equal tensors of `graph` and of the branches of its `If` nodes to `graph`, in place."""
     branches = [graph, *_branches(graph)]
-    keys = {id(t): _key(t) for g in branches for t in g.initializer if len(t.raw_data) >= LEAST}
-    counts = Counter(keys.values())
-    kept: dict[tuple[int, tuple[int, ...], bytes], str] = {}
-    moved: list[TensorProto] = []
+    counts = Counter(_key(t) for g in branches for t in g.initializer if len(t.raw_data) >= LEAST)
+    kept: dict[Key, TensorProto] = {}
     for branch in branches:
+        stay: list[TensorProto] = []
         new_names: dict[str, str] = {}
-        stay = []
         for tensor in branch.initializer:
-            key = keys.get(id(tensor))
+            key = _key(tensor) if len(tensor.raw_data) >= LEAST else None
             if key is None or counts[key] == 1:
-                stay.append(tensor)
-            elif key in kept:
-                new_names[tensor.name] = kept[key]
-            else:
-                kept[key] = tensor.name
-                moved.append(tensor)
-        if len(stay) == len(branch.initializer):
-            continue
-        copies = [_copy(t) for t in stay]
-        moved = [_copy(t) for t in moved]  # before their owner forgets them
-        del branch.initializer[:]
-        branch.initializer.extend(copies)
-        for node in branch.node:
-            node.input[:] = [new_names.get(name, name) for name in node.input]
-    graph.initializer.extend(moved)
+                stay.append(_copy(tensor))
+                continue
+            if key not in kept:
+                kept[key] = _copy(tensor)
+            new_names[tensor.name] = kept[key].name
+        if new_names:
+            del branch.initializer[:]
+            branch.initializer.extend(stay)
+            for node in branch.node:
+                node.input[:] = [new_names.get(name, name) for name in node.input]
+    graph.initializer.extend(kept.values())
 
 
 def _branches(graph: GraphProto) -> Iterator[GraphProto]:
@@ -54,5 +49,5 @@ def _copy(tensor: TensorProto) -> TensorProto:
     return new
 
 
-def _key(tensor: TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+def _key(tensor: TensorProto) -> Key:
     return tensor.data_type, tuple(tensor.dims), hashlib.sha256(tensor.raw_data).digest()

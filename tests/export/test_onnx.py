@@ -85,7 +85,9 @@ def test_every_backbone(case, kind):
     badge = model.base_model
     exits = badge.exit_layers()
     pieces = cut(badge, set(exits), exits[-1])
-    batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2), safe_batch(model, 3, 8, 3, "left")]
+    batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
+    if case != "modernbert-cls":  # its head would read a padded position that sees nothing but padding
+        batches.append(safe_batch(model, 3, 8, 3, "left"))
     for i, rule in enumerate(RULES):
         with torch.no_grad():
             logits, doubts = batches[0][1], model(**batches[0][0]).exit_doubts
@@ -316,11 +318,3 @@ def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
     ):
         with pytest.raises(ModuleNotFoundError, match=r"badge-peft\[onnx\]"):
             action()
-
-
-@pytest.mark.parametrize("case", ["roberta", "modernbert-cls"])
-def test_longest_input(case):
-    from badge_peft.export.onnx import max_length
-
-    wanted = {"roberta": 38, "modernbert-cls": None}[case]  # RoBERTa counts from behind the padding position
-    assert max_length(make_model(case)) == wanted
