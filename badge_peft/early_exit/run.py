@@ -132,8 +132,8 @@ class EarlyExitRun(ExitRun):
     def _bring_up_to_date(self) -> None:
         """Puts the exits since the last decision into the history: one transfer for all of them, as each waits for
         the device. No row has left in between."""
-        found = zip(*(entry for entry in self._undecided if entry is not None), strict=True)
-        host = zip(*map(on_host, found), strict=True)  # for each exit its logits, and its doubts
+        computed = [entry for entry in self._undecided if entry is not None]
+        host = zip(*map(on_host, zip(*computed, strict=True)), strict=True)  # for each exit its logits, and its doubts
         for entry in self._undecided:
             if entry is None:
                 self.history.skip()
@@ -186,8 +186,8 @@ def logits_dtype(exit_: Exit) -> torch.dtype:
 
 def on_host(values: Sequence[Tensor]) -> list[Array]:
     """Equal shapes in, float32 arrays in numpy out."""
-    if values[0].device.type == "cpu":
-        return [x.float().numpy() for x in values]
+    if values[0].is_cpu:
+        return [x.numpy() if x.dtype is torch.float32 else x.float().numpy() for x in values]
     return list(torch.stack([x.float() for x in values]).cpu().numpy())
 
 
