@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latency_parts.causes import TEXT as CAUSES
+from latency_parts.causes import causes
 from latency_parts.settings import EXPERIMENTS
 from latency_parts.tables import Table, markdown, megabytes, ratios, times, verdicts
 from latency_parts.targets import judge_all
@@ -78,7 +80,10 @@ def page(data: Mapping[str, Any]) -> str:
             parts.append(f"### {size}, {section['environment']['device'] if device == 'cuda' else 'CPU'}")
             parts.append(f"{_short(section)}.")
             parts += [markdown(table) for table in _tables(experiment, section["rows"])]
-    parts += ["## Where", _where(sections)]
+    found_causes = causes(sections)
+    if found_causes is not None:
+        parts += ["## Where the time goes", CAUSES, markdown(found_causes)]
+    parts += ["## Where it was measured", _where(sections)]
     return "\n\n".join(parts) + "\n"
 
 

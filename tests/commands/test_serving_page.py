@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
+from tests.pages import ROOT, run
 from tests.texts import make_tokenizer
-
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
@@ -17,15 +12,13 @@ def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
     texts = ["the film was good", "a very dull plot"]
     tokenizer = make_tokenizer()
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    space = {
+    space: dict[str, object] = {
         "tokenizer": tokenizer,
         "texts": texts,
         "batch": {name: encoded[name] for name in ("input_ids", "attention_mask")},
         "validation_rows": [{"input_ids": tokenizer(text)["input_ids"]} for text in texts],
     }
-    assert len(BLOCKS) == 4
-    for block in BLOCKS:
-        exec(block, space)
+    space = run(ROOT / "docs" / "serving.md", space)
     for queue in (1, 50, 500):
         answers = space["answer"](texts, queue)
         assert [set(a) for a in answers] == [{"label", "confidence", "exit_layer"}] * 2
