@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from badge_peft.export.decisions import Answers, Decision, State
+from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import BOOL, FLOAT, INT64, Graph
+from badge_peft.export.state import Answers, State
 
 #: Puts a block into a graph: the graph, names of states, shared tensors and inputs -> those of its results.
 Insert = Callable[[Graph, dict[str, str]], dict[str, str]]

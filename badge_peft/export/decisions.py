@@ -7,9 +7,6 @@ exit to exit are counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from badge_peft.early_exit.policies import (
@@ -27,50 +24,10 @@ from badge_peft.early_exit.policies import (
     ThresholdPolicy,
 )
 from badge_peft.early_exit.policies.base import max_entropy
-from badge_peft.export.graph import FLOAT, INT64, Graph
-
-_LARGEST = 1e30  # as early_exit/divergences.py
-_LIMIT = 50.0  # as early_exit/policies/agreement.py
-
-
-@dataclass
-class State:
-    """What the exits so far have left for the next one: every value has one row per input row that still goes on.
-
-    Args:
-        values: Name -> value. `history` [n, j, W], `labels` [n, j] or [n, j, K], `streak` [n].
-        types: Name -> ONNX type.
-    """
-
-    values: dict[str, str] = field(default_factory=dict)
-    types: dict[str, int] = field(default_factory=dict)
-
-    def put(self, name: str, value: str, dtype: int) -> None:
-        """Sets a value."""
-        self.values[name], self.types[name] = value, dtype
-
-
-@dataclass
-class Answers:
-    """One exit's answers inside of a graph.
-
-    Args:
-        graph: Where nodes are added.
-        index: j, the number of exits before this one.
-        logits: [n, K].
-        doubt: [n], LTE's, where there is one.
-        state: Of the exits before; replaced by that of this one.
-        threshold: Scalar, in the unit of the signal.
-        patience: Scalar.
-    """
-
-    graph: Graph
-    index: int
-    logits: str
-    doubt: str | None
-    state: State
-    threshold: str
-    patience: str
+from badge_peft.export.agreement import agreement
+from badge_peft.export.distributions import Distributions, total
+from badge_peft.export.graph import INT64
+from badge_peft.export.state import Answers
 
 
 class Decision:
@@ -89,6 +46,7 @@ class Decision:
         self.exits = exits
         self.num_labels = num_labels
         self.problem_type = problem_type
+        self.of = Distributions(num_labels, problem_type)
         self.scale = float(np.float32(max_entropy(num_labels, problem_type)))
 
     def stops(self, at: Answers) -> str | None:
@@ -110,7 +68,7 @@ class Decision:
             assert at.doubt is not None  # check_exportable
             return g.op("Less", at.doubt, at.threshold)
         assert isinstance(policy, AgreementPolicy)
-        return self._agreement(at, policy)
+        return agreement(at, policy, self.of, self.scale)
 
     def check_exportable(self, learned: bool) -> None:
         """Refuses a policy that has no ONNX form, before anything is exported.
@@ -174,90 +132,30 @@ class Decision:
             return self.problem_type == "regression"
         return not isinstance(self.policy, (NeverPolicy, FixedDepthPolicy))
 
-    # ------------------------------------------------------------------------------------- distributions of an exit
-
-    def _log_probs(self, g: Graph, logits: str) -> str:
-        """[n, K] -> [n, W]: log p; of K independent labels, log p beside log(1 - p), W = 2K."""
-        clipped = g.op("Clip", logits, g.floats(-_LARGEST), g.floats(_LARGEST))
-        if self.problem_type != "multi_label_classification":
-            return g.op("LogSoftmax", clipped, axis=-1)
-        yes = g.op("Neg", g.op("Softplus", g.op("Neg", clipped)))
-        no = g.op("Neg", g.op("Softplus", clipped))
-        return g.op("Concat", yes, no, axis=-1)
+    # ------------------------------------------------------------------------------------------------------- signals
 
     def _entropy(self, at: Answers) -> str:
-        log_p = self._log_probs(at.graph, at.logits)
-        return self._sum(at.graph, at.graph.op("Mul", at.graph.op("Exp", log_p), log_p), sign=-1)
-
-    def _confidence(self, g: Graph, log_p: str) -> str:
-        """[n, W] -> [n]: the largest probability; multi-label: that of the least sure label."""
-        if self.problem_type != "multi_label_classification":
-            return g.op("Exp", g.op("ReduceMax", log_p, g.ints([-1]), keepdims=0))
-        k = self.num_labels
-        yes = g.op("Slice", log_p, g.ints([0]), g.ints([k]), g.ints([-1]))
-        no = g.op("Slice", log_p, g.ints([k]), g.ints([2 * k]), g.ints([-1]))
-        return g.op("Exp", g.op("ReduceMin", g.op("Max", yes, no), g.ints([-1]), keepdims=0))
+        return self.of.entropy(at.graph, self.of.log_probs(at.graph, at.logits))
 
     def _tempered_confidence(self, at: Answers, policy: MaxProbPolicy) -> str:
         g, logits = at.graph, at.logits
         if policy.config.temperature is not None:
             logits = g.op("Div", logits, g.floats(policy.config.temperature[at.index]))
-        return self._confidence(g, self._log_probs(g, logits))
-
-    @staticmethod
-    def _sum(g: Graph, values: str, sign: int = 1) -> str:
-        """Over the last axis."""
-        total = g.op("ReduceSum", values, g.ints([-1]), keepdims=0)
-        return g.op("Neg", total) if sign < 0 else total
-
-    # ------------------------------------------------------------------------------------------ divergences (Eq. 3-4)
-
-    def _represent(self, g: Graph, kind: str, logits: str) -> tuple[str, int]:
-        """What a divergence of this kind compares, [n, W] or [n], and its type."""
-        if self.problem_type == "regression":
-            return g.op("Clip", logits, g.floats(-_LARGEST), g.floats(_LARGEST)), FLOAT
-        if kind != "label":
-            return self._log_probs(g, logits), FLOAT
-        if self.problem_type == "multi_label_classification":
-            return g.op("Cast", g.op("Greater", logits, g.floats(0)), to=FLOAT), FLOAT
-        return g.op("ArgMax", logits, axis=-1, keepdims=1), INT64
-
-    def _compare(self, g: Graph, kind: str, here: str, others: str) -> str:
-        """S(p, q): [n, 1, W] and [n, i, W] -> [n, i]."""
-        if self.problem_type == "regression" or (kind == "label" and self._many_labels):
-            return self._sum(g, g.op("Abs", g.op("Sub", here, others)))
-        if kind == "label":
-            differ = g.op("Not", g.op("Equal", here, others))
-            return self._sum(g, g.op("Cast", differ, to=FLOAT))
-        p = g.op("Exp", here)
-        if kind == "ce":
-            return self._sum(g, g.op("Mul", p, others), sign=-1)
-        if kind == "kl":
-            return self._sum(g, g.op("Mul", p, g.op("Sub", here, others)))
-        apart = g.op("Neg", g.op("Abs", g.op("Sub", here, others)))
-        mean = g.op("Softplus", apart)  # ln(e^a + e^b) = max(a, b) + ln(1 + e^-|a - b|)
-        middle = g.op("Sub", g.op("Add", g.op("Max", here, others), mean), g.floats(np.log(2.0)))
-        left = g.op("Mul", p, g.op("Sub", here, middle))
-        right = g.op("Mul", g.op("Exp", others), g.op("Sub", others, middle))
-        return g.op("Mul", self._sum(g, g.op("Add", left, right)), g.floats(0.5))
-
-    @property
-    def _many_labels(self) -> bool:
-        return self.problem_type == "multi_label_classification"
+        return self.of.confidence(g, self.of.log_probs(g, logits))
 
     def _divergence(self, at: Answers, policy: DivergencePolicy) -> str | None:
         g, state, kind = at.graph, at.state, policy.config.divergence
-        here, dtype = self._represent(g, kind, at.logits)
+        here, dtype = self.of.represent(g, kind, at.logits)
         here = g.op("Unsqueeze", here, g.ints([1]))  # [n, 1, W]
         earlier = state.values.get("history")
         if earlier is None:
             state.put("history", here, dtype)
             return None
         tau = at.threshold if self.uses_threshold else g.floats(0.5)
-        agrees = g.op("Less", self._compare(g, kind, here, earlier), tau)  # [n, j] or [n, 1]
+        agrees = g.op("Less", self.of.compare(g, kind, here, earlier), tau)  # [n, j] or [n, 1]
         if policy.config.window == "all":
             state.put("history", g.op("Concat", earlier, here, axis=1), dtype)
-            return g.op("GreaterOrEqual", self._sum(g, g.op("Cast", agrees, to=INT64)), at.patience)
+            return g.op("GreaterOrEqual", total(g, g.op("Cast", agrees, to=INT64)), at.patience)
         state.put("history", here, dtype)
         return self._streak(at, g.op("Squeeze", agrees, g.ints([1])))
 
@@ -269,87 +167,3 @@ class Decision:
             count = g.op("Mul", count, g.op("Add", at.state.values["streak"], g.ints(1)))
         at.state.put("streak", count, INT64)
         return g.op("GreaterOrEqual", count, at.patience)
-
-    # ------------------------------------------------------------------------------------------------------ agreement
-
-    def _agreement(self, at: Answers, policy: AgreementPolicy) -> str:
-        g = at.graph
-        fitted = policy.config.parameters
-        assert fitted is not None  # the policy has checked
-        columns = self._regression_features(at) if self.problem_type == "regression" else self._class_features(at)
-        stacked = g.op("Concat", *(g.op("Unsqueeze", column, g.ints([1])) for column in columns), axis=1)  # [n, F]
-        clipped = g.op("Clip", stacked, g.floats(-_LIMIT), g.floats(_LIMIT))
-        weighted = self._sum(g, g.op("Mul", clipped, g.floats(fitted["coefficients"][at.index])))
-        linear = g.op("Add", weighted, g.floats(fitted["intercepts"][at.index]))
-        if not policy.stops_above:
-            return g.op("Less", linear, at.threshold)
-        chance = g.op("Sigmoid", g.op("Clip", linear, g.floats(-_LIMIT), g.floats(_LIMIT)))
-        return g.op("GreaterOrEqual", chance, at.threshold)
-
-    def _class_features(self, at: Answers) -> list[str]:
-        """As `features` of the policy: each [n]."""
-        g, state, scale = at.graph, at.state, at.graph.floats(self.scale)
-        tiny = g.floats(1e-6)
-        log_p = self._log_probs(g, at.logits)  # [n, W]
-        sure = self._confidence(g, log_p)
-        doubt = g.op("Max", g.op("Sub", g.floats(1), sure), tiny)
-        here = g.op("Unsqueeze", log_p, g.ints([1]))  # [n, 1, W]
-        label, label_type = self._represent(g, "label", at.logits)
-        label = g.op("Unsqueeze", label, g.ints([1]))
-        columns = [
-            g.op("Div", self._sum(g, g.op("Mul", g.op("Exp", log_p), log_p), sign=-1), scale),
-            sure,
-            g.op("Log", g.op("Div", g.op("Max", sure, tiny), doubt)),
-            self._margin(g, log_p, sure),
-        ]
-        history, labels = state.values.get("history"), state.values.get("labels")
-        if history is not None and labels is not None:
-            before = self._at(g, history, -1)  # [n, 1, W]
-            divergences = g.op("Div", self._compare(g, "ce", here, history), scale)  # [n, j]
-            same = self._same(g, label, labels)
-            columns += [
-                g.op("ReduceMin", divergences, g.ints([1]), keepdims=0),
-                g.op("Squeeze", self._at(g, divergences, -1), g.ints([1])),
-                g.op("ReduceMean", divergences, g.ints([1]), keepdims=0),
-                g.op("Squeeze", g.op("Div", self._compare(g, "kl", here, before), scale), g.ints([1])),
-                g.op("ReduceMean", same, g.ints([1]), keepdims=0),
-                self._confidence(g, g.op("Squeeze", before, g.ints([1]))),
-            ]
-        self._append(at, "history", history, here, FLOAT)
-        self._append(at, "labels", labels, label, label_type)
-        return columns
-
-    def _same(self, g: Graph, label: str, labels: str) -> str:
-        """[n, j] float: 1 where an earlier exit gave the same label (all labels, where there are many)."""
-        return g.op("Cast", g.op("Equal", self._compare(g, "label", label, labels), g.floats(0)), to=FLOAT)
-
-    def _margin(self, g: Graph, log_p: str, sure: str) -> str:
-        if self._many_labels:
-            return g.op("Sub", g.op("Mul", g.floats(2), sure), g.floats(1))
-        values = g.fresh("TopK")
-        g.ops("TopK", [log_p, g.ints([2])], [values, g.fresh("TopK_places")], axis=-1)
-        top = g.op("Exp", values)  # [n, 2]
-        first, second = (self._at(g, top, i) for i in (0, 1))
-        return g.op("Squeeze", g.op("Sub", first, second), g.ints([1]))
-
-    def _regression_features(self, at: Answers) -> list[str]:
-        g, state = at.graph, at.state
-        here = g.op("Unsqueeze", self._represent(g, "ce", at.logits)[0], g.ints([1]))
-        columns = [g.op("ReduceMean", at.logits, g.ints([-1]), keepdims=0)]
-        history = state.values.get("history")
-        if history is not None:
-            apart = self._compare(g, "ce", here, history)  # [n, j]
-            reduce: Callable[[str], str] = lambda kind: g.op(kind, apart, g.ints([1]), keepdims=0)  # noqa: E731
-            last = g.op("Squeeze", self._at(g, apart, -1), g.ints([1]))
-            columns += [reduce("ReduceMin"), last, reduce("ReduceMean"), reduce("ReduceMax")]
-        self._append(at, "history", history, here, FLOAT)
-        return columns
-
-    @staticmethod
-    def _at(g: Graph, values: str, index: int) -> str:
-        """The entry `index` of axis 1, which stays."""
-        return g.op("Gather", values, g.ints([index]), axis=1)
-
-    @staticmethod
-    def _append(at: Answers, name: str, before: str | None, value: str, dtype: int) -> None:
-        at.state.put(name, value if before is None else at.graph.op("Concat", before, value, axis=1), dtype)

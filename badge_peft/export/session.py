@@ -13,14 +13,7 @@ def open_session(
     spinning: bool = False,
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> Any:
-    """Loads a graph.
-
-    Args:
-        path: The file.
-        threads: Of one call; None leaves it to onnxruntime (all cores).
-        spinning: Whether idle threads spin while they wait.
-        providers: As onnxruntime names them.
-    """
+    """Loads the graph in `path`; the rest is as `OnnxEarlyExitModel.from_pretrained` has it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

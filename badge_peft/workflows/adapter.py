@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from safetensors import SafetensorError
 from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.files import write_json
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.registry import NAME
 from badge_peft.training.progress import quiet
@@ -73,7 +71,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
     base: Any = model.get_base_model()
     local = Path(path)
     tokenizer = load_tokenizer(path if has_tokenizer(path) else str(base_model or config.base_model_name_or_path))
-    limit_length(tokenizer, base.config, None)
+    limit_length(tokenizer, base, None)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
@@ -148,20 +146,9 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     check_adapter(folder)
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no local folder, so its exit rule cannot be changed: download it first.")
-    path = (Path(folder) / CONFIG).resolve()
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{CONFIG}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(Path(folder) / CONFIG, data)
 
 
 def _load_logits(path: Path) -> ExitLogits:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import AutoTokenizer
 
 from badge_peft.hub import has_tokenizer
+from badge_peft.positions import max_positions
 from badge_peft.workflows.rows import TextRows
 
 _NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # count positions from behind the padding token
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -33,20 +34,19 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def limit_length(tokenizer: Any, model_config: Any, max_length: int | None) -> int:
+def limit_length(tokenizer: Any, model: nn.Module, max_length: int | None) -> int:
     """Tokens per text: `max_length`, the tokenizer's limit and the model's, whichever is least. The tokenizer keeps
     it, so that it is saved with it.
 
     Args:
         tokenizer: Its `model_max_length` is set.
-        model_config: Of the model.
+        model: That will read the texts.
         max_length: None takes what the model can read.
     """
     limits = [512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length]
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions:
-        first = (model_config.pad_token_id or 0) + 1 if model_config.model_type in _OFFSET else 0
-        limits.append(positions - first)
+    positions = max_positions(model)
+    if positions is not None:
+        limits.append(positions)
     if max_length is not None:
         limits.append(max_length)
     tokenizer.model_max_length = min(limits)

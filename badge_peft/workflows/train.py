@@ -59,7 +59,7 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
     rows, held = read_splits(settings)
     base = load_base(settings, rows)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or settings.model))
-    limit = limit_length(tokenizer, base.model.config, settings.max_length)
+    limit = limit_length(tokenizer, base.model, settings.max_length)
     if base.model.config.pad_token_id is None:
         base.model.config.pad_token_id = tokenizer.pad_token_id
     targets, held_targets = base.labels.targets(rows), base.labels.targets(held)

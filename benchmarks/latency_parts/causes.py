@@ -12,9 +12,8 @@ from latency_parts.torch_runs import DGE, FIXED
 
 TEXT = """The times above, batch 1, as straight lines over the block k at which a row leaves (least squares): *outside
 of the blocks* is where the line of `fixed_depth` starts (embeddings, masks, the call), *a block* its slope, *an exit
-and
-its decision* how much steeper the line of DGE is. *Stock* is what remains of the stock model's time when the first is
-taken from it, per block.
+and its decision* how much steeper the line of DGE is. *Stock* is what remains of the stock model's time when the first
+is taken from it, per block.
 
 A row that leaves at block k pays for all that is outside of the blocks, but the ratio allows it k/M of that: at block
 2 of 12 this alone is 5/6 of the first number over the time of two blocks. The rest of a ratio above 1 is the exit and

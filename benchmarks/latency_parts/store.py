@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from badge_peft.files import write_json
 
 FORMAT = 1
 
@@ -40,9 +41,7 @@ class Store:
         """Takes a finished section in; a reader sees the old file or the new one."""
         self.sections[key] = section
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.data, indent=1)
 
 
 def read(path: str | Path) -> dict[str, Any]:

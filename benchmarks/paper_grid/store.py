@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from badge_peft.evaluation import ExitLogits
+from badge_peft.files import write_json
 from paper_grid.plan import key_of
 
 RESULT = "run.json"
@@ -91,10 +92,3 @@ class Store:
         """Stores what an optuna search found."""
         (self.root / "optuna").mkdir(parents=True, exist_ok=True)
         write_json(self.root / "optuna" / f"{name}.json", result)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)

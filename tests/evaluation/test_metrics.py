@@ -127,7 +127,9 @@ def rate(predictions: np.ndarray, labels: np.ndarray, scale: float = 1.0) -> flo
 
 
 @pytest.mark.parametrize(
-    ("metric", "name"), [(rate, "rate"), (partial(partial(rate), scale=1.0), "rate"), (Rate(), "Rate")], ids=str
+    ("metric", "name"),
+    [(rate, "rate"), (partial(partial(rate), scale=1.0), "rate"), (Rate(), "Rate")],
+    ids=["function", "partial", "object"],
 )
 def test_any_callable_has_a_name(metric: Metric, name: str) -> None:
     data = by_hand()
