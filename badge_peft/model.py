@@ -76,16 +76,24 @@ class BadgeModel(BaseTuner):
         """Block numbers of the exits of `adapter_name` (None: the active adapter), shallow to deep; the last is M."""
         return exit_numbers(self.config_of(adapter_name), self.num_blocks)
 
-    def new_run(self, run: type[ExitRun], batch_size: int, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        """A run of class `run` for the active adapter.
+    def new_run(
+        self,
+        run: type[ExitRun],
+        batch_size: int,
+        attention_mask: Tensor | None,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A run of class `run` for one adapter.
 
         Args:
             run: `ExitRun` or a subclass.
             batch_size: B.
             attention_mask: [B, S] or None.
+            adapter_name: None: the active adapter.
             **kwargs: For the subclass.
         """
-        adapter = self.single_active_adapter()
+        adapter = adapter_name if adapter_name is not None else self.single_active_adapter()
         config = self.config_of(adapter)
         exits, doubt = {}, None
         if config.exit_type == "past_future" or config.learn_to_exit:
@@ -274,7 +282,8 @@ class BadgeModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names is not supported here: call set_adapter(name) and run the rows of each adapter apart."
+                "adapter_names is not supported at full depth: call model.early_exit_forward(**batch, adapter_names="
+                "[...]), or set_adapter(name) and run the rows of each adapter apart."
             )
         yield
 

@@ -44,6 +44,17 @@ class Frame:
         before = getattr(self, name)
         setattr(self, name, value if before is None else torch.cat([before, value], dim=1))
 
+    def rows(self, start: int, end: int) -> Frame:
+        """The same for the rows from `start` up to `end` alone; views, nothing is copied."""
+        part = Frame(self.block_input[start:end])
+        part.output = self.output[start:end]
+        part.scale_weights = self.scale_weights
+        for name in ("attention_sum", "attention", "ffn_sum"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(part, name, value[start:end])
+        return part
+
 
 class ExitRun:
     """One full-depth call: every block runs, every exit's logits are collected.
@@ -91,6 +102,7 @@ class ExitRun:
         self.notes = Notes(list(self.exits.values()), keep=self.keep_notes)
         self.frame: Frame | None = None
         self.compiled: CompiledBlocks | None = None
+        self.shares: list[tuple[str, int]] | None = None  # adapters and their rows in turn, where there are several
         self.trains_backbone: Callable[[], bool] = lambda: True  # asked only where gradients would get lost
         self._visits: dict[int, int] = {}
         self._token: Token[ExitRun | None] | None = None

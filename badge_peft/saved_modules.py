@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from badge_peft.run import current_run
+
 
 class SavedModule(ModulesToSaveWrapper):
-    """PEFT's wrapper, whose weights the tuner itself looks up in a file.
-
-    PEFT would do it before the tuner sees the file, and a tensor that is not there would be a bare KeyError.
+    """PEFT's wrapper, but for two things: in a batch of several adapters each row goes through the copy of its own,
+    and the tuner itself looks up the weights in a file. (PEFT would do it before the tuner sees the file, and a tensor
+    that is not there would be a bare KeyError.)
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module. In a batch of several adapters it is a head, and its one argument has a row for each."""
+        run = None if torch.compiler.is_compiling() else current_run()
+        if run is None or run.shares is None:
+            return super().forward(*args, **kwargs)
+        if not any(adapter in self.modules_to_save for adapter, _ in run.shares):
+            return self.original_module(*args, **kwargs)
+        (states,) = args
+        parts = states.split([rows for _, rows in run.shares])
+        copies = [self._copy(adapter) for adapter, _ in run.shares]
+        return torch.cat([copy(part, **kwargs) for copy, part in zip(copies, parts, strict=True)])
+
+    def _copy(self, adapter: str) -> nn.Module:
+        return self.modules_to_save[adapter] if adapter in self.modules_to_save else self.original_module
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Nothing for PEFT to translate."""

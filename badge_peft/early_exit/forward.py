@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.recent import policy_for
-from badge_peft.early_exit.run import EarlyExitRun
+from badge_peft.early_exit.mixed import mixed_forward
+from badge_peft.early_exit.run import EarlyExitRun, run_fields
 from badge_peft.full_depth import count_rows
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput
 
 _FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
 _IGNORED = ("labels", "return_dict", "num_items_in_batch")
-_REFUSED = ("output_hidden_states", "output_attentions", "adapter_names")
+_REFUSED = ("output_hidden_states", "output_attentions")
 
 
 def get_badge_model(model: nn.Module) -> BadgeModel:
@@ -39,7 +39,9 @@ def get_badge_model(model: nn.Module) -> BadgeModel:
 
 
 @torch.no_grad()
-def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwargs: Any) -> EarlyExitOutput:
+def early_exit_forward(
+    model: nn.Module, *, early_exit_config: Any = None, adapter_names: Any = None, **kwargs: Any
+) -> EarlyExitOutput:
     """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
 
     Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone. Switch the model to
@@ -47,15 +49,20 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
 
     Args:
         model: A PEFT model with an active BADGE adapter.
-        early_exit_config: `EarlyExitConfig` or dict; None takes the active adapter's own.
+        early_exit_config: `EarlyExitConfig` or dict; None takes the adapter's own.
+        adapter_names: A list with the adapter of each row, whichever is active; None: the active one. Rows of
+            different tasks share one pass, each with its adapter's bypasses, exits, labels and early-exit config;
+            `"__base__"` stands for the base model without an adapter. Only adapters with `backbone="frozen"`, which
+            save no module but the model's head.
         **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win over
             the config: `policy="divergence", threshold=0.2, patience=3`.
 
     Returns:
-        `logits` [B, K] and `exit_layer` [B].
+        `logits` [B, K] and `exit_layer` [B]; with `adapter_names` also `num_labels` [B], and K is the largest.
 
     Raises:
-        ValueError: no BADGE adapter, an empty batch, a wrong field, or an argument that has no meaning here.
+        ValueError: no BADGE adapter, an empty batch, a wrong field, an argument that has no meaning here, or
+            `adapter_names` that do not fit the rows or the model.
     """
     badge = get_badge_model(model)
     overrides = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
@@ -64,28 +71,20 @@ def early_exit_forward(model: nn.Module, *, early_exit_config: Any = None, **kwa
         if inputs.pop(name, None):
             raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
     _check_names(badge.model, inputs)
-    adapter = badge.single_active_adapter()
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    config = badge.config_of(adapter)
-    if early_exit_config is None:
-        early_exit_config = config.early_exit
-    policy = policy_for(early_exit_config, overrides)
+    if adapter_names is None:
+        fields = run_fields(badge.config_of(), early_exit_config, overrides)
     if badge.training:
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3
         )
+    if adapter_names is not None:
+        return mixed_forward(badge, adapter_names, early_exit_config, overrides, inputs)
     batch_size = count_rows(**inputs)
     if badge.compiled is not None:
         inputs = badge.compiled.pad(inputs)
-    run = badge.new_run(
-        EarlyExitRun,
-        batch_size,
-        inputs.get("attention_mask"),
-        policy=policy,
-        num_labels=config.resolved_labels,
-        problem_type=config.resolved_problem_type,
-    )
+    run = badge.new_run(EarlyExitRun, batch_size, inputs.get("attention_mask"), **fields)
     with run:
         base = badge.model(return_dict=True, **inputs)
     run.finish(base.logits)

@@ -1,4 +1,4 @@
-"""`EarlyExitRun`: a call in which rows leave at the exit that their policy chooses."""
+"""`EarlyExitRun`: a call in which each row stops at the exit that the policy of its adapter chooses."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.leaving import LeavingRun
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.survivors import Survivors
+from badge_peft.early_exit.recent import policy_for
 from badge_peft.heads import Exit
 from badge_peft.layer import BadgeBlock
-from badge_peft.run import ExitRun, Frame
+from badge_peft.run import Frame
 
 Array = np.ndarray
 
 
-class EarlyExitRun(ExitRun):
-    """Rows that have stopped go no further: at the next block only the survivors are handed on, without the padding
-    that none of them needs, and when none is left the blocks return at once. Exits whose logits no decision can depend
-    on are not computed.
-
-    Rows leave at the *entry* of a block, not behind the exit, so that a model may still mix the states of all rows
-    between two blocks. Behind block M the full batch is put together again for the model's own head.
+class EarlyExitRun(LeavingRun):
+    """The rows of one adapter: its exits are read, and its policy says which rows stop. Exits whose logits no decision
+    can depend on are not computed.
 
     Args:
         policy: Decides, on the host.
@@ -35,55 +33,19 @@ class EarlyExitRun(ExitRun):
 
     Attributes:
         answer: [B, K], logits of the rows that have stopped.
-        exit_layer: [B], the block each row stopped at; -1 while it has not.
-        left: How many rows have not stopped.
     """
 
     def __init__(self, *args: Any, policy: ExitPolicy, num_labels: int, problem_type: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         policy.check(self.exit_layers, num_labels, problem_type)
         self.policy = policy
-        self.num_blocks = self.exit_layers[-1]
         self.history = ExitHistory(self.exit_layers, self.batch_size, num_labels, problem_type)
         self.answer: Tensor | None = None
-        self.exit_layer = np.full(self.batch_size, -1, dtype=np.int64)
-        self.left = self.batch_size
-        self.survivors = Survivors(self.batch_size, self.pooling.mask)
         if not policy.reads_doubts:
             self.learn_to_exit = None
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
-        self._waiting = False  # whether rows have stopped since the states were last compacted
-        self._returned_tuple: bool | None = None  # whether the last block that ran did
         self._dtype: torch.dtype | None = None  # of the exits' logits
-
-    def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs `block` for the rows that have not stopped."""
-        number = self._number(block)
-        hidden = self._hidden(args, kwargs)
-        if number == 1:
-            self._check_rows(hidden)
-            self._exit(block, 0, Frame(hidden))
-        if not self.left:
-            if block.returns_tuple is None:
-                block.returns_tuple = self._returned_tuple  # a new model: as the block before it
-            if block.returns_tuple is not None:
-                return self._skip(block, number, hidden)
-        elif number > block.layout.full_rows_until:
-            if self._waiting:
-                hidden = self._compact(block, hidden, args, kwargs)
-            if not self.survivors.complete:
-                args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
-        result, frame = self._run(block, hidden, args, kwargs)
-        self._returned_tuple = isinstance(result, tuple)
-        if block.returns_tuple is not self._returned_tuple:  # setting an attribute of a module takes its time
-            block.returns_tuple = self._returned_tuple
-        if self.left:
-            self._exit(block, number, frame)
-        if number == self.num_blocks and not self.survivors.complete:
-            full = self.survivors.restore(frame.output)
-            return (full, *result[1:]) if isinstance(result, tuple) else full
-        return result
 
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are left the answer of the model's own head, [B, K]."""
@@ -100,7 +62,7 @@ class EarlyExitRun(ExitRun):
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
-    def _exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+    def read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number` of `block`, where there is one and somebody asks for it, and lets rows stop there."""
         if not block.has_exit(self.adapter, number):
             return
@@ -114,7 +76,7 @@ class EarlyExitRun(ExitRun):
         logits = self._read(block, number, frame)  # a row for each that is in the states
         self._dtype = logits.dtype
         going = None  # which of these have not stopped; None: all
-        if self._waiting:
+        if self.waiting:
             going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
         if self.policy.answers(exits, j):
             self._stop(logits, going, np.ones(self.left, dtype=bool), number)
@@ -149,7 +111,7 @@ class EarlyExitRun(ExitRun):
             self.exit_layer[:] = number
             return
         self._store(_take(logits, places), self.survivors.rows[places], number)
-        self._waiting = True
+        self.waiting = True
 
     def _store(self, logits: Tensor, rows: Array, number: int) -> None:
         """Keeps `logits`, whose rows are the `rows` of the batch, as their answer."""
@@ -159,23 +121,14 @@ class EarlyExitRun(ExitRun):
         self.exit_layer[rows] = number
         self.left -= len(rows)
 
-    # ----------------------------------------------------------------------------------------------------- compaction
 
-    def _compact(self, block: BadgeBlock, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The states of the rows that go on."""
-        going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
-        round_up = int if self.compiled is None else self.compiled.round_up
-        hidden, index = self.survivors.keep(going, block, hidden, args, kwargs, round_up)
-        self.pooling = self.pooling.rows(index, self.survivors.length)
-        self.notes.rows(index)
-        self._waiting = False
-        return hidden
-
-    def _skip(self, block: BadgeBlock, number: int, hidden: Tensor) -> Any:
-        """What a block returns when nobody is left: its input, in the shape that the model expects."""
-        if number == self.num_blocks and not self.survivors.complete:
-            hidden = self.survivors.stand_in(hidden)
-        return (hidden, None) if block.returns_tuple else hidden
+def run_fields(config: BadgeConfig, early_exit_config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What an `EarlyExitRun` has to know of the adapter with this `config`; `early_exit_config` None: its own."""
+    return {
+        "policy": policy_for(config.early_exit if early_exit_config is None else early_exit_config, overrides),
+        "num_labels": config.resolved_labels,
+        "problem_type": config.resolved_problem_type,
+    }
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:

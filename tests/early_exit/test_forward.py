@@ -148,13 +148,12 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("output_hidden_states", True), ("output_attentions", True), ("adapter_names", ["default"] * ROWS)],
+        [("output_hidden_states", True), ("output_attentions", True)],
     )
     def test_arguments_without_a_meaning(self, model, name, value):
         with pytest.raises(ValueError, match=f"{name} is not supported by early_exit_forward"):
             model.early_exit_forward(**make_batch(ROWS), **{name: value})
-        empty = None if name == "adapter_names" else False
-        assert depth_of(model, **at(2), **{name: empty}) == 2
+        assert depth_of(model, **at(2), **{name: False}) == 2
 
     def test_a_disabled_adapter(self, model):
         with model.disable_adapter(), pytest.raises(ValueError, match="adapter is disabled"):

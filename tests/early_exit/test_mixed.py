@@ -1,0 +1,271 @@
+"""`early_exit_forward(adapter_names=...)`: rows of several tasks in one pass, each as in a call of its own adapter."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from badge_peft import BadgeConfig
+from badge_peft.compile import compile_blocks
+from tests.models import CASES, make_badge, make_batch, make_model, shake
+
+from .rules import mixed_rule, with_threshold
+
+ROWS = 14
+LENGTH = 12
+BASE = "__base__"
+
+# What adapters may differ in, side by side on one backbone: name -> (fields of BadgeConfig, the rule to stop by).
+EXIT = {"final_exit": "exit"}  # an exit of one's own behind block M, so any number of labels
+ADAPTERS = {
+    "default": ({}, {"policy": "entropy"}),  # with a copy of the model's head
+    "wide": (
+        {**EXIT, "num_labels": 5, "r": 2, "placement": "ffn", "exit_pooling": "mean"},
+        {"divergence": "js"},
+    ),
+    "few": (
+        {**EXIT, "num_labels": 2, "exit_layers": [0, 2, 4], "norm": "own", "exit_pooling": "last"},
+        {"divergence": "ce"},
+    ),
+    "degree": ({**EXIT, "num_labels": 1, "placement": "none", "exit_type": "mha"}, {"threshold": 0.8}),
+    "tags": (
+        {**EXIT, "num_labels": 4, "problem_type": "multi_label_classification", "placement": "mhsa"},
+        {"policy": "entropy", "threshold": 0.9},
+    ),
+    "stock": ({"train_head": False, "exit_type": "pooled"}, {"policy": "max_prob", "min_exit": 2}),
+    "doubts": ({"learn_to_exit": True, "exit_pooling": "mean"}, {"policy": "learned"}),
+    "recall": (
+        {**EXIT, "num_labels": 2, "placement": "none", "exit_type": "past_future"},
+        {"policy": "fixed_depth"},
+    ),
+}
+
+
+def make(case="bert", names=tuple(ADAPTERS)):
+    """A model of four blocks with several adapters, the first of them active."""
+    layers = {"distilbert": "n_layers"}.get(case, "num_hidden_layers")
+    changes = {} if case == "albert-inner" else {layers: 4}
+    base = make_model(case, **changes)
+    model = make_badge(case, base=base, adapter_name=names[0], **ADAPTERS[names[0]][0])
+    for seed, name in enumerate(names[1:]):
+        model.add_adapter(name, BadgeConfig(**{"r": 4, **ADAPTERS[name][0]}))
+        shake(model, seed=seed, only=f".{name}.")  # a saved head, too
+    batch = make_batch(ROWS, LENGTH)
+    for name in names:  # rules by which some of these rows stop early, and whose thresholds rounding cannot reach
+        model.set_adapter(name)
+        with torch.no_grad():
+            out = model(**batch)
+        rule = dict(ADAPTERS[name][1])
+        if rule == {"policy": "entropy"}:
+            rule = mixed_rule(out.exit_logits, model.exit_layers())
+        elif "threshold" not in rule:
+            rule = with_threshold(rule, out.exit_logits, model.exit_layers(), 0.5, out.exit_doubts)
+        model.set_early_exit_config(rule)
+    model.set_adapter(names[0])
+    return model.eval()
+
+
+def one_by_one(model, batch, names):
+    """The answer of each row in a call of its own adapter with all its rows: (logits [K], exit)."""
+    found = [None] * len(names)
+    active = model.active_adapter
+    for name in sorted(set(names)):
+        rows = [i for i, own in enumerate(names) if own == name]
+        part = {key: value[rows] if value.shape[0] == len(names) else value for key, value in batch.items()}
+        if name == BASE:
+            with model.disable_adapter(), torch.no_grad():
+                logits = model(**part).logits
+            exits = [model.base_model.num_blocks] * len(rows)
+        else:
+            model.set_adapter(name)
+            out = model.early_exit_forward(**part)
+            logits, exits = out.logits, out.exit_layer.tolist()
+        for row, answer, exit_ in zip(rows, logits, exits, strict=True):
+            found[row] = (answer, exit_)
+    model.set_adapter(active)
+    return found
+
+
+def check(model, batch, names):
+    """One pass gives each row what a call of its own adapter gives."""
+    out = model.early_exit_forward(**batch, adapter_names=names)
+    want = one_by_one(model, batch, names)
+    assert out.exit_layer.tolist() == [exit_ for _, exit_ in want]
+    assert out.num_labels.tolist() == [len(logits) for logits, _ in want]
+    assert out.logits.shape == (len(names), max(len(logits) for logits, _ in want))
+    for row, (logits, _) in zip(out.logits, want, strict=True):
+        k = len(logits)
+        torch.testing.assert_close(row[:k], logits, rtol=1e-4, atol=1e-4)
+        assert (row[k:] == -torch.inf).all()
+    return out
+
+
+def shuffled(names, seed, rows=ROWS):
+    """A name for each row, every name at least once where there are enough rows, in random order."""
+    rng = random.Random(seed)
+    chosen = [*names, *rng.choices(names, k=rows)][:rows]
+    rng.shuffle(chosen)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def model():
+    """With all of the adapters; nobody may change it."""
+    return make()
+
+
+# ---------------------------------------------------------------------------------------------------- the same answers
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_all_kinds_of_adapters_together(model, seed):
+    names = shuffled([*ADAPTERS, BASE], seed)
+    out = check(model, make_batch(ROWS, LENGTH, side="left" if seed == 5 else "right"), names)
+    assert len(set(out.exit_layer.tolist())) > 1  # rows left at different blocks
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_every_backbone(case):
+    names = ("default", "wide", "stock", "doubts")
+    check(make(case, names), make_batch(ROWS, LENGTH), shuffled([*names, BASE], 1))
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, BASE])
+def test_rows_of_one_adapter_that_need_not_be_active(model, name):
+    check(model, make_batch(ROWS, LENGTH), [name] * ROWS)
+
+
+def test_a_batch_is_its_rows(model):
+    batch, names = make_batch(ROWS, LENGTH), shuffled([*ADAPTERS, BASE], 3)
+    whole = model.early_exit_forward(**batch, adapter_names=names)
+    for i, name in enumerate(names):
+        row = model.early_exit_forward(**{k: v[i : i + 1] for k, v in batch.items()}, adapter_names=[name])
+        k = int(row.num_labels)
+        assert row.exit_layer.tolist() == [whole.exit_layer[i]]
+        torch.testing.assert_close(row.logits[0], whole.logits[i, :k], rtol=1e-4, atol=1e-4)
+
+
+def test_probabilities_need_no_number_of_labels(model):
+    names = shuffled([*ADAPTERS, BASE], 4)
+    out = model.early_exit_forward(**make_batch(ROWS, LENGTH), adapter_names=names)
+    probabilities = out.logits.softmax(dim=-1)
+    assert not probabilities.isnan().any()
+    assert (out.logits.argmax(dim=-1) < out.num_labels).all()
+
+
+def test_inputs_that_all_rows_share_are_left_alone(model):
+    batch = {**make_batch(ROWS, LENGTH), "position_ids": torch.arange(LENGTH).flip(0)[None]}
+    check(model, batch, shuffled([*ADAPTERS], 5))
+
+
+def test_without_a_mask(model):
+    check(model, {"input_ids": make_batch(ROWS, LENGTH)["input_ids"]}, shuffled([*ADAPTERS, BASE], 6))
+
+
+def test_survivors_of_all_tasks_travel_together(model):
+    seen = []
+    blocks = model.base_model.wrapped
+    hooks = [
+        block.base_layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+        for block in blocks
+    ]
+    try:
+        names = shuffled([*ADAPTERS, BASE], 7)
+        out = model.early_exit_forward(**make_batch(ROWS, LENGTH), adapter_names=names)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen == [int((out.exit_layer >= m).sum()) for m in range(1, len(blocks) + 1)]
+
+
+def test_compiled_blocks():
+    model = make(names=("default", "wide", "stock", "doubts"))
+    names, batch = shuffled([*model.peft_config, BASE], 8), make_batch(ROWS, LENGTH)
+    plain = model.early_exit_forward(**batch, adapter_names=names)
+    compile_blocks(model, buckets=[8, 16], backend="eager")
+    compiled = model.early_exit_forward(**batch, adapter_names=names)
+    assert compiled.exit_layer.tolist() == plain.exit_layer.tolist()
+    torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- which rule counts
+
+
+def test_overrides_hold_for_the_rows_of_every_adapter(model):
+    names = shuffled(["default", "wide", "stock", "doubts"], 1)
+    out = model.early_exit_forward(**make_batch(ROWS, LENGTH), adapter_names=names, policy="fixed_depth", depth=2)
+    assert out.exit_layer.tolist() == [2] * ROWS
+
+
+def test_the_argument_replaces_the_rule_of_every_adapter(model):
+    rule = {"policy": "fixed_depth", "depth": 3}
+    batch, names = make_batch(ROWS, LENGTH), shuffled(["default", "wide"], 2)
+    assert (
+        model.early_exit_forward(**batch, adapter_names=names, early_exit_config=rule).exit_layer.tolist()
+        == [3] * ROWS
+    )
+
+
+def test_the_active_adapter_stays_the_active_one(model):
+    batch = make_batch(ROWS, LENGTH)
+    before = model.early_exit_forward(**batch)
+    model.early_exit_forward(**batch, adapter_names=["wide"] * ROWS)
+    after = model.early_exit_forward(**batch)
+    assert model.active_adapter == "default"
+    assert torch.equal(before.logits, after.logits) and before.num_labels is None
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["default"] * (ROWS - 1), f"one name for each of the {ROWS} rows"),
+        ([], f"one name for each of the {ROWS} rows"),
+        ("default", f"one name for each of the {ROWS} rows, got 'default'"),
+        (["default"] * (ROWS - 1) + ["other"], "no adapter 'other'; the model has 'default', 'wide'"),
+        ([None] * ROWS, f"one name for each of the {ROWS} rows"),
+    ],
+)
+def test_names_that_do_not_fit(model, names, message):
+    with pytest.raises(ValueError, match=message):
+        model.early_exit_forward(**make_batch(ROWS, LENGTH), adapter_names=names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"backbone": "lora"}, "backbone='lora'"),
+        ({"modules_to_save": ["embeddings"]}, r"modules_to_save=\['bert.embeddings'\]"),
+    ],
+)
+def test_adapters_that_change_what_others_pass_through(fields, message):
+    model = make(names=("default", "wide"))
+    model.add_adapter("own", BadgeConfig(r=4, **fields))
+    batch, names = make_batch(ROWS, LENGTH), shuffled(["default", "wide"], 1)
+    with pytest.raises(ValueError, match=f"'own' has {message}.*call of their own.*set_adapter"):
+        model.early_exit_forward(**batch, adapter_names=[*names[1:], "own"])
+    check(model, batch, names)  # beside it, the others work
+    model.set_adapter("own")
+    with pytest.raises(ValueError, match=f"active adapter 'own' has {message}.*set_adapter with"):
+        model.early_exit_forward(**batch, adapter_names=names)
+
+
+def test_a_rule_that_does_not_fit_one_of_the_adapters(model):
+    with pytest.raises(ValueError, match="depth=1 is not allowed"):
+        model.early_exit_forward(
+            **make_batch(ROWS, LENGTH), adapter_names=shuffled(["default", "few"], 1), policy="fixed_depth", depth=1
+        )
+
+
+def test_full_depth_says_where_to_go(model):
+    with pytest.raises(ValueError, match="early_exit_forward.*adapter_names"):
+        model(**make_batch(ROWS, LENGTH), adapter_names=["default"] * ROWS)
+
+
+def test_disabled_adapters(model):
+    with model.disable_adapter(), pytest.raises(ValueError, match="adapter is disabled"):
+        model.early_exit_forward(**make_batch(ROWS, LENGTH), adapter_names=["default"] * ROWS)
