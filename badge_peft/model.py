@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -41,6 +42,16 @@ class BadgeModel(BaseTuner):
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
     compiled: CompiledBlocks | None = None  # by `compile_blocks`
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        here = next((module for module in model.modules() if isinstance(module, BadgeBlock)), None)
+        if here is not None:  # PEFT would mix the configs of the two before it asks us
+            adapters = ", ".join(map(repr, here.badge_placement))
+            raise ValueError(
+                f"this {type(model).__name__} carries BADGE already, with {adapters}: use "
+                "add_adapter or load_adapter of its PEFT model for one more adapter, or unload() it first."
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- what it does
 
@@ -313,6 +324,17 @@ class BadgeModel(BaseTuner):
             outer = cast(PeftModel, model)
             if adapter_name in unfilled and adapter_name not in outer.active_adapters:
                 outer.delete_adapter(adapter_name)  # load_adapter has just made it
+            elif adapter_name in unfilled and _is_being_loaded():
+                cast(BadgeModel, tuner).unload()  # the base model as it came
             raise
         unfilled.discard(adapter_name)
         return mapped
+
+
+def _is_being_loaded() -> bool:
+    """Whether this is inside of `PeftModel.from_pretrained`: nobody else has the PEFT model yet, and nobody will."""
+    code = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame.f_code is code

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import nn
 
+from badge_peft.adapter_file import check_source
 from badge_peft.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
 from badge_peft.config import POOLINGS, BadgeConfig, exit_numbers
 from badge_peft.fingerprint import check_fingerprint, fingerprint
@@ -104,8 +105,10 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     is set to what was resolved, and what was asked for is remembered beside it.
 
     Raises:
-        ValueError: as `prepare_config`; `config` is unchanged then.
+        ValueError: as `prepare_config`, or the weights beside a config from a file cannot be read; `config` is
+            unchanged then.
     """
+    check_source(config)
     own = copy.deepcopy(config)
     resolved, asked = own.__dict__.pop(_ASKED, (None, None))
     if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:

@@ -332,6 +332,20 @@ def test_ways_that_would_lose_the_exits_are_refused(put, message):
     assert [name for name, _ in base.named_modules()] == names and torch.equal(logits_of(base), before)
 
 
+def outermost(model):
+    return model
+
+
+@pytest.mark.parametrize("inner", [outermost, lambda model: model.get_base_model()], ids=["PEFT model", "base model"])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_second_wrapping_is_refused(inner, name):
+    model = make_badge()
+    before, config = exits_of(model, make_batch()), model.peft_config["default"]
+    with pytest.warns(UserWarning, match="second time"), pytest.raises(ValueError, match="carries BADGE already"):
+        get_peft_model(inner(model), BadgeConfig(r=2), adapter_name=name)
+    assert model.peft_config == {"default": config} and torch.equal(exits_of(model, make_batch()), before)
+
+
 # ---- leaving
 
 

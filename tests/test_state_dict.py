@@ -459,6 +459,77 @@ def test_an_adapter_whose_file_is_damaged_is_not_added(fields, part, tmp_path):
     assert list(model.peft_config) == ["default", "second"]
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_a_file_of_weights(path: Path) -> None:
+    path.write_bytes(b"version https://git-lfs")  # what a clone without the large files leaves
+
+
+DAMAGE: list[Any] = [cut, not_a_file_of_weights, lambda path: path.write_bytes(b""), Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "pointer", "empty", "missing"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_that_cannot_be_read(damage, safe, tmp_path):
+    """They are looked at before the model is changed, so the model is as it was, and the next try finds it so."""
+    kept = trained()
+    kept.save_pretrained(tmp_path, safe_serialization=safe)
+    file = tmp_path / (FILE if safe else "adapter_model.bin")
+    whole = file.read_bytes()
+    damage(file)
+    message = "holds no weights of an adapter" if damage is Path.unlink else f"{file.name} cannot be read .*damaged"
+    model = trained(placement="ffn")
+    names = list(model.state_dict())
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
+    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+    base = make_model()
+    if damage is not Path.unlink:  # PEFT's own error, on a model that is not ours yet
+        refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), message)
+        assert list(base.state_dict()) == list(make_model().state_dict()) and not hasattr(base, "peft_config")
+    file.write_bytes(whole)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    for loaded in (model, PeftModel.from_pretrained(base, tmp_path)):
+        assert torch.equal(exits_of(loaded.eval(), make_batch()), exits_of(kept, make_batch()))
+
+
+def test_a_config_alone_may_be_read_and_put_on_a_model(tmp_path):
+    kept = make_badge(r=2)
+    kept.peft_config["default"].save_pretrained(tmp_path)
+    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path))
+    model.add_adapter("second", BadgeConfig.from_pretrained(tmp_path))
+    assert [config.r for config in model.peft_config.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("fields", [{}, {"backbone": "lora"}, {"backbone": "full"}], ids=str)
+def test_a_base_model_whose_adapter_is_damaged_is_given_back(fields, tmp_path):
+    kept = trained(**fields)
+    kept.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    save_file(drop(next(name for name in weights if "badge_exit" in name))(weights), tmp_path / FILE)
+    base = make_model()
+    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), "lacks 1 of")
+    assert repr(base) == repr(make_model()) and not hasattr(base, "peft_config")
+    assert list(base.state_dict()) == list(make_model().state_dict())
+    save_file(weights, tmp_path / FILE)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(exits_of(loaded, make_batch()), exits_of(kept, make_batch()))
+
+
+def test_a_model_that_somebody_holds_keeps_its_adapter(tmp_path):
+    kept = make_badge()
+    kept.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    save_file(drop(next(iter(weights)))(weights), tmp_path / FILE)
+    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path)).eval()
+    refused(model, lambda: model.load_adapter(tmp_path, "default"), "lacks 1 of")
+    save_file(weights, tmp_path / FILE)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(exits_of(model, make_batch()), exits_of(kept, make_batch()))
+
+
 # ---- how an adapter stops travels with it
 
 
