@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -237,10 +237,18 @@ class BadgeModel(BaseTuner):
         setattr(parent, child_name, new_module)  # PEFT's own also rebinds .weight, which a block does not have
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        full = [config for config in map(self.config_of, self.active_adapters) if config.backbone == "full"]
-        trained = bool(full) and not full[0].inference_mode
-        unused = saved.unused_by_exits(model, full[0]) if trained else ()
-        for name, parameter in model.named_parameters():
+        full = self._full(self.active_adapters)
+        self._set_backbone(full is not None and not full.inference_mode)
+
+    def _full(self, adapter_names: list[str]) -> BadgeConfig | None:
+        """The config of the one among the adapters that has the backbone to itself."""
+        return next((c for c in map(self.config_of, adapter_names) if c.backbone == "full"), None)
+
+    def _set_backbone(self, trained: bool) -> None:
+        """Trains or freezes what is neither an adapter's nor a head's."""
+        full = self._full(list(self.peft_config)) if trained else None
+        unused = saved.unused_by_exits(self.model, full) if full is not None else ()
+        for name, parameter in self.model.named_parameters():
             if ".badge_" in name or ".modules_to_save." in name or lora.MARK in name:
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
@@ -252,7 +260,16 @@ class BadgeModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes `adapter_name` the active adapter, with the LoRA that belongs to it."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._full(self.active_adapters) is not None:
+            self._set_backbone(not inference_mode)
         lora.set_active(self.model, self.active_adapters, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters, and with `backbone="full"` the backbone that belongs to one."""
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self._full([name for name in names if name in self.peft_config]) is not None:
+            self._set_backbone(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, with the LoRA that belongs to it."""
@@ -280,6 +297,14 @@ class BadgeModel(BaseTuner):
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not possible: a bypass feeds an exit, not the block."""
         raise NotImplementedError(MERGE_ERROR)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: an exit is not linear in its weights."""
+        raise NotImplementedError(
+            "BADGE adapters cannot be added up: an activation, a LayerNorm and a softmax stand behind their weights, "
+            "so the exits of a mean are not the mean of the exits. Keep the adapters and choose one with "
+            "set_adapter(name), or train one adapter on the data of all."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -12,6 +12,8 @@ class SavedModule(ModulesToSaveWrapper):
     PEFT would do it before the tuner sees the file, and a tensor that is not there would be a bare KeyError.
     """
 
+    other_param_names = ("modules_to_save",)  # what is no weight of the base model, which PEFT reads off the map below
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Nothing for PEFT to translate."""
         return {}
