@@ -14,31 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft import BadgeConfig, EarlyExitConfig, load_pretrained
+from badge_peft import BadgeConfig, load_pretrained
 from tests import reference
-from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake
+from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
 
 FILE = "adapter_model.safetensors"
-FIELDS: list[dict[str, Any]] = [
-    {},
-    {"placement": "ffn", "norm": "shared", "bias": True},
-    {"placement": "mhsa", "exit_type": "mha", "final_exit": "exit"},
-    {"placement": "none", "exit_type": "pooled", "train_head": False},
-    {"exit_layers": [0, 2], "exit_pooling": "mean"},
-    {"backbone": "full"},
-    {"backbone": "full", "final_exit": "exit"},
-]
-
-
-def trained(case: str = "bert", base: Any = None, **fields: Any) -> Any:
-    """A model as after training: everything that is trained differs from its start."""
-    model = make_badge(case, base=base, **fields)
-    shake(model, only=".modules_to_save.")
-    if fields.get("backbone") == "full":
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".badge_" not in name:
-                shake(model, only=name)
-    return model
 
 
 def saved_base(path: Path, case: str = "bert", **changes: Any) -> Any:
@@ -51,80 +31,7 @@ def other_base(seed: int = 0, **changes: Any) -> Any:
     return make_model("bert", seed=seed, **changes)
 
 
-# ---- loading gives the same exits, bit for bit
-
-
-def by_peft(path: Path, base: Any, **kwargs: Any) -> Any:
-    return PeftModel.from_pretrained(base, path, **kwargs)
-
-
-def by_other_name(path: Path, base: Any) -> Any:
-    model = PeftModel.from_pretrained(base, path, adapter_name="other")
-    assert model.active_adapter == "other" and list(model.peft_config) == ["other"]
-    return model
-
-
-def by_low_memory(path: Path, base: Any) -> Any:
-    model = PeftModel.from_pretrained(base, path, low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in model.parameters())
-    return model
-
-
-def by_trainable(path: Path, base: Any) -> Any:
-    return PeftModel.from_pretrained(base, path, is_trainable=True)
-
-
-def by_load_adapter(path: Path, base: Any) -> Any:
-    model = get_peft_model(base, BadgeConfig(r=2, placement="none", final_exit="exit"), adapter_name="first")
-    model.load_adapter(path, "second")
-    assert model.active_adapter == "first"
-    model.set_adapter("second")
-    return model
-
-
-def by_load_adapter_onto_the_same(path: Path, base: Any) -> Any:
-    model = get_peft_model(base, BadgeConfig.from_pretrained(path))
-    model.load_adapter(path, "default", is_trainable=True)
-    return model
-
-
-def by_our_helper(path: Path, base: Any) -> Any:
-    return load_pretrained(str(path), base_model=base)
-
-
-WAYS = [by_peft, by_other_name, by_low_memory, by_trainable, by_load_adapter_onto_the_same, by_our_helper]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_every_way_of_loading(way, fields, tmp_path):
-    model = trained(**fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(exits_of(way(tmp_path, make_model()).eval(), make_batch()), expected)
-
-
-@pytest.mark.parametrize("fields", FIELDS[:-2], ids=str)
-def test_beside_another_adapter(fields, tmp_path):
-    model = trained(**fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(exits_of(by_load_adapter(tmp_path, make_model()).eval(), make_batch()), expected)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full", "final_exit": "exit"}], ids=str)
-def test_every_backbone(case, fields, tmp_path):
-    base = saved_base(tmp_path / "base", case)
-    model = trained(base=base, **fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path / "adapter")
-    for loaded in (
-        PeftModel.from_pretrained(make_model(case), tmp_path / "adapter"),
-        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
-        load_pretrained(str(tmp_path / "adapter")),
-    ):
-        assert torch.equal(exits_of(loaded.eval(), make_batch()), expected)
+# ---- what loading depends on (that every way of loading gives the same answers: tests/peft_verbs)
 
 
 def encoder_only(path: Path, case: str, drop_pooler: bool = False) -> Any:
@@ -528,36 +435,6 @@ def test_a_model_that_somebody_holds_keeps_its_adapter(tmp_path):
     save_file(weights, tmp_path / FILE)
     model.load_adapter(tmp_path, "default")
     assert torch.equal(exits_of(model, make_batch()), exits_of(kept, make_batch()))
-
-
-# ---- how an adapter stops travels with it
-
-
-EARLY = {"policy": "patience", "patience": 2, "min_exit": 1, "calibration": {"score": 0.5}}
-
-
-@pytest.mark.parametrize("way", [*WAYS, by_load_adapter], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("when", ["at the start", "later"])
-def test_early_exit_config_travels(way, when, tmp_path):
-    model = make_badge(early_exit=EARLY if when == "at the start" else None)
-    if when == "later":
-        assert model.get_early_exit_config() == EarlyExitConfig()
-        model.set_early_exit_config(EARLY)
-    assert model.get_early_exit_config() == EarlyExitConfig(**EARLY)
-    model.save_pretrained(tmp_path)
-    loaded = way(tmp_path, make_model())
-    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
-    assert copy.deepcopy(loaded).get_early_exit_config() == EarlyExitConfig(**EARLY)
-    assert pickle.loads(pickle.dumps(loaded)).get_early_exit_config() == EarlyExitConfig(**EARLY)
-    loaded.save_pretrained(tmp_path / "again", selected_adapters=[loaded.active_adapter])
-    stored = next((tmp_path / "again").rglob("adapter_config.json"))
-    assert json.loads(stored.read_text())["early_exit"]["patience"] == 2
-
-
-def test_early_exit_config_travels_by_auto_model(tmp_path):
-    make_badge(base=saved_base(tmp_path / "base"), early_exit=EARLY).save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
 
 
 # ---- half precision
