@@ -249,7 +249,7 @@ class BadgeModel(BaseTuner):
         full = self._full(list(self.peft_config)) if trained else None
         unused = saved.unused_by_exits(self.model, full) if full is not None else ()
         for name, parameter in self.model.named_parameters():
-            if ".badge_" in name or ".modules_to_save." in name or lora.MARK in name:
+            if any(part in name for part in (".badge_", ".modules_to_save.", ".original_module.", lora.MARK)):
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
 
