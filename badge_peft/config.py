@@ -9,6 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from badge_peft.adapter_file import remember_source
 from badge_peft.architectures import BlockLayout
 from badge_peft.checks import is_number, one_of, whole
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -169,6 +170,17 @@ class BadgeConfig(PeftConfig):
         if isinstance(self.block_layout, BlockLayout):
             data["block_layout"] = self.block_layout.to_dict()
         return data
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json`, as every config of PEFT. The weights beside it are checked when the config is
+        put on a model, before that is changed."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, BadgeConfig):
+            joins = "ephemeral_gpu_offload" in kwargs  # said by load_adapter, and by nobody else
+            hub, _, _ = cls._split_kwargs(kwargs)
+            remember_source(config, pretrained_model_name_or_path, joins, {**hub, "subfolder": subfolder})
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`; beside an adapter's weights, where PEFT's own `save_pretrained` calls this

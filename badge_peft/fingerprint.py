@@ -11,6 +11,8 @@ import math
 import torch
 from torch import nn
 
+from badge_peft.quantised import is_quantised
+
 VALUES = 4  # values per parameter
 PARAMETERS = 8  # parameters, spread over the depth of the model
 TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weights further than that.
@@ -21,7 +23,7 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
     named = [
         (base_name(name), p)
         for name, p in model.named_parameters()
-        if p.is_floating_point()
+        if not is_quantised(p)
         and p.dim() == 2
         and p.device.type != "meta"
         and ".badge_" not in name
@@ -45,7 +47,7 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
     parameters = {base_name(name): p for name, p in model.named_parameters() if ".modules_to_save." not in name}
     for name, values in expected.items():
         parameter = parameters.get(name)
-        if parameter is None or not parameter.is_floating_point() or parameter.device.type == "meta":
+        if parameter is None or is_quantised(parameter) or parameter.device.type == "meta":
             continue
         found = _sample(parameter)
         if len(found) != len(values) or not all(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,16 @@ class BadgeModel(BaseTuner):
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
     compiled: CompiledBlocks | None = None  # by `compile_blocks`
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        here = next((module for module in model.modules() if isinstance(module, BadgeBlock)), None)
+        if here is not None:  # PEFT would mix the configs of the two before it asks us
+            adapters = ", ".join(map(repr, here.badge_placement))
+            raise ValueError(
+                f"this {type(model).__name__} carries BADGE already, with {adapters}: use "
+                "add_adapter or load_adapter of its PEFT model for one more adapter, or unload() it first."
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- what it does
 
@@ -234,11 +245,19 @@ class BadgeModel(BaseTuner):
         setattr(parent, child_name, new_module)  # PEFT's own also rebinds .weight, which a block does not have
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        full = [config for config in map(self.config_of, self.active_adapters) if config.backbone == "full"]
-        trained = bool(full) and not full[0].inference_mode
-        unused = saved.unused_by_exits(model, full[0]) if trained else ()
-        for name, parameter in model.named_parameters():
-            if ".badge_" in name or ".modules_to_save." in name or lora.MARK in name:
+        full = self._full(self.active_adapters)
+        self._set_backbone(full is not None and not full.inference_mode)
+
+    def _full(self, adapter_names: list[str]) -> BadgeConfig | None:
+        """The config of the one among the adapters that has the backbone to itself."""
+        return next((c for c in map(self.config_of, adapter_names) if c.backbone == "full"), None)
+
+    def _set_backbone(self, trained: bool) -> None:
+        """Trains or freezes what is neither an adapter's nor a head's."""
+        full = self._full(list(self.peft_config)) if trained else None
+        unused = saved.unused_by_exits(self.model, full) if full is not None else ()
+        for name, parameter in self.model.named_parameters():
+            if any(part in name for part in (".badge_", ".modules_to_save.", ".original_module.", lora.MARK)):
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
 
@@ -249,7 +268,16 @@ class BadgeModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes `adapter_name` the active adapter, with the LoRA that belongs to it."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._full(self.active_adapters) is not None:
+            self._set_backbone(not inference_mode)
         lora.set_active(self.model, self.active_adapters, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains or freezes adapters, and with `backbone="full"` the backbone that belongs to one."""
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self._full([name for name in names if name in self.peft_config]) is not None:
+            self._set_backbone(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, with the LoRA that belongs to it."""
@@ -277,6 +305,14 @@ class BadgeModel(BaseTuner):
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not possible: a bypass feeds an exit, not the block."""
         raise NotImplementedError(MERGE_ERROR)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: an exit is not linear in its weights."""
+        raise NotImplementedError(
+            "BADGE adapters cannot be added up: an activation, a LayerNorm and a softmax stand behind their weights, "
+            "so the exits of a mean are not the mean of the exits. Keep the adapters and choose one with "
+            "set_adapter(name), or train one adapter on the data of all."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -322,6 +358,17 @@ class BadgeModel(BaseTuner):
             outer = cast(PeftModel, model)
             if adapter_name in unfilled and adapter_name not in outer.active_adapters:
                 outer.delete_adapter(adapter_name)  # load_adapter has just made it
+            elif adapter_name in unfilled and _is_being_loaded():
+                cast(BadgeModel, tuner).unload()  # the base model as it came
             raise
         unfilled.discard(adapter_name)
         return mapped
+
+
+def _is_being_loaded() -> bool:
+    """Whether this is inside of `PeftModel.from_pretrained`: nobody else has the PEFT model yet, and nobody will."""
+    code = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame.f_code is code

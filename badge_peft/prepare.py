@@ -9,10 +9,12 @@ from typing import cast
 
 from torch import nn
 
+from badge_peft.adapter_file import check_source
 from badge_peft.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
 from badge_peft.config import POOLINGS, BadgeConfig, exit_numbers
 from badge_peft.fingerprint import check_fingerprint, fingerprint
 from badge_peft.losses import loss_weights
+from badge_peft.quantised import check_trainable
 
 # PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
 _PEFT_HEADS = ("classifier", "score")
@@ -61,11 +63,13 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
         ValueError: config and model do not fit; the message says what to do.
     """
     _check_name(model, adapter_name)
+    _check_devices(model)
     layout = get_layout(model, config.block_layout)
     names = block_names(model, layout)
     _check_saved("num_blocks", config.num_blocks, len(names))
     hidden_size = _hidden_size(model, layout, names)
     _check_saved("hidden_size", config.hidden_size, hidden_size)
+    _check_head(model, config, layout)
     exits = exit_numbers(config, len(names))
     loss_weights(config.exit_weights, exits)
     num_labels, problem_type = _labels(model, config)
@@ -88,6 +92,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
 
     ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
     extra = [name for name in config.modules_to_save or [] if name not in ours]
+    check_trainable(model, [*extra, *head], config.backbone)
     if config.base_fingerprint is None:
         unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
         config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
@@ -104,8 +109,10 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     is set to what was resolved, and what was asked for is remembered beside it.
 
     Raises:
-        ValueError: as `prepare_config`; `config` is unchanged then.
+        ValueError: as `prepare_config`, or the weights beside a config from a file cannot be read; `config` is
+            unchanged then.
     """
+    check_source(config)
     own = copy.deepcopy(config)
     resolved, asked = own.__dict__.pop(_ASKED, (None, None))
     if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:
@@ -130,6 +137,30 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"an adapter cannot be called {adapter_name!r}: torch cannot store a module under that name. Choose "
             "another name, without a dot."
+        )
+
+
+def _check_devices(model: nn.Module) -> None:
+    """PEFT puts new modules where the weights of their block are, and on a disk there is nothing to read them back."""
+    away = [name for name, device in (getattr(model, "hf_device_map", None) or {}).items() if device == "disk"]
+    if away:
+        raise ValueError(
+            f"device_map puts {', '.join(away)} on 'disk', and an adapter cannot be put there: load the model with "
+            "device_map='cpu' or a GPU's number, and call accelerate.disk_offload on the PEFT model."
+        )
+
+
+def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    """Exit M needs a head for whole sequences, when it is the model's own."""
+    if config.final_exit != "base_head" or not layout.head:
+        return
+    kind = type(model).__name__
+    missing = not hasattr(model, layout.head[-1])
+    if missing or kind.endswith(("ForTokenClassification", "ForMultipleChoice")):
+        why = f"has no module {layout.head[-1]!r}" if missing else "does not classify sequences"
+        raise ValueError(
+            f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
+            "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head."
         )
 
 

@@ -17,6 +17,8 @@ class SavedModule(ModulesToSaveWrapper):
     that is not there would be a bare KeyError.)
     """
 
+    other_param_names = ("modules_to_save",)  # what is no weight of the base model, which PEFT reads off the map below
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module. In a batch of several adapters it is a head, and its one argument has a row for each."""
         run = None if torch.compiler.is_compiling() else current_run()

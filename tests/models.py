@@ -171,6 +171,17 @@ def shake(model: nn.Module, seed: int = 3, only: str = ".badge_") -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+def trained(case: str = "bert", base: nn.Module | None = None, **fields: Any) -> Any:
+    """A model as after training: everything that is trained differs from its start."""
+    model = make_badge(case, base=base, **fields)
+    shake(model, only=".modules_to_save.")
+    if fields.get("backbone") == "full":
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".badge_" not in name:
+                shake(model, only=name)
+    return model
+
+
 def exits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Logits of every exit, [B, E, K]."""
     with torch.no_grad():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import get_peft_model
 from torch import nn
 
 from badge_peft import BadgeBlock, BadgeConfig, BadgeModel, EarlyExitConfig
@@ -289,47 +289,21 @@ def test_embeddings_trained_behind_frozen_blocks_need_their_gradients():
         model(**make_batch(), labels=make_labels())
 
 
-# ---- what is refused
+# ---- what is refused (more of it: tests/peft_verbs/test_refused.py)
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda model: model.merge_and_unload(), NotImplementedError, r"cannot be merged.*unload\(\)"),
-        (lambda model: model.merge_adapter(), NotImplementedError, r"cannot be merged.*unload\(\)"),
-        (lambda model: model.unmerge_adapter(), NotImplementedError, "cannot be merged"),
-        (lambda model: model(**make_batch(), adapter_names=["default"] * 4), ValueError, "adapter_names.*set_adapter"),
-        (lambda model: model.add_adapter("second", LoraConfig()), ValueError, "different peft types"),
-        (lambda model: model.add_adapter("second", BadgeConfig(exit_layers=[7])), ValueError, "names block 7"),
-        (lambda model: model.add_adapter("default", BadgeConfig()), ValueError, "already exists"),
-        (lambda model: model.set_adapter("second"), ValueError, "second"),
-    ],
-)
-def test_refused_before_anything_is_changed(call, error, message):
+def outermost(model):
+    return model
+
+
+@pytest.mark.parametrize("inner", [outermost, lambda model: model.get_base_model()], ids=["PEFT model", "base model"])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_a_second_wrapping_is_refused(inner, name):
     model = make_badge()
-    shake(model, only=".modules_to_save.")
-    before = exits_of(model, make_batch())
-    names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(error, match=message):
-        call(model)
-    assert list(model.peft_config) == ["default"] and [name for name, _ in model.named_parameters()] == names
-    assert torch.equal(exits_of(model, make_batch()), before)
-
-
-@pytest.mark.parametrize(
-    ("put", "message"),
-    [
-        (lambda base: inject_adapter_in_model(BadgeConfig(), base), "get_peft_model"),
-        (lambda base: get_peft_model(base, BadgeConfig(), mixed=True), "BADGE.*not compatible"),
-    ],
-)
-def test_ways_that_would_lose_the_exits_are_refused(put, message):
-    base = make_model()
-    names = [name for name, _ in base.named_modules()]
-    before = logits_of(base)
-    with pytest.raises(ValueError, match=message):
-        put(base)
-    assert [name for name, _ in base.named_modules()] == names and torch.equal(logits_of(base), before)
+    before, config = exits_of(model, make_batch()), model.peft_config["default"]
+    with pytest.warns(UserWarning, match="second time"), pytest.raises(ValueError, match="carries BADGE already"):
+        get_peft_model(inner(model), BadgeConfig(r=2), adapter_name=name)
+    assert model.peft_config == {"default": config} and torch.equal(exits_of(model, make_batch()), before)
 
 
 # ---- leaving

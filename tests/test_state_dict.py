@@ -14,31 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft import BadgeConfig, EarlyExitConfig, load_pretrained
+from badge_peft import BadgeConfig, load_pretrained
 from tests import reference
-from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake
+from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
 
 FILE = "adapter_model.safetensors"
-FIELDS: list[dict[str, Any]] = [
-    {},
-    {"placement": "ffn", "norm": "shared", "bias": True},
-    {"placement": "mhsa", "exit_type": "mha", "final_exit": "exit"},
-    {"placement": "none", "exit_type": "pooled", "train_head": False},
-    {"exit_layers": [0, 2], "exit_pooling": "mean"},
-    {"backbone": "full"},
-    {"backbone": "full", "final_exit": "exit"},
-]
-
-
-def trained(case: str = "bert", base: Any = None, **fields: Any) -> Any:
-    """A model as after training: everything that is trained differs from its start."""
-    model = make_badge(case, base=base, **fields)
-    shake(model, only=".modules_to_save.")
-    if fields.get("backbone") == "full":
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".badge_" not in name:
-                shake(model, only=name)
-    return model
 
 
 def saved_base(path: Path, case: str = "bert", **changes: Any) -> Any:
@@ -51,80 +31,7 @@ def other_base(seed: int = 0, **changes: Any) -> Any:
     return make_model("bert", seed=seed, **changes)
 
 
-# ---- loading gives the same exits, bit for bit
-
-
-def by_peft(path: Path, base: Any, **kwargs: Any) -> Any:
-    return PeftModel.from_pretrained(base, path, **kwargs)
-
-
-def by_other_name(path: Path, base: Any) -> Any:
-    model = PeftModel.from_pretrained(base, path, adapter_name="other")
-    assert model.active_adapter == "other" and list(model.peft_config) == ["other"]
-    return model
-
-
-def by_low_memory(path: Path, base: Any) -> Any:
-    model = PeftModel.from_pretrained(base, path, low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in model.parameters())
-    return model
-
-
-def by_trainable(path: Path, base: Any) -> Any:
-    return PeftModel.from_pretrained(base, path, is_trainable=True)
-
-
-def by_load_adapter(path: Path, base: Any) -> Any:
-    model = get_peft_model(base, BadgeConfig(r=2, placement="none", final_exit="exit"), adapter_name="first")
-    model.load_adapter(path, "second")
-    assert model.active_adapter == "first"
-    model.set_adapter("second")
-    return model
-
-
-def by_load_adapter_onto_the_same(path: Path, base: Any) -> Any:
-    model = get_peft_model(base, BadgeConfig.from_pretrained(path))
-    model.load_adapter(path, "default", is_trainable=True)
-    return model
-
-
-def by_our_helper(path: Path, base: Any) -> Any:
-    return load_pretrained(str(path), base_model=base)
-
-
-WAYS = [by_peft, by_other_name, by_low_memory, by_trainable, by_load_adapter_onto_the_same, by_our_helper]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_every_way_of_loading(way, fields, tmp_path):
-    model = trained(**fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(exits_of(way(tmp_path, make_model()).eval(), make_batch()), expected)
-
-
-@pytest.mark.parametrize("fields", FIELDS[:-2], ids=str)
-def test_beside_another_adapter(fields, tmp_path):
-    model = trained(**fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(exits_of(by_load_adapter(tmp_path, make_model()).eval(), make_batch()), expected)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full", "final_exit": "exit"}], ids=str)
-def test_every_backbone(case, fields, tmp_path):
-    base = saved_base(tmp_path / "base", case)
-    model = trained(base=base, **fields)
-    expected = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path / "adapter")
-    for loaded in (
-        PeftModel.from_pretrained(make_model(case), tmp_path / "adapter"),
-        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
-        load_pretrained(str(tmp_path / "adapter")),
-    ):
-        assert torch.equal(exits_of(loaded.eval(), make_batch()), expected)
+# ---- what loading depends on (that every way of loading gives the same answers: tests/peft_verbs)
 
 
 def encoder_only(path: Path, case: str, drop_pooler: bool = False) -> Any:
@@ -459,34 +366,75 @@ def test_an_adapter_whose_file_is_damaged_is_not_added(fields, part, tmp_path):
     assert list(model.peft_config) == ["default", "second"]
 
 
-# ---- how an adapter stops travels with it
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
-EARLY = {"policy": "patience", "patience": 2, "min_exit": 1, "calibration": {"score": 0.5}}
+def not_a_file_of_weights(path: Path) -> None:
+    path.write_bytes(b"version https://git-lfs")  # what a clone without the large files leaves
 
 
-@pytest.mark.parametrize("way", [*WAYS, by_load_adapter], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("when", ["at the start", "later"])
-def test_early_exit_config_travels(way, when, tmp_path):
-    model = make_badge(early_exit=EARLY if when == "at the start" else None)
-    if when == "later":
-        assert model.get_early_exit_config() == EarlyExitConfig()
-        model.set_early_exit_config(EARLY)
-    assert model.get_early_exit_config() == EarlyExitConfig(**EARLY)
-    model.save_pretrained(tmp_path)
-    loaded = way(tmp_path, make_model())
-    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
-    assert copy.deepcopy(loaded).get_early_exit_config() == EarlyExitConfig(**EARLY)
-    assert pickle.loads(pickle.dumps(loaded)).get_early_exit_config() == EarlyExitConfig(**EARLY)
-    loaded.save_pretrained(tmp_path / "again", selected_adapters=[loaded.active_adapter])
-    stored = next((tmp_path / "again").rglob("adapter_config.json"))
-    assert json.loads(stored.read_text())["early_exit"]["patience"] == 2
+DAMAGE: list[Any] = [cut, not_a_file_of_weights, lambda path: path.write_bytes(b""), Path.unlink]
 
 
-def test_early_exit_config_travels_by_auto_model(tmp_path):
-    make_badge(base=saved_base(tmp_path / "base"), early_exit=EARLY).save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert loaded.get_early_exit_config() == EarlyExitConfig(**EARLY)
+@pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "pointer", "empty", "missing"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_that_cannot_be_read(damage, safe, tmp_path):
+    """They are looked at before the model is changed, so the model is as it was, and the next try finds it so."""
+    kept = trained()
+    kept.save_pretrained(tmp_path, safe_serialization=safe)
+    file = tmp_path / (FILE if safe else "adapter_model.bin")
+    whole = file.read_bytes()
+    damage(file)
+    message = "holds no weights of an adapter" if damage is Path.unlink else f"{file.name} cannot be read .*damaged"
+    model = trained(placement="ffn")
+    names = list(model.state_dict())
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
+    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+    base = make_model()
+    if damage is not Path.unlink:  # PEFT's own error, on a model that is not ours yet
+        refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), message)
+        assert list(base.state_dict()) == list(make_model().state_dict()) and not hasattr(base, "peft_config")
+    file.write_bytes(whole)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    for loaded in (model, PeftModel.from_pretrained(base, tmp_path)):
+        assert torch.equal(exits_of(loaded.eval(), make_batch()), exits_of(kept, make_batch()))
+
+
+def test_a_config_alone_may_be_read_and_put_on_a_model(tmp_path):
+    kept = make_badge(r=2)
+    kept.peft_config["default"].save_pretrained(tmp_path)
+    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path))
+    model.add_adapter("second", BadgeConfig.from_pretrained(tmp_path))
+    assert [config.r for config in model.peft_config.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("fields", [{}, {"backbone": "lora"}, {"backbone": "full"}], ids=str)
+def test_a_base_model_whose_adapter_is_damaged_is_given_back(fields, tmp_path):
+    kept = trained(**fields)
+    kept.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    save_file(drop(next(name for name in weights if "badge_exit" in name))(weights), tmp_path / FILE)
+    base = make_model()
+    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), "lacks 1 of")
+    assert repr(base) == repr(make_model()) and not hasattr(base, "peft_config")
+    assert list(base.state_dict()) == list(make_model().state_dict())
+    save_file(weights, tmp_path / FILE)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(exits_of(loaded, make_batch()), exits_of(kept, make_batch()))
+
+
+def test_a_model_that_somebody_holds_keeps_its_adapter(tmp_path):
+    kept = make_badge()
+    kept.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    save_file(drop(next(iter(weights)))(weights), tmp_path / FILE)
+    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path)).eval()
+    refused(model, lambda: model.load_adapter(tmp_path, "default"), "lacks 1 of")
+    save_file(weights, tmp_path / FILE)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(exits_of(model, make_batch()), exits_of(kept, make_batch()))
 
 
 # ---- half precision

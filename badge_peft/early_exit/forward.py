@@ -87,7 +87,8 @@ def early_exit_forward(
     run = badge.new_run(EarlyExitRun, batch_size, inputs.get("attention_mask"), **fields)
     with run:
         base = badge.model(return_dict=True, **inputs)
-    run.finish(base.logits)
+    if config.final_exit == "base_head":
+        run.finish(base.logits)
     assert run.answer is not None  # every row has answered
     return EarlyExitOutput(logits=run.answer, exit_layer=torch.from_numpy(run.exit_layer).to(run.answer.device))
 
