@@ -58,9 +58,9 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
                 f"this adapter was made for another backbone: the weight {name} starts with "
                 f"{[round(v, 6) for v in found]} here and with {[round(v, 6) for v in values]} where the adapter was "
                 "trained. Load the base model that adapter_config.json names (base_model_name_or_path). If that is "
-                "what you did, either a LoRA had been merged into it before the exits were trained: merge it again, or "
-                "save the merged model and load that one. Or its checkpoint lacks this weight and transformers drew it "
-                "at random: train with final_exit='exit', or save the base model beside the adapter."
+                "what you did, either a LoRA had been merged into it before the exits were trained: merge it again, "
+                "or save the merged model and load that one. Or its checkpoint lacks this weight and transformers "
+                "drew it at random: train with final_exit='exit', or save the base model beside the adapter."
             )
 
 

@@ -18,6 +18,7 @@ from badge_peft.architectures import BlockLayout, backbone_name, block_names, ge
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
+from badge_peft.other_tuners import check_no_other_tuner
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
@@ -41,6 +42,10 @@ class BadgeModel(BaseTuner):
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
     compiled: CompiledBlocks | None = None  # by `compile_blocks`
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_no_other_tuner(model)  # PEFT would put our config among those of another tuner, and fail later
+        super().__init__(model, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- what it does
 
