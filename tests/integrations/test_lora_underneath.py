@@ -233,7 +233,7 @@ def test_peft_itself_refuses_to_mix_the_two_on_one_model(tmp_path):
     for attempt in (
         lambda: model.add_adapter("exits", BadgeConfig(r=4)),
         lambda: model.load_adapter(str(tmp_path), "exits"),
-        lambda: make_badge().add_adapter("lora", lora()),
+        lambda: make_badge().add_adapter("third", lora()),
     ):
         with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
             attempt()
