@@ -7,6 +7,7 @@ are left out), and it costs a few microseconds and a few hundred bytes.
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from badge_peft.quantised import is_quantised
 
 VALUES = 4  # values per parameter
-PARAMETERS = 8  # parameters, spread over the depth of the model
+PARAMETERS = 8  # parameters, spread over the depth of the model; beside these the last of each kind
 TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weights further than that.
 
 
@@ -35,6 +36,8 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
     # none.
     last = len(named) - 1
     chosen = {last - 1, *(round(i * last / (PARAMETERS - 2)) for i in range(PARAMETERS - 1))}
+    # A LoRA that has been merged is in some kinds of matrices and in no other, queries and values as a rule.
+    chosen |= set({re.sub(r"\.\d+(?=\.)", ".*", name): i for i, (name, _) in enumerate(named)}.values())
     return {named[i][0]: _sample(named[i][1]) for i in sorted(chosen) if 0 <= i <= last}
 
 
@@ -57,8 +60,9 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
                 f"this adapter was made for another backbone: the weight {name} starts with "
                 f"{[round(v, 6) for v in found]} here and with {[round(v, 6) for v in values]} where the adapter was "
                 "trained. Load the base model that adapter_config.json names (base_model_name_or_path). If that is "
-                "what you did, its checkpoint lacks this weight and transformers drew it at random: train with "
-                "final_exit='exit', or save the base model beside the adapter."
+                "what you did, either a LoRA had been merged into it before the exits were trained: merge it again, "
+                "or save the merged model and load that one. Or its checkpoint lacks this weight and transformers "
+                "drew it at random: train with final_exit='exit', or save the base model beside the adapter."
             )
 
 

@@ -39,7 +39,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self.badge_exit = nn.ModuleDict()
         self.badge_doubt = nn.ModuleDict()  # LTE's one layer for all exits, in block 1
         self.badge_placement: dict[str, str] = {}
-        self.returns_tuple: bool | None = None  # known once the block has run
+        self.tuple_length: int | None = None  # of what the block returns, 0: no tuple; known once it has run
         self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
         self._hooks: dict[str, Any] = {}
         self.recorders: dict[str, Recorder] = {}  # the hooks themselves

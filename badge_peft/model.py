@@ -19,6 +19,7 @@ from badge_peft.architectures import BlockLayout, backbone_name, block_names, ge
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
+from badge_peft.other_tuners import check_no_other_tuner
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
@@ -43,15 +44,9 @@ class BadgeModel(BaseTuner):
     uses_shared_state = True
     compiled: CompiledBlocks | None = None  # by `compile_blocks`
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        here = next((module for module in model.modules() if isinstance(module, BadgeBlock)), None)
-        if here is not None:  # PEFT would mix the configs of the two before it asks us
-            adapters = ", ".join(map(repr, here.badge_placement))
-            raise ValueError(
-                f"this {type(model).__name__} carries BADGE already, with {adapters}: use "
-                "add_adapter or load_adapter of its PEFT model for one more adapter, or unload() it first."
-            )
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_no_other_tuner(model)  # PEFT would put our config among those of another tuner, and fail later
+        super().__init__(model, *args, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- what it does
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from badge_peft.fingerprint import _sample, base_name, check_fingerprint, fingerprint
@@ -16,7 +18,9 @@ def test_names_and_values_are_those_of_the_base_model(case):
     base = make_model(case)
     parameters = dict(base.named_parameters())
     found = fingerprint(base)
-    assert 4 <= len(found) <= 8
+    kinds = {re.sub(r"\d+", "#", name) for name, p in parameters.items() if p.dim() == 2}
+    assert {re.sub(r"\d+", "#", name) for name in found} == kinds
+    assert len(found) <= 8 + len(kinds)
     for name, values in found.items():
         assert len(values) == 4
         flat = parameters[name].detach().flatten()
@@ -78,6 +82,18 @@ def test_a_little_fine_tuning_makes_another_model(seed):
             parameter.add_(2e-4 * torch.randn(parameter.shape, generator=generator))
     with pytest.raises(ValueError, match="another backbone"):
         check_fingerprint(base, found)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key"], ["output.dense"]], ids="+".join)
+def test_a_merged_lora_makes_another_model(targets):
+    model = get_peft_model(make_model(num_hidden_layers=6), LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    found = fingerprint(model.merge_and_unload(), skip=("classifier",))
+    with pytest.raises(ValueError, match="a LoRA had been merged into it before the exits were trained: merge it"):
+        check_fingerprint(make_model(num_hidden_layers=6), found)
 
 
 @pytest.mark.parametrize("name", ["bert.pooler.dense.weight", "classifier.weight"])

@@ -301,7 +301,10 @@ def outermost(model):
 def test_a_second_wrapping_is_refused(inner, name):
     model = make_badge()
     before, config = exits_of(model, make_batch()), model.peft_config["default"]
-    with pytest.warns(UserWarning, match="second time"), pytest.raises(ValueError, match="carries BADGE already"):
+    with (
+        pytest.warns(UserWarning, match="second time"),
+        pytest.raises(ValueError, match="already carries a BADGE adapter"),
+    ):
         get_peft_model(inner(model), BadgeConfig(r=2), adapter_name=name)
     assert model.peft_config == {"default": config} and torch.equal(exits_of(model, make_batch()), before)
 

@@ -74,7 +74,8 @@ def early_exit_forward(
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
     if adapter_names is None:
-        fields = run_fields(badge.config_of(), early_exit_config, overrides)
+        config = badge.config_of()
+        fields = run_fields(config, early_exit_config, overrides)
     if badge.training:
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3

@@ -38,7 +38,7 @@ class LeavingRun(ExitRun):
         self.left = self.batch_size
         self.survivors = Survivors(self.batch_size, self.pooling.mask)
         self.waiting = False
-        self._returned_tuple: bool | None = None  # whether the last block that ran did
+        self._tuple_length: int | None = None  # of what the last block that ran returned
 
     def read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Lets rows stop at exit `number`, which has a row of the `frame` for each of the survivors."""
@@ -52,9 +52,9 @@ class LeavingRun(ExitRun):
             self._check_rows(hidden)
             self.read_exit(block, 0, Frame(hidden))
         if not self.left:
-            if block.returns_tuple is None:
-                block.returns_tuple = self._returned_tuple  # a new model: as the block before it
-            if block.returns_tuple is not None:
+            if block.tuple_length is None:
+                block.tuple_length = self._tuple_length  # a new model: as the block before it
+            if block.tuple_length is not None:
                 return self._skip(block, number, hidden)
         elif number > block.layout.full_rows_until:
             if self.waiting:
@@ -62,9 +62,9 @@ class LeavingRun(ExitRun):
             if not self.survivors.complete:
                 args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
         result, frame = self._run(block, hidden, args, kwargs)
-        self._returned_tuple = isinstance(result, tuple)
-        if block.returns_tuple is not self._returned_tuple:  # setting an attribute of a module takes its time
-            block.returns_tuple = self._returned_tuple
+        self._tuple_length = len(result) if isinstance(result, tuple) else 0
+        if block.tuple_length != self._tuple_length:  # setting an attribute of a module takes its time
+            block.tuple_length = self._tuple_length
         if self.left:
             self.read_exit(block, number, frame)
         if number == self.num_blocks and not self.survivors.complete:
@@ -91,4 +91,4 @@ class LeavingRun(ExitRun):
         """What a block returns when nobody is left: its input, in the shape that the model expects."""
         if number == self.num_blocks and not self.survivors.complete:
             hidden = self.survivors.stand_in(hidden)
-        return (hidden, None) if block.returns_tuple else hidden
+        return (hidden, *[None] * (block.tuple_length - 1)) if block.tuple_length else hidden

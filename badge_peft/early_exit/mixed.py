@@ -72,14 +72,18 @@ class MixedRun(LeavingRun):
             start = end
         self.waiting = False
 
-    def finish(self, logits: Tensor) -> list[Tensor]:
-        """The answers of each group [b, K], with those of the model's own head, `logits` [B, *]."""
-        answers = []
-        for group, own in zip(self.groups, logits.split([group.batch_size for group in self.groups]), strict=True):
-            group.finish(own)
+    def answers(self, logits: Tensor | None) -> list[Tensor]:
+        """The answers of each group [b, K]; `logits` [B, *] are those of the model's own head, where it has one."""
+        start, found = 0, []
+        for group in self.groups:
+            end = start + group.batch_size
+            if group.left:
+                assert logits is not None  # `check_names` has seen to it
+                group.finish(logits[start:end])
             assert group.answer is not None  # every row has answered
-            answers.append(group.answer)
-        return answers
+            found.append(group.answer)
+            start = end
+        return found
 
 
 def mixed_forward(
@@ -107,7 +111,7 @@ def mixed_forward(
     run.compiled = badge.compiled
     with run:
         base = badge.model(return_dict=True, **inputs)
-    answers = run.finish(base.logits)
+    answers = run.answers(base.get("logits"))
     labels = [answer.shape[1] for answer in answers]
     dtype = reduce(torch.promote_types, (answer.dtype for answer in answers))
     wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[1]), value=-torch.inf) for x in answers]
@@ -141,6 +145,12 @@ def check_names(badge: BadgeModel, adapter_names: Sequence[str], batch_size: int
                 f"call of their own, after set_adapter({name!r}). adapter_names takes adapters with backbone='frozen' "
                 "that save no module but the model's head."
             )
+    assert badge.layout is not None
+    if BASE in names and badge.layout.head and not hasattr(badge.model, badge.layout.head[-1]):
+        raise ValueError(
+            f"adapter_names has {BASE!r}, but {type(badge.model).__name__} has no head that could answer: give these "
+            "rows the name of an adapter."
+        )
     for name in badge.active_adapters:
         changes = _changes(badge, name)
         if changes is not None:

@@ -189,7 +189,7 @@ def _with(
 
 
 def _as_block(block: BadgeBlock, hidden: Tensor) -> Any:
-    return (hidden, None) if block.returns_tuple else hidden
+    return (hidden, *[None] * (block.tuple_length - 1)) if block.tuple_length else hidden
 
 
 def _answers(run: ExitRun, number: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from transformers import BertModel
 
 from badge_peft import BadgeConfig
 from badge_peft.compile import compile_blocks
@@ -259,6 +260,15 @@ def test_a_rule_that_does_not_fit_one_of_the_adapters(model):
         model.early_exit_forward(
             **make_batch(ROWS, LENGTH), adapter_names=shuffled(["default", "few"], 1), policy="fixed_depth", depth=1
         )
+
+
+def test_a_base_model_without_a_head_has_no_rows_of_its_own():
+    model = make_badge(base=BertModel(make_model().config).eval(), final_exit="exit", early_exit={"threshold": 0.5})
+    model.add_adapter("second", BadgeConfig(r=2, num_labels=4, final_exit="exit"))
+    batch = make_batch(ROWS, LENGTH)
+    check(model, batch, shuffled(["default", "second"], 1))
+    with pytest.raises(ValueError, match="'__base__', but BertModel has no head"):
+        model.early_exit_forward(**batch, adapter_names=shuffled(["default", BASE], 1))
 
 
 def test_full_depth_says_where_to_go(model):
