@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from badge_peft import lora
 from badge_peft import state_dict as saved
+from badge_peft.adapters_library import check_adapters
 from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -92,6 +93,7 @@ class BadgeModel(BaseTuner):
         """
         adapter = self.single_active_adapter()
         config = self.config_of(adapter)
+        check_adapters(self.model, config)
         exits, doubt = {}, None
         if config.exit_type == "past_future" or config.learn_to_exit:
             for block in self.wrapped:
@@ -235,7 +237,7 @@ class BadgeModel(BaseTuner):
         trained = bool(full) and not full[0].inference_mode
         unused = saved.unused_by_exits(model, full[0]) if trained else ()
         for name, parameter in model.named_parameters():
-            if ".badge_" in name or ".modules_to_save." in name or lora.MARK in name:
+            if ".badge_" in name or ".modules_to_save." in name or lora.is_lora(name):
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
 
