@@ -112,7 +112,8 @@ def _head(model: nn.Module) -> dict[str, Any] | None:
     from adapters.context import AdapterSetup
 
     active = AdapterSetup.get_context_head_setup() or model.active_head
-    head = model.heads[active] if isinstance(active, str) and active in model.heads else None  # type: ignore[index,operator]
+    heads: Any = model.heads
+    head = heads[active] if isinstance(active, str) and active in heads else None
     if head is None or head.config.get("head_type") not in _HEADS:
         kind = f" ({head.config.get('head_type')})" if head is not None else ""
         raise ValueError(
