@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from badge_peft.adapters_library import active_adapters
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.hooks import Recorder
 from badge_peft.model import BadgeModel
@@ -43,10 +44,16 @@ def compile_blocks(model: nn.Module, *, buckets: Sequence[int] | None = None, **
         A handle; its `remove()` makes the model what it was.
 
     Raises:
-        ValueError: `model` has no BADGE adapter, or the buckets are no increasing whole numbers that the model's
-            positions reach.
+        ValueError: `model` has no BADGE adapter, or an active one of the adapters library, or the buckets are no
+            increasing whole numbers that the model's positions reach.
     """
     badge = get_badge_model(model)
+    foreign = active_adapters(badge.model)
+    if foreign:
+        raise ValueError(
+            f"blocks with an active adapter of the adapters library ({', '.join(sorted(foreign))}) cannot be "
+            "compiled: it looks for its setup in Python at every call. Run without compile_blocks."
+        )
     limit = longest_sequence(badge.model)
     if buckets is None:
         lengths = [n for n in BUCKETS if n <= limit] or [limit]

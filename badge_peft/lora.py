@@ -15,10 +15,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
+from badge_peft.adapters_library import adapter_of
 from badge_peft.architectures import BlockLayout
 from badge_peft.layer import BadgeBlock
 
-MARK = ".lora_"
+_MARK = ".lora_"
 
 
 def lora_config(fields: dict[str, Any] | None, layout: BlockLayout) -> LoraConfig:
@@ -84,9 +85,15 @@ def delete(model: nn.Module, adapter_name: str) -> None:
         layer.delete_adapter(adapter_name)
 
 
+def is_lora(key: str) -> bool:
+    """Whether a parameter is of a LoRA of PEFT's, as ours are. (The adapters library has LoRAs, too: they are part of
+    the backbone.)"""
+    return _MARK in key and adapter_of(key) is None
+
+
 def is_adapter_key(key: str, adapter_name: str) -> bool:
     """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
-    return MARK in key and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
+    return is_lora(key) and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
 
 
 def _targeted(config: LoraConfig, name: str, module: nn.Module) -> bool:

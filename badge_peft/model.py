@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from badge_peft import lora
 from badge_peft import state_dict as saved
+from badge_peft.adapters_library import check_adapters
 from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -101,6 +102,7 @@ class BadgeModel(BaseTuner):
         """
         adapter = adapter_name if adapter_name is not None else self.single_active_adapter()
         config = self.config_of(adapter)
+        check_adapters(self.model, config)
         exits, doubt = {}, None
         if config.exit_type == "past_future" or config.learn_to_exit:
             for block in self.wrapped:
@@ -252,7 +254,8 @@ class BadgeModel(BaseTuner):
         full = self._full(list(self.peft_config)) if trained else None
         unused = saved.unused_by_exits(self.model, full) if full is not None else ()
         for name, parameter in self.model.named_parameters():
-            if any(part in name for part in (".badge_", ".modules_to_save.", ".original_module.", lora.MARK)):
+            ours = any(part in name for part in (".badge_", ".modules_to_save.", ".original_module."))
+            if ours or lora.is_lora(name):
                 continue
             parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
 

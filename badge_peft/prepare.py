@@ -10,6 +10,7 @@ from typing import cast
 from torch import nn
 
 from badge_peft.adapter_file import check_source
+from badge_peft.adapters_library import check_adapters, check_same_adapters, head_labels
 from badge_peft.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
 from badge_peft.config import POOLINGS, BadgeConfig, exit_numbers
 from badge_peft.fingerprint import check_fingerprint, fingerprint
@@ -64,6 +65,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     """
     _check_name(model, adapter_name)
     _check_devices(model)
+    check_adapters(model, config)
     layout = get_layout(model, config.block_layout)
     names = block_names(model, layout)
     _check_saved("num_blocks", config.num_blocks, len(names))
@@ -87,8 +89,10 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
             "have an exit with exit_layers, and where the blocks are with block_layout."
         )
     head = layout.head if config.train_head and config.final_exit == "base_head" else ()
-    if config.base_fingerprint is not None and config.backbone != "full":
-        check_fingerprint(model, config.base_fingerprint)
+    if config.base_fingerprint is not None:
+        check_same_adapters(model, config.base_fingerprint)
+        if config.backbone != "full":
+            check_fingerprint(model, config.base_fingerprint)
 
     ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
     extra = [name for name in config.modules_to_save or [] if name not in ours]
@@ -180,7 +184,8 @@ def _check_saved(name: str, expected: int | None, found: int) -> None:
 
 
 def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
-    model_labels = getattr(model.config, "num_labels", None)
+    head, head_type = head_labels(model)
+    model_labels = head if head is not None else getattr(model.config, "num_labels", None)
     num_labels = config.num_labels if config.num_labels is not None else model_labels
     if num_labels is None:
         raise ValueError("the model's config has no num_labels: pass BadgeConfig(num_labels=...).")
@@ -189,7 +194,7 @@ def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
             f"the adapter has num_labels={num_labels}, but the model's head has {model_labels}: load the model with "
             f"num_labels={num_labels}, or use final_exit='exit', which does not read the model's head."
         )
-    problem_type = config.problem_type or getattr(model.config, "problem_type", None)
+    problem_type = config.problem_type or head_type or getattr(model.config, "problem_type", None)
     return num_labels, problem_type
 
 

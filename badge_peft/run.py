@@ -40,9 +40,11 @@ class Frame:
         self.scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
 
     def record(self, name: str, value: Tensor) -> None:
-        """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`)."""
+        """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`), or, when all of
+        it is there, what counts: an adapter of the adapters library has its block's norm run before it and after."""
         before = getattr(self, name)
-        setattr(self, name, value if before is None else torch.cat([before, value], dim=1))
+        whole = before is None or before.shape[1] == self.block_input.shape[1]
+        setattr(self, name, value if whole else torch.cat([before, value], dim=1))
 
     def rows(self, start: int, end: int) -> Frame:
         """The same for the rows from `start` up to `end` alone; views, nothing is copied."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from badge_peft.architectures import backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
-from badge_peft.lora import MARK, is_adapter_key
+from badge_peft.lora import is_adapter_key, is_lora
 from badge_peft.registry import PREFIX
 from badge_peft.saved_modules import file_names
 
@@ -95,6 +95,5 @@ def _output_keys(model: nn.Module) -> list[str]:
 
 
 def _is_backbone(key: str) -> bool:
-    return (
-        not _OURS.search(key) and MARK not in key and ".modules_to_save." not in key and ".original_module." not in key
-    )
+    others = (".modules_to_save.", ".original_module.")
+    return not _OURS.search(key) and not is_lora(key) and not any(part in key for part in others)

@@ -1,0 +1,7 @@
+"""What comes from other libraries."""
+
+from __future__ import annotations
+
+from badge_peft.integrations.adapterhub import from_adapterhub
+
+__all__ = ["from_adapterhub"]
