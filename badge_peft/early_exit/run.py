@@ -54,7 +54,7 @@ class EarlyExitRun(ExitRun):
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._waiting = False  # whether rows have stopped since the states were last compacted
-        self._returned_tuple: bool | None = None  # whether the last block that ran did
+        self._tuple_length: int | None = None  # of the last block that ran
         self._dtype: torch.dtype | None = None  # of the exits' logits
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,9 +65,9 @@ class EarlyExitRun(ExitRun):
             self._check_rows(hidden)
             self._exit(block, 0, Frame(hidden))
         if not self.left:
-            if block.returns_tuple is None:
-                block.returns_tuple = self._returned_tuple  # a new model: as the block before it
-            if block.returns_tuple is not None:
+            if block.tuple_length is None:
+                block.tuple_length = self._tuple_length  # a new model: as the block before it
+            if block.tuple_length is not None:
                 return self._skip(block, number, hidden)
         elif number > block.layout.full_rows_until:
             if self._waiting:
@@ -75,9 +75,9 @@ class EarlyExitRun(ExitRun):
             if not self.survivors.complete:
                 args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
         result, frame = self._run(block, hidden, args, kwargs)
-        self._returned_tuple = isinstance(result, tuple)
-        if block.returns_tuple is not self._returned_tuple:  # setting an attribute of a module takes its time
-            block.returns_tuple = self._returned_tuple
+        self._tuple_length = len(result) if isinstance(result, tuple) else 0
+        if block.tuple_length != self._tuple_length:  # setting an attribute of a module takes its time
+            block.tuple_length = self._tuple_length
         if self.left:
             self._exit(block, number, frame)
         if number == self.num_blocks and not self.survivors.complete:
@@ -175,7 +175,7 @@ class EarlyExitRun(ExitRun):
         """What a block returns when nobody is left: its input, in the shape that the model expects."""
         if number == self.num_blocks and not self.survivors.complete:
             hidden = self.survivors.stand_in(hidden)
-        return (hidden, None) if block.returns_tuple else hidden
+        return block.as_result(hidden)
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:
