@@ -40,7 +40,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self.badge_exit = nn.ModuleDict()
         self.badge_doubt = nn.ModuleDict()  # LTE's one layer for all exits, in block 1
         self.badge_placement: dict[str, str] = {}
-        self.tuple_length: int | None = None  # of what the block returns, 0: no tuple; known once it has run
+        self.tuple_length: int | None = None  # of what the block returns, 0 for a tensor; known once it has run
         self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
         self._hooks: dict[str, Any] = {}
         self.recorders: dict[str, Recorder] = {}  # the hooks themselves
@@ -116,6 +116,10 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalised states, too
                 states = apply_norm(self._exit_norm[0], states)
         return exit_, exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
+
+    def as_result(self, hidden: Tensor) -> Any:
+        """`hidden` in the shape in which the block returns its states."""
+        return (hidden, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden
 
     def remove_hooks(self) -> None:
         """Takes our hooks off the block, which is then as it was."""

@@ -165,6 +165,37 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert set(named) <= targets, f"{file.name}: {sorted(set(named) - targets)}"
 
 
+def test_every_test_that_compatibility_names_exists() -> None:
+    proofs: list[tuple[str, str]] = []
+    header: list[str] = []
+    for row in re.findall(r"^\| (.+) \|$", (DOCS / "compatibility.md").read_text(encoding="utf-8"), re.M):
+        cells = row.split(" | ")
+        if cells[-1] in ("test", "tested with"):
+            header = cells
+            continue
+        assert len(cells) == len(header), f"a row of another width: {row}"
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", cells[-1])
+        assert named or header[-1] != "test", f"no test proves: {row}"
+        proofs += named
+    missing = [f"{file}::{name}" for file, name in proofs if f"def {name}(" not in _text(ROOT / file)]
+    assert not missing, f"compatibility.md names tests that do not exist: {', '.join(missing)}"
+    assert len(proofs) > 50
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def test_the_versions_of_compatibility_are_those_of_the_project() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = {"torch": ">=2.4", "transformers": ">=4.57,<6", "peft": ">=0.21,<0.23", "accelerate": ">=1.1"}
+    table = (DOCS / "compatibility.md").read_text(encoding="utf-8").partition("## PEFT's verbs")[0]
+    for name, bounds in wanted.items():
+        assert f'"{name}{bounds}"' in project, f"{name}: docs/compatibility.md and this test are out of date"
+        assert f"| {name} | " in table
+    assert 'requires-python = ">=3.10"' in project and "| Python | 3.10 or newer |" in table
+
+
 # ----------------------------------------------------------------------------------------------------- the reference
 
 

@@ -91,4 +91,4 @@ class LeavingRun(ExitRun):
         """What a block returns when nobody is left: its input, in the shape that the model expects."""
         if number == self.num_blocks and not self.survivors.complete:
             hidden = self.survivors.stand_in(hidden)
-        return (hidden, *[None] * (block.tuple_length - 1)) if block.tuple_length else hidden
+        return block.as_result(hidden)

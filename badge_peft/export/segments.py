@@ -64,7 +64,7 @@ class _EmbeddingRun(ExitRun):
             if block.has_exit(self.adapter, 0):
                 self.exit_logits[0] = self._read(block, 0, Frame(hidden))
         self.shared.add(_leaves(args, kwargs)[0])
-        return _as_block(block, hidden)
+        return block.as_result(hidden)
 
 
 class _BlockRun(ExitRun):
@@ -81,7 +81,7 @@ class _BlockRun(ExitRun):
             hidden = self._hidden(args, kwargs)
             if number == self.wanted + 1:
                 self.following = hidden
-            return _as_block(block, hidden)
+            return block.as_result(hidden)
         args, kwargs = _with(self.states, iter(self.shared), args, kwargs)
         result, frame = self._run(block, self.states, args, kwargs)
         if self.read and block.has_exit(self.adapter, number):
@@ -186,10 +186,6 @@ def _with(
     if args:
         return (states, *rest_args), rest_kwargs
     return (), {**rest_kwargs, "hidden_states": states}
-
-
-def _as_block(block: BadgeBlock, hidden: Tensor) -> Any:
-    return (hidden, *[None] * (block.tuple_length - 1)) if block.tuple_length else hidden
 
 
 def _answers(run: ExitRun, number: int) -> dict[str, Tensor]:

@@ -207,6 +207,9 @@ VERBS: list[Verb] = [
     offloaded_to_disk,
 ]
 
+# Weights that were never copied lie where the file put them, and kernels for another alignment may round otherwise.
+LOW = (low_cpu_mem_usage, beside_another_low)
+
 # DeBERTa-v2 reads the weight of its relative positions without a call of their module, which accelerate needs.
 OFFLOADED = (offloaded_to_cpu, offloaded_to_disk)
 

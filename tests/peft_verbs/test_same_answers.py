@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from badge_peft import EarlyExitConfig
 from tests.models import make_batch, trained
-from tests.peft_verbs.table import ARCHITECTURES, CONFIGS, EARLY, OFFLOADED, SECOND, VERBS, Verb, beside_another
+from tests.peft_verbs.table import ARCHITECTURES, CONFIGS, EARLY, LOW, OFFLOADED, SECOND, VERBS, Verb, beside_another
 
 EACH = [(verb, case, "block") for verb in VERBS for case in ARCHITECTURES]
 EACH += [(verb, "bert", name) for verb in VERBS for name in CONFIGS if name != "block"]
@@ -31,8 +32,9 @@ def answers(model: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], exact: bool = True) -> bool:
+    equal = torch.equal if exact else partial(torch.allclose, rtol=1e-5, atol=1e-6)
+    return found.keys() == expected.keys() and all(equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_the_same_answers(verb: Verb, case: str, name: str, tmp_path: Any) -> No
     expected = answers(model)
     after = verb(model, case, tmp_path)
     assert not after.training or verb.__name__ in ("is_trainable", "onto_the_same", "state_dicts")
-    assert same(answers(after.eval()), expected)
+    assert same(answers(after.eval()), expected, exact=verb not in LOW)
     assert after.get_early_exit_config() == EarlyExitConfig(**EARLY)
 
 

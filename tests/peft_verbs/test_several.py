@@ -25,6 +25,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "seven": {"learn_to_exit": True, "early_exit": {"policy": "learned"}},
 }
 
+LOW = ("three", "five")  # are loaded with low_cpu_mem_usage
+
 
 def save_each(case: str, path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Each adapter alone on a model of its own, in a folder by its name; what it answers there."""
@@ -40,7 +42,7 @@ def load_all(case: str, path: Path) -> Any:
     first, *others = ADAPTERS
     model = PeftModel.from_pretrained(make_model(case), path / first, adapter_name=first)
     for name in others:
-        model.load_adapter(path / name, name, low_cpu_mem_usage=name in ("three", "five"))
+        model.load_adapter(path / name, name, low_cpu_mem_usage=name in LOW)
     return model
 
 
@@ -54,14 +56,14 @@ def test_each_answers_as_when_alone(case: str, tmp_path: Path) -> None:
     random.Random(0).shuffle(order)
     for name in order:
         model.set_adapter(name)
-        assert model.active_adapter == name and same(answers(model), alone[name]), name
+        assert model.active_adapter == name and same(answers(model), alone[name], name not in LOW), name
         with model.disable_adapter(), torch.no_grad():
             assert torch.equal(model(**make_batch()).logits, base)
     for gone in ("three", "five", "one"):
         model.delete_adapter(gone)
         for name in model.peft_config:
             model.set_adapter(name)
-            assert same(answers(model), alone[name]), (gone, name)
+            assert same(answers(model), alone[name], name not in LOW), (gone, name)
     model.load_adapter(tmp_path / "three", "one")  # another adapter under the name of one that is gone
     model.set_adapter("one")
     assert same(answers(model.eval()), alone["three"])
@@ -98,6 +100,6 @@ def test_training_one_leaves_the_others_alone(tmp_path: Path) -> None:
         model.eval()
         for other in ADAPTERS:
             model.set_adapter(other)
-            assert same(answers(model), alone[other]) == (other != name), (name, other)
+            assert same(answers(model), alone[other], other not in LOW) == (other != name), (name, other)
         model.set_adapter(name)
         alone[name] = answers(model)
