@@ -20,7 +20,8 @@ from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
 from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import check_evaluation, check_final_exit
+from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
+from badge_peft.training.sampling import same_order
 from badge_peft.training.stopping import EarlyStopping
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
@@ -144,6 +145,10 @@ class MultiExitTrainer(Trainer):
             doubts = {m: u for m, u in runs[0].doubts.items() if self.exit_objective.judges(m)}
             if doubts:
                 loss = loss + doubt_loss(doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
+                doubt = None
+        if doubt is not None and self.args.world_size > 1:
+            # DDP waits for the gradient of whatever the outputs depend on: the exits get one in any case
+            loss = loss + 0 * outputs.exit_doubts.sum()
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -163,6 +168,9 @@ class MultiExitTrainer(Trainer):
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return same_order(super()._get_train_sampler(*args, **kwargs), self.args)
+
     # ------------------------------------------------------------------------------------------------------ two stages
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -172,8 +180,10 @@ class MultiExitTrainer(Trainer):
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
 
         Raises:
-            ValueError: steps without a gradient lie ahead, or evaluations without labels.
+            ValueError: steps without a gradient lie ahead, or evaluations without labels, or several processes that do
+                not know of one another.
         """
+        check_processes(self)
         check_evaluation(self)
         if not self.two_stage:
             check_final_exit(self)
@@ -207,6 +217,7 @@ class MultiExitTrainer(Trainer):
     def _stage(self, folder: str, resume: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         self.args.output_dir = folder
         self.optimizer, self.lr_scheduler = None, None
+        self.model_wrapped = cast(nn.Module, self.model)  # DDP knows what is trained from the moment that it is made
         if resume is True and not (Path(folder).is_dir() and get_last_checkpoint(folder)):
             resume = None
         return super().train(resume, *args, **kwargs)
