@@ -145,10 +145,6 @@ class MultiExitTrainer(Trainer):
             doubts = {m: u for m, u in runs[0].doubts.items() if self.exit_objective.judges(m)}
             if doubts:
                 loss = loss + doubt_loss(doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
-                doubt = None
-        if doubt is not None and self.args.world_size > 1:
-            # DDP waits for the gradient of whatever the outputs depend on: the exits get one in any case
-            loss = loss + 0 * outputs.exit_doubts.sum()
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

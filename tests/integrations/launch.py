@@ -47,7 +47,7 @@ def launch(
         start_new_session=True,  # so that a launcher that hangs takes its processes with it
     )
     try:
-        stdout, stderr = process.communicate(given, timeout=150)
+        stdout, stderr = process.communicate(given, timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()

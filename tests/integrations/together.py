@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from badge_peft import collect_exit_logits, multi_exit_arguments, processes
+from badge_peft import EarlyExitConfig, collect_exit_logits, multi_exit_arguments, processes
 from badge_peft.evaluation.features import pad_features
 from badge_peft.training import MultiExitTrainer
+from badge_peft.workflows import Adapter, predict_shared
+from badge_peft.workflows.labels import LabelSet
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import checkpoint
+from tests.texts import make_tokenizer, sentences
 from tests.training.runs import Rows, make, make_trainer, weights
 
 ROWS = 16
@@ -154,7 +159,10 @@ def by_length(folder: Path) -> list[list[int]]:
     """Which rows this process has trained on in each epoch, where dropout has used the process's own generator."""
     data = Watched(rows=32)
     data.asked = []
-    model = make(exit_dropout=0.5)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
     args = multi_exit_arguments(
         model,
         str(folder / "by length"),
@@ -198,6 +206,31 @@ def shared() -> dict[str, Any]:
     }
 
 
+def answer() -> dict[str, Any]:
+    """Texts answered in shares: several numbers of them, a reader that stops, and a source that breaks."""
+    model = make_exits()
+    adapter = Adapter(model, make_tokenizer(), LabelSet(["a", "b", "c"], "single_label_classification"))
+    read: list[int] = []
+
+    def texts(count: int, breaks: bool = False) -> Iterator[tuple[str, None]]:
+        for i, (text, _) in enumerate(sentences(count)):
+            read.append(i)
+            yield text, None
+        if breaks:
+            raise ValueError("line 6 is no text")
+
+    rule = EarlyExitConfig(policy="max_prob", threshold=0.6)
+    found: dict[str, Any] = {f"{n} texts": list(predict_shared(adapter, texts(n), rule, 4)) for n in (0, 1, 8, 13)}
+    with closing(predict_shared(adapter, texts(100), rule, 4)) as answers:
+        found["first of many"] = next(answers, None)
+    some: list[Any] = []
+    try:
+        some.extend(predict_shared(adapter, texts(5, breaks=True), rule, 1))
+    except ValueError as error:
+        found["broken"] = [str(error), len(some)]
+    return {**found, "read": len(read)}
+
+
 def work(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything, as tensors and as what JSON can hold."""
     tensors: dict[str, Tensor] = {}
@@ -211,6 +244,7 @@ def work(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"collected: {key}": value for key, value in collect().items()}
     facts["epochs"] = by_length(folder)
     facts["shared"] = shared()
+    facts["answers"] = answer()
     return tensors, facts
 
 
