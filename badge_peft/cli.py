@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
+
+from badge_peft import processes
 
 if TYPE_CHECKING:
     import typer
@@ -20,6 +24,7 @@ def make_app() -> typer.Typer:
     import typer
 
     from badge_peft.commands import COMMANDS
+    from badge_peft.commands.root import root
 
     app = typer.Typer(
         name="badge-peft",
@@ -30,21 +35,7 @@ def make_app() -> typer.Typer:
         "last block.",
     )
 
-    def show_version(wanted: bool) -> None:
-        if wanted:
-            from badge_peft.prepare import package_version
-
-            typer.echo(f"badge-peft {package_version()}")
-            raise typer.Exit
-
-    @app.callback()
-    def root(
-        version: bool = typer.Option(
-            False, "--version", callback=show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ) -> None:
-        pass
-
+    app.callback()(root)
     for name, command in COMMANDS.items():
         app.command(name)(command)
     return app
@@ -59,7 +50,21 @@ def main() -> None:
             raise
         print(MISSING, file=sys.stderr)
         raise SystemExit(1) from None
-    app()
+    if processes.is_main():
+        _run(app)
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        _run(app)  # one process speaks for all; what fails here alone is seen when it leaves this block
+
+
+def _run(app: typer.Typer) -> None:
+    """Runs the command; at its end, no process leaves the others behind."""
+    try:
+        app()
+    except SystemExit as end:
+        if not end.code:
+            processes.part()
+        raise
 
 
 if __name__ == "__main__":

@@ -37,8 +37,12 @@ def evaluate(
     """Measure an adapter: how good each exit is, and what its exit rule costs and saves.
 
     With labels the scores are against them; without, against full depth's answers.
+
+    Several processes, started with accelerate launch or torchrun, share the rows
+    among them.
     """
     with told_plainly():
+        from badge_peft.processes import is_main
         from badge_peft.workflows import evaluate_adapter, open_adapter, read_rows
         from badge_peft.workflows.evaluate import latency_line
         from badge_peft.workflows.measure import measured_table, summary
@@ -57,6 +61,8 @@ def evaluate(
         for path in (json_file, save_logits):
             shared.prepare_folder(path)
         report, exit_logits = evaluate_adapter(opened, rows, metric, batch_size, latency)
+        if not is_main():
+            return
         report = {"adapter": adapter, "data": data, **report}
         typer.echo(f"\n{measured_table(report)}\n\n{summary(report)}")
         if "latency" in report:

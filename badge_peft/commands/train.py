@@ -131,7 +131,10 @@ def train(
         float | None,
         typer.Option(help="Of the backbone (default 5e-5) or its LoRA (default 1e-3).", rich_help_panel=_TRAINING),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.", rich_help_panel=_TRAINING)] = 32,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Texts at once; several processes share them.", rich_help_panel=_TRAINING),
+    ] = 32,
     seed: Annotated[
         int,
         typer.Option(min=0, help="The same seed gives the same run on the same machine.", rich_help_panel=_TRAINING),
@@ -156,6 +159,9 @@ def train(
     tradeoff.png, with what was measured; and exit_logits.safetensors, from which
     badge-peft sweep and badge-peft calibrate can run again. Then badge-peft
     predict answers with it.
+
+    Several processes, started with accelerate launch or torchrun, share each batch
+    among them.
     """
     with told_plainly():
         from badge_peft.workflows import TrainSettings, train_adapter

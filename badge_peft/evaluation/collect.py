@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from badge_peft import processes
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.evaluation.exits import ExitLogits
 from badge_peft.evaluation.features import pad_features, tensor_columns
+
+_Answers = tuple[Tensor | None, ...]  # of one batch: logits, labels, doubts
 
 
 @torch.no_grad()
@@ -21,6 +24,7 @@ def collect_exit_logits(
     batch_size: int = 32,
     data_collator: Callable[[list[Any]], Any] | None = None,
     progress: bool = False,
+    split_between_processes: bool = False,
 ) -> ExitLogits:
     """Runs every row through all blocks once and keeps the logits of every exit.
 
@@ -32,7 +36,10 @@ def collect_exit_logits(
             any sequence of dicts. Columns that the model does not read (text, say) are left out.
         batch_size: Rows per pass.
         data_collator: Makes a batch of rows; None pads with the model's `pad_token_id`.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in the main process.
+        split_between_processes: Under `accelerate launch` or `torchrun`, run a part of the batches in each process and
+            give all of them to each; every process has to make the call, with the same data. False: each call runs all
+            rows by itself.
 
     Raises:
         ValueError: the data set is empty.
@@ -45,25 +52,25 @@ def collect_exit_logits(
     collate = data_collator or (lambda batch: pad_features(batch, badge.model))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    doubts: list[Tensor] = []
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rank, size = processes.together() if split_between_processes else (0, 1)
+    mine = range(rank, len(batches), size)
+    found: list[tuple[int, _Answers]] = []
     was_training = model.training
     model.eval()
     try:
-        starts: Sequence[int] = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="exit logits", disable=not progress):
-            batch = collate([rows[i] for i in order[start : start + batch_size]])
+        for number in tqdm(mine, desc="exit logits", disable=not (progress and processes.is_main())):
+            batch = collate([rows[i] for i in batches[number]])
             batch = {k: v.to(device) for k, v in batch.items()}
             target = batch.pop("labels", None)
-            if target is not None:
-                labels.append(target.cpu())
             output = badge(**batch)
-            logits.append(output.exit_logits.float().cpu())
-            if output.exit_doubts is not None:
-                doubts.append(output.exit_doubts.float().cpu())
+            target = None if target is None else target.cpu()
+            found.append((number, (_stored(output.exit_logits), target, _stored(output.exit_doubts))))
     finally:
         model.train(was_training)
+    if size > 1:
+        found = sorted(processes.gather(found), key=lambda item: item[0])
+    logits, labels, doubts = ([x for x in kind if x is not None] for kind in zip(*(a for _, a in found), strict=True))
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return ExitLogits(
@@ -74,3 +81,7 @@ def collect_exit_logits(
         badge.num_blocks,
         torch.cat(doubts)[back] if doubts else None,
     )
+
+
+def _stored(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float().cpu()

@@ -9,12 +9,14 @@ from torch import nn
 from transformers import TrainingArguments
 
 from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.processes import on_cpu
 from badge_peft.training.parameters import BACKBONE_LR
 
 
 def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) -> TrainingArguments:
     """TrainingArguments as the paper trains (section 4.3): 10% warm-up, batches of similar length, an evaluation and a
-    checkpoint after each epoch, the best by S-avg loaded at the end.
+    checkpoint after each epoch, the best by S-avg loaded at the end. Several processes without an accelerator train on
+    their CPUs.
 
     Args:
         model: The PEFT model; its backbone mode says the backbone's learning rate.
@@ -32,6 +34,7 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
         "metric_for_best_model": "s_avg",
         "greater_is_better": True,
         "report_to": "none",
+        "use_cpu": on_cpu(),
     }
     if "train_sampling_strategy" in known:  # transformers 5
         options |= {"train_sampling_strategy": "group_by_length", "warmup_steps": 0.1}

@@ -8,10 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
+from badge_peft.processes import launched
+
 if TYPE_CHECKING:
     from badge_peft.training.trainer import MultiExitTrainer
 
 _LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
+
+
+def check_processes(trainer: MultiExitTrainer) -> None:
+    """Refuses several processes of which each would train by itself, and all write the same files.
+
+    Raises:
+        ValueError: a launcher started several, and Trainer knows of one.
+    """
+    size = launched()[1]
+    if size > 1 and trainer.args.world_size == 1:
+        raise ValueError(
+            f"{size} processes were started, but each would train alone: on CPUs, Trainer has to be told. Make the "
+            "arguments with multi_exit_arguments, or pass use_cpu=True to TrainingArguments."
+        )
 
 
 def check_final_exit(trainer: MultiExitTrainer) -> None:

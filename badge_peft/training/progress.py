@@ -19,7 +19,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar."""
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not state.is_world_process_zero)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step on."""

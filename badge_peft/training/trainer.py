@@ -20,7 +20,8 @@ from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
 from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import check_evaluation, check_final_exit
+from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
+from badge_peft.training.sampling import same_order
 from badge_peft.training.stopping import EarlyStopping
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
@@ -163,6 +164,9 @@ class MultiExitTrainer(Trainer):
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return same_order(super()._get_train_sampler(*args, **kwargs), self.args)
+
     # ------------------------------------------------------------------------------------------------------ two stages
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -172,8 +176,10 @@ class MultiExitTrainer(Trainer):
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
 
         Raises:
-            ValueError: steps without a gradient lie ahead, or evaluations without labels.
+            ValueError: steps without a gradient lie ahead, or evaluations without labels, or several processes that do
+                not know of one another.
         """
+        check_processes(self)
         check_evaluation(self)
         if not self.two_stage:
             check_final_exit(self)
@@ -207,6 +213,7 @@ class MultiExitTrainer(Trainer):
     def _stage(self, folder: str, resume: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         self.args.output_dir = folder
         self.optimizer, self.lr_scheduler = None, None
+        self.model_wrapped = cast(nn.Module, self.model)  # DDP knows what is trained from the moment that it is made
         if resume is True and not (Path(folder).is_dir() and get_last_checkpoint(folder)):
             resume = None
         return super().train(resume, *args, **kwargs)

@@ -9,6 +9,7 @@ from badge_peft.workflows.inputs import read_texts
 from badge_peft.workflows.predict import exit_rule, predict
 from badge_peft.workflows.rows import TextRows, read_rows
 from badge_peft.workflows.settings import TrainSettings
+from badge_peft.workflows.share import predict_shared
 from badge_peft.workflows.train import train_adapter
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "exit_rule",
     "open_adapter",
     "predict",
+    "predict_shared",
     "read_rows",
     "read_texts",
     "stored_logits",

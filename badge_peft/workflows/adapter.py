@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from badge_peft import processes
 from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.exits import ExitLogits
@@ -169,7 +170,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not processes.on_cpu() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from badge_peft import processes
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
@@ -26,23 +27,28 @@ def evaluate_adapter(
 ) -> tuple[dict[str, Any], ExitLogits]:
     """Scores every exit and the adapter's own exit rule.
 
+    Several processes (`accelerate launch`, `torchrun`) share the rows; each has to make the call, and has the result.
+
     Args:
         adapter: From `open_adapter`.
         rows: From `read_rows`, with `usual=adapter.columns`; without labels, scores are the agreement with full depth.
         metric: None is accuracy, for regression Pearson.
         batch_size: Rows per pass.
-        latency: How many rows to time, one by one; 0 for none.
+        latency: How many rows to time, one by one, in the first process; 0 for none.
         progress: Show progress bars.
 
     Returns:
         The report, and the exit logits that it was made from.
     """
+    processes.join()
     check_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = encode_for(adapter, rows)
-    exit_logits = collect_exit_logits(adapter.model, encoded, batch_size, progress=progress)
+    exit_logits = collect_exit_logits(
+        adapter.model, encoded, batch_size, progress=progress, split_between_processes=True
+    )
     report = measure(exit_logits, get_badge_model(adapter.model).get_early_exit_config(), metric)
     report["split"] = rows.split
-    if latency:
+    if latency and processes.is_main():
         timed = encoded.select(range(min(latency, len(encoded))))
         found = measure_latency(adapter.model, timed, progress=progress)
         report["latency"] = latency_summary(found.to_dict(), len(timed))

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
+from badge_peft import processes
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.progress import ProgressBar
 from badge_peft.workflows.settings import TrainSettings
@@ -27,7 +28,7 @@ def fit(
         model: With an adapter; is in eval mode afterwards.
         rows: With `labels`, where they are learned from.
         tokenizer: Pads.
-        settings: Objective, rates, epochs, batch size and seed.
+        settings: Objective, rates, epochs, batch size (of a step, over all processes) and seed.
         learns_labels: False: the exits follow exit M.
     """
     distillation = settings.distillation
@@ -40,7 +41,7 @@ def fit(
             model,
             folder,
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=settings.batch_size // processes.together()[1],
             seed=settings.seed,
             eval_strategy="no",
             save_strategy="no",

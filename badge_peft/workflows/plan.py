@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from badge_peft import processes
 from badge_peft.evaluation.guarantee import rows_needed
 from badge_peft.workflows.base import Base
 from badge_peft.workflows.measure import check_metric, default_metric
@@ -56,8 +57,15 @@ def check_plan(
         held: The evaluation rows.
 
     Raises:
-        ValueError: labels are needed and missing, or there are too few rows for the confidence asked for.
+        ValueError: labels are needed and missing, or there are too few rows for the confidence asked for, or the
+            processes cannot share a batch evenly.
     """
+    size = processes.together()[1]
+    if settings.batch_size % size:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is not allowed with {size} processes, which share each batch evenly: "
+            f"it must be a multiple of {size}."
+        )
     labels = base.labels
     distilled = settings.distillation == 1
     learns_labels = targets is not None and any(t is not None for t in targets) and not distilled

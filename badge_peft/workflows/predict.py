@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
 
@@ -41,7 +41,7 @@ def predict(
     texts: Iterable[tuple[str, str | None]],
     rule: EarlyExitConfig | None = None,
     batch_size: int = 32,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Answers each text at the exit that the rule chooses, in order; one batch at a time is in memory.
 
     Args:

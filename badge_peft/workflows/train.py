@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
+from badge_peft import processes
 from badge_peft.card import write_card
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
@@ -36,24 +38,30 @@ from badge_peft.workflows.settings import TrainSettings
 Say = Callable[[str], None]
 
 
-def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
+def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] | None:
     """Trains exits, saves them as an adapter, and chooses how to stop, with what it costs, on evaluation rows.
 
     `output_dir` gets the adapter (PEFT's files and the tokenizer's), `exit_logits.safetensors` (of the evaluation
     rows, for more sweeps and calibrations), `report.json`, `tradeoff.png` and a card, `README.md`.
+
+    Several processes (`accelerate launch`, `torchrun`) share each batch of the training and the evaluation rows; each
+    has to make the call. The first writes and speaks.
 
     Args:
         settings: What to train, and how.
         say: Takes a line of text, to tell how far it is.
 
     Returns:
-        What `report.json` holds.
+        What `report.json` holds; None in a process that is not the first.
 
     Raises:
         ValueError: settings, model and data do not fit one another; nothing has been written then.
         OSError: there is no such model or data.
     """
     start = time.perf_counter()
+    processes.join()
+    main = processes.is_main()
+    say = say if main else _nothing
     out = _output_dir(settings)
     set_seed(settings.seed)
     rows, held = read_splits(settings)
@@ -74,20 +82,18 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
     say(f"3. training, {settings.epochs} epochs over {len(train_rows)} rows")
     fit(model, train_rows, tokenizer, settings, learns_labels)
 
-    exit_logits = collect_exit_logits(model, eval_rows, settings.batch_size, progress=True)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(out))
-    tokenizer.save_pretrained(str(out))
-    exit_logits.save(out / LOGITS)
-    chosen = _calibrate(exit_logits, settings, out)
+    exit_logits = _collect(model, eval_rows, settings, progress=True)
+    chosen = processes.in_main(partial(_save, model, tokenizer, exit_logits, settings, out))
     model.set_early_exit_config(chosen)
-    model.save_pretrained(str(out))
     say(f"4. saved to {out}; exit rule, chosen on the {len(eval_rows)} evaluation rows: {describe(chosen.to_dict())}")
 
     promised = keeps_answers(model)
     with quiet():
         loaded = load_pretrained(str(out)).to(next(model.parameters()).device)
     del model
+    reloaded = torch.equal(_collect(loaded, eval_rows, settings).logits, exit_logits.logits)
+    if not main:
+        return None
     report: dict[str, Any] = {
         "model": settings.model,
         "data": settings.data,
@@ -100,9 +106,10 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any]:
         "evaluation": settings.eval_data or f"held out of {settings.data}",
         **measure(exit_logits, chosen, settings.metric),
         "calibration": chosen.calibration,
-        "reloaded_bit_for_bit": _reloaded(loaded, eval_rows, exit_logits, settings.batch_size),
+        "reloaded_bit_for_bit": reloaded,
         "full_depth_is_checkpoint": _compare(loaded, settings, eval_rows) if promised else None,
         "latency": _latency(loaded, eval_rows, settings.latency),
+        "processes": processes.together()[1],
         "trainable_parameters": trainable,
         "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
@@ -135,6 +142,24 @@ def _output_dir(settings: TrainSettings) -> Path:
     return out
 
 
+def _collect(model: PeftModel, rows: Dataset, settings: TrainSettings, progress: bool = False) -> ExitLogits:
+    return collect_exit_logits(model, rows, settings.batch_size, progress=progress, split_between_processes=True)
+
+
+def _save(
+    model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, settings: TrainSettings, out: Path
+) -> EarlyExitConfig:
+    """Writes the adapter, chooses its exit rule, and writes that too."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    exit_logits.save(out / LOGITS)
+    chosen = _calibrate(exit_logits, settings, out)
+    model.set_early_exit_config(chosen)
+    model.save_pretrained(str(out))
+    return chosen
+
+
 def _calibrate(exit_logits: ExitLogits, settings: TrainSettings, out: Path) -> EarlyExitConfig:
     metric = settings.metric or default_metric(exit_logits.problem_type)
     try:
@@ -148,11 +173,6 @@ def _calibrate(exit_logits: ExitLogits, settings: TrainSettings, out: Path) -> E
         ) from error
 
 
-def _reloaded(model: PeftModel, rows: Dataset, exit_logits: ExitLogits, batch_size: int) -> bool:
-    """Whether the saved adapter, on a fresh base, gives every exit's logits again, on all evaluation rows."""
-    return torch.equal(collect_exit_logits(model, rows, batch_size).logits, exit_logits.logits)
-
-
 def _compare(model: PeftModel, settings: TrainSettings, rows: Dataset) -> dict[str, Any]:
     return compare_with_checkpoint(model, local_path(settings.model), rows, settings.batch_size)
 
@@ -162,6 +182,10 @@ def _latency(model: PeftModel, rows: Dataset, count: int) -> dict[str, Any] | No
         return None
     timed = rows.select(range(min(count, len(rows))))
     return latency_summary(measure_latency(model, timed, progress=True).to_dict(), len(timed))
+
+
+def _nothing(line: str) -> None:
+    """For processes that have nothing to say."""
 
 
 def _say_data(train: Dataset, held: Dataset, base: Base, rows: TextRows, learns_labels: bool) -> str:
