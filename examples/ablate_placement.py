@@ -80,13 +80,21 @@ def run(task: Task, tokenizer: Any, args: Arguments, fields: dict[str, Any], see
             save_strategy="no",
             load_best_model_at_end=False,
             logging_strategy="no",
+            disable_tqdm=True,
         )
         badge_peft.MultiExitTrainer(
             model=model, args=arguments, train_dataset=task.splits["train"], processing_class=tokenizer
         ).train()
     scores = badge_peft.exit_scores(badge_peft.collect_exit_logits(model, task.splits["test"]), task.metric)
     trained = model.get_nb_trainable_parameters()[0]
+    print(f"{fields}, seed {seed}: S-avg {scores.avg:.1%}, S-best {scores.best:.1%}", flush=True)
     return {"trained": trained, "s_avg": scores.avg, "s_best": scores.best, "per_exit": scores.per_exit}
+
+
+def spread(scores: list[float]) -> str:
+    """The median of the seeds, and how far apart they are."""
+    extremes = f" ({min(scores):.1%}-{max(scores):.1%})" if len(scores) > 1 else ""
+    return f"{median(scores):.1%}{extremes}"
 
 
 def main() -> None:
@@ -106,11 +114,12 @@ def main() -> None:
             if args.output is not None:  # what is done is not lost
                 Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    print(f"\n{task.name}, {task.metric} on {len(task.splits['test'])} test rows, median of {len(args.seeds)} seeds")
+    seeds = "one seed" if len(args.seeds) == 1 else f"median (range) of {len(args.seeds)} seeds"
+    print(f"\n{task.name}, {task.metric} on {len(task.splits['test'])} test rows, {seeds}")
     print("| placement | r | exit_type | parameters | S-avg | S-best |\n|---|---|---|---|---|---|")
     for row in results:
         width = "-" if row["placement"] == "none" else row["r"]
-        avg, best = (f"{median(r[name] for r in row['runs']):.1%}" for name in ("s_avg", "s_best"))
+        avg, best = (spread([r[name] for r in row["runs"]]) for name in ("s_avg", "s_best"))
         trained = f"{row['runs'][0]['trained']:,}"
         print(f"| {row['placement']} | {width} | {row['exit_type']} | {trained} | {avg} | {best} |")
 

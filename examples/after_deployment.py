@@ -108,6 +108,7 @@ def main() -> None:
     model.set_early_exit_config(rule)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    exit_logits.save(Path(args.output_dir, "exit_logits.safetensors"))  # what `badge-peft sweep` reads
 
     loaded = badge_peft.load_pretrained(args.output_dir).to(model.device)
     equal = same_answers(loaded, args.model, rows["test"], DataCollatorWithPadding(tokenizer))

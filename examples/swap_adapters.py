@@ -12,6 +12,7 @@ not, as it changes the encoder.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ def main() -> None:
     print(
         f"{count} requests, {len(folders)} adapters on one encoder: {encoder / 1e6:.1f} million parameters and "
         f"{(everything - encoder) / 1e6:.2f} million more; {1000 * switching / max(count, 1):.2f} ms to switch",
+        file=sys.stderr,
     )
 
 

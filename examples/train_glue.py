@@ -74,6 +74,7 @@ def main() -> None:
             args.output_dir,
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
             seed=args.seed,
         ),
         train_dataset=task.splits["train"],
