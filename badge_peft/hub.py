@@ -15,7 +15,7 @@ from badge_peft.card import CARD, CONFIG, hub_id, write_card
 from badge_peft.config import BadgeConfig, is_badge
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
-_NOT_PUSHED = ["checkpoint-*/**", ".*"]
+_NOT_PUSHED = ["checkpoint-*/**", "stage[12]/**", "training_args.bin", ".*"]  # what a Trainer leaves behind
 
 
 def load_pretrained(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -147,7 +148,9 @@ class Hub:
     def upload_folder(self, folder_path: str | Path, **kwargs: Any) -> str:
         self.calls.append(("upload_folder", kwargs))
         files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-        self.pushed = {str(path.relative_to(folder_path)): path.read_bytes() for path in files}
+        names = {path.relative_to(folder_path).as_posix(): path for path in files}
+        kept = filter_repo_objects(names, ignore_patterns=kwargs["ignore_patterns"])
+        self.pushed = {name: names[name].read_bytes() for name in kept}
         return "commit"
 
     def download(self, repo_id: str, name: str, local_dir: str, **kwargs: Any) -> str:
@@ -207,6 +210,20 @@ def test_a_folder_goes_up_whole(saved: tuple[str, PeftModel], hub: Hub, tmp_path
     push_to_hub(folder, "exits")
     assert {"README.md", "report.json", "adapter_model.safetensors"} <= hub.pushed.keys()
     assert 'load_pretrained("me/exits")' in hub.card().text and "license" not in hub.card().data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoint-8/optimizer.pt", "stage1/best/training_args.bin", "stage2/checkpoint-8/optimizer.pt"]
+)
+def test_what_a_training_leaves_behind_stays_here(
+    left: str, saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path
+) -> None:
+    folder = Path(saved[0])
+    for name in (left, "training_args.bin", ".hidden"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no weights")
+    push_to_hub(folder, "exits")
+    assert hub.pushed.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_what_is_no_adapter_is_not_pushed(saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path) -> None:

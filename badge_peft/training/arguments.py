@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -35,6 +36,7 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
         "greater_is_better": True,
         "report_to": "none",
         "use_cpu": on_cpu(),
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU it only brings a warning
     }
     if "train_sampling_strategy" in known:  # transformers 5
         options |= {"train_sampling_strategy": "group_by_length", "warmup_steps": 0.1}
