@@ -51,6 +51,7 @@ class Evidence:
         count: cnt_m, or the length of the unbroken run that ends here; None for rules that do not count.
         patience: t; None for rules that do not count.
         in_a_row: Whether `count` is an unbroken run.
+        of_pairs: Whether the numbers lie between this exit and earlier ones, and are not its own.
     """
 
     quantity: str
@@ -61,6 +62,7 @@ class Evidence:
     count: int | None = None
     patience: int | None = None
     in_a_row: bool = False
+    of_pairs: bool = False
 
 
 def quantity(policy: ExitPolicy, problem_type: str) -> tuple[str, str]:
@@ -155,5 +157,6 @@ def _evidence(
 ) -> Evidence:
     name, symbol = quantity(policy, history.problem_type)
     counts_labels = isinstance(policy, PatiencePolicy) and history.problem_type != "regression"
+    pairs = isinstance(policy, DivergencePolicy)
     limit = None if counts_labels else float(policy.limit(history))
-    return Evidence(name, symbol, limit, policy.stops_above, measured, count, patience, in_a_row)
+    return Evidence(name, symbol, limit, policy.stops_above, measured, count, patience, in_a_row, pairs)

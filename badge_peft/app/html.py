@@ -101,37 +101,37 @@ def _page(inner: str) -> str:
 def _exit(found: Explanation, step: ExitStep, names: Sequence[str], shown: Sequence[int]) -> str:
     state = "answers" if step.answers else "reached" if step.reached else "behind"
     tag = {"answers": "answers", "reached": "goes on", "behind": "not computed"}[state]
-    name = words.block_name(step.block, found.num_blocks)
+    name, _, depth = words.block_name(step.block, found.num_blocks).partition(" (")
+    depth = f"<small>{escape(depth.rstrip(')'))}</small>" if depth else ""
     bars = _values(found, step, names) if step.probabilities is None else _bars(found, step, names, shown)
     return (
-        f'<div class="bx-exit {state}" data-block="{step.block}"><div class="bx-name"><b>{escape(name)}</b>'
+        f'<div class="bx-exit {state}" data-block="{step.block}"><div class="bx-name"><b>{escape(name)}</b>{depth}'
         f'<span class="bx-tag">{tag}</span></div><div>{bars}</div><div class="bx-why">{_why(found, step)}</div></div>'
     )
 
 
 def _why(found: Explanation, step: ExitStep) -> str:
-    said = words.why(step, found.rule, found.steps[-1].block)
-    return f"<b>{escape(said)}</b>{_evidence(step.evidence)}"
-
-
-def _evidence(seen: Evidence | None) -> str:
+    said, seen = words.why(step, found.rule, found.steps[-1].block), step.evidence
     if seen is None:
-        return ""
-    limit = "" if seen.threshold is None else f", tau = {words.number(seen.threshold)}"
+        return f"<b>{escape(said)}</b>"
     dots = ""
     if seen.count is not None and seen.patience is not None:
         full = min(seen.count, seen.patience)
         label = f"counter {seen.count} of t = {seen.patience}"
-        dots = f'<div class="bx-dots" title="{label}">{"●" * full}{"○" * (seen.patience - full)}</div>'
-    own = seen.count is None or "entropy" in seen.quantity  # numbers of the exit itself, not of a pair of exits
-    chips = "".join(
+        dots = f'<span class="bx-dots" title="{label}">{"●" * full}{"○" * (seen.patience - full)}</span>'
+    limit = "" if seen.threshold is None else f", tau = {words.number(seen.threshold)}"
+    return f"<b>{escape(said)}{dots}</b><div>{escape(seen.quantity)}{limit}</div><div>{_chips(seen)}</div>"
+
+
+def _chips(seen: Evidence) -> str:
+    """The numbers that were compared with the threshold; those that passed are marked."""
+    if not seen.measured:
+        return "no earlier exit to compare with"
+    return "".join(
         f'<span class="bx-chip{" yes" if m.passes else ""}">'
-        f"{'' if own else f'to {m.block}: '}{words.number(m.value)}</span>"
+        f"{f'to {m.block}: ' if seen.of_pairs else ''}{words.number(m.value)}</span>"
         for m in seen.measured
     )
-    if not seen.measured:
-        chips = "no earlier exit to compare with"
-    return f"{dots}<div>{escape(seen.quantity)}{limit}</div><div>{chips}</div>"
 
 
 def _shown(found: Explanation) -> list[int]:

@@ -125,9 +125,12 @@ class TradeOffView:
         return html.picture(out.getvalue(), "svg+xml", "score against the share of blocks saved")
 
     def _stored(self) -> ExitLogits:
-        if not Path(self.folder).is_dir():
+        folder = Path(self.folder)
+        if not folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is no local folder, and exit logits are read from one.")
-        return stored_logits(self.folder)
+        if not (folder / LOGITS).exists():
+            raise FileNotFoundError(f"there are no stored exit logits, {LOGITS}, in {self.folder}.")
+        return stored_logits(folder)
 
     def _without(self) -> str:
         folder = shlex.quote(self.folder)
