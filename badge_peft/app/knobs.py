@@ -74,7 +74,7 @@ def knobs(
     policy = build_policy(rule)
     if isinstance(policy, FixedDepthPolicy):
         assert rule.depth is not None
-        return [Knob("depth", "the block that answers", rule.depth, choices=tuple(exits))]
+        return [Knob("depth", "the block that answers", rule.depth, exits[0], exits[-1], choices=tuple(exits))]
     found = []
     if isinstance(policy, ThresholdPolicy) and _has_threshold(policy, problem_type):
         assert rule.threshold is not None

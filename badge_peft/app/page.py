@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,23 @@ def build_page(callbacks: Callbacks) -> Blocks:
             gr.on(moved, callbacks.describe, sliders, rule, api_name="rule", **latest)
             reset.click(lambda: start if len(start) > 1 else start[0], None, sliders, api_name="reset")
     return page
+
+
+def launch(page: Blocks, host: str, port: int | None, share: bool) -> None:
+    """Serves the page until it is stopped; texts are kept nowhere, not in the browser either.
+
+    Args:
+        page: From `build_page`.
+        host: Address to listen at.
+        port: None takes the first free one from 7860 on.
+        share: Also make a public link, through gradio's servers.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    # gradio 6 came to keep a history of runs in the browser; releases before that do not know the argument
+    history = {"run_history": False} if "run_history" in signature(page.launch).parameters else {}
+    page.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **history)
 
 
 def _slider(knob: Knob) -> Component:

@@ -42,10 +42,9 @@ def app(
 
         need_gradio()
         from badge_peft.app.callbacks import Callbacks
-        from badge_peft.app.page import build_page
+        from badge_peft.app.page import build_page, launch
         from badge_peft.workflows import exit_rule, open_adapter
 
         opened = open_adapter(adapter, base_model, device)
         rule = exit_rule(opened, policy=policy, threshold=threshold, patience=patience, depth=depth)
-        page = build_page(Callbacks(opened, adapter, rule))
-        page.launch(server_name=host, server_port=port, share=share, ssr_mode=False)
+        launch(build_page(Callbacks(opened, adapter, rule)), host, port, share)

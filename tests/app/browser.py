@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,23 +101,16 @@ class Page:
         return waiting.until(lambda d: next(iter(d.find_elements(By.CSS_SELECTOR, selector)), None))
 
     def texts(self, selector: str) -> list[str]:
-        """The texts of all elements of a CSS selector, as they are now."""
-        from selenium.webdriver.common.by import By
+        """The texts of all elements of a CSS selector, at one moment."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(found => found.innerText.trim())"
+        return self.driver.execute_script(script, selector)
 
-        return [found.text for found in self.driver.find_elements(By.CSS_SELECTOR, selector)]
-
-    def until(self, selector: str, wanted: Any) -> str:
+    def until(self, selector: str, wanted: Callable[[str], bool]) -> str:
         """The text of an element, once `wanted` holds of it."""
-        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        def met(_: Any) -> str | None:
-            try:
-                return next((text for text in self.texts(selector) if wanted(text)), None)
-            except StaleElementReferenceException:  # replaced while it was read
-                return None
-
-        return WebDriverWait(self.driver, WAIT).until(met, f"{selector} is {self.texts(selector)}")
+        waiting = WebDriverWait(self.driver, WAIT)
+        return waiting.until(lambda _: next(filter(wanted, self.texts(selector)), None))
 
     def ask(self, text: str) -> None:
         """Types a text and presses the button; ready when the answer to this text is there."""
