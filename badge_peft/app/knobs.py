@@ -29,7 +29,7 @@ class Knob:
     Args:
         field: Of `EarlyExitConfig`.
         label: What it is called.
-        value: Where the adapter's own rule has it.
+        value: Where the rule at the start has it.
         low: Smallest value.
         high: Largest value.
         step: Between two values.

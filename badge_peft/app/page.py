@@ -51,7 +51,7 @@ def build_page(callbacks: Callbacks) -> Blocks:
                     value=callbacks.describe(*start), label="Exit rule", interactive=False, elem_id="rule"
                 )
                 sliders = [_slider(knob) for knob in callbacks.knobs]
-                reset = gr.Button("The adapter's own rule", size="sm", elem_id="reset", visible=bool(sliders))
+                reset = gr.Button("Back to the rule at the start", size="sm", elem_id="reset", visible=bool(sliders))
             with gr.Column(scale=5, min_width=420):
                 with gr.Tab("This text"):
                     shown = gr.HTML(html.hint(HINT), elem_id="exits")

@@ -28,7 +28,7 @@ class TradeOffView:
 
     Args:
         folder: Of the adapter, or its repository.
-        own: The adapter's own rule.
+        own: The rule at the start, the adapter's own unless the command said another.
 
     Attributes:
         logits: The stored exit logits; None where there are none that fit.
@@ -108,11 +108,11 @@ class TradeOffView:
         return sweep(self.scored, families, POINTS, self.metric)
 
     def _draw(self, rule: EarlyExitConfig) -> str:
-        """The picture of `plot_tradeoff`, with the adapter's own rule and the present one marked."""
+        """The picture of `plot_tradeoff`, with the rule at the start and the present one marked."""
         figure = plot_tradeoff(self.curves(rule))
         axes = figure.axes[0]
         marks = (
-            (self.own, {"marker": "*", "markersize": 13, "color": "black"}, "the adapter's own rule"),
+            (self.own, {"marker": "*", "markersize": 13, "color": "black"}, "the rule at the start"),
             (rule, {"marker": "o", "markersize": 15, "fillstyle": "none", "markeredgewidth": 2.2}, "as set here"),
         )
         for config, style, label in marks:

@@ -1,5 +1,5 @@
-"""Takes the picture of docs/app.md: `python -m tests.app.screenshot ADAPTER TEXT docs/img/app.png [OPTION ...]`, where the
-options are those of `badge-peft app`."""
+"""Takes the picture of docs/app.md: `python -m tests.app.screenshot ADAPTER TEXT docs/img/app.png [OPTION ...]`, with
+options of `badge-peft app`."""
 
 from __future__ import annotations
 
