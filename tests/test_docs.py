@@ -28,7 +28,7 @@ from tests.texts import make_tokenizer, sentences, write_csv
 DOCS = ROOT / "docs"
 # Pages whose code another test runs.
 ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/serving.md": "tests/commands/test_serving_page.py"}
-QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq")
+QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app")
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (
     "badge_peft",
@@ -106,6 +106,9 @@ def test_a_page_runs_as_printed(name: str, space: dict[str, Any]) -> None:
         assert after["classify"]("a fine film")[0]["label"] in ("negative", "positive")
     if name == "after-deployment":
         assert after["label"] in ("negative", "positive")
+    if name == "app":
+        live = space["model"].early_exit_forward(**after["text"], policy="divergence", threshold=0.2, patience=1)
+        assert after["found"].exit_layer == live.exit_layer.item()
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=path_of)

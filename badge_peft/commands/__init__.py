@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from badge_peft.commands.app import app
 from badge_peft.commands.bench import bench
 from badge_peft.commands.calibrate import calibrate
 from badge_peft.commands.demo import demo
@@ -23,5 +24,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict,
     "export": export,
     "bench": bench,
+    "app": app,
     "demo": demo,
 }

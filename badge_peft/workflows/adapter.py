@@ -77,7 +77,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         base.config.pad_token_id = tokenizer.pad_token_id
     names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
     labels = LabelSet(names, config.resolved_problem_type)
-    return Adapter(model, tokenizer, labels, _recorded(local).get("columns") or {})
+    return Adapter(model, tokenizer, labels, read_report(local).get("columns") or {})
 
 
 def check_adapter(path: str | Path) -> None:
@@ -138,6 +138,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return data
 
 
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What `train_adapter` wrote into `report.json`; empty where there is none that can be read."""
+    try:
+        found = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     """Puts `config` into `adapter_config.json`; all else in the file stays, and a reader sees the old file or the new.
 
@@ -157,15 +166,6 @@ def _load_logits(path: Path) -> ExitLogits:
         return ExitLogits.load(path)
     except SafetensorError as error:
         raise ValueError(f"{path} holds no exit logits: {error}.") from error
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """`report.json`, where there is one that can be read."""
-    try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _device(name: str | None) -> torch.device:

@@ -57,7 +57,7 @@ def choose_rule(
     if not wanted.keys() & {"max_score_drop", "target_speedup"}:
         wanted["max_score_drop"] = 0.01
     exit_logits = logits_of(folder, data, columns or {}, base_model, batch_size, device)
-    _check_fit(folder, exit_logits)
+    check_fit(folder, exit_logits)
     kind = str(exit_logits.problem_type)
     check_metric(metric, kind, exit_logits.logits.shape[-1])
     with warnings.catch_warnings(record=True) as caught:
@@ -70,8 +70,12 @@ def choose_rule(
     return {**measure(exit_logits, chosen, metric), "written": str(Path(folder) / CONFIG), "notes": notes}
 
 
-def _check_fit(folder: str, exit_logits: ExitLogits) -> None:
-    """Refuses stored logits that are not of this adapter."""
+def check_fit(folder: str, exit_logits: ExitLogits) -> None:
+    """Refuses stored logits that are not of this adapter.
+
+    Raises:
+        ValueError: they have another number of blocks or of outputs.
+    """
     config = read_config(folder)
     blocks, labels = config.get("num_blocks"), config.get("num_labels")
     found = (exit_logits.depth, exit_logits.logits.shape[-1])

@@ -1,0 +1,67 @@
+"""Tiny adapters in folders, of each kind of problem, for the page to open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from badge_peft import BadgeConfig, collect_exit_logits
+from badge_peft.app.callbacks import Callbacks
+from badge_peft.workflows import exit_rule, open_adapter
+from badge_peft.workflows.adapter import LOGITS
+from tests.commands.conftest import cli, save_classifier
+from tests.early_exit.reference import REGRESSION, SINGLE
+from tests.models import shake
+from tests.texts import make_tokenizer, sentences
+
+__all__ = ["cli"]  # a fixture of the commands' tests
+
+BLOCKS = 5
+Make = Callable[..., Path]
+
+
+def save_adapter(
+    folder: Path, names: tuple[str, ...] = ("bad", "good"), kind: str = SINGLE, logits: int = 0, **fields: Any
+) -> Path:
+    """An adapter of five blocks whose exits differ, in `folder/adapter`, its base beside it; with the exit logits of
+    `logits` texts where that is not 0."""
+    base = save_classifier(folder / "model", names, problem_type=kind, num_hidden_layers=BLOCKS)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base), BadgeConfig(r=4, task_type="SEQ_CLS", **fields)
+    ).eval()
+    shake(model)
+    out = folder / "adapter"
+    model.save_pretrained(str(out))
+    if logits:
+        rows = sentences(logits)
+        encoded = make_tokenizer()([text for text, _ in rows])
+        labels = [float(len(text)) if kind == REGRESSION else int(label == "good") for text, label in rows]
+        data = [
+            {**{k: encoded[k][i] for k in ("input_ids", "attention_mask")}, "labels": labels[i]} for i in range(logits)
+        ]
+        collect_exit_logits(model, data).save(out / LOGITS)
+    return out
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """`save_adapter` in a folder of its own."""
+    count = 0
+
+    def made(**fields: Any) -> Path:
+        nonlocal count
+        count += 1
+        return save_adapter(tmp_path / f"{count}", **fields)
+
+    return made
+
+
+def opened(adapter: Path, **rule: Any) -> Callbacks:
+    """What a page of this adapter calls."""
+    found = open_adapter(adapter, device="cpu")
+    return Callbacks(found, str(adapter), exit_rule(found, **rule))
