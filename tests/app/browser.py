@@ -20,6 +20,7 @@ from urllib.request import ProxyHandler, build_opener
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 60.0  # seconds, for what takes a second or two
+START = 300.0  # seconds, for a process that imports torch, transformers and gradio, on a machine with other work
 
 
 def missing() -> str | None:
@@ -129,7 +130,7 @@ class Page:
 
 def _wait_for(address: str, process: Any, log: Any) -> None:
     ask = build_opener(ProxyHandler({}))
-    end = time.monotonic() + WAIT
+    end = time.monotonic() + START
     while time.monotonic() < end and process.poll() is None:
         try:
             ask.open(address, timeout=5).close()
