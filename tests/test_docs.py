@@ -28,7 +28,7 @@ from tests.texts import make_tokenizer, sentences, write_csv
 DOCS = ROOT / "docs"
 # Pages whose code another test runs.
 ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/serving.md": "tests/commands/test_serving_page.py"}
-QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app")
+QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations")
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (
     "badge_peft",
@@ -36,6 +36,7 @@ PUBLIC = (
     "badge_peft.early_exit.policies",
     "badge_peft.evaluation",
     "badge_peft.export",
+    "badge_peft.integrations",
     "badge_peft.training",
 )
 HUB = "google-bert/bert-base-uncased"

@@ -73,14 +73,15 @@ def from_adapterhub(
     weights = _by_block(source, base_model, layout)
     r = _width(source, weights)
     config = BadgeConfig(placement="ffn", r=r, activation=source.activation, bias=True, **fields)
-    model = get_peft_model(base_model, config, adapter_name=adapter_name)
+    training = base_model.training
+    model = get_peft_model(cast(Any, base_model), config, adapter_name=adapter_name)
     for block in get_badge_model(model).wrapped:
         if adapter_name not in block.badge_bypass:
             continue  # no exit of ours here
         for number, bypass in cast(nn.ModuleDict, block.badge_bypass[adapter_name]).items():
             if int(number) in weights:
                 _fill(cast(Bypass, bypass), weights[int(number)], source.scaling)
-    return cast(PeftModel, model)
+    return cast(PeftModel, model.train(training))
 
 
 def _by_block(source: AdapterSource, model: nn.Module, layout: BlockLayout) -> dict[int, dict[str, Tensor]]:
