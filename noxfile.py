@@ -1,4 +1,4 @@
-"""The matrix of releases that the tests run on. `nox -l` lists it; `nox -s oldest -- -x -k hub` runs a part of one leg.
+"""The matrix of releases that the tests run on. `nox -l` lists it, `nox -s oldest -- -k hub` runs a part of one leg.
 
 `make test` is the newest leg, in .venv. Every other leg has an environment of its own under .nox, which `nox -r` uses
 again.
@@ -13,7 +13,7 @@ nox.options.sessions = ["tests", "adapters", "oldest", "int8"]
 
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
-# What transformers, PEFT and torch owe us: wrapping, loading and saving, the Hub, training, early exit on every backbone.
+# What we need of transformers, PEFT and torch: wrapping, loading, saving, training, early exit on every backbone.
 CONTRACT = (
     "tests/peft_verbs",
     "tests/integrations/test_lora_underneath.py",
