@@ -22,7 +22,9 @@ A *ratio* is time / (share of the blocks that ran x time of the model without ex
 half of the blocks take half of the time. What is compared takes its turn in the same process, round by round; a ratio
 is the median over the rounds of the quotient within a round, with the quartiles in brackets. ONNX Runtime sessions do
 not spin (`session.intra_op.allow_spinning` = 0) and have `inter_op_num_threads` = 1: idle threads that spin take cores
-from whatever runs next, and spoil both."""
+from whatever runs next, and spoil both. Int8 against stock PyTorch is measured call after call, as in a service: each
+call is made twice and the second counts. Beside it stands a call right after a pass of the stock model, whose weights
+have driven its own out of the caches."""
 
 
 def section_text(key: str, section: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ def take_turns(
     warmup: int = 2,
     wait: Call | None = None,
     pause: float = 0.0,
+    settle: bool = False,
 ) -> dict[str, Timing]:
     """Times every call `rounds` times. A round goes base, four calls, base, four calls, ..., base, and starts at
     another call each time.
@@ -62,6 +63,8 @@ def take_turns(
         wait: Ends when the device has finished, for CUDA.
         pause: Seconds before each call. Where two runtimes take turns, the threads of the one that has just finished
             spin for a while and would take cores from the other.
+        settle: Each call comes twice in a row, and the second counts: with its weights in the caches again, as in a
+            service that does nothing else.
     """
     names = list(calls)
     found = {name: Timing() for name in names}
@@ -69,6 +72,8 @@ def take_turns(
     def timed(call: Call) -> float:
         if pause:
             time.sleep(pause)
+        if settle:
+            call()
         if wait is not None:
             wait()
         start = time.perf_counter()

@@ -148,6 +148,24 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
         assert summary["base_p95_ms"] > 1.05 * summary["base_p50_ms"]
 
 
+def test_only_the_second_of_two_calls_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, last = 0.0, ""
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now, last
+            now += 1.0 if last == name else 5.0  # cold caches
+            last = name
+
+        return run
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
+    for settle, seconds in ((False, 5.0), (True, 1.0)):
+        found = take_turns(call("base"), {"a": call("a")}, rounds=3, settle=settle)["a"]
+        assert found.seconds == [seconds] * 3
+        assert not settle or found.base_seconds == [seconds] * 3
+
+
 def test_a_ratio_is_to_the_share_of_the_blocks_that_ran() -> None:
     timing = Timing([3.0, 6.0, 4.0], [6.0, 6.0, 6.0])
     row = make_row("x", "y", timing, blocks=12, length=16, forced=[4, 8], measured=[4, 8])
