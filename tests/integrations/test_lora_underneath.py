@@ -122,7 +122,6 @@ def loaded_by_transformers(tmp_path):
 
 
 def loaded_by_peft(tmp_path):
-    loaded_by_transformers(tmp_path) if CLASSIC else None
     base = make_model()
     base.save_pretrained(tmp_path / "base")
     get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora()).save_pretrained(
