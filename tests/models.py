@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import get_peft_model
@@ -100,6 +101,12 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, ALBERT itself fa
             "inner_group_num": 2,
         },
     )
+
+
+#: transformers does not read the optimiser's file with a torch whose `torch.load` can be made to run code.
+needs_safe_torch_load = pytest.mark.skipif(
+    torch.__version__ < (2, 6), reason="transformers resumes a training with torch 2.6 and newer alone"
+)
 
 
 def make_model(case: str = "bert", seed: int = 0, num_labels: int = LABELS, **changes: Any) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from badge_peft import parameter_groups
 from tests import reference
-from tests.models import exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, needs_safe_torch_load
 
 KINDS = [("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 1)]
 ROWS = 12
@@ -141,6 +141,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(problem_type, num_la
         assert not torch.equal(weight, start[name])
 
 
+@needs_safe_torch_load
 @pytest.mark.parametrize("fields", [{}, {"backbone": "full", "placement": "ffn"}, {"final_exit": "exit"}], ids=str)
 def test_resumed_run_ends_where_an_uninterrupted_one_does(fields, tmp_path):
     """Dropout included: the trainer restores the state of the random numbers with the checkpoint."""

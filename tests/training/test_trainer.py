@@ -17,7 +17,7 @@ from badge_peft.evaluation.features import pad_features
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.preflight import check_evaluation
 from tests import reference
-from tests.models import exits_of, make_badge
+from tests.models import exits_of, make_badge, needs_safe_torch_load
 
 from .runs import MULTI, PROBLEMS, REGRESSION, Rows, Stop, arguments, close, make, make_trainer, moved, weights
 
@@ -193,6 +193,7 @@ def test_early_stopping(patience, steps, tmp_path):
     assert trainer.state.best_global_step == 2
 
 
+@needs_safe_torch_load
 def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path):
     """Step 2 is the best; with a patience of 2 the end comes at step 4, also where step 3 was in another process."""
     options = {"max_steps": 6, "early_stopping_patience": 2, **EACH_STEP}
@@ -353,6 +354,7 @@ def test_rows_of_like_length_share_a_batch(tmp_path):
 # ------------------------------------------------------------------------------------------------- resuming, searching
 
 
+@needs_safe_torch_load
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
