@@ -156,7 +156,7 @@ def _check_devices(model: nn.Module) -> None:
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
     """Exit M needs a head for whole sequences, when it is the model's own."""
-    if config.final_exit != "base_head" or not layout.head:
+    if config.final_exit != "base_head" or not layout.head or head_labels(model)[0] is not None:
         return
     kind = type(model).__name__
     missing = not hasattr(model, layout.head[-1])
