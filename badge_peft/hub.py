@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -88,7 +89,8 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload BADGE adapter",
     create_pr: bool = False,
-) -> CommitInfo:
+    dry_run: bool = False,
+) -> CommitInfo | list[str]:
     """Uploads an adapter with its card. (`model.push_to_hub` works, too, but transformers puts a card of its own over
     the one that is saved.)
 
@@ -102,6 +104,10 @@ def push_to_hub(
         revision: The branch.
         commit_message: Of the commit.
         create_pr: Propose the commit, and do not make it.
+        dry_run: Upload nothing and ask the Hub nothing.
+
+    Returns:
+        The commit; with `dry_run` the names of the files that would go up.
 
     Raises:
         ValueError: `adapter` is no BADGE adapter; nothing has been uploaded then.
@@ -116,6 +122,8 @@ def push_to_hub(
         config = PeftConfig.from_pretrained(str(folder))
         if not is_badge(config):
             raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a BADGE one: push it with PEFT.")
+        if dry_run:
+            return _pushed_files(folder)
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, Path)):
@@ -129,6 +137,12 @@ def push_to_hub(
             create_pr=create_pr,
             ignore_patterns=_NOT_PUSHED,
         )
+
+
+def _pushed_files(folder: Path) -> list[str]:
+    """What of `folder` goes up, and the card, which is written where there is none."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(filter_repo_objects({*names, CARD}, ignore_patterns=[*_NOT_PUSHED, *DEFAULT_IGNORE_PATTERNS]))
 
 
 def _save(model: PeftModel, folder: Path, adapter_name: str | None, tokenizer: Any) -> Path:

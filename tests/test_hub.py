@@ -226,6 +226,23 @@ def test_what_a_training_leaves_behind_stays_here(
     assert hub.pushed.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.parametrize("kind", ["model", "folder"])
+def test_a_dry_run_names_the_files_that_would_go_up(
+    kind: str, saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path
+) -> None:
+    model = saved[1]
+    model.save_pretrained(str(tmp_path))
+    for name in ("checkpoint-2/optimizer.pt", "training_args.bin", ".git/HEAD"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    named = push_to_hub(model if kind == "model" else tmp_path, "exits", dry_run=True)
+    assert not hub.calls and not hub.pushed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    push_to_hub(model if kind == "model" else tmp_path, "exits")
+    assert named == sorted(name for name in hub.pushed if not name.startswith(".git/"))
+
+
 def test_what_is_no_adapter_is_not_pushed(saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no adapter: it has no adapter_config.json"):
         push_to_hub(tmp_path, "exits")
