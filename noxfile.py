@@ -6,7 +6,13 @@ again.
 
 from __future__ import annotations
 
+import os
+
 import nox
+
+# uv trusts the certificates of the system then, as pip does; the first name is that of older releases
+os.environ.setdefault("UV_NATIVE_TLS", "1")
+os.environ.setdefault("UV_SYSTEM_CERTS", "1")
 
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["tests", "adapters", "oldest", "int8"]
@@ -50,7 +56,7 @@ def adapters(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The contract tests on the lower bounds of every dependency that pyproject.toml names."""
     # datasets asks for pyarrow without an upper bound, and newer ones want NumPy 2 without saying so
-    session.install("--resolution=lowest-direct", "-e", ".[onnx,plots,train]", "pyarrow<20")
+    session.install("--resolution=lowest-direct", "-e", ".[onnx,plots,train]", "pyarrow>=18,<20")
     session.install(*TOOLS)
     session.run("pytest", *CONTRACT, *session.posargs)
 
