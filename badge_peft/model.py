@@ -175,7 +175,7 @@ class BadgeModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
-        if len(self.peft_config) > 1 and any(self.config_of(n).backbone == "full" for n in self.peft_config):
+        if len(self.peft_config) > 1 and self._full(list(self.peft_config)) is not None:
             raise ValueError(
                 "backbone='full' trains the base model itself, so such an adapter is alone on its model: put "
                 f"{name!r} on another copy of the base model."
@@ -287,7 +287,7 @@ class BadgeModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without bypasses and exits, working as before; the trained one after `backbone="full"`."""
-        full = any(self.config_of(name).backbone == "full" for name in self.peft_config)
+        full = self._full(list(self.peft_config)) is not None
         for module in self.model.modules():
             if isinstance(module, BadgeBlock):
                 module.remove_hooks()

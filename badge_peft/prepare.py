@@ -20,7 +20,7 @@ from badge_peft.quantised import check_trainable
 # PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
 _PEFT_HEADS = ("classifier", "score")
 # PEFT cannot do with an empty list; no module ends in this name.
-_NO_HEAD = "no_head_is_saved"
+NO_HEAD = "no_head_is_saved"
 # Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
 _OUR_NAMES = (
     "query",
@@ -94,7 +94,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
         if config.backbone != "full":
             check_fingerprint(model, config.base_fingerprint)
 
-    ours = {*_PEFT_HEADS, *layout.head, _NO_HEAD}
+    ours = {*_PEFT_HEADS, *layout.head, NO_HEAD}
     extra = [name for name in config.modules_to_save or [] if name not in ours]
     check_trainable(model, [*extra, *head], config.backbone)
     if config.base_fingerprint is None:
@@ -103,7 +103,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     config.num_blocks, config.hidden_size, config.target_modules = len(names), hidden_size, target
     config.num_labels, config.problem_type = num_labels, problem_type
     config.badge_version = config.badge_version or package_version()
-    config.modules_to_save = [*extra, *head] or [_NO_HEAD]
+    config.modules_to_save = [*extra, *head] or [NO_HEAD]
 
 
 def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:

@@ -73,15 +73,14 @@ def early_exit_forward(
     _check_names(badge.model, inputs)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    if adapter_names is None:
-        config = badge.config_of()
-        fields = run_fields(config, early_exit_config, overrides)
     if badge.training:
         warnings.warn(
             "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3
         )
     if adapter_names is not None:
         return mixed_forward(badge, adapter_names, early_exit_config, overrides, inputs)
+    config = badge.config_of()
+    fields = run_fields(config, early_exit_config, overrides)
     batch_size = count_rows(**inputs)
     if badge.compiled is not None:
         inputs = badge.compiled.pad(inputs)

@@ -24,6 +24,7 @@ from badge_peft.full_depth import count_rows
 from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput
+from badge_peft.prepare import NO_HEAD
 from badge_peft.run import Frame
 
 Array = np.ndarray
@@ -167,6 +168,8 @@ def _changes(badge: BadgeModel, name: str) -> str | None:
     if config.backbone != "frozen":
         return f"backbone={config.backbone!r}"
     assert badge.layout is not None
+    if {NO_HEAD, *badge.layout.head}.issuperset(config.modules_to_save or ()):
+        return None  # without a walk through the model, which a call of 32 rows would notice
     for module_name, module in badge.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             if module_name.split(".")[0] not in badge.layout.head:
