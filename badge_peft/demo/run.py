@@ -26,6 +26,7 @@ from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.hub import load_pretrained
 from badge_peft.prepare import package_version
 from badge_peft.training.progress import quiet
+from badge_peft.workflows.adapter import LOGITS
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "divergence", "patience": 1},
@@ -83,6 +84,7 @@ def run_demo(settings: DemoSettings | None = None, say: Callable[[str], None] = 
     adapter = out / "adapter"
     model.save_pretrained(str(adapter))
     size = sum(file.stat().st_size for file in adapter.iterdir() if file.is_file())
+    validation.save(adapter / LOGITS)  # for `badge-peft sweep`, `calibrate` and `app`, as `badge-peft train` does
     with quiet():
         loaded = load_pretrained(str(adapter))
     same = _same_answers(model, loaded, rows["validation"])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from badge_peft import load_pretrained
+from badge_peft import evaluate_policy, load_pretrained
+from badge_peft.workflows.adapter import LOGITS, stored_logits
 from tests.models import make_batch
 from tests.texts import save_base, sentences, write_csv
 
@@ -78,7 +79,8 @@ def test_the_numbers_fit_together(finished: tuple[Path, dict[str, Any], str]) ->
     assert report["s_best"] == max(report["per_exit_accuracy"])
     assert early["layer_speedup"] == pytest.approx(1 - early["mean_exit"] / 3)
     assert early["wall_clock_speedup"] == pytest.approx(1 - 1 / early["speedup_ratio"])
-    assert report["adapter_bytes"] == sum(file.stat().st_size for file in (out / "adapter").iterdir())
+    stored = (out / "adapter" / LOGITS).stat().st_size
+    assert report["adapter_bytes"] == sum(file.stat().st_size for file in (out / "adapter").iterdir()) - stored
     assert report["labels"] == ["bad", "good"]
     assert report["seconds"] > 0
 
@@ -104,6 +106,17 @@ def test_the_saved_adapter_carries_the_rule_and_answers(finished: tuple[Path, di
     out_ = model.early_exit_forward(**make_batch())
     assert out_.logits.shape == (4, 2)
     assert torch.isfinite(out_.logits).all()
+
+
+def test_the_rule_was_chosen_on_the_exit_logits_in_the_adapters_folder(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    out, report, _ = finished
+    stored, chosen = stored_logits(out / "adapter"), report["early_exit"]["validation"]
+    rule = load_pretrained(str(out / "adapter")).get_early_exit_config()
+    point = evaluate_policy(stored, rule)
+    assert (len(stored.logits), point.score) == (chosen["rows"], pytest.approx(chosen["score"]))
+    assert point.layer_speedup == pytest.approx(chosen["layer_speedup"])
 
 
 def test_the_picture(finished: tuple[Path, dict[str, Any], str]) -> None:
