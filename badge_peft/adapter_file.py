@@ -1,4 +1,4 @@
-"""The file of an adapter's weights, looked at before a model is changed for it.
+"""The file of an adapter's weights, looked at before a model is changed for it, and who reads it.
 
 PEFT puts an adapter on the model and reads its weights only then: a file that cannot be read would leave an adapter
 with random exits behind.
@@ -6,12 +6,14 @@ with random exits behind.
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -54,6 +56,23 @@ def check_source(config: BadgeConfig) -> None:
             )
     if file is not None:
         _check_readable(file)
+
+
+def is_load_adapter(arguments: dict[str, Any]) -> bool:
+    """Whether a config is read for `PeftModel.load_adapter`, by the arguments of the read."""
+    return "ephemeral_gpu_offload" in arguments  # nobody else names it
+
+
+def is_from_pretrained() -> bool:
+    """Whether this is inside of `PeftModel.from_pretrained`: then nobody else has the PEFT model yet.
+
+    PEFT gives no sign of it, so the open calls are looked at.
+    """
+    code = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame.f_code is code
 
 
 def _download(repo: str, hub: dict[str, Any]) -> Path | None:

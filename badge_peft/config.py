@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from badge_peft.adapter_file import remember_source
+from badge_peft.adapter_file import is_load_adapter, remember_source
 from badge_peft.architectures import BlockLayout
 from badge_peft.checks import is_number, one_of, whole
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.lora_config import lora_fields
 from badge_peft.registry import NAME, add_peft_type
 
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
@@ -177,8 +178,8 @@ class BadgeConfig(PeftConfig):
         put on a model, before that is changed."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, BadgeConfig):
-            joins = "ephemeral_gpu_offload" in kwargs  # said by load_adapter, and by nobody else
             hub, _, _ = cls._split_kwargs(kwargs)
+            joins = is_load_adapter(kwargs)
             remember_source(config, pretrained_model_name_or_path, joins, {**hub, "subfolder": subfolder})
         return config
 
@@ -252,41 +253,6 @@ class BadgeConfig(PeftConfig):
             self.exit_weights = [float(w) for w in weights]
         else:
             raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
-
-
-_LORA_STARTS = (True, False, "gaussian", "orthogonal")
-_NOT_IN_LORA = {
-    "bias": "it would train biases of the base model, which no adapter can be switched away from",
-    "modules_to_save": "set it in BadgeConfig",
-    "layers_to_transform": "say which blocks in target_modules, as a regular expression",
-    "layers_pattern": "say which blocks in target_modules, as a regular expression",
-    "layer_replication": "it changes the number of blocks",
-    "target_parameters": "name modules in target_modules",
-    "trainable_token_indices": "only modules inside of the blocks are adapted",
-    "init_lora_weights": f"it changes the base weights or needs data; use one of {_LORA_STARTS}",
-}
-
-
-def lora_fields(value: Any) -> dict[str, Any] | None:
-    """`lora` as the fields that differ from PEFT's defaults, which is what a config file should hold.
-
-    Raises:
-        ValueError: not a LoraConfig, a dict of its fields, or None; or a field that has no meaning in an adapter.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, (dict, LoraConfig)):
-        raise ValueError(f"lora={value!r} is not allowed: it must be a LoraConfig, a dict of its fields, or None.")
-    try:
-        config = value if isinstance(value, LoraConfig) else LoraConfig(**value)
-    except TypeError as error:
-        raise ValueError(f"lora={value!r} is not allowed: {error}.") from error
-    default = LoraConfig().to_dict()
-    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if v != default[k]}
-    for name, remedy in _NOT_IN_LORA.items():
-        if name in fields and not (name == "init_lora_weights" and fields[name] in _LORA_STARTS):
-            raise ValueError(f"lora {name}={fields[name]!r} is not allowed: {remedy}.")
-    return {k: v for k, v in fields.items() if k not in ("peft_type", "task_type", "inference_mode", "peft_version")}
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -16,19 +15,9 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from badge_peft.adapters_library import adapter_of
-from badge_peft.architectures import BlockLayout
 from badge_peft.layer import BadgeBlock
 
 _MARK = ".lora_"
-
-
-def lora_config(fields: dict[str, Any] | None, layout: BlockLayout) -> LoraConfig:
-    """The LoRA that a `BadgeConfig.lora` describes; None is r=8, alpha=16, dropout 0.05. Without `target_modules` it
-    adapts queries and values, as PEFT does by default."""
-    fields = dict({"r": 8, "lora_alpha": 16, "lora_dropout": 0.05} if fields is None else fields)
-    if not fields.get("target_modules"):
-        fields["target_modules"] = list(layout.lora_targets)
-    return LoraConfig(**fields)
 
 
 def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:

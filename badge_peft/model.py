@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,15 +12,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from badge_peft import lora
+from badge_peft import backbone, lora
 from badge_peft import state_dict as saved
+from badge_peft.adapter_file import is_from_pretrained
 from badge_peft.adapters_library import check_adapters
 from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
+from badge_peft.lora_config import lora_config
 from badge_peft.other_tuners import check_no_other_tuner
-from badge_peft.outputs import EarlyExitOutput
+from badge_peft.outputs import EarlyExitOutput, ignore_exit_logits, restore_output_keys
 from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
 from badge_peft.run import ExitRun
@@ -137,11 +138,7 @@ class BadgeModel(BaseTuner):
     def trains_backbone(self) -> bool:
         """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
         assert self.layout is not None
-        head = self.layout.head
-        return any(
-            p.requires_grad and ".badge_" not in name and name.split(".")[0] not in head
-            for name, p in self.model.named_parameters()
-        )
+        return backbone.is_trained(self.model, self.layout)
 
     def config_of(self, adapter_name: str | None = None) -> BadgeConfig:
         """The config of `adapter_name` (None: the active adapter).
@@ -175,7 +172,7 @@ class BadgeModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
-        if len(self.peft_config) > 1 and self._full(list(self.peft_config)) is not None:
+        if len(self.peft_config) > 1 and self._owner(self.peft_config) is not None:
             raise ValueError(
                 "backbone='full' trains the base model itself, so such an adapter is alone on its model: put "
                 f"{name!r} on another copy of the base model."
@@ -195,7 +192,7 @@ class BadgeModel(BaseTuner):
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.backbone == "lora":
             assert self.layout is not None
-            wanted = lora.lora_config(peft_config.lora, self.layout)
+            wanted = lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -206,7 +203,7 @@ class BadgeModel(BaseTuner):
         return next(name for name, known in self.peft_config.items() if known is config)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        saved.ignore_exit_logits(model)
+        ignore_exit_logits(model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -242,22 +239,17 @@ class BadgeModel(BaseTuner):
         setattr(parent, child_name, new_module)  # PEFT's own also rebinds .weight, which a block does not have
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        full = self._full(self.active_adapters)
-        self._set_backbone(full is not None and not full.inference_mode)
+        full = self._owner(self.active_adapters)
+        self._set_backbone(None if full is None or full.inference_mode else full)
 
-    def _full(self, adapter_names: list[str]) -> BadgeConfig | None:
-        """The config of the one among the adapters that has the backbone to itself."""
-        return next((c for c in map(self.config_of, adapter_names) if c.backbone == "full"), None)
+    def _owner(self, adapter_names: Iterable[str]) -> BadgeConfig | None:
+        return backbone.owner(map(self.config_of, adapter_names))
 
-    def _set_backbone(self, trained: bool) -> None:
-        """Trains or freezes what is neither an adapter's nor a head's."""
-        full = self._full(list(self.peft_config)) if trained else None
-        unused = saved.unused_by_exits(self.model, full) if full is not None else ()
-        for name, parameter in self.model.named_parameters():
-            ours = any(part in name for part in (".badge_", ".modules_to_save.", ".original_module."))
-            if ours or lora.is_lora(name):
-                continue
-            parameter.requires_grad = trained and parameter.is_floating_point() and not name.startswith(unused)
+    def _set_backbone(self, trained_for: BadgeConfig | None) -> None:
+        if trained_for is None:
+            backbone.freeze(self.model)
+        else:
+            backbone.train(self.model, trained_for)
 
     def disable_adapter_layers(self) -> None:
         """The model answers as the base model, until `enable_adapter_layers`."""
@@ -266,16 +258,18 @@ class BadgeModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes `adapter_name` the active adapter, with the LoRA that belongs to it."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if self._full(self.active_adapters) is not None:
-            self._set_backbone(not inference_mode)
+        full = self._owner(self.active_adapters)
+        if full is not None:
+            self._set_backbone(None if inference_mode else full)
         lora.set_active(self.model, self.active_adapters, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Trains or freezes adapters, and with `backbone="full"` the backbone that belongs to one."""
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if self._full([name for name in names if name in self.peft_config]) is not None:
-            self._set_backbone(requires_grad)
+        full = self._owner(name for name in names if name in self.peft_config)
+        if full is not None:
+            self._set_backbone(full if requires_grad else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, with the LoRA that belongs to it."""
@@ -287,13 +281,13 @@ class BadgeModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without bypasses and exits, working as before; the trained one after `backbone="full"`."""
-        full = self._full(list(self.peft_config)) is not None
+        full = self._owner(self.peft_config) is not None
         for module in self.model.modules():
             if isinstance(module, BadgeBlock):
                 module.remove_hooks()
             elif isinstance(module, AuxiliaryTrainingWrapper) and not full:
                 module.set_adapter([])  # PEFT would leave the adapter's trained head in the base model
-        saved.restore_output_keys(self.model)
+        restore_output_keys(self.model)
         super().unload()
         return super().unload()  # PEFT does not look inside of tuner layers, where a LoRA of ours is
 
@@ -349,24 +343,21 @@ class BadgeModel(BaseTuner):
         state_dict = rename(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
-        unfilled = tuner.unfilled if isinstance(tuner, cls) else set()
         try:
             saved.check_complete(model, config, adapter_name, mapped)
         except ValueError:
-            outer = cast(PeftModel, model)
-            if adapter_name in unfilled and adapter_name not in outer.active_adapters:
-                outer.delete_adapter(adapter_name)  # load_adapter has just made it
-            elif adapter_name in unfilled and _is_being_loaded():
-                cast(BadgeModel, tuner).unload()  # the base model as it came
+            if isinstance(tuner, cls):
+                tuner._take_back(cast(PeftModel, model), adapter_name)
             raise
-        unfilled.discard(adapter_name)
+        if isinstance(tuner, cls):
+            tuner.unfilled.discard(adapter_name)
         return mapped
 
-
-def _is_being_loaded() -> bool:
-    """Whether this is inside of `PeftModel.from_pretrained`: nobody else has the PEFT model yet, and nobody will."""
-    code = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame.f_code is code
+    def _take_back(self, outer: PeftModel, adapter_name: str) -> None:
+        """Undoes what PEFT did to the model for an adapter whose file is of no use."""
+        if adapter_name not in self.unfilled:
+            return
+        if adapter_name not in outer.active_adapters:
+            outer.delete_adapter(adapter_name)  # load_adapter has just made it
+        elif is_from_pretrained():
+            self.unload()  # the base model as it came

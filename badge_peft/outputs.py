@@ -1,11 +1,13 @@
-"""What a multi-exit model returns, as transformers' `ModelOutput`s."""
+"""What a multi-exit model returns, as transformers' `ModelOutput`s, and what Trainer makes of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+_OUTPUT_KEYS = ["exit_logits", "exit_doubts"]
 
 
 @dataclass
@@ -43,3 +45,25 @@ class EarlyExitOutput(ModelOutput):
     logits: Tensor | None = None
     exit_layer: Tensor | None = None
     num_labels: Tensor | None = None
+
+
+def ignore_exit_logits(model: nn.Module) -> None:
+    """Tells Trainer that `exit_logits` is no prediction: `compute_metrics` then gets the logits alone, as ever."""
+    config = model.config
+    if config is not None:
+        keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
+        config.keys_to_ignore_at_inference = [*keys, *_OUTPUT_KEYS]  # type: ignore[union-attr]
+
+
+def restore_output_keys(model: nn.Module) -> None:
+    """Undoes `ignore_exit_logits`."""
+    config = model.config
+    keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
+    if keys == list(getattr(type(config), "keys_to_ignore_at_inference", [])):
+        config.__dict__.pop("keys_to_ignore_at_inference", None)
+    else:
+        config.keys_to_ignore_at_inference = keys  # type: ignore[union-attr]
+
+
+def _output_keys(model: nn.Module) -> list[str]:
+    return list(getattr(model.config, "keys_to_ignore_at_inference", None) or [])

@@ -6,14 +6,12 @@ import re
 
 from torch import Tensor, nn
 
-from badge_peft.architectures import backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
 from badge_peft.lora import is_adapter_key, is_lora
 from badge_peft.registry import PREFIX
 from badge_peft.saved_modules import file_names
 
 _OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
-_OUTPUT_KEYS = ["exit_logits", "exit_doubts"]
 
 
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -54,44 +52,6 @@ def check_complete(model: nn.Module, config: BadgeConfig, adapter_name: str, wei
                 f"{key} has shape {list(value.shape)} in the adapter file and {list(here[key].shape)} here: "
                 "adapter_config.json does not belong to this file, or the base model is another one."
             )
-
-
-def unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
-    """Prefixes of parameters that no exit reads, when `final_exit="exit"`: the model's own head and pooler, and the
-    norm behind block M where exit M has its own."""
-    if config.final_exit == "base_head":
-        return ()
-    layout = get_layout(model, config.block_layout)
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*layout.head, "pooler")]
-    blocks = block_names(model, layout)
-    if config.norm == "own" and config.placement != "none":
-        if layout.pre_norm:
-            names.append(".".join(filter(None, (backbone_name(model), layout.final_norm))))
-        elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too
-            names.append(f"{blocks[-1]}.base_layer.{layout.last_norm}")
-    return tuple(f"{name}." for name in names)
-
-
-def ignore_exit_logits(model: nn.Module) -> None:
-    """Tells Trainer that `exit_logits` is no prediction: `compute_metrics` then gets the logits alone, as ever."""
-    config = model.config
-    if config is not None:
-        keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
-        config.keys_to_ignore_at_inference = [*keys, *_OUTPUT_KEYS]  # type: ignore[union-attr]
-
-
-def restore_output_keys(model: nn.Module) -> None:
-    """Undoes `ignore_exit_logits`."""
-    config = model.config
-    keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
-    if keys == list(getattr(type(config), "keys_to_ignore_at_inference", [])):
-        config.__dict__.pop("keys_to_ignore_at_inference", None)
-    else:
-        config.keys_to_ignore_at_inference = keys  # type: ignore[union-attr]
-
-
-def _output_keys(model: nn.Module) -> list[str]:
-    return list(getattr(model.config, "keys_to_ignore_at_inference", None) or [])
 
 
 def _is_backbone(key: str) -> bool:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from badge_peft import ARCHITECTURES, BadgeBlock, BadgeConfig
-from badge_peft.config import lora_fields
 from badge_peft.lora import lora_layers
+from badge_peft.lora_config import lora_fields
 from tests.labels import label
 from tests.models import (
     BLOCKS,
