@@ -91,6 +91,31 @@ def check_same_adapters(model: nn.Module, fingerprint: dict[str, Any]) -> None:
         )
 
 
+def check_exportable(model: nn.Module) -> None:
+    """Refuses what has no ONNX form: the library's LoRA or IA3 where query, key and value are one matrix (ModernBERT),
+    into whose result it writes through a mask.
+
+    Raises:
+        ValueError: such an adapter is active and not merged.
+    """
+    for module in model.modules():
+        loras = getattr(module, "loras", None)
+        if not isinstance(loras, nn.ModuleDict) or getattr(module, "merged", None):
+            continue
+        for name in sorted(active_adapters(model) & set(loras)):
+            if not hasattr(loras[name], "lora_ind"):
+                continue
+            remedy = (
+                f"Merge it into a model loaded for the export, model.get_base_model().merge_adapter({name!r})."
+                if loras[name].composition_mode == "add"
+                else "Merging it in adapters 1.3 changes the answers: serve this model with PyTorch."
+            )
+            raise ValueError(
+                f"the active adapter {name!r} has no ONNX form: it writes through a mask into the one matrix that "
+                f"query, key and value are here. {remedy}"
+            )
+
+
 def head_labels(model: nn.Module) -> tuple[int | None, str | None]:
     """Labels and problem type of the active flexible head; (None, None) where the model's config has them."""
     head = _head(model) if is_prepared(model) else None

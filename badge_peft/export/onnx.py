@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from badge_peft import lora
+from badge_peft.adapters_library import check_exportable
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.early_exit.policies import build_policy
@@ -98,8 +99,8 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
-        ValueError: no BADGE adapter, not in float32, an exit type or policy that has no ONNX form, or a file above
-            2 GB.
+        ValueError: no BADGE adapter, not in float32, an exit type, policy or adapter underneath that has no ONNX form,
+            or a file above 2 GB.
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
     need_onnx()
@@ -160,6 +161,7 @@ def export_onnx(
 
 def _check(badge: BadgeModel) -> None:
     config = badge.config_of()
+    check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
     if config.exit_type == "past_future":

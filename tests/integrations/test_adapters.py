@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from badge_peft import BadgeConfig, MultiExitTrainer, compile_blocks  # noqa: E402
 from badge_peft.early_exit.policies import build_policy  # noqa: E402
+from badge_peft.export import OnnxEarlyExitModel, export_onnx  # noqa: E402
 from tests.early_exit.rules import answers, labels_are_safe, mixed_rule  # noqa: E402
 from tests.labels import label  # noqa: E402
 from tests.models import LABELS, blocks_of, exits_of, make_batch, make_labels, make_model, shake  # noqa: E402
@@ -443,6 +444,50 @@ def test_compiled_blocks_are_refused():
     with pytest.raises(ValueError, match=r"adapters library \(task\) cannot be compiled"):
         compile_blocks(model)
     assert model.base_model.compiled is None
+
+
+@pytest.mark.parametrize(
+    ("case", "given"),
+    [
+        ("bert", {"active": Fuse("one", "two"), "names": ("one", "two"), "fuse": Fuse("one", "two")}),
+        ("roberta", {"kind": "par_bn"}),
+        ("electra", {"kind": "seq_bn_inv"}),
+        ("distilbert", {"kind": "lora"}),
+        ("modernbert-cls", {"kind": "seq_bn"}),
+    ],
+    ids=label,
+)
+def test_an_onnx_file_answers_as_the_model(case, given, tmp_path):
+    model = on_top(prepared(case=case, **given))
+    logits = exits_of(model, BATCH)
+    rule = mixed_rule(logits, model.base_model.exit_layers())
+    model.set_early_exit_config(rule)
+    wanted = model.early_exit_forward(**BATCH)
+    assert len(set(wanted.exit_layer.tolist())) > 1
+    export_onnx(model, tmp_path / "file")
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path / "file", threads=1)(**BATCH)
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    scale = float(logits.abs().max())
+    torch.testing.assert_close(torch.tensor(found.logits) / scale, wanted.logits / scale, rtol=0, atol=1e-4)
+
+
+def test_a_lora_without_an_onnx_form_is_refused_and_exported_when_merged(tmp_path):
+    model = on_top(prepared("lora+seq_bn", "modernbert-cls"))
+    wanted = model.early_exit_forward(**BATCH)
+    with pytest.raises(ValueError, match=r"'task' has no ONNX form: .*merge_adapter\('task'\)"):
+        export_onnx(model, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    model.get_base_model().merge_adapter("task")
+    export_onnx(model, tmp_path / "file")
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path / "file", threads=1)(**BATCH)
+    assert found.exit_layer.tolist() == wanted.exit_layer.tolist()
+    torch.testing.assert_close(torch.tensor(found.logits), wanted.logits, rtol=1e-3, atol=1e-4)
+
+
+def test_an_ia3_without_an_onnx_form_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'task' has no ONNX form: .*serve this model with PyTorch"):
+        export_onnx(on_top(prepared("ia3", "modernbert-cls")), tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_the_number_of_labels_here_is_that_of_the_models():
