@@ -81,7 +81,9 @@ def train(
     exit_pooling: Annotated[
         str,
         typer.Option(
-            help="What an exit reads: cls, mean, last; auto does as the model's head.", rich_help_panel=_EXITS
+            help="What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its "
+            "embedding.",
+            rich_help_panel=_EXITS,
         ),
     ] = "auto",
     exit_layers: Annotated[

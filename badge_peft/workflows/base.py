@@ -15,6 +15,7 @@ from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.training.progress import quiet
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.rows import TextRows
+from badge_peft.workflows.sentence_encoder import own_pooling
 from badge_peft.workflows.settings import TrainSettings
 
 
@@ -26,11 +27,13 @@ class Base:
         model: With a head for `labels`.
         labels: What it answers with.
         fresh: Weights of the head that the checkpoint lacks; drawn at random.
+        pooling: What its sentence embedding reads, where it is a sentence encoder without a head; else None.
     """
 
     model: Any
     labels: LabelSet
     fresh: list[str]
+    pooling: str | None = None
 
     @property
     def has_head(self) -> bool:
@@ -73,7 +76,7 @@ def load_base(settings: TrainSettings, rows: TextRows) -> Base:
     config.problem_type = labels.problem_type
     with quiet():
         model = AutoModelForSequenceClassification.from_pretrained(path, config=config)
-    return Base(model, labels, fresh)
+    return Base(model, labels, fresh, own_pooling(path))
 
 
 def add_exits(base: Base, settings: TrainSettings) -> PeftModel:
@@ -92,6 +95,8 @@ def add_exits(base: Base, settings: TrainSettings) -> PeftModel:
         )
     names = None if base.has_head else base.labels.names
     config = settings.badge_config(final_exit, label_names=names, problem_type=base.labels.problem_type)
+    if base.pooling is not None and config.exit_pooling == "auto":
+        config.exit_pooling = base.pooling
     with quiet():
         return get_peft_model(base.model, config)
 

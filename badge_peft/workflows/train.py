@@ -18,6 +18,7 @@ from transformers import set_seed
 from badge_peft import processes
 from badge_peft.card import write_card
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.hub import load_pretrained
@@ -77,8 +78,10 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     say(_say_data(train_rows, eval_rows, base, rows, learns_labels))
 
     model = add_exits(base, settings)
+    badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
-    say(f"2. model: {model.base_model.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained")
+    pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
+    say(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
     say(f"3. training, {settings.epochs} epochs over {len(train_rows)} rows")
     fit(model, train_rows, tokenizer, settings, learns_labels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,28 @@ def test_the_same_seed_gives_the_same_adapter(place: Path, cli: Cli, tmp_path: P
         cli(*train, "--output-dir", tmp_path / name, "--seed", seed)
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_exits_pool_as_a_sentence_encoder_does(place: Path, cli: Cli, tmp_path: Path) -> None:
+    encoder, classifier = tmp_path / "encoder", tmp_path / "classifier"
+    AutoModel.from_pretrained(place / "model").save_pretrained(encoder)
+    shutil.copytree(place / "model", classifier)
+    make_tokenizer().save_pretrained(encoder)
+    for folder in (encoder, classifier):
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+
+    def pooling(model: Path, *more: str) -> str:
+        out = tmp_path / "out"
+        told = cli("train", model, place / "rows.csv", "--output-dir", out, "--overwrite", *FAST, *more).output
+        found = json.loads((out / "adapter_config.json").read_text())["exit_pooling"]
+        assert ("a sentence encoder: exits pool by" in told) is (model == encoder)
+        assert model == classifier or f"exits pool by {found!r}" in told
+        return str(found)
+
+    assert pooling(encoder) == "mean"
+    assert pooling(encoder, "--exit-pooling", "cls") == "cls"
+    assert pooling(classifier) == "auto"  # its head says what to read
 
 
 def test_an_encoder_without_a_head_gets_one(place: Path, cli: Cli, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""What the pooling file of sentence-transformers says, in both of its formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from badge_peft.workflows import sentence_encoder
+from badge_peft.workflows.sentence_encoder import FILE, own_pooling
+
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / FILE
+    file.parent.mkdir()
+    file.write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False},
+            "mean",
+        ),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode_max_tokens": True}, None),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, None),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
+        ({"embedding_dimension": 16, "pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode": ["cls", "mean"]}, None),
+        ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": 3}, None),
+        ({"pooling_mode": [["cls"]]}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_the_ways_to_say_it(config: Any, expected: str | None, tmp_path: Path) -> None:
+    assert own_pooling(write(tmp_path, json.dumps(config))) == expected
+
+
+def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert own_pooling(str(tmp_path)) is None
+    assert own_pooling(write(tmp_path, "{")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EntryNotFoundError.__new__(EntryNotFoundError),
+        HfHubHTTPError("no such repository", response=RESPONSE),
+        LocalEntryNotFoundError("offline"),
+        ConnectionError("no network"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_of_a_repository(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(write(tmp_path, json.dumps({"pooling_mode": "mean"})))
+    monkeypatch.setattr(sentence_encoder, "hf_hub_download", lambda repo, name: str(folder / name))
+    assert own_pooling("user/encoder") == "mean"
+
+    def fail(repo: str, name: str) -> str:
+        raise error
+
+    monkeypatch.setattr(sentence_encoder, "hf_hub_download", fail)
+    assert own_pooling("user/encoder") is None
