@@ -21,7 +21,7 @@ from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.lora_config import lora_config
-from badge_peft.other_tuners import check_no_other_tuner
+from badge_peft.other_tuners import BadgeConfigs, check_no_other_tuner
 from badge_peft.outputs import EarlyExitOutput, ignore_exit_logits, restore_output_keys
 from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
@@ -49,6 +49,8 @@ class BadgeModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_no_other_tuner(model)  # PEFT would put our config among those of another tuner, and fail later
         super().__init__(model, *args, **kwargs)
+        self.peft_config = BadgeConfigs(self.peft_config)
+        self.model.peft_config = self.peft_config  # where a tuner on top would look
 
     # -------------------------------------------------------------------------------------------------- what it does
 

@@ -1,4 +1,4 @@
-"""Refuses a model that already carries a live adapter of PEFT's: BADGE is put on plain models.
+"""Refuses other adapters of PEFT's on a model, below ours and above: BADGE is put on plain models.
 
 Two tuners on one model share PEFT's switches (`set_adapter`, `disable_adapter`, `unload`), its list of configs and its
 names of saved tensors. A LoRA below ours would be switched off with our adapter, taken out with it, or left out of
@@ -6,6 +6,8 @@ every file, and nothing would say so. Merged into the weights it is safe, costs 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -55,6 +57,30 @@ def check_no_other_tuner(model: nn.Module) -> None:
             f"the model has no layer of the adapter {_names(kinds)} any more, but still its config: "
             "`del model.peft_config` before BADGE is put on it."
         )
+
+
+class BadgeConfigs(dict[str, PeftConfig]):
+    """The configs of a model's adapters by name, BADGE's alone. PEFT lets a tuner that is put on top write its config
+    into the dict that it finds, over ours.
+
+    Raises:
+        ValueError: a config of another method is to be put in.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not is_badge(config):
+            raise ValueError(
+                f"{_names({name: _kind(config)})} cannot be put on a model that carries a BADGE adapter "
+                f"({_names({known: _kind(self[known]) for known in self})}): PEFT has one method per model, and would "
+                "lose the exits. Train a LoRA together with the exits, BadgeConfig(backbone='lora'); or take BADGE "
+                "off, model.unload(), train the other adapter, merge it, and put BADGE on the result."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As a dict's, entry by entry."""
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
 
 
 def _kind(config: PeftConfig) -> str:
