@@ -13,9 +13,11 @@ from badge_peft.export.graph import IR_VERSION, OPSET, Piece
 
 
 def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products and embeddings in int8; activations are quantised as they come."""
+    """Weights of matrix products and embeddings in int8; activations are quantised as they come. `model` loses the
+    shapes that are noted in it."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    del model.graph.value_info[:]  # onnxruntime 1.23 turns weights round, and then finds the noted shapes wrong
     logger = logging.getLogger()
     level = logger.level
     with tempfile.TemporaryDirectory() as folder:
