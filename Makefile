@@ -27,8 +27,8 @@ install: $(INSTALLED) ## make .venv and install the package in it, editable, wit
 test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'
 	$(BIN)/python -m pytest $(ARGS)
 
-oldest: $(INSTALLED) ## run the contract tests on the oldest releases that are supported
-	$(BIN)/python -m nox -r -s oldest
+oldest: $(INSTALLED) ## run the contract and export tests on the oldest releases that are supported
+	$(BIN)/python -m nox -r -s oldest oldest_onnx
 
 matrix: $(INSTALLED) ## run every leg of noxfile.py; ARGS go to nox, as in make matrix ARGS='-s adapters'
 	$(BIN)/python -m nox -r $(ARGS)

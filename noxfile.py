@@ -15,7 +15,7 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")
 os.environ.setdefault("UV_SYSTEM_CERTS", "1")
 
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["tests", "adapters", "oldest", "int8"]
+nox.options.sessions = ["tests", "adapters", "oldest", "oldest_onnx", "int8"]
 
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
@@ -38,6 +38,13 @@ CONTRACT = (
 )
 
 
+def install_oldest(session: nox.Session, package: str) -> None:
+    """The package with the oldest releases that pyproject.toml allows, and today's tools."""
+    # datasets asks for pyarrow without an upper bound, and newer ones want NumPy 2 without saying so
+    session.install("--resolution=lowest-direct", "-e", package, "pyarrow>=18,<20")
+    session.install(*TOOLS)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests on the newest releases."""
@@ -55,10 +62,15 @@ def adapters(session: nox.Session) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The contract tests on the lower bounds of every dependency that pyproject.toml names."""
-    # datasets asks for pyarrow without an upper bound, and newer ones want NumPy 2 without saying so
-    session.install("--resolution=lowest-direct", "-e", ".[onnx,plots,train]", "pyarrow>=18,<20")
-    session.install(*TOOLS)
+    install_oldest(session, ".[plots,train]")
     session.run("pytest", *CONTRACT, *session.posargs)
+
+
+@nox.session
+def oldest_onnx(session: nox.Session) -> None:
+    """The export on the lower bounds of its extra, which asks for a newer torch."""
+    install_oldest(session, ".[onnx]")
+    session.run("pytest", "tests/export", *session.posargs)
 
 
 @nox.session

@@ -13,6 +13,6 @@ def told_plainly() -> Iterator[None]:
     """Prints a wrong value, a missing file or a missing package to stderr and exits with 1."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from error

@@ -31,6 +31,7 @@ def export_full_depth(model: Any, path: str | Path, *, int8: bool = False) -> No
 
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
+        ImportError: torch is older than 2.8.
     """
     need_onnx()
     import onnx

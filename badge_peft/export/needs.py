@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
+
 _EXTRA = "pip install 'badge-peft[onnx]'"
+_TORCH = "2.8"  # torch's exporter does not know all of DeBERTa-v2 before, nor ModernBERT before 2.7
 
 
 def need_onnx() -> None:
@@ -12,8 +15,14 @@ def need_onnx() -> None:
 
     Raises:
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
+        ImportError: torch is older than 2.8.
     """
     _need("onnx", "onnxscript", "onnxruntime")
+    if torch.__version__ < f"{_TORCH}.dev0":  # a TorchVersion, which compares as versions do
+        raise ImportError(
+            f"exporting to ONNX needs torch {_TORCH} or newer, and this is {torch.__version__}: "
+            f"pip install 'torch>={_TORCH}'. What has been exported runs without torch."
+        )
 
 
 def need_onnxruntime() -> None:

@@ -99,6 +99,7 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
+        ImportError: torch is older than 2.8.
         ValueError: no BADGE adapter, not in float32, an exit type, policy or adapter underneath that has no ONNX form,
             or a file above 2 GB.
         RuntimeError: the file does not answer as the model does. Nothing is written then.

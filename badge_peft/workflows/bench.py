@@ -62,7 +62,7 @@ def bench_adapter(
         `answers_as_full_depth`.
 
     Raises:
-        ModuleNotFoundError: ONNX Runtime is wanted and not installed.
+        ImportError: ONNX Runtime is wanted and not installed, or torch is too old to export.
         ValueError: a wrong argument, or a rule that ONNX cannot express.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
