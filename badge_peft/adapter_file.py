@@ -68,7 +68,7 @@ def is_from_pretrained() -> bool:
 
     PEFT gives no sign of it, so the open calls are looked at.
     """
-    code = PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    code = PeftModel.from_pretrained.__code__
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -65,12 +65,14 @@ def check_adapters(model: nn.Module, config: BadgeConfig) -> None:
     if setup is None:
         return
     _check_composition(setup)
+    adapters_config: Any = model.adapters_config
     for name in sorted(setup.flatten()):
-        for part in _parts(model.adapters_config.get(name)):  # type: ignore[union-attr,operator]
+        for part in _parts(adapters_config.get(name)):
             _check_config(name, part, config.placement)
-    if getattr(model.config, "chunk_size_feed_forward", 0):
+    chunk = getattr(model.config, "chunk_size_feed_forward", 0)
+    if chunk:
         raise ValueError(
-            f"chunk_size_feed_forward={model.config.chunk_size_feed_forward} is not allowed with an active adapter of "  # type: ignore[union-attr]
+            f"chunk_size_feed_forward={chunk} is not allowed with an active adapter of "
             "the adapters library, which may run a block's norm twice a chunk: set it to 0 in the model's config."
         )
 
@@ -98,11 +100,10 @@ def check_exportable(model: nn.Module) -> None:
     Raises:
         ValueError: such an adapter is active and not merged.
     """
-    for module in model.modules():
-        loras = getattr(module, "loras", None)
-        if not isinstance(loras, nn.ModuleDict) or getattr(module, "merged", None):
-            continue
-        for name in sorted(active_adapters(model) & set(loras)):
+    active = active_adapters(model)
+    for module in model.modules() if active else ():
+        loras: Any = {} if getattr(module, "merged", None) else getattr(module, "loras", {})
+        for name in sorted(active & set(loras)):
             if not hasattr(loras[name], "lora_ind"):
                 continue
             remedy = (
@@ -127,7 +128,8 @@ def _setup(model: nn.Module) -> Any:
         return None
     from adapters.context import AdapterSetup
 
-    return AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup  # type: ignore[union-attr]
+    adapters_config: Any = model.adapters_config
+    return AdapterSetup.get_context_adapter_setup() or adapters_config.active_setup
 
 
 def _head(model: nn.Module) -> dict[str, Any] | None:

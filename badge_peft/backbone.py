@@ -9,6 +9,7 @@ from torch import nn
 from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
 from badge_peft.config import BadgeConfig
 from badge_peft.lora import is_lora
+from badge_peft.registry import PREFIX
 
 
 def owner(configs: Iterable[BadgeConfig]) -> BadgeConfig | None:
@@ -16,17 +17,19 @@ def owner(configs: Iterable[BadgeConfig]) -> BadgeConfig | None:
     return next((config for config in configs if config.backbone == "full"), None)
 
 
-def train(model: nn.Module, full: BadgeConfig) -> None:
-    """Trains what is neither an adapter's nor a head's, as far as the exits of `full` read it."""
-    unused = _unused_by_exits(model, full)
-    for name, parameter in _parameters(model):
-        parameter.requires_grad = parameter.is_floating_point() and not name.startswith(unused)
+def is_own_weight(name: str) -> bool:
+    """Whether a parameter, or an entry of a state dict, is the base model's own: no adapter's and no saved head's."""
+    others = (f".{PREFIX}", ".modules_to_save.", ".original_module.")
+    return not is_lora(name) and not any(part in name for part in others)
 
 
-def freeze(model: nn.Module) -> None:
-    """Trains nothing that is neither an adapter's nor a head's."""
-    for _, parameter in _parameters(model):
-        parameter.requires_grad = False
+def train_for(model: nn.Module, full: BadgeConfig | None) -> None:
+    """Trains the model's own weights, as far as the exits of `full` read them; None: freezes them all."""
+    unused = () if full is None else _unused_by_exits(model, full)
+    for name, parameter in model.named_parameters():
+        if is_own_weight(name):
+            trained = full is not None and not name.startswith(unused)
+            parameter.requires_grad = trained and parameter.is_floating_point()
 
 
 def is_trained(model: nn.Module, layout: BlockLayout) -> bool:
@@ -35,13 +38,6 @@ def is_trained(model: nn.Module, layout: BlockLayout) -> bool:
         p.requires_grad and ".badge_" not in name and name.split(".")[0] not in layout.head
         for name, p in model.named_parameters()
     )
-
-
-def _parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    others = (".badge_", ".modules_to_save.", ".original_module.")
-    for name, parameter in model.named_parameters():
-        if not is_lora(name) and not any(part in name for part in others):
-            yield name, parameter
 
 
 def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:

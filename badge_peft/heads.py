@@ -132,9 +132,10 @@ class PastFutureExit(Exit):
         balance = self.balance((gates / notes.count("past")).tanh()).sigmoid()  # lam [B, K]
         future = torch.zeros_like(past)
         for later in notes.behind(self):
-            guess = cast(PastFutureExit, later).imitate(vector).tanh()
-            notes.keep_guess(self, later, guess)
-            future = future + later.linear(guess)  # type: ignore[operator]
+            other = cast(PastFutureExit, later)
+            guess = other.imitate(vector).tanh()
+            notes.keep_guess(self, other, guess)
+            future = future + other.linear(guess)
         return 2 * balance * past + (2 - 2 * balance) * future
 
 

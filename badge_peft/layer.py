@@ -79,6 +79,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """As the block's own forward: the layer loop of the model calls it and never notices."""
         run = current_run()
         if run is None or self._disable_adapters:
+            # there is one: a cast would be a call more at every block
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return run.visit(self, args, kwargs)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -47,7 +48,7 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
             bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
             LoraModel(model, {adapter_name: bound}, adapter_name)
             for layer in lora_layers(model):  # a new layer is in training mode, whatever its model is in
-                layer.train(layer.get_base_layer().training)  # type: ignore[attr-defined]
+                cast(nn.Module, layer).train(layer.get_base_layer().training)
         finally:
             for parameter in heads:  # of the adapters before, which it has frozen with the base model
                 parameter.requires_grad = True

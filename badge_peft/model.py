@@ -165,6 +165,7 @@ class BadgeModel(BaseTuner):
         return active[0]
 
     # ------------------------------------------------------------------------------------------ injection, by PEFT
+    # PEFT types its hooks for any config and hands a tuner those of its own kind alone: hence `ignore[override]`.
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.layout: BlockLayout | None = None
@@ -242,16 +243,10 @@ class BadgeModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         full = self._owner(self.active_adapters)
-        self._set_backbone(None if full is None or full.inference_mode else full)
+        backbone.train_for(self.model, None if full is None or full.inference_mode else full)
 
     def _owner(self, adapter_names: Iterable[str]) -> BadgeConfig | None:
         return backbone.owner(map(self.config_of, adapter_names))
-
-    def _set_backbone(self, trained_for: BadgeConfig | None) -> None:
-        if trained_for is None:
-            backbone.freeze(self.model)
-        else:
-            backbone.train(self.model, trained_for)
 
     def disable_adapter_layers(self) -> None:
         """The model answers as the base model, until `enable_adapter_layers`."""
@@ -262,7 +257,7 @@ class BadgeModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         full = self._owner(self.active_adapters)
         if full is not None:
-            self._set_backbone(None if inference_mode else full)
+            backbone.train_for(self.model, None if inference_mode else full)
         lora.set_active(self.model, self.active_adapters, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -271,7 +266,7 @@ class BadgeModel(BaseTuner):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         full = self._owner(name for name in names if name in self.peft_config)
         if full is not None:
-            self._set_backbone(full if requires_grad else None)
+            backbone.train_for(self.model, full if requires_grad else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, with the LoRA that belongs to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -49,20 +50,20 @@ class EarlyExitOutput(ModelOutput):
 
 def ignore_exit_logits(model: nn.Module) -> None:
     """Tells Trainer that `exit_logits` is no prediction: `compute_metrics` then gets the logits alone, as ever."""
-    config = model.config
+    config: Any = model.config
     if config is not None:
         keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
-        config.keys_to_ignore_at_inference = [*keys, *_OUTPUT_KEYS]  # type: ignore[union-attr]
+        config.keys_to_ignore_at_inference = [*keys, *_OUTPUT_KEYS]
 
 
 def restore_output_keys(model: nn.Module) -> None:
     """Undoes `ignore_exit_logits`."""
-    config = model.config
+    config: Any = model.config
     keys = [key for key in _output_keys(model) if key not in _OUTPUT_KEYS]
     if keys == list(getattr(type(config), "keys_to_ignore_at_inference", [])):
         config.__dict__.pop("keys_to_ignore_at_inference", None)
     else:
-        config.keys_to_ignore_at_inference = keys  # type: ignore[union-attr]
+        config.keys_to_ignore_at_inference = keys
 
 
 def _output_keys(model: nn.Module) -> list[str]:

@@ -44,6 +44,7 @@ class EarlyExitPipeline(TextClassificationPipeline):
                 "set id2label in model.config, or BadgeConfig(label_names=...) before training."
             )
 
+    # transformers types these methods for every kind of pipeline: hence `ignore[override]`
     def _sanitize_parameters(  # type: ignore[override]
         self, early_exit_config: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ def in_main(work: Callable[[], T]) -> T:
     result, failure = told[0]
     if failure is not None:
         raise failure
-    return result  # type: ignore[return-value]
+    return cast(T, result)  # what `work` gave, which may be None
 
 
 def gather(items: list[T]) -> list[T]:

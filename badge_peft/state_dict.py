@@ -6,12 +6,11 @@ import re
 
 from torch import Tensor, nn
 
+from badge_peft.backbone import is_own_weight
 from badge_peft.config import BadgeConfig
-from badge_peft.lora import is_adapter_key, is_lora
+from badge_peft.lora import is_adapter_key
 from badge_peft.registry import PREFIX
 from badge_peft.saved_modules import file_names
-
-_OURS = re.compile(rf"\.{PREFIX}[a-z]+\.")
 
 
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -22,7 +21,7 @@ def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[
     if config.backbone == "lora":
         chosen.update({key: value for key, value in state_dict.items() if is_adapter_key(key, adapter_name)})
     if config.backbone == "full":
-        chosen.update({key: value for key, value in state_dict.items() if _is_backbone(key)})
+        chosen.update({key: value for key, value in state_dict.items() if is_own_weight(key)})
     return chosen
 
 
@@ -52,8 +51,3 @@ def check_complete(model: nn.Module, config: BadgeConfig, adapter_name: str, wei
                 f"{key} has shape {list(value.shape)} in the adapter file and {list(here[key].shape)} here: "
                 "adapter_config.json does not belong to this file, or the base model is another one."
             )
-
-
-def _is_backbone(key: str) -> bool:
-    others = (".modules_to_save.", ".original_module.")
-    return not _OURS.search(key) and not is_lora(key) and not any(part in key for part in others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -29,10 +30,10 @@ def _f1(predictions: Array, labels: Array) -> float:
     return float(f1_score(labels, predictions, average="micro" if multi else "binary", zero_division=0))
 
 
-def _correlation(function: Callable[[Array, Array], object], predictions: Array, labels: Array) -> float:
+def _correlation(function: Callable[[Array, Array], Any], predictions: Array, labels: Array) -> float:
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0  # a constant is correlated with nothing
-    return float(function(predictions, labels)[0])  # type: ignore[index]
+    return float(function(predictions, labels)[0])
 
 
 METRICS: dict[str, Callable[[Array, Array], float]] = {

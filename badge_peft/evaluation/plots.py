@@ -56,13 +56,24 @@ def plot_tradeoff(
     axes = figure.add_subplot()
     names = [name for name in tradeoff.names if name != FIXED]
     for i, name in enumerate(names):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4.5}
-        axes.plot(*_points(tradeoff, name), label=_label(name), linewidth=1.8, zorder=3, **style)  # type: ignore[arg-type]
-    fixed = {"color": "#555555", "linestyle": "--", "marker": "x", "markersize": 5.5, "linewidth": 1.4, "zorder": 2}
-    axes.plot(*_points(tradeoff, FIXED), label=_label(FIXED), **fixed)  # type: ignore[arg-type]
+        style: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+        }
+        axes.plot(*_points(tradeoff, name), label=_label(name), linewidth=1.8, zorder=3, **style)
+    fixed: dict[str, Any] = {
+        "color": "#555555",
+        "linestyle": "--",
+        "marker": "x",
+        "markersize": 5.5,
+        "linewidth": 1.4,
+        "zorder": 2,
+    }
+    axes.plot(*_points(tradeoff, FIXED), label=_label(FIXED), **fixed)
     if chosen is not None:
-        star = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
-        axes.plot([chosen.layer_speedup], [chosen.score], label="calibrated", **star)  # type: ignore[arg-type]
+        star: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
+        axes.plot([chosen.layer_speedup], [chosen.score], label="calibrated", **star)
 
     share = tradeoff.metric in _SHARES
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -115,10 +115,9 @@ class Decision:
 
     @property
     def patience(self) -> int:
-        """The config's own patience; 1 where the rule does not count."""
-        if not self.uses_patience:
-            return 1
-        return self.policy.config.patience or self.policy.default_patience  # type: ignore[attr-defined]
+        """The policy's own; 1 where the rule does not count."""
+        policy = self.policy
+        return policy.patience if isinstance(policy, (DivergencePolicy, ConfidentPatiencePolicy)) else 1
 
     @property
     def uses_patience(self) -> bool:

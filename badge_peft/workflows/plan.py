@@ -20,20 +20,20 @@ def read_splits(settings: TrainSettings) -> tuple[TextRows, TextRows]:
         OSError: no such data.
         ValueError: a column or split that is not there, or too few rows.
     """
-    columns = {
+    columns: dict[str, Any] = {
         "text_column": settings.text_column,
         "text_pair_column": settings.text_pair_column,
         "label_column": settings.label_column,
         "unlabelled": settings.unlabelled,
         "dataset_config": settings.dataset_config,
     }
-    rows = read_rows(settings.data, split=settings.split, training=True, **columns)  # type: ignore[arg-type]
+    rows = read_rows(settings.data, split=settings.split, training=True, **columns)
     if settings.max_rows is not None and len(rows) > settings.max_rows:
         rows = rows.select(random.Random(settings.seed).sample(range(len(rows)), settings.max_rows))
     if settings.eval_data is None and settings.eval_split is None:
         return hold_out(rows, settings.eval_share, settings.seed)
     source = settings.eval_data or settings.data
-    held = read_rows(source, split=settings.eval_split, **columns)  # type: ignore[arg-type]
+    held = read_rows(source, split=settings.eval_split, **columns)
     rows = without(rows, held)
     if not len(rows):
         raise ValueError(f"every text of {settings.data} is among the evaluation texts too: nothing is left to train.")

@@ -44,6 +44,7 @@ class AgreementPolicy(ThresholdPolicy):
             raise ValueError(
                 f"the parameters of policy='agreement' lack {', '.join(sorted(missing))}: calibrate again."
             )
+        # a policy's class says it elsewhere; here it depends on what was fitted
         self.stops_above = fitted["problem_type"] != "regression"  # type: ignore[misc]
         if self.config.max_exit is None:
             self.config.max_exit = fitted["reference"]
