@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from badge_peft.adapters_library import active_adapters
-from badge_peft.early_exit.forward import get_badge_model
-from badge_peft.hooks import Recorder
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.model import BadgeModel
-from badge_peft.positions import max_positions
+from badge_peft.tuner.adapters_library import active_adapters
+from badge_peft.tuner.hooks import Recorder
+from badge_peft.tuner.positions import max_positions
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 

@@ -12,8 +12,8 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft.card import CARD, CONFIG, hub_id, write_card
-from badge_peft.config import BadgeConfig, is_badge
+from badge_peft.model_card import CARD, CONFIG, hub_id, write_card
+from badge_peft.tuner.config import BadgeConfig, is_badge
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
 _NOT_PUSHED = ["checkpoint-*/**", "stage[12]/**", "training_args.bin", ".*"]  # what a Trainer leaves behind

@@ -12,21 +12,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from badge_peft import backbone, lora
-from badge_peft import state_dict as saved
-from badge_peft.adapter_file import is_from_pretrained
-from badge_peft.adapters_library import check_adapters
-from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout
-from badge_peft.config import BadgeConfig, exit_numbers
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.layer import MERGE_ERROR, BadgeBlock
-from badge_peft.lora_config import lora_config
-from badge_peft.other_tuners import BadgeConfigs, check_no_other_tuner
 from badge_peft.outputs import EarlyExitOutput, ignore_exit_logits, restore_output_keys
-from badge_peft.prepare import pooling_kind, prepared_copy
 from badge_peft.registry import PREFIX
-from badge_peft.run import ExitRun
-from badge_peft.saved_modules import rename, take_over
+from badge_peft.tuner import backbone, lora
+from badge_peft.tuner import state_dict as saved
+from badge_peft.tuner.adapter_file import is_from_pretrained
+from badge_peft.tuner.adapters_library import check_adapters
+from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout
+from badge_peft.tuner.config import BadgeConfig, exit_numbers
+from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
+from badge_peft.tuner.lora_config import lora_config
+from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
+from badge_peft.tuner.prepare import pooling_kind, prepared_copy
+from badge_peft.tuner.run import ExitRun
+from badge_peft.tuner.saved_modules import rename, take_over
 
 if TYPE_CHECKING:
     from badge_peft.compile import CompiledBlocks
@@ -59,13 +59,13 @@ class BadgeModel(BaseTuner):
 
         With adapters disabled it is the base model, output and all.
         """
-        from badge_peft.full_depth import full_depth_forward
+        from badge_peft.tuner.full_depth import full_depth_forward
 
         return full_depth_forward(self, *args, **kwargs)
 
     def early_exit_forward(self, *, early_exit_config: Any = None, **kwargs: Any) -> EarlyExitOutput:
         """Each row goes as deep as it must; see `badge_peft.early_exit_forward`."""
-        from badge_peft.early_exit.forward import early_exit_forward
+        from badge_peft.early_exit.mixin import early_exit_forward
 
         return early_exit_forward(self, early_exit_config=early_exit_config, **kwargs)
 

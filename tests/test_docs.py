@@ -27,7 +27,7 @@ from tests.texts import make_tokenizer, sentences, write_csv
 
 DOCS = ROOT / "docs"
 # Pages whose code another test runs.
-ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/serving.md": "tests/commands/test_serving_page.py"}
+ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/serving.md": "tests/cli/test_serving_page.py"}
 QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations")
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from badge_peft.app.evidence import Evidence, evidence
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.forward import get_badge_model
 from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 
 Array = np.ndarray

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from badge_peft.answers import spoken
 from badge_peft.app.evidence import Evidence
 from badge_peft.app.explain import ExitStep, Explanation
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.utils.answers import spoken
 
 
 def number(value: float) -> str:

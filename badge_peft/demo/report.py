@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.latency import LatencyReport
 from badge_peft.evaluation.metrics import ExitScores
 from badge_peft.workflows.tables import text_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from badge_peft.checks import is_number, whole
 from badge_peft.training.parameters import ADAPTER_LR
+from badge_peft.utils.checks import is_number, whole
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from badge_peft.checks import is_number, one_of, plain, whole
+from badge_peft.utils.checks import is_number, one_of, plain, whole
 
 POLICY_NAMES = (
     "divergence",

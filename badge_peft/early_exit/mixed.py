@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from badge_peft.early_exit.leaving import LeavingRun
+from badge_peft.early_exit.pass_ import LeavingRun
+from badge_peft.early_exit.readers import EarlyExitRun, run_fields
 from badge_peft.early_exit.recent import policy_for
-from badge_peft.early_exit.run import EarlyExitRun, run_fields
-from badge_peft.full_depth import count_rows
-from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.prepare import NO_HEAD
-from badge_peft.run import Frame
+from badge_peft.tuner.full_depth import count_rows
+from badge_peft.tuner.layer import BadgeBlock
+from badge_peft.tuner.prepare import NO_HEAD
+from badge_peft.tuner.run import Frame
 
 Array = np.ndarray
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from badge_peft.architectures import BlockLayout
-from badge_peft.layer import BadgeBlock
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.layer import BadgeBlock
 
 Array = np.ndarray
 

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.agreement import features
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import exit_scores, predictions
 
 Array = np.ndarray

@@ -11,7 +11,7 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.guarantee import is_certified, rows_needed
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, predictions, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search

@@ -12,7 +12,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.evaluation.agreement import best_exit, fit_agreement
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 
 Array = np.ndarray
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from badge_peft import processes
-from badge_peft.early_exit.forward import get_badge_model
-from badge_peft.evaluation.exits import ExitLogits
-from badge_peft.evaluation.features import pad_features, tensor_columns
+from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.utils import distributed
 
 _Answers = tuple[Tensor | None, ...]  # of one batch: logits, labels, doubts
 
@@ -53,13 +53,13 @@ def collect_exit_logits(
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, size = processes.together() if split_between_processes else (0, 1)
+    rank, size = distributed.together() if split_between_processes else (0, 1)
     mine = range(rank, len(batches), size)
     found: list[tuple[int, _Answers]] = []
     was_training = model.training
     model.eval()
     try:
-        for number in tqdm(mine, desc="exit logits", disable=not (progress and processes.is_main())):
+        for number in tqdm(mine, desc="exit logits", disable=not (progress and distributed.is_main())):
             batch = collate([rows[i] for i in batches[number]])
             batch = {k: v.to(device) for k, v in batch.items()}
             target = batch.pop("labels", None)
@@ -69,7 +69,7 @@ def collect_exit_logits(
     finally:
         model.train(was_training)
     if size > 1:
-        found = sorted(processes.gather(found), key=lambda item: item[0])
+        found = sorted(distributed.gather(found), key=lambda item: item[0])
     logits, labels, doubts = ([x for x in kind if x is not None] for kind in zip(*(a for _, a in found), strict=True))
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))

@@ -14,7 +14,7 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.candidates import families, policy_label, settings
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, score
 
 

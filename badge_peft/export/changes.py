@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.forward import early_exit_forward
-from badge_peft.evaluation.features import pad_features, tensor_columns
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.metrics import METRICS, predictions
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.segments import OTHER, example_inputs

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from badge_peft import lora
-from badge_peft.adapters_library import check_exportable
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.needs import need_onnx
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
 from badge_peft.model import BadgeModel
-from badge_peft.positions import max_positions
-from badge_peft.prepare import package_version
+from badge_peft.tuner import lora
+from badge_peft.tuner.adapters_library import check_exportable
+from badge_peft.tuner.positions import max_positions
+from badge_peft.tuner.prepare import package_version
 
 if TYPE_CHECKING:
     from badge_peft.export.changes import Changes

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.answers import spoken
-from badge_peft.checks import is_number, whole
 from badge_peft.export.needs import need_onnxruntime
 from badge_peft.export.session import open_session
+from badge_peft.utils.answers import spoken
+from badge_peft.utils.checks import is_number, whole
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"

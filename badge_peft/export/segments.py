@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from badge_peft.layer import BadgeBlock
 from badge_peft.model import BadgeModel
-from badge_peft.run import ExitRun, Frame
+from badge_peft.tuner.layer import BadgeBlock
+from badge_peft.tuner.run import ExitRun, Frame
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
 OTHER = (3, 9)

@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from badge_peft.adapters_library import active_adapters
-from badge_peft.architectures import BlockLayout, backbone_name, block_names, get_layout, inner_block
-from badge_peft.bypass import Bypass
-from badge_peft.config import BadgeConfig
-from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.integrations.adapterhub_source import AdapterSource, read_folder, read_model
+from badge_peft.tuner.adapters_library import active_adapters
+from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout, inner_block
+from badge_peft.tuner.bypass import Bypass
+from badge_peft.tuner.config import BadgeConfig
 
 _GIVEN = ("placement", "r", "activation", "bias")  # by the adapter
 _PARTS = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from badge_peft.early_exit.forward import get_badge_model
-from badge_peft.processes import on_cpu
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.training.parameters import BACKBONE_LR
+from badge_peft.utils.distributed import on_cpu
 
 
 def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) -> TrainingArguments:

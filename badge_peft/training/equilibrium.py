@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from badge_peft.run import ExitRun, Frame
+from badge_peft.tuner.run import ExitRun, Frame
 
 
 class _Scale(torch.autograd.Function):

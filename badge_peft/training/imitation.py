@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.notes import Notes
-from badge_peft.run import ExitRun
+from badge_peft.tuner.notes import Notes
+from badge_peft.tuner.run import ExitRun
 
 
 class ImitationRun(ExitRun):

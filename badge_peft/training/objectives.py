@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.full_depth import sum_losses
-from badge_peft.losses import exit_loss, loss_weights
-from badge_peft.run import ExitRun
 from badge_peft.training.equilibrium import GradientEquilibriumRun
 from badge_peft.training.imitation import ImitationRun, imitation_loss
+from badge_peft.tuner.full_depth import sum_losses
+from badge_peft.tuner.losses import exit_loss, loss_weights
+from badge_peft.tuner.run import ExitRun
 
 
 @dataclass

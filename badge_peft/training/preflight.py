@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
-from badge_peft.processes import launched
+from badge_peft.utils.distributed import launched
 
 if TYPE_CHECKING:
     from badge_peft.training.trainer import MultiExitTrainer

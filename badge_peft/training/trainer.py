@@ -12,17 +12,17 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput, TrainOutput, get_last_checkpoint
 
-from badge_peft.early_exit.forward import get_badge_model
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
-from badge_peft.full_depth import count_rows, full_depth_runs
-from badge_peft.losses import check_labels, doubt_loss, resolve_problem_type
 from badge_peft.model import BadgeModel
 from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stopping import EarlyStopping
+from badge_peft.tuner.full_depth import count_rows, full_depth_runs
+from badge_peft.tuner.losses import check_labels, doubt_loss, resolve_problem_type
 
 _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
 

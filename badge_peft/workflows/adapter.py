@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from badge_peft import processes
-from badge_peft.config import BadgeConfig
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.evaluation.exits import ExitLogits
-from badge_peft.files import write_json
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.registry import NAME
 from badge_peft.training.progress import quiet
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.utils import distributed
+from badge_peft.utils.files import write_json
 from badge_peft.workflows.encode import limit_length, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 
@@ -170,7 +170,7 @@ def _load_logits(path: Path) -> ExitLogits:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not processes.on_cpu() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from badge_peft.card import CARD, write_card
-from badge_peft.checks import one_of
 from badge_peft.early_exit.config import POLICY_NAMES
 from badge_peft.evaluation import calibrate
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.model_card import CARD, write_card
+from badge_peft.utils.checks import one_of
 from badge_peft.workflows.adapter import CONFIG, check_adapter, read_config, write_early_exit
 from badge_peft.workflows.evaluate import logits_of
 from badge_peft.workflows.measure import check_metric, default_metric, measure

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.forward import early_exit_forward, get_badge_model
+from badge_peft.early_exit.mixin import early_exit_forward, get_badge_model
 from badge_peft.workflows.adapter import Adapter
 
 Batch = dict[str, Tensor]

@@ -7,10 +7,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from badge_peft import processes
-from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
+from badge_peft.utils import distributed
 from badge_peft.workflows.adapter import Adapter, open_adapter, stored_logits
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.measure import check_metric, measure
@@ -40,7 +40,7 @@ def evaluate_adapter(
     Returns:
         The report, and the exit logits that it was made from.
     """
-    processes.join()
+    distributed.join()
     check_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = encode_for(adapter, rows)
     exit_logits = collect_exit_logits(
@@ -48,7 +48,7 @@ def evaluate_adapter(
     )
     report = measure(exit_logits, get_badge_model(adapter.model).get_early_exit_config(), metric)
     report["split"] = rows.split
-    if latency and processes.is_main():
+    if latency and distributed.is_main():
         timed = encoded.select(range(min(latency, len(encoded))))
         found = measure_latency(adapter.model, timed, progress=progress)
         report["latency"] = latency_summary(found.to_dict(), len(timed))

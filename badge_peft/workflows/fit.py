@@ -9,9 +9,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
-from badge_peft import processes
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.progress import ProgressBar
+from badge_peft.utils import distributed
 from badge_peft.workflows.settings import TrainSettings
 
 
@@ -41,7 +41,7 @@ def fit(
             model,
             folder,
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size // processes.together()[1],
+            per_device_train_batch_size=settings.batch_size // distributed.together()[1],
             seed=settings.seed,
             eval_strategy="no",
             save_strategy="no",

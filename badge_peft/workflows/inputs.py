@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from badge_peft.checks import one_of
 from badge_peft.data.columns import TEXT_NAMES
+from badge_peft.utils.checks import one_of
 from badge_peft.workflows.rows import pair_column
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")

@@ -11,7 +11,7 @@ from badge_peft.card_text import SHARES
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.calibration import own_labels
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import METRICS, exit_scores, predictions
 from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.workflows.tables import text_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from badge_peft import processes
 from badge_peft.evaluation.guarantee import rows_needed
+from badge_peft.utils import distributed
 from badge_peft.workflows.base import Base
 from badge_peft.workflows.measure import check_metric, default_metric
 from badge_peft.workflows.rows import TextRows, hold_out, read_rows, without
@@ -60,7 +60,7 @@ def check_plan(
         ValueError: labels are needed and missing, or there are too few rows for the confidence asked for, or the
             processes cannot share a batch evenly.
     """
-    size = processes.together()[1]
+    size = distributed.together()[1]
     if settings.batch_size % size:
         raise ValueError(
             f"batch_size={settings.batch_size} is not allowed with {size} processes, which share each batch evenly: "

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from badge_peft.checks import is_number, one_of, whole
-from badge_peft.config import PROBLEM_TYPES, BadgeConfig
 from badge_peft.early_exit.config import POLICY_NAMES
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.training.objectives import OBJECTIVES
+from badge_peft.tuner.config import PROBLEM_TYPES, BadgeConfig
+from badge_peft.utils.checks import is_number, one_of, whole
 
 
 @dataclass

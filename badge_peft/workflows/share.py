@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
 
-from badge_peft import processes
-from badge_peft.checks import whole
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.utils import distributed
+from badge_peft.utils.checks import whole
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.predict import exit_rule, predict
 
@@ -37,8 +37,8 @@ def predict_shared(
         Exception: whatever reading the texts raises, in every process.
     """
     whole("batch_size", batch_size, at_least=1)
-    processes.join()
-    rank, size = processes.together()
+    distributed.join()
+    rank, size = distributed.together()
     rule = rule or exit_rule(adapter)
     if size == 1:
         return predict(adapter, texts, rule, batch_size)
@@ -54,12 +54,12 @@ def _answers(
     size: int,
 ) -> Generator[dict[str, Any], None, None]:
     source = iter(texts)
-    while chunk := processes.in_main(lambda: list(islice(source, size * batch_size))):
+    while chunk := distributed.in_main(lambda: list(islice(source, size * batch_size))):
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        found = processes.gather(list(predict(adapter, mine, rule, batch_size)))
+        found = distributed.gather(list(predict(adapter, mine, rule, batch_size)))
         if rank == 0:
             try:
                 yield from found
             except GeneratorExit:  # nobody wants more, and the others wait for the next texts
-                processes.in_main(list)
+                distributed.in_main(list)
                 raise

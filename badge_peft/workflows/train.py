@@ -15,15 +15,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
-from badge_peft import processes
-from badge_peft.card import write_card
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.forward import get_badge_model
+from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.hub import load_pretrained
-from badge_peft.prepare import package_version
+from badge_peft.model_card import write_card
 from badge_peft.training.progress import quiet
+from badge_peft.tuner.prepare import package_version
+from badge_peft.utils import distributed
 from badge_peft.workflows.adapter import LOGITS, REPORT
 from badge_peft.workflows.base import Base, add_exits, keeps_answers, load_base, local_path
 from badge_peft.workflows.encode import encode, limit_length, load_tokenizer
@@ -60,8 +60,8 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
         OSError: there is no such model or data.
     """
     start = time.perf_counter()
-    processes.join()
-    main = processes.is_main()
+    distributed.join()
+    main = distributed.is_main()
     say = say if main else _nothing
     out = _output_dir(settings)
     set_seed(settings.seed)
@@ -86,7 +86,7 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     fit(model, train_rows, tokenizer, settings, learns_labels)
 
     exit_logits = _collect(model, eval_rows, settings, progress=True)
-    chosen = processes.in_main(partial(_save, model, tokenizer, exit_logits, settings, out))
+    chosen = distributed.in_main(partial(_save, model, tokenizer, exit_logits, settings, out))
     model.set_early_exit_config(chosen)
     say(f"4. saved to {out}; exit rule, chosen on the {len(eval_rows)} evaluation rows: {describe(chosen.to_dict())}")
 
@@ -112,7 +112,7 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
         "reloaded_bit_for_bit": reloaded,
         "full_depth_is_checkpoint": _compare(loaded, settings, eval_rows) if promised else None,
         "latency": _latency(loaded, eval_rows, settings.latency),
-        "processes": processes.together()[1],
+        "processes": distributed.together()[1],
         "trainable_parameters": trainable,
         "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},

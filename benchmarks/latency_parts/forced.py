@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import badge_peft
-from badge_peft.bypass import Bypass
-from badge_peft.heads import MultiExitHead
+from badge_peft.tuner.bypass import Bypass
+from badge_peft.tuner.exits import MultiExitHead
 from latency_parts.settings import Size
 
 RULE = {"policy": "divergence", "divergence": "ce", "threshold": 0.2, "patience": 1}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from badge_peft.files import write_json
+from badge_peft.utils.files import write_json
 
 FORMAT = 1
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from badge_peft.evaluation import ExitLogits
-from badge_peft.files import write_json
+from badge_peft.utils.files import write_json
 from paper_grid.plan import key_of
 
 RESULT = "run.json"

@@ -14,7 +14,7 @@ from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.app.callbacks import Callbacks
 from badge_peft.workflows import exit_rule, open_adapter
 from badge_peft.workflows.adapter import LOGITS
-from tests.commands.conftest import cli, save_classifier
+from tests.cli.conftest import cli, save_classifier
 from tests.early_exit.reference import REGRESSION, SINGLE
 from tests.models import shake
 from tests.texts import make_tokenizer, sentences

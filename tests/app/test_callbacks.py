@@ -18,7 +18,7 @@ from badge_peft.workflows.adapter import LOGITS, stored_logits
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.rows import TextRows
 from tests.app.conftest import BLOCKS, Make, opened
-from tests.commands.conftest import Cli
+from tests.cli.conftest import Cli
 from tests.early_exit.reference import MULTI, REGRESSION
 from tests.texts import make_tokenizer, sentences, write_csv
 

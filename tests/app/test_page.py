@@ -13,7 +13,7 @@ import pytest
 from badge_peft.workflows import predict
 from tests.app.conftest import Make, opened, save_adapter
 from tests.app.test_callbacks import blocks, mistake, said, values
-from tests.commands.conftest import Cli, one_line
+from tests.cli.conftest import Cli, one_line
 
 # ---------------------------------------------------------------------------------------------------------- the page
 

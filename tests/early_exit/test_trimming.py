@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from badge_peft.architectures import ARCHITECTURES
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.tuner.architectures import ARCHITECTURES
 from tests.models import CASES, PAD, VOCAB, exits_of, make_badge, make_model
 
 from .rules import answers, mixed_rule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 SIZES = [(SINGLE, 2), (SINGLE, 3), (SINGLE, 77), (MULTI, 6), (REGRESSION, 1)]

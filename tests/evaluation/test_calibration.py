@@ -14,7 +14,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import calibrate, collect_exit_logits, evaluate_policy, exit_scores
 from badge_peft.evaluation.calibration import SETTINGS
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.tradeoff import search
 from tests.models import make_badge, make_batch
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from badge_peft import collect_exit_logits
-from badge_peft.evaluation.features import pad_features
+from badge_peft.evaluation.collate import pad_features
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import PAD, make_model
 

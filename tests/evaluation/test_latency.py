@@ -11,7 +11,7 @@ import torch
 
 from badge_peft.evaluation import latency as module
 from badge_peft.evaluation.latency import LatencyReport, measure_latency
-from badge_peft.run import current_run
+from badge_peft.tuner.run import current_run
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import make_model
 

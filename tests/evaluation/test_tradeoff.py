@@ -11,7 +11,7 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import TradeOff, TradeOffPoint, evaluate_policy, exit_scores, sweep
-from badge_peft.evaluation.exits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits
 
 from .logits import MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
 

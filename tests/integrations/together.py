@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from badge_peft import EarlyExitConfig, collect_exit_logits, multi_exit_arguments, processes
-from badge_peft.evaluation.features import pad_features
+from badge_peft import EarlyExitConfig, collect_exit_logits, multi_exit_arguments
+from badge_peft.evaluation.collate import pad_features
 from badge_peft.training import MultiExitTrainer
+from badge_peft.utils import distributed
 from badge_peft.workflows import Adapter, predict_shared
 from badge_peft.workflows.labels import LabelSet
 from tests.evaluation.rows import make_exits, make_rows
@@ -78,7 +79,9 @@ def train(name: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         folder / name,
         model,
         data,
-        per_device_train_batch_size=BATCH // processes.launched()[1] // options.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=BATCH
+        // distributed.launched()[1]
+        // options.get("gradient_accumulation_steps", 1),
         max_steps=-1,
         num_train_epochs=2,
         **options,
@@ -97,7 +100,7 @@ def stop_early(folder: Path) -> dict[str, Any]:
         make(),
         Rows(rows=ROWS),
         early_stopping_patience=1,
-        per_device_train_batch_size=BATCH // processes.launched()[1],
+        per_device_train_batch_size=BATCH // distributed.launched()[1],
         learning_rate=0.0,
         adapter_learning_rate=0.0,
         head_learning_rate=0.0,
@@ -188,21 +191,21 @@ def by_length(folder: Path) -> list[list[int]]:
 
 def shared() -> dict[str, Any]:
     """What the main process has for the others, its errors too."""
-    rank, size = processes.together()
+    rank, size = distributed.together()
 
     def fail() -> None:
         raise ValueError(f"as process {rank} found")
 
     try:
-        processes.in_main(fail)
+        distributed.in_main(fail)
         failure = ""
     except ValueError as error:
         failure = str(error)
     return {
-        "told": processes.in_main(lambda: f"by process {rank} of {size}"),
+        "told": distributed.in_main(lambda: f"by process {rank} of {size}"),
         "failure": failure,
-        "gathered": processes.gather(list(range(rank + 1))),
-        "main": processes.is_main(),
+        "gathered": distributed.gather(list(range(rank + 1))),
+        "main": distributed.is_main(),
     }
 
 
@@ -265,14 +268,14 @@ def watch_writing(folder: Path) -> list[str]:
 def main(folder: Path) -> None:
     """What one of several processes runs."""
     torch.set_num_threads(1)
-    processes.join()
+    distributed.join()
     written = watch_writing(folder)
     tensors, facts = work(folder)
-    rank = processes.together()[0]
+    rank = distributed.together()[0]
     facts["written"] = list(written)
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(facts))
-    processes.part()
+    distributed.part()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from badge_peft import BadgeConfig
-from badge_peft.quantised import is_quantised
+from badge_peft.tuner.quantized import is_quantised
 from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, trained
 from tests.peft_verbs.table import CONFIGS
 

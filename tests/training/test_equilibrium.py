@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from badge_peft import ARCHITECTURES
-from badge_peft.architectures import head_pooling
-from badge_peft.full_depth import full_depth_runs
-from badge_peft.run import ExitRun
 from badge_peft.training.equilibrium import GradientEquilibriumRun, scale_gradient
+from badge_peft.tuner.architectures import head_pooling
+from badge_peft.tuner.full_depth import full_depth_runs
+from badge_peft.tuner.run import ExitRun
 from tests import reference
 from tests.models import CASES, blocks_of, checkpoint, exits_of, make_badge, make_batch, make_labels, make_model
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from badge_peft.full_depth import full_depth_runs
-from badge_peft.notes import Notes
 from badge_peft.training.imitation import ImitationRun, imitation_loss
+from badge_peft.tuner.full_depth import full_depth_runs
+from badge_peft.tuner.notes import Notes
 from tests import reference
 from tests.models import make_badge, make_batch
 

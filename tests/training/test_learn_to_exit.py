@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.losses import doubt_loss, exit_loss
+from badge_peft.tuner.losses import doubt_loss, exit_loss
 from tests import reference
 from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
 from tests.thresholds import in_a_gap

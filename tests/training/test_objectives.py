@@ -12,9 +12,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from badge_peft import BadgeConfig
-from badge_peft.full_depth import full_depth_runs
-from badge_peft.losses import exit_loss
-from badge_peft.run import ExitRun
 from badge_peft.training.equilibrium import GradientEquilibriumRun
 from badge_peft.training.imitation import ImitationRun, imitation_loss
 from badge_peft.training.objectives import (
@@ -30,6 +27,9 @@ from badge_peft.training.objectives import (
     distillation_loss,
     make_objective,
 )
+from badge_peft.tuner.full_depth import full_depth_runs
+from badge_peft.tuner.losses import exit_loss
+from badge_peft.tuner.run import ExitRun
 from tests import reference
 from tests.models import exits_of, make_model
 

@@ -12,8 +12,8 @@ from datasets import Dataset as TextDataset
 from transformers import EvalPrediction, TrainingArguments
 
 from badge_peft import exit_scores
-from badge_peft.evaluation.exits import ExitLogits
-from badge_peft.evaluation.features import pad_features
+from badge_peft.evaluation.collate import pad_features
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.preflight import check_evaluation
 from tests import reference

@@ -1,0 +1,1 @@
+"""The PEFT tuner: blocks, bypasses and exits, and what a saved adapter holds."""

@@ -1,0 +1,56 @@
+"""The base model's own weights: whether an adapter trains them (`backbone="full"`), and which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from badge_peft.registry import PREFIX
+from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.lora import is_lora
+
+
+def owner(configs: Iterable[BadgeConfig]) -> BadgeConfig | None:
+    """The config among `configs` that has the backbone to itself."""
+    return next((config for config in configs if config.backbone == "full"), None)
+
+
+def is_own_weight(name: str) -> bool:
+    """Whether a parameter, or an entry of a state dict, is the base model's own: no adapter's and no saved head's."""
+    others = (f".{PREFIX}", ".modules_to_save.", ".original_module.")
+    return not is_lora(name) and not any(part in name for part in others)
+
+
+def train_for(model: nn.Module, full: BadgeConfig | None) -> None:
+    """Trains the model's own weights, as far as the exits of `full` read them; None: freezes them all."""
+    unused = () if full is None else _unused_by_exits(model, full)
+    for name, parameter in model.named_parameters():
+        if is_own_weight(name):
+            trained = full is not None and not name.startswith(unused)
+            parameter.requires_grad = trained and parameter.is_floating_point()
+
+
+def is_trained(model: nn.Module, layout: BlockLayout) -> bool:
+    """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
+    return any(
+        p.requires_grad and ".badge_" not in name and name.split(".")[0] not in layout.head
+        for name, p in model.named_parameters()
+    )
+
+
+def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
+    """Prefixes of parameters that no exit reads, when `final_exit="exit"`: the model's own head and pooler, and the
+    norm behind block M where exit M has its own."""
+    if config.final_exit == "base_head":
+        return ()
+    layout = get_layout(model, config.block_layout)
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*layout.head, "pooler")]
+    blocks = block_names(model, layout)
+    if config.norm == "own" and config.placement != "none":
+        if layout.pre_norm:
+            names.append(".".join(filter(None, (backbone_name(model), layout.final_norm))))
+        elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too
+            names.append(f"{blocks[-1]}.base_layer.{layout.last_norm}")
+    return tuple(f"{name}." for name in names)

@@ -1,0 +1,275 @@
+"""`BadgeConfig`: what is put on a model. One field per choice of the paper and of its ablations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.registry import NAME, add_peft_type
+from badge_peft.tuner.adapter_file import is_load_adapter, remember_source
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.lora_config import lora_fields
+from badge_peft.utils.checks import is_number, one_of, whole
+
+PLACEMENTS = ("block", "ffn", "mhsa", "none")
+ACTIVATIONS = ("gelu", "relu", "leaky_relu", "silu", "swish", "tanh", "identity")
+NORMS = ("own", "shared")
+EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
+POOLINGS = ("auto", "cls", "mean", "last")
+FINAL_EXITS = ("base_head", "exit")
+BACKBONES = ("frozen", "lora", "full")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@dataclass
+class BadgeConfig(PeftConfig):
+    """Configuration of BADGE: block-wise bypasses and early exits on an encoder.
+
+    Source: "BADGE: Speeding Up BERT Inference after Deployment via Block-wise Bypasses and Divergence-Based Early
+    Exiting", ACL 2023 industry track. `task_type` is `SEQ_CLS`, also when it is not given.
+
+    A model gets a copy, in which the fields that depend on it are filled in: `model.peft_config[name]`. One config may
+    be put on any number of models.
+
+    Raises:
+        ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
+
+    Example:
+
+    ```python
+    from peft import get_peft_model
+    from badge_peft import BadgeConfig
+
+    model = get_peft_model(model, BadgeConfig(r=16, early_exit={"threshold": 0.2, "patience": 1}))
+    ```
+    """
+
+    r: int = field(default=16, metadata={"help": "Bottleneck dimension of the bypasses."})
+    placement: str = field(
+        default="block", metadata={"help": "Where the bypass reads: `block` (Eq. 2), `ffn`, `mhsa`, or `none`."}
+    )
+    activation: str = field(default="gelu", metadata={"help": f"g1 of Eq. 1: {', '.join(ACTIVATIONS)}."})
+    bias: bool = field(default=False, metadata={"help": "Biases in the two projections of a bypass (Eq. 1 has none)."})
+    norm: str = field(
+        default="own", metadata={"help": "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`."}
+    )
+    exit_type: str = field(
+        default="linear", metadata={"help": "`linear`, `pooled` (dense + tanh + linear), `mha` or `past_future`."}
+    )
+    exit_pooling: str = field(
+        default="auto",
+        metadata={"help": "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head."},
+    )
+    exit_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout before each exit's linear layer, in training."}
+    )
+    exit_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "1-based blocks with an exit; None = all. 0 is an exit on the embeddings. Block M always is."
+        },
+    )
+    final_exit: str = field(
+        default="base_head",
+        metadata={"help": "Exit M: the model's own head, `base_head`, or an `exit` like the others."},
+    )
+    train_head: bool = field(
+        default=True, metadata={"help": "Train the model's own head and save it. False keeps full depth bit for bit."}
+    )
+    backbone: str = field(default="frozen", metadata={"help": "`frozen`, `lora` or `full` (the paper)."})
+    lora: Any = field(default=None, metadata={"help": "LoraConfig or dict for backbone='lora'."})
+    exit_weights: Any = field(
+        default="uniform",
+        metadata={"help": "Weights of the exits' losses: `uniform` (Eq. 8), `linear` (m, PABEE), or a list."},
+    )
+    learn_to_exit: bool = field(
+        default=False,
+        metadata={
+            "help": "A layer, shared by all exits, that learns when an exit is wrong (LTE), for policy `learned`."
+        },
+    )
+    early_exit: Any = field(
+        default=None, metadata={"help": "EarlyExitConfig or dict: how this adapter stops when the call does not say."}
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Outputs of an exit; None = the model's."})
+    problem_type: str | None = field(default=None, metadata={"help": "As transformers has it; None = the model's."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the labels by number; None = the base model's own."}
+    )
+    block_layout: Any = field(default=None, metadata={"help": "BlockLayout or dict for a backbone not in the table."})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "Filled in: the blocks of the model, as a regular expression."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Not used by BADGE."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "More modules to train and save, as everywhere in PEFT."}
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Filled in: d, checked when an adapter is loaded."}
+    )
+    num_blocks: int | None = field(default=None, metadata={"help": "Filled in: M, checked when an adapter is loaded."})
+    base_fingerprint: dict[str, list[float]] | None = field(
+        default=None, metadata={"help": "Filled in: a sample of the base weights, checked when an adapter is loaded."}
+    )
+    badge_version: str | None = field(default=None, metadata={"help": "Filled in: the badge_peft that made this."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        if self.task_type is None:
+            self.task_type = TaskType.SEQ_CLS
+        if self.task_type != TaskType.SEQ_CLS:
+            raise ValueError(f"task_type={self.task_type!r} is not allowed: BADGE classifies sequences, 'SEQ_CLS'.")
+        whole("r", self.r, at_least=1)
+        if self.r is None:
+            raise ValueError("r=None is not allowed: it must be a whole number of at least 1.")
+        for name, allowed in (
+            ("placement", PLACEMENTS),
+            ("activation", ACTIVATIONS),
+            ("norm", NORMS),
+            ("exit_type", EXIT_TYPES),
+            ("exit_pooling", POOLINGS),
+            ("final_exit", FINAL_EXITS),
+            ("backbone", BACKBONES),
+        ):
+            one_of(name, getattr(self, name), allowed)
+        if self.exit_type == "past_future" and self.final_exit != "exit":
+            raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
+        for name in ("bias", "train_head", "learn_to_exit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
+        if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
+            raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
+        self._check_exit_layers()
+        self._check_exit_weights()
+        whole("num_labels", self.num_labels, at_least=1)
+        self._check_label_names()
+        if self.problem_type is not None:
+            one_of("problem_type", self.problem_type, PROBLEM_TYPES)
+        if self.lora is not None and self.backbone != "lora":
+            raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
+        if self.backbone == "lora":
+            self.lora = lora_fields(self.lora)
+        if self.early_exit is not None:
+            self.early_exit = EarlyExitConfig.of(self.early_exit)
+        if self.exclude_modules:
+            raise ValueError(
+                f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
+            )
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} is not allowed: it must be None or a list.")
+        self._check_block_layout()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        data = super().to_dict()
+        if isinstance(self.block_layout, BlockLayout):
+            data["block_layout"] = self.block_layout.to_dict()
+        return data
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json`, as every config of PEFT. The weights beside it are checked when the config is
+        put on a model, before that is changed."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, BadgeConfig):
+            hub, _, _ = cls._split_kwargs(kwargs)
+            joins = is_load_adapter(kwargs)
+            remember_source(config, pretrained_model_name_or_path, joins, {**hub, "subfolder": subfolder})
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`; beside an adapter's weights, where PEFT's own `save_pretrained` calls this
+        last, the model card, too."""
+        super().save_pretrained(save_directory, **kwargs)
+        if any(Path(save_directory, name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            from badge_peft.model_card import write_card
+
+            write_card(save_directory)
+
+    @property
+    def resolved_labels(self) -> int:
+        """K, once the config is on a model."""
+        assert self.num_labels is not None
+        return self.num_labels
+
+    @property
+    def resolved_problem_type(self) -> str:
+        """The problem type; a model that was never given labels has one output per row or per class."""
+        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+    def _check_block_layout(self) -> None:
+        layout = self.block_layout
+        if isinstance(layout, dict):
+            try:
+                self.block_layout = BlockLayout(**layout)
+            except TypeError as error:
+                allowed = ", ".join(BlockLayout.__dataclass_fields__)
+                raise ValueError(
+                    f"block_layout={layout!r} is not allowed: {error}; its fields are {allowed}."
+                ) from error
+        elif layout is not None and not isinstance(layout, BlockLayout):
+            raise ValueError(f"block_layout={layout!r} is not allowed: it must be a BlockLayout or a dict.")
+
+    def _check_exit_layers(self) -> None:
+        layers = self.exit_layers
+        if layers is None:
+            return
+        if (
+            not isinstance(layers, (list, tuple))
+            or not layers
+            or any(not isinstance(m, int) or isinstance(m, bool) or m < 0 for m in layers)
+            or len(set(layers)) != len(layers)
+        ):
+            raise ValueError(
+                f"exit_layers={layers!r} is not allowed: it must be None or a list of distinct block numbers, where 1 "
+                "is the first block and 0 the embeddings."
+            )
+        self.exit_layers = sorted(layers)
+
+    def _check_label_names(self) -> None:
+        names = self.label_names
+        if names is None:
+            return
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+            raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
+        if self.num_labels is not None and len(names) != self.num_labels:
+            raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={self.num_labels}.")
+
+    def _check_exit_weights(self) -> None:
+        weights = self.exit_weights
+        if isinstance(weights, str):
+            one_of("exit_weights", weights, ("uniform", "linear"))
+        elif isinstance(weights, (list, tuple)):
+            if not all(is_number(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+                raise ValueError(
+                    f"exit_weights={weights!r} is not allowed: a list must hold numbers >= 0, not all of them 0."
+                )
+            self.exit_weights = [float(w) for w in weights]
+        else:
+            raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
+
+
+def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:
+    """Block numbers that have an exit, in order; the last is always M.
+
+    Raises:
+        ValueError: `config.exit_layers` names a block that the model does not have.
+    """
+    if config.exit_layers is None:
+        return list(range(1, num_blocks + 1))
+    if config.exit_layers[-1] > num_blocks:
+        raise ValueError(
+            f"exit_layers={config.exit_layers} names block {config.exit_layers[-1]}, but the model has {num_blocks}."
+        )
+    return sorted({*config.exit_layers, num_blocks})
+
+
+def is_badge(config: PeftConfig) -> bool:
+    """Whether a PEFT config is one of ours."""
+    return config.peft_type == PeftType[NAME]

@@ -1,0 +1,167 @@
+"""Exits: from the states that a block offers to logits [B, K].
+
+Every exit works in two steps: `represent` gives one vector per row, and the call turns it into logits. Between the two
+the run may look at the vector (learning to exit does).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from badge_peft.tuner.pooling import Pooling
+
+if TYPE_CHECKING:
+    from badge_peft.tuner.run import Notes
+
+
+class Exit(nn.Module):
+    """One exit.
+
+    Args:
+        hidden_size: d.
+        num_labels: K.
+        dropout: Probability, before the linear layer.
+    """
+
+    #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
+    reads_sequence: ClassVar[bool] = False
+
+    #: Whether deeper exits need what this one leaves in the notes.
+    feeds_later_exits: ClassVar[bool] = False
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden_size, num_labels)
+
+    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """What `pooling.pick` left of the states (or all of them, for `reads_sequence`) -> [B, d]."""
+        return pooling.reduce(states)
+
+    def forward(self, vector: Tensor, notes: Notes | None = None) -> Tensor:
+        """[B, d] -> [B, K]."""
+        return self.linear(self.dropout(vector))
+
+
+class LinearExit(Exit):
+    """Dropout and one linear layer: the simplest exit, and the paper's. K * (d + 1) parameters."""
+
+
+class PooledExit(Exit):
+    """Dense, tanh, dropout, linear: as PABEE's exits and BERT's own pooler and head."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_labels, dropout)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """[B, d], behind the tanh."""
+        return self.dense(pooling.reduce(states)).tanh()
+
+
+class AttentionExit(Exit):
+    """The multi-head attention exit of the paper's comparison: d -> 32 for Q, K and V, 32 -> d for the output, without
+    biases (4 * 32 d parameters, 98,304 at d = 768), then pooling and a linear layer. After FastBERT's exit."""
+
+    reads_sequence = True
+    WIDTH: ClassVar[int] = 32
+    HEADS: ClassVar[int] = 2
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_labels, dropout)
+        self.query = nn.Linear(hidden_size, self.WIDTH, bias=False)
+        self.key = nn.Linear(hidden_size, self.WIDTH, bias=False)
+        self.value = nn.Linear(hidden_size, self.WIDTH, bias=False)
+        self.output = nn.Linear(self.WIDTH, hidden_size, bias=False)
+
+    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """[B, S, d] -> [B, d]; for `cls` and `last` only the picked position asks."""
+        asking = self.query(pooling.pick(states))  # [B, S, w], or [B, w] where one position asks
+        query = self._heads(asking if asking.dim() == 3 else asking.unsqueeze(1))  # [B, h, S or 1, w/h]
+        scores = query @ self._heads(self.key(states)).transpose(-1, -2) * (self.WIDTH / self.HEADS) ** -0.5
+        if pooling.mask is not None:
+            if pooling.mask.dim() != 2:
+                raise ValueError(
+                    "exit_type='mha' needs an attention_mask of shape [batch, sequence], got "
+                    f"{list(pooling.mask.shape)}."
+                )
+            padding = (pooling.mask == 0)[:, None, None, :]
+            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)  # not -inf: a row may be padding alone
+        mixed = scores.softmax(dim=-1) @ self._heads(self.value(states))  # [B, h, S or 1, w/h]
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, S or 1, w]
+        return pooling.reduce(self.output(mixed)) if asking.dim() == 3 else self.output(mixed[:, 0])
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+
+
+class PastFutureExit(Exit):
+    """Global Past-Future: exit i judges by the states of exits 1..i and by its guess of those of the exits behind it.
+
+        past = sum_{j <= i} w_j v_j,  future = sum_{j > i} w_j tanh(W_j v_i)
+        logits_i = 2 lam past + (2 - 2 lam) future,  lam = sigmoid(U tanh(mean_{j <= i} G_j v_j)), one per label
+
+    v_j is the pooled state behind a dense layer and tanh; the earlier ones take no gradient. The guesses W_j belong to
+    the exit that they guess, and are trained to point the way of the real v_j (objective `past_future`). Source: Liao
+    et al., "A Global Past-Future Early Exit Method", NAACL 2021.
+    """
+
+    GATE: ClassVar[int] = 32
+    feeds_later_exits: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_labels, dropout)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.imitate = nn.Linear(hidden_size, hidden_size)  # W_j: from an earlier v_i to a guess of this v_j
+        self.gate = nn.Linear(hidden_size, self.GATE)
+        self.balance = nn.Linear(self.GATE, num_labels)
+
+    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """v_i: [B, d]."""
+        return self.dense(pooling.reduce(states)).tanh()
+
+    def forward(self, vector: Tensor, notes: Notes | None = None) -> Tensor:
+        """[B, d] -> [B, K], with what `notes` remembers of the exits before and knows of those behind."""
+        assert notes is not None
+        vector = self.dropout(vector)
+        past = notes.add("past", self.linear(vector), self.linear(vector.detach()))
+        gates = notes.add("gates", self.gate(vector), self.gate(vector.detach()))
+        balance = self.balance((gates / notes.count("past")).tanh()).sigmoid()  # lam [B, K]
+        future = torch.zeros_like(past)
+        for later in notes.behind(self):
+            other = cast(PastFutureExit, later)
+            guess = other.imitate(vector).tanh()
+            notes.keep_guess(self, other, guess)
+            future = future + other.linear(guess)
+        return 2 * balance * past + (2 - 2 * balance) * future
+
+
+EXITS: dict[str, type[Exit]] = {
+    "linear": LinearExit,
+    "pooled": PooledExit,
+    "mha": AttentionExit,
+    "past_future": PastFutureExit,
+}
+
+
+class MultiExitHead(nn.ModuleDict):
+    """The exits that one block module serves, by block number: one exit for an ordinary block, M for ALBERT's shared
+    one, and exit 0 (on the embeddings) beside exit 1.
+
+    Args:
+        numbers: Block numbers that get an exit.
+        exit_type: A name in `EXITS`.
+        hidden_size: d.
+        num_labels: K.
+        dropout: Probability, before the linear layer.
+    """
+
+    def __init__(self, numbers: list[int], exit_type: str, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__({str(m): EXITS[exit_type](hidden_size, num_labels, dropout) for m in numbers})
+
+    def exit(self, number: int) -> Exit:
+        """The exit of block `number`."""
+        return cast(Exit, self[str(number)])

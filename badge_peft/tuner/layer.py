@@ -1,0 +1,187 @@
+"""`BadgeBlock`: wraps one transformer block, leaves it to do its work, and holds its bypasses and exits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from badge_peft.tuner.adapters_library import adapter_of
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.exits import Exit, MultiExitHead
+from badge_peft.tuner.hooks import Recorder, watch_block
+from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.run import Frame, current_run
+
+
+class BadgeBlock(nn.Module, BaseTunerLayer):
+    """One transformer block with its bypasses and exits. Without a running call it is the block itself.
+
+    Args:
+        base_layer: The block.
+        numbers: The block numbers at which the model runs it: one, or all M for ALBERT's shared block.
+        layout: Where the block's parts are.
+        exit_norm: The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN).
+    """
+
+    adapter_layer_names = ("badge_bypass", "badge_exit", "badge_doubt")
+    other_param_names = ("badge_placement",)
+
+    def __init__(self, base_layer: nn.Module, numbers: list[int], layout: BlockLayout, exit_norm: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.numbers = numbers
+        self.layout = layout
+        self.badge_bypass = nn.ModuleDict()
+        self.badge_exit = nn.ModuleDict()
+        self.badge_doubt = nn.ModuleDict()  # LTE's one layer for all exits, in block 1
+        self.badge_placement: dict[str, str] = {}
+        self.tuple_length: int | None = None  # of what the block returns, 0 for a tensor; known once it has run
+        self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
+        self._hooks: dict[str, Any] = {}
+        self.recorders: dict[str, Recorder] = {}  # the hooks themselves
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: BadgeConfig, exits: list[int]) -> None:
+        """Adds the bypasses and exits of `adapter_name`: those of `exits` that belong to this block.
+
+        Args:
+            adapter_name: The adapter.
+            config: Its config, with `num_labels` and `hidden_size` filled in.
+            exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
+        """
+        assert config.hidden_size is not None  # filled in by BadgeModel
+        numbers = [m for m in exits if m in self.numbers or (m == 0 and 1 in self.numbers)]
+        self.badge_placement[adapter_name] = config.placement
+        if numbers:
+            self.badge_exit[adapter_name] = MultiExitHead(
+                numbers, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
+            ).train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
+        bypassed = [m for m in numbers if m > 0]
+        if config.placement != "none" and bypassed:
+            norm = self._exit_norm[0] if config.norm == "own" else None
+            self.badge_bypass[adapter_name] = nn.ModuleDict(
+                {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
+            )
+            watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
+        if config.learn_to_exit and 1 in self.numbers:
+            self.badge_doubt[adapter_name] = nn.Linear(config.hidden_size, 1)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own forward: the layer loop of the model calls it and never notices."""
+        run = current_run()
+        if run is None or self._disable_adapters:
+            # there is one: a cast would be a call more at every block
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        return run.visit(self, args, kwargs)
+
+    def has_exit(self, adapter: str, number: int) -> bool:
+        """Whether `adapter` reads an exit of ours at block `number` (0: the embeddings)."""
+        exits = self._adapters("badge_exit").get(adapter)
+        return exits is not None and str(number) in exits._modules
+
+    def own_exit(self, adapter: str, number: int) -> Exit:
+        """The exit of `adapter` at block `number`."""
+        return cast(Exit, self._adapters("badge_exit")[adapter]._modules[str(number)])
+
+    @property
+    def exit_norm(self) -> nn.Module:
+        """The norm that LN' copies or shares."""
+        return self._exit_norm[0]
+
+    def _adapters(self, name: str) -> dict[str, nn.Module]:
+        # the modules of `badge_exit` or `badge_bypass` by adapter, without the detours of a module's attribute access:
+        # a call asks for them at every block
+        return self._modules[name]._modules  # type: ignore[union-attr,return-value]
+
+    def represent(self, adapter: str, number: int, frame: Frame, pooling: Pooling) -> tuple[Exit, Tensor]:
+        """Exit `number`, and the vector [B, d] that it reads from what the block has just computed."""
+        exit_ = self.own_exit(adapter, number)
+        picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
+        if number > 0 and adapter in self.badge_bypass:
+            bypass = cast(Bypass, cast(nn.ModuleDict, self.badge_bypass[adapter])[str(number)])
+            placement = self.badge_placement[adapter]
+            states = bypassed_states(
+                bypass, placement, self.base_layer, self.layout, frame, picking, self._exit_norm[0]
+            )
+        else:
+            states = picking.pick(frame.output)
+            if number > 0 and self.layout.pre_norm:  # the model's own head reads normalised states, too
+                states = apply_norm(self._exit_norm[0], states)
+        return exit_, exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
+
+    def as_result(self, hidden: Tensor) -> Any:
+        """`hidden` in the shape in which the block returns its states."""
+        return (hidden, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden
+
+    def remove_hooks(self) -> None:
+        """Takes our hooks off the block, which is then as it was."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self.recorders.clear()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: a bypass feeds an exit, not the block."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        """Not possible, as nothing is ever merged."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As every module's, but that what belongs to the adapters library is called as it would be without us: its
+        `save_adapter` picks tensors from here, and its files must fit a model without exits."""
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        inside = f"{prefix}base_layer."
+        for key in [key for key in found if key.startswith(inside) and adapter_of(key) is not None]:
+            found[prefix + _plain(key.removeprefix(inside))] = found.pop(key)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # the block's own names, as they were before it was wrapped, are understood, too
+        plain = [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :].split(".")[0] not in self._modules]
+        if plain:
+            names = {_plain(name): name for name in self.base_layer.state_dict()}  # inside may be a LoRA of ours
+            for key in plain:
+                name = key.removeprefix(prefix)
+                state_dict[f"{prefix}base_layer.{names.get(name, name)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, Any]:
+        # a block has no weight of its own: take its first floating-point parameter
+        for parameter in base_layer.parameters():
+            if parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+        return None, None
+
+    def __getattr__(self, name: str) -> Any:
+        # models read attributes of their blocks (ModernBERT: attention_type)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "badge." + super().__repr__()
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without PEFT's wrappers."""
+    return name.replace(".base_layer.", ".")
+
+
+MERGE_ERROR = (
+    "BADGE cannot be merged: a bypass feeds its block's exit and never the block, so the base weights have nothing to "
+    "take in. Use unload() to get the base model back."
+)

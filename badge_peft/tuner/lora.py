@@ -1,0 +1,112 @@
+"""`backbone="lora"`: a PEFT LoRA inside the blocks, one adapter with the bypasses and exits that it is trained with.
+
+The LoRA layers are PEFT's own. Here stands only what makes them one with our adapter: when they are put in, switched,
+deleted and taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from badge_peft.tuner.adapters_library import adapter_of
+from badge_peft.tuner.layer import BadgeBlock
+
+_MARK = ".lora_"
+
+
+def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:
+    """Puts the LoRA of `adapter_name` into the blocks.
+
+    Args:
+        model: The base model, its blocks wrapped by us or not.
+        adapter_name: The adapter.
+        config: Its LoRA; modules outside of the blocks are left alone.
+        blocks: Names of the blocks.
+        inference: Whether the adapter is loaded for inference only.
+    """
+    with _unwrapped(model):
+        before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
+        heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
+        try:
+            prefixes = tuple(f"{name}." for name in blocks)
+            targets = [
+                name
+                for name, module in model.named_modules()
+                if name.startswith(prefixes) and _targeted(config, name, module)
+            ]
+            if not targets:
+                raise ValueError(
+                    f"lora target_modules={config.target_modules!r} match no module inside of the blocks."
+                )
+            bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
+            LoraModel(model, {adapter_name: bound}, adapter_name)
+            for layer in lora_layers(model):  # a new layer is in training mode, whatever its model is in
+                cast(nn.Module, layer).train(layer.get_base_layer().training)
+        finally:
+            for parameter in heads:  # of the adapters before, which it has frozen with the base model
+                parameter.requires_grad = True
+            model.__dict__.pop("peft_config", None)
+            if before is not None:
+                model.peft_config = before
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The LoRA layers inside of `model`."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def set_active(model: nn.Module, adapter_names: list[str], inference_mode: bool) -> None:
+    """Makes the LoRA of the given adapters the active ones; an adapter without one switches them all off."""
+    for layer in lora_layers(model):
+        known = set(layer.lora_A) | set(layer.lora_embedding_A)
+        layer.set_adapter([name for name in adapter_names if name in known], inference_mode=inference_mode)
+
+
+def delete(model: nn.Module, adapter_name: str) -> None:
+    """Takes the LoRA of one adapter away."""
+    for layer in lora_layers(model):
+        layer.delete_adapter(adapter_name)
+
+
+def is_lora(key: str) -> bool:
+    """Whether a parameter is of a LoRA of PEFT's, as ours are. (The adapters library has LoRAs, too: they are part of
+    the backbone.)"""
+    return _MARK in key and adapter_of(key) is None
+
+
+def is_adapter_key(key: str, adapter_name: str) -> bool:
+    """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
+    return is_lora(key) and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
+
+
+def _targeted(config: LoraConfig, name: str, module: nn.Module) -> bool:
+    targets = config.target_modules
+    if targets == "all-linear":
+        return isinstance(module, (nn.Linear, LoraLayer))
+    if isinstance(targets, str):
+        return bool(LoraModel._check_target_module_exists(config, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """PEFT never looks for targets inside of another tuner's layers, so ours step aside."""
+    places = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BadgeBlock):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            places.append((parent, name.rpartition(".")[2], module))
+    try:
+        for parent, child, block in places:
+            setattr(parent, child, block.base_layer)
+        yield
+    finally:
+        for parent, child, block in places:
+            setattr(parent, child, block)

@@ -1,0 +1,225 @@
+"""Fills in and checks a `BadgeConfig` against the model it is put on, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import cast
+
+from torch import nn
+
+from badge_peft.tuner.adapter_file import check_source
+from badge_peft.tuner.adapters_library import check_adapters, check_same_adapters, head_labels
+from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
+from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
+from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
+from badge_peft.tuner.losses import loss_weights
+from badge_peft.tuner.quantized import check_trainable
+
+# PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
+_PEFT_HEADS = ("classifier", "score")
+# PEFT cannot do with an empty list; no module ends in this name.
+NO_HEAD = "no_head_is_saved"
+# Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
+_OUR_NAMES = (
+    "query",
+    "key",
+    "value",
+    "output",
+    "imitate",
+    "gate",
+    "balance",
+    "badge_doubt",
+    "lora_A",
+    "lora_B",
+    "lora_dropout",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "down",
+    "up",
+    "norm",
+    "activation",
+    "linear",
+    "dense",
+    "dropout",
+    "badge_bypass",
+    "badge_exit",
+)
+# Where a config remembers the modules_to_save that it was given.
+_ASKED = "_asked_modules"
+_PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
+
+
+def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> None:
+    """Resolves every field that depends on the model, in place.
+
+    Args:
+        model: The base model, wrapped or not.
+        config: A new config, or one read from a saved adapter.
+        adapter_name: The adapter that will carry it.
+
+    Raises:
+        ValueError: config and model do not fit; the message says what to do.
+    """
+    _check_name(model, adapter_name)
+    _check_devices(model)
+    check_adapters(model, config)
+    layout = get_layout(model, config.block_layout)
+    names = block_names(model, layout)
+    _check_saved("num_blocks", config.num_blocks, len(names))
+    hidden_size = _hidden_size(model, layout, names)
+    _check_saved("hidden_size", config.hidden_size, hidden_size)
+    _check_head(model, config, layout)
+    exits = exit_numbers(config, len(names))
+    loss_weights(config.exit_weights, exits)
+    num_labels, problem_type = _labels(model, config)
+    _check_pooling(model, config, layout)
+    target = _target_modules(names)
+    if config.target_modules not in (None, target):
+        if config.base_fingerprint is not None:  # read from a file
+            raise ValueError(
+                f"this adapter was made for another architecture: the blocks of its backbone are called "
+                f"{config.target_modules}, and those of this {type(model).__name__} are called {target}. Load the "
+                "base model that adapter_config.json names (base_model_name_or_path)."
+            )
+        raise ValueError(
+            f"target_modules={config.target_modules!r} is not allowed: BADGE wraps whole blocks. Say which blocks "
+            "have an exit with exit_layers, and where the blocks are with block_layout."
+        )
+    head = layout.head if config.train_head and config.final_exit == "base_head" else ()
+    if config.base_fingerprint is not None:
+        check_same_adapters(model, config.base_fingerprint)
+        if config.backbone != "full":
+            check_fingerprint(model, config.base_fingerprint)
+
+    ours = {*_PEFT_HEADS, *layout.head, NO_HEAD}
+    extra = [name for name in config.modules_to_save or [] if name not in ours]
+    check_trainable(model, [*extra, *head], config.backbone)
+    if config.base_fingerprint is None:
+        unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
+        config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
+    config.num_blocks, config.hidden_size, config.target_modules = len(names), hidden_size, target
+    config.num_labels, config.problem_type = num_labels, problem_type
+    config.badge_version = config.badge_version or package_version()
+    config.modules_to_save = [*extra, *head] or [NO_HEAD]
+
+
+def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
+    """A copy of `config`, filled in for `model`. `config` itself stays free for another model.
+
+    PEFT reads one field of the caller's object once more, `modules_to_save`, to which it has added names before: that
+    is set to what was resolved, and what was asked for is remembered beside it.
+
+    Raises:
+        ValueError: as `prepare_config`, or the weights beside a config from a file cannot be read; `config` is
+            unchanged then.
+    """
+    check_source(config)
+    own = copy.deepcopy(config)
+    resolved, asked = own.__dict__.pop(_ASKED, (None, None))
+    if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:
+        own.modules_to_save = asked
+    asked = list(own.modules_to_save or [])
+    prepare_config(model, own, adapter_name)
+    config.modules_to_save = list(own.modules_to_save or [])
+    config.__dict__[_ASKED] = (list(config.modules_to_save), asked)
+    return own
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
+    named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
+    taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
+    if adapter_name in taken or adapter_name in (*_OUR_NAMES, *_PEFT_NAMES) or adapter_name.isdigit():
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
+            "and PEFT would confuse the two when it saves. Choose another name."
+        )
+    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: torch cannot store a module under that name. Choose "
+            "another name, without a dot."
+        )
+
+
+def _check_devices(model: nn.Module) -> None:
+    """PEFT puts new modules where the weights of their block are, and on a disk there is nothing to read them back."""
+    away = [name for name, device in (getattr(model, "hf_device_map", None) or {}).items() if device == "disk"]
+    if away:
+        raise ValueError(
+            f"device_map puts {', '.join(away)} on 'disk', and an adapter cannot be put there: load the model with "
+            "device_map='cpu' or a GPU's number, and call accelerate.disk_offload on the PEFT model."
+        )
+
+
+def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    """Exit M needs a head for whole sequences, when it is the model's own."""
+    if config.final_exit != "base_head" or not layout.head or head_labels(model)[0] is not None:
+        return
+    kind = type(model).__name__
+    missing = not hasattr(model, layout.head[-1])
+    if missing or kind.endswith(("ForTokenClassification", "ForMultipleChoice")):
+        why = f"has no module {layout.head[-1]!r}" if missing else "does not classify sequences"
+        raise ValueError(
+            f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
+            "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head."
+        )
+
+
+def pooling_kind(model: nn.Module, config: BadgeConfig, layout: BlockLayout | None = None) -> str:
+    """`cls`, `mean` or `last`: what the exits of `config` read on `model`, whose `layout` may be known already."""
+    if config.exit_pooling != "auto":
+        return config.exit_pooling
+    return head_pooling(model, layout or get_layout(model, config.block_layout))
+
+
+def _check_saved(name: str, expected: int | None, found: int) -> None:
+    if expected is not None and expected != found:
+        raise ValueError(
+            f"this adapter was made for a backbone with {name}={expected}, but the model has {name}={found}. Load the "
+            "base model that adapter_config.json names (base_model_name_or_path)."
+        )
+
+
+def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
+    head, head_type = head_labels(model)
+    model_labels = head if head is not None else getattr(model.config, "num_labels", None)
+    num_labels = config.num_labels if config.num_labels is not None else model_labels
+    if num_labels is None:
+        raise ValueError("the model's config has no num_labels: pass BadgeConfig(num_labels=...).")
+    if config.final_exit == "base_head" and model_labels is not None and num_labels != model_labels:
+        raise ValueError(
+            f"the adapter has num_labels={num_labels}, but the model's head has {model_labels}: load the model with "
+            f"num_labels={num_labels}, or use final_exit='exit', which does not read the model's head."
+        )
+    problem_type = config.problem_type or head_type or getattr(model.config, "problem_type", None)
+    return num_labels, problem_type
+
+
+def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    kind = pooling_kind(model, config, layout)
+    if kind not in POOLINGS[1:]:
+        raise ValueError(
+            f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(POOLINGS[1:])}: set "
+            "exit_pooling in BadgeConfig."
+        )
+
+
+def _hidden_size(model: nn.Module, layout: BlockLayout, names: list[str]) -> int:
+    norm = inner_block(model, names[0]).get_submodule(layout.last_norm or layout.attention_norm)
+    return int(cast(nn.Parameter, norm.weight).shape[-1])
+
+
+def _target_modules(names: list[str]) -> str:
+    """One regular expression for all blocks; PEFT matches it against whole module names."""
+    return "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in names}))
+
+
+def package_version() -> str:
+    """The version of badge_peft that is installed."""
+    try:
+        return version("badge-peft")
+    except PackageNotFoundError:  # used from a source tree that is not installed
+        return "unknown"

@@ -1,0 +1,79 @@
+"""A classifier in service, a file of texts, and an adapter that `badge-peft train` made of the two."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from badge_peft.cli.main import make_app
+from tests.models import make_model
+from tests.texts import make_tokenizer, sentences, write_csv
+
+ROWS = sentences(120)
+Result = Any  # click's in older releases of typer, typer's own in newer ones, which do without click
+Cli = Callable[..., Result]
+
+# ending a training or a pass early is not what these tests are about
+FAST = ("--epochs", 1, "--latency", 0, "--policy", "patience")
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs `badge-peft` with these arguments in this process; whatever is not an error of the user's is raised."""
+    app = make_app()
+
+    def run(*arguments: Any, input: str | None = None, fails: bool = False) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == (1 if fails else 0), result.output
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model/`, a fine-tuned checkpoint with its tokenizer; `texts.txt`; `rows.csv`, the same with labels."""
+    folder = tmp_path_factory.mktemp("service")
+    save_classifier(folder / "model")
+    (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in ROWS), encoding="utf-8")
+    write_csv(folder / "rows.csv", ROWS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place: Path, cli: Cli) -> Path:
+    """The adapter of the headline: a frozen checkpoint, its head kept, unlabelled text. Do not change it."""
+    out = place / "adapter"
+    train = ("train", place / "model", place / "texts.txt", "--output-dir", out, "--backbone", "frozen", "--keep-head")
+    cli(*train, "--epochs", 6, "--latency", 3, "--policy", "max_prob")
+    return out
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained` to change."""
+    return Path(shutil.copytree(trained, tmp_path / "adapter"))
+
+
+def save_classifier(folder: Path, names: tuple[str, ...] = ("bad", "good"), **changes: Any) -> str:
+    """A checkpoint whose head knows its labels' names."""
+    model = make_model("bert", num_labels=len(names), **changes)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def one_line(result: Result, *words: str) -> None:
+    """The error is one line, without a traceback, that holds all `words`."""
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    assert all(word in lines[0] for word in words), lines[0]

@@ -1,0 +1,89 @@
+"""`badge-peft calibrate`: another exit rule for an adapter, and nothing else changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from badge_peft import EarlyExitConfig, ExitLogits, load_pretrained
+from badge_peft.workflows import write_early_exit
+from tests.cli.conftest import Cli, one_line
+
+
+def test_only_the_exit_rule_changes(adapter: Path, cli: Cli) -> None:
+    file = adapter / "adapter_config.json"
+    file.chmod(0o640)
+    before, others = json.loads(file.read_text()), _others(adapter)
+    told = cli("calibrate", adapter, "--policy", "entropy", "--target-speedup", 0.5)
+    after = json.loads(file.read_text())
+    assert after.pop("early_exit")["policy"] == "entropy" and before.pop("early_exit")["policy"] == "max_prob"
+    assert after == before and list(after) == list(before)
+    assert _others(adapter) == others and stat.S_IMODE(file.stat().st_mode) == 0o640
+    config = load_pretrained(str(adapter)).base_model.get_early_exit_config()
+    assert config.policy == "entropy" and config.calibration["layer_speedup"] >= 0.5
+    card = (adapter / "README.md").read_text()
+    assert f"{config.calibration['layer_speedup']:.1%} of the blocks are saved" in card and "`entropy`" in card
+    assert "of the blocks saved" in told.output and str(file) in told.output
+
+
+def test_writing_the_same_rule_again_gives_the_same_file(adapter: Path, cli: Cli) -> None:
+    cli("calibrate", adapter, "--policy", "divergence", "--target-speedup", 0.3)
+    first = (adapter / "adapter_config.json").read_bytes()
+    cli("calibrate", adapter, "--policy", "divergence", "--target-speedup", 0.3)
+    assert (adapter / "adapter_config.json").read_bytes() == first
+
+
+def test_on_data_with_labels(adapter: Path, place: Path, cli: Cli) -> None:
+    cli("calibrate", adapter, place / "rows.csv", "--max-score-drop", 0.05, "--metric", "macro_f1")
+    record = load_pretrained(str(adapter)).base_model.get_early_exit_config().calibration
+    assert record["labels"] == "given" and record["rows"] == 120 and record["metric"] == "macro_f1"
+    assert record["score"] >= record["full_depth_score"] - 0.05
+
+
+def test_a_bound_for_new_data(adapter: Path, cli: Cli) -> None:
+    torch.manual_seed(0)
+    last = torch.randn(3000, 2) * 4
+    noisy = torch.stack([last + torch.randn(3000, 2), last + 0.05 * torch.randn(3000, 2), last], dim=1)
+    ExitLogits(noisy).save(adapter / "exit_logits.safetensors")
+    cli("calibrate", adapter, "--policy", "max_prob", "--max-score-drop", 0.05, "--confidence", 0.9)
+    record = load_pretrained(str(adapter)).base_model.get_early_exit_config().calibration
+    assert record["confidence"] == 0.9 and record["test_rows"] == 1500 and record["layer_speedup"] > 0
+
+
+def test_a_write_that_fails_leaves_the_old_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, names = (adapter / "adapter_config.json").read_bytes(), sorted(os.listdir(adapter))
+
+    def full(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_early_exit(adapter, EarlyExitConfig())
+    assert (adapter / "adapter_config.json").read_bytes() == before and sorted(os.listdir(adapter)) == names
+
+
+def test_wrong_input_changes_nothing(adapter: Path, place: Path, cli: Cli, tmp_path: Path) -> None:
+    before = (adapter / "adapter_config.json").read_bytes()
+    one_line(cli("calibrate", adapter, "--target-speedup", 0.99, fails=True), "0.99", "cannot be reached")
+    one_line(cli("calibrate", adapter, "--target-speedup", 0.1, "--max-score-drop", 0.1, fails=True), "exactly one")
+    one_line(cli("calibrate", adapter, "--policy", "luck", fails=True), "policy='luck'", "auto")
+    one_line(cli("calibrate", adapter, "--confidence", 0.95, fails=True), "too small")
+    one_line(cli("calibrate", place, fails=True), "holds no adapter")
+    one_line(cli("calibrate", "someone/exits", fails=True), "local folder")
+    ExitLogits(torch.randn(9, 5, 2)).save(adapter / "exit_logits.safetensors")
+    one_line(cli("calibrate", adapter, fails=True), "5 blocks", "give the data")
+    (adapter / "exit_logits.safetensors").write_bytes(b"not a tensor")
+    one_line(cli("calibrate", adapter, fails=True), "no exit logits")
+    (adapter / "exit_logits.safetensors").unlink()
+    one_line(cli("calibrate", adapter, fails=True), "exit_logits.safetensors", "give the data")
+    assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+def _others(folder: Path) -> dict[str, bytes]:
+    changing = ("adapter_config.json", "README.md")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in changing}

@@ -1,0 +1,93 @@
+"""The command line: help, version, and errors told in one line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from badge_peft import __version__
+from badge_peft.cli import COMMANDS
+from badge_peft.cli import main as cli
+from badge_peft.demo import DemoSettings, run
+from tests.texts import sentences, write_csv
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.make_app(), list(arguments), terminal_width=200)
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output.strip()) == (0, f"badge-peft {__version__}")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ()])
+def test_help_lists_the_commands(arguments: tuple[str, ...]) -> None:
+    output = invoke(*arguments).output
+    assert all(name in output for name in COMMANDS)
+
+
+def test_help_of_the_demo_names_every_option() -> None:
+    result = invoke("demo", "--help")
+    assert result.exit_code == 0
+    assert "early exits" in result.output
+    for option in ("--model", "--dataset", "--text-column", "--label-column", "--output-dir", "--max-score-drop"):
+        assert option in result.output
+
+
+def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DemoSettings] = []
+    monkeypatch.setattr("badge_peft.demo.run_demo", lambda settings, say: seen.append(settings))
+    assert invoke("demo").exit_code == 0
+    given = ["--model", "m", "--dataset", "d", "--text-column", "t", "--label-column", "l", "--dataset-config", "c"]
+    given += ["--output-dir", "o", "--epochs", "7", "--max-train", "8", "--max-eval", "9", "--max-length", "10"]
+    given += ["--learning-rate", "0.5", "--max-score-drop", "0.25", "--seed", "11"]
+    assert invoke("demo", *given).exit_code == 0
+    default = DemoSettings()
+    assert {f.name: str(getattr(seen[0], f.name)) for f in fields(default)} == {
+        f.name: str(getattr(default, f.name)) for f in fields(default)
+    }
+    assert seen[1] == DemoSettings(
+        "m", "d", "t", "l", "c", Path("o"), epochs=7, max_train=8, max_eval=9, max_length=10, learning_rate=0.5,
+        max_score_drop=0.25, seed=11,
+    )  # fmt: skip
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    result = invoke("demo", "--dataset", str(tmp_path / "nowhere.csv"))
+    assert result.exit_code == 1
+    assert result.stderr.strip() == f"error: there is no file {tmp_path / 'nowhere.csv'}."
+    data = write_csv(tmp_path / "films.csv", sentences(20))
+    result = invoke("demo", "--dataset", data, "--text-column", "body")
+    assert result.exit_code == 1
+    assert "no text column 'body'" in result.stderr and "Traceback" not in result.stderr
+    result = invoke("demo", "--dataset", data, "--model", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1 and "error:" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--epochs", "0"), ("--epochs", "many"), ("--nonsense", "1")])
+def test_wrong_options(option: tuple[str, str]) -> None:
+    result = invoke("demo", *option)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(settings: DemoSettings) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(run, "_read", broken)
+    assert isinstance(invoke("demo").exception, KeyError)
+
+
+def test_without_typer_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "pip install 'badge-peft[train]'" in capsys.readouterr().err

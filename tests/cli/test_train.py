@@ -1,0 +1,280 @@
+"""`badge-peft train`: one command from a model and a file of texts to a calibrated adapter."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from badge_peft import ExitLogits, load_pretrained
+from badge_peft.cli.train import parse_blocks
+from badge_peft.workflows import TextRows, TrainSettings, open_adapter, read_rows
+from badge_peft.workflows.encode import encode
+from badge_peft.workflows.equality import compare_with_checkpoint
+from badge_peft.workflows.rows import hold_out
+from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
+from tests.texts import make_tokenizer, write_csv
+
+
+def test_full_depth_of_a_deployed_checkpoint_is_kept_bit_for_bit(place: Path, trained: Path) -> None:
+    deployed = AutoModelForSequenceClassification.from_pretrained(place / "model").eval()
+    model = load_pretrained(str(trained))
+    batch = AutoTokenizer.from_pretrained(trained)([text for text, _ in ROWS], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        before = deployed(**batch).logits
+        assert torch.equal(model(**batch).logits, before)
+        never = model.early_exit_forward(**batch, policy="never")
+        assert torch.equal(model(**batch).exit_logits[:, -1], before)
+    assert torch.equal(never.logits, before)
+    report = json.loads((trained / "report.json").read_text())
+    assert report["full_depth_is_checkpoint"] == {"rows": 24, "equal": True, "largest_difference": 0.0}
+    assert report["reloaded_bit_for_bit"] is True
+
+
+def test_a_model_that_has_changed_is_noticed(place: Path, trained: Path) -> None:
+    opened = open_adapter(trained)
+    rows = encode(read_rows(place / "texts.txt"), opened.tokenizer)
+    assert compare_with_checkpoint(opened.model, str(place / "model"), rows)["equal"] is True
+    with torch.no_grad():
+        opened.model.get_base_model().classifier.bias[0] += 1e-6
+    found = compare_with_checkpoint(opened.model, str(place / "model"), rows)
+    assert found["equal"] is False and 0 < found["largest_difference"] < 1e-4
+
+
+def test_the_folder_holds_all_that_is_promised(place: Path, trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "report.json"} < names
+    assert {"exit_logits.safetensors", "tradeoff.png"} < names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) or name.startswith("checkpoint") for name in names)
+    assert (trained / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert config["early_exit"]["calibration"]["labels"] == "full depth's own answers"
+    assert config["early_exit"]["calibration"]["rows"] == 24
+    assert Path(config["base_model_name_or_path"]) == (place / "model").resolve()
+    logits = ExitLogits.load(trained / "exit_logits.safetensors")
+    assert logits.logits.shape == (24, 3, 2) and logits.labels is None
+    report = json.loads((trained / "report.json").read_text())
+    assert report["learned_from"] == "the model's own answers" and report["labels"] == "full depth's own answers"
+    assert report["train_rows"] == 96 and report["rows"] == 24 and report["per_exit"][-1] == 1.0
+    assert report["latency"]["rows"] == 3 and report["latency"]["p50_ms"] > 0
+    assert sum(report["early_exit"]["rows_stopped"]) == 24
+    head = [name for name in load_file(trained / "adapter_model.safetensors") if "classifier" in name]
+    assert not head
+
+
+def test_the_card_says_what_the_report_says(trained: Path) -> None:
+    report, card = json.loads((trained / "report.json").read_text()), (trained / "README.md").read_text()
+    assert "| exit after block | accuracy against full depth | rows it answers |" in card
+    answered = [f"{count / 24:.1%}" for count in report["early_exit"]["rows_stopped"]]
+    for m, score, share in zip(report["exit_layers"], report["per_exit"], answered, strict=True):
+        assert f"| {m} | {score:.1%} | {share} |" in card
+    assert f"| {report['latency']['full_depth_p50_ms']:.2f} ms | {report['latency']['p50_ms']:.2f} ms |" in card
+    assert "![Score against speed-up](tradeoff.png)" in card and "full depth answers as before, bit for bit" in card
+
+
+def test_the_exits_learn_what_the_model_says(place: Path, cli: Cli, tmp_path: Path) -> None:
+    train = ("train", place / "model", place / "texts.txt", "--keep-head", "--latency", 0)
+    cli(*train, "--output-dir", tmp_path / "hardly", "--epochs", 1, "--adapter-lr", 1e-7)
+    cli(*train, "--output-dir", tmp_path / "well", "--epochs", 12)
+    away = []
+    for name in ("hardly", "well"):
+        logits = ExitLogits.load(tmp_path / name / "exit_logits.safetensors").logits.log_softmax(dim=-1)
+        away.append(float((logits[:, -1:].exp() * (logits[:, -1:] - logits)).sum(dim=-1)[:, :-1].mean()))  # KL
+    assert away[1] < away[0] / 2
+
+
+def test_labels_are_learned_by_the_names_of_the_model(place: Path, cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    renamed = write_csv(tmp_path / "r.csv", [(t, y.upper()) for t, y in ROWS], columns=("message", "verdict"))
+    told = cli(
+        "train", place / "model", renamed, "--label-column", "verdict", "--output-dir", out, "--keep-head", *FAST
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert report["learned_from"] == "labels" and report["labels"] == "given"
+    assert report["columns"] == {"text": "message", "text_pair": None, "label": "verdict"}
+    assert "bit for bit" in told.output
+    truth = {text: ("bad", "good").index(label) for text, label in ROWS}
+    rows = read_rows(renamed, label_column="verdict", training=True)
+    held = hold_out(rows, 0.2, seed=0)[1]
+    assert ExitLogits.load(out / "exit_logits.safetensors").labels.tolist() == [truth[t] for t in held.texts]
+
+
+def test_the_same_seed_gives_the_same_adapter(place: Path, cli: Cli, tmp_path: Path) -> None:
+    train = ("train", place / "model", place / "rows.csv", "--keep-head", "--max-rows", 60, *FAST)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        cli(*train, "--output-dir", tmp_path / name, "--seed", seed)
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_exits_pool_as_a_sentence_encoder_does(place: Path, cli: Cli, tmp_path: Path) -> None:
+    encoder, classifier = tmp_path / "encoder", tmp_path / "classifier"
+    AutoModel.from_pretrained(place / "model").save_pretrained(encoder)
+    shutil.copytree(place / "model", classifier)
+    make_tokenizer().save_pretrained(encoder)
+    for folder in (encoder, classifier):
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+
+    def pooling(model: Path, *more: str) -> str:
+        out = tmp_path / "out"
+        told = cli("train", model, place / "rows.csv", "--output-dir", out, "--overwrite", *FAST, *more).output
+        found = json.loads((out / "adapter_config.json").read_text())["exit_pooling"]
+        assert ("a sentence encoder: exits pool by" in told) is (model == encoder)
+        assert model == classifier or f"exits pool by {found!r}" in told
+        return str(found)
+
+    assert pooling(encoder) == "mean"
+    assert pooling(encoder, "--exit-pooling", "cls") == "cls"
+    assert pooling(classifier) == "auto"  # its head says what to read
+
+
+def test_an_encoder_without_a_head_gets_one(place: Path, cli: Cli, tmp_path: Path) -> None:
+    encoder, out = tmp_path / "encoder", tmp_path / "a"
+    AutoModel.from_pretrained(place / "model").save_pretrained(encoder)
+    make_tokenizer().save_pretrained(encoder)
+    told = cli("train", encoder, place / "rows.csv", "--output-dir", out, "--exit-layers", "0-3", *FAST)
+    assert "checkpoint" not in told.output
+    opened = open_adapter(out)
+    assert opened.labels.names == ["bad", "good"] and opened.config.final_exit == "exit"
+    assert opened.model.base_model.exit_layers() == [0, 1, 2, 3]
+    answer = json.loads(cli("predict", out, input="a fine film\n").stdout)
+    assert answer["label"] in ("bad", "good")
+    one_line(
+        cli("train", encoder, place / "rows.csv", "--output-dir", tmp_path / "b", "--keep-head", fails=True), "head"
+    )
+    one_line(cli("train", encoder, place / "texts.txt", "--output-dir", tmp_path / "b", fails=True), "--label-column")
+
+
+def test_regression_on_pairs_of_texts(cli: Cli, tmp_path: Path) -> None:
+    model = save_classifier(tmp_path / "m", names=("value",))
+    data, out = tmp_path / "pairs.csv", tmp_path / "a"
+    with data.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "second", "label"))
+        writer.writerows((text, ROWS[-i][0], len(text) / 7) for i, (text, _) in enumerate(ROWS))
+    cli("train", model, data, "--text-pair-column", "second", "--output-dir", out, "--keep-head", *FAST)
+    report = json.loads((out / "report.json").read_text())
+    assert report["metric"] == "pearson" and report["problem_type"] == "regression"
+    assert report["full_depth_is_checkpoint"]["equal"] is True
+    answers = [json.loads(line) for line in cli("predict", out, data, "--policy", "never").stdout.splitlines()]
+    assert [a["text_pair"] for a in answers[:3]] == [ROWS[0][0], ROWS[-1][0], ROWS[-2][0]]
+    deployed = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    for answer in answers[:3]:
+        batch = make_tokenizer()(answer["text"], answer["text_pair"], return_tensors="pt")
+        assert answer["value"] == pytest.approx(deployed(**batch).logits.item(), abs=1e-4)
+    one_line(cli("predict", out, input="a film\n", fails=True), "pairs")
+
+
+def test_a_separate_file_is_calibrated_on(place: Path, cli: Cli, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS[:20]]
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines))
+    train = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
+    cli(*train, "--eval-data", tmp_path / "eval.jsonl", "--target-speedup", 0.3, "--policy", "divergence")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["rows"] == 20 and report["train_rows"] == 100  # the twenty texts do not train
+    assert report["early_exit"]["layer_speedup"] >= 0.3
+
+
+@pytest.mark.parametrize(("backbone", "objective"), [("lora", "joint"), ("full", "two_stage")])
+def test_other_backbones(backbone: str, objective: str, place: Path, cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    options = ("--backbone", backbone, "--objective", objective, "--max-rows", 40, *FAST)
+    cli("train", place / "model", place / "rows.csv", "--output-dir", out, *options)
+    report = json.loads((out / "report.json").read_text())
+    assert report["full_depth_is_checkpoint"] is None and report["reloaded_bit_for_bit"] is True
+
+
+def test_a_drop_with_confidence_needs_rows(place: Path, cli: Cli, tmp_path: Path) -> None:
+    train = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
+    one_line(cli(*train, "--confidence", 0.95, fails=True), "24 evaluation rows", "at least")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_goal_out_of_reach_keeps_the_adapter(place: Path, cli: Cli, tmp_path: Path) -> None:
+    train = ("train", place / "model", place / "texts.txt", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
+    one_line(cli(*train, "--target-speedup", 0.99, fails=True), "0.99", "badge-peft calibrate")
+    cli("calibrate", tmp_path / "a", "--target-speedup", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("{model}", "{place}/nothing.csv"), ("no file", "nothing.csv")),
+        (("{place}/nothing", "{csv}"), ("no model", "nothing")),
+        (("{model}", "{csv}", "--text-column", "body"), ("'body'", "--text-column", "text, label")),
+        (("{model}", "{csv}", "--label-column", "verdict"), ("'verdict'", "--label-column", "text, label")),
+        (("{model}", "{csv}", "--text-pair-column", "b"), ("'b'", "--text-pair-column", "text, label")),
+        (("{model}", "{tmp}/empty.csv"), ("empty.csv", "cannot be read")),
+        (("{model}", "{tmp}/header.csv"), ("header.csv", "no rows")),
+        (("{model}", "{tmp}/blank.txt"), ("blank.txt", "has a text")),
+        (("{model}", "{tmp}/broken.jsonl"), ("broken.jsonl", "cannot be read")),
+        (("{model}", "{tmp}/wrong.csv", "--keep-head"), ("'no', 'yes'", "'bad', 'good'", "--unlabelled")),
+        (("{model}", "{tmp}/numbers.csv", "--keep-head"), ("'7'", "0 to 1")),
+        (("{tmp}/mute", "{csv}", "--keep-head"), ("tokenizer", "--tokenizer")),
+        (("{model}", "{txt}"), ("--keep-head", "--label-column")),
+        (("{model}", "{txt}", "--keep-head", "--backbone", "lora"), ("--backbone frozen",)),
+        (("{model}", "{txt}", "--keep-head", "--objective", "alternating"), ("'alternating'", "needs labels")),
+        (("{model}", "{csv}", "--keep-head", "--placement", "side"), ("placement='side'", "mhsa")),
+        (("{model}", "{csv}", "--keep-head", "--exit-layers", "2-1"), ("exit_layers='2-1'", "0-12")),
+        (("{model}", "{csv}", "--keep-head", "--exit-layers", "9"), ("block 9", "has 3")),
+        (("{model}", "{csv}", "--keep-head", "--metric", "pearson"), ("'pearson'", "accuracy")),
+        (("{model}", "{csv}", "--keep-head", "--policy", "best"), ("policy='best'", "auto")),
+        (("{model}", "{csv}", "--split", "test"), ("'test'", "train")),
+        (("{model}", "{csv}", "--max-score-drop", "0.1", "--target-speedup", "0.5"), ("one of them",)),
+        (("{model}", "{csv}", "--keep-head", "--final-exit", "exit"), ("final_exit='exit'",)),
+    ],
+)
+def test_wrong_input_is_told_in_a_line_and_writes_nothing(
+    arguments: tuple[str, ...], words: tuple[str, ...], place: Path, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "broken.jsonl").write_text("{no\n")
+    write_csv(tmp_path / "wrong.csv", [(t, {"good": "yes", "bad": "no"}[y]) for t, y in ROWS])
+    write_csv(tmp_path / "numbers.csv", [(t, str(7 * len(y) - 21)) for t, y in ROWS])
+    AutoModelForSequenceClassification.from_pretrained(place / "model").save_pretrained(tmp_path / "mute")
+    names = {"model": place / "model", "csv": place / "rows.csv", "txt": place / "texts.txt"}
+    names |= {"place": place, "tmp": tmp_path}
+    given = [argument.format(**names) for argument in arguments]
+    one_line(cli("train", *given, "--output-dir", tmp_path / "out", fails=True), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_unasked(place: Path, adapter: Path, cli: Cli) -> None:
+    train = ("train", place / "model", place / "texts.txt", "--keep-head", *FAST)
+    before = (adapter / "report.json").read_bytes()
+    one_line(cli(*train, "--output-dir", adapter, fails=True), "not empty", "--overwrite")
+    assert (adapter / "report.json").read_bytes() == before
+    one_line(cli(*train, "--output-dir", place / "model", "--overwrite", fails=True), "holds a model")
+    cli(*train, "--output-dir", adapter, "--overwrite")
+    assert (adapter / "report.json").read_bytes() != before
+    one_line(cli("train", adapter, place / "texts.txt", "--output-dir", adapter / "b", fails=True), "holds an adapter")
+
+
+def test_no_text_is_in_both_parts() -> None:
+    rows = TextRows(["a film", "A  film", "b", "c", "d", "e", "a film"])
+    train, held = hold_out(rows, 0.4, seed=1)
+    assert len(train) + len(held) == 7
+    assert not {train.key(i) for i in range(len(train))} & {held.key(i) for i in range(len(held))}
+    with pytest.raises(ValueError, match="too few"):
+        hold_out(TextRows(["one"]), 0.5, seed=0)
+
+
+def test_blocks_are_read_from_lists_and_ranges() -> None:
+    assert parse_blocks(None) is None and parse_blocks("all") is None
+    assert parse_blocks("2,4,6") == [2, 4, 6]
+    assert parse_blocks("0-2, 5") == [0, 1, 2, 5]
+
+
+@pytest.mark.parametrize("field", [{"adapter_lr": 0.0}, {"eval_share": 1.0}, {"confidence": 1.0}, {"epochs": 0}])
+def test_settings_name_what_is_wrong(field: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(field))}="):
+        TrainSettings("m", "d", "o", **field)  # type: ignore[arg-type]

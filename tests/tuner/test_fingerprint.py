@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from badge_peft.tuner.fingerprint import _sample, base_name, check_fingerprint, fingerprint
+from tests.models import CASES, make_badge, make_model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_values_are_those_of_the_base_model(case):
+    base = make_model(case)
+    parameters = dict(base.named_parameters())
+    found = fingerprint(base)
+    kinds = {re.sub(r"\d+", "#", name) for name, p in parameters.items() if p.dim() == 2}
+    assert {re.sub(r"\d+", "#", name) for name in found} == kinds
+    assert len(found) <= 8 + len(kinds)
+    for name, values in found.items():
+        assert len(values) == 4
+        flat = parameters[name].detach().flatten()
+        assert (values[0], values[-1]) == pytest.approx((flat[0].item(), flat[-1].item()), rel=1e-5)
+    assert json.loads(json.dumps(found)) == found
+    check_fingerprint(base, found)
+
+
+def test_spread_over_the_whole_depth_to_pooler_and_head():
+    found = fingerprint(make_model("bert", num_hidden_layers=6))
+    blocks = {name.split(".")[3] for name in found if ".layer." in name}
+    assert "bert.embeddings.word_embeddings.weight" in found
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(found)
+    assert len(blocks) >= 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrapping_changes_nothing(case):
+    found = fingerprint(make_model(case))
+    model = make_badge(case, placement="ffn", final_exit="exit")
+    assert fingerprint(model.get_base_model()) == found
+    check_fingerprint(model.get_base_model(), found)
+
+
+def test_head_that_is_saved_with_the_adapter_may_differ():
+    model = make_badge(train_head=True)
+    assert "classifier.weight" not in model.peft_config["default"].base_fingerprint
+    assert "bert.pooler.dense.weight" in model.peft_config["default"].base_fingerprint
+    model = make_badge(modules_to_save=["pooler"])
+    assert "bert.pooler.dense.weight" not in model.peft_config["default"].base_fingerprint
+    model = make_badge(train_head=False)
+    assert "classifier.weight" in model.peft_config["default"].base_fingerprint
+    model = make_badge(final_exit="exit")
+    assert not {"classifier.weight", "bert.pooler.dense.weight"} & set(model.peft_config["default"].base_fingerprint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_precision_is_the_same_model(dtype):
+    for scale in (0.02, 0.5):
+        base = make_model(initializer_range=scale)
+        found = fingerprint(base)
+        check_fingerprint(copy.deepcopy(base).to(dtype), found)
+        check_fingerprint(base, fingerprint(copy.deepcopy(base).to(dtype)))
+
+
+def test_other_weights_are_another_model():
+    found = fingerprint(make_model(seed=0))
+    with pytest.raises(ValueError, match=r"another backbone: the weight bert\.embeddings\.word_embeddings\.weight"):
+        check_fingerprint(make_model(seed=1), found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_little_fine_tuning_makes_another_model(seed):
+    base = make_model(initializer_range=0.02)
+    found = fingerprint(base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in base.parameters():  # as a hundred steps at a learning rate of 2e-5 do
+            parameter.add_(2e-4 * torch.randn(parameter.shape, generator=generator))
+    with pytest.raises(ValueError, match="another backbone"):
+        check_fingerprint(base, found)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key"], ["output.dense"]], ids="+".join)
+def test_a_merged_lora_makes_another_model(targets):
+    model = get_peft_model(make_model(num_hidden_layers=6), LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    found = fingerprint(model.merge_and_unload(), skip=("classifier",))
+    with pytest.raises(ValueError, match="a LoRA had been merged into it before the exits were trained: merge it"):
+        check_fingerprint(make_model(num_hidden_layers=6), found)
+
+
+@pytest.mark.parametrize("name", ["bert.pooler.dense.weight", "classifier.weight"])
+def test_weight_that_the_checkpoint_lacks(name):
+    base = make_model()
+    found = fingerprint(base)
+    nn.init.normal_(base.get_parameter(name))
+    with pytest.raises(ValueError, match=f"{name}.*drew it at random.*final_exit='exit'"):
+        check_fingerprint(base, found)
+
+
+def test_other_shape_is_another_model():
+    base = make_model()
+    found = {name: values[:3] for name, values in fingerprint(base).items()}
+    with pytest.raises(ValueError, match="another backbone"):
+        check_fingerprint(base, found)
+
+
+def test_what_cannot_be_compared_is_left_out():
+    base = make_model()
+    found = fingerprint(base)
+    check_fingerprint(base, {**found, "name.of.another.version": [1.0, 2.0, 3.0, 4.0]})
+    empty = copy.deepcopy(base).to("meta")
+    assert fingerprint(empty) == {}
+    check_fingerprint(empty, found)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "base"),
+    [
+        ("bert.encoder.layer.0.base_layer.output.dense.weight", "bert.encoder.layer.0.output.dense.weight"),
+        ("classifier.original_module.weight", "classifier.weight"),
+        ("layers.1.base_layer.mlp.Wi.base_layer.weight", "layers.1.mlp.Wi.weight"),
+        ("bert.pooler.dense.weight", "bert.pooler.dense.weight"),
+    ],
+)
+def test_base_name(wrapped, base):
+    assert base_name(wrapped) == base
+
+
+def test_small_whatever_the_model():
+    assert len(json.dumps(fingerprint(make_model(num_hidden_layers=12)))) < 1500
+
+
+def test_a_very_large_weight_is_sampled_to_its_last_value() -> None:
+    # 250,037 words of 384 numbers: a float32 cannot count that far
+    assert _sample(torch.ones(1).expand(250_037 * 384)) == [1.0] * 4

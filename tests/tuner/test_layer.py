@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from badge_peft import BadgeConfig, Bypass
+from badge_peft.tuner.config import ACTIVATIONS
+from badge_peft.tuner.run import current_run
+from tests import reference
+from tests.models import (
+    BLOCKS,
+    CASES,
+    HIDDEN,
+    blocks_of,
+    exits_of,
+    make_badge,
+    make_batch,
+    make_labels,
+    make_model,
+    shake,
+)
+
+PLACEMENTS = ("block", "ffn", "mhsa", "none")
+
+POOLINGS = ("cls", "mean", "last")
+
+
+def compare(case: str, pooling: str = "cls", side: str = "right", **fields) -> None:
+    """Every exit in float64 against the plain reference, with an exit on the embeddings and one at each block."""
+    base = make_model(case).double()
+    blocks = base.config.num_hidden_layers * getattr(base.config, "inner_group_num", 1)
+    batch = make_batch(side=side)
+    model = make_badge(
+        base=copy.deepcopy(base),
+        exit_layers=list(range(blocks + 1)),
+        exit_pooling=pooling,
+        final_exit="exit",
+        **fields,
+    )
+    config = model.peft_config["default"]
+    with torch.no_grad():
+        expected = torch.stack(reference.all_logits(base, config, reference.own_weights(model), batch, pooling), dim=1)
+    found = exits_of(model, batch)
+    assert found.shape == (4, blocks + 1, 3) and found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert (found[:, 1:] - found[:, :-1]).abs().amax(dim=(0, 2)).min() > 1e-3  # exits do differ
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("norm", ["own", "shared"])
+@pytest.mark.parametrize("case", CASES)
+def test_exits_are_those_of_eq_1_and_2(case, norm, placement):
+    compare(case, placement=placement, norm=norm)
+
+
+@pytest.mark.parametrize(
+    ("case", "pooling", "exit_type", "placement"),
+    list(itertools.product(("bert", "albert", "modernbert-mean"), POOLINGS, ("linear", "pooled", "mha"), PLACEMENTS)),
+)
+def test_poolings_and_exit_types(case, pooling, exit_type, placement):
+    compare(case, pooling, exit_type=exit_type, placement=placement)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_activations_and_biases(activation, bias):
+    compare("bert", activation=activation, bias=bias)
+    compare("modernbert-cls", activation=activation, bias=bias, placement="ffn", norm="shared", pooling="last")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_on_the_left(pooling):
+    compare("bert", pooling, side="left", placement="ffn")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_feed_forward_in_chunks(pooling, placement):
+    base = make_model(chunk_size_feed_forward=4).double()
+    model = make_badge(base=copy.deepcopy(base), placement=placement, exit_pooling=pooling)
+    batch = make_batch(length=8)
+    with torch.no_grad():
+        expected = reference.all_logits(
+            base, model.peft_config["default"], reference.own_weights(model), batch, pooling
+        )
+    torch.testing.assert_close(exits_of(model, batch), torch.stack(expected, dim=1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("placement", ["block", "ffn", "mhsa"])
+@pytest.mark.parametrize("norm", ["own", "shared"])
+def test_at_initialisation_a_bypass_adds_nothing(case, placement, norm):
+    """W_up starts at zero and LN' as a copy, so the exits are those of a model without bypasses."""
+    batch = make_batch()
+    plain = get_peft_model(make_model(case).double(), BadgeConfig(placement="none")).eval()
+    model = get_peft_model(make_model(case).double(), BadgeConfig(placement=placement, norm=norm, bias=True)).eval()
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(".badge_bypass." in name for name in missing)
+    torch.testing.assert_close(exits_of(model, batch), exits_of(plain, batch), rtol=1e-12, atol=1e-12)
+
+
+def norms_of(base: nn.Module) -> list[nn.Module]:
+    """The norms that LN' of blocks 1 to M copies."""
+    with torch.no_grad():
+        states, _ = reference.trace(base, make_batch())
+    return [reference.exit_norm(base, state.block) for state in states]
+
+
+@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
+def test_own_norm_starts_as_a_copy_and_is_one(case):
+    base = make_model(case)
+    model = get_peft_model(copy.deepcopy(base), BadgeConfig(r=4, final_exit="exit"))
+    weights = reference.own_weights(model)
+    norms = dict(enumerate(norms_of(base), start=1))
+    for number, norm in norms.items():
+        assert torch.equal(weights[f"bypass.{number}.norm.weight"], norm.weight)
+        assert weights[f"bypass.{number}.norm.weight"].requires_grad
+        if norm.bias is not None:
+            assert torch.equal(weights[f"bypass.{number}.norm.bias"], norm.bias)
+        assert (norm.bias is None) == (f"bypass.{number}.norm.bias" not in weights)
+    shake(model, only=".badge_")
+    unwrapped = model.unload()
+    for number, norm in enumerate(norms_of(unwrapped), start=1):
+        assert not torch.equal(weights[f"bypass.{number}.norm.weight"], norm.weight)
+        assert torch.equal(norm.weight, norms[number].weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bypass", "exit_"),
+    [
+        ({}, 26_112, 3 * 769),  # 2 * 768 * 16 + 2 * 768
+        ({"norm": "shared"}, 24_576, 3 * 769),
+        ({"bias": True}, 26_112 + 16 + 768, 3 * 769),
+        ({"r": 8, "placement": "ffn"}, 2 * 768 * 8 + 2 * 768, 3 * 769),
+        ({"placement": "none"}, 0, 3 * 769),
+        ({"exit_type": "pooled"}, 26_112, 768 * 768 + 768 + 3 * 769),
+        ({"exit_type": "mha"}, 26_112, 98_304 + 3 * 769),
+    ],
+)
+@pytest.mark.parametrize("case", ["bert", "albert"])
+def test_number_of_parameters_at_bert_base_size(case, fields, bypass, exit_):
+    base = make_model(case, hidden_size=768, num_attention_heads=12, intermediate_size=8)
+    model = get_peft_model(base, BadgeConfig(final_exit="exit", **fields))
+    assert model.get_nb_trainable_parameters()[0] == BLOCKS * (bypass + exit_)
+    weights = reference.own_weights(model)
+    for number in range(1, BLOCKS + 1):
+        assert sum(p.numel() for name, p in weights.items() if name.startswith(f"bypass.{number}.")) == bypass
+        assert sum(p.numel() for name, p in weights.items() if name.startswith(f"exit.{number}.")) == exit_
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("albert")])
+@pytest.mark.parametrize("placement", ["block", "ffn", "mhsa"])
+def test_shared_layer_has_a_bypass_and_an_exit_for_each_run(case, placement):
+    model = get_peft_model(make_model(case), BadgeConfig(r=4, placement=placement, final_exit="exit", exit_dropout=0))
+    blocks = blocks_of(model)
+    assert len(blocks) == {"albert": 1, "albert-groups": 2, "albert-inner": 4}[case]
+    depth = model.base_model.num_blocks
+    assert sorted(number for block in blocks for number in block.numbers) == list(range(1, depth + 1))
+    start = {name: p.detach().clone() for name, p in reference.own_weights(model).items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):  # the first step moves W_up away from zero, the second then moves W_down
+        optimizer.zero_grad()
+        model.train()(**make_batch(), labels=make_labels()).loss.backward()
+        optimizer.step()
+    weights = reference.own_weights(model)
+    assert len({id(p) for p in weights.values()}) == len(weights) == depth * 6
+    for name in ("bypass.{}.down.weight", "bypass.{}.up.weight", "bypass.{}.norm.weight", "exit.{}.linear.weight"):
+        moves = [weights[name.format(m)] - start[name.format(m)] for m in range(1, depth + 1)]
+        assert all(move.abs().max() > 0 for move in moves)
+        assert all(not torch.allclose(a, b) for a, b in itertools.combinations(moves, 2))
+    exits = exits_of(model.eval(), make_batch())
+    assert all(not torch.allclose(exits[:, a], exits[:, b]) for a, b in itertools.combinations(range(depth), 2))
+
+
+def test_bypass_alone():
+    bypass = Bypass(HIDDEN, 4, "identity", bias=False, norm=None)
+    shake(bypass, only="")
+    source, residual, norm = torch.randn(2, 5, HIDDEN), torch.randn(2, 5, HIDDEN), nn.LayerNorm(HIDDEN)
+    found = bypass(source, residual, norm)
+    expected = norm(source @ bypass.down.weight.T @ bypass.up.weight.T + residual)
+    torch.testing.assert_close(found, expected)
+    assert "norm" not in dict(bypass.named_children())
+
+
+def test_copied_norm_has_no_hooks_of_the_norm_it_copies():
+    norm = nn.LayerNorm(HIDDEN).requires_grad_(False)
+    calls = []
+    norm.register_forward_pre_hook(lambda *_: calls.append("before"))
+    norm.register_forward_hook(lambda *_: calls.append("after"))
+    bypass = Bypass(HIDDEN, 4, "gelu", bias=False, norm=norm)
+    bypass(torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), norm)
+    assert not calls
+    assert bypass.norm.weight.requires_grad and not norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_block_reads_like_the_block_it_wraps(case):
+    base = make_model(case)
+    blocks = reference.submodules(base.base_model, reference.PARTS[base.config.model_type].blocks)
+    model = make_badge(base=base)
+    wrapped = blocks_of(model)
+    assert [block.base_layer for block in wrapped] == blocks
+    for block, original in zip(wrapped, blocks, strict=True):
+        assert repr(block).startswith("badge.BadgeBlock(")
+        assert block.get_base_layer() is original
+        # some models read from their blocks; the attributes and submodules there are, by version
+        for name in {*vars(original), *original._modules} - set(vars(nn.Module())):
+            assert getattr(block, name) is getattr(original, name)
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            _ = block.no_such_thing
+
+
+def test_block_that_is_called_alone_is_the_block():
+    model = make_badge(placement="ffn")
+    block = blocks_of(model)[1]
+    states = torch.randn(2, 5, HIDDEN)
+    assert current_run() is None
+    found, expected = block(states), block.base_layer(states)  # tuples, before transformers 5
+    assert type(found) is type(expected) and torch.equal(found[0], expected[0])
+
+
+def test_hooks_are_as_few_as_the_placement_needs():
+    def count(model: nn.Module) -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.get_base_model().bert.modules())
+
+    before = count(get_peft_model(make_model(), BadgeConfig(placement="none")))
+    wrapped = BLOCKS - 1  # block M answers with the model's own head
+    for placement, each in (("block", 1), ("ffn", 2), ("mhsa", 2)):
+        model = get_peft_model(make_model(), BadgeConfig(placement=placement))
+        assert count(model) - before == each * wrapped
+        model.add_adapter("other", BadgeConfig(placement=placement, r=2))
+        assert count(model) - before == each * wrapped
+    model.add_adapter("whole", BadgeConfig(placement="block", final_exit="exit"))
+    assert count(model) - before == 2 * wrapped + 1
+    for block in blocks_of(model):
+        block.remove_hooks()
+    assert count(model) == before
+
+
+def test_blocks_cannot_be_merged():
+    block = blocks_of(make_badge())[0]
+    for call in (block.merge, block.unmerge):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*unload\(\)"):
+            call()
+
+
+def test_exit_layers_choose_the_blocks_with_an_exit():
+    model = make_badge(exit_layers=[0, 2])
+    blocks = blocks_of(model)
+    has = {m: [block.has_exit("default", m) for block in blocks] for m in range(BLOCKS + 1)}
+    none, first, second = [False] * 3, [True, False, False], [False, True, False]
+    assert has == {0: first, 1: none, 2: second, 3: none}
+    assert not blocks[0].has_exit("other", 0)
+    # an exit on the embeddings has no bypass: there is no block before it
+    assert {name.split(".")[1] for name in reference.own_weights(model) if name.startswith("bypass")} == {"2"}
+    assert exits_of(model, make_batch()).shape == (4, 3, 3)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from badge_peft.tuner.losses import check_labels, exit_loss, loss_weights, resolve_problem_type
+from tests.models import make_batch, make_labels, make_model
+
+KINDS = [
+    ("single_label_classification", 3),
+    ("multi_label_classification", 3),
+    ("regression", 1),
+    ("regression", 3),
+]
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), KINDS)
+def test_loss_of_an_exit_is_that_of_transformers(problem_type, num_labels):
+    base = make_model(num_labels=num_labels, problem_type=problem_type)
+    labels = make_labels(problem_type, num_labels=num_labels)
+    out = base(**make_batch(), labels=labels)
+    torch.testing.assert_close(exit_loss(out.logits, labels, problem_type), out.loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), KINDS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_parts_of_a_batch_add_up_to_the_whole(problem_type, num_labels, as_tensor):
+    """What Trainer needs when it accumulates gradients: each part is divided by the labels of all of them."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(8, num_labels, generator=generator)
+    labels = make_labels(problem_type, rows=8, num_labels=num_labels)
+    count = torch.tensor(labels.numel()) if as_tensor else labels.numel()
+    parts = [
+        exit_loss(logits[part], labels[part], problem_type, count) for part in (slice(0, 3), slice(3, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(sum(parts), exit_loss(logits, labels, problem_type))
+
+
+def test_rows_without_a_label_are_left_out():
+    logits = torch.randn(4, 3)
+    labels = torch.tensor([0, -100, 2, -100])
+    check_labels(labels, 3, "single_label_classification", 4)
+    found = exit_loss(logits, labels, "single_label_classification")
+    torch.testing.assert_close(found, exit_loss(logits[::2], labels[::2], "single_label_classification"))
+    torch.testing.assert_close(exit_loss(logits, labels, "single_label_classification", 2), found)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_logits_is_float32(problem_type, num_labels, dtype):
+    logits = torch.randn(4, num_labels).to(dtype)
+    labels = make_labels(problem_type, num_labels=num_labels)
+    found = exit_loss(logits, labels, problem_type)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, exit_loss(logits.float(), labels, problem_type))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "problem_type"),
+    [
+        (1, torch.tensor([0, 1]), "regression"),
+        (1, torch.tensor([0.5, 1.0]), "regression"),
+        (3, torch.tensor([0, 2]), "single_label_classification"),
+        (3, torch.tensor([0, 2], dtype=torch.int32), "single_label_classification"),
+        (3, torch.tensor([[0.0, 1.0, 1.0]]), "multi_label_classification"),
+    ],
+)
+def test_problem_type_that_transformers_would_infer(num_labels, labels, problem_type):
+    assert resolve_problem_type(num_labels, labels) == problem_type
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "message"),
+    [
+        (torch.tensor([0, 3]), "single_label_classification", "label 3 is out of range.*num_labels=3.*0 to 2"),
+        (torch.tensor([-1, 0]), "single_label_classification", "label -1 is out of range"),
+        (torch.tensor([0, 1, 2]), "single_label_classification", r"shape \[3\].*2 rows"),
+        (torch.tensor([0.0, 1.0]), "single_label_classification", "whole-number labels, got torch.float32"),
+        (torch.tensor([0.0, 1.0]), "multi_label_classification", r"shape \[2\].*num_labels=3 needs \[2, 3\]"),
+        (torch.zeros(2, 4), "multi_label_classification", r"shape \[2, 4\].*needs \[2, 3\]"),
+        (torch.zeros(3, 3), "regression", r"shape \[3, 3\]; regression.*needs \[2, 3\]"),
+    ],
+)
+def test_wrong_labels(labels, problem_type, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(labels, 3, problem_type, batch_size=2)
+
+
+@pytest.mark.parametrize(("problem_type", "num_labels"), KINDS)
+def test_right_labels(problem_type, num_labels):
+    check_labels(make_labels(problem_type, num_labels=num_labels), num_labels, problem_type, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "exits", "expected"),
+    [
+        ("uniform", [1, 2, 3], [1.0, 1.0, 1.0]),
+        ("linear", [1, 2, 3], [1 / 6, 2 / 6, 3 / 6]),
+        ("linear", [2, 6], [2 / 8, 6 / 8]),
+        ("linear", [0, 1, 2], [1 / 4, 1 / 4, 2 / 4]),
+        ([0.5, 0.0, 2.0], [1, 2, 3], [0.5, 0.0, 2.0]),
+    ],
+)
+def test_weights(weights, exits, expected):
+    assert loss_weights(weights, exits) == pytest.approx(expected)
+
+
+def test_list_of_another_length():
+    with pytest.raises(ValueError, match=r"exit_weights has 2 numbers, but there are 3 exits, at blocks \[1, 2, 3\]"):
+        loss_weights([1.0, 1.0], [1, 2, 3])
