@@ -106,7 +106,9 @@ def test_name_taken_by_another_package():
     class Other:
         pass
 
-    with pytest.raises(KeyError, match=r"already has a method called 'BADGE', registered with badge_peft\.config"):
+    with pytest.raises(
+        KeyError, match=r"already has a method called 'BADGE', registered with badge_peft\.tuner\.config"
+    ):
         register(Other, BadgeModel)
     assert PEFT_TYPE_TO_CONFIG_MAPPING["BADGE"] is BadgeConfig
 
