@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from badge_peft.utils.checks import is_number, one_of, plain, whole
@@ -22,9 +23,10 @@ DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EarlyExitConfig:
-    """How an adapter stops: the rule and its parameters.
+    """How an adapter stops: the policy and its parameters. It never changes: `dataclasses.replace` and `of` make
+    another one. Lists and dicts are copied on their way in.
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
     labels when the policy is built (see `badge_peft.early_exit.policies`); it never means "do not stop".
@@ -75,16 +77,16 @@ class EarlyExitConfig:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
-            setattr(self, name, plain(getattr(self, name)))
+            self._set(name, plain(getattr(self, name)))
         if isinstance(self.temperature, (list, tuple)):
-            self.temperature = [plain(t) for t in self.temperature]
+            self._set("temperature", [plain(t) for t in self.temperature])
         one_of("policy", self.policy, POLICY_NAMES)
         one_of("divergence", self.divergence, DIVERGENCES)
         one_of("window", self.window, WINDOWS)
         if self.threshold is not None:
             if not is_number(self.threshold):
                 raise ValueError(f"threshold={self.threshold!r} is not allowed: it must be a finite number or None.")
-            self.threshold = float(self.threshold)
+            self._set("threshold", float(self.threshold))
         whole("patience", self.patience, at_least=1)
         whole("min_exit", self.min_exit, at_least=0)
         whole("max_exit", self.max_exit, at_least=0)
@@ -109,13 +111,22 @@ class EarlyExitConfig:
                 raise ValueError(
                     f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
                 )
-            self.temperature = [float(t) for t in self.temperature]
+            self._set("temperature", [float(t) for t in self.temperature])
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize={self.normalize!r} is not allowed: it must be True or False.")
         for name in ("parameters", "calibration"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
+            self._set(name, copy.deepcopy(value))
+
+    def __hash__(self) -> int:
+        # of what tells configs apart as a rule; `==` compares all fields, which a dict among them keeps out of a hash
+        return hash((self.policy, self.divergence, self.threshold, self.patience, self.window, self.depth))
+
+    def _set(self, name: str, value: Any) -> None:
+        """For `__post_init__` alone: a frozen dataclass has no other way to store what it made of a value."""
+        object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, value: EarlyExitConfig | dict[str, Any] | None, **overrides: Any) -> EarlyExitConfig:
@@ -127,7 +138,7 @@ class EarlyExitConfig:
         if value is None:
             data: dict[str, Any] = {}
         elif isinstance(value, EarlyExitConfig):
-            data = asdict(value)
+            data = {f.name: getattr(value, f.name) for f in fields(value)}
         elif isinstance(value, dict):
             data = dict(value)
         else:
@@ -145,4 +156,4 @@ class EarlyExitConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
-        return asdict(self)
+        return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}

@@ -18,8 +18,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from badge_peft.early_exit.pass_ import LeavingRun
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import EarlyExitRun, run_fields
-from badge_peft.early_exit.recent import policy_for
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.full_depth import count_rows
@@ -189,7 +189,7 @@ def _group(
             mask,
             "cls",
             exit_layers=[depth],
-            policy=policy_for({"policy": "fixed_depth", "depth": depth}, {}),
+            policy=build_policy(policy="fixed_depth", depth=depth),
             num_labels=int(badge.model.config.num_labels),
             problem_type="single_label_classification",
         )

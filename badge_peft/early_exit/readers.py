@@ -11,8 +11,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.pass_ import LeavingRun
-from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.recent import policy_for
+from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import Exit
 from badge_peft.tuner.layer import BadgeBlock
@@ -125,7 +124,7 @@ class EarlyExitRun(LeavingRun):
 def run_fields(config: BadgeConfig, early_exit_config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     """What an `EarlyExitRun` has to know of the adapter with this `config`; `early_exit_config` None: its own."""
     return {
-        "policy": policy_for(config.early_exit if early_exit_config is None else early_exit_config, overrides),
+        "policy": build_policy(config.early_exit if early_exit_config is None else early_exit_config, **overrides),
         "num_labels": config.resolved_labels,
         "problem_type": config.resolved_problem_type,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -79,8 +80,8 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
     doubts = first_doubts(policy, history)  # [E-1, N]
     found = []
     for tau in _thresholds(doubts, policy.stops_above, history, count):
-        config = EarlyExitConfig.of(family, threshold=1.0)
-        config.threshold = tau / cast(ThresholdPolicy, build_policy(config)).unit(history)
+        unit = cast(ThresholdPolicy, build_policy(family, threshold=1.0)).unit(history)
+        config = replace(family, threshold=tau / unit)
         found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), doubts, history)))
     return found
 

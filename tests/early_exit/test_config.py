@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import re
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -163,6 +165,28 @@ class TestOf:
             EarlyExitConfig.of(EarlyExitConfig(), patience=0)
         with pytest.raises(ValueError, match="min_exit=3"):
             EarlyExitConfig.of({"max_exit": 2}, min_exit=3)
+
+
+@pytest.mark.parametrize("field", sorted(FULL))
+def test_it_is_frozen(field):
+    config = EarlyExitConfig(**FULL)
+    with pytest.raises(FrozenInstanceError):
+        setattr(config, field, FULL[field])
+    assert config == EarlyExitConfig(**FULL) and hash(config) == hash(EarlyExitConfig(**FULL))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == replace(config) == config
+
+
+@pytest.mark.parametrize("make", [lambda fields: EarlyExitConfig(**fields), EarlyExitConfig.of])
+def test_what_was_given_may_change_afterwards(make):
+    given = copy.deepcopy(FULL)
+    config = make(given)
+    given["temperature"].append(2.0)
+    given["parameters"]["weights"].clear()
+    given["calibration"].clear()
+    written = config.to_dict()
+    assert written == FULL
+    written["parameters"]["weights"].clear()
+    assert config == EarlyExitConfig(**FULL)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 import warnings
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -107,8 +108,9 @@ class TestConfig:
         assert depth_of(model) == 2 and model.get_early_exit_config() == config
         model.set_early_exit_config(at(4))
         assert depth_of(model) == 4
-        config.depth = 1
-        model.get_early_exit_config().depth = 1  # a copy, too
+        for found in (config, model.get_early_exit_config()):
+            with pytest.raises(FrozenInstanceError):
+                found.depth = 1
         assert depth_of(model) == 4
         model.set_early_exit_config(None)
         assert model.get_early_exit_config() == EarlyExitConfig()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,7 +152,7 @@ def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_l
     every, last = config["decide_every"], exits[-1]
     policy = build_policy(config)
     if config["policy"] == "agreement":
-        policy.config.max_exit = None
+        policy.config = replace(policy.config, max_exit=None)
     history = ExitHistory.of(logits.numpy(), exits, problem_type)
     holds = [policy.agrees(history, j) for j in range(len(exits) - 1)]
     want = [

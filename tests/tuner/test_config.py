@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -191,7 +191,7 @@ def test_deepcopy():
     config = BadgeConfig(**OTHER)
     copied = copy.deepcopy(config)
     assert copied == config
-    copied.early_exit.patience = 7
+    copied.early_exit = replace(copied.early_exit, patience=7)
     assert config.early_exit.patience == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -34,9 +35,30 @@ POLICIES: dict[str, type[ExitPolicy]] = {
 
 
 def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overrides: Any) -> ExitPolicy:
-    """The policy that a config describes."""
+    """The policy that a config describes. One that was built of late is found again: a service may ask at each call.
+
+    Args:
+        config: `None` takes the defaults. It is never changed.
+        **overrides: Fields of `EarlyExitConfig`, which win over `config`.
+
+    Raises:
+        ValueError: `config` is of another type, or a field has a value that is not allowed.
+    """
+    if isinstance(config, dict):
+        overrides = {**config, **overrides}
+        config = None
+    try:
+        return _recent(config, **overrides)
+    except TypeError:  # a list or a dict among the fields, by which nothing can be found again
+        return _build(config, **overrides)
+
+
+def _build(config: EarlyExitConfig | None, /, **overrides: Any) -> ExitPolicy:
     config = EarlyExitConfig.of(config, **overrides)
     return POLICIES[config.policy](config)
+
+
+_recent = lru_cache(maxsize=16, typed=True)(_build)  # typed: `True` is 1, but no patience
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class AgreementPolicy(ThresholdPolicy):
         # a policy's class says it elsewhere; here it depends on what was fitted
         self.stops_above = fitted["problem_type"] != "regression"  # type: ignore[misc]
         if self.config.max_exit is None:
-            self.config.max_exit = fitted["reference"]
+            self.config = replace(self.config, max_exit=fitted["reference"])
 
     def signal(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""

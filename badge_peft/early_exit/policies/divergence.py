@@ -77,8 +77,7 @@ class PatiencePolicy(DivergencePolicy):
     default_patience = 2
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
-        super().__init__(config, **fields)
-        self.config.divergence, self.config.window = "label", "consecutive"
+        super().__init__(config, **{**fields, "divergence": "label", "window": "consecutive"})
 
     def threshold(self, history: ExitHistory) -> float:
         """Only regression has a threshold to choose."""
