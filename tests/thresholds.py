@@ -17,16 +17,16 @@ def in_a_gap(
     exit_logits: Tensor,
     exits: list[int],
     problem_type: str = "single_label_classification",
-    signals: Tensor | None = None,
+    uncertainty: Tensor | None = None,
     least: float = 1e-4,
 ) -> dict[str, Any]:
     """`policy` with the threshold that spreads the rows of these logits [N, E, K] over the most exits, among those in
     a gap wider than `least`."""
     history = ExitHistory.of(
-        exit_logits.float().numpy(), exits, problem_type, None if signals is None else signals.float().numpy()
+        exit_logits.float().numpy(), exits, problem_type, None if uncertainty is None else uncertainty.float().numpy()
     )
     rule: Any = build_policy(policy)
-    values = np.concatenate([rule.signal(history, j) for j in range(len(exits) - 1)])
+    values = np.concatenate([rule.score(history, j) for j in range(len(exits) - 1)])
     values = np.unique(values[np.isfinite(values)])
     found = []
     for low, high in zip(values, values[1:], strict=False):

@@ -105,12 +105,12 @@ def evidence(policy: ExitPolicy, history: ExitHistory, j: int) -> Evidence | Non
         return None
     if isinstance(policy, DivergencePolicy):
         return _divergences(policy, history, j)
-    if isinstance(policy, (AgreementPolicy, LearnedPolicy)) and policy.answers(history.exits, j):
+    if isinstance(policy, (AgreementPolicy, LearnedPolicy)) and policy.is_final(history.exits, j):
         return None  # nothing was fitted for an exit that nobody asks
     if isinstance(policy, ConfidentPatiencePolicy):
         return _run_of_entropies(policy, history, j)
-    value = float(policy.signal(history, j)[0])
-    passes = bool(policy.agrees(history, j)[0])
+    value = float(policy.score(history, j)[0])
+    passes = bool(policy.should_exit(history, j)[0])
     return _evidence(policy, history, (Measured(history.exits[j], value, passes),))
 
 
@@ -134,7 +134,7 @@ def _divergences(policy: DivergencePolicy, history: ExitHistory, j: int) -> Evid
 def _run_of_entropies(policy: ConfidentPatiencePolicy, history: ExitHistory, j: int) -> Evidence:
     """How many exits in a row, up to this one, were sure enough."""
     alone = ConfidentPatiencePolicy(policy.config, patience=1)
-    shares = [float(alone.signal(history, i)[0]) for i in range(j + 1)]
+    shares = [float(alone.score(history, i)[0]) for i in range(j + 1)]
     count = 0
     while count <= j and _below(policy, history, shares[j - count]):
         count += 1

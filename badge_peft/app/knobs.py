@@ -125,7 +125,7 @@ def _with_unit(policy: ThresholdPolicy) -> ThresholdPolicy:
 
 
 def _largest(policy: ThresholdPolicy, num_labels: int, problem_type: str, widest: float | None) -> float:
-    """A threshold beyond which moving on changes little or nothing, in the unit of the signal."""
+    """A threshold beyond which moving on changes little or nothing, in the unit of the score."""
     most = max_entropy(num_labels, problem_type)
     if problem_type == "regression" and isinstance(policy, (DivergencePolicy, AgreementPolicy)):
         return widest or 1.0

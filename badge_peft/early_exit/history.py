@@ -33,24 +33,24 @@ class ExitHistory:
         self.num_labels = num_labels
         self.seen = 0
         self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
-        self._signals: Array | None = None
+        self._uncertainty: Array | None = None
         self._log_probs = np.empty_like(self.logits)
         self._log_others = np.empty_like(self.logits) if problem_type == "multi_label_classification" else None
         self._cache: dict[tuple[str, str, int], Array] = {}
 
     @classmethod
     def of(
-        cls, exit_logits: Array, exits: Sequence[int], problem_type: str, signals: Array | None = None
+        cls, exit_logits: Array, exits: Sequence[int], problem_type: str, uncertainty: Array | None = None
     ) -> ExitHistory:
         """The history of stored logits [N, E, K], with all exits seen."""
         n, e, k = exit_logits.shape
         history = cls(exits, n, k, problem_type)
         for j in range(e):
-            history.append(exit_logits[:, j], None if signals is None else signals[:, j])
+            history.append(exit_logits[:, j], None if uncertainty is None else uncertainty[:, j])
         return history
 
-    def append(self, logits: Array, signals: Array | None = None) -> None:
-        """Adds the next exit's logits [n, K], and its learned signal [n] where there is one."""
+    def append(self, logits: Array, uncertainty: Array | None = None) -> None:
+        """Adds the next exit's logits [n, K], and its learned uncertainty [n] where there is one."""
         j = self.seen
         self.logits[j] = logits
         x = self.logits[j]
@@ -59,10 +59,10 @@ class ExitHistory:
         elif self.problem_type == "multi_label_classification":
             assert self._log_others is not None
             div.log_sigmoid(x, out=self._log_probs[j], out_other=self._log_others[j])
-        if signals is not None:
-            if self._signals is None:
-                self._signals = self._no_signals()
-            self._signals[j] = signals
+        if uncertainty is not None:
+            if self._uncertainty is None:
+                self._uncertainty = self._no_uncertainty()
+            self._uncertainty[j] = uncertainty
         self.seen = j + 1
 
     def skip(self) -> None:
@@ -70,18 +70,18 @@ class ExitHistory:
         self.seen += 1
 
     @property
-    def signals(self) -> Array:
-        """[E, n]: the learned signals, NaN where there are none."""
-        return self._no_signals() if self._signals is None else self._signals
+    def uncertainty(self) -> Array:
+        """[E, n]: the learned uncertainty, NaN where there are none."""
+        return self._no_uncertainty() if self._uncertainty is None else self._uncertainty
 
-    def _no_signals(self) -> Array:
+    def _no_uncertainty(self) -> Array:
         return np.full(self.logits.shape[:2], np.nan, dtype=np.float32)
 
     def keep(self, rows: Array) -> None:
         """Forgets all rows but those that the boolean array `rows` [n] marks."""
         self.logits = self.logits[:, rows]
-        if self._signals is not None:
-            self._signals = self._signals[:, rows]
+        if self._uncertainty is not None:
+            self._uncertainty = self._uncertainty[:, rows]
         self._log_probs = self._log_probs[:, rows]
         if self._log_others is not None:
             self._log_others = self._log_others[:, rows]

@@ -40,7 +40,7 @@ class EarlyExitRun(LeavingRun):
         self.policy = policy
         self.history = ExitHistory(self.exit_layers, self.batch_size, num_labels, problem_type)
         self.answer: Tensor | None = None
-        if not policy.reads_doubts:
+        if not policy.reads_uncertainty:
             self.learn_to_exit = None
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
@@ -68,7 +68,7 @@ class EarlyExitRun(LeavingRun):
         exits, j = self.exit_layers, self._position
         self._position += 1
         exit_ = block.own_exit(self.adapter, number)
-        if not (self.policy.reads(exits, j) or exit_.feeds_later_exits):
+        if not (self.policy.needs_logits(exits, j) or exit_.feeds_later_exits):
             self._dtype = self._dtype or logits_dtype(exit_)
             self._undecided.append(None)
             return
@@ -77,12 +77,12 @@ class EarlyExitRun(LeavingRun):
         going = None  # which of these have not stopped; None: all
         if self.waiting:
             going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
-        if self.policy.answers(exits, j):
+        if self.policy.is_final(exits, j):
             self._stop(logits, going, np.ones(self.left, dtype=bool), number)
             return
         found = [logits, self.doubts[number]] if number in self.doubts else [logits]
         self._undecided.append(found if going is None else [_take(x, going) for x in found])
-        if self.policy.decides(exits, j):
+        if self.policy.can_exit(exits, j):
             self._bring_up_to_date()
             stops = self.policy.stops(self.history, j)
             if np.count_nonzero(stops):

@@ -77,12 +77,12 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
         return [_replayed(EarlyExitConfig.of(family, patience=t), history) for t in patience]
     if labels or not isinstance(policy, ThresholdPolicy) or family.threshold is not None:
         return [_replayed(family, history)]
-    doubts = first_doubts(policy, history)  # [E-1, N]
+    scores = running_min_score(policy, history)  # [E-1, N]
     found = []
-    for tau in _thresholds(doubts, policy.stops_above, history, count):
+    for tau in _thresholds(scores, policy.stops_above, history, count):
         unit = cast(ThresholdPolicy, build_policy(family, threshold=1.0)).unit(history)
         config = replace(family, threshold=tau / unit)
-        found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), doubts, history)))
+        found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), scores, history)))
     return found
 
 
@@ -106,13 +106,13 @@ def _every_policy(history: ExitHistory) -> Iterable[str | dict[str, Any]]:
     if not regression:
         yield from ({"policy": name} for name in ("entropy", "max_prob", "confident_patience"))
     yield "agreement"
-    if not np.isnan(history.signals).any():
+    if not np.isnan(history.uncertainty).any():
         yield {"policy": "learned"}
 
 
-def _thresholds(doubts: Array, stops_above: bool, history: ExitHistory, count: int) -> list[float]:
-    """Thresholds in the unit of the signal, from few stops to many."""
-    values = np.unique(doubts[np.isfinite(doubts)])
+def _thresholds(scores: Array, stops_above: bool, history: ExitHistory, count: int) -> list[float]:
+    """Thresholds in the unit of the score, from few stops to many."""
+    values = np.unique(scores[np.isfinite(scores)])
     if not len(values):
         return []
     if len(values) > 2000:
@@ -120,30 +120,30 @@ def _thresholds(doubts: Array, stops_above: bool, history: ExitHistory, count: i
     above = np.append(values[1:], values[-1] + np.float32(1e-3) + abs(values[-1]) * np.float32(1e-3))
     taus = (values + above) / 2  # halfway to the next value that was seen: no row lies on the threshold
     gaps = np.diff(np.array(history.exits, dtype=np.float64))
-    saved = sum(gap * np.searchsorted(np.sort(row), taus) for gap, row in zip(gaps, doubts, strict=True))
+    saved = sum(gap * np.searchsorted(np.sort(row), taus) for gap, row in zip(gaps, scores, strict=True))
     wanted = np.linspace(saved.min(), saved.max(), count)
     chosen = sorted({int(np.abs(saved - goal).argmin()) for goal in wanted})
     sign = -1.0 if stops_above else 1.0
     return [sign * float(taus[i]) for i in chosen]
 
 
-def first_doubts(policy: ThresholdPolicy, history: ExitHistory) -> Array:
-    """[E-1, N]: the least doubt that a row has shown up to each exit but the last, so that a row has stopped by exit j
+def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
+    """[E-1, N]: the smallest score of a row up to each exit but the last, so that a row has stopped by exit j
     exactly where this lies below the threshold. A confidence counts as its negative."""
     sign = np.float32(-1.0 if policy.stops_above else 1.0)
     rows = []
     for j in range(len(history.exits) - 1):
-        decides = policy.decides(history.exits, j)
-        rows.append(sign * policy.signal(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32))
+        decides = policy.can_exit(history.exits, j)
+        rows.append(sign * policy.score(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32))
     if not rows:
         return np.empty((0, history.rows), dtype=np.float32)
     return np.minimum.accumulate(np.stack(rows), axis=0)
 
 
-def _stops(policy: ThresholdPolicy, doubts: Array, history: ExitHistory) -> Array:
-    """[N]: what `policy.replay_history` gives, from doubts that all thresholds share."""
+def _stops(policy: ThresholdPolicy, scores: Array, history: ExitHistory) -> Array:
+    """[N]: what `policy.replay_history` gives, from scores that all thresholds share."""
     tau = np.float32(policy.limit(history))
-    going = doubts > -tau if policy.stops_above else doubts >= tau  # [E-1, N], True down to the exit that answers
+    going = scores > -tau if policy.stops_above else scores >= tau  # [E-1, N], True down to the exit that answers
     index = going.sum(axis=0)
     cap = policy.config.max_exit
     if cap is not None:

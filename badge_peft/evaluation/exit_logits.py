@@ -13,6 +13,8 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 
+_UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
+
 
 @dataclass
 class ExitLogits:
@@ -24,7 +26,7 @@ class ExitLogits:
         exit_layers: Block numbers of the E exits; the last is M. None means 1 to E.
         problem_type: As transformers has it; None means regression for K = 1, else single-label classification.
         num_blocks: M, which turns blocks into a speed-up. None means the last exit's block.
-        signals: [N, E], the uncertainty that the `learned` policy reads, when the adapter has it.
+        uncertainty: [N, E], what the `learned` policy reads, when the adapter has it.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -35,7 +37,7 @@ class ExitLogits:
     exit_layers: list[int] | None = None
     problem_type: str | None = None
     num_blocks: int | None = None
-    signals: Tensor | None = None
+    uncertainty: Tensor | None = None
     _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -48,8 +50,8 @@ class ExitLogits:
             raise ValueError(f"exit_layers={self.exit_layers} must be {e} increasing block numbers.")
         if self.labels is not None and len(self.labels) != n:
             raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
-        if self.signals is not None and tuple(self.signals.shape) != (n, e):
-            raise ValueError(f"signals must be [{n}, {e}], got {list(self.signals.shape)}.")
+        if self.uncertainty is not None and tuple(self.uncertainty.shape) != (n, e):
+            raise ValueError(f"uncertainty must be [{n}, {e}], got {list(self.uncertainty.shape)}.")
         if self.problem_type is None:
             self.problem_type = "regression" if k == 1 else "single_label_classification"
         if self.num_blocks is None:
@@ -78,15 +80,15 @@ class ExitLogits:
             self.exits,
             self.problem_type,
             self.num_blocks,
-            None if self.signals is None else self.signals[rows],
+            None if self.uncertainty is None else self.uncertainty[rows],
         )
 
     def history(self) -> ExitHistory:
         """The rows as a policy sees them; made once, so that many replays share what they derive."""
         if self._history is None:
             assert self.problem_type is not None
-            signals = None if self.signals is None else self.signals.float().numpy()
-            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.problem_type, signals)
+            uncertainty = None if self.uncertainty is None else self.uncertainty.float().numpy()
+            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.problem_type, uncertainty)
         return self._history
 
     def answers(self, exit_layer: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ class ExitLogits:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
-        tensors = {"logits": self.logits, "labels": self.labels, "signals": self.signals}
+        tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty}
         meta = {"exit_layers": self.exits, "problem_type": self.problem_type, "num_blocks": self.depth}
         save_file(
             {k: v.contiguous() for k, v in tensors.items() if v is not None},
@@ -116,5 +118,5 @@ class ExitLogits:
             names = set(file.keys())
             if meta is None or "logits" not in names:
                 raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
-            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", "signals"}}
-        return cls(**tensors, **json.loads(meta))
+            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", _UNCERTAINTY}}
+        return cls(uncertainty=tensors.pop(_UNCERTAINTY, None), **tensors, **json.loads(meta))

@@ -1,7 +1,7 @@
 """The exit policies as ONNX nodes, with `threshold` and `patience` as inputs of the graph.
 
 The maths is that of `early_exit/policies`, whose `replay` is what these nodes are tested against. A policy there knows
-its patience and reads the signal off the whole history; here the patience comes with the call, so what is carried from
+its patience and reads the score off the whole history; here the patience comes with the call, so what is carried from
 exit to exit are counts.
 """
 
@@ -88,20 +88,20 @@ class Decision:
 
     def may_stop(self, index: int) -> bool:
         """Whether the config lets rows stop at exit `index`."""
-        return self.policy.decides(self.exits, index)
+        return self.policy.can_exit(self.exits, index)
 
     def is_last(self, index: int) -> bool:
         """Whether everybody who comes to exit `index` answers there."""
-        return self.policy.answers(self.exits, index)
+        return self.policy.is_final(self.exits, index)
 
     def reads(self, index: int) -> bool:
         """Whether the answers of exit `index` matter to anybody, whatever patience a call brings."""
         if self.uses_patience:  # any exit may be the first of those that agree
             return True
-        return self.policy.reads(self.exits, index)
+        return self.policy.needs_logits(self.exits, index)
 
     def threshold(self) -> tuple[float, float]:
-        """The config's own threshold, and the unit by which a threshold is multiplied before it meets the signal."""
+        """The config's own threshold, and the unit by which a threshold is multiplied before it meets the score."""
         policy = self.policy
         if not isinstance(policy, ThresholdPolicy):
             return 0.0, 1.0
@@ -131,7 +131,7 @@ class Decision:
             return self.problem_type == "regression"
         return not isinstance(self.policy, (NeverPolicy, FixedDepthPolicy))
 
-    # ------------------------------------------------------------------------------------------------------- signals
+    # ------------------------------------------------------------------------------------------------------- scores
 
     def _entropy(self, at: Answers) -> str:
         return self.of.entropy(at.graph, self.of.log_probs(at.graph, at.logits))

@@ -146,7 +146,7 @@ def test_every_method_is_run_and_stored(place: Path) -> None:
     exits = {tuple(r.result["scores"]["test"]["exits"]) for r in records}
     assert exits == {(1, 2), (0, 1, 2), (1,), (2,)}  # all, with exit 0, and the single ones
     lte = next(r for r in records if r.method == "badge_lte")
-    assert store.logits(lte.settled, "test").signals is not None
+    assert store.logits(lte.settled, "test").uncertainty is not None
 
 
 def test_rates_come_from_the_search(place: Path) -> None:

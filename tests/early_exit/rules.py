@@ -85,7 +85,7 @@ def with_threshold(
         assert labels_are_safe(logits)
         return {**rule, "threshold": 0.5}
     history = as_history(logits, exits, SINGLE, doubts)
-    signals = np.concatenate([policy.signal(history, j) for j in range(len(exits) - 1)] or [np.zeros(0)])
+    signals = np.concatenate([policy.score(history, j) for j in range(len(exits) - 1)] or [np.zeros(0)])
     signals = np.sort(signals[np.isfinite(signals)])
     if len(signals) < 2:
         return {**rule, "threshold": 0.5}
@@ -105,7 +105,7 @@ def mixed_rule(logits: Tensor, exits: list[int]) -> dict[str, Any]:
     one row and the smallest entropy of another."""
     policy = build_policy(policy="entropy")
     history = as_history(logits, exits, SINGLE)
-    signals = np.stack([policy.signal(history, j) for j in range(len(exits) - 1)])  # [E - 1, N]
+    signals = np.stack([policy.score(history, j) for j in range(len(exits) - 1)])  # [E - 1, N]
     best = signals.min(axis=0)
     between = np.sort(signals[(signals >= best.min()) & (signals <= best.max())])
     gaps = np.diff(between)

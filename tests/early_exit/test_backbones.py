@@ -96,7 +96,7 @@ def test_live_is_replay(case, placement, pooling, final_exit):
     blocks = BlockRows(model)
     for rule in rules_for(model, logits, doubts, turn, every=3):
         out = model.early_exit_forward(**batch, early_exit_config=rule)
-        want = build_policy(rule).replay(logits, exits, signals=doubts)
+        want = build_policy(rule).replay(logits, exits, uncertainty=doubts)
         assert out.exit_layer.tolist() == want.tolist(), rule
         close(out.logits, answers(logits, exits, want))
         blocks.check(out.exit_layer)

@@ -26,7 +26,7 @@ def signals(name, logits, problem_type=SINGLE, **fields):
     """[E, N] of a rule on logits [N, E, K]."""
     history = ExitHistory.of(np.asarray(logits, np.float32), range(1, len(logits[0]) + 1), problem_type)
     rule = build_policy(policy=name, **fields)
-    return np.stack([rule.signal(history, j) for j in range(len(logits[0]))])
+    return np.stack([rule.score(history, j) for j in range(len(logits[0]))])
 
 
 def between(logit):

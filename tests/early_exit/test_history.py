@@ -68,10 +68,10 @@ def test_it_grows_exit_by_exit():
     history = ExitHistory(EXITS, 3, 4, SINGLE)
     assert (history.seen, history.rows, history.num_labels) == (0, 3, 4)
     for j in range(len(EXITS)):
-        history.append(logits[:, j], signals=logits[:, j, 0])
+        history.append(logits[:, j], uncertainty=logits[:, j, 0])
         assert history.seen == j + 1
         np.testing.assert_array_equal(history.logits[j], logits[:, j])
-        np.testing.assert_array_equal(history.signals[j], logits[:, j, 0])
+        np.testing.assert_array_equal(history.uncertainty[j], logits[:, j, 0])
     np.testing.assert_array_equal(everything(history), everything(ExitHistory.of(logits, EXITS, SINGLE)))
 
 

@@ -167,7 +167,7 @@ def test_learned_stops_where_the_doubt_is_small():
     doubts = np.random.default_rng(0).uniform(size=(ROWS, EXITS)).astype(np.float32)
     policy = build_policy(policy="learned", threshold=0.3)
     want = [first(row, lambda v: v < 0.3) for row in doubts.tolist()]
-    assert policy.replay(random_logits(SINGLE), signals=doubts).tolist() == want
+    assert policy.replay(random_logits(SINGLE), uncertainty=doubts).tolist() == want
     with pytest.raises(ValueError, match="learn_to_exit"):
         policy.replay(random_logits(SINGLE))
 
@@ -434,10 +434,10 @@ def test_a_rows_signal_does_not_depend_on_the_rows_beside_it(name, problem_type)
     assert alone == stops.tolist()
     if isinstance(policy, ThresholdPolicy):
         history = ExitHistory.of(logits, exits, problem_type)
-        signals = np.stack([policy.signal(history, j) for j in range(13)])
+        signals = np.stack([policy.score(history, j) for j in range(13)])
         for n in range(33):
             one = ExitHistory.of(logits[n : n + 1], exits, problem_type)
-            np.testing.assert_array_equal([policy.signal(one, j)[0] for j in range(13)], signals[:, n])
+            np.testing.assert_array_equal([policy.score(one, j)[0] for j in range(13)], signals[:, n])
 
 
 def test_every_name_is_built():

@@ -93,7 +93,7 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
     logits = logits_of(data.draw(st.integers(0, 999)), 5, num_labels, data.draw(st.sampled_from(KINDS)))
     policy = build_policy(config)
     want = policy.replay(logits[:, list(exits)], exits, problem_type)
-    read = [m for j, m in enumerate(exits) if policy.reads(exits, j)]
+    read = [m for j, m in enumerate(exits) if policy.needs_logits(exits, j)]
     unread = [m for m in exits if m not in read]
     logits[:, unread] = 1e3 * torch.randn(logits[:, unread].shape, generator=torch.Generator().manual_seed(1))
     assert policy.replay(logits[:, list(exits)], exits, problem_type).tolist() == want.tolist()
@@ -133,8 +133,8 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
 )
 def test_which_exits_are_read(config, read):
     policy, exits = build_policy(config), range(7)
-    reached = range(1 + next(j for j in exits if policy.answers(exits, j)))
-    assert [j for j in reached if policy.reads(exits, j)] == read
+    reached = range(1 + next(j for j in exits if policy.is_final(exits, j)))
+    assert [j for j in reached if policy.needs_logits(exits, j)] == read
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
@@ -154,7 +154,7 @@ def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_l
     if config["policy"] == "agreement":
         policy.config = replace(policy.config, max_exit=None)
     history = ExitHistory.of(logits.numpy(), exits, problem_type)
-    holds = [policy.agrees(history, j) for j in range(len(exits) - 1)]
+    holds = [policy.should_exit(history, j) for j in range(len(exits) - 1)]
     want = [
         next((exits[j] for j in range(every - 1, len(exits) - 1, every) if holds[j][row]), last) for row in range(9)
     ]

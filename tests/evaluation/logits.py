@@ -40,7 +40,7 @@ def plausible(
         torch.tensor(logits, dtype=torch.float32),
         torch.tensor(labels).to(kind),
         problem_type=problem_type,
-        signals=torch.tensor(doubts, dtype=torch.float32),
+        uncertainty=torch.tensor(doubts, dtype=torch.float32),
     )
 
 
@@ -62,8 +62,8 @@ def strange(
         labels = torch.randint(0, 2, (rows, num_labels), generator=generator).float()
     else:
         labels = torch.randint(0, num_labels, (rows,), generator=generator)
-    signals = torch.rand(rows, len(exits), generator=generator)
-    return ExitLogits(logits, labels if labelled else None, exits, problem_type, signals=signals)
+    uncertainty = torch.rand(rows, len(exits), generator=generator)
+    return ExitLogits(logits, labels if labelled else None, exits, problem_type, uncertainty=uncertainty)
 
 
 KINDS = ("plain", "whole", "huge", "same")

@@ -275,7 +275,7 @@ def test_without_labels_the_score_is_agreement_with_full_depth():
 )
 def test_bad_values(options, message):
     stored = plausible(rows=20, exits=4)
-    stored.signals = None
+    stored.uncertainty = None
     with pytest.raises(ValueError, match=message):
         calibrate(stored, **options)
 

@@ -21,13 +21,13 @@ def full(rows: int = 5) -> ExitLogits:
         exit_layers=[0, 2, 6],
         problem_type="single_label_classification",
         num_blocks=6,
-        signals=torch.rand(rows, 3),
+        uncertainty=torch.rand(rows, 3),
     )
 
 
 def assert_equal(a: ExitLogits, b: ExitLogits) -> None:
     assert torch.equal(a.logits, b.logits)
-    for left, right in ((a.labels, b.labels), (a.signals, b.signals)):
+    for left, right in ((a.labels, b.labels), (a.uncertainty, b.uncertainty)):
         assert (left is None and right is None) or torch.equal(left, right)  # type: ignore[arg-type]
     assert (a.exits, a.problem_type, a.depth) == (b.exits, b.problem_type, b.depth)
 
@@ -35,7 +35,7 @@ def assert_equal(a: ExitLogits, b: ExitLogits) -> None:
 def test_defaults() -> None:
     data = ExitLogits(torch.zeros(2, 3, 4))
     assert (data.exits, data.depth, data.problem_type) == ([1, 2, 3], 3, "single_label_classification")
-    assert (data.labels, data.signals, len(data)) == (None, None, 2)
+    assert (data.labels, data.uncertainty, len(data)) == (None, None, 2)
     assert ExitLogits(torch.zeros(2, 3, 1)).problem_type == "regression"
 
 
@@ -67,7 +67,7 @@ def test_select_by_numbers_and_by_mask(rows: torch.Tensor) -> None:
     chosen = data.select(rows)
     assert torch.equal(chosen.logits, data.logits[rows])
     assert torch.equal(chosen.labels, data.labels[rows])  # type: ignore[arg-type,index]
-    assert torch.equal(chosen.signals, data.signals[rows])  # type: ignore[arg-type,index]
+    assert torch.equal(chosen.uncertainty, data.uncertainty[rows])  # type: ignore[arg-type,index]
     assert (chosen.exits, chosen.depth) == (data.exits, data.depth)
 
 
@@ -94,7 +94,7 @@ def test_the_history_is_made_once() -> None:
         ({"exit_layers": [1, 3, 2]}, "increasing"),
         ({"exit_layers": [1, 1, 2]}, "increasing"),
         ({"labels": torch.zeros(4)}, "4 labels for 2 rows"),
-        ({"signals": torch.zeros(2, 2)}, r"signals must be \[2, 3\]"),
+        ({"uncertainty": torch.zeros(2, 2)}, r"uncertainty must be \[2, 3\]"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(fields: dict[str, Any], message: str) -> None:

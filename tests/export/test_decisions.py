@@ -64,7 +64,7 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
     policy = build_policy(rule)
     assert isinstance(policy, ThresholdPolicy)
     history = as_history(logits, None, problem, doubts_of())
-    signals = np.concatenate([policy.signal(history, j) for j in range(EXITS - 1)])
+    signals = np.concatenate([policy.score(history, j) for j in range(EXITS - 1)])
     values = np.unique(signals[np.isfinite(signals)]).astype(np.float64)
     if len(values) < 3 or rule.get("divergence") == "label" or rule.get("policy") == "patience":
         return [0.5]
@@ -144,7 +144,7 @@ def test_any_logits(seed, scale, patience, tau):
     logits = logits_of(SINGLE, seed, scale)
     policy = build_policy({"policy": "divergence", "threshold": tau, "patience": patience})
     history = as_history(logits, None, SINGLE)
-    signals = np.stack([policy.signal(history, j) for j in range(EXITS)])
+    signals = np.stack([policy.score(history, j) for j in range(EXITS)])
     safe = (np.abs(signals - tau) > 1e-4).all(axis=0)
     _, exits = _divergence_graph()(logits, tau, patience)
     np.testing.assert_array_equal(exits[safe], policy.replay(logits).numpy()[safe])

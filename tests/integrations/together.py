@@ -127,8 +127,8 @@ def collect() -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for rows, batch_size in ((1, 4), (4, 4), (13, 4), (13, 1)):
         got = collect_exit_logits(model, make_rows(rows), batch_size, split_between_processes=True)
-        assert got.labels is not None and got.signals is not None
-        kinds = {"logits": got.logits, "labels": got.labels, "signals": got.signals}
+        assert got.labels is not None and got.uncertainty is not None
+        kinds = {"logits": got.logits, "labels": got.labels, "signals": got.uncertainty}
         found |= {f"{rows} rows by {batch_size}: {kind}": value for kind, value in kinds.items()}
     unlabelled = collect_exit_logits(model, make_rows(5, labels=False), 2, split_between_processes=True)
     assert unlabelled.labels is None

@@ -184,15 +184,17 @@ def test_live_is_replay(case, final_exit):
     rows = [{name: value[i] for name, value in batch.items()} for i in range(11)]
     stored = collect_exit_logits(model, rows, batch_size=4)
     full = output_of(model, batch)
-    torch.testing.assert_close(stored.signals, full.exit_doubts.float())
-    rule = in_a_gap({"policy": "learned"}, stored.logits, stored.exits, signals=stored.signals)
+    torch.testing.assert_close(stored.uncertainty, full.exit_doubts.float())
+    rule = in_a_gap({"policy": "learned"}, stored.logits, stored.exits, uncertainty=stored.uncertainty)
     replayed = build_policy(rule).replay(stored)
-    assert torch.equal(replayed, build_policy(rule).replay(full.exit_logits, stored.exits, signals=full.exit_doubts))
+    assert torch.equal(
+        replayed, build_policy(rule).replay(full.exit_logits, stored.exits, uncertainty=full.exit_doubts)
+    )
     out = model.early_exit_forward(**batch, early_exit_config=rule)
     assert out.exit_layer.tolist() == replayed.tolist() and len(replayed.unique()) >= 2
     by_hand = [
         next((m for m, u in zip(stored.exits[:-1], row, strict=False) if u < rule["threshold"]), stored.exits[-1])
-        for row in stored.signals.tolist()
+        for row in stored.uncertainty.tolist()
     ]
     assert replayed.tolist() == by_hand
     index = torch.tensor([stored.exits.index(m) for m in by_hand])
@@ -209,15 +211,15 @@ def test_problem_types(problem_type, num_labels):
     out = output_of(model, batch)
     rule = in_a_gap({"policy": "learned"}, out.exit_logits, [1, 2, 3], problem_type, out.exit_doubts, least=1e-3)
     found = model.early_exit_forward(**batch, early_exit_config=rule).exit_layer
-    want = build_policy(rule).replay(out.exit_logits, problem_type=problem_type, signals=out.exit_doubts)
+    want = build_policy(rule).replay(out.exit_logits, problem_type=problem_type, uncertainty=out.exit_doubts)
     assert found.tolist() == want.tolist()
 
 
 def test_default_threshold_is_a_tenth():
     logits = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
-    signals = torch.tensor([[0.2, 0.11, 0.09, 0.0], [0.05, 0.9, 0.9, 0.0], [0.5, 0.4, 0.3, 0.0]])
-    assert build_policy(policy="learned").replay(logits, signals=signals).tolist() == [3, 1, 4]
-    equal = build_policy(policy="learned", threshold=0.5).replay(logits, signals=signals)
+    uncertainty = torch.tensor([[0.2, 0.11, 0.09, 0.0], [0.05, 0.9, 0.9, 0.0], [0.5, 0.4, 0.3, 0.0]])
+    assert build_policy(policy="learned").replay(logits, uncertainty=uncertainty).tolist() == [3, 1, 4]
+    equal = build_policy(policy="learned", threshold=0.5).replay(logits, uncertainty=uncertainty)
     assert equal.tolist() == [1, 1, 2]  # below, not at, the threshold
 
 
@@ -229,7 +231,7 @@ def test_swept_and_calibrated():
     config = calibrate(stored, "learned", target_speedup=0.3)
     out = model.early_exit_forward(**data.batch, early_exit_config=config)
     assert 1 - out.exit_layer.float().mean() / 3 >= 0.3 - 1e-6
-    restored = type(stored)(stored.logits, stored.labels, signals=stored.signals)
+    restored = type(stored)(stored.logits, stored.labels, uncertainty=stored.uncertainty)
     assert torch.equal(build_policy(config).replay(restored), build_policy(config).replay(stored))
 
 

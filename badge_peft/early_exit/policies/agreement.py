@@ -50,7 +50,7 @@ class AgreementPolicy(ThresholdPolicy):
         if self.config.max_exit is None:
             self.config = replace(self.config, max_exit=fitted["reference"])
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""
         assert self.config.parameters is not None
         weights = np.array(self.config.parameters["coefficients"][j], dtype=np.float32)

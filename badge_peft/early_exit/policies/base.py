@@ -16,7 +16,7 @@ Array = np.ndarray
 
 
 class ExitPolicy:
-    """A stopping rule. Subclasses say in `agrees` which rows may stop; everything else is here.
+    """A stopping rule. Subclasses say in `should_exit` which rows may stop; everything else is here.
 
     A policy keeps no state between calls: a decision is a function of the history of exits, so the live pass and the
     replay of stored logits cannot differ.
@@ -28,13 +28,13 @@ class ExitPolicy:
 
     name: ClassVar[str]
 
-    #: Whether `agrees` reads the doubts that a learned exit layer predicts.
-    reads_doubts: ClassVar[bool] = False
+    #: Whether `should_exit` reads the doubts that a learned exit layer predicts.
+    reads_uncertainty: ClassVar[bool] = False
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
         self.config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
 
-    def agrees(self, history: ExitHistory, j: int) -> Array:
+    def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that may stop at exit j (index), from the exits up to j."""
         raise NotImplementedError
 
@@ -63,50 +63,50 @@ class ExitPolicy:
         if cap is not None and cap < exits[0]:
             raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
 
-    def answers(self, exits: Sequence[int], j: int) -> bool:
+    def is_final(self, exits: Sequence[int], j: int) -> bool:
         """Whether every row that comes to exit j (index) stops there, whatever the logits are: the last exit, or the
         last up to `max_exit`."""
         cap = self.config.max_exit
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
 
-    def decides(self, exits: Sequence[int], j: int) -> bool:
+    def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""
         low = self.config.min_exit
         due = (j + 1) % self.config.decide_every == 0 and (low is None or exits[j] >= low)
-        return due or self.answers(exits, j)
+        return due or self.is_final(exits, j)
 
-    def reads(self, exits: Sequence[int], j: int) -> bool:
-        """Whether anything depends on the logits of exit j (index): they can be an answer, or `agrees` looks at them.
-        An exit for which this is False need not be computed."""
-        if self.decides(exits, j):
+    def needs_logits(self, exits: Sequence[int], j: int) -> bool:
+        """Whether anything depends on the logits of exit j (index): they can be an answer, or `should_exit` looks
+        at them. An exit for which this is False need not be computed."""
+        if self.can_exit(exits, j):
             return True
-        back = self.looks_back()
+        back = self.lookback()
         behind = len(exits) if back is None else min(len(exits), j + 1 + back)
         for i in range(j + 1, behind):
-            if self.answers(exits, i):
+            if self.is_final(exits, i):
                 return False
-            if self.decides(exits, i):
+            if self.can_exit(exits, i):
                 return True
         return False
 
-    def looks_back(self) -> int | None:
-        """How many exits before j `agrees` looks at; None: all of them."""
+    def lookback(self) -> int | None:
+        """How many exits before j `should_exit` looks at; None: all of them."""
         return None
 
     def stops(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers."""
-        if self.answers(history.exits, j):
+        if self.is_final(history.exits, j):
             return np.ones(history.rows, dtype=bool)
-        if not self.decides(history.exits, j):
+        if not self.can_exit(history.exits, j):
             return np.zeros(history.rows, dtype=bool)
-        return self.agrees(history, j)
+        return self.should_exit(history, j)
 
     def replay(
         self,
         exit_logits: Any,
         exit_layers: Sequence[int] | None = None,
         problem_type: str | None = None,
-        signals: Any = None,
+        uncertainty: Any = None,
     ) -> torch.Tensor:
         """The block at which each row stops, from stored logits: what the live pass would have done.
 
@@ -114,12 +114,12 @@ class ExitPolicy:
             exit_logits: [N, E, K], a tensor or array, or an `ExitLogits`, which knows the rest.
             exit_layers: Block numbers of the E exits; None means 1 to E.
             problem_type: None means regression for K = 1, else single-label classification.
-            signals: [N, E], the learned signal of `learned`.
+            uncertainty: [N, E], what `learned` reads.
 
         Returns:
             [N] long: block numbers, as in `EarlyExitOutput.exit_layer`.
         """
-        history = as_history(exit_logits, exit_layers, problem_type, signals)
+        history = as_history(exit_logits, exit_layers, problem_type, uncertainty)
         return torch.from_numpy(self.replay_history(history))
 
     def replay_history(self, history: ExitHistory) -> Array:
@@ -134,7 +134,7 @@ class ExitPolicy:
 
 
 def as_history(
-    exit_logits: Any, exit_layers: Sequence[int] | None, problem_type: str | None, signals: Any = None
+    exit_logits: Any, exit_layers: Sequence[int] | None, problem_type: str | None, uncertainty: Any = None
 ) -> ExitHistory:
     """An `ExitHistory` from whatever `replay` accepts.
 
@@ -151,7 +151,7 @@ def as_history(
         raise ValueError(f"exit_layers={exits} must be {logits.shape[1]} increasing block numbers.")
     if problem_type is None:
         problem_type = "regression" if logits.shape[2] == 1 else "single_label_classification"
-    return ExitHistory.of(logits, exits, problem_type, None if signals is None else _numpy(signals))
+    return ExitHistory.of(logits, exits, problem_type, None if uncertainty is None else _numpy(uncertainty))
 
 
 def max_entropy(num_labels: int, problem_type: str) -> float:

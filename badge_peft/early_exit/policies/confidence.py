@@ -29,11 +29,11 @@ class EntropyPolicy(ThresholdPolicy):
 
     name = "entropy"
 
-    def looks_back(self) -> int:
+    def lookback(self) -> int:
         """No exit."""
         return 0
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: nats."""
         return history.entropy(j)
 
@@ -54,7 +54,7 @@ class EntropyPolicy(ThresholdPolicy):
 class ConfidentPatiencePolicy(EntropyPolicy):
     """PCEE: stop when t exits in a row have an entropy below the threshold, a share of ln K.
 
-    The signal is the largest of the last t entropies, divided by ln K. Source: Zhang et al., "PCEE-BERT", 2022.
+    The score is the largest of the last t entropies, divided by ln K. Source: Zhang et al., "PCEE-BERT", 2022.
     Defaults: t = 2, threshold 0.4.
     """
 
@@ -66,22 +66,22 @@ class ConfidentPatiencePolicy(EntropyPolicy):
         """t."""
         return self.config.patience if self.config.patience is not None else self.default_patience
 
-    def looks_back(self) -> int:
+    def lookback(self) -> int:
         """t - 1."""
         return self.patience - 1
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: share of the largest entropy."""
         t = self.patience
         if j + 1 < t:
-            return self.nobody(history)
+            return self.never_exits(history)
         worst = history.entropy(j)
         for k in range(1, t):
             worst = np.maximum(worst, history.entropy(j - k))
         return worst / np.float32(max_entropy(history.num_labels, history.problem_type))
 
     def in_nats(self, problem_type: str) -> bool:
-        """No: the signal is a share of ln K already."""
+        """No: the score is a share of ln K already."""
         return False
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
@@ -100,11 +100,11 @@ class MaxProbPolicy(ThresholdPolicy):
     name = "max_prob"
     stops_above = True
 
-    def looks_back(self) -> int:
+    def lookback(self) -> int:
         """No exit."""
         return 0
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability."""
         if self.config.temperature is None:
             return history.confidence(j)
@@ -135,20 +135,20 @@ class LearnedPolicy(ThresholdPolicy):
     """
 
     name = "learned"
-    reads_doubts = True
+    reads_uncertainty = True
 
-    def looks_back(self) -> int:
+    def lookback(self) -> int:
         """No exit."""
         return 0
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: predicted uncertainty in [0, 1]."""
-        signal = history.signals[j]
-        if np.isnan(signal).any():
+        score = history.uncertainty[j]
+        if np.isnan(score).any():
             raise ValueError(
                 "policy='learned' needs an adapter with an LTE layer: train with BadgeConfig(learn_to_exit=True)."
             )
-        return signal
+        return score
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""

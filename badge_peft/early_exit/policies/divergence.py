@@ -19,7 +19,7 @@ class DivergencePolicy(ThresholdPolicy):
         cnt_m = #{ i < m : S(p_m, p_i) < tau };  stop at the first m with cnt_m >= t        (Eq. 3)
 
     `window="all"` is Eq. 3. `window="consecutive"` counts the unbroken run of adjacent agreements
-    S(p_j, p_{j-1}) < tau that ends at m. The signal is the t-th smallest divergence (`all`), or the largest of the
+    S(p_j, p_{j-1}) < tau that ends at m. The score is the t-th smallest divergence (`all`), or the largest of the
     last t (`consecutive`): it lies below tau exactly where the count reaches t. Source: BADGE, section 3.2.
 
     Defaults: t = 1; tau = 0.3 ln K for `ce` (which has to exceed the entropy of the prediction itself), 0.05 ln K for
@@ -35,15 +35,15 @@ class DivergencePolicy(ThresholdPolicy):
         """t."""
         return self.config.patience if self.config.patience is not None else self.default_patience
 
-    def looks_back(self) -> int | None:
+    def lookback(self) -> int | None:
         """All exits, or t of them."""
         return None if self.config.window == "all" else self.patience
 
-    def signal(self, history: ExitHistory, j: int) -> Array:
+    def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: the smallest tau that would stop a row at exit j."""
         t, kind = self.patience, self.config.divergence
         if j < t:
-            return self.nobody(history)
+            return self.never_exits(history)
         if self.config.window == "all":
             earlier = history.to_earlier(kind, j)  # [j, n]
             return np.minimum.reduce(earlier, axis=0) if t == 1 else np.partition(earlier, t - 1, axis=0)[t - 1]

@@ -16,17 +16,17 @@ class FixedDepthPolicy(ExitPolicy):
 
     name = "fixed_depth"
 
-    def answers(self, exits: Sequence[int], j: int) -> bool:
+    def is_final(self, exits: Sequence[int], j: int) -> bool:
         """At `depth`, unless `min_exit` lies behind it."""
         low = self.config.min_exit
         at_depth = exits[j] == self.config.depth and (low is None or exits[j] >= low)
-        return at_depth or super().answers(exits, j)
+        return at_depth or super().is_final(exits, j)
 
-    def decides(self, exits: Sequence[int], j: int) -> bool:
+    def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Where all rows stop."""
-        return self.answers(exits, j)
+        return self.is_final(exits, j)
 
-    def agrees(self, history: ExitHistory, j: int) -> Array:
+    def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool."""
         return np.full(history.rows, history.exits[j] == self.config.depth)
 
@@ -42,10 +42,10 @@ class NeverPolicy(ExitPolicy):
 
     name = "never"
 
-    def decides(self, exits: Sequence[int], j: int) -> bool:
+    def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Where all rows stop."""
-        return self.answers(exits, j)
+        return self.is_final(exits, j)
 
-    def agrees(self, history: ExitHistory, j: int) -> Array:
+    def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool, all False."""
         return np.zeros(history.rows, dtype=bool)
