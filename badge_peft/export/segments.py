@@ -48,7 +48,45 @@ class Shared:
         self.indices.append(found)
 
 
-class _EmbeddingRun(ExitRun):
+class _Recording(ExitRun):
+    """Runs every block, and notes in what shape each returns its states."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lengths: list[int] = []
+
+    def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().visit(block, args, kwargs)
+        self.lengths.append(len(result) if isinstance(result, tuple) else 0)
+        return result
+
+
+def result_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
+    """[M]: how many values each block returns as a tuple, the states first; 0 where it returns the states alone."""
+    run = badge.new_run(_Recording, inputs["input_ids"].shape[0], inputs.get("attention_mask"))
+    with run:
+        badge.model(return_dict=True, **inputs)
+    return cast(_Recording, run).lengths
+
+
+class _PieceRun(ExitRun):
+    """A run in which most blocks hand their states through.
+
+    Args:
+        lengths: [M], from `result_lengths`.
+    """
+
+    def __init__(self, *args: Any, lengths: list[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lengths = lengths
+
+    def pass_on(self, number: int, hidden: Tensor) -> Any:
+        """`hidden` as block `number` returns its states."""
+        length = self.lengths[number - 1]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+
+class _EmbeddingRun(_PieceRun):
     """Hands every block through, and notes what they were called with."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,10 +102,10 @@ class _EmbeddingRun(ExitRun):
             if block.has_exit(self.adapter, 0):
                 self.exit_logits[0] = self._read(block, 0, Frame(hidden))
         self.shared.add(_leaves(args, kwargs)[0])
-        return block.as_result(hidden)
+        return self.pass_on(number, hidden)
 
 
-class _BlockRun(ExitRun):
+class _BlockRun(_PieceRun):
     """Runs block `wanted` alone, on `states` and `shared`, and notes what the block behind it is given."""
 
     def __init__(self, *args: Any, wanted: int, states: Tensor, shared: list[Tensor], read: bool, **kwargs: Any):
@@ -81,7 +119,7 @@ class _BlockRun(ExitRun):
             hidden = self._hidden(args, kwargs)
             if number == self.wanted + 1:
                 self.following = hidden
-            return block.as_result(hidden)
+            return self.pass_on(number, hidden)
         args, kwargs = _with(self.states, iter(self.shared), args, kwargs)
         result, frame = self._run(block, self.states, args, kwargs)
         if self.read and block.has_exit(self.adapter, number):
@@ -91,11 +129,18 @@ class _BlockRun(ExitRun):
 
 
 class Embeddings(nn.Module):
-    """The piece before block 1: the model's inputs -> states [B, S, d], shared tensors, exit 0 where it is read."""
+    """The piece before block 1: the model's inputs -> states [B, S, d], shared tensors, exit 0 where it is read.
 
-    def __init__(self, badge: BadgeModel, read: bool) -> None:
+    Args:
+        badge: The model.
+        lengths: [M], from `result_lengths`.
+        read: Whether the answer of exit 0 is wanted.
+    """
+
+    def __init__(self, badge: BadgeModel, lengths: list[int], read: bool) -> None:
         super().__init__()
         self.badge = badge
+        self.lengths = lengths
         self.read = read
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -112,7 +157,9 @@ class Embeddings(nn.Module):
 
     def run(self, inputs: dict[str, Tensor]) -> _EmbeddingRun:
         """The call, with what the blocks were called with."""
-        run = self.badge.new_run(_EmbeddingRun, inputs["input_ids"].shape[0], inputs.get("attention_mask"))
+        run = self.badge.new_run(
+            _EmbeddingRun, inputs["input_ids"].shape[0], inputs.get("attention_mask"), lengths=self.lengths
+        )
         with run:
             self.badge.model(return_dict=True, **inputs)
         return cast(_EmbeddingRun, run)
@@ -124,13 +171,15 @@ class Block(nn.Module):
 
     Args:
         badge: The model.
+        lengths: [M], from `result_lengths`.
         number: 1..M.
         read: Whether an answer is wanted here; otherwise only the states are.
     """
 
-    def __init__(self, badge: BadgeModel, number: int, read: bool) -> None:
+    def __init__(self, badge: BadgeModel, lengths: list[int], number: int, read: bool) -> None:
         super().__init__()
         self.badge = badge
+        self.lengths = lengths
         self.number = number
         self.read = read
 
@@ -144,6 +193,7 @@ class Block(nn.Module):
             _BlockRun,
             inputs["input_ids"].shape[0],
             inputs.get("attention_mask"),
+            lengths=self.lengths,
             wanted=self.number,
             states=hidden,
             shared=shared,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.segments import EXAMPLE, OTHER, Block, Embeddings, example_inputs
+from badge_peft.export.segments import EXAMPLE, OTHER, Block, Embeddings, example_inputs, result_lengths
 from badge_peft.model import BadgeModel
 
 
@@ -60,8 +60,8 @@ def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -
     names = input_names(badge.model)
     vocabulary = int(badge.model.config.vocab_size)
     a, b = (example_inputs(names, size, vocabulary) for size in (EXAMPLE, OTHER))
-    badge.early_exit_forward(**a, policy="never")  # blocks now know what they return
-    embed = Embeddings(badge, 0 in read)
+    lengths = result_lengths(badge, a)
+    embed = Embeddings(badge, lengths, 0 in read)
     run, other = embed.run(a), embed.run(b)
     assert run.embeddings is not None and other.embeddings is not None
     shapes = [_moving(x, y) for x, y in zip(run.shared.tensors, other.shared.tensors, strict=True)]
@@ -79,7 +79,7 @@ def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -
     )
     hidden = made["hidden"]
     for m in tqdm(range(1, depth + 1), desc="exporting blocks", disable=not progress):
-        block = Block(badge, m, m in read)
+        block = Block(badge, lengths, m, m in read)
         places = run.shared.indices[m - 1]
         shared = [run.shared.tensors[i] for i in places]
         example = {"hidden": hidden, "shared": shared, "inputs": a}
