@@ -19,13 +19,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import numpy as np
 import peft
 import torch
 from latency_parts.environment import describe
 from latency_parts.forced import Forced, build, exits_of, spread
 from latency_parts.settings import SIZES
 from latency_parts.tables import markdown
-from latency_parts.turns import Timing, quantile, take_turns
+from latency_parts.turns import Timing, against_base
 
 import badge_peft
 
@@ -106,15 +107,15 @@ def measure(forced: Forced, tasks: int, per_task: int, length: int, rounds: int)
         raise RuntimeError(f"the ways do not agree on the exits: {exits}")
     base = ways.pop("a call each")
     with torch.inference_mode():
-        found = take_turns(base, ways, rounds)
+        found = against_base(base, ways, rounds)
     shared = found["one pass"]
     return [
         str(tasks),
         str(per_task),
         f"{sum(exits[0]) / len(exits[0]):.2f}",
-        f"{1e3 * quantile(shared.base_seconds, 0.5):.1f}",
-        f"{1e3 * quantile(found['without switching'].seconds, 0.5):.1f}",
-        f"{1e3 * quantile(shared.seconds, 0.5):.1f}",
+        f"{1e3 * np.quantile(shared.base_seconds, 0.5):.1f}",
+        f"{1e3 * np.quantile(found['without switching'].seconds, 0.5):.1f}",
+        f"{1e3 * np.quantile(shared.seconds, 0.5):.1f}",
         gain(shared),
         gain(found["without switching"]),
     ]
@@ -123,7 +124,7 @@ def measure(forced: Forced, tasks: int, per_task: int, length: int, rounds: int)
 def gain(timing: Timing) -> str:
     """How many times faster than a call each: median over the rounds, and quartiles."""
     ratios = [base / own for own, base in zip(timing.seconds, timing.base_seconds, strict=True)]
-    return f"{quantile(ratios, 0.5):.2f} [{quantile(ratios, 0.25):.2f}, {quantile(ratios, 0.75):.2f}]"
+    return f"{np.quantile(ratios, 0.5):.2f} [{np.quantile(ratios, 0.25):.2f}, {np.quantile(ratios, 0.75):.2f}]"
 
 
 def page(rows: list[list[str]], environment: dict[str, Any], options: argparse.Namespace) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward, get_badge_model
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.metrics import predictions
+from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import BadgeModel
 from badge_peft.utils.checks import one_of, whole
 
@@ -37,8 +37,31 @@ class LatencyReport:
         threads: Threads that torch computed with.
         device: Where the model was, with the name of the card.
         torch_version: Of torch.
+
+    Attributes:
+        mean_ms: Mean time with early exits.
+        p50_ms: Median time with early exits.
+        p95_ms: 95th percentile of the time with early exits.
+        full_depth_mean_ms: Mean time of the reference.
+        full_depth_p50_ms: Median time of the reference.
+        full_depth_p95_ms: 95th percentile of the time of the reference.
+        speedup_paper: 1 - sum t / sum T: the share of the time saved, as the paper counts it.
+        speedup_ratio: sum T / sum t: how many times as fast.
+        mean_exit: Mean number of the block that answered.
+        layer_speedup: 1 - mean_exit / M: the share of the blocks saved; `speedup_paper` falls short of it by what
+            exits cost.
     """
 
+    mean_ms: float = field(init=False)
+    p50_ms: float = field(init=False)
+    p95_ms: float = field(init=False)
+    full_depth_mean_ms: float = field(init=False)
+    full_depth_p50_ms: float = field(init=False)
+    full_depth_p95_ms: float = field(init=False)
+    speedup_paper: float = field(init=False)
+    speedup_ratio: float = field(init=False)
+    mean_exit: float = field(init=False)
+    layer_speedup: float = field(init=False)
     times_ms: list[float]
     full_depth_times_ms: list[float]
     exit_layer: list[int]
@@ -53,61 +76,19 @@ class LatencyReport:
     def __len__(self) -> int:
         return len(self.times_ms)
 
-    @property
-    def mean_ms(self) -> float:
-        """Mean time with early exits."""
-        return float(np.mean(self.times_ms))
-
-    @property
-    def p50_ms(self) -> float:
-        """Median time with early exits."""
-        return float(np.percentile(self.times_ms, 50))
-
-    @property
-    def p95_ms(self) -> float:
-        """95th percentile of the time with early exits."""
-        return float(np.percentile(self.times_ms, 95))
-
-    @property
-    def full_depth_mean_ms(self) -> float:
-        """Mean time of the reference."""
-        return float(np.mean(self.full_depth_times_ms))
-
-    @property
-    def full_depth_p50_ms(self) -> float:
-        """Median time of the reference."""
-        return float(np.percentile(self.full_depth_times_ms, 50))
-
-    @property
-    def full_depth_p95_ms(self) -> float:
-        """95th percentile of the time of the reference."""
-        return float(np.percentile(self.full_depth_times_ms, 95))
-
-    @property
-    def speedup_paper(self) -> float:
-        """1 - sum t / sum T: the share of the time saved, as the paper counts it."""
-        return 1 - sum(self.times_ms) / sum(self.full_depth_times_ms)
-
-    @property
-    def speedup_ratio(self) -> float:
-        """sum T / sum t: how many times as fast."""
-        return sum(self.full_depth_times_ms) / sum(self.times_ms)
-
-    @property
-    def mean_exit(self) -> float:
-        """Mean number of the block that answered."""
-        return float(np.mean(self.exit_layer))
-
-    @property
-    def layer_speedup(self) -> float:
-        """1 - mean_exit / M: the share of the blocks saved; `speedup_paper` falls short of it by what exits cost."""
-        return 1 - self.mean_exit / self.num_blocks
+    def __post_init__(self) -> None:
+        self.mean_ms, self.p50_ms, self.p95_ms = _mean_p50_p95(self.times_ms)
+        self.full_depth_mean_ms, self.full_depth_p50_ms, self.full_depth_p95_ms = _mean_p50_p95(
+            self.full_depth_times_ms
+        )
+        self.speedup_ratio = sum(self.full_depth_times_ms) / sum(self.times_ms)
+        self.speedup_paper = 1 - sum(self.times_ms) / sum(self.full_depth_times_ms)
+        self.mean_exit = float(np.mean(self.exit_layer))
+        self.layer_speedup = 1 - self.mean_exit / self.num_blocks
 
     def to_dict(self) -> dict[str, Any]:
         """Summary and raw numbers as JSON-able values."""
-        times = ("mean_ms", "p50_ms", "p95_ms", "full_depth_mean_ms", "full_depth_p50_ms", "full_depth_p95_ms")
-        summary = (*times, "speedup_paper", "speedup_ratio", "mean_exit", "layer_speedup")
-        return {**{name: getattr(self, name) for name in summary}, **asdict(self)}
+        return asdict(self)
 
 
 def measure_latency(
@@ -145,8 +126,6 @@ def measure_latency(
     print(report.speedup_ratio, report.p95_ms, report.full_depth_p95_ms)
     ```
     """
-    from tqdm.auto import tqdm
-
     badge = get_badge_model(model)
     one_of("reference", reference, REFERENCES)
     whole("repeats", repeats, at_least=1)
@@ -156,39 +135,36 @@ def measure_latency(
     config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)
     device = next(badge.model.parameters()).device
     batches = [_batch(row, badge, device) for row in tensor_columns(badge.model, examples)]
-    clock = _Clock(device)
+    problem_type = badge.config_of().resolved_problem_type
 
     def early(batch: dict[str, Tensor]) -> Any:
         return early_exit_forward(badge, early_exit_config=config, **batch)
 
-    def full(batch: dict[str, Tensor]) -> Any:
-        return badge(**batch)
+    def answer(output: Any) -> tuple[Tensor, int]:
+        return output.logits.float().cpu(), int(output.exit_layer)
 
-    times, full_times, outputs = [], [], []
+    runners = [
+        Runner(early, read=answer, device=device),
+        Runner(
+            lambda batch: badge(**batch), read=lambda _: None, device=device, around=lambda: _mode(badge, reference)
+        ),
+    ]
     with _quiet_model(badge), torch.inference_mode():
-        for batch in _cycle(batches, warmup):
-            early(batch)
-            with _reference_mode(badge, reference):
-                full(batch)
-        for i, batch in enumerate(tqdm(batches, desc="timing at batch size 1", disable=not progress)):
-            t, big_t = [], []
-            for repeat in range(repeats):
-                for turn in ("early", "full") if (i + repeat) % 2 == 0 else ("full", "early"):
-                    if turn == "early":
-                        ms, output = clock(early, batch)
-                        t.append(ms)
-                    else:
-                        with _reference_mode(badge, reference):
-                            big_t.append(clock(full, batch)[0])
-            times.append(float(np.median(t)))
-            full_times.append(float(np.median(big_t)))
-            outputs.append((output.logits.float().cpu(), int(output.exit_layer)))
-
-    answers = predictions(torch.cat([logits for logits, _ in outputs]), badge.config_of().resolved_problem_type)
+        timed, full = take_turns(
+            runners,
+            batches,
+            repeats,
+            warmup=[batches[i % len(batches)] for i in range(warmup)],
+            progress="timing at batch size 1" if progress else "",
+        )
+    times, full_times = (
+        np.median(1e3 * np.reshape(found.seconds, (len(batches), repeats)), axis=1).tolist() for found in (timed, full)
+    )
+    answers = predictions(torch.cat([logits for logits, _ in timed.outputs]), problem_type)
     return LatencyReport(
         times,
         full_times,
-        [number for _, number in outputs],
+        [number for _, number in timed.outputs],
         answers.tolist(),
         badge.num_blocks,
         reference,
@@ -199,32 +175,13 @@ def measure_latency(
     )
 
 
-class _Clock:
-    """Milliseconds of one call, with its result."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, function: Callable[[dict[str, Tensor]], Any], batch: dict[str, Tensor]) -> tuple[float, Any]:
-        self._wait()
-        start = time.perf_counter()
-        result = function(batch)
-        self._wait()
-        return 1e3 * (time.perf_counter() - start), result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def _mean_p50_p95(times: list[float]) -> tuple[float, float, float]:
+    return float(np.mean(times)), float(np.percentile(times, 50)), float(np.percentile(times, 95))
 
 
 def _batch(row: dict[str, Any], badge: BadgeModel, device: torch.device) -> dict[str, Tensor]:
     features = {name: value for name, value in row.items() if name != "labels"}
     return {name: value.to(device) for name, value in pad_features([features], badge.model).items()}
-
-
-def _cycle(batches: list[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
-    for i in range(count):
-        yield batches[i % len(batches)]
 
 
 @contextmanager
@@ -243,7 +200,7 @@ def _quiet_model(badge: BadgeModel) -> Iterator[None]:
 
 
 @contextmanager
-def _reference_mode(badge: BadgeModel, reference: str) -> Iterator[None]:
+def _mode(badge: BadgeModel, reference: str) -> Iterator[None]:
     """Disables the adapter, outside of the time that counts, where the reference is the base model."""
     if reference == "all_exits":
         yield

@@ -18,7 +18,7 @@ from latency_parts.forced import Forced, exits_of, spread
 from latency_parts.rows import Row, make_row
 from latency_parts.settings import Settings
 from latency_parts.torch_runs import DGE, MIXED, STOCK
-from latency_parts.turns import take_turns
+from latency_parts.turns import against_base
 
 PLAIN = "plain ONNX export"
 PLAIN_INT8 = "plain int8 ONNX export"
@@ -82,7 +82,7 @@ def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = F
         calls = {k: partial(early, **_numpy(forced.batch([k], length, seed=k))) for k in range(2, last + 1)}
         left = {k: exits_of(call()) for k, call in calls.items()}
         base = partial(plain, **_numpy(forced.batch([last], length)))
-        timings = take_turns(
+        timings = against_base(
             base, {str(k): call for k, call in calls.items()}, settings.rounds_of(experiment), settings.warmup
         )
         for k in calls:
@@ -102,7 +102,7 @@ def batches(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]
         calls = {name: partial(model, **inputs) for name, model in models.items()}
         left = {name: exits_of(call()) for name, call in calls.items()}
         base = partial(plain, **inputs)
-        timings = take_turns(base, calls, settings.rounds_of("onnx-batch"), settings.warmup)
+        timings = against_base(base, calls, settings.rounds_of("onnx-batch"), settings.warmup)
         for name in calls:
             rows.append(make_row(name, PLAIN, timings[name], last, length, wanted, left[name]))
     return rows
@@ -122,8 +122,8 @@ def int8_against_stock(forced: Forced, settings: Settings, sessions: Sessions) -
         left = exits_of(call())
         with torch.inference_mode():
             calls = {HALF_WAY: call, PLAIN_INT8: whole}
-            timings = take_turns(stock, calls, rounds, settings.warmup, pause=_PAUSE, settle=True)
-            timings |= take_turns(stock, {HALF_WAY_COLD: call}, rounds, settings.warmup, pause=_PAUSE)
+            timings = against_base(stock, calls, rounds, settings.warmup, pause=_PAUSE, settle=True)
+            timings |= against_base(stock, {HALF_WAY_COLD: call}, rounds, settings.warmup, pause=_PAUSE)
         for name, timing in timings.items():
             wanted, found = (None, None) if name == PLAIN_INT8 else ([half], left)
             row = make_row(name, STOCK, timing, last, length, wanted, found, whole=True)

@@ -26,7 +26,7 @@ def make_row(
     Args:
         variant: What ran.
         base: What it is compared with, at full depth.
-        timing: From `take_turns`.
+        timing: From `against_base`.
         blocks: M.
         length: S.
         forced: [B], the blocks at which the rows were meant to leave; None where nothing leaves and all exits run.

@@ -11,7 +11,7 @@ import torch
 from latency_parts.forced import NOBODY, RULE, Forced, exits_of, spread
 from latency_parts.rows import Row, make_row
 from latency_parts.settings import Settings
-from latency_parts.turns import take_turns
+from latency_parts.turns import against_base
 
 STOCK = "stock PyTorch"
 ALL_EXITS = "full depth, all exits"
@@ -80,8 +80,7 @@ def batches(forced: Forced, settings: Settings, device: str) -> list[Row]:
 
 
 def _turns(stock: Any, calls: dict[str, Any], settings: Settings, experiment: str, device: str) -> dict[str, Any]:
-    wait = torch.cuda.synchronize if device == "cuda" else None
-    return take_turns(stock, calls, settings.rounds_of(experiment), settings.warmup, wait)
+    return against_base(stock, calls, settings.rounds_of(experiment), settings.warmup, device)
 
 
 def _on(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
-"""Timing by turns: what is compared runs side by side, round by round, so that a machine that slows down slows all."""
+"""What is compared with a base that runs every few calls, and ratios within a round."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from badge_peft.evaluation.timing import Runner, take_turns
 
 Call = Callable[[], Any]
 _CHUNK = 4  # calls between two of the base
@@ -21,8 +23,8 @@ class Timing:
         base_seconds: [R], the mean of the two base calls around it.
     """
 
-    seconds: list[float] = field(default_factory=list)
-    base_seconds: list[float] = field(default_factory=list)
+    seconds: list[float]
+    base_seconds: list[float]
 
     def summary(self, share: float) -> dict[str, float]:
         """Milliseconds, and the ratio time / (share of the base's time), round by round: median and quartiles.
@@ -30,25 +32,25 @@ class Timing:
         Args:
             share: Of the base's blocks: k/M for a row that leaves at block k.
         """
-        ratios = [t / (share * b) for t, b in zip(self.seconds, self.base_seconds, strict=True)]
+        ratios = np.divide(self.seconds, self.base_seconds) / share
         return {
-            "p50_ms": 1e3 * quantile(self.seconds, 0.5),
-            "p95_ms": 1e3 * quantile(self.seconds, 0.95),
-            "base_p50_ms": 1e3 * quantile(self.base_seconds, 0.5),
-            "base_p95_ms": 1e3 * quantile(self.base_seconds, 0.95),
-            "ratio": statistics.median(ratios),
-            "ratio_q1": quantile(ratios, 0.25),
-            "ratio_q3": quantile(ratios, 0.75),
+            "p50_ms": 1e3 * float(np.quantile(self.seconds, 0.5)),
+            "p95_ms": 1e3 * float(np.quantile(self.seconds, 0.95)),
+            "base_p50_ms": 1e3 * float(np.quantile(self.base_seconds, 0.5)),
+            "base_p95_ms": 1e3 * float(np.quantile(self.base_seconds, 0.95)),
+            "ratio": float(np.median(ratios)),
+            "ratio_q1": float(np.quantile(ratios, 0.25)),
+            "ratio_q3": float(np.quantile(ratios, 0.75)),
             "rounds": len(ratios),
         }
 
 
-def take_turns(
+def against_base(
     base: Call,
     calls: Mapping[str, Call],
     rounds: int,
     warmup: int = 2,
-    wait: Call | None = None,
+    device: str = "cpu",
     pause: float = 0.0,
     settle: bool = False,
 ) -> dict[str, Timing]:
@@ -60,47 +62,26 @@ def take_turns(
         calls: By name.
         rounds: R.
         warmup: Rounds before the first that counts.
-        wait: Ends when the device has finished, for CUDA.
-        pause: Seconds before each call. Where two runtimes take turns, the threads of the one that has just finished
-            spin for a while and would take cores from the other.
-        settle: Each call comes twice in a row, and the second counts: with its weights in the caches again, as in a
-            service that does nothing else.
+        device: Where all of them run.
+        pause: As `take_turns` has it.
+        settle: As `take_turns` has it.
     """
-    names = list(calls)
-    found = {name: Timing() for name in names}
+    count = len(calls)
 
-    def timed(call: Call) -> float:
-        if pause:
-            time.sleep(pause)
-        if settle:
-            call()
-        if wait is not None:
-            wait()
-        start = time.perf_counter()
-        call()
-        if wait is not None:
-            wait()
-        return time.perf_counter() - start
+    def order(turn: int) -> list[int]:  # 0 is the base
+        rotated = [1 + (turn + i) % count for i in range(count)]
+        chunks = [rotated[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
+        return [0, *(place for chunk in chunks for place in (*chunk, 0))]
 
-    for turn in range(-warmup, rounds):
-        first = turn % len(names)
-        order = names[first:] + names[:first]
-        before = timed(base)
-        for part in range(0, len(order), _CHUNK):
-            taken = {name: timed(calls[name]) for name in order[part : part + _CHUNK]}
-            after = timed(base)
-            if turn >= 0:
-                for name, seconds in taken.items():
-                    found[name].seconds.append(seconds)
-                    found[name].base_seconds.append((before + after) / 2)
-            before = after
+    runners = [
+        Runner(lambda _, call=call: call(), read=lambda _: None, device=device) for call in (base, *calls.values())
+    ]
+    base_times, *times = take_turns(
+        runners, [None], rounds, warmup=[None] * warmup, order=order, pause=pause, settle=settle
+    )
+    around = np.reshape(base_times.seconds, (rounds, -1))  # [R, chunks + 1]
+    found = {}
+    for i, (name, timed) in enumerate(zip(calls, times, strict=True)):
+        chunk = [(i - turn) % count // _CHUNK for turn in range(rounds)]  # in which the call was in each round
+        found[name] = Timing(timed.seconds, [float(around[r, c : c + 2].mean()) for r, c in enumerate(chunk)])
     return found
-
-
-def quantile(values: list[float], q: float) -> float:
-    """The q-quantile, linear between two values."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

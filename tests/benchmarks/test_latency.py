@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from badge_peft.evaluation import timing
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import latency  # noqa: E402
-from latency_parts import turns  # noqa: E402
 from latency_parts.forced import NOBODY, Forced, build, exits_of, spread  # noqa: E402
 from latency_parts.loop import has_onnx  # noqa: E402
 from latency_parts.page import page, targets_text  # noqa: E402
@@ -25,7 +26,7 @@ from latency_parts.settings import EXPERIMENTS, ONNX, SIZES  # noqa: E402
 from latency_parts.store import Store, read  # noqa: E402
 from latency_parts.tables import ratios, verdicts  # noqa: E402
 from latency_parts.targets import MISSED, OPEN, REACHED, TARGETS, Target, judge  # noqa: E402
-from latency_parts.turns import Timing, quantile, take_turns  # noqa: E402
+from latency_parts.turns import Timing, against_base  # noqa: E402
 
 TINY = SIZES["tiny"]
 MEASURED = [name for name in EXPERIMENTS if has_onnx() or name not in ONNX]
@@ -137,33 +138,15 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return run
 
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     calls = {name: call(name, 0.5) for name in "abcdef"}
-    found = take_turns(call("base", 1.0), calls, rounds=10, warmup=2)
+    found = against_base(call("base", 1.0), calls, rounds=10, warmup=2)
     assert order[:9] == ["base", "e", "f", "a", "b", "base", "c", "d", "base"]
     assert order.count("base") == 3 * 12 and order.count("a") == 12
-    for timing in found.values():
-        summary = timing.summary(0.5)
+    for name in found:
+        summary = found[name].summary(0.5)
         assert summary["rounds"] == 10 and summary["ratio"] == pytest.approx(1.0, abs=0.03)
         assert summary["base_p95_ms"] > 1.05 * summary["base_p50_ms"]
-
-
-def test_only_the_second_of_two_calls_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, last = 0.0, ""
-
-    def call(name: str) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal now, last
-            now += 1.0 if last == name else 5.0  # cold caches
-            last = name
-
-        return run
-
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
-    for settle, seconds in ((False, 5.0), (True, 1.0)):
-        found = take_turns(call("base"), {"a": call("a")}, rounds=3, settle=settle)["a"]
-        assert found.seconds == [seconds] * 3
-        assert not settle or found.base_seconds == [seconds] * 3
 
 
 def test_a_ratio_is_to_the_share_of_the_blocks_that_ran() -> None:
@@ -175,7 +158,6 @@ def test_a_ratio_is_to_the_share_of_the_blocks_that_ran() -> None:
     assert "! left at 6.00" in str(ratios([astray]))
     whole = make_row("x", "y", timing, blocks=12, length=16, forced=[6], measured=[6], whole=True)
     assert whole["ratio"] == pytest.approx(4 / 6)
-    assert [quantile([4.0, 1.0, 2.0, 3.0], q) for q in (0, 0.5, 1)] == [1.0, 2.5, 4.0]
 
 
 def row_of(ratio: float, exit: int = 6, length: int = 64, **more: Any) -> dict[str, Any]:

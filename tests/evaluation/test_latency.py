@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from badge_peft.evaluation import latency as module
+from badge_peft.evaluation import timing
 from badge_peft.evaluation.latency import LatencyReport, measure_latency
 from badge_peft.tuner.run import current_run
 from tests.evaluation.rows import make_exits, make_rows
@@ -75,32 +76,39 @@ def test_warmup_and_repeats_are_counted_per_kind() -> None:
     assert len(report) == len(report.full_depth_times_ms) == 3
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[bool], float]) -> None:
+    """A clock of our own: what it says of a call that is early, or not."""
+
+    def timed(runner: Any, batch: Any, pause: float, settle: bool) -> tuple[float, Any]:
+        with runner.around():
+            output = runner.run(runner.prepare(batch))
+        return milliseconds(hasattr(output, "exit_layer")) / 1e3, runner.read(output)
+
+    monkeypatch.setattr(timing, "_timed", timed)
+
+
 def test_the_clock_decides_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each early pass takes 1, 2, 3, ... ms and each full one ten times as long, on a clock of our own."""
-    count = {"early": 0, "full": 0}
+    """Each early pass takes 1, 2, 3, ... ms and each full one ten times as long."""
+    count = {True: 0, False: 0}
 
-    def clock(self: Any, function: Any, batch: Any) -> tuple[float, Any]:
-        count[function.__name__] += 1
-        return count[function.__name__] * (1.0 if function.__name__ == "early" else 10.0), function(batch)
+    def milliseconds(early: bool) -> float:
+        count[early] += 1
+        return count[early] * (1.0 if early else 10.0)
 
-    monkeypatch.setattr(module._Clock, "__call__", clock)
+    set_clock(monkeypatch, milliseconds)
     report = measure_latency(make_exits(), make_rows(4), EARLY, warmup=0)
-    assert report.times_ms == [1, 2, 3, 4]
-    assert (report.mean_ms, report.p50_ms, report.p95_ms) == (2.5, 2.5, pytest.approx(3.85))
-    assert (report.full_depth_mean_ms, report.full_depth_p50_ms) == (25, 25)
+    assert report.times_ms == pytest.approx([1, 2, 3, 4])
+    assert (report.mean_ms, report.p50_ms, report.p95_ms) == pytest.approx((2.5, 2.5, 3.85))
+    assert (report.full_depth_mean_ms, report.full_depth_p50_ms) == pytest.approx((25, 25))
     assert report.speedup_paper == pytest.approx(0.9)
     assert report.speedup_ratio == pytest.approx(10)
 
 
 def test_the_median_of_the_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 9.0, 500.0, 8.0, 7.0, 3.0])  # early, full; full, early; early, full
-
-    def clock(self: Any, function: Any, batch: Any) -> tuple[float, Any]:
-        return next(times), function(batch)
-
-    monkeypatch.setattr(module._Clock, "__call__", clock)
+    set_clock(monkeypatch, lambda early: next(times))
     report = measure_latency(make_exits(), make_rows(1), EARLY, repeats=3, warmup=0)
-    assert (report.times_ms, report.full_depth_times_ms) == ([7.0], [9.0])
+    assert (report.times_ms, report.full_depth_times_ms) == (pytest.approx([7.0]), pytest.approx([9.0]))
 
 
 @pytest.mark.parametrize("training", [True, False])
