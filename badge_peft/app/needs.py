@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from badge_peft.utils.extras import require
 
 
 def need_gradio() -> None:
@@ -11,9 +11,4 @@ def need_gradio() -> None:
     Raises:
         ModuleNotFoundError: gradio or matplotlib is not installed.
     """
-    missing = [name for name in ("gradio", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"the page needs {' and '.join(missing)}, which the extra `app` installs: pip install 'badge-peft[app]'",
-            name=missing[0],
-        )
+    require("app", "gradio", "matplotlib")

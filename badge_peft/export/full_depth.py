@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from badge_peft.export.needs import need_onnx
+from badge_peft.utils.extras import require_onnx_exporter
 
 
 class _Logits(nn.Module):
@@ -33,7 +33,7 @@ def export_full_depth(model: Any, path: str | Path, *, int8: bool = False) -> No
         ModuleNotFoundError: the extra `onnx` is not installed.
         ImportError: torch is older than 2.8.
     """
-    need_onnx()
+    require_onnx_exporter()
     import onnx
 
     from badge_peft.export.quantize import quantize

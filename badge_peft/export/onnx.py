@@ -17,13 +17,13 @@ from torch import nn
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.export.needs import need_onnx
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
 from badge_peft.model import BadgeModel
 from badge_peft.tuner import lora
 from badge_peft.tuner.adapters_library import check_exportable
 from badge_peft.tuner.positions import max_positions
 from badge_peft.tuner.prepare import package_version
+from badge_peft.utils.extras import require_onnx_exporter
 
 if TYPE_CHECKING:
     from badge_peft.export.changes import Changes
@@ -104,7 +104,7 @@ def export_onnx(
             or a file above 2 GB.
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
-    need_onnx()
+    require_onnx_exporter()
     from badge_peft.export.assemble import assemble
     from badge_peft.export.changes import compare, largest_difference
     from badge_peft.export.decisions import Decision

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.export.needs import need_onnxruntime
 from badge_peft.export.session import open_session
 from badge_peft.utils.answers import spoken
 from badge_peft.utils.checks import is_number, whole
+from badge_peft.utils.extras import require
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"
@@ -67,7 +67,7 @@ class OnnxEarlyExitModel:
             ModuleNotFoundError: onnxruntime is not installed.
             FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
         """
-        need_onnxruntime()
+        require("onnx", "onnxruntime")
         folder = Path(directory)
         for name in (MODEL, CONFIG):
             if not (folder / name).is_file():

@@ -68,9 +68,9 @@ def bench_adapter(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         whole(name, value, at_least=1)
     if onnx:
-        from badge_peft.export.needs import need_onnx
+        from badge_peft.utils.extras import require_onnx_exporter
 
-        need_onnx()
+        require_onnx_exporter()
     check_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     rule = rule or exit_rule(adapter)
     encoded = encode_for(adapter, rows.select(range(min(limit, len(rows)))))

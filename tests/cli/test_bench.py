@@ -120,7 +120,7 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, tmp_path: Path, monke
     one_line(cli("bench", trained, rows, "--no-onnx", "--metric", "f2", fails=True), "metric='f2'", "macro_f1")
     with pytest.raises(ValueError, match="limit=0 is not allowed"):
         bench_adapter(open_adapter(trained), read_rows(rows), limit=0, onnx=False)
-    monkeypatch.setattr("badge_peft.export.needs.find_spec", lambda name: None)
+    monkeypatch.setattr("badge_peft.utils.extras.find_spec", lambda name: None)
     one_line(cli("bench", trained, rows, fails=True), "pip install 'badge-peft[onnx]'")
 
 

@@ -53,7 +53,7 @@ def test_errors_are_told_plainly(trained, cli, tmp_path, monkeypatch):
     assert "there is no folder" in said
     said = cli("export", trained, tmp_path / "x", "--policy", "fixed_depth", "--depth", 99, fails=True).output
     assert "depth=99 is not allowed" in said
-    import badge_peft.export.needs as needs
+    import badge_peft.utils.extras as needs
 
     monkeypatch.setattr(needs, "find_spec", lambda name: None)
     said = cli("export", trained, tmp_path / "x", fails=True).output

@@ -308,7 +308,7 @@ def test_no_tokenizer_says_so(model, tmp_path):
 
 
 def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
-    import badge_peft.export.needs as needs
+    import badge_peft.utils.extras as needs
 
     monkeypatch.setattr(needs, "find_spec", lambda name: None if name.startswith("onnx") else object())
     for action in (

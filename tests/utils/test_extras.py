@@ -9,7 +9,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from badge_peft.export import export_full_depth, export_onnx
-from badge_peft.export.needs import need_onnx
+from badge_peft.utils.extras import require_onnx_exporter
 from tests.models import make_badge
 
 
@@ -25,10 +25,10 @@ def test_an_older_torch(version: str, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("version", ["2.8.0", "2.8.0a0+5228986c39", "2.10.1"])
 def test_a_torch_that_can(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    need_onnx()
+    require_onnx_exporter()
 
 
 def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("badge_peft.export.needs.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr("badge_peft.utils.extras.find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ModuleNotFoundError, match=r"needs onnxscript, .*badge-peft\[onnx\]"):
         export_onnx(make_badge(), tmp_path / "file")
