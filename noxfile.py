@@ -30,7 +30,7 @@ CONTRACT = (
     "tests/test_model.py",
     "tests/test_pipelines.py",
     "tests/tuner/test_prepare.py",
-    "tests/tuner/test_state_dict.py",
+    "tests/tuner/test_checkpoint.py",
     "tests/test_training_plain.py",
     "tests/early_exit/test_backbones.py",
     "tests/early_exit/test_mixed.py",

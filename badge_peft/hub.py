@@ -63,12 +63,12 @@ def load_pretrained(
         if config.final_exit == "exit":  # the base model's own head is not read, whatever its size
             kwargs.setdefault("ignore_mismatched_sizes", True)
         base_model = AutoModelForSequenceClassification.from_pretrained(base_model, **kwargs)
-    if config.label_names is not None:
-        base_model.config.id2label = dict(enumerate(config.label_names))
-        base_model.config.label2id = {name: i for i, name in enumerate(config.label_names)}
     model = PeftModel.from_pretrained(
         base_model, path_or_repo, adapter_name=adapter_name, is_trainable=is_trainable, revision=revision, **hub
     )
+    if config.label_names is not None:
+        base_model.config.id2label = dict(enumerate(config.label_names))
+        base_model.config.label2id = {name: i for i, name in enumerate(config.label_names)}
     return model if is_trainable else model.eval()
 
 

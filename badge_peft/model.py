@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.outputs import EarlyExitOutput, ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
-from badge_peft.tuner import backbone, lora
-from badge_peft.tuner import state_dict as saved
-from badge_peft.tuner.adapter_file import is_from_pretrained
+from badge_peft.tuner import backbone, checkpoint, lora
 from badge_peft.tuner.adapters_library import check_adapters
-from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout
-from badge_peft.tuner.config import BadgeConfig, exit_numbers
+from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, get_layout
+from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
@@ -106,6 +104,12 @@ class BadgeModel(BaseTuner):
         adapter = adapter_name if adapter_name is not None else self.single_active_adapter()
         config = self.config_of(adapter)
         check_adapters(self.model, config)
+        if config.source is not None and config.inference_mode:
+            raise ValueError(
+                f"the weights of adapter {adapter!r} have never been loaded: "
+                f"model.load_adapter({config.source.path!r}, {adapter!r}) loads them. To train an adapter anew with "
+                "the config of a saved one, set config.source=None before it is put on a model."
+            )
         exits, doubt = {}, None
         if config.exit_type == "past_future" or config.learn_to_exit:
             for block in self.wrapped:
@@ -171,7 +175,6 @@ class BadgeModel(BaseTuner):
         self.layout: BlockLayout | None = None
         self.block_names: list[str] = []  # in the order of a pass, a shared block once for each time it runs
         self.wrapped: list[BadgeBlock] = []  # each block once; a plain list, as the model owns them
-        self.unfilled: set[str] = set()  # adapters that were made for a file, until their weights are in
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
@@ -185,11 +188,12 @@ class BadgeModel(BaseTuner):
         self, peft_config: BadgeConfig, model_config: dict[str, Any]
     ) -> BadgeConfig:
         name = self._name_of(peft_config)
-        from_file = peft_config.base_fingerprint is not None
-        own = self.peft_config[name] = prepared_copy(self.model, peft_config, name)
-        (self.unfilled.add if from_file else self.unfilled.discard)(name)
-        self.layout = get_layout(self.model, own.block_layout)
-        self.block_names = block_names(self.model, self.layout)
+        own = prepared_copy(self.model, peft_config, name)
+        layout = get_layout(self.model, own.block_layout)
+        checkpoint.check_file(self.model, own, layout)
+        self.peft_config[name] = own
+        self.layout = layout
+        self.block_names = block_names(self.model, layout)
         return own
 
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -219,24 +223,15 @@ class BadgeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert self.layout is not None  # _prepare_adapter_config has run
-        exits = exit_numbers(peft_config, self.num_blocks)
-        if peft_config.final_exit == "base_head":
-            exits = exits[:-1]
         if not isinstance(target, BadgeBlock):
             numbers = [m for m, name in enumerate(self.block_names, start=1) if name == current_key]
-            block = BadgeBlock(target, numbers, self.layout, self._exit_norm(target, self.layout))
+            block = BadgeBlock(target, numbers, self.layout, exit_norm(self.model, current_key, self.layout))
             self._replace_module(parent, target_name, block, target)
             self.wrapped.append(block)
             target = block
-        target.update_layer(adapter_name, peft_config, exits)
+        target.update_layer(adapter_name, peft_config, own_exits(peft_config, self.num_blocks))
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, requires_grad=False)
-
-    def _exit_norm(self, block: nn.Module, layout: BlockLayout) -> nn.Module:
-        if layout.last_norm is not None:
-            return block.get_submodule(layout.last_norm)
-        prefix = backbone_name(self.model)
-        return self.model.get_submodule(f"{prefix}.{layout.final_norm}" if prefix else str(layout.final_norm))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own also rebinds .weight, which a block does not have
@@ -323,7 +318,7 @@ class BadgeModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return saved.adapter_state_dict(config, adapter_name, state_dict)
+        return checkpoint.adapter_state_dict(config, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -339,22 +334,6 @@ class BadgeModel(BaseTuner):
     ) -> dict[str, Tensor]:
         state_dict = rename(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tuner = getattr(model, "base_model", None)
-        try:
-            saved.check_complete(model, config, adapter_name, mapped)
-        except ValueError:
-            if isinstance(tuner, cls):
-                tuner._take_back(cast(PeftModel, model), adapter_name)
-            raise
-        if isinstance(tuner, cls):
-            tuner.unfilled.discard(adapter_name)
+        checkpoint.check_weights(model, config, adapter_name, mapped)
+        config.source = None
         return mapped
-
-    def _take_back(self, outer: PeftModel, adapter_name: str) -> None:
-        """Undoes what PEFT did to the model for an adapter whose file is of no use."""
-        if adapter_name not in self.unfilled:
-            return
-        if adapter_name not in outer.active_adapters:
-            outer.delete_adapter(adapter_name)  # load_adapter has just made it
-        elif is_from_pretrained():
-            self.unload()  # the base model as it came

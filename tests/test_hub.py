@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, load_pretrained, push_to_hub
-from tests.models import make_batch, make_model
+from tests.models import make_badge, make_batch, make_model
 from tests.texts import make_tokenizer
 
 RULE = {"policy": "divergence", "threshold": 0.7, "patience": 2}
@@ -256,6 +256,16 @@ def test_what_is_no_adapter_is_not_pushed(saved: tuple[str, PeftModel], hub: Hub
     assert not hub.calls
 
 
+def test_a_base_model_that_is_refused_keeps_its_label_names(tmp_path: Path) -> None:
+    make_badge(label_names=["a", "b", "c"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    base = make_model()
+    before = dict(base.config.id2label)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_pretrained(str(tmp_path), base_model=base)
+    assert base.config.id2label == before and not hasattr(base, "peft_config")
+
+
 def test_a_revision_reaches_the_adapters_files(saved: tuple[str, PeftModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository whose files have been downloaded before, as far as PEFT can see."""
     seen = []
@@ -266,6 +276,7 @@ def test_a_revision_reaches_the_adapters_files(saved: tuple[str, PeftModel], mon
 
     monkeypatch.setattr("peft.config.hf_hub_download", download)
     monkeypatch.setattr("peft.utils.save_and_load.hf_hub_download", download)
+    monkeypatch.setattr("badge_peft.tuner.adapter_file.hf_hub_download", download)
     monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda *args, **kwargs: True)
     model = load_pretrained("me/exits", revision="v1", base_model=make_model())
     assert torch.equal(exits(model), exits(saved[1]))

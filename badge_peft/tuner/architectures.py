@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch import nn
+
+# What PEFT's wrappers put into a name. (One saved module inside of another leaves an adapter's name in a file.)
+_WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,23 @@ def inner_block(model: nn.Module, name: str) -> nn.Module:
     return block
 
 
+def base_name(name: str) -> str:
+    """The name of a tensor in the model as it was before any wrapping, from its name in a PEFT model or in a file."""
+    return _WRAPPERS.sub("", name.removeprefix("base_model.model."))
+
+
+def exit_norm(model: nn.Module, block: str, layout: BlockLayout) -> nn.Module:
+    """The norm of `model` that LN' copies or shares at the block of that name: its last, or the final one (pre-LN)."""
+    if layout.last_norm is not None:
+        return inner_block(model, block).get_submodule(layout.last_norm)
+    return model.get_submodule(final_norm_name(model, layout))
+
+
+def final_norm_name(model: nn.Module, layout: BlockLayout) -> str:
+    """The name in `model` of the norm after the last block (pre-LN)."""
+    return ".".join(filter(None, (backbone_name(model), layout.final_norm)))
+
+
 def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
     """`cls`, `mean` or `last`: what the model's own head reads."""
     if layout.pooling in ("cls", "mean", "last"):
@@ -203,8 +224,7 @@ def _check(model: nn.Module, layout: BlockLayout) -> None:
         for path in (layout.attention_norm, *layout.ffn, *([layout.last_norm] if layout.last_norm else [])):
             block.get_submodule(path)
         if layout.final_norm:
-            prefix = backbone_name(model)
-            model.get_submodule(f"{prefix}.{layout.final_norm}" if prefix else layout.final_norm)
+            model.get_submodule(final_norm_name(model, layout))
     except (AttributeError, IndexError, TypeError) as error:  # TypeError: `blocks` is no list
         raise ValueError(
             f"the block layout does not fit {type(model).__name__}: {error}. Check the paths of BlockLayout."

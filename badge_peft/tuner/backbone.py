@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from badge_peft.registry import PREFIX
-from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout
+from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.lora import is_lora
 
@@ -50,7 +50,7 @@ def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
     blocks = block_names(model, layout)
     if config.norm == "own" and config.placement != "none":
         if layout.pre_norm:
-            names.append(".".join(filter(None, (backbone_name(model), layout.final_norm))))
+            names.append(final_norm_name(model, layout))
         elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too
             names.append(f"{blocks[-1]}.base_layer.{layout.last_norm}")
     return tuple(f"{name}." for name in names)

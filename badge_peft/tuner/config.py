@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.registry import NAME, add_peft_type
-from badge_peft.tuner.adapter_file import is_load_adapter, remember_source
+from badge_peft.tuner.adapter_file import AdapterSource
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.utils.checks import is_number, one_of, whole
@@ -117,6 +117,15 @@ class BadgeConfig(PeftConfig):
         default=None, metadata={"help": "Filled in: a sample of the base weights, checked when an adapter is loaded."}
     )
     badge_version: str | None = field(default=None, metadata={"help": "Filled in: the badge_peft that made this."})
+    source: AdapterSource | None = field(
+        default=None,
+        init=False,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": "At run time: where this was read, until the weights beside it are loaded. None: a new adapter."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,19 +177,20 @@ class BadgeConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         data = super().to_dict()
+        data.pop("source")
         if isinstance(self.block_layout, BlockLayout):
             data["block_layout"] = self.block_layout.to_dict()
         return data
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Reads `adapter_config.json`, as every config of PEFT. The weights beside it are checked when the config is
-        put on a model, before that is changed."""
+        """Reads `adapter_config.json`, as every config of PEFT. The weights beside it are compared with the config
+        when it is put on a model, before that is changed."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, BadgeConfig):
             hub, _, _ = cls._split_kwargs(kwargs)
-            joins = is_load_adapter(kwargs)
-            remember_source(config, pretrained_model_name_or_path, joins, {**hub, "subfolder": subfolder})
+            path, saved_with_weights = str(pretrained_model_name_or_path), config.inference_mode
+            config.source = AdapterSource(path, saved_with_weights, {**hub, "subfolder": subfolder})
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -268,6 +278,12 @@ def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:
             f"exit_layers={config.exit_layers} names block {config.exit_layers[-1]}, but the model has {num_blocks}."
         )
     return sorted({*config.exit_layers, num_blocks})
+
+
+def own_exits(config: BadgeConfig, num_blocks: int) -> list[int]:
+    """Block numbers at which the adapter has an exit of its own: all of `exit_numbers`, but for the model's head."""
+    exits = exit_numbers(config, num_blocks)
+    return exits[:-1] if config.final_exit == "base_head" else exits
 
 
 def is_badge(config: PeftConfig) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from badge_peft.tuner.adapters_library import active_adapters, adapter_of
+from badge_peft.tuner.architectures import base_name
 from badge_peft.tuner.quantized import is_quantised
 
 VALUES = 4  # values per parameter
@@ -68,11 +69,6 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
                 "or save the merged model and load that one. Or its checkpoint lacks this weight and transformers "
                 "drew it at random: train with final_exit='exit', or save the base model beside the adapter."
             )
-
-
-def base_name(name: str) -> str:
-    """A parameter's name in the model as it was before any wrapping."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _sample(parameter: torch.Tensor) -> list[float]:

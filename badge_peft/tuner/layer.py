@@ -56,22 +56,12 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             config: Its config, with `num_labels` and `hidden_size` filled in.
             exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
         """
-        assert config.hidden_size is not None  # filled in by BadgeModel
-        numbers = [m for m in exits if m in self.numbers or (m == 0 and 1 in self.numbers)]
         self.badge_placement[adapter_name] = config.placement
-        if numbers:
-            self.badge_exit[adapter_name] = MultiExitHead(
-                numbers, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
-            ).train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
-        bypassed = [m for m in numbers if m > 0]
-        if config.placement != "none" and bypassed:
-            norm = self._exit_norm[0] if config.norm == "own" else None
-            self.badge_bypass[adapter_name] = nn.ModuleDict(
-                {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
-            )
+        for kind, part in adapter_modules(config, self.numbers, exits, self._exit_norm[0]).items():
+            part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
+            cast(nn.ModuleDict, getattr(self, kind))[adapter_name] = part
+        if adapter_name in self.badge_bypass:
             watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
-        if config.learn_to_exit and 1 in self.numbers:
-            self.badge_doubt[adapter_name] = nn.Linear(config.hidden_size, 1)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -174,6 +164,35 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "badge." + super().__repr__()
+
+
+def adapter_modules(
+    config: BadgeConfig, numbers: list[int], exits: list[int], exit_norm: nn.Module
+) -> dict[str, nn.Module]:
+    """What an adapter has at one block, by the name of the container that it goes into.
+
+    Args:
+        config: Its config, with `num_labels` and `hidden_size` filled in.
+        numbers: The numbers of the block.
+        exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
+        exit_norm: The norm that LN' copies or shares.
+    """
+    assert config.hidden_size is not None  # filled in by BadgeModel
+    parts: dict[str, nn.Module] = {}
+    own = [m for m in exits if m in numbers or (m == 0 and 1 in numbers)]
+    if own:
+        parts["badge_exit"] = MultiExitHead(
+            own, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
+        )
+    bypassed = [m for m in own if m > 0]
+    if config.placement != "none" and bypassed:
+        norm = exit_norm if config.norm == "own" else None
+        parts["badge_bypass"] = nn.ModuleDict(
+            {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
+        )
+    if config.learn_to_exit and 1 in numbers:
+        parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
+    return parts
 
 
 def _plain(name: str) -> str:

@@ -6,19 +6,22 @@ deleted and taken out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from torch import nn
+from torch import Tensor, nn
 
 from badge_peft.tuner.adapters_library import adapter_of
 from badge_peft.tuner.layer import BadgeBlock
 
 _MARK = ".lora_"
+_STAND_IN = "stand_in"  # the name of an adapter that is never used
 
 
 def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:
@@ -35,17 +38,7 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
         before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
         heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
         try:
-            prefixes = tuple(f"{name}." for name in blocks)
-            targets = [
-                name
-                for name, module in model.named_modules()
-                if name.startswith(prefixes) and _targeted(config, name, module)
-            ]
-            if not targets:
-                raise ValueError(
-                    f"lora target_modules={config.target_modules!r} match no module inside of the blocks."
-                )
-            bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
+            bound = _with(config, target_modules=list(_targets(model, config, blocks)), inference_mode=inference)
             LoraModel(model, {adapter_name: bound}, adapter_name)
             for layer in lora_layers(model):  # a new layer is in training mode, whatever its model is in
                 cast(nn.Module, layer).train(layer.get_base_layer().training)
@@ -55,6 +48,30 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
             model.__dict__.pop("peft_config", None)
             if before is not None:
                 model.peft_config = before
+
+
+def lora_tensors(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dict[str, Tensor]:
+    """What a LoRA would add to `model`, on "meta", by its names in a file: PEFT puts it on stand-ins of its targets.
+
+    Raises:
+        ValueError: the LoRA has no target inside of the blocks.
+    """
+    with _unwrapped(model):
+        targets = _targets(model, config, blocks)
+    stand_ins = nn.Module()
+    for name, module in targets.items():
+        parent = stand_ins
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = cast(nn.Module, getattr(parent, part))
+        parent.add_module(name.rpartition(".")[2], _stand_in(module))
+    bound = _with(config, target_modules=list(targets), init_lora_weights=False)
+    with torch.device("meta"):
+        LoraModel(stand_ins, {_STAND_IN: bound}, _STAND_IN)
+    return {
+        name.replace(f".{_STAND_IN}", ""): value for name, value in stand_ins.state_dict().items() if _MARK in name
+    }
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -84,6 +101,33 @@ def is_lora(key: str) -> bool:
 def is_adapter_key(key: str, adapter_name: str) -> bool:
     """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
     return is_lora(key) and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
+
+
+def _with(config: LoraConfig, **changes: Any) -> LoraConfig:
+    return LoraConfig(**{**config.to_dict(), **changes})
+
+
+def _targets(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dict[str, nn.Module]:
+    """The modules inside of the blocks that the LoRA adapts, by name."""
+    prefixes = tuple(f"{name}." for name in blocks)
+    targets = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefixes) and _targeted(config, name, module)
+    }
+    if not targets:
+        raise ValueError(f"lora target_modules={config.target_modules!r} match no module inside of the blocks.")
+    return targets
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A module of the same shape on "meta"."""
+    if isinstance(module, LoraLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Linear):  # quantised ones, too
+        return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
 def _targeted(config: LoraConfig, name: str, module: nn.Module) -> bool:

@@ -9,7 +9,6 @@ from typing import cast
 
 from torch import nn
 
-from badge_peft.tuner.adapter_file import check_source
 from badge_peft.tuner.adapters_library import check_adapters, check_same_adapters, head_labels
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
 from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
@@ -113,10 +112,8 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     is set to what was resolved, and what was asked for is remembered beside it.
 
     Raises:
-        ValueError: as `prepare_config`, or the weights beside a config from a file cannot be read; `config` is
-            unchanged then.
+        ValueError: as `prepare_config`; `config` is unchanged then.
     """
-    check_source(config)
     own = copy.deepcopy(config)
     resolved, asked = own.__dict__.pop(_ASKED, (None, None))
     if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:

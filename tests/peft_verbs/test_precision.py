@@ -1,4 +1,4 @@
-"""Adapters and base models in other precisions (a base in half precision: tests/tuner/test_state_dict.py)."""
+"""Adapters and base models in other precisions (a base in half precision: tests.tuner.test_checkpoint.py)."""
 
 from __future__ import annotations
 

@@ -309,6 +309,15 @@ def test_adapter_of_another_model(base, message, tmp_path):
     assert list(model.peft_config) == ["default"]
 
 
+def untouched(base: Any) -> None:
+    """`base` is as `make_model()` gave it: no wrapper, no hook, no config, and what was trainable still is."""
+    fresh = make_model()
+    assert repr(base) == repr(fresh) and not hasattr(base, "peft_config")
+    assert list(base.state_dict()) == list(fresh.state_dict())
+    assert [p.requires_grad for p in base.parameters()] == [p.requires_grad for p in fresh.parameters()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
 def drop(name: str) -> Any:
     return lambda weights: {key: value for key, value in weights.items() if key != name}
 
@@ -397,14 +406,145 @@ def test_weights_that_cannot_be_read(damage, safe, tmp_path):
     refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
     assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
     base = make_model()
-    if damage is not Path.unlink:  # PEFT's own error, on a model that is not ours yet
-        refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), message)
-        assert list(base.state_dict()) == list(make_model().state_dict()) and not hasattr(base, "peft_config")
+    for is_trainable in (False, True):
+        load = partial(PeftModel.from_pretrained, base, tmp_path, is_trainable=is_trainable)
+        refused(base, load, message)
+        untouched(base)
     file.write_bytes(whole)
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
     for loaded in (model, PeftModel.from_pretrained(base, tmp_path)):
         assert torch.equal(exits_of(loaded.eval(), make_batch()), exits_of(kept, make_batch()))
+
+
+def changed_file(path: Path, change: Any, **fields: Any) -> None:
+    """An adapter in `path` whose tensors went through `change`."""
+    trained(**fields).save_pretrained(path)
+    weights = in_memory(path / FILE)
+    change(weights)
+    save_file(weights, path / FILE)
+
+
+def is_refused_on_both_ways(path: Path, message: str) -> None:
+    base = make_model()
+    refused(base, lambda: PeftModel.from_pretrained(base, path), message)
+    untouched(base)
+    model = trained(placement="ffn")
+    names = list(model.state_dict())
+    refused(model, lambda: model.load_adapter(path, "second"), message)
+    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.encoder.layer.0.attention.self.query.weight",
+        "bert.encoder.layer.0.base_layer.attention.self.query.weight",
+        "bert.embeddings.LayerNorm.bias",
+        "bert.encoder.layer.0.badge_exit.3.linear.weight",
+        "bert.encoder.layer.0.base_layer.attention.self.query.lora_A.weight",
+        "anything",
+    ],
+)
+def test_a_tensor_that_the_config_does_not_name_is_refused(name, tmp_path):
+    """PEFT would write it over the base model's, for every adapter and for none."""
+    changed_file(tmp_path, lambda weights: weights.update({f"base_model.model.{name}": torch.zeros(32, 32)}))
+    is_refused_on_both_ways(tmp_path, r"has 1 tensors that its config does not name, first .*written over")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * torch.nan, "values that are not finite numbers: its training has failed"),
+        (lambda value: value / 0, "values that are not finite numbers"),
+        (lambda value: value.long(), r"is torch.int64 in the adapter file; allowed is torch.float16"),
+        (lambda value: value.to(torch.complex64), r"is torch.complex64 in the adapter file"),
+        (lambda value: value.to(torch.float8_e4m3fn), r"is torch.float8_e4m3fn in the adapter file"),
+    ],
+    ids=["nan", "inf", "int64", "complex", "float8"],
+)
+@pytest.mark.parametrize("part", ["badge_exit.1.linear.weight", "classifier.weight"])
+def test_weights_of_another_kind_are_refused(change, message, part, tmp_path):
+    def apply(weights: dict[str, Tensor]) -> None:
+        name = next(name for name in weights if name.endswith(part))
+        weights[name] = change(weights[name])
+
+    changed_file(tmp_path, apply)
+    is_refused_on_both_ways(tmp_path, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_read(dtype, tmp_path):
+    changed_file(tmp_path, lambda weights: weights.update({k: v.to(dtype) for k, v in weights.items()}))
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    torch.testing.assert_close(exits_of(loaded, make_batch()), exits_of(trained(), make_batch()), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("lora", [{"r": 3}, {"use_dora": True, "target_modules": ["query", "output.dense"]}], ids=str)
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_a_file_with_another_lora_is_refused(lora, part, tmp_path):
+    def transpose(weights: dict[str, Tensor]) -> None:
+        name = next(name for name in weights if name.endswith(part))
+        weights[name] = weights[name].T.contiguous()
+
+    changed_file(tmp_path, transpose, backbone="lora", lora=lora)
+    is_refused_on_both_ways(tmp_path, r"has shape \[.*\] in the adapter file")
+
+
+@pytest.mark.parametrize("fields", [{"r": 10**9}, {"backbone": "lora", "lora": {"r": 10**9}}], ids=["r", "lora"])
+def test_a_size_in_the_config_is_compared_before_memory_is_taken(fields, tmp_path):
+    trained(backbone=fields.get("backbone", "frozen")).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    is_refused_on_both_ways(tmp_path, r"in the adapter file and \[1000000000, 32\] here")
+
+
+def test_a_file_without_a_fingerprint_is_compared_as_well(tmp_path):
+    changed_file(tmp_path, lambda weights: weights.pop(next(name for name in weights if "badge_exit" in name)))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_fingerprint": None}))
+    is_refused_on_both_ways(tmp_path, "lacks 1 of")
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return print, ("code ran",)
+
+
+def test_a_pickle_that_is_no_file_of_tensors_is_not_read(tmp_path, capsys):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / FILE).unlink()
+    torch.save({"base_model.model.classifier.weight": Harmful()}, tmp_path / "adapter_model.bin")
+    is_refused_on_both_ways(tmp_path, "adapter_model.bin cannot be read")
+    torch.save(torch.zeros(3), tmp_path / "adapter_model.bin")
+    is_refused_on_both_ways(tmp_path, "adapter_model.bin cannot be read")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_an_adapter_whose_weights_never_came_does_not_answer(tmp_path):
+    """`get_peft_model` with the config of a saved adapter makes new exits, which must not pass for the saved ones."""
+    kept = trained()
+    kept.save_pretrained(tmp_path)
+    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path)).eval()
+    for call in (model, model.early_exit_forward):
+        with pytest.raises(ValueError, match=r"weights of adapter 'default' have never been loaded"):
+            call(**make_batch())
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**make_batch()).logits, make_model()(**make_batch()).logits)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(exits_of(model.eval(), make_batch()), exits_of(kept, make_batch()))
+
+
+def test_a_config_says_where_it_was_read_at_run_time_alone(tmp_path):
+    trained().save_pretrained(tmp_path)
+    config = BadgeConfig.from_pretrained(tmp_path)
+    assert config.source is not None and config.source.path == str(tmp_path) and config.source.needs_weights
+    assert "source" not in config.to_dict() and str(tmp_path) not in repr(config)
+    model = PeftModel.from_pretrained(make_model(), tmp_path, config=config)
+    assert model.peft_config["default"].source is None  # the weights are in
+    assert config.source is not None  # and the caller's may be used again
+    model.save_pretrained(tmp_path / "again")
+    assert "source" not in json.loads((tmp_path / "again" / "adapter_config.json").read_text())
 
 
 def test_a_config_alone_may_be_read_and_put_on_a_model(tmp_path):
@@ -423,8 +563,7 @@ def test_a_base_model_whose_adapter_is_damaged_is_given_back(fields, tmp_path):
     save_file(drop(next(name for name in weights if "badge_exit" in name))(weights), tmp_path / FILE)
     base = make_model()
     refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), "lacks 1 of")
-    assert repr(base) == repr(make_model()) and not hasattr(base, "peft_config")
-    assert list(base.state_dict()) == list(make_model().state_dict())
+    untouched(base)
     save_file(weights, tmp_path / FILE)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(exits_of(loaded, make_batch()), exits_of(kept, make_batch()))
@@ -435,7 +574,9 @@ def test_a_model_that_somebody_holds_keeps_its_adapter(tmp_path):
     kept.save_pretrained(tmp_path)
     weights = in_memory(tmp_path / FILE)
     save_file(drop(next(iter(weights)))(weights), tmp_path / FILE)
-    model = get_peft_model(make_model(), BadgeConfig.from_pretrained(tmp_path)).eval()
+    config = BadgeConfig.from_pretrained(tmp_path)
+    config.source = None  # start anew
+    model = get_peft_model(make_model(), config).eval()
     refused(model, lambda: model.load_adapter(tmp_path, "default"), "lacks 1 of")
     save_file(weights, tmp_path / FILE)
     model.load_adapter(tmp_path, "default")

@@ -1,0 +1,150 @@
+"""What an adapter's file holds: chosen when it is saved, and compared before a model is changed for it.
+
+PEFT puts an adapter on the model, reads its weights only then, and takes whatever name fits. A file that lacks a
+tensor would leave an exit with random weights, which answers at chance, and one that has a tensor too many would write
+over the base model, in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from badge_peft.registry import PREFIX
+from badge_peft.tuner.adapter_file import FLOATS, check_finite
+from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, exit_norm
+from badge_peft.tuner.backbone import is_own_weight
+from badge_peft.tuner.config import BadgeConfig, own_exits
+from badge_peft.tuner.layer import adapter_modules
+from badge_peft.tuner.lora import is_adapter_key, lora_tensors
+from badge_peft.tuner.lora_config import lora_config
+from badge_peft.tuner.saved_modules import file_names
+
+
+def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `state_dict` that belong to the adapter: its bypasses and exits, and the backbone's LoRA or the
+    trained backbone itself, which they are never separated from. (PEFT adds `modules_to_save`.)"""
+    ours = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}\.")
+    chosen = {key: value for key, value in state_dict.items() if ours.search(key)}
+    if config.backbone == "lora":
+        chosen.update({key: value for key, value in state_dict.items() if is_adapter_key(key, adapter_name)})
+    if config.backbone == "full":
+        chosen.update({key: value for key, value in state_dict.items() if is_own_weight(key)})
+    return chosen
+
+
+def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    """Compares the file beside a config that was read with what the adapter will have on `model`.
+
+    Nothing of the model is changed.
+
+    Args:
+        model: The base model, wrapped or not.
+        config: Prepared for `model`. Without a file beside it, its `source` becomes None.
+        layout: Where the blocks of `model` are.
+
+    Raises:
+        ValueError: the file is damaged or not there, or does not hold exactly what `config` says.
+    """
+    if config.source is None:
+        return
+    found = config.source.read_tensors()
+    if found is None:
+        config.source = None
+    else:
+        _compare(
+            _expected_tensors(model, config, layout),
+            {base_name(name): value for name, value in found.items()},
+            _embeddings(model),
+        )
+
+
+def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weights: dict[str, Tensor]) -> None:
+    """Compares weights that are about to be loaded with what the adapter has on `model`.
+
+    Args:
+        model: The PEFT model, with the adapter in place.
+        config: The adapter's config.
+        adapter_name: Its name.
+        weights: The file's tensors under the model's names.
+
+    Raises:
+        ValueError: `weights` do not hold exactly what the adapter has.
+    """
+    here = model.state_dict()
+    expected = adapter_state_dict(config, adapter_name, here)
+    expected.update({name: here[name] for name in file_names(model, adapter_name).values()})
+    _compare(expected, weights, _embeddings(model))
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ValueError(
+            f"the adapter file lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}: it is damaged, or "
+            "adapter_config.json belongs to another adapter."
+        )
+    surplus = sorted(found.keys() - expected.keys() - optional.keys())
+    if surplus:
+        raise ValueError(
+            f"the adapter file has {len(surplus)} tensors that its config does not name, first {surplus[0]}, which "
+            "would be written over the model's own: it has been changed, or adapter_config.json belongs to another "
+            "adapter."
+        )
+    for name, value in found.items():
+        here = expected.get(name, optional.get(name))
+        assert here is not None
+        if here.shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)} in the adapter file and {list(here.shape)} here: "
+                "adapter_config.json does not belong to this file, or the base model is another one."
+            )
+        if value.dtype not in (FLOATS if here.is_floating_point() else (here.dtype,)):
+            allowed = ", ".join(map(str, FLOATS)) if here.is_floating_point() else here.dtype
+            raise ValueError(
+                f"{name} is {value.dtype} in the adapter file; allowed is {allowed}. Save the adapter again."
+            )
+        check_finite(name, value)
+
+
+def _expected_tensors(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> dict[str, Tensor]:
+    """What the file of an adapter with this config holds, by the base model's names, most of it on "meta"."""
+    blocks = block_names(model, layout)
+    exits = own_exits(config, len(blocks))
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(blocks):
+        numbers = [m for m, block in enumerate(blocks, start=1) if block == name]
+        with torch.device("meta"):
+            parts = adapter_modules(config, numbers, exits, exit_norm(model, name, layout))
+        for kind, part in parts.items():
+            tensors.update({f"{name}.{kind}.{key}": value for key, value in part.state_dict().items()})
+    if config.backbone == "lora":
+        lora = lora_tensors(model, lora_config(config.lora, layout), blocks)
+        tensors.update({base_name(name): value for name, value in lora.items()})
+    if config.backbone == "full":
+        own = {name: value for name, value in model.state_dict().items() if is_own_weight(name)}
+        tensors.update({base_name(name): value for name, value in own.items()})
+    for name, module in model.named_modules():
+        if any(name.endswith(saved) for saved in config.modules_to_save or ()):  # as PEFT looks for them
+            module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            tensors.update({base_name(f"{name}.{key}"): value for key, value in module.state_dict().items()})
+    return tensors
+
+
+def _embeddings(model: Any) -> dict[str, Tensor]:
+    """What PEFT also saves, on demand or after the vocabulary has grown, by the names in `model`."""
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # a model that does not say
+        return {}
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers)
+        for key, value in module.state_dict().items()
+    }
