@@ -24,7 +24,7 @@ from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
 from badge_peft.tuner.run import ExitRun
-from badge_peft.tuner.saved_modules import rename, take_over
+from badge_peft.tuner.saved_modules import watch_saved_modules
 
 if TYPE_CHECKING:
     from badge_peft.compile import CompiledBlocks
@@ -202,9 +202,10 @@ class BadgeModel(BaseTuner):
             wanted = lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        take_over(self.model)  # PEFT calls this once an adapter is in place, and before it reads a file
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter on the model; PEFT calls it for the first and for those that are added."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        watch_saved_modules(model)
 
     def _name_of(self, config: BadgeConfig) -> str:
         return next(name for name, known in self.peft_config.items() if known is config)
@@ -332,7 +333,6 @@ class BadgeModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        state_dict = rename(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         checkpoint.check_weights(model, config, adapter_name, mapped)
         config.source = None

@@ -23,7 +23,6 @@ from badge_peft.tuner.config import BadgeConfig, own_exits
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config
-from badge_peft.tuner.saved_modules import file_names
 
 
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +77,10 @@ def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weig
     """
     here = model.state_dict()
     expected = adapter_state_dict(config, adapter_name, here)
-    expected.update({name: here[name] for name in file_names(model, adapter_name).values()})
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            keys = module.adapter_state_dict_load_map(adapter_name).values()
+            expected.update({f"{name}.{key}": here[f"{name}.{key}"] for key in keys})
     _compare(expected, weights, _embeddings(model))
 
 
