@@ -8,20 +8,19 @@ from onnx import helper, numpy_helper
 
 from badge_peft.export.chain import Chain, Insert, Stage
 from badge_peft.export.decisions import Decision
-from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Piece
-from badge_peft.export.quantize import quantize_trunk
+from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Subgraph, quantize_trunk
 from badge_peft.export.share import share_weights
-from badge_peft.export.trace import Cut
+from badge_peft.export.trace import Pieces
 
 
-def assemble(cut: Cut, decision: Decision, hidden_size: int, *, int8: bool, compact: bool) -> onnx.ModelProto:
+def assemble(pieces: Pieces, decision: Decision, hidden_size: int, *, int8: bool, compact: bool) -> onnx.ModelProto:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` and `patience` to the answers.
 
     The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
     file.
 
     Args:
-        cut: The pieces.
+        pieces: Of the model.
         decision: The policy.
         hidden_size: d.
         int8: Quantise the blocks; exits and decisions stay in float32.
@@ -30,14 +29,14 @@ def assemble(cut: Cut, decision: Decision, hidden_size: int, *, int8: bool, comp
     main = Graph("main")
     threshold, unit = decision.threshold()
     limit = main.op("Mul", "threshold", main.floats(unit)) if unit != 1 else "threshold"
-    embeddings = _insert(cut, 0, int8)
-    made = embeddings(main, {name: name for name in cut.inputs})
-    outer = {name: name for name in cut.inputs} | {n: v for n, v in made.items() if n.startswith("shared_")}
+    embeddings = _insert(pieces, 0, int8)
+    made = embeddings(main, {name: name for name in pieces.inputs})
+    outer = {name: name for name in pieces.inputs} | {n: v for n, v in made.items() if n.startswith("shared_")}
     chain = Chain(
         main,
         decision,
         outer,
-        {*cut.inputs, *cut.per_row},
+        {*pieces.inputs, *pieces.per_row},
         compact=compact,
         batch=main.op("Squeeze", main.op("Shape", "input_ids", start=0, end=1)),
         hidden_size=hidden_size,
@@ -49,25 +48,22 @@ def assemble(cut: Cut, decision: Decision, hidden_size: int, *, int8: bool, comp
     chain.start(
         made["hidden"], made.get("logits"), made.get("doubt"), index, index is not None and decision.is_last(index)
     )
-    for m in sorted(cut.blocks):
+    for m in sorted(set(pieces.models) - {0}):
         place = exits.index(m) if m in exits and decision.reads(exits.index(m)) else None
-        reads = [*cut.shared[m], *cut.inputs]
-        chain.add(Stage(m, _insert(cut, m, int8), reads, place, place is not None and decision.is_last(place)))
+        reads = [*pieces.shared[m], *pieces.inputs]
+        chain.add(Stage(m, _insert(pieces, m, int8), reads, place, place is not None and decision.is_last(place)))
     main.op("Identity", chain.answer, output="logits")
     main.op("Identity", chain.exit_layer, output="exit_layer")
-    return _model(cut, decision, main, threshold)
+    return _model(pieces, decision, main, threshold)
 
 
-def _insert(cut: Cut, block: int, int8: bool) -> Insert:
+def _insert(pieces: Pieces, block: int, int8: bool) -> Insert:
     """Adds the nodes of a piece, in float32 or with its trunk in int8."""
-    model = cut.blocks[block] if block else cut.embeddings
+    model = pieces.models[block]
     names = [info.name for info in model.graph.input]
-    piece = Piece.of(model, cut.returned[block])
-    parts: list[Piece] = [piece]
-    if int8:
-        trunk, rest = quantize_trunk(model, piece)
-        parts = [trunk] if rest is None else [trunk, rest]
-    arguments = ["hidden", *cut.shared[block], *cut.inputs] if block else list(cut.inputs)
+    piece = Subgraph.of(model, pieces.returned[block])
+    parts = quantize_trunk(model, piece) if int8 else [piece]
+    arguments = pieces.arguments(block)
 
     def insert(graph: Graph, values: dict[str, str]) -> dict[str, str]:
         bound = {name: values[argument] for name, argument in zip(names, arguments, strict=True)}
@@ -80,8 +76,8 @@ def _insert(cut: Cut, block: int, int8: bool) -> Insert:
     return insert
 
 
-def _model(cut: Cut, decision: Decision, main: Graph, threshold: float) -> onnx.ModelProto:
-    inputs = [helper.make_tensor_value_info(name, INT64, ["batch", "sequence"]) for name in cut.inputs]
+def _model(pieces: Pieces, decision: Decision, main: Graph, threshold: float) -> onnx.ModelProto:
+    inputs = [helper.make_tensor_value_info(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
     inputs.append(helper.make_tensor_value_info("threshold", FLOAT, []))
     inputs.append(helper.make_tensor_value_info("patience", INT64, []))
     outputs = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnx.inliner import inline_local_functions
 
 OPSET = 20
 IR_VERSION = 10  # what onnxruntime 1.20 reads
@@ -79,7 +80,7 @@ class Graph:
         """Adds an `If` with the named outputs."""
         self.ops("If", [condition], outputs, then_branch=then, else_branch=otherwise)
 
-    def insert(self, piece: Piece, inputs: dict[str, str]) -> dict[str, str]:
+    def insert(self, piece: Subgraph, inputs: dict[str, str]) -> dict[str, str]:
         """Puts a piece in, its inputs bound to values that are there already.
 
         Args:
@@ -110,7 +111,7 @@ class Graph:
         return {name: renamed(inner) for name, inner in piece.outputs.items()}
 
 
-class Piece:
+class Subgraph:
     """A part of a model as ONNX nodes.
 
     Args:
@@ -133,20 +134,12 @@ class Piece:
         self.used = used - made
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, names: Sequence[str]) -> Piece:
-        """The piece that a model with these outputs is, without the notes that exporters leave in nodes."""
-        if model.functions:
-            model = inline_local_functions(model)
-        for node in model.graph.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
-        for tensor in model.graph.initializer:
-            tensor.doc_string = ""
-            del tensor.metadata_props[:]
+    def of(cls, model: onnx.ModelProto, names: Sequence[str]) -> Subgraph:
+        """What a model with these outputs consists of."""
         outputs = dict(zip(names, (output.name for output in model.graph.output), strict=True))
         return cls(list(model.graph.node), list(model.graph.initializer), outputs)
 
-    def split(self, trunk: str) -> tuple[Piece, Piece]:
+    def split(self, trunk: str) -> tuple[Subgraph, Subgraph]:
         """What leads to the output `trunk`, and the rest, which reads values of the first part.
 
         The first part has those values as further outputs, under their own names.
@@ -159,8 +152,8 @@ class Piece:
         read = {name for node in rest for name in node.input} | set(others.values())
         shared = {name: name for name in sorted(read & made)}
         return (
-            Piece(inner, self.initializers, {trunk: self.outputs[trunk], **shared}),
-            Piece(rest, self.initializers, others),
+            Subgraph(inner, self.initializers, {trunk: self.outputs[trunk], **shared}),
+            Subgraph(rest, self.initializers, others),
         )
 
 
@@ -172,3 +165,47 @@ def _living(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> tuple[list[onn
             living.append(node)
             used.update(name for name in node.input if name)
     return living[::-1], used
+
+
+def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with the weights of its matrix products and embeddings in int8, by onnxruntime's own tool; activations
+    are quantized as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    del given.graph.value_info[:]  # onnxruntime 1.23 turns weights round, and then finds the noted shapes wrong
+    add_pre_process_metadata(given)  # the tool would advise a preparation that makes no difference here
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(given, path, weight_type=QuantType.QInt8)
+        return onnx.load(path)
+
+
+def quantize_trunk(model: onnx.ModelProto, piece: Subgraph) -> list[Subgraph]:
+    """A subgraph with what leads to its states in int8, and its exit in float32, where int8 would save little and
+    change decisions.
+
+    Args:
+        model: The exported model that `piece` is from; it knows the types of inputs.
+        piece: With an output `hidden`, or the last one, which is quantized whole.
+    """
+    if "hidden" not in piece.outputs:
+        return [_int8(model, piece)]
+    trunk, rest = piece.split("hidden")
+    return [_int8(model, trunk), rest]
+
+
+def _int8(model: onnx.ModelProto, piece: Subgraph) -> Subgraph:
+    known = {info.name: info for info in [*model.graph.input, *model.graph.output, *model.graph.value_info]}
+    inputs = [info for info in model.graph.input if info.name in piece.used]
+    values = list(dict.fromkeys(piece.outputs.values()))
+    outputs = [known.get(v, helper.make_tensor_value_info(v, FLOAT, None)) for v in values]
+    alone = helper.make_model(
+        helper.make_graph(piece.nodes, "piece", inputs, outputs, piece.initializers),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+    )
+    quantized = Subgraph.of(quantize(alone), values)
+    return Subgraph(quantized.nodes, quantized.initializers, dict(piece.outputs))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.export.session import open_session
 from badge_peft.utils.answers import spoken
 from badge_peft.utils.checks import is_number, whole
 from badge_peft.utils.extras import require
@@ -172,6 +171,25 @@ class OnnxEarlyExitModel:
             for row, number in zip(output.logits, output.exit_layer, strict=True):
                 answers.append({**spoken(row, self.labels, self.config["problem_type"]), "exit_layer": int(number)})
         return answers
+
+
+def open_session(
+    path: Path,
+    threads: int | None = None,
+    spinning: bool = False,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> Any:
+    """An onnxruntime session on the graph in `path`; the rest is as `OnnxEarlyExitModel.from_pretrained` has it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of inputs that have defaults, which is what we want
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
 
 
 def _like(ids: np.ndarray, value: Any, name: str, default: int) -> np.ndarray:

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import inspect
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnx.inliner import inline_local_functions
 from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.segments import EXAMPLE, OTHER, Block, Embeddings, example_inputs, result_lengths
+from badge_peft.export.pieces import EXAMPLE, OTHER, ModelPiece, example_inputs, result_lengths, shared_tensors
 from badge_peft.model import BadgeModel
+
+#: Of a tensor [B, S, ...].
+DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
 @dataclass
-class Cut:
-    """A model, cut into pieces.
+class Pieces:
+    """A model in pieces, by block number; 0 is the embeddings.
 
     Args:
         inputs: Names of the model's inputs.
-        embeddings: The piece before block 1.
-        blocks: Block number -> its piece, up to the last one that is wanted.
-        shared: Block number -> names of the shared tensors that it reads, in the order of its arguments.
+        models: The pieces, up to the last block that is wanted.
+        shared: Names of the shared tensors that each block takes, in the order of its arguments.
         per_row: Names of the shared tensors that have one row per input.
-        returned: Names of what each piece gives, by block number (0: the embeddings).
+        returned: Names of what each piece gives.
     """
 
     inputs: list[str]
-    embeddings: onnx.ModelProto
-    blocks: dict[int, onnx.ModelProto]
+    models: dict[int, onnx.ModelProto]
     shared: dict[int, list[str]]
     per_row: set[str]
     returned: dict[int, list[str]]
 
+    def arguments(self, number: int) -> list[str]:
+        """Names of what piece `number` takes, in order."""
+        return [*self.inputs, "hidden", *self.shared[number]] if number else self.inputs
+
 
 @torch.no_grad()
-def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -> Cut:
+def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -> Pieces:
     """Exports the embeddings and the blocks 1..depth, one by one.
 
     Args:
@@ -61,31 +67,27 @@ def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -
     vocabulary = int(badge.model.config.vocab_size)
     a, b = (example_inputs(names, size, vocabulary) for size in (EXAMPLE, OTHER))
     lengths = result_lengths(badge, a)
-    embed = Embeddings(badge, lengths, 0 in read)
-    run, other = embed.run(a), embed.run(b)
-    assert run.embeddings is not None and other.embeddings is not None
-    shapes = [_moving(x, y) for x, y in zip(run.shared.tensors, other.shared.tensors, strict=True)]
-    moving = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    inputs_moving = dict.fromkeys(a, moving)
+    embeddings = ModelPiece(badge, 0, lengths, 0 in read)
+    (tensors, places), (others, _) = (shared_tensors(embeddings.run(x).arguments) for x in (a, b))
+    inputs_moving = dict.fromkeys(a, DYNAMIC)
+    shapes = [_moving(x, y) for x, y in zip(tensors, others, strict=True)]
 
-    made = embed.named(a)
-    result = Cut(
+    made = embeddings.named(a)
+    result = Pieces(
         list(a),
-        to_onnx(embed, {"inputs": a}, {"inputs": inputs_moving}, list(a)),
-        {},
-        {m: [f"shared_{i}" for i in places] for m, places in enumerate(run.shared.indices, start=1)},
-        {f"shared_{i}" for i, t in enumerate(run.shared.tensors) if _has_rows(t, other.shared.tensors[i])},
+        {0: to_onnx(embeddings, {"inputs": a}, {"inputs": inputs_moving}, list(a))},
+        {m: [f"shared_{i}" for i in indices] for m, indices in enumerate(places, start=1)},
+        {f"shared_{i}" for i, (x, y) in enumerate(zip(tensors, others, strict=True)) if _has_rows(x, y)},
         {0: list(made)},
     )
     hidden = made["hidden"]
     for m in tqdm(range(1, depth + 1), desc="exporting blocks", disable=not progress):
-        block = Block(badge, lengths, m, m in read)
-        places = run.shared.indices[m - 1]
-        shared = [run.shared.tensors[i] for i in places]
-        example = {"hidden": hidden, "shared": shared, "inputs": a}
-        shape = {"hidden": moving, "shared": [shapes[i] for i in places], "inputs": inputs_moving}
-        result.blocks[m] = to_onnx(block, example, shape, ["hidden", *result.shared[m], *a])
-        made = block.named(hidden, shared, a)
+        block = ModelPiece(badge, m, lengths, m in read)
+        taken = [tensors[i] for i in places[m - 1]]
+        example: dict[str, Any] = {"inputs": a, "hidden": hidden, "tensors": taken}
+        shape = {"inputs": inputs_moving, "hidden": DYNAMIC, "tensors": [shapes[i] for i in places[m - 1]]}
+        result.models[m] = to_onnx(block, example, shape, result.arguments(m))
+        made = block.named(**example)
         result.returned[m] = list(made)
         hidden = made.get("hidden", hidden)
     return result
@@ -93,8 +95,6 @@ def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -
 
 def input_names(model: nn.Module) -> list[str]:
     """The inputs that an exported graph takes: those that the tokenizer makes for this model."""
-    import inspect
-
     known = inspect.signature(model.forward).parameters
     config: Any = model.config
     wanted = ["input_ids", "attention_mask"]
@@ -104,15 +104,20 @@ def input_names(model: nn.Module) -> list[str]:
 
 
 def to_onnx(
-    module: nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[str, Any], names: Sequence[str]
+    module: nn.Module,
+    inputs: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    names: Sequence[str],
+    output_names: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """`module` as ONNX.
+    """`module` as ONNX, without functions and without the exporter's notes on where everything comes from.
 
     Args:
         module: In eval mode, without gradients.
         inputs: Keyword arguments; lists and dicts of tensors among them.
         dynamic_shapes: As `torch.export.export` takes it.
         names: Names of the tensors in `inputs`, in order. One that occurs twice is told apart by its place.
+        output_names: Names of what it returns; None leaves them to the exporter.
 
     Raises:
         RuntimeError: torch cannot export it.
@@ -128,9 +133,19 @@ def to_onnx(
             opset_version=OPSET,
             external_data=False,
             input_names=_distinct(names),
+            output_names=output_names,
             verbose=False,
         )
-        return onnx.load(path)
+        return _bare(onnx.load(path))
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    if model.functions:
+        model = inline_local_functions(model)
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    return model
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -146,12 +161,12 @@ def _has_rows(tensor: Tensor, other: Tensor) -> bool:
     return tensor.dim() > 1 and (tensor.shape[0], other.shape[0]) == (EXAMPLE[0], OTHER[0])
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's remarks on itself."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

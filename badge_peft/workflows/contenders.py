@@ -75,7 +75,7 @@ def onnx_contenders(
         int8: Weights in 8 bits (dynamic quantisation).
     """
     from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
-    from badge_peft.export.session import open_session
+    from badge_peft.export.runtime import open_session
 
     kind = "int8" if int8 else "fp32"
     plain, early = folder / f"full-depth-{kind}" / "model.onnx", folder / f"early-exit-{kind}"

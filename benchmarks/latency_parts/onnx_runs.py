@@ -43,7 +43,7 @@ class Sessions:
     def plain(self, int8: bool = False) -> Callable[..., Any]:
         """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]."""
         from badge_peft.export import export_full_depth
-        from badge_peft.export.session import open_session
+        from badge_peft.export.runtime import open_session
 
         path = self.folder / ("plain-int8" if int8 else "plain") / "model.onnx"
         if not path.exists():

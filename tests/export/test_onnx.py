@@ -20,7 +20,10 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
 from badge_peft.export.assemble import assemble
 from badge_peft.export.decisions import Decision
+from badge_peft.export.onnx import OnnxExporter
+from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.trace import cut
+from badge_peft.tuner import lora
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, with_threshold
 from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_model
@@ -191,10 +194,11 @@ def test_without_any_of_our_packages(folder):
     assert (answer["label"], answer["exit_layer"]) == (wanted["label"], wanted["exit_layer"])
 
 
-def test_int8(model, tmp_path):
+def test_int8_beside_float32_from_one_cut(model, tmp_path):
     rows = [{"input_ids": row, "labels": i % LABELS} for i, row in enumerate(make_batch(8, 9)["input_ids"].tolist())]
-    report = export_onnx(model, tmp_path / "a", early_exit_config={"threshold": 1.0}, int8=True, examples=rows)
-    plain = export_onnx(model, tmp_path / "b", early_exit_config={"threshold": 1.0}, examples=rows)
+    exporter = OnnxExporter(model, {"threshold": 1.0})
+    report = exporter.write(tmp_path / "a", int8=True, examples=rows)
+    plain = exporter.write(tmp_path / "b", examples=rows)
     assert report.size_bytes < 0.7 * plain.size_bytes  # even of so small a model
     assert report.changes is not None and plain.changes is not None
     assert (plain.changes.same_answer, plain.changes.same_exit, plain.changes.rows) == (1.0, 1.0, 8)
@@ -231,16 +235,18 @@ def test_a_fixed_depth_leaves_the_rest_out(model, tmp_path):
     assert set(found.exit_layer.tolist()) == {2}
 
 
-def test_the_lora_of_an_adapter_is_folded_in_and_given_back(tmp_path):
+def test_the_model_stays_as_it_is_and_the_file_has_its_lora_folded_in(tmp_path):
     model = make_badge("bert", backbone="lora", lora={"r": 4, "target_modules": ["query", "value"]})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    report = export_onnx(model, tmp_path, early_exit_config={"threshold": 1.0})
+    before = {name: (p, p.clone()) for name, p in model.state_dict(keep_vars=True).items()}
+    report = export_onnx(model.train(), tmp_path, early_exit_config={"threshold": 1.0})
     assert report.max_difference is not None and report.max_difference < 1e-3
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0] and torch.equal(tensor, before[name][1])
+    assert model.training and not any(layer.merged for layer in lora.lora_layers(model))
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert not any("lora" in t.name for t in graph.initializer)
 
@@ -249,12 +255,14 @@ def test_full_depth_alone(model, tmp_path):
     batch = make_batch(3, 9)
     with torch.no_grad():
         wanted = model(**batch).logits.numpy()
-    for int8 in (False, True):
-        export_full_depth(model, tmp_path / "full.onnx", int8=int8)
+    exporter = FullDepthExporter(model)
+    for int8 in (True, False):
+        exporter.write(tmp_path / "full.onnx", int8=int8)
         session = onnxruntime.InferenceSession(str(tmp_path / "full.onnx"))
         feed = {name: tensor.numpy() for name, tensor in batch.items()}
         (logits,) = session.run(["logits"], {**feed, "token_type_ids": np.zeros_like(feed["input_ids"])})
         np.testing.assert_allclose(logits, wanted, atol=1e-4 if not int8 else 3.0)
+    assert str(Path.cwd()).encode() not in (tmp_path / "full.onnx").read_bytes()  # no trace of where it was made
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

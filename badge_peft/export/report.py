@@ -1,0 +1,150 @@
+"""What is told of an exported file: the report, how its answers differ from the PyTorch model's, and its README.md."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.metrics import METRICS, predictions
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+from badge_peft.model import BadgeModel
+
+_TEMPLATE = Path(__file__).parent / "card_template.md"
+
+
+@dataclass
+class Changes:
+    """A file against its PyTorch model on the same rows.
+
+    Args:
+        rows: How many.
+        same_answer: Share of rows with the same predicted label (regression: mean absolute difference of the values).
+        same_exit: Share of rows that stop at the same block.
+        mean_exit: Mean number of the block that answered, in the file.
+        mean_exit_before: In PyTorch.
+        score: Accuracy (regression: Pearson correlation) of the file, where there are labels.
+        score_before: Of PyTorch.
+    """
+
+    rows: int
+    same_answer: float
+    same_exit: float
+    mean_exit: float
+    mean_exit_before: float
+    score: float | None = None
+    score_before: float | None = None
+
+
+@dataclass
+class OnnxExportReport:
+    """What `export_onnx` wrote.
+
+    Args:
+        directory: Where.
+        size_bytes: Of `model.onnx`.
+        int8: Whether the blocks are quantized.
+        policy: The exit policy that is in the file.
+        threshold: Its default for the input `threshold`.
+        patience: Its default for the input `patience`.
+        exit_layers: Block numbers at which rows can answer.
+        max_difference: Largest difference of logits from PyTorch's on random rows (float32 files).
+        changes: What differs from the PyTorch model on `examples`, where there were any.
+    """
+
+    directory: str
+    size_bytes: int
+    int8: bool
+    policy: str
+    threshold: float
+    patience: int
+    exit_layers: list[int]
+    max_difference: float | None = None
+    changes: Changes | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return asdict(self)
+
+
+def compare(
+    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any, batch_size: int = 1
+) -> Changes:
+    """Both models on `examples`, tokenized rows with or without labels.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("there are no examples: pass at least one tokenized row, or None.")
+    rows = tensor_columns(badge.model, examples)
+    labels = [row["labels"] for row in rows] if all("labels" in row for row in rows) else None
+    inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    batches = [
+        pad_features(inputs[start : start + batch_size], badge.model) for start in range(0, len(rows), batch_size)
+    ]
+    pairs = [_both(badge, session, config, batch) for batch in batches]
+    (logits_before, exits_before), (logits, exits) = (
+        (np.concatenate([x.logits for x in outputs]), np.concatenate([x.exit_layer for x in outputs]))
+        for outputs in zip(*pairs, strict=True)
+    )
+    kind = session.config["problem_type"]
+    old, new = (np.asarray(predictions(torch.from_numpy(x), kind)) for x in (logits_before, logits))
+    same = np.abs(old - new).mean() if kind == "regression" else (old == new).reshape(len(rows), -1).all(axis=1).mean()
+    changes = Changes(
+        len(rows), float(same), float((exits == exits_before).mean()), float(exits.mean()), float(exits_before.mean())
+    )
+    if labels is not None:
+        metric = METRICS["pearson" if kind == "regression" else "accuracy"]
+        changes.score, changes.score_before = (metric(x, np.asarray(labels)) for x in (new, old))
+    return changes
+
+
+def largest_difference(
+    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, inputs: dict[str, Tensor]
+) -> float:
+    """Of the logits on `inputs` [B, S], its rows together and the first one alone; rows that stop elsewhere (ties) are
+    left out.
+
+    NaN where no row stops at the same block.
+    """
+    differences = []
+    for batch in (inputs, {name: value[:1] for name, value in inputs.items()}):
+        expected, found = _both(badge, session, config, batch)
+        same = expected.exit_layer == found.exit_layer
+        differences.append(np.abs(expected.logits - found.logits)[same])
+    values = np.concatenate(differences)
+    return float(values.max()) if values.size else float("nan")
+
+
+def onnx_card(report: OnnxExportReport, metadata: dict[str, Any], has_tokenizer: bool) -> str:
+    """The README.md beside the graph.
+
+    Args:
+        report: What was written.
+        metadata: The content of `early_exit.json`.
+        has_tokenizer: Whether a tokenizer was saved beside the graph.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        _TEMPLATE.read_text(encoding="utf-8")
+    )
+    return template.render(**metadata, report=report, changes=report.changes, has_tokenizer=has_tokenizer)
+
+
+def _both(
+    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, batch: dict[str, Tensor]
+) -> tuple[OnnxOutput, OnnxOutput]:
+    """PyTorch's output and the file's."""
+    output = early_exit_forward(badge, early_exit_config=config, **batch)
+    assert output.logits is not None and output.exit_layer is not None
+    fields: dict[str, Any] = {name: batch[name].numpy() for name in session.config["inputs"] if name in batch}
+    return OnnxOutput(output.logits.numpy(), output.exit_layer.numpy()), session(**fields)
