@@ -39,7 +39,13 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         sweep,
     )
     from badge_peft.pipelines import pipeline
-    from badge_peft.training import MultiExitTrainer, make_optimizer, multi_exit_arguments, parameter_groups
+    from badge_peft.training import (
+        MultiExitTrainer,
+        MultiExitTrainingArguments,
+        make_optimizer,
+        multi_exit_arguments,
+        parameter_groups,
+    )
 
 __version__ = package_version()
 
@@ -58,6 +64,7 @@ __all__ = [
     "MultiExitHead",
     "MultiExitOutput",
     "MultiExitTrainer",
+    "MultiExitTrainingArguments",
     "TradeOff",
     "TradeOffPoint",
     "calibrate",
@@ -95,7 +102,13 @@ _LAZY = {
         "sweep",
     ),
     "pipelines": ("pipeline",),
-    "training": ("MultiExitTrainer", "make_optimizer", "multi_exit_arguments", "parameter_groups"),
+    "training": (
+        "MultiExitTrainer",
+        "MultiExitTrainingArguments",
+        "make_optimizer",
+        "multi_exit_arguments",
+        "parameter_groups",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -95,10 +95,10 @@ def main() -> None:
             eval_strategy="no",  # needs labels
             save_strategy="no",
             load_best_model_at_end=False,
+            distillation=1.0,  # follow the model's own last layer
         ),
         train_dataset=rows["train"],
         processing_class=tokenizer,
-        distillation=1.0,  # follow the model's own last layer
     )
     trainer.train()
 

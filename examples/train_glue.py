@@ -76,12 +76,12 @@ def main() -> None:
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
             seed=args.seed,
+            objective=args.objective,
+            exit_metric=task.metric,
         ),
         train_dataset=task.splits["train"],
         eval_dataset=task.splits["validation"],
         processing_class=tokenizer,
-        objective=args.objective,
-        metric=task.metric,
     )
     trainer.train()
 

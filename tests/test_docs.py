@@ -16,10 +16,10 @@ import torch
 import yaml
 from datasets import load_dataset
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 import badge_peft
-from badge_peft import BadgeConfig, EarlyExitConfig
+from badge_peft import BadgeConfig, EarlyExitConfig, MultiExitTrainingArguments
 from badge_peft.evaluation.guarantee import rows_needed
 from tests.models import make_model, shake
 from tests.pages import PAGES, README, ROOT, anchors, blocks, links, prose, run
@@ -239,9 +239,16 @@ def test_the_reference_names_what_there_is_and_each_once() -> None:
         resolve(name)
 
 
-@pytest.mark.parametrize(("config", "page"), [(BadgeConfig, "adapter"), (EarlyExitConfig, "early-exit")])
-def test_the_table_of_fields_is_that_of_the_code(config: type, page: str) -> None:
-    inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+@pytest.mark.parametrize(
+    ("config", "base", "page"),
+    [
+        (BadgeConfig, peft.PeftConfig, "adapter"),
+        (EarlyExitConfig, None, "early-exit"),
+        (MultiExitTrainingArguments, TrainingArguments, "training"),
+    ],
+)
+def test_the_table_of_fields_is_that_of_the_code(config: type, base: type | None, page: str) -> None:
+    inherited = {field.name for field in dataclasses.fields(base)} if base is not None else set()
     rows = []
     for field in dataclasses.fields(config):
         if field.name not in inherited:

@@ -24,8 +24,8 @@ from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits, ev
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.hub import load_pretrained
-from badge_peft.training.progress import quiet
 from badge_peft.tuner.prepare import package_version
+from badge_peft.utils.logs import quiet
 from badge_peft.workflows.adapter import LOGITS
 
 POLICIES: list[dict[str, Any]] = [

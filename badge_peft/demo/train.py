@@ -20,9 +20,10 @@ from transformers import (
 
 from badge_peft.demo.settings import DemoSettings
 from badge_peft.training import make_optimizer
-from badge_peft.training.progress import ProgressBar, quiet
+from badge_peft.training.callbacks import ProgressBar
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
+from badge_peft.utils.logs import quiet
 
 
 def make_model(path: str, label_names: list[str]) -> PeftModel:

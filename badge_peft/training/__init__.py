@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from badge_peft.training.arguments import multi_exit_arguments
+from badge_peft.training.arguments import MultiExitTrainingArguments, multi_exit_arguments
 from badge_peft.training.objectives import OBJECTIVES, Objective
 from badge_peft.training.parameters import make_optimizer, parameter_groups
 from badge_peft.training.trainer import MultiExitTrainer
@@ -10,6 +10,7 @@ from badge_peft.training.trainer import MultiExitTrainer
 __all__ = [
     "OBJECTIVES",
     "MultiExitTrainer",
+    "MultiExitTrainingArguments",
     "Objective",
     "make_optimizer",
     "multi_exit_arguments",

@@ -1,8 +1,11 @@
-"""`multi_exit_arguments`: TrainingArguments with the paper's settings, on transformers 4.57 and 5 alike."""
+"""`MultiExitTrainingArguments`: transformers' TrainingArguments with what `MultiExitTrainer` adds to them, and the
+paper's values of both, on transformers 4.57 and 5 alike."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -10,19 +13,118 @@ from torch import nn
 from transformers import TrainingArguments
 
 from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.evaluation.metrics import METRICS
+from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
+from badge_peft.tuner.losses import check_weights
+from badge_peft.utils.checks import check_number, one_of, whole
 from badge_peft.utils.distributed import on_cpu
 
 
-def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) -> TrainingArguments:
-    """TrainingArguments as the paper trains (section 4.3): 10% warm-up, batches of similar length, an evaluation and a
+@dataclass(repr=False)  # that of TrainingArguments hides tokens
+class MultiExitTrainingArguments(TrainingArguments):
+    """Arguments of `MultiExitTrainer`: those of `transformers.TrainingArguments`, where `learning_rate` is the rate of
+    the backbone (or its LoRA), and the ones below.
+
+    As fields they are saved with every checkpoint, parsed by `HfArgumentParser`, and set by
+    `Trainer.hyperparameter_search` from what its `hp_space` returns.
+
+    Args:
+        objective: What a step's loss is made of: one of `OBJECTIVES`.
+        depth: Block number of the exit of `single_exit`.
+        exit_weights: `uniform` (Eq. 8), `linear` (m, PABEE), a number per exit, or these as JSON; None takes the
+            adapter's, for `past_future` its own.
+        distillation: Share in [0, 1] of the loss of exits below M that follows exit M and not the labels.
+        distillation_temperature: Above 0.
+        adapter_learning_rate: Of bypasses and exits; None is 1e-2.
+        head_learning_rate: Of the model's own head; None as in `parameter_groups`.
+        exit_metric: A name of `METRICS`; None is accuracy, for regression Pearson's correlation.
+        early_stopping_patience: At least 1; None never stops early.
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
+
+    objective: str = field(
+        default="joint",
+        metadata={"help": "What a step's loss is made of.", "choices": OBJECTIVES},
+    )
+    depth: int | None = field(default=None, metadata={"help": "The exit of `single_exit`: a block number."})
+    exit_weights: list[float] | str | None = field(  # in this order HfArgumentParser takes it for a string
+        default=None,
+        metadata={"help": "Of the exits' losses: `uniform`, `linear` or a list; None = the adapter's."},
+    )
+    distillation: float = field(
+        default=0.0,
+        metadata={"help": "Share of the loss of exits below M that follows exit M; with 1 no labels are needed."},
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "T of the distillation."})
+    adapter_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of bypasses and exits; None = 1e-2. `learning_rate` is the backbone's."}
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the model's own head; None = the backbone's rate with backbone='full', else a tenth of the "
+            "adapter's."
+        },
+    )
+    exit_metric: str | None = field(
+        default=None, metadata={"help": "Score of each exit; None = accuracy, for regression Pearson's correlation."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without improvement before training stops; None = never."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Refuses what these fields may not hold. A search sets them afterwards, so `MultiExitTrainer` asks again
+        before each training.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        make_objective(self.objective, self.depth, distillation=self.distillation)
+        whole("depth", self.depth, at_least=0)
+        whole("early_stopping_patience", self.early_stopping_patience, at_least=1)
+        check_number("distillation_temperature", self.distillation_temperature, lambda t: t > 0, "it must be positive")
+        for name in ("adapter_learning_rate", "head_learning_rate"):
+            check_number(name, getattr(self, name), lambda rate: rate >= 0, "it must be a number of at least 0")
+        if self.exit_metric is not None:
+            one_of("exit_metric", self.exit_metric, tuple(METRICS))
+        if self.exit_weights is not None:
+            self.exit_weights = check_weights(_from_json(self.exit_weights))
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None = None, **overrides: Any) -> MultiExitTrainingArguments:
+        """A copy of `args`, plain TrainingArguments among them, with `overrides` that are not None in their place.
+
+        Args:
+            args: None takes the defaults.
+            **overrides: Fields of this class.
+        """
+        args = cls() if args is None else args
+        new = cls.__new__(type(args) if isinstance(args, cls) else cls)
+        own = {f.name: f.default for f in fields(cls)[len(fields(TrainingArguments)) :]}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        # as copy.copy does: their checks have been made, and the devices set up
+        new.__dict__.update({**own, **vars(args), **given})
+        new.check()
+        return new
+
+
+def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) -> MultiExitTrainingArguments:
+    """Arguments as the paper trains (section 4.3): 10% warm-up, batches of similar length, an evaluation and a
     checkpoint after each epoch, the best by S-avg loaded at the end. Several processes without an accelerator train on
     their CPUs.
 
     Args:
         model: The PEFT model; its backbone mode says the backbone's learning rate.
         output_dir: Where checkpoints go.
-        **overrides: Any argument of `TrainingArguments`, which wins.
+        **overrides: Any field of `MultiExitTrainingArguments`, which wins.
     """
     known = {f.name for f in fields(TrainingArguments)}
     options: dict[str, Any] = {
@@ -42,4 +144,12 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
         options |= {"train_sampling_strategy": "group_by_length", "warmup_steps": 0.1}
     else:
         options |= {"group_by_length": True, "warmup_ratio": 0.1}
-    return TrainingArguments(output_dir=output_dir, **{**options, **overrides})
+    return MultiExitTrainingArguments(output_dir=output_dir, **{**options, **overrides})
+
+
+def _from_json(weights: Any) -> Any:
+    """A list that came as a string, from a command line."""
+    if isinstance(weights, str) and weights.startswith("["):
+        with suppress(json.JSONDecodeError):
+            return json.loads(weights)
+    return weights

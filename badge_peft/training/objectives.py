@@ -14,6 +14,7 @@ from badge_peft.training.imitation import ImitationRun, imitation_loss
 from badge_peft.tuner.full_depth import sum_losses
 from badge_peft.tuner.losses import exit_loss, loss_weights
 from badge_peft.tuner.run import ExitRun
+from badge_peft.utils.checks import check_number, one_of
 
 
 @dataclass
@@ -61,10 +62,8 @@ class Objective:
     run: type[ExitRun] = field(default=ExitRun, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distillation <= 1:
-            raise ValueError(f"distillation={self.distillation} is not allowed: it is a share, in [0, 1].")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} is not allowed: it must be positive.")
+        check_number("distillation", self.distillation, lambda share: 0 <= share <= 1, "it is a share, in [0, 1]")
+        check_number("temperature", self.temperature, lambda t: t > 0, "it must be positive")
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
@@ -72,6 +71,14 @@ class Objective:
         losses = [self.exit(step, i) for i in range(len(step.exits))]
         kept = [(x, w) for x, w in zip(losses, weights, strict=True) if x is not None]
         return sum_losses([x for x, _ in kept], [w for _, w in kept])
+
+    def check(self, exits: list[int]) -> None:
+        """Refuses a model whose exits (block numbers) it cannot train.
+
+        Raises:
+            ValueError: saying why.
+        """
+        loss_weights(self.weights or "uniform", exits)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
         """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
@@ -143,9 +150,13 @@ class SingleExit(Objective):
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
-        if self.depth not in step.exits:
-            raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {step.exits}.")
+        self.check(step.exits)
         return step.loss(step.exits.index(self.depth))
+
+    def check(self, exits: list[int]) -> None:
+        """Its exit must be one of them; other exits have no weight."""
+        if self.depth not in exits:
+            raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {exits}.")
 
     def final_exit_alone(self, exits: list[int]) -> bool:
         """Where it is exit M."""
@@ -199,8 +210,7 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
         "gradient_equilibrium": GradientEquilibrium,
         "past_future": PastFuture,
     }
-    if name not in kinds:
-        raise ValueError(f"objective={name!r} is not allowed: it must be one of {', '.join(OBJECTIVES)}.")
+    one_of("objective", name, OBJECTIVES)
     return kinds[name](**options)
 
 

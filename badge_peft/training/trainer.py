@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PredictionOutput, TrainOutput, get_last_checkpoint
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel
-from badge_peft.training.objectives import EarlierExits, Objective, Step, make_objective
+from badge_peft.training.arguments import MultiExitTrainingArguments
+from badge_peft.training.callbacks import EarlyStopping
+from badge_peft.training.objectives import Objective, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
-from badge_peft.training.stopping import EarlyStopping
+from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.tuner.full_depth import count_rows, full_depth_runs
 from badge_peft.tuner.losses import check_labels, doubt_loss, resolve_problem_type
 
@@ -28,73 +31,70 @@ _NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
 
 
 class MultiExitTrainer(Trainer):
-    """Trains a BADGE adapter. Everything that `transformers.Trainer` takes, and:
+    """Trains a BADGE adapter. Everything that `transformers.Trainer` takes, where `args` may be
+    `MultiExitTrainingArguments` or plain ones, and in place of their fields:
 
     Args:
         objective: `joint` (Eq. 8), `two_stage`, `alternating`, `gradient_equilibrium`, `past_future` or `single_exit`;
             or an `Objective`. Source: appendix A.3 of the paper and the papers that each objective names.
         depth: The exit of `single_exit`.
-        exit_weights: `uniform`, `linear` or a list; None takes the adapter's.
+        exit_weights: `uniform`, `linear` or a list; by default the adapter's.
         distillation: Share of the loss of the exits below M that follows exit M and not the labels. 1 needs no labels.
             For `two_stage`, 0 is DeeBERT's second stage and 1 FastBERT's.
         distillation_temperature: T.
-        adapter_learning_rate: Of bypasses and exits; None is 1e-2.
-        head_learning_rate: Of the model's own head; None as in `parameter_groups`.
-        metric: Of each exit, as for `exit_scores`; None is accuracy, for regression Pearson. The evaluation reports
-            `eval_s_avg`, `eval_s_best`, `eval_final` and `eval_exit_<m>`; `metric_for_best_model` is `s_avg` when the
-            arguments do not say (`exit_<depth>` for `single_exit`).
-        early_stopping_patience: Evaluations without improvement before training stops; None never stops.
+        adapter_learning_rate: Of bypasses and exits; by default 1e-2.
+        head_learning_rate: Of the model's own head; by default as in `parameter_groups`.
+        metric: Of each exit, as for `exit_scores` (`args.exit_metric`, or a function); by default accuracy, for
+            regression Pearson. The evaluation reports `eval_s_avg`, `eval_s_best`, `eval_final` and `eval_exit_<m>`;
+            `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`).
+        early_stopping_patience: Evaluations without improvement before training stops; by default it never does.
 
-    `args.learning_rate` is the backbone's rate (or its LoRA's).
+    `self.args` is a copy of `args` with all of these in it, read anew by each training.
+
+    Raises:
+        ValueError: an argument has a value that is not allowed, or does not fit the model's exits.
     """
 
-    _quiet_backbone = False
+    args: MultiExitTrainingArguments
+    _stage: Stage | None = None  # the one that runs
 
     def __init__(
         self,
-        *args: Any,
-        objective: str | Objective = "joint",
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        objective: str | Objective | None = None,
         depth: int | None = None,
         exit_weights: str | list[float] | None = None,
-        distillation: float = 0.0,
-        distillation_temperature: float = 1.0,
+        distillation: float | None = None,
+        distillation_temperature: float | None = None,
         adapter_learning_rate: float | None = None,
         head_learning_rate: float | None = None,
         metric: Metric | None = None,
         early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._user_metrics = kwargs.pop("compute_metrics", None)
-        super().__init__(*args, **kwargs)
-        self.compute_metrics = self._scores
-        config = self.badge.config_of()
-        options: dict[str, Any] = {
-            "weights": exit_weights if exit_weights is not None else config.exit_weights,
-            "distillation": distillation,
-            "temperature": distillation_temperature,
-        }
-        if objective == "past_future" and exit_weights is None:
-            options["weights"] = None  # GPF's own, by depth
-        self.two_stage = objective == "two_stage"
-        # not `self.objective`, in which Trainer keeps the result of a trial of its hyper-parameter search
-        self.exit_objective: Objective = (
-            objective if isinstance(objective, Objective) else make_objective(objective, depth, **options)
+        self._own_objective = objective if isinstance(objective, Objective) else None
+        self._own_metric = None if isinstance(metric, str) else metric
+        own = MultiExitTrainingArguments.of(
+            args,
+            objective=None if isinstance(objective, Objective) else objective,
+            depth=depth,
+            exit_weights=exit_weights,
+            distillation=distillation,
+            distillation_temperature=distillation_temperature,
+            adapter_learning_rate=adapter_learning_rate,
+            head_learning_rate=head_learning_rate,
+            exit_metric=metric if isinstance(metric, str) else None,
+            early_stopping_patience=early_stopping_patience,
         )
-        self._stages = (self.exit_objective, EarlierExits(**options))
-        self.trains_final_exit = any(
-            p.requires_grad and not self._is_earlier_exit(name) for name, p in self._module.named_parameters()
-        )
-        self._part: Callable[[str], bool] | None = None  # which parameters the running stage trains
-        self._trainable: set[str] | None = None  # what both stages train, once the first has begun
-        self.adapter_learning_rate = adapter_learning_rate
-        self.head_learning_rate = head_learning_rate
-        self.metric = metric
+        super().__init__(model, own, *others, **kwargs)
+        self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
-        if self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no":
-            self.args.metric_for_best_model = f"exit_{depth}" if objective == "single_exit" else "s_avg"
-            self.args.greater_is_better = True
-        if early_stopping_patience is not None:
-            self.add_callback(EarlyStopping(early_stopping_patience))
+        self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
+        self._choose_metric()
+        self._stages()[0].objective.check(self.exits)
+        self.add_callback(EarlyStopping())
 
     @property
     def badge(self) -> BadgeModel:
@@ -107,9 +107,29 @@ class MultiExitTrainer(Trainer):
         return self.badge.exit_layers()
 
     @property
+    def exit_objective(self) -> Objective:
+        """The objective of the stage that runs, or would run first."""
+        # not `objective`, in which Trainer keeps the result of a trial of its hyper-parameter search
+        return (self._stage or self._stages()[0]).objective
+
+    @property
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
+
+    @property
+    def _quiet_backbone(self) -> bool:
+        return self._stage is not None and self._stage.frozen_teacher
+
+    def _stages(self) -> list[Stage]:
+        return make_stages(self.args, self.badge.config_of().exit_weights, self._own_objective)
+
+    def _choose_metric(self) -> None:
+        """By which score checkpoints are compared, where the arguments leave it open."""
+        if self._chooses_metric:
+            alone = self.args.objective == "single_exit" and self._own_objective is None
+            self.args.metric_for_best_model = f"exit_{self.args.depth}" if alone else "s_avg"
+            self.args.greater_is_better = True
 
     # ------------------------------------------------------------------------------------------------------- the loss
 
@@ -150,15 +170,13 @@ class MultiExitTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The arguments' optimiser, with a learning rate for each part of the model."""
         if self.optimizer is None:
-            if self._part is not None:
-                self._select(self._part)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             options.pop("lr", None)
             groups = parameter_groups(
                 self._module,
-                self.adapter_learning_rate,
+                self.args.adapter_learning_rate,
                 self.args.learning_rate,
-                self.head_learning_rate,
+                self.args.head_learning_rate,
                 self.args.weight_decay,
             )
             self.optimizer = cls(groups, **options)
@@ -167,9 +185,9 @@ class MultiExitTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return same_order(super()._get_train_sampler(*args, **kwargs), self.args)
 
-    # ------------------------------------------------------------------------------------------------------ two stages
+    # ---------------------------------------------------------------------------------------------------------- stages
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; `two_stage` runs both stages, each with a folder of its own in `output_dir`. A model whose backbone,
         head and final exit are all frozen has the second alone.
 
@@ -177,57 +195,53 @@ class MultiExitTrainer(Trainer):
 
         Raises:
             ValueError: steps without a gradient lie ahead, or evaluations without labels, or several processes that do
-                not know of one another.
+                not know of one another; or a trial of a search has set a field to a value that is not allowed.
         """
-        check_processes(self)
-        check_evaluation(self)
-        if not self.two_stage:
-            check_final_exit(self)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        home, best = str(self.args.output_dir), self.args.metric_for_best_model
-        second = str(Path(home, "stage2"))
-        self._trainable = None
-        try:
-            if not (resume_from_checkpoint and Path(second).is_dir() and get_last_checkpoint(second)):
-                if self.trains_final_exit:
-                    self._part = lambda name: not self._is_earlier_exit(name)
-                    if self.args.load_best_model_at_end:
-                        self.args.metric_for_best_model = "final"
-                    self._stage(str(Path(home, "stage1")), resume_from_checkpoint, *args, **kwargs)
-                    self.args.metric_for_best_model = best
-                    self.save_model(str(Path(home, "stage1", "best")))
-                resume_from_checkpoint = None
-            self.exit_objective, self._part, self._quiet_backbone = self._stages[1], self._is_earlier_exit, True
-            return self._stage(second, resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self._trainable is not None:
-                self._select(lambda name: True)
-            self._part, self._quiet_backbone = None, False
-            self.exit_objective = self._stages[0]
-            self.args.output_dir, self.args.metric_for_best_model = home, best
+        self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
+        self.args.check()
+        self._choose_metric()
+        check_processes(self.args.world_size)
+        if self.model_init is not None:
+            set_seed(self.args.seed)
+            self.model = super().call_model_init(trial)
+        check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
+        stages, exits = self._stages(), self.exits
+        trains_final_exit = any(
+            p.requires_grad and not is_earlier_exit(name, exits[-1]) for name, p in self._module.named_parameters()
+        )
+        if len(stages) > 1 and (
+            not trains_final_exit or (resume_from_checkpoint and stages[1].has_checkpoint(self.args))
+        ):
+            stages = stages[1:]
+        for stage in stages:
+            stage.objective.check(exits)
+            check_final_exit(stage.objective, exits, trains_final_exit)
+        for stage in stages:
+            resume = stage.resume(self.args, resume_from_checkpoint)
+            with self._running(stage):
+                output = super().train(resume, trial, *args, **kwargs)
+                if stage is not stages[-1]:
+                    self.save_model(str(Path(str(self.args.output_dir), "best")))
+            resume_from_checkpoint = None
+        return output
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """In the second of two stages, the model of the first."""
-        return self.model if self._quiet_backbone else super().call_model_init(trial)
+        """While a training runs, the model that it began with."""
+        return super().call_model_init(trial) if self._stage is None else self.model
 
-    def _stage(self, folder: str, resume: Any, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.args.output_dir = folder
-        self.optimizer, self.lr_scheduler = None, None
-        self.model_wrapped = cast(nn.Module, self.model)  # DDP knows what is trained from the moment that it is made
-        if resume is True and not (Path(folder).is_dir() and get_last_checkpoint(folder)):
-            resume = None
-        return super().train(resume, *args, **kwargs)
-
-    def _is_earlier_exit(self, name: str) -> bool:
-        """Whether a parameter belongs to a bypass or an exit below M (or judges them, as LTE does)."""
-        return ".badge_" in name and f".{self.exits[-1]}." not in name.partition(".badge_")[2]
-
-    def _select(self, part: Callable[[str], bool]) -> None:
-        """Of what both stages train, only `part` takes gradients."""
-        if self._trainable is None:
-            self._trainable = {name for name, p in self._module.named_parameters() if p.requires_grad}
-        for name, parameter in self._module.named_parameters():
-            parameter.requires_grad = name in self._trainable and part(name)
+    @contextmanager
+    def _running(self, stage: Stage) -> Iterator[None]:
+        """The trainer with the arguments of `stage`, on the parameters that it trains."""
+        args = self.args
+        self.args, self._stage = stage.arguments(args), stage
+        if stage.folder:
+            self.optimizer, self.lr_scheduler = None, None
+            self.model_wrapped = self._module  # DDP knows what is trained from the moment that it is made
+        try:
+            with stage.selected(self._module, self.exits[-1]):
+                yield
+        finally:
+            self.args, self._stage = args, None
 
     def _silence(self, model: nn.Module) -> None:
         """Evaluation mode for all but the exits: a frozen teacher gives the same answer every time."""
@@ -251,7 +265,9 @@ class MultiExitTrainer(Trainer):
         labels = torch.from_numpy(np.asarray(prediction.label_ids))
         config = self.badge.config_of()
         stored = ExitLogits(torch.from_numpy(exit_logits), labels, self.exits, config.resolved_problem_type)
-        metric = self.metric or ("pearson" if config.resolved_problem_type == "regression" else "accuracy")
+        metric = self._own_metric or self.args.exit_metric
+        if metric is None:
+            metric = "pearson" if config.resolved_problem_type == "regression" else "accuracy"
         scores = exit_scores(stored, metric)
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}
         report.update({f"exit_{m}": s for m, s in zip(self.exits, scores.per_exit, strict=True)})

@@ -14,6 +14,7 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.lora_config import lora_fields
+from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import is_number, one_of, whole
 
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
@@ -155,7 +156,7 @@ class BadgeConfig(PeftConfig):
         if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
         self._check_exit_layers()
-        self._check_exit_weights()
+        self.exit_weights = check_weights(self.exit_weights)
         whole("num_labels", self.num_labels, at_least=1)
         self._check_label_names()
         if self.problem_type is not None:
@@ -250,19 +251,6 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
         if self.num_labels is not None and len(names) != self.num_labels:
             raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={self.num_labels}.")
-
-    def _check_exit_weights(self) -> None:
-        weights = self.exit_weights
-        if isinstance(weights, str):
-            one_of("exit_weights", weights, ("uniform", "linear"))
-        elif isinstance(weights, (list, tuple)):
-            if not all(is_number(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-                raise ValueError(
-                    f"exit_weights={weights!r} is not allowed: a list must hold numbers >= 0, not all of them 0."
-                )
-            self.exit_weights = [float(w) for w in weights]
-        else:
-            raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from badge_peft.utils.checks import is_number, one_of
+
 
 def resolve_problem_type(num_labels: int, labels: Tensor) -> str:
     """The problem type that transformers would infer from the number of labels and the labels' type."""
@@ -82,6 +84,22 @@ def doubt_loss(doubts: dict[int, Tensor], exit_logits: dict[int, Tensor], labels
             wrong = (logits.argmax(dim=-1) != labels.view(-1)).float()
         losses.append(F.mse_loss(doubt.float(), wrong))
     return torch.stack(losses).mean()
+
+
+def check_weights(weights: Any) -> str | list[float]:
+    """What `exit_weights` may be: `uniform`, `linear`, or numbers, which come back as a list of floats.
+
+    Raises:
+        ValueError: anything else; whether there is one number per exit, `loss_weights` sees.
+    """
+    if isinstance(weights, str):
+        one_of("exit_weights", weights, ("uniform", "linear"))
+        return weights
+    if not isinstance(weights, (list, tuple)):
+        raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
+    if not all(is_number(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+        raise ValueError(f"exit_weights={weights!r} is not allowed: a list must hold numbers >= 0, not all of them 0.")
+    return [float(w) for w in weights]
 
 
 def loss_weights(weights: str | list[float], exits: list[int]) -> list[float]:

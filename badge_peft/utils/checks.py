@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,3 +31,9 @@ def whole(name: str, value: Any, at_least: int) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
+
+
+def check_number(name: str, value: Any, allowed: Callable[[float], bool], rule: str) -> None:
+    """Raises a ValueError, ending in `rule`, unless `value` is None or a finite number that is `allowed`."""
+    if value is not None and not (is_number(value) and allowed(value)):
+        raise ValueError(f"{name}={value!r} is not allowed: {rule}.")

@@ -15,10 +15,10 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.registry import NAME
-from badge_peft.training.progress import quiet
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
+from badge_peft.utils.logs import quiet
 from badge_peft.workflows.encode import limit_length, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 

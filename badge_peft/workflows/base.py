@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from badge_peft.early_exit.mixin import get_badge_model
-from badge_peft.training.progress import quiet
 from badge_peft.tuner.architectures import get_layout
+from badge_peft.utils.logs import quiet
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.rows import TextRows
 from badge_peft.workflows.sentence_encoder import own_pooling

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.collate import pad_features, tensor_columns
-from badge_peft.training.progress import quiet
+from badge_peft.utils.logs import quiet
 
 ROWS = 512  # of the evaluation data, at most
 

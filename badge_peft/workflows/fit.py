@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
-from badge_peft.training.progress import ProgressBar
+from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
 from badge_peft.workflows.settings import TrainSettings
 

@@ -21,9 +21,9 @@ from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.hub import load_pretrained
 from badge_peft.model_card import write_card
-from badge_peft.training.progress import quiet
 from badge_peft.tuner.prepare import package_version
 from badge_peft.utils import distributed
+from badge_peft.utils.logs import quiet
 from badge_peft.workflows.adapter import LOGITS, REPORT
 from badge_peft.workflows.base import Base, add_exits, keeps_answers, load_base, local_path
 from badge_peft.workflows.encode import encode, limit_length, load_tokenizer

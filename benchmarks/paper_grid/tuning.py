@@ -35,12 +35,9 @@ def tune(workshop: Workshop, run: Run, count: int) -> dict[str, Any]:
             "this search needs optuna: pip install 'badge-peft[train]'.", name="optuna"
         ) from error
     base = with_rates(run.settings, default_rates(workshop.settings, run.settings["mode"]))
-    trainer: Any = None
 
     def model_init(trial: Any) -> Any:
         chosen = trial.params if trial is not None else {}
-        if trainer is not None and "adapter_lr" in chosen:
-            trainer.adapter_learning_rate = chosen["adapter_lr"]
         set_seed(base["seed"])
         activation = chosen.get("activation", base["adapter"]["activation"])
         one = {**base, "adapter": {**base["adapter"], "activation": activation}}
@@ -49,8 +46,8 @@ def tune(workshop: Workshop, run: Run, count: int) -> dict[str, Any]:
     def space(trial: Any) -> dict[str, Any]:
         if base["adapter"]["placement"] != "none":
             trial.suggest_categorical("activation", ACTIVATIONS)
-        trial.suggest_categorical("adapter_lr", ADAPTER_LRS)
         return {
+            "adapter_learning_rate": trial.suggest_categorical("adapter_lr", ADAPTER_LRS),
             "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", BATCH_SIZES),
             "learning_rate": trial.suggest_categorical("learning_rate", BACKBONE_LRS[base["mode"]]),
         }

@@ -30,6 +30,10 @@ EACH_STEP = {
 }
 
 
+def check(trainer):
+    check_evaluation(trainer.args, trainer.eval_dataset, trainer.label_names, trainer.get_eval_dataloader)
+
+
 def expected_scores(model, data, metric):
     exits = exits_of(model.eval(), data.batch)
     config = model.peft_config["default"]
@@ -244,18 +248,18 @@ def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
     rows = [{**Rows(labelled=False)[i], "truth": int(labelled.labels[i])} for i in range(len(labelled))]
     trainer.data_collator, trainer.eval_dataset = with_labels, rows
     state = torch.get_rng_state()
-    check_evaluation(trainer)
+    check(trainer)
     assert torch.equal(torch.get_rng_state(), state)
     trainer.train()
     assert trainer.state.best_global_step == 1
     trainer.args.metric_for_best_model = "eval_two_s_avg"
     trainer.eval_dataset = {"one": Rows(labelled=False), "two": Rows()}
-    check_evaluation(trainer)
+    check(trainer)
     trainer.eval_dataset = {"one": Rows(), "two": Rows(labelled=False)}
     with pytest.raises(ValueError, match="eval_two_s_avg"):
-        check_evaluation(trainer)
+        check(trainer)
     trainer.args.eval_strategy = "no"
-    check_evaluation(trainer)
+    check(trainer)
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates

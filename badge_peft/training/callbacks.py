@@ -1,0 +1,55 @@
+"""Callbacks of Trainer: one bar for a whole training, and early stopping that a resumed training goes on with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the whole training, with the loss (summed over exits) beside it."""
+
+    bar: tqdm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar."""
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step on."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Shows the loss."""
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        self.bar.close()
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' callback, with the patience of `args.early_stopping_patience` (None: it never stops), counting on
+    from the checkpoint that a training is resumed from.
+
+    Trainer saves the counter in every checkpoint, but reads it back only with
+    `restore_callback_states_from_checkpoint`, and then the patience with it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the counter of the state, which is the checkpoint's own where there is one."""
+        if args.early_stopping_patience is None:
+            return
+        super().on_train_begin(args, state, control, **kwargs)
+        stored = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(stored, dict):
+            self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Counts evaluations without improvement, and stops when they are as many as the patience."""
+        if args.early_stopping_patience is not None:
+            self.early_stopping_patience = args.early_stopping_patience
+            super().on_evaluate(args, state, control, metrics, **kwargs)

@@ -1,0 +1,107 @@
+"""The trainings that an objective consists of: one, or the two of `two_stage`, each in a folder of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from badge_peft.training.arguments import MultiExitTrainingArguments
+from badge_peft.training.objectives import EarlierExits, Objective, make_objective
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training.
+
+    Args:
+        objective: Its loss.
+        folder: Within `output_dir`; "" is `output_dir` itself.
+        earlier_exits: Which of the trainable parameters it trains: True those of the exits below M, False the others,
+            None all.
+        metric: What its best checkpoint is chosen by; None leaves it to the arguments.
+    """
+
+    objective: Objective
+    folder: str = ""
+    earlier_exits: bool | None = None
+    metric: str | None = None
+
+    @property
+    def frozen_teacher(self) -> bool:
+        """Whether all that its exits read stays as it is, so that it need not run in training mode."""
+        return self.earlier_exits is True
+
+    def path(self, args: MultiExitTrainingArguments) -> str:
+        """Its folder."""
+        return str(Path(str(args.output_dir), self.folder))
+
+    def arguments(self, args: MultiExitTrainingArguments) -> MultiExitTrainingArguments:
+        """`args`, or a copy with the folder and the metric of the stage."""
+        if not self.folder:
+            return args
+        own = copy.copy(args)
+        own.output_dir = self.path(args)
+        if self.metric is not None and args.load_best_model_at_end:
+            own.metric_for_best_model = self.metric
+        return own
+
+    def resume(self, args: MultiExitTrainingArguments, wanted: Any) -> Any:
+        """`wanted`, but None where a stage of several has no checkpoint to go on from yet."""
+        return None if self.folder and wanted is True and not self.has_checkpoint(args) else wanted
+
+    def has_checkpoint(self, args: MultiExitTrainingArguments) -> bool:
+        """Whether a training of this stage was interrupted, or has ended."""
+        return Path(self.path(args)).is_dir() and get_last_checkpoint(self.path(args)) is not None
+
+    @contextmanager
+    def selected(self, model: nn.Module, last: int) -> Iterator[None]:
+        """Of what is trainable in `model`, only what the stage trains takes gradients; M is `last`."""
+        others = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and self.earlier_exits not in (None, is_earlier_exit(name, last))
+        ]
+        for parameter in others:
+            parameter.requires_grad = False
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad = True
+
+
+def make_stages(
+    args: MultiExitTrainingArguments, exit_weights: str | list[float], own: Objective | None = None
+) -> list[Stage]:
+    """The stages of the objective that `args` name.
+
+    Args:
+        args: Objective and its options.
+        exit_weights: The adapter's, for where `args` have none.
+        own: An objective in place of that of `args`.
+    """
+    if own is not None:
+        return [Stage(own)]
+    weights = exit_weights if args.exit_weights is None else args.exit_weights
+    options: dict[str, Any] = {
+        # None is an objective's own: GPF weighs by depth
+        "weights": None if args.objective == "past_future" and args.exit_weights is None else weights,
+        "distillation": args.distillation,
+        "temperature": args.distillation_temperature,
+    }
+    first = make_objective(args.objective, args.depth, **options)
+    if args.objective != "two_stage":
+        return [Stage(first)]
+    return [Stage(first, "stage1", False, "final"), Stage(EarlierExits(**options), "stage2", True)]
+
+
+def is_earlier_exit(name: str, last: int) -> bool:
+    """Whether a parameter belongs to a bypass or an exit below M, which is `last` (or judges them, as LTE does)."""
+    return ".badge_" in name and f".{last}." not in name.partition(".badge_")[2]
