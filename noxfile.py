@@ -24,7 +24,7 @@ CONTRACT = (
     "tests/peft_verbs",
     "tests/integrations/test_lora_underneath.py",
     "tests/tuner/test_architectures.py",
-    "tests/tuner/test_full_depth.py",
+    "tests/early_exit/test_full_depth.py",
     "tests/test_hub.py",
     "tests/tuner/test_lora.py",
     "tests/test_model.py",
@@ -33,7 +33,7 @@ CONTRACT = (
     "tests/tuner/test_checkpoint.py",
     "tests/test_training_plain.py",
     "tests/early_exit/test_backbones.py",
-    "tests/early_exit/test_mixed.py",
+    "tests/early_exit/test_adapter_names.py",
     "tests/training/test_trainer.py",
 )
 

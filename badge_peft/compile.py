@@ -6,24 +6,22 @@ two exits is compiled. Blocks of one shape share their compilations.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from badge_peft.early_exit.mixin import get_badge_model
-from badge_peft.model import BadgeModel
+from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.adapters_library import active_adapters
-from badge_peft.tuner.hooks import Recorder
+from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.positions import max_positions
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
-def compile_blocks(model: nn.Module, *, buckets: Sequence[int] | None = None, **torch_compile_options: Any) -> Any:
+def compile_blocks(
+    model: nn.Module, *, buckets: Sequence[int] | None = None, **torch_compile_options: Any
+) -> CompiledModel:
     """Compiles the blocks of a BADGE model for inference, each on its own (regional compilation).
 
     Afterwards, with gradients off, `model(**batch)` and `early_exit_forward` pad sequences on the right up to the next
@@ -59,115 +57,33 @@ def compile_blocks(model: nn.Module, *, buckets: Sequence[int] | None = None, **
         lengths = [n for n in BUCKETS if n <= limit] or [limit]
     else:
         lengths = _checked(buckets, limit)
-    badge.compiled = CompiledBlocks(badge, lengths, torch_compile_options)
-    return badge.compiled
+    pad_token = getattr(badge.model.config, "pad_token_id", None) or 0
+    badge.compiled = CompiledBlocks(lengths, pad_token, torch_compile_options)
+    return CompiledModel(badge, badge.compiled)
 
 
-class CompiledBlocks:
-    """The compiled code of a model's blocks, by bucket.
+class CompiledModel:
+    """What `compile_blocks` returns.
 
     Args:
-        model: Whose blocks they are.
-        buckets: Lengths, increasing.
-        options: For `torch.compile`.
+        model: The tuner whose blocks are compiled.
+        compiled: Their code.
     """
 
-    def __init__(self, model: BadgeModel, buckets: list[int], options: dict[str, Any]) -> None:
-        self.buckets = buckets
-        self.options = options
+    def __init__(self, model: BadgeModel, compiled: CompiledBlocks) -> None:
+        self.buckets = compiled.buckets
         self._model = model
-        self._steps: dict[Any, Callable[..., Any]] = {}
+        self._compiled = compiled
 
     def remove(self) -> None:
         """The model runs its own blocks again."""
-        if getattr(self._model, "compiled", None) is self:
+        if self._model.compiled is self._compiled:
             self._model.compiled = None
-
-    def round_up(self, length: int) -> int:
-        """The bucket of `length`; a length beyond the largest stays as it is."""
-        return next((n for n in self.buckets if n >= length), length)
-
-    def run(
-        self, layer: nn.Module, recorders: list[Recorder], length: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[Tensor | None]]:
-        """Calls `layer`; returns what it returns, and what the `recorders` have seen (nothing: they told the run)."""
-        if length not in self.buckets:
-            return layer(*args, **kwargs), []
-        # torch keeps and limits compilations by function, so each kind of call has one, which all blocks share
-        given = [*args, *kwargs.values()]
-        rows = next(x.shape[0] for x in given if isinstance(x, Tensor))
-        key: tuple[Any, ...] = (
-            length,
-            rows == 1,
-            len(recorders),
-            torch.is_inference_mode_enabled(),
-            *map(type, given),
-        )
-        if torch.__version__ < "2.5":  # there they cannot share
-            key = (*key, id(layer))
-        if rows > 1:  # compiled for any number of rows, and not for the first one first
-            for x in given:
-                if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == rows:
-                    torch._dynamo.maybe_mark_dynamic(x, 0)
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps.setdefault(key, torch.compile(_copy(_step), **self.options))
-        return step(layer, recorders, args, kwargs)
-
-    def pad(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs, filled up on the right to the next bucket; as they are where that is not possible."""
-        if torch.is_grad_enabled() or inputs.get("output_hidden_states") or inputs.get("output_attentions"):
-            return inputs
-        given = inputs.get("input_ids")
-        given = inputs.get("inputs_embeds") if given is None else given
-        if given is None or given.dim() < 2:
-            return inputs
-        rows, length = given.shape[:2]
-        more = self.round_up(length) - length
-        mask = inputs.get("attention_mask")
-        if not more or (mask is not None and mask.dim() != 2):
-            return inputs
-        if mask is None:
-            mask = torch.ones(rows, length, dtype=torch.long, device=given.device)
-        token = getattr(self._model.model.config, "pad_token_id", None) or 0
-        padded = dict(inputs)
-        for name, value in {**inputs, "attention_mask": mask}.items():
-            if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length:
-                if name not in _FILLED:
-                    return inputs  # nobody knows what it would be at a padded position
-                sizes = (0, 0) * (value.dim() - 2) + (0, more)
-                padded[name] = F.pad(value, sizes, value=token if name == "input_ids" else 0)
-        return padded
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": {}}
-
-
-_FILLED = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
 
 
 def longest_sequence(model: nn.Module) -> int:
     """How many tokens the position table of `model` has room for; what its config says where it has none."""
     return max_positions(model) or int(getattr(model.config, "max_position_embeddings", BUCKETS[-1]))
-
-
-def _step(layer: Any, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:
-    """One block. Compiled code must not look for the run of its thread, so there the recorders hand over what they saw
-    as results; where torch gives up and calls this as it is, they tell the run, as always."""
-    if not torch.compiler.is_dynamo_compiling():
-        return layer(*args, **kwargs), []
-    for recorder in recorders:
-        recorder.seen = None
-    result = layer(*args, **kwargs)
-    seen = [recorder.seen for recorder in recorders]
-    for recorder in recorders:
-        recorder.seen = None
-    return result, seen
-
-
-def _copy(function: Any) -> Any:
-    """The same function with code of its own."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _checked(buckets: Sequence[int], limit: int) -> list[int]:

@@ -5,32 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.outputs import EarlyExitOutput, ignore_exit_logits, restore_output_keys
+from badge_peft.early_exit.mixin import EarlyExitMixin, early_exit_model
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
 from badge_peft.tuner import backbone, checkpoint, lora
 from badge_peft.tuner.adapters_library import check_adapters
-from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, get_layout
+from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
+from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
-from badge_peft.tuner.run import ExitRun
 from badge_peft.tuner.saved_modules import watch_saved_modules
 
-if TYPE_CHECKING:
-    from badge_peft.compile import CompiledBlocks
 
-
-class BadgeModel(BaseTuner):
+class BadgeModel(EarlyExitMixin, BaseTuner):
     """Block-wise bypasses and early exits on a Hugging Face encoder; `get_peft_model` makes it.
 
     The blocks are wrapped in place and the model's own layer loop stays in control, so masks, rotary tables and
@@ -42,7 +40,6 @@ class BadgeModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
-    compiled: CompiledBlocks | None = None  # by `compile_blocks`
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_no_other_tuner(model)  # PEFT would put our config among those of another tuner, and fail later
@@ -52,31 +49,19 @@ class BadgeModel(BaseTuner):
 
     # -------------------------------------------------------------------------------------------------- what it does
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
         """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
 
         With adapters disabled it is the base model, output and all.
+
+        Args:
+            *args: Of the base model.
+            exit_pass: The class of the pass; a training objective may change what goes on between the blocks.
+            **kwargs: Of the base model, `labels` among them: then the output has the loss (Eq. 8).
         """
-        from badge_peft.tuner.full_depth import full_depth_forward
-
-        return full_depth_forward(self, *args, **kwargs)
-
-    def early_exit_forward(self, *, early_exit_config: Any = None, **kwargs: Any) -> EarlyExitOutput:
-        """Each row goes as deep as it must; see `badge_peft.early_exit_forward`."""
-        from badge_peft.early_exit.mixin import early_exit_forward
-
-        return early_exit_forward(self, early_exit_config=early_exit_config, **kwargs)
-
-    def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:
-        """How `adapter_name` (None: the active adapter) stops; the default config when it has none of its own."""
-        return EarlyExitConfig.of(self.config_of(adapter_name).early_exit)
-
-    def set_early_exit_config(
-        self, config: EarlyExitConfig | dict[str, Any] | None, adapter_name: str | None = None
-    ) -> None:
-        """Stores how `adapter_name` (None: the active adapter) stops. It is saved with the adapter."""
-        new = None if config is None else EarlyExitConfig.of(config)
-        self.config_of(adapter_name).early_exit = new
+        if not self.adapters_enabled:
+            return self.model(*args, **kwargs)
+        return self.full_depth_forward(*args, exit_pass=exit_pass, **kwargs)
 
     # ------------------------------------------------------------------------------------------- what others may ask
 
@@ -84,52 +69,39 @@ class BadgeModel(BaseTuner):
         """Block numbers of the exits of `adapter_name` (None: the active adapter), shallow to deep; the last is M."""
         return exit_numbers(self.config_of(adapter_name), self.num_blocks)
 
-    def new_run(
-        self,
-        run: type[ExitRun],
-        batch_size: int,
-        attention_mask: Tensor | None,
-        adapter_name: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """A run of class `run` for one adapter.
-
-        Args:
-            run: `ExitRun` or a subclass.
-            batch_size: B.
-            attention_mask: [B, S] or None.
-            adapter_name: None: the active adapter.
-            **kwargs: For the subclass.
-        """
-        adapter = adapter_name if adapter_name is not None else self.single_active_adapter()
-        config = self.config_of(adapter)
+    def adapter_exits(self, adapter_name: str) -> AdapterExits:
+        """What a call has to know of the exits of `adapter_name`."""
+        config = self.config_of(adapter_name)
         check_adapters(self.model, config)
         if config.source is not None and config.inference_mode:
             raise ValueError(
-                f"the weights of adapter {adapter!r} have never been loaded: "
-                f"model.load_adapter({config.source.path!r}, {adapter!r}) loads them. To train an adapter anew with "
-                "the config of a saved one, set config.source=None before it is put on a model."
+                f"the weights of adapter {adapter_name!r} have never been loaded: "
+                f"model.load_adapter({config.source.path!r}, {adapter_name!r}) loads them. To train an adapter anew "
+                "with the config of a saved one, set config.source=None before it is put on a model."
             )
-        exits, doubt = {}, None
+        past_future, uncertainty = {}, None
         if config.exit_type == "past_future" or config.learn_to_exit:
             for block in self.wrapped:
                 for m in (0, *block.numbers):
-                    if block.has_exit(adapter, m):
-                        exits[m] = block.own_exit(adapter, m)
-                if adapter in block.badge_doubt:
-                    doubt = block.badge_doubt[adapter]
-        new = run(
-            adapter,
-            batch_size,
-            attention_mask,
+                    if config.exit_type == "past_future" and block.has_exit(adapter_name, m):
+                        past_future[m] = block.own_exit(adapter_name, m)
+                if adapter_name in block.badge_doubt:
+                    uncertainty = block.badge_doubt[adapter_name]
+        assert self.layout is not None
+        return AdapterExits(
+            adapter_name,
+            self.exit_layers(adapter_name),
             pooling_kind(self.model, config, self.layout),
-            dict(sorted(exits.items())),
-            doubt,
-            exit_layers=self.exit_layers(adapter),
-            **kwargs,
+            self.model.get_submodule(final_norm_name(self.model, self.layout)) if self.layout.final_norm else None,
+            [past_future[m] for m in sorted(past_future)],
+            uncertainty,
         )
-        new.compiled = self.compiled
-        return new
+
+    @property
+    def wrapped(self) -> list[BadgeBlock]:
+        """The blocks, each once."""
+        blocks = (self.model.get_submodule(name) for name in self.block_names)
+        return list(dict.fromkeys(block for block in blocks if isinstance(block, BadgeBlock)))
 
     @property
     def num_blocks(self) -> int:
@@ -139,7 +111,8 @@ class BadgeModel(BaseTuner):
     @property
     def adapters_enabled(self) -> bool:
         """False inside `disable_adapter()`, and when no adapter is left."""
-        return bool(self.active_adapters) and not self.wrapped[0].disable_adapters
+        block = self.model.get_submodule(self.block_names[0])
+        return bool(self.active_adapters) and not cast(BadgeBlock, block).disable_adapters
 
     def trains_backbone(self) -> bool:
         """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
@@ -174,7 +147,6 @@ class BadgeModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.layout: BlockLayout | None = None
         self.block_names: list[str] = []  # in the order of a pass, a shared block once for each time it runs
-        self.wrapped: list[BadgeBlock] = []  # each block once; a plain list, as the model owns them
 
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
@@ -226,11 +198,11 @@ class BadgeModel(BaseTuner):
         assert self.layout is not None  # _prepare_adapter_config has run
         if not isinstance(target, BadgeBlock):
             numbers = [m for m, name in enumerate(self.block_names, start=1) if name == current_key]
-            block = BadgeBlock(target, numbers, self.layout, exit_norm(self.model, current_key, self.layout))
+            block = BadgeBlock(target, numbers, self.layout)
             self._replace_module(parent, target_name, block, target)
-            self.wrapped.append(block)
             target = block
-        target.update_layer(adapter_name, peft_config, own_exits(peft_config, self.num_blocks))
+        norm = exit_norm(self.model, current_key, self.layout)
+        target.update_layer(adapter_name, peft_config, own_exits(peft_config, self.num_blocks), norm)
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -337,3 +309,12 @@ class BadgeModel(BaseTuner):
         checkpoint.check_weights(model, config, adapter_name, mapped)
         config.source = None
         return mapped
+
+
+def get_badge_model(model: nn.Module) -> BadgeModel:
+    """The `BadgeModel` inside a PEFT model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return cast(BadgeModel, early_exit_model(model))

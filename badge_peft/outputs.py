@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-_OUTPUT_KEYS = ["exit_logits", "exit_doubts"]
+_OUTPUT_KEYS = ["exit_logits", "exit_uncertainty", "imitation_loss"]
 
 
 @dataclass
@@ -19,7 +19,8 @@ class MultiExitOutput(ModelOutput):
         loss: Scalar, when labels were given: the weighted sum of the losses of all exits (Eq. 8).
         logits: [B, K], of exit M.
         exit_logits: [B, E, K], of all exits, shallow to deep; the last is `logits`.
-        exit_doubts: [B, E], the uncertainty of each exit that `policy="learned"` reads, where the adapter learns it.
+        exit_uncertainty: [B, E], what learning to exit (LTE) predicts and `policy="learned"` reads, where there is it.
+        imitation_loss: [B], what Global Past-Future adds to the loss, where its objective asks for it.
         hidden_states: As the base model gives them, when asked for.
         attentions: As the base model gives them, when asked for.
     """
@@ -27,7 +28,8 @@ class MultiExitOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     exit_logits: Tensor | None = None
-    exit_doubts: Tensor | None = None
+    exit_uncertainty: Tensor | None = None
+    imitation_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 

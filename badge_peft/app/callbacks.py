@@ -10,7 +10,7 @@ from badge_peft.app.knobs import knobs, spelled_out, turned
 from badge_peft.app.reader import Reader
 from badge_peft.app.tradeoff import TradeOffView
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.model import get_badge_model
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.measure import describe
 

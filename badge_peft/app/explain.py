@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from badge_peft.app.evidence import Evidence, evidence
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
+from badge_peft.model import get_badge_model
 
 Array = np.ndarray
 
@@ -117,7 +117,7 @@ def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> Reading:
     output = badge(**inputs)
     if len(output.exit_logits) != 1:
         raise ValueError(f"one row at a time can be explained, got {len(output.exit_logits)}.")
-    doubts = output.exit_doubts
+    doubts = output.exit_uncertainty
     return Reading(
         output.exit_logits[0].float().cpu().numpy(),
         None if doubts is None else doubts[0].float().cpu().numpy(),

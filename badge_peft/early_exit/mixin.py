@@ -1,36 +1,248 @@
-"""`early_exit_forward`: the call that a service makes."""
+"""`EarlyExitMixin`: what a model with exits can do, as `GenerationMixin` says what one with a language head can do."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixed import mixed_forward
-from badge_peft.early_exit.readers import EarlyExitRun, run_fields
-from badge_peft.model import BadgeModel
+from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.readers import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.tuner.full_depth import count_rows
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.block_pass import count_rows
+from badge_peft.tuner.compiled import CompiledBlocks
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.exits import AdapterExits
+from badge_peft.tuner.losses import check_labels, resolve_problem_type
 
 _FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
 _IGNORED = ("labels", "return_dict", "num_items_in_batch")
 _REFUSED = ("output_hidden_states", "output_attentions")
 
 
-def get_badge_model(model: nn.Module) -> BadgeModel:
-    """The `BadgeModel` inside a PEFT model.
+class EarlyExitMixin:
+    """Full depth with every exit, and early exit, on top of what `BadgeModel` knows of its adapters."""
+
+    # what `BadgeModel` has
+    model: Any
+    layout: BlockLayout | None
+    training: bool
+    compiled: CompiledBlocks | None = None  # by `compile_blocks`
+    adapters_enabled: Any
+    active_adapters: Any
+    num_blocks: Any
+    config_of: Callable[..., BadgeConfig]
+    adapter_exits: Callable[[str], AdapterExits]
+    single_active_adapter: Callable[[], str]
+    trains_backbone: Callable[[], bool]
+
+    # ------------------------------------------------------------------------------------------------------ full depth
+
+    def full_depth_forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
+        """Full depth with every exit; see `BadgeModel.forward`."""
+        labels = kwargs.pop("labels", None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        return_dict = kwargs.pop("return_dict", None)
+        batch_size = count_rows(*args, **kwargs)
+        if self.compiled is not None:
+            kwargs = self.compiled.pad(kwargs)
+        adapter = self.single_active_adapter()
+        if labels is not None:
+            self.check_labels(labels, batch_size)
+        mask = kwargs.get("attention_mask")
+        reader = FullDepthReader(self.adapter_exits(adapter), batch_size, mask)
+        running = self._pass(exit_pass, [reader], batch_size, mask)
+        with running:
+            base = self.model(*args, return_dict=True, **kwargs)
+        output = full_depth_output(
+            reader, base, self.config_of(adapter), labels, num_items, running.training_outputs()
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def check_labels(self, labels: Tensor, batch_size: int) -> str:
+        """Checks labels of the active adapter's task.
+
+        The problem type of an adapter that nothing has told it yet (K > 1, and the model's config is silent) is read
+        off the first labels, as transformers does it, and is saved with the adapter.
+
+        Returns:
+            The problem type.
+
+        Raises:
+            ValueError: labels of another shape, or outside of 0..K-1.
+        """
+        config = self.config_of()
+        problem_type = config.problem_type or resolve_problem_type(config.resolved_labels, labels)
+        check_labels(labels, config.resolved_labels, problem_type, batch_size)
+        config.problem_type = problem_type
+        return problem_type
+
+    # ------------------------------------------------------------------------------------------------------ early exit
+
+    @torch.no_grad()
+    def early_exit_forward(
+        self, *, early_exit_config: Any = None, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> EarlyExitOutput:
+        """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
+
+        Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone. Switch the model to
+        `eval()` first, as for `generate`: dropout makes exits random.
+
+        Args:
+            early_exit_config: `EarlyExitConfig` or dict; None takes the adapter's own.
+            adapter_names: A list with the adapter of each row, whichever is active; None: the active one. Rows of
+                different tasks share one pass, each with its adapter's bypasses, exits, labels and early-exit config;
+                `"__base__"` stands for the base model without an adapter. Only adapters with `backbone="frozen"`,
+                which save no module but the model's head.
+            **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win
+                over the config: `policy="divergence", threshold=0.2, patience=3`.
+
+        Returns:
+            `logits` [B, K] and `exit_layer` [B]; with `adapter_names` also `num_labels` [B], and K is the largest.
+
+        Raises:
+            ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` that do
+                not fit the rows or the model.
+        """
+        overrides = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
+        inputs = self._checked_inputs(kwargs)
+        batch_size = count_rows(**inputs)
+        order = None
+        if adapter_names is not None:
+            self._check_adapter_names(adapter_names, batch_size)
+            order = RowOrder(adapter_names)
+            inputs = order.sort(inputs)
+            groups = list(zip(order.names, order.firsts, order.counts, strict=True))
+        else:
+            groups = [(self.single_active_adapter(), 0, batch_size)]
+        if self.compiled is not None:
+            inputs = self.compiled.pad(inputs)
+        mask = inputs.get("attention_mask")
+        readers = []
+        for name, first, rows in groups:
+            own_mask = mask
+            if mask is not None and rows < batch_size and mask.shape[0] == batch_size:
+                own_mask = mask[first : first + rows]
+            readers.append(self._reader(name, rows, own_mask, first, early_exit_config, overrides))
+        running = self._pass(EarlyExitPass, readers, batch_size, mask)
+        if order is not None:
+            running.adapter_rows = [(name, rows) for name, _, rows in groups]
+        with running:
+            base = self.model(return_dict=True, **inputs)
+        answers = []
+        for reader in readers:
+            if not reader.has_final_exit:
+                reader.finish(base.logits[reader.first : reader.first + reader.rows])
+            assert reader.answer is not None  # every row has its answer
+            answers.append(reader.answer)
+        if order is not None:
+            return order.output(answers, [reader.exit_layer for reader in readers])
+        return EarlyExitOutput(
+            logits=answers[0], exit_layer=torch.from_numpy(readers[0].exit_layer).to(answers[0].device)
+        )
+
+    def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:
+        """How `adapter_name` (None: the active adapter) stops; the default config when it has none of its own."""
+        return EarlyExitConfig.of(self.config_of(adapter_name).early_exit)
+
+    def set_early_exit_config(
+        self, config: EarlyExitConfig | dict[str, Any] | None, adapter_name: str | None = None
+    ) -> None:
+        """Stores how `adapter_name` (None: the active adapter) stops. It is saved with the adapter."""
+        new = None if config is None else EarlyExitConfig.of(config)
+        self.config_of(adapter_name).early_exit = new
+
+    # ---------------------------------------------------------------------------------------------------------- checks
+
+    def _checked_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs, once it is sure that they mean something here."""
+        inputs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
+        for name in _REFUSED:
+            if inputs.pop(name, None):
+                raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
+        _check_input_names(self.model, inputs)
+        if not self.adapters_enabled:
+            raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
+        if self.training:
+            warnings.warn(
+                "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=5
+            )
+        return inputs
+
+    def _check_adapter_names(self, adapter_names: Sequence[str], batch_size: int) -> None:
+        assert self.layout is not None
+        configs: dict[str, BadgeConfig] = self.peft_config  # type: ignore[attr-defined]
+        check_adapter_names(adapter_names, batch_size, self.model, self.layout, configs, self.active_adapters)
+
+    # ------------------------------------------------------------------------------------------------- pass and reader
+
+    def _pass(
+        self, kind: type[EarlyExitPass], readers: Sequence[Any], batch_size: int, mask: Tensor | None
+    ) -> EarlyExitPass:
+        return kind(
+            readers,
+            batch_size,
+            mask,
+            self.num_blocks,
+            compiled=self.compiled,
+            trains_backbone=self.trains_backbone,
+        )
+
+    def _reader(
+        self, name: str, rows: int, mask: Tensor | None, first: int, config: Any, overrides: dict[str, Any]
+    ) -> PolicyReader:
+        if name == BASE:
+            depth = self.num_blocks
+            return PolicyReader(
+                AdapterExits(BASE, [depth], "cls"),
+                rows,
+                mask,
+                first,
+                policy=build_policy(policy="fixed_depth", depth=depth),
+                num_labels=int(self.model.config.num_labels),
+                problem_type="single_label_classification",
+                has_final_exit=False,
+            )
+        own = self.config_of(name)
+        return PolicyReader(
+            self.adapter_exits(name),
+            rows,
+            mask,
+            first,
+            policy=build_policy(own.early_exit if config is None else config, **overrides),
+            num_labels=own.resolved_labels,
+            problem_type=own.resolved_problem_type,
+            has_final_exit=own.final_exit == "exit",
+        )
+
+
+def early_exit_forward(model: nn.Module, **kwargs: Any) -> EarlyExitOutput:
+    """As the method of that name, for a PEFT model with an active BADGE adapter.
+
+    Raises:
+        ValueError: the model carries no BADGE adapter; and as the method.
+    """
+    return early_exit_model(model).early_exit_forward(**kwargs)
+
+
+def early_exit_model(model: nn.Module) -> EarlyExitMixin:
+    """The part of a PEFT model that has exits.
 
     Raises:
         ValueError: there is none.
     """
-    inner = model if isinstance(model, BadgeModel) else getattr(model, "base_model", None)
-    if not isinstance(inner, BadgeModel):
+    inner = model if isinstance(model, EarlyExitMixin) else getattr(model, "base_model", None)
+    if not isinstance(inner, EarlyExitMixin):
         raise ValueError(
             f"{type(model).__name__} carries no BADGE adapter: make one with get_peft_model(model, BadgeConfig(...)) "
             "or load one with PeftModel.from_pretrained."
@@ -38,65 +250,10 @@ def get_badge_model(model: nn.Module) -> BadgeModel:
     return inner
 
 
-@torch.no_grad()
-def early_exit_forward(
-    model: nn.Module, *, early_exit_config: Any = None, adapter_names: Any = None, **kwargs: Any
-) -> EarlyExitOutput:
-    """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
-
-    Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone. Switch the model to
-    `eval()` first, as for `generate`: dropout makes exits random.
-
-    Args:
-        model: A PEFT model with an active BADGE adapter.
-        early_exit_config: `EarlyExitConfig` or dict; None takes the adapter's own.
-        adapter_names: A list with the adapter of each row, whichever is active; None: the active one. Rows of
-            different tasks share one pass, each with its adapter's bypasses, exits, labels and early-exit config;
-            `"__base__"` stands for the base model without an adapter. Only adapters with `backbone="frozen"`, which
-            save no module but the model's head.
-        **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win over
-            the config: `policy="divergence", threshold=0.2, patience=3`.
-
-    Returns:
-        `logits` [B, K] and `exit_layer` [B]; with `adapter_names` also `num_labels` [B], and K is the largest.
-
-    Raises:
-        ValueError: no BADGE adapter, an empty batch, a wrong field, an argument that has no meaning here, or
-            `adapter_names` that do not fit the rows or the model.
-    """
-    badge = get_badge_model(model)
-    overrides = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
-    inputs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
-    for name in _REFUSED:
-        if inputs.pop(name, None):
-            raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
-    _check_names(badge.model, inputs)
-    if not badge.adapters_enabled:
-        raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    if badge.training:
-        warnings.warn(
-            "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=3
-        )
-    if adapter_names is not None:
-        return mixed_forward(badge, adapter_names, early_exit_config, overrides, inputs)
-    config = badge.config_of()
-    fields = run_fields(config, early_exit_config, overrides)
-    batch_size = count_rows(**inputs)
-    if badge.compiled is not None:
-        inputs = badge.compiled.pad(inputs)
-    run = badge.new_run(EarlyExitRun, batch_size, inputs.get("attention_mask"), **fields)
-    with run:
-        base = badge.model(return_dict=True, **inputs)
-    if config.final_exit == "base_head":
-        run.finish(base.logits)
-    assert run.answer is not None  # every row has answered
-    return EarlyExitOutput(logits=run.answer, exit_layer=torch.from_numpy(run.exit_layer).to(run.answer.device))
-
-
-def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
+def _check_input_names(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Refuses a misspelt field, which models that take `**kwargs` would swallow."""
     known = _arguments(type(model).forward)
-    unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, torch.Tensor)]
+    unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, Tensor)]
     if known and unknown:
         raise ValueError(
             f"{', '.join(unknown)} is neither an argument of {type(model).__name__} nor a field of EarlyExitConfig; "

@@ -1,100 +1,190 @@
-"""`EarlyExitRun`: a call in which each row stops at the exit that the policy of its adapter chooses."""
+"""`ExitReader`: one adapter that asks about some of the rows of a pass.
+
+A reader has the adapter's exits, a policy, the history of its rows and their answers; it never runs a block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.pass_ import LeavingRun
-from badge_peft.early_exit.policies import ExitPolicy, build_policy
-from badge_peft.tuner.config import BadgeConfig
-from badge_peft.tuner.exits import Exit
+from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.tuner.context import Frame
+from badge_peft.tuner.exits import AdapterExits, Exit, PastFutureState
 from badge_peft.tuner.layer import BadgeBlock
-from badge_peft.tuner.run import Frame
+from badge_peft.tuner.pooling import Pooling
 
 Array = np.ndarray
 
 
-class EarlyExitRun(LeavingRun):
-    """The rows of one adapter: its exits are read, and its policy says which rows stop. Exits whose logits no decision
-    can depend on are not computed.
+class ExitReader:
+    """Reads the exits of one adapter. Its rows lie side by side in the batch.
 
     Args:
+        exits: Of the adapter.
+        rows: How many rows it asks about, n.
+        attention_mask: [n, S] or None, of these rows.
+        first: The first of them in the batch.
+
+    Attributes:
+        num_active: Rows that have no answer yet.
+        has_answered: Whether rows in the states have their answer, so that they might be taken out.
+
+    Raises:
+        ValueError: the exits pool over positions and the mask has none.
+    """
+
+    def __init__(self, exits: AdapterExits, rows: int, attention_mask: Tensor | None, first: int = 0) -> None:
+        if attention_mask is not None and attention_mask.dim() != 2 and exits.pooling != "cls":
+            raise ValueError(
+                f"exit_pooling={exits.pooling!r} needs an attention_mask of shape [batch, sequence], got "
+                f"{list(attention_mask.shape)}."
+            )
+        self.exits = exits
+        self.rows = rows
+        self.first = first
+        self.pooling = Pooling(exits.pooling, attention_mask)
+        self.state = PastFutureState(exits.past_future)
+        self.reads_uncertainty = exits.uncertainty is not None
+        self.num_active = rows
+        self.has_answered = False
+
+    def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        """Takes note of exit `number` of `block`, where the adapter has one.
+
+        Args:
+            block: The block that has just run.
+            number: Its number; 0 stands for the embeddings.
+            frame: What it saw, a row for each of the reader's rows in the states.
+        """
+        raise NotImplementedError  # by the reader of full depth, and by the one that has a policy
+
+    def read(self, block: BadgeBlock, number: int, frame: Frame) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, K] of exit `number`, and the uncertainty [n] that learning to exit (LTE) predicts."""
+        vector, logits = block.read_exit(self.exits, number, frame, self.pooling, self.state)
+        if not self.reads_uncertainty or self.exits.uncertainty is None:
+            return logits, None
+        return logits, self.exits.uncertainty(vector).sigmoid().squeeze(-1)
+
+    def is_active(self) -> Array:
+        """[n] bool, of the reader's rows in the states: those that have no answer yet."""
+        raise NotImplementedError  # by a reader whose rows may leave
+
+    def keep_rows(self, kept: Array, index: Tensor, length: int | None) -> None:
+        """Goes on with some of its rows in the states.
+
+        Args:
+            kept: [k], which.
+            index: The same, where the states are.
+            length: Positions of each row that are left; None: all.
+        """
+        self.pooling = self.pooling.rows(index, length)
+        self.state.keep_rows(index)
+
+
+class PolicyReader(ExitReader):
+    """Each row stops at the exit that the policy chooses. Exits on whose logits no decision depends are not computed.
+
+    Args:
+        exits: Of the adapter.
+        rows: n.
+        attention_mask: [n, S] or None.
+        first: The first row in the batch.
         policy: Decides, on the host.
         num_labels: K.
         problem_type: For the policy.
-        (the others as `ExitRun`, `exit_layers` among them)
+        has_final_exit: Whether exit M is one of the adapter's own; otherwise the model's own head answers there.
 
     Attributes:
-        answer: [B, K], logits of the rows that have stopped.
+        answer: [n, K], logits of the rows that have stopped.
+        exit_layer: [n], the block each row stopped at; -1 while it has not.
     """
 
-    def __init__(self, *args: Any, policy: ExitPolicy, num_labels: int, problem_type: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        policy.check(self.exit_layers, num_labels, problem_type)
+    def __init__(
+        self,
+        exits: AdapterExits,
+        rows: int,
+        attention_mask: Tensor | None,
+        first: int = 0,
+        *,
+        policy: ExitPolicy,
+        num_labels: int,
+        problem_type: str,
+        has_final_exit: bool,
+    ) -> None:
+        super().__init__(exits, rows, attention_mask, first)
+        policy.check(exits.numbers, num_labels, problem_type)
         self.policy = policy
-        self.history = ExitHistory(self.exit_layers, self.batch_size, num_labels, problem_type)
+        self.has_final_exit = has_final_exit
+        self.history = ExitHistory(exits.numbers, rows, num_labels, problem_type)
         self.answer: Tensor | None = None
-        if not policy.reads_uncertainty:
-            self.learn_to_exit = None
+        self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
+        self.reads_uncertainty = policy.reads_uncertainty
+        self._places: Array = np.arange(rows)  # of the rows in the states among all rows
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._dtype: torch.dtype | None = None  # of the exits' logits
 
     def finish(self, logits: Tensor) -> None:
-        """Gives the rows that are left the answer of the model's own head, [B, K]."""
+        """Gives the rows that are active the answer of the model's own head, [n, K]."""
         dtype = logits.dtype if self._dtype is None else torch.promote_types(logits.dtype, self._dtype)
-        if self.answer is not None:  # one precision, whoever answers
+        if self.answer is not None:  # one precision, whichever exit answers
             self.answer = self.answer.to(dtype)
-        if self.left:
+        if self.num_active:
             rows = np.flatnonzero(self.exit_layer < 0)
-            if len(rows) == self.batch_size:
-                self.answer, self.left = logits.to(dtype), 0
-                self.exit_layer[:] = self.num_blocks
+            if len(rows) == self.rows:
+                self._answer_all(logits.to(dtype), self.exits.numbers[-1])
             else:
-                self._store(_take(logits, rows).to(dtype), rows, self.num_blocks)
+                self._store(_take(logits, rows).to(dtype), rows, self.exits.numbers[-1])
 
-    # ------------------------------------------------------------------------------------------------------ decisions
-
-    def read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
-        """Reads exit `number` of `block`, where there is one and somebody asks for it, and lets rows stop there."""
-        if not block.has_exit(self.adapter, number):
+    def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        """Reads exit `number` where a decision may depend on it, and lets rows stop there."""
+        if not block.has_exit(self.exits.adapter, number):
             return
-        exits, j = self.exit_layers, self._position
+        exits, j = self.exits.numbers, self._position
         self._position += 1
-        exit_ = block.own_exit(self.adapter, number)
+        exit_ = block.own_exit(self.exits.adapter, number)
         if not (self.policy.needs_logits(exits, j) or exit_.feeds_later_exits):
             self._dtype = self._dtype or logits_dtype(exit_)
             self._undecided.append(None)
             return
-        logits = self._read(block, number, frame)  # a row for each that is in the states
+        logits, uncertainty = self.read(block, number, frame)  # a row for each that is in the states
         self._dtype = logits.dtype
-        going = None  # which of these have not stopped; None: all
-        if self.waiting:
-            going = np.flatnonzero(self.exit_layer[self.survivors.rows] < 0)
+        active = None  # which of these have not stopped; None: all
+        if self.has_answered:
+            active = np.flatnonzero(self.is_active())
         if self.policy.is_final(exits, j):
-            self._stop(logits, going, np.ones(self.left, dtype=bool), number)
+            self._stop(logits, active, np.ones(self.num_active, dtype=bool), number)
             return
-        found = [logits, self.doubts[number]] if number in self.doubts else [logits]
-        self._undecided.append(found if going is None else [_take(x, going) for x in found])
+        found = [logits] if uncertainty is None else [logits, uncertainty]
+        self._undecided.append(found if active is None else [_take(x, active) for x in found])
         if self.policy.can_exit(exits, j):
             self._bring_up_to_date()
             stops = self.policy.stops(self.history, j)
             if np.count_nonzero(stops):
-                self._stop(logits, going, stops, number)
-                if self.left:
+                self._stop(logits, active, stops, number)
+                if self.num_active:
                     self.history.keep(~stops)
+
+    def is_active(self) -> Array:
+        """[n] bool, of the reader's rows in the states: those that have no answer yet."""
+        return self.exit_layer[self._places] < 0
+
+    def keep_rows(self, kept: Array, index: Tensor, length: int | None) -> None:
+        """Goes on with some of its rows in the states; others may still ask about one that has its answer here."""
+        super().keep_rows(kept, index, length)
+        self._places = self._places[kept]
+        self.has_answered = len(self._places) > self.num_active
 
     def _bring_up_to_date(self) -> None:
         """Puts the exits since the last decision into the history: one transfer for all of them, as each waits for
-        the device. No row has left in between."""
+        the device. No row has stopped in between."""
         computed = [entry for entry in self._undecided if entry is not None]
-        host = zip(*map(on_host, zip(*computed, strict=True)), strict=True)  # for each exit its logits, and its doubts
+        host = zip(*map(on_host, zip(*computed, strict=True)), strict=True)  # by exit: logits, and uncertainty
         for entry in self._undecided:
             if entry is None:
                 self.history.skip()
@@ -102,32 +192,27 @@ class EarlyExitRun(LeavingRun):
                 self.history.append(*next(host))
         self._undecided.clear()
 
-    def _stop(self, logits: Tensor, going: Array | None, stops: Array, number: int) -> None:
-        """Of the rows in the states those `going`, and of these the ones that `stops` marks, stop at exit `number`."""
-        places = np.flatnonzero(stops) if going is None else going[stops]
-        if len(places) == self.batch_size:
-            self.answer, self.left = logits, 0
-            self.exit_layer[:] = number
+    def _stop(self, logits: Tensor, active: Array | None, stops: Array, number: int) -> None:
+        """Of the rows in the states those `active`, and of these the ones that `stops` marks, stop at `number`."""
+        places = np.flatnonzero(stops) if active is None else active[stops]
+        if len(places) == self.rows:
+            self._answer_all(logits, number)
             return
-        self._store(_take(logits, places), self.survivors.rows[places], number)
-        self.waiting = True
+        self._store(_take(logits, places), self._places[places], number)
+        self.has_answered = True
+
+    def _answer_all(self, logits: Tensor, number: int) -> None:
+        self.answer, self.num_active = logits, 0
+        self.exit_layer[:] = number
+        self.has_answered = True
 
     def _store(self, logits: Tensor, rows: Array, number: int) -> None:
-        """Keeps `logits`, whose rows are the `rows` of the batch, as their answer."""
+        """Keeps `logits`, whose rows are the `rows` among all rows, as their answer."""
         if self.answer is None:
-            self.answer = logits.new_zeros(self.batch_size, logits.shape[-1])
+            self.answer = logits.new_zeros(self.rows, logits.shape[-1])
         self.answer[torch.from_numpy(rows).to(self.answer.device)] = logits.to(self.answer)
         self.exit_layer[rows] = number
-        self.left -= len(rows)
-
-
-def run_fields(config: BadgeConfig, early_exit_config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What an `EarlyExitRun` has to know of the adapter with this `config`; `early_exit_config` None: its own."""
-    return {
-        "policy": build_policy(config.early_exit if early_exit_config is None else early_exit_config, **overrides),
-        "num_labels": config.resolved_labels,
-        "problem_type": config.resolved_problem_type,
-    }
+        self.num_active -= len(rows)
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:

@@ -20,7 +20,7 @@ Array = np.ndarray
 class Survivors:
     """The rows in the states, at first all B, and how many positions they have there, at first all S.
 
-    Whenever rows leave, the others are also cut behind the last token of the longest of them: what is padding in every
+    Whenever rows leave, the others are also cut after the last token of the longest of them: what is padding in every
     row takes part in nothing. That needs a mask [B, S], and a layout that says which arguments have positions.
 
     Args:
@@ -30,7 +30,7 @@ class Survivors:
     Attributes:
         rows: [b], their places in the batch, ascending.
         length: Positions in the states; None: all S.
-        complete: Whether nothing has left.
+        complete: Whether all B rows and all S positions are there.
     """
 
     def __init__(self, batch_size: int, attention_mask: Tensor | None) -> None:
@@ -39,7 +39,7 @@ class Survivors:
         self.length: int | None = None
         self.complete = True
         self._mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        self._ends: Array | None = None  # [B], the position behind each row's last token
+        self._ends: Array | None = None  # [B], the position after each row's last token
         self._positions = 0  # S
         self._index: Tensor | None = None  # `rows`, where the states are
         self._cut: dict[int, tuple[Tensor, Tensor]] = {}  # arguments of the model's loop, already cut
@@ -85,14 +85,14 @@ class Survivors:
         return (), {**rest, "hidden_states": states}
 
     def restore(self, states: Tensor) -> Tensor:
-        """[b, s, d] -> [B, S, d], for what the model does with all rows; what has left is zeros."""
+        """[b, s, d] -> [B, S, d], for what the model does with all rows; rows that have left are zeros."""
         assert self._index is not None
         full = states.new_zeros(self.batch_size, self._positions, states.shape[2])
         full[:, : states.shape[1]].index_copy_(0, self._index, states)
         return full
 
-    def stand_in(self, states: Tensor) -> Tensor:
-        """[B, S, d] of no meaning, for a head whose answer nobody reads."""
+    def placeholder(self, states: Tensor) -> Tensor:
+        """[B, S, d] of no meaning, for a head whose logits are not read."""
         return states[:1, :1].expand(self.batch_size, self._positions, -1)
 
     def _part(self, layout: BlockLayout, name: str, value: Any) -> Any:
@@ -146,7 +146,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _named(block: BadgeBlock, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """The positional arguments behind the states with their names; '' where a forward only passes them on."""
+    """The positional arguments after the states with their names; '' where a forward only passes them on."""
     names = (*_positional(type(block.base_layer).forward), *("" for _ in args))
     return list(zip(names[1:], args[1:], strict=False))
 

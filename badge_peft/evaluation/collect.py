@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 
 _Answers = tuple[Tensor | None, ...]  # of one batch: logits, labels, doubts
@@ -65,7 +65,7 @@ def collect_exit_logits(
             target = batch.pop("labels", None)
             output = badge(**batch)
             target = None if target is None else target.cpu()
-            found.append((number, (_stored(output.exit_logits), target, _stored(output.exit_doubts))))
+            found.append((number, (_stored(output.exit_logits), target, _stored(output.exit_uncertainty))))
     finally:
         model.train(was_training)
     if size > 1:

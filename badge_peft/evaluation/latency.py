@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import early_exit_forward, get_badge_model
+from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.metrics import predictions
 from badge_peft.evaluation.timing import Runner, take_turns
-from badge_peft.model import BadgeModel
+from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import one_of, whole
 
 REFERENCES = ("full_depth", "all_exits")

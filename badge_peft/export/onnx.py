@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
-from badge_peft.model import BadgeModel
+from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner import lora
 from badge_peft.tuner.adapters_library import check_exportable
 from badge_peft.tuner.positions import max_positions

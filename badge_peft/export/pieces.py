@@ -1,6 +1,6 @@
 """Cuts a model into the pieces that an early-exit graph is put together from: one for the embeddings, one per block.
 
-The Hugging Face layer loop stays in control here, too. Each piece runs the whole model under a run of its own that
+The Hugging Face layer loop stays in control here, too. Each piece runs the whole model in a pass of its own that
 passes the states through all blocks but the one that is wanted, which works on states that come from outside. What
 lies between two blocks (a convolution, say) belongs to the piece before it, and whatever a piece computes and no
 output needs falls away in the export.
@@ -9,45 +9,49 @@ output needs falls away in the export.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from badge_peft.early_exit.full_depth import FullDepthReader
+from badge_peft.early_exit.pass_ import as_result
 from badge_peft.model import BadgeModel
+from badge_peft.tuner.block_pass import BlockPass, states_of
+from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
-from badge_peft.tuner.run import ExitRun, Frame
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
 OTHER = (3, 9)
 
 
-class _Recording(ExitRun):
-    """Runs every block, and notes in what shape each returns its states."""
+class _RecordingPass(BlockPass):
+    """Runs every block, and records in what shape each returns its states."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.lengths: list[int] = []
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = super().visit(block, args, kwargs)
+        result = self.run_block(block, args, kwargs)[0]
         self.lengths.append(len(result) if isinstance(result, tuple) else 0)
         return result
 
 
 def result_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
     """[M]: how many values each block returns as a tuple, the states first; 0 where it returns the states alone."""
-    run = badge.new_run(_Recording, inputs["input_ids"].shape[0], inputs.get("attention_mask"))
-    with run:
+    recording = _RecordingPass()
+    with recording:
         badge.model(return_dict=True, **inputs)
-    return cast(_Recording, run).lengths
+    return recording.lengths
 
 
-class _PieceRun(ExitRun):
+class PiecePass(BlockPass):
     """Runs block `wanted` alone (0: none), and passes the states through all others.
 
     Args:
+        reader: Reads its exit.
         wanted: Its number.
         states: [B, S, d], its input.
         tensors: Those among its other arguments, in place of the model's own.
@@ -61,40 +65,38 @@ class _PieceRun(ExitRun):
 
     def __init__(
         self,
-        *args: Any,
+        reader: FullDepthReader,
         wanted: int,
         states: Tensor | None,
         tensors: Sequence[Tensor],
         lengths: list[int],
         read: bool,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__()
+        self.reader = reader
         self.wanted, self.states, self.tensors, self.lengths, self.read = wanted, states, tensors, lengths, read
         self.following: Tensor | None = None
         self.arguments: list[list[Any]] = []
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number = self._number(block)
+        number = self.number_of(block)
         if number == self.wanted:
             assert self.states is not None
-            args, kwargs = _with(self.states, iter(self.tensors), args, kwargs)
-            result, frame = self._run(block, self.states, args, kwargs)
+            result, frame = self.run_block(block, *_with(self.states, iter(self.tensors), args, kwargs))
             self._read_exit(block, number, frame)
             return result
-        hidden = self._hidden(args, kwargs)
+        hidden = states_of(args, kwargs)
         if number == self.wanted + 1:
             self.following = hidden
             if number == 1:
                 self._read_exit(block, 0, Frame(hidden))
         self.arguments.append(_leaves(args, kwargs)[0])
-        length = self.lengths[number - 1]
-        return (hidden, *[None] * (length - 1)) if length else hidden
+        return as_result(hidden, self.lengths[number - 1])
 
     def _read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
-        if self.read and block.has_exit(self.adapter, number):
+        if self.read and block.has_exit(self.reader.exits.adapter, number):
             self.following = frame.output  # block M with an exit of its own: nothing of the model follows
-            self.exit_logits[number] = self._read(block, number, frame)
+            self.reader.at_exit(block, number, frame)
 
 
 class ModelPiece(nn.Module):
@@ -137,29 +139,22 @@ class ModelPiece(nn.Module):
         if self.number == 0:
             named |= {f"shared_{i}": tensor.clone() for i, tensor in enumerate(shared_tensors(run.arguments)[0])}
         if self.read:
-            named["logits"] = run.exit_logits[self.number]
-            if self.number in run.doubts:
-                named["doubt"] = run.doubts[self.number]
+            named["logits"] = run.reader.exit_logits[self.number]
+            if self.number in run.reader.exit_uncertainty:
+                named["doubt"] = run.reader.exit_uncertainty[self.number]
         return named
 
     def run(
         self, inputs: dict[str, Tensor], hidden: Tensor | None = None, tensors: Sequence[Tensor] = ()
-    ) -> _PieceRun:
+    ) -> PiecePass:
         """The call of `named`, with what the blocks were called with."""
-        run: _PieceRun = self.badge.new_run(
-            _PieceRun,
-            inputs["input_ids"].shape[0],
-            inputs.get("attention_mask"),
-            wanted=self.number,
-            states=hidden,
-            tensors=tensors,
-            lengths=self.lengths,
-            read=self.read,
-        )
+        exits = self.badge.adapter_exits(self.badge.single_active_adapter())
+        reader = FullDepthReader(exits, inputs["input_ids"].shape[0], inputs.get("attention_mask"))
+        run = PiecePass(reader, self.number, hidden, tensors, self.lengths, self.read)
         with run:
             base = self.badge.model(return_dict=True, **inputs)
         if self.number == self.badge.num_blocks:
-            run.exit_logits.setdefault(self.number, base.logits)
+            reader.exit_logits.setdefault(self.number, base.logits)
         return run
 
 

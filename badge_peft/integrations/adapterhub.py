@@ -16,8 +16,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.integrations.adapterhub_source import AdapterSource, read_folder, read_model
+from badge_peft.model import get_badge_model
 from badge_peft.tuner.adapters_library import active_adapters
 from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout, inner_block
 from badge_peft.tuner.bypass import Bypass

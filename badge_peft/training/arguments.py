@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.metrics import METRICS
+from badge_peft.model import get_badge_model
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
 from badge_peft.tuner.losses import check_weights

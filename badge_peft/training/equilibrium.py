@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from badge_peft.tuner.run import ExitRun, Frame
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.tuner.block_pass import states_of, with_states
+from badge_peft.tuner.context import Frame
 
 
 class _Scale(torch.autograd.Function):
@@ -29,8 +31,8 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _Scale.apply(x, factor)
 
 
-class GradientEquilibriumRun(ExitRun):
-    """What reaches block m is the mean of the gradients of the exits at m and behind it, for any set of exits.
+class GradientEquilibriumPass(EarlyExitPass):
+    """What reaches block m is the mean of the gradients of the exits at m and deeper, for any set of exits.
 
     With n_m exits at blocks >= m, the weight of their gradients inside of block m is c_m = 1 / n_m. So what exit m
     reads of block m is scaled by c_m, what it reads of the block's input by c_{m-1}, and between blocks m-1 and m the
@@ -39,16 +41,15 @@ class GradientEquilibriumRun(ExitRun):
 
     def weight(self, number: int) -> float:
         """c_m, for the embeddings c_0."""
-        return 1 / sum(m >= number for m in self.exit_layers)
+        (reader,) = self.readers
+        return 1 / sum(m >= number for m in reader.exits.numbers)
 
     def before_block(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gradients that leave block `number` downwards have weight c_m and go on with c_{m-1}."""
-        hidden = scale_gradient(self._hidden(args, kwargs), self.weight(number - 1) / self.weight(number))
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return (), {**kwargs, "hidden_states": hidden}
+        hidden = scale_gradient(states_of(args, kwargs), self.weight(number - 1) / self.weight(number))
+        return with_states(hidden, args, kwargs)
 
     def before_exit(self, number: int, block_input: Tensor, frame: Frame) -> Frame:
         """The exit's gradients enter block m with c_m, and what is before it with c_{m-1}."""

@@ -1,30 +1,40 @@
-"""Global Past-Future's second loss: each exit's guesses of the states behind it should point their way."""
+"""Global Past-Future's second loss: each exit's predictions of deeper states should point their way."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.tuner.notes import Notes
-from badge_peft.tuner.run import ExitRun
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.tuner.exits import PastFutureState
 
 
-class ImitationRun(ExitRun):
-    """A pass that keeps the exits' states and guesses for `imitation_loss`."""
+class ImitationPass(EarlyExitPass):
+    """A full-depth pass whose output has `imitation_loss`."""
 
-    keep_notes = True
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for reader in self.readers:
+            reader.state.keeps_vectors = True
+
+    def training_outputs(self) -> dict[str, Tensor]:
+        """`imitation_loss` [B]."""
+        (reader,) = self.readers
+        return {"imitation_loss": imitation_loss(reader.state)}
 
 
-def imitation_loss(notes: Notes) -> Tensor:
-    """Mean over exits i of the mean over j > i of 1 - cos(guess_ij, v_j), v_j without gradient.
+def imitation_loss(state: PastFutureState) -> Tensor:
+    """[B]: mean over exits i of the mean over j > i of 1 - cos(prediction_ij, v_j), v_j without gradient.
 
     Raises:
-        ValueError: the exits make no guesses.
+        ValueError: the exits predict nothing.
     """
-    if not notes.guesses:
+    if not state.predictions:
         raise ValueError("objective='past_future' needs BadgeConfig(exit_type='past_future', final_exit='exit').")
     per_exit: dict[int, list[Tensor]] = {}
-    for (i, j), guess in notes.guesses.items():
-        per_exit.setdefault(i, []).append(1 - F.cosine_similarity(guess, notes.vectors[j].detach(), dim=-1).mean())
-    return torch.stack([torch.stack(losses).mean() for losses in per_exit.values()]).mean()
+    for (i, j), prediction in state.predictions.items():
+        per_exit.setdefault(i, []).append(1 - F.cosine_similarity(prediction, state.vectors[j].detach(), dim=-1))
+    return torch.stack([torch.stack(losses).mean(dim=0) for losses in per_exit.values()]).mean(dim=0)

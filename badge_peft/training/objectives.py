@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.training.equilibrium import GradientEquilibriumRun
-from badge_peft.training.imitation import ImitationRun, imitation_loss
-from badge_peft.tuner.full_depth import sum_losses
+from badge_peft.early_exit.full_depth import sum_losses
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.outputs import MultiExitOutput
+from badge_peft.training.equilibrium import GradientEquilibriumPass
+from badge_peft.training.imitation import ImitationPass
 from badge_peft.tuner.losses import exit_loss, loss_weights
-from badge_peft.tuner.run import ExitRun
 from badge_peft.utils.checks import check_number, one_of
 
 
@@ -27,7 +28,7 @@ class Step:
         labels: As the loss needs them, or None.
         problem_type: As transformers has it.
         number: Optimiser steps done before this one.
-        run: The pass.
+        output: Of the pass.
     """
 
     exits: list[int]
@@ -35,7 +36,7 @@ class Step:
     labels: Tensor | None
     problem_type: str
     number: int
-    run: ExitRun
+    output: MultiExitOutput
 
     def loss(self, index: int) -> Tensor:
         """Loss of one exit against the labels."""
@@ -59,7 +60,7 @@ class Objective:
     weights: str | list[float] | None = None
     distillation: float = 0.0
     temperature: float = 1.0
-    run: type[ExitRun] = field(default=ExitRun, repr=False)
+    exit_pass: type[EarlyExitPass] = field(default=EarlyExitPass, repr=False)
 
     def __post_init__(self) -> None:
         check_number("distillation", self.distillation, lambda share: 0 <= share <= 1, "it is a share, in [0, 1]")
@@ -122,20 +123,21 @@ class GradientEquilibrium(Objective):
     """GradEquil (IMTA): the sum of all losses, and the gradient that reaches block m is the *mean*, not the sum, of
     the gradients of exits m..M. Source: Li et al., "Improved Techniques for Training Adaptive Deep Networks", 2019."""
 
-    run: type[ExitRun] = field(default=GradientEquilibriumRun, repr=False)
+    exit_pass: type[EarlyExitPass] = field(default=GradientEquilibriumPass, repr=False)
 
 
 @dataclass
 class PastFuture(Objective):
     """GPF: half the m-weighted mean of all losses, half the imitation loss; needs `exit_type="past_future"`."""
 
-    run: type[ExitRun] = field(default=ImitationRun, repr=False)
+    exit_pass: type[EarlyExitPass] = field(default=ImitationPass, repr=False)
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         weights = loss_weights(self.weights or "linear", step.exits)
         classify = sum_losses([step.loss(i) for i in range(len(step.exits))], weights)
-        return (classify + imitation_loss(step.run.notes)) / 2
+        assert step.output.imitation_loss is not None  # by its pass
+        return (classify + step.output.imitation_loss.mean()) / 2
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.model import get_badge_model
 
 ADAPTER_LR = 1e-2
 BACKBONE_LR = {"frozen": 5e-5, "lora": 1e-3, "full": 5e-5}  # by backbone mode

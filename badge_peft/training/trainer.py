@@ -13,10 +13,9 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
-from badge_peft.model import BadgeModel
+from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import MultiExitTrainingArguments
 from badge_peft.training.callbacks import EarlyStopping
 from badge_peft.training.objectives import Objective, Step
@@ -24,10 +23,10 @@ from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
-from badge_peft.tuner.full_depth import count_rows, full_depth_runs
-from badge_peft.tuner.losses import check_labels, doubt_loss, resolve_problem_type
+from badge_peft.tuner.block_pass import count_rows
+from badge_peft.tuner.losses import doubt_loss
 
-_NO_PREDICTIONS = ["exit_doubts", "hidden_states", "attentions"]
+_NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
 
 
 class MultiExitTrainer(Trainer):
@@ -143,29 +142,30 @@ class MultiExitTrainer(Trainer):
         """The objective's loss of one batch."""
         features = {k: v for k, v in inputs.items() if k != "labels"}
         labels = inputs.get("labels")
-        config = self.badge.config_of()
         if labels is not None:
-            config.problem_type = config.problem_type or resolve_problem_type(config.resolved_labels, labels)
-            check_labels(labels, config.resolved_labels, config.resolved_problem_type, count_rows(**features))
+            self.badge.check_labels(labels, count_rows(**features))
         if self._quiet_backbone:
             self._silence(model)
-        with full_depth_runs(self.exit_objective.run) as runs:
-            outputs = model(**features)
-        step = Step(
-            self.exits,
-            list(outputs.exit_logits.unbind(dim=1)),
-            labels,
-            config.resolved_problem_type,
-            self.state.global_step,
-            runs[0],
-        )
-        loss = self.exit_objective(step)
-        doubt = runs[0].learn_to_exit
-        if doubt is not None and labels is not None and any(p.requires_grad for p in doubt.parameters()):
-            doubts = {m: u for m, u in runs[0].doubts.items() if self.exit_objective.judges(m)}
-            if doubts:
-                loss = loss + doubt_loss(doubts, runs[0].exit_logits, labels, config.resolved_problem_type)
+        outputs = model(**features, exit_pass=self.exit_objective.exit_pass)
+        problem_type = self.badge.config_of().resolved_problem_type
+        logits = list(outputs.exit_logits.unbind(dim=1))
+        loss = self.exit_objective(Step(self.exits, logits, labels, problem_type, self.state.global_step, outputs))
+        if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
+            uncertainty = dict(zip(self.exits, outputs.exit_uncertainty.unbind(dim=1), strict=True))
+            taught = {
+                m: u for m, u in uncertainty.items() if self._has_uncertainty(m) and self.exit_objective.judges(m)
+            }
+            if taught:
+                loss = loss + doubt_loss(taught, dict(zip(self.exits, logits, strict=True)), labels, problem_type)
         return (loss, outputs) if return_outputs else loss
+
+    def _trains_uncertainty(self) -> bool:
+        """Whether the layer of learning to exit (LTE) takes gradients."""
+        return any(p.requires_grad for name, p in self._module.named_parameters() if ".badge_doubt." in name)
+
+    def _has_uncertainty(self, number: int) -> bool:
+        """Not where the model's own head answers."""
+        return number != self.exits[-1] or self.badge.config_of().final_exit == "exit"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The arguments' optimiser, with a learning rate for each part of the model."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.context import Frame
 from badge_peft.tuner.pooling import Pooling
-
-if TYPE_CHECKING:
-    from badge_peft.tuner.run import Frame
 
 Scale = Callable[[Tensor], Tensor]
 
@@ -52,19 +49,20 @@ class Bypass(nn.Module):
         self.norm = None if norm is None else _plain_copy(norm)
 
     def forward(
-        self, source: Tensor, residual: Tensor, shared_norm: nn.Module, scale_weights: Scale | None = None
+        self, source: Tensor, residual: Tensor, shared_norm: nn.Module | None, scale_weights: Scale | None = None
     ) -> Tensor:
         """LN'( B(source) + residual ); both [..., d], the result too."""
         adjusted = self.bottleneck(source) + residual.to(self.down.weight.dtype)
-        return self.normalise(adjusted, shared_norm, scale_weights)
+        return self.normalize(adjusted, shared_norm, scale_weights)
 
     def bottleneck(self, source: Tensor) -> Tensor:
         """B(source): [..., d] -> [..., r] -> [..., d]."""
         return self.up(self.activation(self.down(source.to(self.down.weight.dtype))))
 
-    def normalise(self, states: Tensor, shared_norm: nn.Module, scale_weights: Scale | None = None) -> Tensor:
+    def normalize(self, states: Tensor, shared_norm: nn.Module | None, scale_weights: Scale | None = None) -> Tensor:
         """LN'; `scale_weights` is for a shared one."""
         if self.norm is None:
+            assert shared_norm is not None
             return apply_norm(shared_norm, states, scale_weights)
         return self.norm(states.to(self.down.weight.dtype))
 
@@ -76,7 +74,7 @@ def bypassed_states(
     layout: BlockLayout,
     frame: Frame,
     pooling: Pooling,
-    exit_norm: nn.Module,
+    exit_norm: nn.Module | None,
 ) -> Tensor:
     """H'_m, at the position that the pooling picks, or at all of them.
 
@@ -91,7 +89,7 @@ def bypassed_states(
         layout: Where the block's parts are.
         frame: What the block has just computed.
         pooling: Of this call.
-        exit_norm: The norm that LN' is when it is shared.
+        exit_norm: The norm that LN' is when it is shared, else None.
     """
     source = frame.attention if placement == "ffn" else frame.block_input
     assert source is not None  # the hooks have run
@@ -105,7 +103,7 @@ def bypassed_states(
         inner = adjustment + pooling.pick(sums).to(adjustment.dtype)
         if not layout.pre_norm:
             inner = apply_norm(block.get_submodule(layout.attention_norm), inner, scale)
-        return bypass.normalise(_ffn(block, layout, inner, scale) + inner, exit_norm, scale_last)
+        return bypass.normalize(_ffn(block, layout, inner, scale) + inner, exit_norm, scale_last)
     residual = frame.output if layout.pre_norm else frame.ffn_sum  # H_{m,F}
     assert residual is not None
     return bypass(source, pooling.pick(residual), exit_norm, scale_last)
@@ -122,7 +120,7 @@ def _ffn(block: nn.Module, layout: BlockLayout, states: Tensor, scale_weights: S
     """FFN(states), by the block's own submodules."""
     for path in layout.ffn:
         part = block.get_submodule(path)
-        first = next(part.parameters(), None)
+        first = next((p for _, p in own_parameters(part)), None)
         if first is not None and first.is_floating_point():  # integers of a quantised layer, which casts on its own
             states = states.to(first.dtype)
         states = part(states) if scale_weights is None else _scaled(part, states, scale_weights)
@@ -131,7 +129,15 @@ def _ffn(block: nn.Module, layout: BlockLayout, states: Tensor, scale_weights: S
 
 def _scaled(part: nn.Module, states: Tensor, scale_weights: Scale) -> Tensor:
     """Gradient equilibrium: the exit's gradient reaches these weights of the block, too."""
-    return functional_call(part, {name: scale_weights(p) for name, p in part.named_parameters()}, (states,))
+    return functional_call(part, {name: scale_weights(p) for name, p in own_parameters(part)}, (states,))
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters`, also on a replica of `nn.DataParallel`, which keeps them as plain tensors."""
+    for prefix, part in module.named_modules():
+        for name, value in getattr(part, "_former_parameters", part._parameters).items():
+            if value is not None:
+                yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _plain_copy(norm: nn.Module) -> nn.Module:

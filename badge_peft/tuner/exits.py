@@ -1,20 +1,69 @@
 """Exits: from the states that a block offers to logits [B, K].
 
 Every exit works in two steps: `represent` gives one vector per row, and the call turns it into logits. Between the two
-the run may look at the vector (learning to exit does).
+a reader may look at the vector (learning to exit does).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from badge_peft.tuner.pooling import Pooling
 
-if TYPE_CHECKING:
-    from badge_peft.tuner.run import Notes
+
+class PastFutureState:
+    """What the exits of one call leave for the deeper ones (Global Past-Future), and for its objective.
+
+    Args:
+        exits: The exits of the call, shallow to deep.
+
+    Attributes:
+        keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
+    """
+
+    def __init__(self, exits: list[nn.Module]) -> None:
+        self.exits = exits
+        self.keeps_vectors = False
+        self.sums: dict[str, Tensor] = {}  # over the exits so far, per row
+        self.counts: dict[str, int] = {}
+        self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
+        self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
+
+    def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
+        """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
+        before = self.sums.get(name)
+        self.sums[name] = for_later if before is None else before + for_later
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return value if before is None else before + value
+
+    def count(self, name: str) -> int:
+        """How many exits `add` has seen."""
+        return self.counts[name]
+
+    def deeper(self, exit_: nn.Module) -> list[nn.Module]:
+        """The exits deeper than `exit_`."""
+        return self.exits[self._index(exit_) + 1 :]
+
+    def record_vector(self, exit_: nn.Module, vector: Tensor) -> None:
+        """Keeps v_j for the objective."""
+        if self.keeps_vectors:
+            self.vectors[self._index(exit_)] = vector
+
+    def record_prediction(self, exit_: nn.Module, later: nn.Module, prediction: Tensor) -> None:
+        """Keeps what `exit_` takes the vector of `later` to be, for the objective."""
+        if self.keeps_vectors:
+            self.predictions[self._index(exit_), self._index(later)] = prediction
+
+    def keep_rows(self, index: Tensor) -> None:
+        """Goes on with the rows `index` alone."""
+        self.sums = {name: torch.index_select(value, 0, index) for name, value in self.sums.items()}
+
+    def _index(self, exit_: nn.Module) -> int:
+        return next(i for i, known in enumerate(self.exits) if known is exit_)
 
 
 class Exit(nn.Module):
@@ -29,7 +78,7 @@ class Exit(nn.Module):
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False
 
-    #: Whether deeper exits need what this one leaves in the notes.
+    #: Whether deeper exits need what this one leaves in the `PastFutureState`.
     feeds_later_exits: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
@@ -41,7 +90,7 @@ class Exit(nn.Module):
         """What `pooling.pick` left of the states (or all of them, for `reads_sequence`) -> [B, d]."""
         return pooling.reduce(states)
 
-    def forward(self, vector: Tensor, notes: Notes | None = None) -> Tensor:
+    def forward(self, vector: Tensor, state: PastFutureState | None = None) -> Tensor:
         """[B, d] -> [B, K]."""
         return self.linear(self.dropout(vector))
 
@@ -58,7 +107,7 @@ class PooledExit(Exit):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
-        """[B, d], behind the tanh."""
+        """[B, d], after the tanh."""
         return self.dense(pooling.reduce(states)).tanh()
 
 
@@ -99,14 +148,14 @@ class AttentionExit(Exit):
 
 
 class PastFutureExit(Exit):
-    """Global Past-Future: exit i judges by the states of exits 1..i and by its guess of those of the exits behind it.
+    """Global Past-Future: exit i answers by the states of exits 1..i and by its predictions of those of deeper exits.
 
         past = sum_{j <= i} w_j v_j,  future = sum_{j > i} w_j tanh(W_j v_i)
         logits_i = 2 lam past + (2 - 2 lam) future,  lam = sigmoid(U tanh(mean_{j <= i} G_j v_j)), one per label
 
-    v_j is the pooled state behind a dense layer and tanh; the earlier ones take no gradient. The guesses W_j belong to
-    the exit that they guess, and are trained to point the way of the real v_j (objective `past_future`). Source: Liao
-    et al., "A Global Past-Future Early Exit Method", NAACL 2021.
+    v_j is the pooled state after a dense layer and tanh; the earlier ones take no gradient. W_j belongs to the exit
+    that it predicts, and is trained to point the way of the real v_j (objective `past_future`). Source: Liao et al.,
+    "A Global Past-Future Early Exit Method", NAACL 2021.
     """
 
     GATE: ClassVar[int] = 32
@@ -115,7 +164,7 @@ class PastFutureExit(Exit):
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.imitate = nn.Linear(hidden_size, hidden_size)  # W_j: from an earlier v_i to a guess of this v_j
+        self.imitate = nn.Linear(hidden_size, hidden_size)  # W_j: from an earlier v_i to this v_j
         self.gate = nn.Linear(hidden_size, self.GATE)
         self.balance = nn.Linear(self.GATE, num_labels)
 
@@ -123,19 +172,20 @@ class PastFutureExit(Exit):
         """v_i: [B, d]."""
         return self.dense(pooling.reduce(states)).tanh()
 
-    def forward(self, vector: Tensor, notes: Notes | None = None) -> Tensor:
-        """[B, d] -> [B, K], with what `notes` remembers of the exits before and knows of those behind."""
-        assert notes is not None
+    def forward(self, vector: Tensor, state: PastFutureState | None = None) -> Tensor:
+        """[B, d] -> [B, K], with what `state` has of the exits before and after this one."""
+        assert state is not None
+        state.record_vector(self, vector)
         vector = self.dropout(vector)
-        past = notes.add("past", self.linear(vector), self.linear(vector.detach()))
-        gates = notes.add("gates", self.gate(vector), self.gate(vector.detach()))
-        balance = self.balance((gates / notes.count("past")).tanh()).sigmoid()  # lam [B, K]
+        past = state.add("past", self.linear(vector), self.linear(vector.detach()))
+        gates = state.add("gates", self.gate(vector), self.gate(vector.detach()))
+        balance = self.balance((gates / state.count("past")).tanh()).sigmoid()  # lam [B, K]
         future = torch.zeros_like(past)
-        for later in notes.behind(self):
+        for later in state.deeper(self):
             other = cast(PastFutureExit, later)
-            guess = other.imitate(vector).tanh()
-            notes.keep_guess(self, other, guess)
-            future = future + other.linear(guess)
+            prediction = other.imitate(vector).tanh()
+            state.record_prediction(self, other, prediction)
+            future = future + other.linear(prediction)
         return 2 * balance * past + (2 - 2 * balance) * future
 
 
@@ -165,3 +215,24 @@ class MultiExitHead(nn.ModuleDict):
     def exit(self, number: int) -> Exit:
         """The exit of block `number`."""
         return cast(Exit, self[str(number)])
+
+
+@dataclass(frozen=True)
+class AdapterExits:
+    """The exits of one adapter, as a call reads them.
+
+    Args:
+        adapter: Its name.
+        numbers: Block numbers of its exits, shallow to deep; the last is M.
+        pooling: `cls`, `mean` or `last`.
+        final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
+        past_future: Its exits, shallow to deep, where they need one another; else empty.
+        uncertainty: The layer of learning to exit (LTE), where the adapter has one.
+    """
+
+    adapter: str
+    numbers: list[int]
+    pooling: str
+    final_norm: nn.Module | None = None
+    past_future: list[nn.Module] = field(default_factory=list)
+    uncertainty: nn.Module | None = None

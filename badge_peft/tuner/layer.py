@@ -12,26 +12,25 @@ from badge_peft.tuner.adapters_library import adapter_of
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.tuner.config import BadgeConfig
-from badge_peft.tuner.exits import Exit, MultiExitHead
-from badge_peft.tuner.hooks import Recorder, watch_block
+from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
+from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead, PastFutureState
+from badge_peft.tuner.fast_path import fast_exit
 from badge_peft.tuner.pooling import Pooling
-from badge_peft.tuner.run import Frame, current_run
 
 
 class BadgeBlock(nn.Module, BaseTunerLayer):
-    """One transformer block with its bypasses and exits. Without a running call it is the block itself.
+    """One transformer block with its bypasses and exits. Outside of a pass it is the block itself.
 
     Args:
         base_layer: The block.
         numbers: The block numbers at which the model runs it: one, or all M for ALBERT's shared block.
         layout: Where the block's parts are.
-        exit_norm: The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN).
     """
 
     adapter_layer_names = ("badge_bypass", "badge_exit", "badge_doubt")
     other_param_names = ("badge_placement",)
 
-    def __init__(self, base_layer: nn.Module, numbers: list[int], layout: BlockLayout, exit_norm: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, numbers: list[int], layout: BlockLayout) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.numbers = numbers
@@ -40,24 +39,23 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self.badge_exit = nn.ModuleDict()
         self.badge_doubt = nn.ModuleDict()  # LTE's one layer for all exits, in block 1
         self.badge_placement: dict[str, str] = {}
-        self.tuple_length: int | None = None  # of what the block returns, 0 for a tensor; known once it has run
-        self._exit_norm = (exit_norm,)  # in a tuple: it belongs to the block or to the model, not to us
         self._hooks: dict[str, Any] = {}
         self.recorders: dict[str, Recorder] = {}  # the hooks themselves
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str, config: BadgeConfig, exits: list[int]) -> None:
+    def update_layer(self, adapter_name: str, config: BadgeConfig, exits: list[int], exit_norm: nn.Module) -> None:
         """Adds the bypasses and exits of `adapter_name`: those of `exits` that belong to this block.
 
         Args:
             adapter_name: The adapter.
             config: Its config, with `num_labels` and `hidden_size` filled in.
             exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
+            exit_norm: The norm that LN' copies or shares.
         """
         self.badge_placement[adapter_name] = config.placement
-        for kind, part in adapter_modules(config, self.numbers, exits, self._exit_norm[0]).items():
+        for kind, part in adapter_modules(config, self.numbers, exits, exit_norm).items():
             part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
             cast(nn.ModuleDict, getattr(self, kind))[adapter_name] = part
         if adapter_name in self.badge_bypass:
@@ -67,11 +65,11 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own forward: the layer loop of the model calls it and never notices."""
-        run = current_run()
-        if run is None or self._disable_adapters:
-            # there is one: a cast would be a call more at every block
+        running = current_pass()
+        if running is None or self._disable_adapters:
+            # never None; `typing.cast` would cost a call per block
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
-        return run.visit(self, args, kwargs)
+        return running.visit(self, args, kwargs)
 
     def has_exit(self, adapter: str, number: int) -> bool:
         """Whether `adapter` reads an exit of ours at block `number` (0: the embeddings)."""
@@ -82,35 +80,51 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """The exit of `adapter` at block `number`."""
         return cast(Exit, self._adapters("badge_exit")[adapter]._modules[str(number)])
 
-    @property
-    def exit_norm(self) -> nn.Module:
-        """The norm that LN' copies or shares."""
-        return self._exit_norm[0]
+    def read_exit(
+        self, exits: AdapterExits, number: int, frame: Frame, pooling: Pooling, state: PastFutureState
+    ) -> tuple[Tensor, Tensor]:
+        """What exit `number` makes of what the block has just computed.
+
+        Args:
+            exits: Those of the adapter that asks.
+            number: A block number at which it `has_exit`.
+            frame: What the block saw.
+            pooling: Of this call.
+            state: What the exits of this call leave for one another.
+
+        Returns:
+            The vector [B, d] that the exit reads, and its logits [B, K].
+        """
+        exit_ = self.own_exit(exits.adapter, number)
+        bypasses: Any = self._adapters("badge_bypass").get(exits.adapter) if number > 0 else None
+        bypass = None if bypasses is None else bypasses._modules[str(number)]
+        has_norm = bypass is not None and bypass._modules.get("norm") is not None
+        norm = None if has_norm else self._exit_norm(exits.final_norm)
+        placement = self.badge_placement[exits.adapter]
+        fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
+        if fast is not None:
+            return fast
+        picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
+        if bypass is not None:
+            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm)
+        else:
+            states = picking.pick(frame.output)
+            if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
+                states = apply_norm(self._exit_norm(exits.final_norm), states)
+        vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
+        return vector, exit_(vector, state)
+
+    def _exit_norm(self, final_norm: nn.Module | None) -> nn.Module:
+        """The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN)."""
+        if self.layout.last_norm is None:
+            assert final_norm is not None
+            return final_norm
+        return self.base_layer.get_submodule(self.layout.last_norm)
 
     def _adapters(self, name: str) -> dict[str, nn.Module]:
         # the modules of `badge_exit` or `badge_bypass` by adapter, without the detours of a module's attribute access:
         # a call asks for them at every block
         return self._modules[name]._modules  # type: ignore[union-attr,return-value]
-
-    def represent(self, adapter: str, number: int, frame: Frame, pooling: Pooling) -> tuple[Exit, Tensor]:
-        """Exit `number`, and the vector [B, d] that it reads from what the block has just computed."""
-        exit_ = self.own_exit(adapter, number)
-        picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
-        if number > 0 and adapter in self.badge_bypass:
-            bypass = cast(Bypass, cast(nn.ModuleDict, self.badge_bypass[adapter])[str(number)])
-            placement = self.badge_placement[adapter]
-            states = bypassed_states(
-                bypass, placement, self.base_layer, self.layout, frame, picking, self._exit_norm[0]
-            )
-        else:
-            states = picking.pick(frame.output)
-            if number > 0 and self.layout.pre_norm:  # the model's own head reads normalised states, too
-                states = apply_norm(self._exit_norm[0], states)
-        return exit_, exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
-
-    def as_result(self, hidden: Tensor) -> Any:
-        """`hidden` in the shape in which the block returns its states."""
-        return (hidden, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden
 
     def remove_hooks(self) -> None:
         """Takes our hooks off the block, which is then as it was."""

@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from badge_peft.tuner.run import current_run
+from badge_peft.tuner.context import current_pass
 
 
 def watch_saved_modules(model: nn.Module) -> None:
@@ -26,14 +26,14 @@ def answer_by_rows(
 
     In a call of several adapters the module is a head, whose one argument has a row for each of the batch.
     """
-    run = None if torch.compiler.is_compiling() else current_run()
-    if run is None or run.shares is None:
+    run = None if torch.compiler.is_compiling() else current_pass()
+    if run is None or run.adapter_rows is None:
         return None
-    if not any(adapter in wrapper.modules_to_save for adapter, _ in run.shares):
+    if not any(adapter in wrapper.modules_to_save for adapter, _ in run.adapter_rows):
         return wrapper.original_module(*args, **kwargs)
     (states,) = args
-    parts = states.split([rows for _, rows in run.shares])
-    copies = [_copy(wrapper, name) for name, _ in run.shares]
+    parts = states.split([rows for _, rows in run.adapter_rows])
+    copies = [_copy(wrapper, name) for name, _ in run.adapter_rows]
     return torch.cat([copy(part, **kwargs) for copy, part in zip(copies, parts, strict=True)])
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from badge_peft.early_exit.mixin import get_badge_model
+from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import get_layout
 from badge_peft.utils.logs import quiet
 from badge_peft.workflows.labels import LabelSet

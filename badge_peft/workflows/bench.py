@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.model import get_badge_model
 from badge_peft.utils.checks import whole
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.contenders import Batch, Contender, onnx_contenders, torch_contenders

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import early_exit_forward, get_badge_model
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.model import get_badge_model
 from badge_peft.workflows.adapter import Adapter
 
 Batch = dict[str, Tensor]

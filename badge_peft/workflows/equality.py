@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.model import get_badge_model
 from badge_peft.utils.logs import quiet
 
 ROWS = 512  # of the evaluation data, at most

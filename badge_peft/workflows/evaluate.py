@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
+from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.workflows.adapter import Adapter, open_adapter, stored_logits
 from badge_peft.workflows.encode import encode

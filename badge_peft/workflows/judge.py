@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from badge_peft.early_exit.mixin import get_badge_model
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import predictions, score
+from badge_peft.model import get_badge_model
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.base import keeps_answers
 from badge_peft.workflows.contenders import Contender

@@ -7,9 +7,10 @@ from itertools import islice
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.mixin import early_exit_forward, get_badge_model
+from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import pad_features
+from badge_peft.model import get_badge_model
 from badge_peft.utils.answers import spoken
 from badge_peft.utils.checks import whole
 from badge_peft.workflows.adapter import Adapter

@@ -43,7 +43,7 @@ def safe_batch(model, rows, seed, side="right"):
         with torch.no_grad():
             out = model(**batch)
         if labels_are_safe(out.exit_logits):
-            return batch, out.exit_logits, out.exit_doubts
+            return batch, out.exit_logits, out.exit_uncertainty
     raise AssertionError(f"ten batches in a row have labels closer than {MARGIN}")
 
 

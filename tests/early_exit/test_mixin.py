@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 from badge_peft import BadgeConfig, EarlyExitConfig, early_exit_forward
 from badge_peft.early_exit import readers as run_module
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.tuner.run import current_run
+from badge_peft.tuner.context import current_pass
 from tests.models import CASES, exits_of, make_badge, make_batch, make_model, shake
 
 from .reference import MULTI, REGRESSION
@@ -340,7 +340,7 @@ def test_a_call_changes_nothing_for_the_next(model, rule):
     assert torch.equal(first.logits, second.logits) and torch.equal(first.exit_layer, second.exit_layer)
     assert torch.equal(exits_of(model, batch), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert current_run() is None
+    assert current_pass() is None
 
 
 def test_the_inputs_are_not_changed(model, rule):
@@ -361,7 +361,7 @@ def test_after_an_exception_the_next_call_works(model, rule, block):
     handle = model.base_model.wrapped[block].base_layer.attention.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         model.early_exit_forward(**batch, policy="never")
-    assert current_run() is None
+    assert current_pass() is None
     handle.remove()
     out = model.early_exit_forward(**batch, **rule)
     assert torch.equal(out.logits, want.logits) and torch.equal(out.exit_layer, want.exit_layer)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from badge_peft.early_exit.full_depth import FullDepthReader
 from badge_peft.evaluation import timing
 from badge_peft.evaluation.latency import LatencyReport, measure_latency
-from badge_peft.tuner.run import current_run
+from badge_peft.tuner.context import current_pass
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import make_model
 
@@ -24,8 +25,10 @@ def record_calls(model: Any) -> list[tuple[str, bool]]:
     calls: list[tuple[str, bool]] = []
 
     def hook(inner: Any, args: Any) -> None:
-        run = current_run()
-        kind = "stock" if run is None else "early" if type(run).__name__ == "EarlyExitRun" else "all_exits"
+        run = current_pass()
+        kind = "stock"
+        if run is not None:
+            kind = "all_exits" if isinstance(run.readers[0], FullDepthReader) else "early"
         calls.append((kind, model.base_model.adapters_enabled))
 
     model.base_model.model.register_forward_pre_hook(hook)

@@ -93,7 +93,7 @@ def test_every_backbone(case, kind):
         batches.append(safe_batch(model, 3, 8, 3, "left"))
     for i, rule in enumerate(RULES):
         with torch.no_grad():
-            logits, doubts = batches[0][1], model(**batches[0][0]).exit_doubts
+            logits, doubts = batches[0][1], model(**batches[0][0]).exit_uncertainty
         rule = with_threshold(rule, logits, exits, 0.4, doubts)
         decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
         session = session_of(assemble(pieces, decision, HIDDEN, int8=False, compact=i % 2 == 0))

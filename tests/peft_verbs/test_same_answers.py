@@ -27,7 +27,7 @@ def answers(model: Any) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         full = model(**make_batch())
     early = model.early_exit_forward(**make_batch())
-    found = {"logits": full.logits, "exits": full.exit_logits, "doubts": full.exit_doubts}
+    found = {"logits": full.logits, "exits": full.exit_logits, "doubts": full.exit_uncertainty}
     found.update(early=early.logits, exit_layer=early.exit_layer)
     return {name: value for name, value in found.items() if value is not None}
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from badge_peft import ARCHITECTURES
-from badge_peft.training.equilibrium import GradientEquilibriumRun, scale_gradient
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.training.equilibrium import GradientEquilibriumPass, scale_gradient
 from badge_peft.tuner.architectures import head_pooling
-from badge_peft.tuner.full_depth import full_depth_runs
-from badge_peft.tuner.run import ExitRun
 from tests import reference
 from tests.models import CASES, blocks_of, checkpoint, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.passes import full_depth
 
 BATCH, TARGET = make_batch(), make_labels()
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
@@ -75,7 +75,7 @@ def expected_gradients(plain, model, numbers):
     return found
 
 
-def compare(case, run=GradientEquilibriumRun, checkpointing=None, **fields):
+def compare(case, exit_pass=GradientEquilibriumPass, checkpointing=None, **fields):
     base, plain = unshared(case)
     base, plain = base.double(), copy.deepcopy(plain).double()
     model = make_badge(case, base=base, backbone="full", exit_dropout=0.0, **fields)
@@ -83,8 +83,7 @@ def compare(case, run=GradientEquilibriumRun, checkpointing=None, **fields):
     before = exits_of(model, BATCH)
     if checkpointing is not None:
         checkpoint(model, checkpointing)
-    with full_depth_runs(run):
-        exits = model.train()(**BATCH).exit_logits
+    exits = model.train()(**BATCH, exit_pass=exit_pass).exit_logits
     assert torch.equal(exits, before)  # the pass itself is as ever
     sum(reference.cross_entropy(x, TARGET) for x in exits.unbind(dim=1)).backward()
     found = dict(reference.own_weights(model))
@@ -153,7 +152,7 @@ def test_with_checkpointing(case, placement):
 def test_joint_training_is_not_in_equilibrium(placement):
     """The comparison above notices: without the rescaling it fails."""
     with pytest.raises(AssertionError, match="bert.embeddings"):
-        compare("bert", run=ExitRun, placement=placement)
+        compare("bert", exit_pass=EarlyExitPass, placement=placement)
 
 
 @pytest.mark.parametrize("placement", ["block", "mhsa"])
@@ -167,8 +166,7 @@ def test_lora_of_a_block_is_rescaled_as_the_block(placement):
             parameter.add_(0.1)
     exits = model(**BATCH).exit_logits.unbind(dim=1)
     sums = torch.autograd.grad(sum(reference.cross_entropy(x, TARGET) for x in exits), list(names.values()))
-    with full_depth_runs(GradientEquilibriumRun):
-        exits = model(**BATCH).exit_logits.unbind(dim=1)
+    exits = model(**BATCH, exit_pass=GradientEquilibriumPass).exit_logits.unbind(dim=1)
     sum(reference.cross_entropy(x, TARGET) for x in exits).backward()
     assert len(names) == 2 * 6 * 3
     for (name, parameter), total in zip(names.items(), sums, strict=True):
@@ -179,8 +177,8 @@ def test_lora_of_a_block_is_rescaled_as_the_block(placement):
 
 
 def test_weights():
-    run = make_badge(exit_layers=[0, 2, 3]).base_model.new_run(GradientEquilibriumRun, 4, None)
-    assert [run.weight(m) for m in range(4)] == [1 / 3, 1 / 2, 1 / 2, 1]
+    running = full_depth(make_badge(exit_layers=[0, 2, 3]), BATCH, GradientEquilibriumPass)[0]
+    assert [running.weight(m) for m in range(4)] == [1 / 3, 1 / 2, 1 / 2, 1]
 
 
 def test_scale_gradient():
@@ -194,8 +192,6 @@ def test_scale_gradient():
 def test_early_exit_afterwards_is_as_before():
     model = make_badge(final_exit="exit", placement="mhsa")
     before = exits_of(model, BATCH)
-    with full_depth_runs(GradientEquilibriumRun) as runs:
-        model(**BATCH)
-    assert len(runs) == 1 and isinstance(runs[0], GradientEquilibriumRun)
+    model(**BATCH, exit_pass=GradientEquilibriumPass)
     assert torch.equal(exits_of(model, BATCH), before)
     assert len(blocks_of(model)) == 3

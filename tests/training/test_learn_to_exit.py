@@ -53,12 +53,12 @@ def test_loss(fields, problem_type, num_labels):
     losses = []
     for place in range(own):
         targets = wrongness(out.exit_logits[:, place], labels, problem_type)
-        losses += [(u - t) ** 2 for u, t in zip(out.exit_doubts[:, place].tolist(), targets, strict=True)]
+        losses += [(u - t) ** 2 for u, t in zip(out.exit_uncertainty[:, place].tolist(), targets, strict=True)]
     depth = [max(m, 1) / sum(max(n, 1) for n in numbers) if "exit_weights" in fields else 1 for m in numbers]
     joint = sum(w * exit_loss(x, labels, problem_type) for w, x in zip(depth, out.exit_logits.unbind(1), strict=True))
     assert float(out.loss.detach()) == pytest.approx(float(joint) + sum(losses) / len(losses), rel=1e-5)
     if own < len(numbers):
-        assert not out.exit_doubts[:, -1].any()
+        assert not out.exit_uncertainty[:, -1].any()
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
@@ -83,7 +83,7 @@ def test_doubt_is_one_layer_on_what_each_exit_reads(case, exit_type):
     for number in model.base_model.exit_layers():
         block = next(b for b in model.base_model.wrapped if b.has_exit("default", number))
         block.own_exit("default", number).dropout.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    doubts = output_of(model).exit_doubts
+    doubts = output_of(model).exit_uncertainty
     layers = [p for name, p in model.named_parameters() if "badge_doubt" in name]
     assert [tuple(p.shape) for p in layers] == [(1, HIDDEN), (1,)]
     expected = torch.stack([1 / (1 + torch.exp(-(v @ layers[0][0] + layers[1]))) for v in seen], dim=1)
@@ -110,7 +110,7 @@ def test_a_trained_doubt_knows_which_rows_are_wrong(tmp_path):
     ).train()  # fmt: skip
     out = output_of(model.eval(), data.batch)
     wrong = out.exit_logits[:, :2].argmax(-1) != data.labels[:, None]
-    doubts = out.exit_doubts[:, :2]
+    doubts = out.exit_uncertainty[:, :2]
     rate = wrong.float().mean()
     assert ((doubts - wrong.float()) ** 2).mean() < 0.5 * rate * (1 - rate) + 0.02
 
@@ -157,12 +157,14 @@ def test_saved_and_loaded(tmp_path):
     before, loaded = output_of(model), PeftModel.from_pretrained(make_model(), tmp_path, adapter_name="other")
     assert loaded.peft_config["other"].learn_to_exit is True
     after = output_of(loaded)
-    assert torch.equal(after.exit_doubts, before.exit_doubts) and torch.equal(after.exit_logits, before.exit_logits)
+    assert torch.equal(after.exit_uncertainty, before.exit_uncertainty) and torch.equal(
+        after.exit_logits, before.exit_logits
+    )
     beside = make_badge(adapter_name="one")
     beside.load_adapter(tmp_path, "two")
-    assert output_of(beside).exit_doubts is None
+    assert output_of(beside).exit_uncertainty is None
     beside.set_adapter("two")
-    assert torch.equal(output_of(beside).exit_doubts, before.exit_doubts)
+    assert torch.equal(output_of(beside).exit_uncertainty, before.exit_uncertainty)
 
 
 @pytest.mark.parametrize("case", ["bert", "albert", "albert-groups", "modernbert-cls"])
@@ -184,11 +186,11 @@ def test_live_is_replay(case, final_exit):
     rows = [{name: value[i] for name, value in batch.items()} for i in range(11)]
     stored = collect_exit_logits(model, rows, batch_size=4)
     full = output_of(model, batch)
-    torch.testing.assert_close(stored.uncertainty, full.exit_doubts.float())
+    torch.testing.assert_close(stored.uncertainty, full.exit_uncertainty.float())
     rule = in_a_gap({"policy": "learned"}, stored.logits, stored.exits, uncertainty=stored.uncertainty)
     replayed = build_policy(rule).replay(stored)
     assert torch.equal(
-        replayed, build_policy(rule).replay(full.exit_logits, stored.exits, uncertainty=full.exit_doubts)
+        replayed, build_policy(rule).replay(full.exit_logits, stored.exits, uncertainty=full.exit_uncertainty)
     )
     out = model.early_exit_forward(**batch, early_exit_config=rule)
     assert out.exit_layer.tolist() == replayed.tolist() and len(replayed.unique()) >= 2
@@ -209,9 +211,9 @@ def test_problem_types(problem_type, num_labels):
     model = make(problem_type, num_labels, learn_to_exit=True, final_exit="exit")
     batch = make_batch(rows=9, seed=4)
     out = output_of(model, batch)
-    rule = in_a_gap({"policy": "learned"}, out.exit_logits, [1, 2, 3], problem_type, out.exit_doubts, least=1e-3)
+    rule = in_a_gap({"policy": "learned"}, out.exit_logits, [1, 2, 3], problem_type, out.exit_uncertainty, least=1e-3)
     found = model.early_exit_forward(**batch, early_exit_config=rule).exit_layer
-    want = build_policy(rule).replay(out.exit_logits, problem_type=problem_type, uncertainty=out.exit_doubts)
+    want = build_policy(rule).replay(out.exit_logits, problem_type=problem_type, uncertainty=out.exit_uncertainty)
     assert found.tolist() == want.tolist()
 
 
@@ -244,7 +246,7 @@ def test_without_the_layer_it_says_so():
     with pytest.raises(ValueError, match=message):
         build_policy(policy="learned").replay(before)
     assert torch.equal(exits_of(model, BATCH), before)
-    assert output_of(model).exit_doubts is None
+    assert output_of(model).exit_uncertainty is None
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from badge_peft import BadgeConfig
-from badge_peft.training.equilibrium import GradientEquilibriumRun
-from badge_peft.training.imitation import ImitationRun, imitation_loss
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.outputs import MultiExitOutput
+from badge_peft.training.equilibrium import GradientEquilibriumPass
+from badge_peft.training.imitation import ImitationPass
 from badge_peft.training.objectives import (
     OBJECTIVES,
     Alternating,
@@ -27,9 +29,7 @@ from badge_peft.training.objectives import (
     distillation_loss,
     make_objective,
 )
-from badge_peft.tuner.full_depth import full_depth_runs
 from badge_peft.tuner.losses import exit_loss
-from badge_peft.tuner.run import ExitRun
 from tests import reference
 from tests.models import exits_of, make_model
 
@@ -39,8 +39,8 @@ LOGITS = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))  # [E,
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 
 
-def step(number=0, exits=(1, 2, 3, 5), labels=LABELS, logits=LOGITS, problem_type=SINGLE, run=None):
-    return Step(list(exits), list(logits), labels, problem_type, number, run or ExitRun("default", 5, None, "cls"))
+def step(number=0, exits=(1, 2, 3, 5), labels=LABELS, logits=LOGITS, problem_type=SINGLE, output=None):
+    return Step(list(exits), list(logits), labels, problem_type, number, output or MultiExitOutput())
 
 
 def hard(index):
@@ -163,24 +163,24 @@ def test_bad_values(build, message):
 
 def test_by_name():
     kinds = {
-        "joint": (Objective, ExitRun),
-        "two_stage": (FinalExit, ExitRun),
-        "alternating": (Alternating, ExitRun),
-        "gradient_equilibrium": (GradientEquilibrium, GradientEquilibriumRun),
-        "past_future": (PastFuture, ImitationRun),
-        "single_exit": (SingleExit, ExitRun),
+        "joint": (Objective, EarlyExitPass),
+        "two_stage": (FinalExit, EarlyExitPass),
+        "alternating": (Alternating, EarlyExitPass),
+        "gradient_equilibrium": (GradientEquilibrium, GradientEquilibriumPass),
+        "past_future": (PastFuture, ImitationPass),
+        "single_exit": (SingleExit, EarlyExitPass),
     }
     assert tuple(kinds) == OBJECTIVES
     for name, (kind, run) in kinds.items():
         objective = make_objective(name, depth=2, distillation=0.5, temperature=2.0, weights="linear")
-        assert type(objective) is kind and objective.run is run
+        assert type(objective) is kind and objective.exit_pass is run
         assert (objective.distillation, objective.temperature, objective.weights) == (0.5, 2.0, "linear")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-def by_hand(model, data, loss, steps=3, run=ExitRun):
+def by_hand(model, data, loss, steps=3, run=EarlyExitPass):
     """SGD with the rates of `make_trainer`, on all rows at once; `loss(exits [B, E, K], step)`."""
     groups = []
     for name, parameter in model.named_parameters():
@@ -193,9 +193,8 @@ def by_hand(model, data, loss, steps=3, run=ExitRun):
     model.train()
     for number in range(steps):
         optimizer.zero_grad()
-        with full_depth_runs(run) as runs:
-            exits = model(**data.batch).exit_logits
-        loss(exits, number, runs[0]).backward()
+        output = model(**data.batch, exit_pass=run)
+        loss(output.exit_logits, number, output).backward()
         optimizer.step()
     return weights(model)
 
@@ -208,13 +207,13 @@ def losses(data, problem_type):
 
 
 RUNS = {
-    "joint": ({}, lambda x, n: sum(x), ExitRun),
-    "linear": ({"exit_weights": "linear"}, lambda x, n: x[0] / 6 + x[1] / 3 + x[2] / 2, ExitRun),
-    "list": ({"exit_weights": [2.0, 0.0, 1.0]}, lambda x, n: 2 * x[0] + x[2], ExitRun),
-    "alternating": ({"objective": "alternating"}, lambda x, n: x[2] if n % 2 == 0 else sum(x), ExitRun),
-    "gradient_equilibrium": ({"objective": "gradient_equilibrium"}, lambda x, n: sum(x), GradientEquilibriumRun),
-    "single_exit": ({"objective": "single_exit", "depth": 2}, lambda x, n: x[1], ExitRun),
-    "own": ({"objective": SingleExit(depth=1)}, lambda x, n: x[0], ExitRun),
+    "joint": ({}, lambda x, n: sum(x), EarlyExitPass),
+    "linear": ({"exit_weights": "linear"}, lambda x, n: x[0] / 6 + x[1] / 3 + x[2] / 2, EarlyExitPass),
+    "list": ({"exit_weights": [2.0, 0.0, 1.0]}, lambda x, n: 2 * x[0] + x[2], EarlyExitPass),
+    "alternating": ({"objective": "alternating"}, lambda x, n: x[2] if n % 2 == 0 else sum(x), EarlyExitPass),
+    "gradient_equilibrium": ({"objective": "gradient_equilibrium"}, lambda x, n: sum(x), GradientEquilibriumPass),
+    "single_exit": ({"objective": "single_exit", "depth": 2}, lambda x, n: x[1], EarlyExitPass),
+    "own": ({"objective": SingleExit(depth=1)}, lambda x, n: x[0], EarlyExitPass),
 }
 
 
@@ -285,10 +284,10 @@ def test_past_future_run(weights_, tmp_path):
     shares = [1 / 6, 2 / 6, 3 / 6] if weights_ is None else [1, 1, 1]
     each = losses(data, SINGLE)
 
-    def loss(exits, number, run):
-        return (sum(w * x for w, x in zip(shares, each(exits), strict=True)) + imitation_loss(run.notes)) / 2
+    def loss(exits, number, output):
+        return (sum(w * x for w, x in zip(shares, each(exits), strict=True)) + output.imitation_loss.mean()) / 2
 
-    close(weights(model), by_hand(make(**fields), data, loss, run=ImitationRun))
+    close(weights(model), by_hand(make(**fields), data, loss, run=ImitationPass))
 
 
 def test_unlabelled_training(tmp_path):

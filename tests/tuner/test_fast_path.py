@@ -1,4 +1,4 @@
-"""The straight line of `fused.py` gives what the modules give, to the last bit, and steps aside where it must."""
+"""The straight line of `fast_path.py` gives what the modules give, to the last bit, and steps aside where it must."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ import pytest
 import torch
 from torch import nn
 
+from badge_peft.early_exit.full_depth import FullDepthReader
+from badge_peft.tuner import layer
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.fast_path import fused_vector
-from badge_peft.tuner.run import ExitRun
+from badge_peft.tuner.fast_path import fast_exit
 from tests.models import CASES, blocks_of, make_badge, make_batch
+from tests.passes import full_depth
 
 
-class Compared(ExitRun):
-    """A run that reads every exit both ways; `counts` says how often the straight line was taken."""
+class Compared(FullDepthReader):
+    """Reads every exit both ways; `counts` says how often the straight line was taken."""
 
-    counts: list[int]
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.counts = [0, 0]
 
-    def _read(self, block, number, frame):
-        fused = fused_vector(block, self.adapter, number, frame, self.pooling)
-        logits = super()._read(block, number, frame)
-        if fused is not None:
-            exit_, vector = block.represent(self.adapter, number, frame, self.pooling)
-            assert torch.equal(fused, vector) and torch.equal(logits, exit_(vector, self.notes))
-        self.counts[fused is not None] += 1
-        return logits
+    def read(self, block, number, frame):
+        found = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer, "fast_exit", lambda *args: found.append(fast_exit(*args)) or found[0])
+            vector, logits = block.read_exit(self.exits, number, frame, self.pooling, self.state)
+            fast = found[0] is not None
+            if fast:
+                patch.setattr(layer, "fast_exit", lambda *args: None)
+                by_modules = block.read_exit(self.exits, number, frame, self.pooling, self.state)
+                assert torch.equal(vector, by_modules[0]) and torch.equal(logits, by_modules[1])
+        self.counts[fast] += 1
+        return logits, None
 
 
 def count(model, batch, grad=False):
     """[exits that the modules computed, exits that the straight line computed]."""
-    badge = model.base_model
-    run = badge.new_run(Compared, len(batch["input_ids"]), batch["attention_mask"])
-    run.counts = [0, 0]
-    with torch.set_grad_enabled(grad), run:
-        badge.model(**batch)
-    return run.counts
+    with torch.set_grad_enabled(grad):
+        return full_depth(model, batch, reader=Compared)[1].counts
 
 
 GRID = list(itertools.product(("block", "ffn", "none"), ("linear", "pooled"), ("cls", "mean", "last")))

@@ -10,7 +10,7 @@ from torch import nn
 
 from badge_peft import BadgeConfig, Bypass
 from badge_peft.tuner.config import ACTIVATIONS
-from badge_peft.tuner.run import current_run
+from badge_peft.tuner.context import current_pass
 from tests import reference
 from tests.models import (
     BLOCKS,
@@ -219,7 +219,7 @@ def test_block_that_is_called_alone_is_the_block():
     model = make_badge(placement="ffn")
     block = blocks_of(model)[1]
     states = torch.randn(2, 5, HIDDEN)
-    assert current_run() is None
+    assert current_pass() is None
     found, expected = block(states), block.base_layer(states)  # tuples, before transformers 5
     assert type(found) is type(expected) and torch.equal(found[0], expected[0])
 

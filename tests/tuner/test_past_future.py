@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from badge_peft import BadgeConfig
-from badge_peft.training.imitation import ImitationRun
-from badge_peft.tuner.run import ExitRun
+from badge_peft.training.imitation import ImitationPass
 from tests import reference
 from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.passes import full_depth
 from tests.thresholds import in_a_gap
 
 FIELDS = {"exit_type": "past_future", "final_exit": "exit"}
@@ -192,16 +192,12 @@ def test_exit_m_must_be_one_of_them(final_exit):
         BadgeConfig(exit_type="past_future", **fields)
 
 
-def test_notes_are_kept_for_training_alone():
+def test_vectors_are_kept_for_training_alone():
     model = make_badge(**FIELDS)
-    run = model.base_model.new_run(ImitationRun, 4, make_batch()["attention_mask"])
-    with run:
-        model.base_model.model(**make_batch())
-    assert sorted(run.notes.vectors) == [0, 1, 2] and sorted(run.notes.guesses) == [(0, 1), (0, 2), (1, 2)]
-    run = model.base_model.new_run(ExitRun, 4, make_batch()["attention_mask"])
-    with run:
-        model.base_model.model(**make_batch())
-    assert not run.notes.vectors and not run.notes.guesses
+    state = full_depth(model, make_batch(), ImitationPass)[1].state
+    assert sorted(state.vectors) == [0, 1, 2] and sorted(state.predictions) == [(0, 1), (0, 2), (1, 2)]
+    state = full_depth(model, make_batch())[1].state
+    assert not state.vectors and not state.predictions
 
 
 def test_joint_training_moves_it():

@@ -1,4 +1,4 @@
-"""That each row of a call goes through its adapter's own head: tests/early_exit/test_mixed.py."""
+"""That each row of a call goes through its adapter's own head: tests/early_exit/test_adapter_names.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from badge_peft import BadgeConfig
-from badge_peft.tuner.run import ExitRun
+from badge_peft.tuner.context import PassContext
 from badge_peft.tuner.saved_modules import answer_by_rows
 from tests.models import blocks_of, exits_of, make_badge, make_batch, make_model, shake
 
@@ -46,7 +46,7 @@ def test_wrappers_stay_pefts_own_and_calls_of_one_adapter_are_theirs() -> None:
     assert type(wrapper) is ModulesToSaveWrapper
     states = torch.randn(4, 32)
     assert answer_by_rows(wrapper, (states,), {}, None) is None  # outside of a call
-    with ExitRun("default", 4, None, "cls"):
+    with PassContext():
         assert torch.equal(wrapper(states), wrapper.modules_to_save["default"](states))
 
 
@@ -56,14 +56,14 @@ def test_rows_of_two_adapters_and_of_none(active: str) -> None:
     model.set_adapter(active)
     wrapper = model.get_base_model().classifier
     states = torch.randn(6, 32)
-    run = ExitRun("", 6, None, "cls")
-    run.shares = [("second", 1), ("__base__", 2), ("default", 3)]
+    run = PassContext()
+    run.adapter_rows = [("second", 1), ("__base__", 2), ("default", 3)]
     with run:
         found = wrapper(states)
     heads = [wrapper.modules_to_save["second"], wrapper.original_module, wrapper.modules_to_save["default"]]
     expected = [head(part) for head, part in zip(heads, states.split([1, 2, 3]), strict=True)]
     assert torch.equal(found, torch.cat(expected))
-    run.shares = [("__base__", 6)]
+    run.adapter_rows = [("__base__", 6)]
     with run:
         assert torch.equal(wrapper(states), make_model().classifier(states))
     assert exits_of(model, make_batch()).shape[0] == 4 and blocks_of(model)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from badge_peft import ARCHITECTURES, MultiExitOutput
 from badge_peft.tuner.architectures import head_pooling
+from badge_peft.tuner.context import current_pass
 from badge_peft.tuner.losses import exit_loss
-from badge_peft.tuner.run import current_run
 from tests import reference
 from tests.models import (
     CASES,
@@ -309,7 +309,7 @@ def test_reentrant_checkpointing_that_would_lose_gradients_is_refused(case, plac
     checkpoint(model, {"use_reentrant": True})
     with pytest.raises(RuntimeError, match="re-entrant gradient checkpointing.*'use_reentrant': False"):
         model(**make_batch(), labels=make_labels())
-    assert current_run() is None
+    assert current_pass() is None
     checkpoint(model, NOT_REENTRANT)
     model(**make_batch(), labels=make_labels()).loss.backward()
     assert exits_of(model.eval(), make_batch()).shape == (4, 3, 3)
@@ -346,7 +346,7 @@ def test_model_works_after_an_error_inside_of_a_block():
     with pytest.raises(KeyboardInterrupt):
         model(**make_batch())
     handle.remove()
-    assert current_run() is None
+    assert current_pass() is None
     assert torch.equal(exits_of(model, make_batch()), before)
 
 

@@ -62,7 +62,7 @@ def make(case="bert", names=tuple(ADAPTERS)):
         if rule == {"policy": "entropy"}:
             rule = mixed_rule(out.exit_logits, model.exit_layers())
         elif "threshold" not in rule:
-            rule = with_threshold(rule, out.exit_logits, model.exit_layers(), 0.5, out.exit_doubts)
+            rule = with_threshold(rule, out.exit_logits, model.exit_layers(), 0.5, out.exit_uncertainty)
         model.set_early_exit_config(rule)
     model.set_adapter(names[0])
     return model.eval()

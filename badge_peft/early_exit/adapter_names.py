@@ -1,0 +1,136 @@
+"""`adapter_names`: rows of different adapters in one pass.
+
+A frozen backbone and untouched states H_m mean that the blocks compute the same for every adapter: rows of all tasks
+travel through them together, and each is read by the exits of its own adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from badge_peft.outputs import EarlyExitOutput
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.prepare import NO_HEAD
+
+Array = np.ndarray
+
+#: PEFT's name for rows without an adapter: the base model answers them, at full depth.
+BASE = "__base__"
+
+
+class RowOrder:
+    """The rows of one adapter side by side, and back again.
+
+    Args:
+        adapter_names: One for each row, B.
+
+    Attributes:
+        names: The different ones, in the order of their first row.
+        counts: Rows of each.
+        firsts: The first row of each, in the new order.
+    """
+
+    def __init__(self, adapter_names: Sequence[str]) -> None:
+        self.names = list(dict.fromkeys(adapter_names))
+        self._which = np.array([self.names.index(name) for name in adapter_names])
+        self._order = torch.from_numpy(self._which.argsort(kind="stable"))
+        self.counts: list[int] = np.bincount(self._which).tolist()
+        self.firsts = [end - count for count, end in zip(self.counts, accumulate(self.counts), strict=True)]
+
+    def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs with their rows in the new order; what all rows share stays as it is."""
+        rows = len(self._which)
+        return {
+            name: value.index_select(0, self._order.to(value.device))
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+            else value
+            for name, value in inputs.items()
+        }
+
+    def output(self, answers: list[Tensor], exit_layers: list[Array]) -> EarlyExitOutput:
+        """The output of all rows as they came, from the answers [n, K] and the exits [n] of each adapter."""
+        labels = [answer.shape[1] for answer in answers]
+        dtype = reduce(torch.promote_types, (answer.dtype for answer in answers))
+        wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[1]), value=-torch.inf) for x in answers]
+        back, device = self._order.argsort(), wide[0].device
+        return EarlyExitOutput(
+            logits=torch.cat(wide)[back.to(device)],
+            exit_layer=torch.from_numpy(np.concatenate(exit_layers))[back].to(device),
+            num_labels=torch.tensor(labels)[torch.from_numpy(self._which)].to(device),
+        )
+
+
+def check_adapter_names(
+    adapter_names: Sequence[str],
+    batch_size: int,
+    model: nn.Module,
+    layout: BlockLayout,
+    configs: dict[str, BadgeConfig],
+    active: Sequence[str],
+) -> None:
+    """Refuses rows that cannot share a pass.
+
+    Args:
+        adapter_names: One for each row.
+        batch_size: B.
+        model: The base model.
+        layout: Where its parts are.
+        configs: Of the named adapters and of the active ones.
+        active: Names of the active adapters, which every row passes through.
+
+    Raises:
+        ValueError: not one name for each row, or an adapter that changes what other rows pass through.
+    """
+    named = not isinstance(adapter_names, str) and all(isinstance(name, str) for name in adapter_names)
+    if not named or len(adapter_names) != batch_size:
+        raise ValueError(
+            f"adapter_names must give one name for each of the {batch_size} rows, got {adapter_names!r}: repeat the "
+            "name of an adapter for each of its rows."
+        )
+    names = list(dict.fromkeys(adapter_names))
+    unknown = [name for name in names if name != BASE and name not in configs]
+    if unknown:
+        raise ValueError(f"there is no adapter {unknown[0]!r}; the model has {', '.join(map(repr, configs))}.")
+    for name in names:
+        changes = None if name == BASE else _changes(model, layout, name, configs[name])
+        if changes is not None:
+            raise ValueError(
+                f"adapter {name!r} has {changes}, so its rows cannot share a pass with those of others: run them in a "
+                f"call of their own, after set_adapter({name!r}). adapter_names takes adapters with backbone='frozen' "
+                "that save no module but the model's head."
+            )
+    if BASE in names and layout.head and not hasattr(model, layout.head[-1]):
+        raise ValueError(
+            f"adapter_names has {BASE!r}, but {type(model).__name__} has no head that could answer: give these "
+            "rows the name of an adapter."
+        )
+    for name in active:
+        changes = _changes(model, layout, name, configs[name])
+        if changes is not None:
+            raise ValueError(
+                f"the active adapter {name!r} has {changes}, which all rows would pass through: call set_adapter with "
+                "the name of another one first."
+            )
+
+
+def _changes(model: nn.Module, layout: BlockLayout, name: str, config: BadgeConfig) -> str | None:
+    """What of an adapter changes the model before its head; None: nothing does."""
+    if config.backbone != "frozen":
+        return f"backbone={config.backbone!r}"
+    if {NO_HEAD, *layout.head}.issuperset(config.modules_to_save or ()):
+        return None  # without a walk through the model, which a call of 32 rows would notice
+    for module_name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            if module_name.split(".")[0] not in layout.head:
+                return f"modules_to_save=[{module_name!r}]"
+    return None

@@ -1,0 +1,100 @@
+"""Full depth: a pass in which no row leaves, and every exit is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from badge_peft.early_exit.readers import ExitReader
+from badge_peft.outputs import MultiExitOutput
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.context import Frame
+from badge_peft.tuner.layer import BadgeBlock
+from badge_peft.tuner.losses import doubt_loss, exit_loss, loss_weights
+
+
+class FullDepthReader(ExitReader):
+    """Collects what every exit of the adapter gives.
+
+    Args:
+        (as `ExitReader`)
+
+    Attributes:
+        exit_logits: Block number -> [B, K].
+        exit_uncertainty: Block number -> [B], where the adapter has learned to exit (LTE).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.exit_logits: dict[int, Tensor] = {}
+        self.exit_uncertainty: dict[int, Tensor] = {}
+
+    def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        """Reads exit `number`, where there is one."""
+        if block.has_exit(self.exits.adapter, number):
+            self.exit_logits[number], uncertainty = self.read(block, number, frame)
+            if uncertainty is not None:
+                self.exit_uncertainty[number] = uncertainty
+
+
+def full_depth_output(
+    reader: FullDepthReader,
+    base: Any,
+    config: BadgeConfig,
+    labels: Tensor | None,
+    num_items: Any,
+    more: dict[str, Tensor],
+) -> MultiExitOutput:
+    """The output of a full-depth pass.
+
+    Args:
+        reader: The pass is over.
+        base: What the base model returned.
+        config: Of the adapter.
+        labels: As `exit_loss` takes them, or None.
+        num_items: As for `exit_loss`.
+        more: Further fields.
+    """
+    exits = reader.exits.numbers
+    if config.final_exit == "base_head":
+        reader.exit_logits[exits[-1]] = base.logits
+    logits = [reader.exit_logits[m] for m in exits]
+    loss = None
+    if labels is not None:
+        labels = labels.to(logits[-1].device)
+        losses = [exit_loss(x, labels, config.resolved_problem_type, num_items) for x in logits]
+        loss = sum_losses(losses, loss_weights(config.exit_weights, exits))
+        if reader.exit_uncertainty:
+            loss = loss + doubt_loss(reader.exit_uncertainty, reader.exit_logits, labels, config.resolved_problem_type)
+    return MultiExitOutput(
+        loss=loss,
+        logits=logits[-1],
+        exit_logits=_stack_logits(logits),
+        exit_uncertainty=_stack_uncertainty(reader.exit_uncertainty, exits),
+        hidden_states=base.get("hidden_states"),
+        attentions=base.get("attentions"),
+        **more,
+    )
+
+
+def sum_losses(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_m w_m L_m (Eq. 8)."""
+    return torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
+
+
+def _stack_logits(logits: list[Tensor]) -> Tensor:
+    """[B, E, K], in the highest precision among the exits: policies decide on these numbers, unrounded."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in logits))
+    return torch.stack([x.to(logits[-1].device, dtype) for x in logits], dim=1)
+
+
+def _stack_uncertainty(found: dict[int, Tensor], exits: list[int]) -> Tensor | None:
+    """[B, E]; an exit without one (the model's own head, which always answers) has 0."""
+    if not found:
+        return None
+    like = next(iter(found.values()))
+    return torch.stack([found.get(m, torch.zeros_like(like)) for m in exits], dim=1)

@@ -1,0 +1,137 @@
+"""What belongs to one call: the pass, found through a ContextVar, and the frame of the block that runs now.
+
+Nothing of a call is stored on modules, so threads can share a model, `deepcopy` works, and no graph outlives its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from badge_peft.tuner.architectures import BlockLayout
+
+
+class Frame:
+    """What one block sees while it runs; the names are those of DESIGN's equations. All tensors are [B, S, d]."""
+
+    def __init__(self, block_input: Tensor) -> None:
+        self.block_input = block_input  # H_{m-1}
+        self.attention_sum: Tensor | None = None  # the input of the attention LayerNorm
+        self.attention: Tensor | None = None  # H_{m,MHA}
+        self.ffn_sum: Tensor | None = None  # H_{m,F}
+        self.output: Tensor = block_input  # H_m, once the block is through
+        self.scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`), or, when all of
+        it is there, what counts: an adapter of the adapters library has its block's norm run before it and after."""
+        before = getattr(self, name)
+        whole = before is None or before.shape[1] == self.block_input.shape[1]
+        setattr(self, name, value if whole else torch.cat([before, value], dim=1))
+
+    def rows(self, start: int, end: int) -> Frame:
+        """The same for the rows from `start` up to `end` alone; views, nothing is copied."""
+        part = Frame(self.block_input[start:end])
+        part.output = self.output[start:end]
+        part.scale_weights = self.scale_weights
+        for name in ("attention_sum", "attention", "ffn_sum"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(part, name, value[start:end])
+        return part
+
+
+class PassContext:
+    """One call of a model. Inside of `with`, its blocks ask it what to do.
+
+    Attributes:
+        frame: Of the block that runs now.
+        adapter_rows: Adapters and how many rows each has, in the order of the batch, where rows name their adapter;
+            a head that several adapters have trained reads it.
+    """
+
+    frame: Frame | None = None
+    adapter_rows: list[tuple[str, int]] | None = None
+
+    def __enter__(self) -> PassContext:
+        self._token: Token[PassContext | None] = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _CURRENT.reset(self._token)
+
+    def visit(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `block`, a `BadgeBlock`, returns for the arguments with which the model called it."""
+        raise NotImplementedError  # by `BlockPass`
+
+
+_CURRENT: ContextVar[PassContext | None] = ContextVar("badge_peft_pass", default=None)
+
+#: The pass that this thread's call belongs to, None outside of one. (The variable's own method: blocks and hooks ask
+#: it dozens of times a call.)
+current_pass: Callable[[], PassContext | None] = _CURRENT.get
+
+
+class Recorder:
+    """A hook that records, in the frame of the running block, a tensor that a norm sees. Outside of a pass it does
+    nothing.
+
+    Compiled code (`badge_peft.compile_blocks`) cannot look for the pass, so there the tensor is kept in `seen` until
+    the compiled function returns it; it never stays there.
+
+    Args:
+        name: Of the tensor, as in `Frame`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: Tensor | None = None
+
+    def record(self, value: Tensor) -> None:
+        """Records `value`, or the next chunk of the sequence."""
+        if torch.compiler.is_dynamo_compiling():
+            self.seen = value if self.seen is None else torch.cat([self.seen, value], dim=1)
+            return
+        run = current_pass()
+        if run is not None and run.frame is not None:
+            run.frame.record(self.name, value)
+
+
+class RecordInput(Recorder):
+    """A forward pre-hook: records the input of a norm."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.record(args[0])
+
+
+class RecordOutput(Recorder):
+    """A forward hook: records the output of a norm."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.record(output)
+
+
+def watch_block(
+    block: nn.Module, layout: BlockLayout, placement: str, handles: dict[str, Any], recorders: dict[str, Recorder]
+) -> None:
+    """Puts the hooks on `block` that a placement needs and `handles` lacks."""
+    wanted: list[tuple[str, str, type[Recorder]]] = []  # tensor, norm, hook
+    if layout.last_norm:
+        wanted.append(("ffn_sum", layout.last_norm, RecordInput))
+    if layout.pre_norm:
+        if placement in ("ffn", "mhsa"):
+            wanted.append(("attention", layout.attention_norm, RecordInput))
+    elif placement == "ffn":
+        wanted.append(("attention", layout.attention_norm, RecordOutput))
+    elif placement == "mhsa":
+        wanted.append(("attention_sum", layout.attention_norm, RecordInput))
+    for name, path, kind in wanted:
+        if name not in handles:
+            recorder: Any = kind(name)
+            norm = block.get_submodule(path)
+            register = norm.register_forward_pre_hook if kind is RecordInput else norm.register_forward_hook
+            handles[name], recorders[name] = register(recorder), recorder
