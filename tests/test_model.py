@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -232,13 +233,14 @@ def test_early_exit_config_of_each_adapter():
     assert model.get_early_exit_config() == EarlyExitConfig(policy="never")
 
 
-def test_early_exit_config_that_is_given_out_is_a_copy():
-    given = EarlyExitConfig(threshold=0.3)
+def test_early_exit_config_that_is_given_out_cannot_be_changed():
     model = make_badge()
-    model.set_early_exit_config(given)
-    given.threshold = 0.9
-    model.get_early_exit_config().threshold = 0.8
-    assert model.get_early_exit_config() == EarlyExitConfig(threshold=0.3)
+    fields = {"threshold": 0.3, "calibration": {"rows": 5}}
+    model.set_early_exit_config(fields)
+    fields["calibration"]["rows"] = 6
+    with pytest.raises(FrozenInstanceError):
+        model.get_early_exit_config().threshold = 0.8
+    assert model.get_early_exit_config() == EarlyExitConfig(threshold=0.3, calibration={"rows": 5})
 
 
 @pytest.mark.parametrize(
