@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
+from badge_peft.early_exit.arguments import split_arguments
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
 from badge_peft.early_exit.pass_ import EarlyExitPass
@@ -24,10 +23,6 @@ from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.losses import check_labels, resolve_problem_type
-
-_FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
-_IGNORED = ("labels", "return_dict", "num_items_in_batch")
-_REFUSED = ("output_hidden_states", "output_attentions")
 
 
 class EarlyExitMixin:
@@ -114,8 +109,13 @@ class EarlyExitMixin:
             ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` that do
                 not fit the rows or the model.
         """
-        overrides = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
-        inputs = self._checked_inputs(kwargs)
+        overrides, inputs = split_arguments(self.model, kwargs)
+        if not self.adapters_enabled:
+            raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
+        if self.training:
+            warnings.warn(
+                "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=4
+            )
         batch_size = count_rows(**inputs)
         order = None
         if adapter_names is not None:
@@ -162,29 +162,12 @@ class EarlyExitMixin:
         new = None if config is None else EarlyExitConfig.of(config)
         self.config_of(adapter_name).early_exit = new
 
-    # ---------------------------------------------------------------------------------------------------------- checks
-
-    def _checked_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs, once it is sure that they mean something here."""
-        inputs = {name: value for name, value in kwargs.items() if name not in _IGNORED}
-        for name in _REFUSED:
-            if inputs.pop(name, None):
-                raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
-        _check_input_names(self.model, inputs)
-        if not self.adapters_enabled:
-            raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-        if self.training:
-            warnings.warn(
-                "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=5
-            )
-        return inputs
+    # ------------------------------------------------------------------------------------------------- pass and reader
 
     def _check_adapter_names(self, adapter_names: Sequence[str], batch_size: int) -> None:
         assert self.layout is not None
         configs: dict[str, BadgeConfig] = self.peft_config  # type: ignore[attr-defined]
         check_adapter_names(adapter_names, batch_size, self.model, self.layout, configs, self.active_adapters)
-
-    # ------------------------------------------------------------------------------------------------- pass and reader
 
     def _pass(
         self, kind: type[EarlyExitPass], readers: Sequence[Any], batch_size: int, mask: Tensor | None
@@ -248,21 +231,3 @@ def early_exit_model(model: nn.Module) -> EarlyExitMixin:
             "or load one with PeftModel.from_pretrained."
         )
     return inner
-
-
-def _check_input_names(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Refuses a misspelt field, which models that take `**kwargs` would swallow."""
-    known = _arguments(type(model).forward)
-    unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, Tensor)]
-    if known and unknown:
-        raise ValueError(
-            f"{', '.join(unknown)} is neither an argument of {type(model).__name__} nor a field of EarlyExitConfig; "
-            f"its fields are {', '.join(EarlyExitConfig.__dataclass_fields__)}."
-        )
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
-    """The names that a model's forward spells out; none where it only passes them on."""
-    names = frozenset(inspect.signature(forward).parameters)
-    return names if names & {"input_ids", "inputs_embeds"} else frozenset()

@@ -1,0 +1,49 @@
+"""What a call of `early_exit_forward` may be given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from badge_peft.early_exit.config import EarlyExitConfig
+
+_FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
+_IGNORED = ("labels", "return_dict", "num_items_in_batch")
+_REFUSED = ("output_hidden_states", "output_attentions")
+
+
+def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `EarlyExitConfig`, and inputs of the base model.
+
+    Args:
+        model: The base model.
+        arguments: Of the call.
+
+    Raises:
+        ValueError: an argument that has no meaning where rows leave at different blocks, or one that is neither, which
+            models that take `**kwargs` would swallow.
+    """
+    overrides = {name: arguments[name] for name in _FIELDS & arguments.keys()}
+    inputs = {name: value for name, value in arguments.items() if name not in _IGNORED and name not in overrides}
+    for name in _REFUSED:
+        if inputs.pop(name, None):
+            raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
+    known = _names(type(model).forward)
+    unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, Tensor)]
+    if known and unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is neither an argument of {type(model).__name__} nor a field of EarlyExitConfig; "
+            f"its fields are {', '.join(EarlyExitConfig.__dataclass_fields__)}."
+        )
+    return overrides, inputs
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that a model's forward spells out; none where it only passes them on."""
+    names = frozenset(inspect.signature(forward).parameters)
+    return names if names & {"input_ids", "inputs_embeds"} else frozenset()
