@@ -1,18 +1,23 @@
-"""Errors that a user can mend are told in one line, without a traceback."""
+"""Lines on stderr: an error that a user can mend is one line, without a traceback."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
+from rich.console import Console
+
+
+def warn(line: str, style: str = "yellow") -> None:
+    """A line on stderr, in color where that is a terminal."""
+    Console(stderr=True).print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Prints a wrong value, a missing file or a missing package to stderr and exits with 1."""
+def exit_on_user_error(code: int = 1) -> Iterator[None]:
+    """Prints a wrong value, a missing file or a missing package, and exits with `code`."""
     try:
         yield
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
+        warn(f"error: {' '.join(str(error).split())}", "red")
+        raise SystemExit(code) from error

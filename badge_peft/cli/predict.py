@@ -8,54 +8,61 @@ import sys
 from contextlib import closing
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
 from badge_peft.cli import options as shared
-from badge_peft.cli.errors import told_plainly
+from badge_peft.workflows.settings import PolicyOverrides, TextColumns
 
-_SOURCE = (
+_FILE = (
     "Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file; - is the standard input."
 )
 
 
+def _check_file(_: type, value: str) -> None:
+    if value.startswith("-") and value != "-":
+        raise ValueError("There is no such option.")
+
+
 def predict(
-    adapter: shared.AdapterArgument,
-    source: Annotated[str, typer.Argument(metavar="FILE", help=_SOURCE)] = "-",
+    adapter: shared.Adapter,
+    file: Annotated[str, Parameter(help=_FILE, allow_leading_hyphen=True, validator=_check_file)] = "-",
+    /,
+    *,
     format: Annotated[
         str | None,
-        typer.Option(help="text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input."),
+        Parameter(help="text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input."),
     ] = None,
-    text_column: shared.TextColumn = None,
-    text_pair_column: shared.TextPairColumn = None,
+    columns: shared.TextColumns = TextColumns(),
     batch_size: Annotated[
         int,
-        typer.Option(min=1, help="Texts at once, in each process; 1 answers each line as soon as it is there."),
+        Parameter(
+            validator=shared.AT_LEAST_1,
+            help="Batch size: texts per pass, in each process; 1 answers each line as soon as it is there.",
+        ),
     ] = 32,
-    policy: shared.OwnPolicy = None,
-    threshold: shared.OwnThreshold = None,
-    patience: shared.OwnPatience = None,
-    depth: shared.OwnDepth = None,
+    overrides: shared.Overrides = PolicyOverrides(),
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
     """Answer texts with early exits: one line of JSON per text, in the order of the texts.
 
-    Each line has the text, its label, the confidence (the label's probability),
-    and the exit: the block that answered.
+    Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
 
-    Several processes, started with accelerate launch or torchrun, share the texts
-    among them; the output is that of one.
+    Several processes, started with accelerate launch or torchrun, share the texts among them; the output is that of
+    one.
     """
-    with told_plainly():
-        from badge_peft.workflows import exit_rule, open_adapter, predict_shared, read_texts
+    from badge_peft.workflows.adapter import open_adapter
+    from badge_peft.workflows.inputs import read_texts
+    from badge_peft.workflows.predict import exit_rule
+    from badge_peft.workflows.share import predict_shared
 
-        opened = open_adapter(adapter, base_model, device)
-        rule = exit_rule(opened, policy=policy, threshold=threshold, patience=patience, depth=depth)
-        texts = read_texts(source, format, text_column, text_pair_column, opened.columns)
-        try:
-            with closing(predict_shared(opened, texts, rule, batch_size)) as answers:
-                for answer in answers:
-                    sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                    sys.stdout.flush()
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    opened = open_adapter(adapter, base_model, device)
+    rule = exit_rule(opened, **vars(overrides))
+    texts = read_texts(file, format, columns, opened.columns)
+    try:
+        with closing(predict_shared(opened, texts, rule, batch_size)) as answers:
+            for answer in answers:
+                sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

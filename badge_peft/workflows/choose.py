@@ -14,14 +14,14 @@ from badge_peft.utils.checks import one_of
 from badge_peft.workflows.adapter import CONFIG, check_adapter, read_config, write_early_exit
 from badge_peft.workflows.evaluate import logits_of
 from badge_peft.workflows.measure import check_metric, default_metric, measure
+from badge_peft.workflows.settings import Columns, Goal
 
 
 def choose_rule(
     folder: str,
     data: str | None = None,
-    columns: dict[str, Any] | None = None,
-    policy: str = "auto",
-    goal: dict[str, float | None] | None = None,
+    columns: Columns = Columns(),
+    goal: Goal = Goal(),
     metric: str | None = None,
     base_model: str | None = None,
     batch_size: int = 32,
@@ -33,10 +33,8 @@ def choose_rule(
     Args:
         folder: Of the adapter; local.
         data: Rows to calibrate on; None takes the exit logits stored in the folder.
-        columns: Arguments of `read_rows`.
-        policy: Which rules to search.
-        goal: `max_score_drop` or `target_speedup`, and `confidence`, as for `calibrate`; without one of the two, a
-            drop of 0.01.
+        columns: What is read of the data.
+        goal: Which policies to search, and for what.
         metric: None is accuracy, for regression Pearson.
         base_model: See `open_adapter`.
         batch_size: Rows per pass.
@@ -49,20 +47,18 @@ def choose_rule(
         OSError: something is not there.
         ValueError: something is not what it should be; nothing has been written then.
     """
-    one_of("policy", policy, ("auto", *POLICY_NAMES))
+    one_of("policy", goal.policy, ("auto", *POLICY_NAMES))
+    wanted = goal.arguments()
     check_adapter(folder)
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no local folder, so its exit rule cannot be changed: download it first.")
-    wanted = {name: value for name, value in (goal or {}).items() if value is not None}
-    if not wanted.keys() & {"max_score_drop", "target_speedup"}:
-        wanted["max_score_drop"] = 0.01
-    exit_logits = logits_of(folder, data, columns or {}, base_model, batch_size, device)
+    exit_logits = logits_of(folder, data, columns, base_model, batch_size, device)
     check_fit(folder, exit_logits)
     kind = str(exit_logits.problem_type)
     check_metric(metric, kind, exit_logits.logits.shape[-1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, policy, metric=metric or default_metric(kind), **wanted)
+        chosen = calibrate(exit_logits, goal.policy, metric=metric or default_metric(kind), **wanted)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
         write_card(folder)

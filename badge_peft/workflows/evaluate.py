@@ -15,6 +15,7 @@ from badge_peft.workflows.adapter import Adapter, open_adapter, stored_logits
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.measure import check_metric, measure
 from badge_peft.workflows.rows import TextRows, read_rows
+from badge_peft.workflows.settings import Columns
 
 
 def evaluate_adapter(
@@ -78,7 +79,7 @@ def encode_for(adapter: Adapter, rows: TextRows) -> Dataset:
 def logits_of(
     path: str,
     data: str | None,
-    columns: dict[str, Any],
+    columns: Columns,
     base_model: str | None = None,
     batch_size: int = 32,
     device: str | None = None,
@@ -94,5 +95,5 @@ def logits_of(
     if Path(path).is_file():
         raise ValueError(f"{path} holds exit logits, so no data is needed: leave {data} out, or give an adapter.")
     adapter = open_adapter(path, base_model, device)
-    rows = read_rows(data, usual=adapter.columns, **columns)
+    rows = read_rows(data, columns, usual=adapter.columns)
     return collect_exit_logits(adapter.model, encode_for(adapter, rows), batch_size, progress=True)

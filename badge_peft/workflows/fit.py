@@ -12,37 +12,37 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Print
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
-from badge_peft.workflows.settings import TrainSettings
+from badge_peft.workflows.settings import TrainingOptions
 
 
 def fit(
     model: PeftModel,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    settings: TrainSettings,
+    options: TrainingOptions,
     learns_labels: bool,
 ) -> None:
-    """Trains for `settings.epochs`; the last state counts, so that the evaluation rows choose nothing but the rule.
+    """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the rule.
 
     Args:
         model: With an adapter; is in eval mode afterwards.
         rows: With `labels`, where they are learned from.
         tokenizer: Pads.
-        settings: Objective, rates, epochs, batch size (of a step, over all processes) and seed.
+        options: Objective, rates, epochs, batch size (of a step, over all processes) and seed.
         learns_labels: False: the exits follow exit M.
     """
-    distillation = settings.distillation
+    distillation = options.distillation
     if distillation is None:
         distillation = 0.0 if learns_labels else 1.0
-    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    steps = options.epochs * -(-len(rows) // options.batch_size)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        overrides = {} if settings.backbone_lr is None else {"learning_rate": settings.backbone_lr}
+        overrides = {} if options.backbone_lr is None else {"learning_rate": options.backbone_lr}
         arguments = multi_exit_arguments(
             model,
             folder,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size // distributed.together()[1],
-            seed=settings.seed,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size // distributed.together()[1],
+            seed=options.seed,
             eval_strategy="no",
             save_strategy="no",
             load_best_model_at_end=False,
@@ -56,10 +56,10 @@ def fit(
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorWithPadding(tokenizer),
-            objective=settings.objective,
-            depth=settings.depth,
+            objective=options.objective,
+            depth=options.depth,
             distillation=distillation,
-            adapter_learning_rate=settings.adapter_lr,
+            adapter_learning_rate=options.adapter_lr,
             callbacks=[ProgressBar()],
         )
         trainer.remove_callback(PrinterCallback)

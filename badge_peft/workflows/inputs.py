@@ -16,22 +16,21 @@ from typing import Any, TextIO
 from badge_peft.data.columns import TEXT_NAMES
 from badge_peft.utils.checks import one_of
 from badge_peft.workflows.rows import pair_column
+from badge_peft.workflows.settings import TextColumns
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _BY_SUFFIX = {".txt": "text", "": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _CHUNK = 1024  # rows of a parquet file in memory at once
 
-Columns = Mapping[str, str | None]
 Pair = tuple[str, str | None]
 
 
 def read_texts(
     source: str = "-",
     format: str | None = None,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    usual: Columns | None = None,
+    columns: TextColumns = TextColumns(),
+    usual: Mapping[str, str | None] | None = None,
 ) -> Iterator[Pair]:
     """Yields each text with its second text (or None), in the order of the source.
 
@@ -39,8 +38,7 @@ def read_texts(
         source: A file; `-` is stdin.
         format: `text` (a text per line), `csv`, `tsv`, `jsonl` or `parquet`; None goes by the file's name, and takes
             `text` for stdin.
-        text_column: None finds it by its usual names.
-        text_pair_column: Column of the second texts.
+        columns: Where the texts are; a text column that is not named is found by its usual names.
         usual: What training recorded of its columns, as for `read_rows`.
 
     Raises:
@@ -60,27 +58,27 @@ def read_texts(
     else:
         rows = _lines(source, format)
     if format == "text":
-        if text_pair_column or (usual or {}).get("text_pair"):
+        if columns.text_pair_column or (usual or {}).get("text_pair"):
             raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
         return ((row["text"], None) for row in rows)
-    return _columns(rows, text_column, text_pair_column, usual or {})
+    return _columns(rows, columns, usual or {})
 
 
 def _columns(
-    rows: Iterable[Mapping[str, Any]], text_column: str | None, text_pair_column: str | None, usual: Columns
+    rows: Iterable[Mapping[str, Any]], columns: TextColumns, usual: Mapping[str, str | None]
 ) -> Iterator[Pair]:
     text = pair = None
     for number, row in enumerate(rows, start=1):
         if text is None:
-            text = _text_column(list(row), text_column, usual)
-            pair = pair_column(list(row), text_pair_column, usual)
+            text = _text_column(list(row), columns.text_column, usual)
+            pair = pair_column(list(row), columns.text_pair_column, usual)
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
         yield str(row[text]), str(row[pair]) if pair is not None else None
 
 
-def _text_column(columns: list[str], given: str | None, usual: Columns) -> str:
+def _text_column(columns: list[str], given: str | None, usual: Mapping[str, str | None]) -> str:
     remedy = f"Say which with --text-column: the columns are {', '.join(columns)}."
     if given is not None:
         if given not in columns:

@@ -13,7 +13,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.calibration import own_labels
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import METRICS, exit_scores, predictions
-from badge_peft.evaluation.tradeoff import evaluate_policy
+from badge_peft.evaluation.tradeoff import TradeOff, evaluate_policy
 from badge_peft.workflows.tables import text_table
 
 
@@ -90,6 +90,28 @@ def summary(report: dict[str, Any]) -> str:
     if same is not None and report["labels"] == "given":
         lines.append(f"  {same:.1%} of the rows get the answer that full depth gives")
     return "\n".join(lines)
+
+
+def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
+    """One line per setting of every policy: what it would cost and save.
+
+    Args:
+        found: From `sweep`.
+        against_full_depth: The scores are the agreement with full depth.
+    """
+    lines = [
+        [
+            point.name,
+            describe(point.config.to_dict()),
+            f"{point.mean_exit:.2f}",
+            f"{point.layer_speedup:.1%}",
+            show(point.score, found.metric),
+        ]
+        for curve in found.names
+        for point in found.curve(curve)
+    ]
+    score = found.metric + (" against full depth" if against_full_depth else "")
+    return text_table(["policy", "setting", "mean exit", "blocks saved", score], lines)
 
 
 def describe(config: dict[str, Any]) -> str:

@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
+from badge_peft.early_exit.config import POLICY_NAMES
 from badge_peft.evaluation.guarantee import rows_needed
+from badge_peft.evaluation.metrics import METRICS
+from badge_peft.training.objectives import OBJECTIVES
+from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.utils import distributed
-from badge_peft.workflows.base import Base
+from badge_peft.utils.checks import one_of
+from badge_peft.workflows.base import Base, badge_config
 from badge_peft.workflows.measure import check_metric, default_metric
 from badge_peft.workflows.rows import TextRows, hold_out, read_rows, without
-from badge_peft.workflows.settings import TrainSettings
+from badge_peft.workflows.settings import TrainColumns, TrainSettings
 
 
-def read_splits(settings: TrainSettings) -> tuple[TextRows, TextRows]:
+def read_splits(data: str, columns: TrainColumns, seed: int) -> tuple[TextRows, TextRows]:
     """Training rows and evaluation rows, with no text in both.
 
     Raises:
         OSError: no such data.
         ValueError: a column or split that is not there, or too few rows.
     """
-    columns: dict[str, Any] = {
-        "text_column": settings.text_column,
-        "text_pair_column": settings.text_pair_column,
-        "label_column": settings.label_column,
-        "unlabelled": settings.unlabelled,
-        "dataset_config": settings.dataset_config,
-    }
-    rows = read_rows(settings.data, split=settings.split, training=True, **columns)
-    if settings.max_rows is not None and len(rows) > settings.max_rows:
-        rows = rows.select(random.Random(settings.seed).sample(range(len(rows)), settings.max_rows))
-    if settings.eval_data is None and settings.eval_split is None:
-        return hold_out(rows, settings.eval_share, settings.seed)
-    source = settings.eval_data or settings.data
-    held = read_rows(source, split=settings.eval_split, **columns)
+    rows = read_rows(data, columns, training=True)
+    if columns.max_rows is not None and len(rows) > columns.max_rows:
+        rows = rows.select(random.Random(seed).sample(range(len(rows)), columns.max_rows))
+    if columns.eval_data is None and columns.eval_split is None:
+        return hold_out(rows, columns.eval_share, seed)
+    held = read_rows(columns.eval_data or data, replace(columns, split=columns.eval_split))
     rows = without(rows, held)
     if not len(rows):
-        raise ValueError(f"every text of {settings.data} is among the evaluation texts too: nothing is left to train.")
+        raise ValueError(f"every text of {data} is among the evaluation texts too: nothing is left to train.")
     return rows, held
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Refuses what no model and no data could make right, before anything is read.
+
+    Raises:
+        ValueError: a value that is not allowed, or two that exclude one another.
+    """
+    exits, training = settings.exits, settings.training
+    one_of("objective", training.objective, OBJECTIVES)
+    one_of("policy", settings.goal.policy, ("auto", *POLICY_NAMES))
+    if settings.metric is not None:
+        one_of("metric", settings.metric, tuple(METRICS))
+    if settings.problem_type is not None:
+        one_of("problem_type", settings.problem_type, PROBLEM_TYPES)
+    settings.goal.arguments()
+    if training.objective == "two_stage" and exits.backbone == "frozen" and exits.keep_head:
+        raise ValueError(
+            "objective='two_stage' first trains the backbone and the final exit, and backbone='frozen' with "
+            "keep_head leaves both as they are: use objective='joint'."
+        )
+    if exits.keep_head and exits.final_exit == "exit":
+        raise ValueError("final_exit='exit' puts an exit in the place of the model's head: leave out keep_head.")
+    badge_config(exits, exits.final_exit or "base_head")
 
 
 def check_plan(
@@ -61,36 +83,37 @@ def check_plan(
             processes cannot share a batch evenly.
     """
     size = distributed.together()[1]
-    if settings.batch_size % size:
+    if settings.training.batch_size % size:
         raise ValueError(
-            f"batch_size={settings.batch_size} is not allowed with {size} processes, which share each batch evenly: "
-            f"it must be a multiple of {size}."
+            f"batch_size={settings.training.batch_size} is not allowed with {size} processes, which share each batch "
+            f"evenly: it must be a multiple of {size}."
         )
     labels = base.labels
-    distilled = settings.distillation == 1
+    distilled = settings.training.distillation == 1
     learns_labels = targets is not None and any(t is not None for t in targets) and not distilled
     if not learns_labels:
-        if not base.has_head or settings.backbone != "frozen" or not settings.keep_head:
+        if not base.has_head or settings.exits.backbone != "frozen" or not settings.exits.keep_head:
             raise ValueError(
                 "without labels the exits learn from the model's own answers, which must not change meanwhile: that "
                 "takes a fine-tuned model, --backbone frozen and --keep-head. Otherwise name the labels' column with "
                 "--label-column."
             )
-        if settings.objective != "joint":
-            raise ValueError(f"objective={settings.objective!r} needs labels; without them it is 'joint'.")
-        if (settings.badge or {}).get("learn_to_exit"):
+        if settings.training.objective != "joint":
+            raise ValueError(f"objective={settings.training.objective!r} needs labels; without them it is 'joint'.")
+        if settings.exits.learn_to_exit:
             raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
     problem_type, count = labels.problem_type, len(labels.names)
     check_metric(settings.metric, problem_type, count)
-    if settings.confidence is not None:
+    goal = settings.goal.arguments()
+    if "confidence" in goal:
         metric = settings.metric or default_metric(problem_type)
-        if settings.max_score_drop is None or metric != "accuracy" or problem_type != "single_label_classification":
+        if "max_score_drop" not in goal or metric != "accuracy" or problem_type != "single_label_classification":
             raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
         rows = len(held) if held_targets is None else sum(t is not None for t in held_targets)
-        needed = 2 * rows_needed(settings.max_score_drop, settings.confidence)
+        needed = 2 * rows_needed(goal["max_score_drop"], goal["confidence"])
         if rows < needed:
             raise ValueError(
-                f"there are {rows} evaluation rows, and a drop of at most {settings.max_score_drop} with confidence "
-                f"{settings.confidence} takes at least {needed}: give more, or allow a larger drop."
+                f"there are {rows} evaluation rows, and a drop of at most {goal['max_score_drop']} with confidence "
+                f"{goal['confidence']} takes at least {needed}: give more, or allow a larger drop."
             )
     return learns_labels

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from badge_peft.data.columns import LABEL_NAMES, TEXT_NAMES, find_column
 from badge_peft.data.load import read_source
+from badge_peft.workflows.settings import Columns
 
 _TRAINING = ("train",)
 _EVALUATION = ("test", "validation", "dev", "valid", "train")
@@ -62,12 +63,7 @@ class TextRows:
 
 def read_rows(
     source: str | Path,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    label_column: str | None = None,
-    unlabelled: bool = False,
-    split: str | None = None,
-    dataset_config: str | None = None,
+    columns: Columns = Columns(),
     training: bool = False,
     usual: Mapping[str, str | None] | None = None,
 ) -> TextRows:
@@ -75,13 +71,9 @@ def read_rows(
 
     Args:
         source: A csv, tsv, json, jsonl, parquet or txt file (a text per line), a folder of such, or a Hub data set.
-        text_column: None finds it by its usual names.
-        text_pair_column: The second texts; None means there are none.
-        label_column: None takes the first usual name (`label`, `category`, ...) that the data has, else no labels.
-        unlabelled: Leave the labels alone.
-        split: None takes `train` for training, else `test`, `validation` or what there is.
-        dataset_config: Configuration of a Hub data set.
-        training: See `split`.
+        columns: What is read of it. A text column that is not named is found by its usual names, a label column is the
+            first usual name (`label`, `category`, ...) that the data has.
+        training: Which split is read where none is named: `train`, else `test`, `validation` or what there is.
         usual: `TextRows.columns` of the rows that the adapter was trained on: a column that is not named is the one
             that has this name, where there is one.
 
@@ -89,16 +81,17 @@ def read_rows(
         FileNotFoundError: `source` looks like a path and there is no such file.
         ValueError: it cannot be read, or lacks a column, a split or any text; the message says what there is.
     """
-    if unlabelled and label_column is not None:
+    label_column = columns.label_column
+    if columns.unlabelled and label_column is not None:
         raise ValueError(f"label_column={label_column!r} is not allowed with unlabelled=True: leave one of them out.")
-    splits = _read(source, dataset_config)
-    name = _choose_split(splits, split, _TRAINING if training else _EVALUATION, source)
+    splits = _read(source, columns.dataset_config)
+    name = _choose_split(splits, columns.split, _TRAINING if training else _EVALUATION, source)
     data = splits[name]
     known = {key: column for key, column in (usual or {}).items() if column in data.features}
-    text_column, label_column = text_column or known.get("text"), label_column or known.get("label")
-    text = find_column(data.features, text_column, TEXT_NAMES, "text", taken=label_column)
-    pair = pair_column(list(data.features), text_pair_column, usual)
-    label = None if unlabelled else _label_column(data.features, label_column, taken=(text, pair))
+    label_column = label_column or known.get("label")
+    text = find_column(data.features, columns.text_column or known.get("text"), TEXT_NAMES, "text", taken=label_column)
+    pair = pair_column(list(data.features), columns.text_pair_column, usual)
+    label = None if columns.unlabelled else _label_column(data.features, label_column, taken=(text, pair))
     texts, pairs = data[text][:], data[pair][:] if pair else None
     keep = [i for i, x in enumerate(texts) if _has_text(x) and (pairs is None or _has_text(pairs[i]))]
     if not keep:

@@ -1,84 +1,122 @@
-"""`TrainSettings`: from what, and how, `train_adapter` makes an adapter."""
+"""What can be asked of the workflows. `badge-peft` has an option for each field, and the docstring is its help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from badge_peft.early_exit.config import POLICY_NAMES
-from badge_peft.evaluation.metrics import METRICS
-from badge_peft.training.objectives import OBJECTIVES
-from badge_peft.tuner.config import PROBLEM_TYPES, BadgeConfig
-from badge_peft.utils.checks import is_number, one_of, whole
+from badge_peft.utils.checks import is_number, whole
 
 
-@dataclass
-class TrainSettings:
-    """Settings of `train_adapter`; `badge-peft train` has an option for each.
+def _check_share(name: str, value: Any) -> None:
+    if value is not None and (not is_number(value) or not 0 < value < 1):
+        raise ValueError(f"{name}={value!r} is not allowed: it must lie between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextColumns:
+    """Where the texts are.
 
     Args:
-        model: Folder or Hub repository of a classifier, or of an encoder that is to become one.
-        data: Texts, labelled or not: see `read_rows`.
-        output_dir: Gets the adapter with everything else.
-        eval_data: Texts to calibrate on; None holds out `eval_share` of `data`.
-        eval_share: See `eval_data`.
-        text_column: None finds it.
-        text_pair_column: Column of the second texts; None where each row has one text.
-        label_column: None finds it; there may be none.
-        unlabelled: Learn from the model's own answers even where there are labels.
-        split: Of `data`.
-        eval_split: Of `eval_data`, or of `data` where that is a data set with splits.
-        dataset_config: Configuration of a Hub data set.
-        max_rows: At most this many rows of `data`, drawn at random.
-        tokenizer: Folder or repository; None takes the model's.
-        max_length: Tokens per text; None takes what the model can read.
-        problem_type: As transformers has it; None as the model or the labels say.
-        backbone: `frozen`, `lora` or `full`.
-        keep_head: Leave the model's own head as it is: full depth then answers as before, bit for bit, when the
-            backbone is frozen.
-        final_exit: None takes `base_head` where the model has a trained head, else `exit`.
-        badge: More fields of `BadgeConfig`.
-        objective: As for `MultiExitTrainer`.
-        depth: The exit of `single_exit`.
-        distillation: Share of the loss that follows the model's own answers; None is 0 with labels, 1 without.
-        epochs: Passes over the training rows.
-        adapter_lr: Learning rate of bypasses and exits; None as in `parameter_groups`.
-        backbone_lr: Of the backbone or its LoRA; None as in `parameter_groups`.
-        batch_size: Rows per step.
-        seed: Of the split, the weights and the order of training.
-        metric: None is accuracy, for regression Pearson.
-        policy: Which rules to search.
-        max_score_drop: See `calibrate`; 0.01 when neither this nor `target_speedup` is given.
-        target_speedup: See `calibrate`.
-        confidence: See `calibrate`.
-        latency: How many evaluation rows to time, one by one; 0 for none.
-        overwrite: Write into a folder that is not empty.
-
-    Raises:
-        ValueError: a field has a value that is not allowed.
+        text_column: Column of the texts. Default: found by its name.
+        text_pair_column: Column of the second texts, where each row is a pair.
     """
 
-    model: str
-    data: str
-    output_dir: str | Path
-    eval_data: str | None = None
-    eval_share: float = 0.2
     text_column: str | None = None
     text_pair_column: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(TextColumns):
+    """Which rows of a data set are read, and what of them.
+
+    Args:
+        label_column: Column of the labels. Default: found by its name (label, category, ...); there may be none.
+        unlabelled: Labels are ignored.
+        split: Split of the data set, where it has several.
+        dataset_config: Configuration of a data set of the Hub.
+    """
+
     label_column: str | None = None
     unlabelled: bool = False
     split: str | None = None
-    eval_split: str | None = None
     dataset_config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainColumns(Columns):
+    """Which rows are trained on, and which the policy is calibrated on.
+
+    Args:
+        eval_data: Other texts, to calibrate on. Default: a part of DATA is held out.
+        eval_share: How large that part is, between 0 and 1.
+        eval_split: Split to calibrate on, of EVAL_DATA or of DATA.
+        max_rows: Number of rows of DATA at most, drawn at random.
+    """
+
+    eval_data: str | None = None
+    eval_share: float = 0.2
+    eval_split: str | None = None
     max_rows: int | None = None
-    tokenizer: str | None = None
-    max_length: int | None = None
-    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        whole("max_rows", self.max_rows, at_least=1)
+        _check_share("eval_share", self.eval_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitOptions:
+    """The adapter: `BadgeConfig`, as far as the command line has it.
+
+    Args:
+        backbone: frozen: train the exits alone. lora: and a LoRA in the blocks. full: everything.
+        keep_head: Leave the model's own head as it is. With a frozen backbone, inputs that go all the way then get the
+            answer that they get today, bit for bit, and no labels are needed.
+        placement: Where a bypass reads: block, ffn, mhsa, or none.
+        r: Bottleneck dimension of the bypasses.
+        activation: Of the bypasses: gelu, relu, leaky_relu, silu, tanh, identity.
+        exit_type: linear, pooled, mha, or past_future.
+        exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its
+            embedding.
+        exit_layers: Blocks with an exit, such as 2,4,6 or 0-12; 0 is an exit before block 1, and 4- means from block 4
+            on. Default: all blocks.
+        final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
+            the model has a trained head.
+        learn_to_exit: Also learn when an exit is wrong, for the policy learned.
+    """
+
     backbone: str = "frozen"
     keep_head: bool = False
+    placement: str = "block"
+    r: int = 16
+    activation: str = "gelu"
+    exit_type: str = "linear"
+    exit_pooling: str = "auto"
+    exit_layers: str | None = None
     final_exit: str | None = None
-    badge: dict[str, Any] | None = None
+    learn_to_exit: bool = False
+
+    def __post_init__(self) -> None:
+        whole("r", self.r, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the exits are trained.
+
+    Args:
+        objective: joint, two_stage, alternating, gradient_equilibrium, past_future, or single_exit.
+        depth: The exit of objective single_exit.
+        distillation: Fraction of the loss that follows the model's own predictions, 0 to 1. Default: 0 with labels, 1
+            without.
+        epochs: Number of epochs: passes over the texts.
+        adapter_lr: Learning rate of bypasses and exits. Default: 0.01.
+        backbone_lr: Learning rate of the backbone (default 5e-5) or its LoRA (default 1e-3).
+        batch_size: Batch size: texts per training step; several processes share them.
+        seed: Random seed: the same seed gives the same run on the same machine.
+    """
+
     objective: str = "joint"
     depth: int | None = None
     distillation: float | None = None
@@ -87,75 +125,121 @@ class TrainSettings:
     backbone_lr: float | None = None
     batch_size: int = 32
     seed: int = 0
-    metric: str | None = None
-    policy: str = "auto"
-    max_score_drop: float | None = None
-    target_speedup: float | None = None
-    confidence: float | None = None
-    latency: int = 100
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_rows"):
+        for name in ("epochs", "batch_size"):
             whole(name, getattr(self, name), at_least=1)
-        whole("max_length", self.max_length, at_least=4)
         whole("seed", self.seed, at_least=0)
-        whole("latency", self.latency, at_least=0)
-        one_of("objective", self.objective, OBJECTIVES)
-        one_of("policy", self.policy, ("auto", *POLICY_NAMES))
-        if self.metric is not None:
-            one_of("metric", self.metric, tuple(METRICS))
-        if self.problem_type is not None:
-            one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         for name in ("adapter_lr", "backbone_lr"):
             rate = getattr(self, name)
             if rate is not None and (not is_number(rate) or rate <= 0):
                 raise ValueError(f"{name}={rate!r} is not allowed: it must be a number above 0.")
         if self.distillation is not None and (not is_number(self.distillation) or not 0 <= self.distillation <= 1):
-            raise ValueError(f"distillation={self.distillation!r} is not allowed: it is a share, in [0, 1].")
-        for name in ("confidence", "eval_share"):
-            share = getattr(self, name)
-            if share is not None and (not is_number(share) or not 0 < share < 1):
-                raise ValueError(f"{name}={share!r} is not allowed: it must lie between 0 and 1.")
-        if self.max_score_drop is not None and self.target_speedup is not None:
-            raise ValueError("max_score_drop and target_speedup are two goals: give one of them.")
-        if self.max_score_drop is None and self.target_speedup is None:
-            self.max_score_drop = 0.01
-        if self.objective == "two_stage" and self.backbone == "frozen" and self.keep_head:
-            raise ValueError(
-                "objective='two_stage' first trains the backbone and the final exit, and backbone='frozen' with "
-                "keep_head leaves both as they are: use objective='joint'."
-            )
-        if self.keep_head and self.final_exit == "exit":
-            raise ValueError("final_exit='exit' puts an exit in the place of the model's head: leave out keep_head.")
-        self._check_goal()
-        self.badge_config(self.final_exit or "base_head")
+            raise ValueError(f"distillation={self.distillation!r} is not allowed: it is a fraction, in [0, 1].")
 
-    def _check_goal(self) -> None:
-        if self.max_score_drop is not None and (not is_number(self.max_score_drop) or self.max_score_drop < 0):
-            raise ValueError(f"max_score_drop={self.max_score_drop!r} is not allowed: it must be 0 or more.")
-        if self.target_speedup is not None and (
-            not is_number(self.target_speedup) or not 0 <= self.target_speedup < 1
-        ):
-            raise ValueError(
-                f"target_speedup={self.target_speedup!r} is not allowed: it is the share of blocks saved, in [0, 1)."
-            )
 
-    @property
-    def goal(self) -> dict[str, float]:
-        """What `calibrate` is asked for."""
-        wanted = {"max_score_drop": self.max_score_drop, "target_speedup": self.target_speedup}
-        wanted["confidence"] = self.confidence
-        return {name: value for name, value in wanted.items() if value is not None}
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What `calibrate` is asked for.
 
-    def badge_config(self, final_exit: str, **fields: Any) -> BadgeConfig:
-        """The adapter's config.
+    Args:
+        policy: Policy to calibrate: auto (search them all), divergence, patience, entropy, max_prob, learned,
+            confident_patience, agreement, fixed_depth, or never (full depth).
+        max_score_drop: The most that exiting early may cost, in units of the score: 0.01 is a point of accuracy. The
+            fastest setting within it is taken. Default: 0.01.
+        target_speedup: In place of a largest drop: the fraction of blocks to save, 0.5 for half. The best score at it
+            is taken.
+        confidence: Such as 0.95: choose so that with this probability the drop holds on new data of the same kind,
+            too. Takes more rows.
+    """
+
+    policy: str = "auto"
+    max_score_drop: float | None = None
+    target_speedup: float | None = None
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        drop, speedup = self.max_score_drop, self.target_speedup
+        if drop is not None and (not is_number(drop) or drop < 0):
+            raise ValueError(f"max_score_drop={drop!r} is not allowed: it must be 0 or more.")
+        if speedup is not None and (not is_number(speedup) or not 0 <= speedup < 1):
+            raise ValueError(f"target_speedup={speedup!r} is not allowed: it is the share of blocks saved, in [0, 1).")
+        _check_share("confidence", self.confidence)
+
+    def arguments(self) -> dict[str, float]:
+        """What `calibrate` takes besides the policy; without a goal, a drop of 0.01.
 
         Raises:
-            ValueError: a field that `BadgeConfig` does not allow.
+            ValueError: there are two goals.
         """
-        own = {"backbone": self.backbone, "train_head": not self.keep_head, "final_exit": final_exit, **fields}
-        badge = dict(self.badge or {})
-        if badge.get("exit_type") == "past_future":
-            own["final_exit"] = "exit"
-        return BadgeConfig(task_type="SEQ_CLS", **{**badge, **own})
+        given = {"max_score_drop": self.max_score_drop, "target_speedup": self.target_speedup}
+        given["confidence"] = self.confidence
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if {"max_score_drop", "target_speedup"} <= wanted.keys():
+            raise ValueError("max_score_drop and target_speedup are two goals: give exactly one of them.")
+        return wanted if "target_speedup" in wanted else {"max_score_drop": 0.01, **wanted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOverrides:
+    """Another policy than the adapter's own, or other values for its fields.
+
+    Args:
+        policy: Policy in place of the adapter's own: divergence, patience, entropy, max_prob, learned,
+            confident_patience, agreement, fixed_depth, or never (full depth).
+        threshold: Threshold of the policy, in place of the adapter's.
+        patience: How many exits must agree, in place of the adapter's.
+        depth: The block that answers, for the policy fixed_depth.
+    """
+
+    policy: str | None = None
+    threshold: float | None = None
+    patience: int | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        whole("patience", self.patience, at_least=1)
+        whole("depth", self.depth, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How `train_adapter` makes an adapter.
+
+    Args:
+        output_dir: Folder for the adapter and all that is measured.
+        overwrite: Write into a folder that is not empty.
+        tokenizer: Where the tokenizer is, if not with the model: a folder or a repository.
+        max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
+        problem_type: For an encoder without a head: regression takes whole numbers as values, not classes.
+        metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman, neg_mse. Default:
+            accuracy, for regression pearson.
+        latency: How many rows to time, one by one; 0 for none.
+        columns: What is read of the data.
+        exits: The adapter.
+        training: How it is trained.
+        goal: What its policy is calibrated for.
+    """
+
+    output_dir: Path
+    overwrite: bool = False
+    tokenizer: str | None = None
+    max_length: int | None = None
+    problem_type: str | None = None
+    metric: str | None = None
+    latency: int = 100
+    columns: TrainColumns = TrainColumns()
+    exits: ExitOptions = ExitOptions()
+    training: TrainingOptions = TrainingOptions()
+    goal: Goal = Goal()
+
+    def __post_init__(self) -> None:
+        whole("max_length", self.max_length, at_least=4)
+        whole("latency", self.latency, at_least=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by their names, those of the groups too; for JSON."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
+        return flat

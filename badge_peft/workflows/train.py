@@ -32,14 +32,14 @@ from badge_peft.workflows.evaluate import latency_line, latency_summary
 from badge_peft.workflows.fit import fit
 from badge_peft.workflows.measure import default_metric, describe, measure, measured_table, summary
 from badge_peft.workflows.picture import PICTURE, draw
-from badge_peft.workflows.plan import check_plan, read_splits
+from badge_peft.workflows.plan import check_plan, check_settings, read_splits
 from badge_peft.workflows.rows import TextRows
 from badge_peft.workflows.settings import TrainSettings
 
 Say = Callable[[str], None]
 
 
-def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] | None:
+def train_adapter(name: str, data: str, settings: TrainSettings, say: Say = print) -> dict[str, Any] | None:
     """Trains exits, saves them as an adapter, and chooses how to stop, with what it costs, on evaluation rows.
 
     `output_dir` gets the adapter (PEFT's files and the tokenizer's), `exit_logits.safetensors` (of the evaluation
@@ -49,6 +49,8 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     has to make the call. The first writes and speaks.
 
     Args:
+        name: Folder or Hub repository of a classifier, or of an encoder that is to become one.
+        data: Texts, labelled or not: see `read_rows`.
         settings: What to train, and how.
         say: Takes a line of text, to tell how far it is.
 
@@ -64,10 +66,12 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     main = distributed.is_main()
     say = say if main else _nothing
     out = _output_dir(settings)
-    set_seed(settings.seed)
-    rows, held = read_splits(settings)
-    base = load_base(settings, rows)
-    tokenizer = load_tokenizer(local_path(settings.tokenizer or settings.model))
+    check_settings(settings)
+    training = settings.training
+    set_seed(training.seed)
+    rows, held = read_splits(data, settings.columns, training.seed)
+    base = load_base(name, settings, rows)
+    tokenizer = load_tokenizer(local_path(settings.tokenizer or name))
     limit = limit_length(tokenizer, base.model, settings.max_length)
     if base.model.config.pad_token_id is None:
         base.model.config.pad_token_id = tokenizer.pad_token_id
@@ -77,13 +81,13 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     eval_rows = encode(held, tokenizer, held_targets)
     say(_say_data(train_rows, eval_rows, base, rows, learns_labels))
 
-    model = add_exits(base, settings)
+    model = add_exits(base, settings.exits)
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
     pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
     say(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
-    say(f"3. training, {settings.epochs} epochs over {len(train_rows)} rows")
-    fit(model, train_rows, tokenizer, settings, learns_labels)
+    say(f"3. training, {training.epochs} epochs over {len(train_rows)} rows")
+    fit(model, train_rows, tokenizer, training, learns_labels)
 
     exit_logits = _collect(model, eval_rows, settings, progress=True)
     chosen = distributed.in_main(partial(_save, model, tokenizer, exit_logits, settings, out))
@@ -98,29 +102,27 @@ def train_adapter(settings: TrainSettings, say: Say = print) -> dict[str, Any] |
     if not main:
         return None
     report: dict[str, Any] = {
-        "model": settings.model,
-        "data": settings.data,
+        "model": name,
+        "data": data,
         "columns": rows.columns,
         "max_length": limit,
         "label_names": base.labels.names,
         "problem_type": base.labels.problem_type,
         "train_rows": len(train_rows),
         "learned_from": "labels" if learns_labels else "the model's own answers",
-        "evaluation": settings.eval_data or f"held out of {settings.data}",
+        "evaluation": settings.columns.eval_data or f"held out of {data}",
         **measure(exit_logits, chosen, settings.metric),
         "calibration": chosen.calibration,
         "reloaded_bit_for_bit": reloaded,
-        "full_depth_is_checkpoint": _compare(loaded, settings, eval_rows) if promised else None,
+        "full_depth_is_checkpoint": _compare(loaded, name, training.batch_size, eval_rows) if promised else None,
         "latency": _latency(loaded, eval_rows, settings.latency),
         "processes": distributed.together()[1],
         "trainable_parameters": trainable,
         "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
+        "settings": settings.to_dict(),
         "versions": {"badge_peft": package_version(), "torch": torch.__version__},
     }
-    if not draw(
-        exit_logits, chosen, report["metric"], out / PICTURE, f"{Path(settings.model).name}: {report['rows']} rows"
-    ):
+    if not draw(exit_logits, chosen, report["metric"], out / PICTURE, f"{Path(name).name}: {report['rows']} rows"):
         say(f"   no {PICTURE}: pictures need matplotlib: pip install 'badge-peft[plots]'")
     report["seconds"] = time.perf_counter() - start
     (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -146,7 +148,8 @@ def _output_dir(settings: TrainSettings) -> Path:
 
 
 def _collect(model: PeftModel, rows: Dataset, settings: TrainSettings, progress: bool = False) -> ExitLogits:
-    return collect_exit_logits(model, rows, settings.batch_size, progress=progress, split_between_processes=True)
+    size = settings.training.batch_size
+    return collect_exit_logits(model, rows, size, progress=progress, split_between_processes=True)
 
 
 def _save(
@@ -168,7 +171,7 @@ def _calibrate(exit_logits: ExitLogits, settings: TrainSettings, out: Path) -> E
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a fixed depth won is seen in the rule
-            return calibrate(exit_logits, settings.policy, metric=metric, **settings.goal)
+            return calibrate(exit_logits, settings.goal.policy, metric=metric, **settings.goal.arguments())
     except ValueError as error:
         raise ValueError(
             f"{error} The exits are trained and saved in {out}, with a default rule: choose one with "
@@ -176,8 +179,8 @@ def _calibrate(exit_logits: ExitLogits, settings: TrainSettings, out: Path) -> E
         ) from error
 
 
-def _compare(model: PeftModel, settings: TrainSettings, rows: Dataset) -> dict[str, Any]:
-    return compare_with_checkpoint(model, local_path(settings.model), rows, settings.batch_size)
+def _compare(model: PeftModel, name: str, batch_size: int, rows: Dataset) -> dict[str, Any]:
+    return compare_with_checkpoint(model, local_path(name), rows, batch_size)
 
 
 def _latency(model: PeftModel, rows: Dataset, count: int) -> dict[str, Any] | None:

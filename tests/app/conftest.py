@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.app.callbacks import Callbacks
-from badge_peft.workflows import exit_rule, open_adapter
-from badge_peft.workflows.adapter import LOGITS
+from badge_peft.workflows.adapter import LOGITS, open_adapter
+from badge_peft.workflows.predict import exit_rule
 from tests.cli.conftest import cli, save_classifier
 from tests.early_exit.reference import REGRESSION, SINGLE
 from tests.models import shake

@@ -13,9 +13,9 @@ import pytest
 from badge_peft.app.callbacks import HINT, Callbacks
 from badge_peft.app.reader import MOST_CHARACTERS
 from badge_peft.evaluation import evaluate_policy
-from badge_peft.workflows import predict
 from badge_peft.workflows.adapter import LOGITS, stored_logits
 from badge_peft.workflows.evaluate import evaluate_adapter
+from badge_peft.workflows.predict import predict
 from badge_peft.workflows.rows import TextRows
 from tests.app.conftest import BLOCKS, Make, opened
 from tests.cli.conftest import Cli

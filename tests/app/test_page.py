@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from badge_peft.workflows import predict
+from badge_peft.workflows.predict import predict
 from tests.app.conftest import Make, opened, save_adapter
 from tests.app.test_callbacks import blocks, mistake, said, values
 from tests.cli.conftest import Cli, one_line

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from badge_peft.cli.main import make_app
+from badge_peft.cli.main import main
 from tests.models import make_model
 from tests.texts import make_tokenizer, sentences, write_csv
 
 ROWS = sentences(120)
-Result = Any  # click's in older releases of typer, typer's own in newer ones, which do without click
-Cli = Callable[..., Result]
+Cli = Callable[..., "Result"]
 
 # ending a training or a pass early is not what these tests are about
 FAST = ("--epochs", 1, "--latency", 0, "--policy", "patience")
 
 
+@dataclass
+class Result:
+    """What a run of `badge-peft` has left."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """Both."""
+        return self.stdout + self.stderr
+
+
+def invoke(*arguments: Any, input: str = "") -> Result:
+    """Runs `badge-peft` with these arguments in this process; whatever is not an error of the user's is raised."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
+        patch.setenv("COLUMNS", "200")
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
-    """Runs `badge-peft` with these arguments in this process; whatever is not an error of the user's is raised."""
-    app = make_app()
+    """`invoke`, for a command that succeeds, or `fails` with an error that the user can mend."""
 
-    def run(*arguments: Any, input: str | None = None, fails: bool = False) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
+    def run(*arguments: Any, input: str = "", fails: bool = False) -> Result:
+        result = invoke(*arguments, input=input)
         assert result.exit_code == (1 if fails else 0), result.output
         return result
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from badge_peft import collect_exit_logits, evaluate_policy, exit_scores, load_pretrained
-from badge_peft.workflows import bench_adapter, contenders, open_adapter, read_rows
-from badge_peft.workflows.bench import _take_turns
+from badge_peft.workflows import contenders
+from badge_peft.workflows.adapter import open_adapter
+from badge_peft.workflows.bench import _take_turns, bench_adapter
 from badge_peft.workflows.evaluate import encode_for
+from badge_peft.workflows.rows import read_rows
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 
 TORCH = ["stock PyTorch", "BADGE PyTorch"]

@@ -5,20 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from badge_peft import __version__
-from badge_peft.cli import COMMANDS
 from badge_peft.cli import main as cli
+from badge_peft.cli.main import COMMANDS
 from badge_peft.demo import DemoSettings, run
+from tests.cli.conftest import invoke
 from tests.texts import sentences, write_csv
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.make_app(), list(arguments), terminal_width=200)
 
 
 def test_version() -> None:
@@ -42,7 +37,7 @@ def test_help_of_the_demo_names_every_option() -> None:
 
 def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DemoSettings] = []
-    monkeypatch.setattr("badge_peft.demo.run_demo", lambda settings, say: seen.append(settings))
+    monkeypatch.setattr("badge_peft.demo.run.run_demo", lambda settings: seen.append(settings))
     assert invoke("demo").exit_code == 0
     given = ["--model", "m", "--dataset", "d", "--text-column", "t", "--label-column", "l", "--dataset-config", "c"]
     given += ["--output-dir", "o", "--epochs", "7", "--max-train", "8", "--max-eval", "9", "--max-length", "10"]
@@ -53,8 +48,8 @@ def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.Mon
         f.name: str(getattr(default, f.name)) for f in fields(default)
     }
     assert seen[1] == DemoSettings(
-        "m", "d", "t", "l", "c", Path("o"), epochs=7, max_train=8, max_eval=9, max_length=10, learning_rate=0.5,
-        max_score_drop=0.25, seed=11,
+        model="m", dataset="d", text_column="t", label_column="l", dataset_config="c", output_dir=Path("o"), epochs=7,
+        max_train=8, max_eval=9, max_length=10, learning_rate=0.5, max_score_drop=0.25, seed=11,
     )  # fmt: skip
 
 
@@ -74,7 +69,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 def test_wrong_options(option: tuple[str, str]) -> None:
     result = invoke("demo", *option)
     assert result.exit_code == 2
-    assert option[0] in result.stderr
+    assert option[0].strip("-") in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +77,14 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(run, "_read", broken)
-    assert isinstance(invoke("demo").exception, KeyError)
+    with pytest.raises(KeyError):
+        invoke("demo")
 
 
-def test_without_typer_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "typer", None)
+def test_without_cyclopts_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 1

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from badge_peft import load_pretrained
-from badge_peft.workflows import open_adapter, predict, read_texts
+from badge_peft.workflows.adapter import open_adapter
+from badge_peft.workflows.inputs import read_texts
+from badge_peft.workflows.predict import predict
 from tests.cli.conftest import ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer
 

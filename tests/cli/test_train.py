@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from badge_peft import ExitLogits, load_pretrained
-from badge_peft.cli.train import parse_blocks
-from badge_peft.workflows import TextRows, TrainSettings, open_adapter, read_rows
+from badge_peft.workflows.adapter import open_adapter
+from badge_peft.workflows.base import parse_blocks
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.equality import compare_with_checkpoint
-from badge_peft.workflows.rows import hold_out
+from badge_peft.workflows.rows import TextRows, hold_out, read_rows
+from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainingOptions
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer, write_csv
 
@@ -100,7 +101,7 @@ def test_labels_are_learned_by_the_names_of_the_model(place: Path, cli: Cli, tmp
     assert report["columns"] == {"text": "message", "text_pair": None, "label": "verdict"}
     assert "bit for bit" in told.output
     truth = {text: ("bad", "good").index(label) for text, label in ROWS}
-    rows = read_rows(renamed, label_column="verdict", training=True)
+    rows = read_rows(renamed, Columns(label_column="verdict"), training=True)
     held = hold_out(rows, 0.2, seed=0)[1]
     assert ExitLogits.load(out / "exit_logits.safetensors").labels.tolist() == [truth[t] for t in held.texts]
 
@@ -272,9 +273,18 @@ def test_blocks_are_read_from_lists_and_ranges() -> None:
     assert parse_blocks(None) is None and parse_blocks("all") is None
     assert parse_blocks("2,4,6") == [2, 4, 6]
     assert parse_blocks("0-2, 5") == [0, 1, 2, 5]
+    assert parse_blocks("1, 4-", num_blocks=6) == [1, 4, 5, 6]
 
 
-@pytest.mark.parametrize("field", [{"adapter_lr": 0.0}, {"eval_share": 1.0}, {"confidence": 1.0}, {"epochs": 0}])
-def test_settings_name_what_is_wrong(field: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("group", "field"),
+    [
+        (TrainingOptions, {"adapter_lr": 0.0}),
+        (TrainingOptions, {"epochs": 0}),
+        (TrainColumns, {"eval_share": 1.0}),
+        (Goal, {"confidence": 1.0}),
+    ],
+)
+def test_settings_name_what_is_wrong(group: type, field: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(field))}="):
-        TrainSettings("m", "d", "o", **field)  # type: ignore[arg-type]
+        group(**field)

@@ -22,8 +22,9 @@ from badge_peft import EarlyExitConfig, collect_exit_logits, multi_exit_argument
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.training import MultiExitTrainer
 from badge_peft.utils import distributed
-from badge_peft.workflows import Adapter, predict_shared
+from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.labels import LabelSet
+from badge_peft.workflows.share import predict_shared
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import checkpoint
 from tests.texts import make_tokenizer, sentences
