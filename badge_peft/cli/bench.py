@@ -46,7 +46,7 @@ def bench(
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels.
     """
-    from badge_peft.export.needs import need_onnx
+    from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter import open_adapter
     from badge_peft.workflows.bench import bench_adapter
     from badge_peft.workflows.judge import bench_summary, bench_table
@@ -54,7 +54,7 @@ def bench(
     from badge_peft.workflows.rows import read_rows
 
     if onnx:
-        need_onnx()
+        require_onnx_exporter()
     opened = open_adapter(adapter, base_model, device)
     rule = exit_rule(opened, **vars(overrides))
     found = read_rows(data, columns, usual=opened.columns)

@@ -38,13 +38,13 @@ def export(
     gets the tokenizer, the configs and a card. Needs the extra onnx: pip install 'badge-peft[onnx]'.
     """
     from badge_peft.export import export_onnx
-    from badge_peft.export.needs import need_onnx
+    from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter import open_adapter
     from badge_peft.workflows.evaluate import encode_for
     from badge_peft.workflows.predict import exit_rule
     from badge_peft.workflows.rows import read_rows
 
-    need_onnx()
+    require_onnx_exporter()
     opened = open_adapter(adapter, base_model, "cpu")
     rule = exit_rule(opened, **vars(overrides))
     examples = None if data is None else encode_for(opened, read_rows(data, columns, usual=opened.columns))
