@@ -34,7 +34,7 @@ def make_app() -> App:
         "last block.",
         version=f"badge-peft {package_version()}",
         group_parameters=Group("Options", sort_key=1),
-        default_parameter=Parameter(negative="", show_default=_shown_default),
+        default_parameter=Parameter(negative="", show_default=_shown_default, allow_repeating=True),
     )
     for number, name in enumerate(COMMANDS):
         app.command(getattr(import_module(f"badge_peft.cli.{name}"), name), name=name, sort_key=number)
