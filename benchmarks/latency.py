@@ -5,7 +5,7 @@
     python benchmarks/latency.py --resume                        # what the file does not have yet
     python benchmarks/latency.py --docs docs/results/speed.md    # measures nothing: the page from the file
 
-Results are saved as each experiment ends. `--quick` tries the benchmark itself on a tiny model in a minute.
+Results are saved as each shape ends. `--quick` tries the benchmark itself on a tiny model in a minute.
 """
 
 from __future__ import annotations

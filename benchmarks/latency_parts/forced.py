@@ -44,11 +44,14 @@ class Forced:
         size: Of both.
         stock: The base model, untouched.
         model: The PEFT model, in eval mode; its adapter's own rule is `RULE`.
+        outside: The base model without its blocks, on the same weights: embeddings, masks, pooler, head, and what a
+            call costs that computes nothing.
     """
 
     size: Size
     stock: BertForSequenceClassification
     model: Any
+    outside: BertForSequenceClassification
 
     def batch(self, exits: Sequence[int], length: int, seed: int = 0) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` [B, S] of rows that leave at `exits` (2 to M); no padding.
@@ -60,8 +63,8 @@ class Forced:
 
     def to(self, device: str) -> Forced:
         """Moves both models."""
-        self.stock.to(device)
-        self.model.to(device)
+        for model in (self.stock, self.model, self.outside):
+            model.to(device)
         return self
 
 
@@ -83,10 +86,11 @@ def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced
     base = make_base(size)
     weights = _fit(base, size, lengths)
     stock = copy.deepcopy(base) if with_stock else base
+    outside = without_blocks(base)
     config = badge_peft.BadgeConfig(train_head=False, early_exit=dict(RULE))
     model = peft.get_peft_model(base, config).eval()
     _install(model, weights)
-    return Forced(size, stock, model)
+    return Forced(size, stock, model, outside)
 
 
 def make_base(size: Size) -> BertForSequenceClassification:
@@ -103,6 +107,18 @@ def make_base(size: Size) -> BertForSequenceClassification:
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[: size.blocks + 1] *= _LOUD
     return model
+
+
+def without_blocks(model: BertForSequenceClassification) -> BertForSequenceClassification:
+    """The same weights without the blocks between embeddings and pooler."""
+    bare = shared_copy(model)
+    bare.bert.encoder.layer = torch.nn.ModuleList()
+    return bare
+
+
+def shared_copy(model: Any) -> Any:
+    """Another model on the same weights."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def make_batch(size: Size, exits: Sequence[int], length: int, seed: int = 0) -> dict[str, Tensor]:

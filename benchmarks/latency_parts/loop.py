@@ -37,23 +37,30 @@ def measure(
         settings: What is measured.
         experiments: Names in `EXPERIMENTS`.
         devices: `cpu`, `cuda`.
-        store: Takes each section as it ends.
+        store: Takes each shape of a section as it ends.
         cache: For the exported files.
-        resume: Leave out what the store has.
+        resume: Leave out the shapes that the store has.
     """
     for name in settings.sizes:
         size = _Size(settings, name, cache / name)
         for device in devices:
             for experiment in experiments:
                 key = f"{experiment}/{name}/{device}"
-                if (device == "cuda" and experiment not in ON_CUDA) or (resume and key in store.sections):
+                if device == "cuda" and experiment not in ON_CUDA:
                     continue
                 where = environment.describe(settings.threads, device)
-                start = time.perf_counter()
-                rows = size.run(experiment, device)
-                section = {"environment": where, "seconds": time.perf_counter() - start, "rows": rows}
-                store.add(key, section)
-                print(section_text(key, section), flush=True)
+                section = {"environment": where, "seconds": 0.0, "cells": [], "rows": []}
+                if resume:
+                    section = store.sections.get(key, section)
+                left = [(cell, part) for cell, part in settings.cells(experiment) if cell not in section["cells"]]
+                for cell, part in left:
+                    start = time.perf_counter()
+                    section["rows"] += size.run(part, experiment, device)
+                    section["cells"].append(cell)
+                    section["seconds"] += time.perf_counter() - start
+                    store.add(key, section)
+                if left:
+                    print(section_text(key, section), flush=True)
 
 
 def has_onnx() -> bool:
@@ -68,13 +75,13 @@ class _Size:
         self.settings, self.name, self.cache = settings, name, cache
         self._model: forced.Forced | None = None
 
-    def run(self, experiment: str, device: str) -> list[Any]:
-        """The rows of one experiment."""
+    def run(self, settings: Settings, experiment: str, device: str) -> list[Any]:
+        """The rows of one experiment, of the shapes in `settings`."""
         if experiment == "memory":
-            return memory(self.name, self.settings)
+            return memory(self.name, settings)
         if self._model is None:
             self._model = forced.build(SIZES[self.name], self.settings.lengths)
         model = self._model.to(device)
         if experiment in _TORCH:
-            return _TORCH[experiment](model, self.settings, device)
-        return _ONNX[experiment](model, self.settings, onnx_runs.Sessions(model, self.cache, self.settings.threads))
+            return _TORCH[experiment](model, settings, device)
+        return _ONNX[experiment](model, settings, onnx_runs.Sessions(model, self.cache, settings.threads))

@@ -40,15 +40,17 @@ class Sessions:
     def __init__(self, forced: Forced, folder: Path, threads: int) -> None:
         self.forced, self.folder, self.threads = forced, folder, threads
 
-    def plain(self, int8: bool = False) -> Callable[..., Any]:
-        """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]."""
+    def plain(self, int8: bool = False, blocks: bool = True) -> Callable[..., Any]:
+        """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]. Without `blocks`, what is
+        outside of them."""
         from badge_peft.export import export_full_depth
         from badge_peft.export.runtime import open_session
 
-        path = self.folder / ("plain-int8" if int8 else "plain") / "model.onnx"
+        path = self.folder / f"{'plain' if blocks else 'outside'}{'-int8' if int8 else ''}" / "model.onnx"
+        model = self.forced.stock if blocks else self.forced.outside
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._once(path.parent, lambda: export_full_depth(self.forced.stock, path, int8=int8))
+            self._once(path.parent, lambda: export_full_depth(model, path, int8=int8))
         session = open_session(path, self.threads)
         taken = [entry.name for entry in session.get_inputs()]
         return lambda **inputs: session.run(None, {name: inputs[name] for name in taken})
@@ -76,14 +78,18 @@ class Sessions:
 def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = False) -> list[Row]:
     """Batch 1: a row leaves at block k, from block 2 on (DGE cannot stop before)."""
     rows, last = [], forced.size.blocks
-    plain, early = sessions.plain(int8), sessions.early(int8)
+    plain, outside, early = sessions.plain(int8), sessions.plain(int8, blocks=False), sessions.early(int8)
     experiment = "onnx-int8" if int8 else "onnx"
     for length in settings.lengths:
         calls = {k: partial(early, **_numpy(forced.batch([k], length, seed=k))) for k in range(2, last + 1)}
         left = {k: exits_of(call()) for k, call in calls.items()}
-        base = partial(plain, **_numpy(forced.batch([last], length)))
+        inputs = _numpy(forced.batch([last], length))
         timings = against_base(
-            base, {str(k): call for k, call in calls.items()}, settings.rounds_of(experiment), settings.warmup
+            partial(plain, **inputs),
+            {str(k): call for k, call in calls.items()},
+            settings.rounds_of(experiment),
+            settings.warmup,
+            outside=partial(outside, **inputs),
         )
         for k in calls:
             against = PLAIN_INT8 if int8 else PLAIN
@@ -94,15 +100,20 @@ def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = F
 def batches(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]:
     """Rows of a batch leave at blocks 2 to M: the rows that are left are gathered (`compact`), or not."""
     rows, last = [], forced.size.blocks
-    plain = sessions.plain()
+    plain, outside = sessions.plain(), sessions.plain(blocks=False)
     models = {MIXED: sessions.early(), UNCOMPACTED: sessions.early(compact=False)}
     for count, length in settings.onnx_batches:
         wanted = spread(count, last)
         inputs = _numpy(forced.batch(wanted, length))
         calls = {name: partial(model, **inputs) for name, model in models.items()}
         left = {name: exits_of(call()) for name, call in calls.items()}
-        base = partial(plain, **inputs)
-        timings = against_base(base, calls, settings.rounds_of("onnx-batch"), settings.warmup)
+        timings = against_base(
+            partial(plain, **inputs),
+            calls,
+            settings.rounds_of("onnx-batch"),
+            settings.warmup,
+            outside=partial(outside, **inputs),
+        )
         for name in calls:
             rows.append(make_row(name, PLAIN, timings[name], last, length, wanted, left[name]))
     return rows

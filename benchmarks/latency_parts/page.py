@@ -10,7 +10,7 @@ from typing import Any
 from latency_parts.causes import TEXT as CAUSES
 from latency_parts.causes import causes
 from latency_parts.settings import EXPERIMENTS
-from latency_parts.tables import Table, markdown, megabytes, ratios, times, verdicts
+from latency_parts.tables import Table, limits, markdown, megabytes, ratios, times, verdicts
 from latency_parts.targets import judge_all
 
 _HOW = """Random weights, float32 unless int8 is named, rows without padding. Rows leave by real decisions (DGE,
@@ -20,7 +20,13 @@ block at which it left. DGE cannot stop at block 1: that row is for `fixed_depth
 
 A *ratio* is time / (share of the blocks that ran x time of the model without exits at full depth): 1.00 means that
 half of the blocks take half of the time. What is compared takes its turn in the same process, round by round; a ratio
-is the median over the rounds of the quotient within a round, with the quartiles in brackets. ONNX Runtime sessions do
+is the median over the rounds of the quotient within a round, with the quartiles in brackets.
+
+That share forgets what the model without exits pays outside of its blocks: embeddings, masks, pooler, head, and the
+call itself, which a row that leaves early pays in full. The *limit* is what a call could do with that computes k of M
+blocks, an exit for nothing and all the rest: outside of the blocks + k/M of (full depth - outside of the blocks). What
+is outside is the time of the same model with its list of blocks emptied, which takes its turn beside the full one in
+every round; a *ratio to the limit* is time / limit within a round. ONNX Runtime sessions do
 not spin (`session.intra_op.allow_spinning` = 0) and have `inter_op_num_threads` = 1: idle threads that spin take cores
 from whatever runs next, and spoil both. Int8 against stock PyTorch is measured call after call, as in a service: each
 call is made twice and the second counts. Beside it stands a call right after a pass of the stock model, whose weights
@@ -90,11 +96,11 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _tables(experiment: str, rows: list[dict[str, Any]]) -> list[Table]:
-    first = ratios(rows)
-    first[0][0] = "ratio"
+    first, limit = ratios(rows), limits(rows)
+    first[0][0], limit[0][0] = "ratio", "ratio to the limit"
     second = megabytes(rows) if experiment == "memory" else times(rows)
     second[0][0] = "peak" if experiment == "memory" else "ms: median / p95"
-    return [first, second]
+    return [first, *([limit] if limit[1] and experiment != "full-depth" else []), second]
 
 
 def _verdict_line(sections: Mapping[str, Any]) -> str:

@@ -83,6 +83,15 @@ class Settings:
         """Rounds of one experiment."""
         return dict(self.rounds)[experiment]
 
+    def cells(self, experiment: str) -> list[tuple[str, Settings]]:
+        """The shapes of one experiment, each by its name and alone: what is measured and stored at once."""
+        field = {"batch": "batches", "onnx-batch": "onnx_batches", "memory": "memory_batches"}.get(
+            experiment, "lengths"
+        )
+        shapes = getattr(self, field)
+        names = [f"S={shape}" if field == "lengths" else f"B={shape[0]}, S={shape[1]}" for shape in shapes]
+        return [(name, replace(self, **{field: (shape,)})) for name, shape in zip(names, shapes, strict=True)]
+
     def with_rounds(self, rounds: int | None) -> Settings:
         """The same with `rounds` for every experiment; None leaves them."""
         return self if rounds is None else replace(self, rounds=tuple((name, rounds) for name in EXPERIMENTS))

@@ -1,4 +1,4 @@
-"""The JSON file of the results: one section per experiment, size and device, written as soon as it is finished."""
+"""The JSON file of the results: one section per experiment, size and device, written whenever a shape is measured."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from badge_peft.utils.files import write_json
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no limit
 
 
 class Store:
-    """Sections by `experiment/size/device`; each has `environment`, `seconds` and `rows`.
+    """Sections by `experiment/size/device`; each has `environment`, `seconds`, `rows`, and `cells`, the shapes in it.
 
     Args:
         path: The file.
@@ -38,7 +38,7 @@ class Store:
         return self.data["sections"]
 
     def add(self, key: str, section: dict[str, Any]) -> None:
-        """Takes a finished section in; a reader sees the old file or the new one."""
+        """Takes a section in; a reader sees the old file or the new one."""
         self.sections[key] = section
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.data, indent=1)

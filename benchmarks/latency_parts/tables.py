@@ -23,16 +23,24 @@ def ratios(rows: Sequence[Row]) -> Table:
     return _pivot(rows, _ratio)
 
 
+def limits(rows: Sequence[Row]) -> Table:
+    """The same against the limit that can be reached; no lines where it was not measured."""
+    found = [row for row in rows if "limit_ratio" in row]
+    return _pivot(found, lambda row: _ratio(row, "limit_ratio"))
+
+
 def times(rows: Sequence[Row]) -> Table:
     """Milliseconds, median / 95th percentile; first those of what is compared with, from the same rounds."""
     header, lines = _pivot(rows, lambda row: f"{row['p50_ms']:.2f} / {row['p95_ms']:.2f}")
     columns = _columns(rows)
-    base = []
+    base, outside = [], []
     for column in columns:
         found = [row for row in rows if _column(row) == column]
         middle, slow = (sorted(row[f"base_{q}_ms"] for row in found)[len(found) // 2] for q in ("p50", "p95"))
         base.append(f"{middle:.2f} / {slow:.2f}")
-    return header, [[rows[0]["base"], *base], *lines]
+        outside += [f"{row['outside_p50_ms']:.2f}" for row in found[:1] if "outside_p50_ms" in row]
+    first = [[rows[0]["base"], *base], *([["the same without its blocks", *outside]] if outside else [])]
+    return header, [*first, *lines]
 
 
 def megabytes(rows: Sequence[Row]) -> Table:
@@ -63,8 +71,8 @@ def verdicts(found: Sequence[Verdict]) -> Table:
     return ["target", "model", "bound", "worst row measured", "result"], lines
 
 
-def _ratio(row: Row) -> str:
-    text = f"{row['ratio']:.3f} ({row['ratio_q1']:.3f}-{row['ratio_q3']:.3f})"
+def _ratio(row: Row, name: str = "ratio") -> str:
+    text = f"{row[name]:.3f} ({row[f'{name}_q1']:.3f}-{row[f'{name}_q3']:.3f})"
     if "times_faster" in row:
         text = f"{row['times_faster']:.1f}x faster; {text}"
     if row.get("as_forced") is False:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latency_parts.onnx_runs import HALF_WAY
@@ -112,6 +112,21 @@ def _leave(what: str, experiment: str, size: str, bound: float, first: int, last
     )
 
 
+def _limit(what: str, experiment: str, size: str, bound: float, *lengths: int) -> Target:
+    target = _leave(f"{what} against the limit", experiment, size, bound, 2, 12, *lengths)
+    return replace(target, value="limit_ratio")
+
+
+_LIMITS = [
+    limit
+    for what, experiment in (("PyTorch", "exits"), ("ONNX Runtime", "onnx"), ("ONNX Runtime int8", "onnx-int8"))
+    for limit in (
+        _limit(what, experiment, "BERT-base", 1.03, *_LONG),
+        _limit(what, experiment, "BERT-base", 1.06, 16),
+        _limit(what, experiment, "h384", 1.06, 16, *_LONG),
+    )
+]
+
 TARGETS = [
     *_full("BERT-base", {128: 1.02, 64: 1.03, 16: 1.06}),
     *_full("h384", {128: 1.05, 64: 1.07, 16: 1.12}),
@@ -144,5 +159,6 @@ TARGETS = [
         value="times_faster",
         at_least=True,
     ),
+    *_LIMITS,
     *(Target("peak memory at 32 rows", "memory", size, 1.05, batch=32) for size in ("BERT-base", "h384")),
 ]

@@ -31,7 +31,7 @@ def full_depth(forced: Forced, settings: Settings, device: str) -> list[Row]:
         calls = {ALL_EXITS: partial(forced.model, **batch), NONE_TAKEN: early}
         with torch.inference_mode():
             left = exits_of(early())
-            timings = _turns(partial(forced.stock, **batch), calls, settings, "full-depth", device)
+            timings = _turns(forced, batch, calls, settings, "full-depth", device)
         for name, measured in ((ALL_EXITS, None), (NONE_TAKEN, left)):
             rows.append(make_row(name, STOCK, timings[name], last, length, [last], measured, whole=True))
     return rows
@@ -50,10 +50,10 @@ def exits(forced: Forced, settings: Settings, device: str) -> list[Row]:
                 if name == FIXED or k > 1:
                     calls[f"{name} {k}"] = partial(forced.model.early_exit_forward, **batch, **rule)
                     wanted[f"{name} {k}"] = (name, k)
-        stock = partial(forced.stock, **_on(forced.batch([last], length), device))
+        whole = _on(forced.batch([last], length), device)
         with torch.inference_mode():
             left = {name: exits_of(call()) for name, call in calls.items()}
-            timings = _turns(stock, calls, settings, "exits", device)
+            timings = _turns(forced, whole, calls, settings, "exits", device)
         for name, (variant, k) in wanted.items():
             rows.append(make_row(variant, STOCK, timings[name], last, length, [k], left[name]))
     return rows
@@ -73,14 +73,18 @@ def batches(forced: Forced, settings: Settings, device: str) -> list[Row]:
         }
         with torch.inference_mode():
             left = exits_of(calls[MIXED]())
-            timings = _turns(partial(forced.stock, **batch), calls, settings, "batch", device)
+            timings = _turns(forced, batch, calls, settings, "batch", device)
         for name in calls:  # the rows need the same mean depth, whoever waits for whom
             rows.append(make_row(name, STOCK, timings[name], last, length, wanted, left))
     return rows
 
 
-def _turns(stock: Any, calls: dict[str, Any], settings: Settings, experiment: str, device: str) -> dict[str, Any]:
-    return against_base(stock, calls, settings.rounds_of(experiment), settings.warmup, device)
+def _turns(
+    forced: Forced, batch: dict[str, Any], calls: dict[str, Any], settings: Settings, experiment: str, device: str
+) -> dict[str, Any]:
+    stock, outside = partial(forced.stock, **batch), partial(forced.outside, **batch)
+    rounds = settings.rounds_of(experiment)
+    return against_base(stock, calls, rounds, settings.warmup, device, outside=outside)
 
 
 def _on(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from badge_peft.evaluation import timing
 
@@ -67,7 +68,13 @@ def test_every_experiment_is_in_the_file_and_on_the_page(file: Path, tmp_path: P
         assert f"## {title}\n" in text
     assert text.count("Not measured.") == len(EXPERIMENTS) - len(MEASURED)
     where = data["sections"]["exits/tiny/cpu"]["environment"]
+    for name in ("exits", "batch", *(["onnx", "onnx-int8", "onnx-batch"] if has_onnx() else [])):
+        for row in data["sections"][f"{name}/tiny/cpu"]["rows"]:
+            assert row["limit_ratio_q1"] <= row["limit_ratio"] <= row["limit_ratio_q3"]
+            assert 0 < row["outside_p50_ms"] < row["base_p50_ms"]
     for word in (
+        "ratio to the limit",
+        "the same without its blocks",
         "tiny model",
         where["cpu"],
         f"torch {where['versions']['torch']}",
@@ -98,10 +105,16 @@ def test_a_run_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     data = read(file)
     kept = data["sections"]["exits/tiny/cpu"]
     del data["sections"]["full-depth/tiny/cpu"]
+    batch = data["sections"]["onnx/tiny/cpu" if has_onnx() else "batch/tiny/cpu"]
+    first = [row for row in batch["rows"] if row["length"] == 8]
+    batch["rows"], batch["cells"] = list(first), batch["cells"][:1]  # as if it had been stopped behind the first shape
     copy.write_text(json.dumps(data))
     program("--quick", "--threads", 1, "--json", copy, "--resume")
     again = read(copy)["sections"]
     assert set(again) == set(read(file)["sections"]) and again["exits/tiny/cpu"] == kept
+    if has_onnx():
+        assert again["onnx/tiny/cpu"]["rows"][: len(first)] == first
+        assert again["onnx/tiny/cpu"]["cells"] == ["S=8", "S=16"]
     program("--quick", "--threads", 1, "--json", copy, "--only", "exits", "--rounds", 3)
     again = read(copy)["sections"]
     assert len(again) == len(MEASURED) and {row["rounds"] for row in again["exits/tiny/cpu"]["rows"]} == {3}
@@ -158,6 +171,38 @@ def test_a_ratio_is_to_the_share_of_the_blocks_that_ran() -> None:
     assert "! left at 6.00" in str(ratios([astray]))
     whole = make_row("x", "y", timing, blocks=12, length=16, forced=[6], measured=[6], whole=True)
     assert whole["ratio"] == pytest.approx(4 / 6)
+
+
+def test_the_limit_has_what_is_outside_of_the_blocks_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of 12 blocks of 1 s with 3 s outside of them: leaving at block 6 can take 9 s."""
+    now = 0.0
+
+    def call(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += seconds
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    calls = {str(i): call(9.0) for i in range(6)}
+    found = against_base(call(15.0), calls, rounds=3, outside=call(3.0))
+    for name in calls:
+        assert found[name].outside_seconds == pytest.approx([3.0] * 3)
+        summary = found[name].summary(0.5)
+        assert (summary["limit_ratio"], summary["ratio"]) == (pytest.approx(1.0), pytest.approx(9 / 7.5))
+        assert summary["limit_ratio_q1"] == pytest.approx(1.0) and summary["outside_p50_ms"] == pytest.approx(3000)
+    assert "limit_ratio" not in against_base(call(15.0), calls, rounds=1)["0"].summary(0.5)
+
+
+def test_outside_is_the_stock_model_without_its_blocks(forced: Forced) -> None:
+    batch = forced.batch([2, 3], 8)
+    embedded = forced.stock.bert.embeddings(batch["input_ids"])
+    wanted = forced.stock.classifier(forced.stock.bert.pooler(embedded))
+    assert torch.equal(forced.outside(**batch).logits, wanted)
+    assert {id(p) for p in forced.outside.parameters()} <= {id(p) for p in forced.model.parameters()} | {
+        id(p) for p in forced.stock.parameters()
+    }
 
 
 def row_of(ratio: float, exit: int = 6, length: int = 64, **more: Any) -> dict[str, Any]:
