@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import helper, numpy_helper
+from onnx_ir.passes.common import DeduplicateHashedInitializersPass, LiftSubgraphInitializersToMainGraphPass
 
 from badge_peft.export.chain import Chain, Insert, Stage
 from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Subgraph, quantize_trunk
-from badge_peft.export.share import share_weights
 from badge_peft.export.trace import Pieces
 
 
@@ -84,14 +85,26 @@ def _model(pieces: Pieces, decision: Decision, main: Graph, threshold: float) ->
         helper.make_tensor_value_info("logits", FLOAT, ["batch", decision.num_labels]),
         helper.make_tensor_value_info("exit_layer", INT64, ["batch"]),
     ]
-    defaults = [
-        numpy_helper.from_array(np.asarray(threshold, dtype=np.float32), "threshold"),
-        numpy_helper.from_array(np.asarray(decision.patience, dtype=np.int64), "patience"),
-    ]
-    graph = helper.make_graph(main.nodes, "badge", inputs, outputs, [*main.initializers, *defaults])
-    share_weights(graph)
+    graph = helper.make_graph(main.nodes, "badge", inputs, outputs, main.initializers)
     domains = {node.domain for node in graph.node} | {
         node.domain for top in graph.node for a in top.attribute if a.HasField("g") for node in a.g.node
     }
     opsets = [helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in sorted(domains | {""})]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="badge_peft")
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="badge_peft")
+    made = _stored_once(made)
+    made.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.asarray(threshold, dtype=np.float32), "threshold"),
+            numpy_helper.from_array(np.asarray(decision.patience, dtype=np.int64), "patience"),
+        ]
+    )
+    return made
+
+
+def _stored_once(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with all weights in the main graph, equal ones once (ALBERT runs one block M times). onnxruntime packs
+    them when it loads the file, wherever they are."""
+    made = ir.from_proto(model)
+    LiftSubgraphInitializersToMainGraphPass()(made)
+    DeduplicateHashedInitializersPass()(made)
+    return ir.to_proto(made)
