@@ -25,7 +25,7 @@ def has_compiler() -> bool:
 
 
 def measure_cell(
-    forced: Forced, rows: int, length: int, exits: Sequence[int], rounds: int, warmup: int
+    forced: Forced, rows: int, length: int, exits: Sequence[int], rounds: int, warmup: int, backend: str = "inductor"
 ) -> dict[str, Any]:
     """Compiles everything anew for one shape, and times it in turns.
 
@@ -39,6 +39,7 @@ def measure_cell(
         exits: The blocks at which they leave.
         rounds: How often everything takes its turn.
         warmup: Rounds before the first that counts.
+        backend: As `torch.compile` has it; another one than inductor tries the benchmark, and says nothing.
 
     Returns:
         `seconds` name -> [rounds], `first_call_s` name -> seconds of the call that compiles, `as_forced` whether all
@@ -47,9 +48,9 @@ def measure_cell(
     torch._dynamo.reset()
     blocks, whole, model = (shared_copy(x) for x in (forced.stock, forced.stock, forced.model))
     for layer in blocks.bert.encoder.layer:
-        layer.compile(dynamic=False)
-    whole.compile(dynamic=False)
-    badge_peft.compile_blocks(model, buckets=[length])
+        layer.compile(dynamic=False, backend=backend)
+    whole.compile(dynamic=False, backend=backend)
+    badge_peft.compile_blocks(model, buckets=[length], backend=backend)
 
     full = forced.batch([forced.size.blocks] * rows, length)
     stock = {STOCK: forced.stock, BLOCKS: blocks, WHOLE: whole, OUTSIDE: forced.outside}

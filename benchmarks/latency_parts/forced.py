@@ -84,7 +84,7 @@ def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced
     """
     torch.manual_seed(0)
     base = make_base(size)
-    weights = _fit(base, size, lengths)
+    weights = _fit(shared_copy(base), size, lengths)  # transformers leaves hooks behind where it has captured states
     stock = copy.deepcopy(base) if with_stock else base
     outside = without_blocks(base)
     config = badge_peft.BadgeConfig(train_head=False, early_exit=dict(RULE))
