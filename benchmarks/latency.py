@@ -1,6 +1,6 @@
 """What early exits cost and save on the clock: PyTorch, ONNX Runtime and int8, against the same model without exits.
 
-    python benchmarks/latency.py                                 # everything, about 20 minutes on 2 free cores
+    python benchmarks/latency.py                                 # everything, about 25 minutes on 2 free cores
     python benchmarks/latency.py --only exits,batch --sizes h384 --rounds 30
     python benchmarks/latency.py --resume                        # what the file does not have yet
     python benchmarks/latency.py --docs docs/results/speed.md    # measures nothing: the page from the file
