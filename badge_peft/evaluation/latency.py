@@ -149,7 +149,7 @@ def measure_latency(
             lambda batch: badge(**batch), read=lambda _: None, device=device, around=lambda: _mode(badge, reference)
         ),
     ]
-    with _quiet_model(badge), torch.inference_mode():
+    with _eval_mode(badge), torch.inference_mode():
         timed, full = take_turns(
             runners,
             batches,
@@ -185,7 +185,7 @@ def _batch(row: dict[str, Any], badge: BadgeModel, device: torch.device) -> dict
 
 
 @contextmanager
-def _quiet_model(badge: BadgeModel) -> Iterator[None]:
+def _eval_mode(badge: BadgeModel) -> Iterator[None]:
     """Eval mode; afterwards the mode and the trainable parameters are as before (PEFT changes the latter whenever an
     adapter is enabled)."""
     was_training = badge.training

@@ -11,10 +11,12 @@ from onnx_ir.passes.common import DeduplicateHashedInitializersPass, LiftSubgrap
 from badge_peft.export.chain import Chain, Insert, Stage
 from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Subgraph, quantize_trunk
-from badge_peft.export.trace import Pieces
+from badge_peft.export.trace import ExportedBlocks
 
 
-def assemble(pieces: Pieces, decision: Decision, hidden_size: int, *, int8: bool, compact: bool) -> onnx.ModelProto:
+def assemble(
+    pieces: ExportedBlocks, decision: Decision, hidden_size: int, *, int8: bool, compact: bool
+) -> onnx.ModelProto:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` and `patience` to the answers.
 
     The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
@@ -58,7 +60,7 @@ def assemble(pieces: Pieces, decision: Decision, hidden_size: int, *, int8: bool
     return _model(pieces, decision, main, threshold)
 
 
-def _insert(pieces: Pieces, block: int, int8: bool) -> Insert:
+def _insert(pieces: ExportedBlocks, block: int, int8: bool) -> Insert:
     """Adds the nodes of a piece, in float32 or with its trunk in int8."""
     model = pieces.models[block]
     names = [info.name for info in model.graph.input]
@@ -77,7 +79,7 @@ def _insert(pieces: Pieces, block: int, int8: bool) -> Insert:
     return insert
 
 
-def _model(pieces: Pieces, decision: Decision, main: Graph, threshold: float) -> onnx.ModelProto:
+def _model(pieces: ExportedBlocks, decision: Decision, main: Graph, threshold: float) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
     inputs.append(helper.make_tensor_value_info("threshold", FLOAT, []))
     inputs.append(helper.make_tensor_value_info("patience", INT64, []))

@@ -96,7 +96,7 @@ class OnnxExporter:
     ) -> None:
         require_onnx_exporter()
         from badge_peft.export.decisions import Decision
-        from badge_peft.export.trace import cut
+        from badge_peft.export.trace import export_blocks
 
         badge = get_badge_model(model)
         _check(badge)
@@ -110,7 +110,7 @@ class OnnxExporter:
         self.depth = next(m for i, m in enumerate(exits) if self.decision.is_last(i))
         read = {m for i, m in enumerate(exits) if self.decision.reads(i) and m <= self.depth}
         self.badge = _own_copy(badge)
-        self.pieces = cut(self.badge, read, self.depth, progress)
+        self.pieces = export_blocks(self.badge, read, self.depth, progress)
 
     def write(
         self,

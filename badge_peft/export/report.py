@@ -21,7 +21,7 @@ _TEMPLATE = Path(__file__).parent / "card_template.md"
 
 
 @dataclass
-class Changes:
+class ParityReport:
     """A file against its PyTorch model on the same rows.
 
     Args:
@@ -67,7 +67,7 @@ class OnnxExportReport:
     patience: int
     exit_layers: list[int]
     max_difference: float | None = None
-    changes: Changes | None = None
+    changes: ParityReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
@@ -76,7 +76,7 @@ class OnnxExportReport:
 
 def compare(
     badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any, batch_size: int = 1
-) -> Changes:
+) -> ParityReport:
     """Both models on `examples`, tokenized rows with or without labels.
 
     Raises:
@@ -98,7 +98,7 @@ def compare(
     kind = session.config["problem_type"]
     old, new = (np.asarray(predictions(torch.from_numpy(x), kind)) for x in (logits_before, logits))
     same = np.abs(old - new).mean() if kind == "regression" else (old == new).reshape(len(rows), -1).all(axis=1).mean()
-    changes = Changes(
+    changes = ParityReport(
         len(rows), float(same), float((exits == exits_before).mean()), float(exits.mean()), float(exits_before.mean())
     )
     if labels is not None:

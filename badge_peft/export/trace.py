@@ -26,7 +26,7 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
 @dataclass
-class Pieces:
+class ExportedBlocks:
     """A model in pieces, by block number; 0 is the embeddings.
 
     Args:
@@ -49,7 +49,7 @@ class Pieces:
 
 
 @torch.no_grad()
-def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -> Pieces:
+def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -> ExportedBlocks:
     """Exports the embeddings and the blocks 1..depth, one by one.
 
     Args:
@@ -73,7 +73,7 @@ def cut(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -
     shapes = [_moving(x, y) for x, y in zip(tensors, others, strict=True)]
 
     made = embeddings.named(a)
-    result = Pieces(
+    result = ExportedBlocks(
         list(a),
         {0: to_onnx(embeddings, {"inputs": a}, {"inputs": inputs_moving}, list(a))},
         {m: [f"shared_{i}" for i in indices] for m, indices in enumerate(places, start=1)},
@@ -122,7 +122,7 @@ def to_onnx(
     Raises:
         RuntimeError: torch cannot export it.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _no_logging():
         path = Path(folder) / "piece.onnx"
         exported = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic_shapes, strict=False)
         torch.onnx.export(
@@ -162,7 +162,7 @@ def _has_rows(tensor: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_logging() -> Iterator[None]:
     """Without the exporter's remarks on itself."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -22,7 +22,7 @@ from badge_peft.export.assemble import assemble
 from badge_peft.export.decisions import Decision
 from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.plain import FullDepthExporter
-from badge_peft.export.trace import cut
+from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, with_threshold
@@ -87,7 +87,7 @@ def test_every_backbone(case, kind):
     model = make_badge(case, learn_to_exit=True, **kind)
     badge = model.base_model
     exits = badge.exit_layers()
-    pieces = cut(badge, set(exits), exits[-1])
+    pieces = export_blocks(badge, set(exits), exits[-1])
     batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
     if case != "modernbert-cls":  # its head would read a padded position that sees nothing but padding
         batches.append(safe_batch(model, 3, 8, 3, "left"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from badge_peft.export.report import Changes, OnnxExportReport, onnx_card
+from badge_peft.export.report import OnnxExportReport, ParityReport, onnx_card
 
 REPORT = OnnxExportReport("a folder", 1000, False, "max_prob", 0.5, 1, [1, 2, 3])
 METADATA: dict[str, Any] = {
@@ -49,7 +49,7 @@ def test_without_a_tokenizer_it_takes_token_numbers() -> None:
 
 
 def test_it_says_what_int8_changed() -> None:
-    changes = Changes(8, 0.75, 0.875, 2.25, 2.5)
+    changes = ParityReport(8, 0.75, 0.875, 2.25, 2.5)
     card = onnx_card(dataclasses.replace(REPORT, int8=True, changes=changes), {**METADATA, "int8": True}, True)
     assert "the blocks' weights in int8" in card
     told = "On 8 rows, against the PyTorch model: 87.5% stop at the same block; mean exit 2.25 against 2.50"
