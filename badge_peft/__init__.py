@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.hub import load_pretrained, push_to_hub
+from badge_peft.integrations.adapters import AdaptersLibrary
 from badge_peft.model import BadgeModel
 from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
 from badge_peft.registry import register
@@ -19,6 +20,7 @@ from badge_peft.tuner.architectures import ARCHITECTURES, BlockLayout
 from badge_peft.tuner.bypass import Bypass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import MultiExitHead
+from badge_peft.tuner.extensions import register_extension
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.prepare import package_version
 
@@ -113,6 +115,7 @@ _LAZY = {
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 register(BadgeConfig, BadgeModel)
+register_extension(AdaptersLibrary())
 
 
 if not TYPE_CHECKING:  # a type checker that sees a `__getattr__` takes any name for granted

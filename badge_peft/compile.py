@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.tuner.adapters_library import active_adapters
 from badge_peft.tuner.compiled import CompiledBlocks
+from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.positions import max_positions
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
@@ -46,12 +46,7 @@ def compile_blocks(
             increasing whole numbers that the model's positions reach.
     """
     badge = get_badge_model(model)
-    foreign = active_adapters(badge.model)
-    if foreign:
-        raise ValueError(
-            f"blocks with an active adapter of the adapters library ({', '.join(sorted(foreign))}) cannot be "
-            "compiled: it looks for its setup in Python at every call. Run without compile_blocks."
-        )
+    extension_of(badge.model).check_compilable(badge.model)
     limit = longest_sequence(badge.model)
     if buckets is None:
         lengths = [n for n in BUCKETS if n <= limit] or [limit]

@@ -17,10 +17,10 @@ from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
 from badge_peft.tuner import backbone, checkpoint, lora
-from badge_peft.tuner.adapters_library import check_adapters
 from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
+from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
@@ -72,7 +72,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     def adapter_exits(self, adapter_name: str) -> AdapterExits:
         """What a call has to know of the exits of `adapter_name`."""
         config = self.config_of(adapter_name)
-        check_adapters(self.model, config)
         if config.source is not None and config.inference_mode:
             raise ValueError(
                 f"the weights of adapter {adapter_name!r} have never been loaded: "
@@ -184,6 +183,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         ignore_exit_logits(model)
+        self.extension_hooks = extension_of(model).attach(model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -253,6 +253,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             elif isinstance(module, AuxiliaryTrainingWrapper) and not full:
                 module.set_adapter([])  # PEFT would leave the adapter's trained head in the base model
         restore_output_keys(self.model)
+        for handle in self.extension_hooks:
+            handle.remove()
         super().unload()
         return super().unload()  # PEFT does not look inside of tuner layers, where a LoRA of ours is
 

@@ -19,7 +19,7 @@ from badge_peft.export.report import OnnxExportReport, compare, largest_differen
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner import lora
-from badge_peft.tuner.adapters_library import check_exportable
+from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.positions import max_positions
 from badge_peft.tuner.prepare import package_version
 from badge_peft.utils.extras import require_onnx_exporter
@@ -196,7 +196,7 @@ class OnnxExporter:
 
 
 def _check(badge: BadgeModel) -> None:
-    check_exportable(badge.model)
+    extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
     if badge.config_of().exit_type == "past_future":

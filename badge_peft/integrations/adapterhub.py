@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from badge_peft.integrations.adapterhub_source import AdapterSource, read_folder, read_model
+from badge_peft.integrations.adapters import active_adapters
 from badge_peft.model import get_badge_model
-from badge_peft.tuner.adapters_library import active_adapters
 from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout, inner_block
 from badge_peft.tuner.bypass import Bypass
 from badge_peft.tuner.config import BadgeConfig

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from badge_peft.tuner.adapters_library import adapter_of, is_prepared
+from badge_peft.integrations.adapters import adapter_of, is_prepared
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 # their names -> ours

@@ -12,8 +12,9 @@ import re
 import torch
 from torch import nn
 
-from badge_peft.tuner.adapters_library import active_adapters, adapter_of
 from badge_peft.tuner.architectures import base_name
+from badge_peft.tuner.extensions import extension_of
+from badge_peft.tuner.lora import is_lora
 from badge_peft.tuner.quantized import is_quantised
 
 VALUES = 4  # values per parameter
@@ -22,9 +23,9 @@ TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weigh
 
 
 def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[float]]:
-    """Sampled values by parameter name, as the base model names it; parameters under `skip` are left out, and those of
-    adapters of the adapters library that are not active."""
-    active = {None, *active_adapters(model)}
+    """Sampled values by parameter name, as the base model names it; parameters under `skip` are left out, and those
+    that are not part of a pass."""
+    takes_part = extension_of(model).takes_part(model)
     named = [
         (base_name(name), p)
         for name, p in model.named_parameters()
@@ -32,8 +33,8 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
         and p.dim() == 2
         and p.device.type != "meta"
         and ".badge_" not in name
-        and (".lora_" not in name or adapter_of(name) is not None)
-        and adapter_of(name) in active
+        and not is_lora(name)
+        and takes_part(name)
         and ".modules_to_save." not in name
         and not any(part in skip for part in name.split("."))
     ]

@@ -8,7 +8,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from badge_peft.tuner.adapters_library import adapter_of
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.tuner.config import BadgeConfig
@@ -141,25 +140,6 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """Not possible, as nothing is ever merged."""
         raise NotImplementedError(MERGE_ERROR)
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As every module's, but that what belongs to the adapters library is called as it would be without us: its
-        `save_adapter` picks tensors from here, and its files must fit a model without exits."""
-        found = super().state_dict(*args, prefix=prefix, **kwargs)
-        inside = f"{prefix}base_layer."
-        for key in [key for key in found if key.startswith(inside) and adapter_of(key) is not None]:
-            found[prefix + _plain(key.removeprefix(inside))] = found.pop(key)
-        return found
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # the block's own names, as they were before it was wrapped, are understood, too
-        plain = [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :].split(".")[0] not in self._modules]
-        if plain:
-            names = {_plain(name): name for name in self.base_layer.state_dict()}  # inside may be a LoRA of ours
-            for key in plain:
-                name = key.removeprefix(prefix)
-                state_dict[f"{prefix}base_layer.{names.get(name, name)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, Any]:
         # a block has no weight of its own: take its first floating-point parameter
         for parameter in base_layer.parameters():
@@ -207,11 +187,6 @@ def adapter_modules(
     if config.learn_to_exit and 1 in numbers:
         parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
     return parts
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without PEFT's wrappers."""
-    return name.replace(".base_layer.", ".")
 
 
 MERGE_ERROR = (

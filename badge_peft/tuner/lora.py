@@ -7,6 +7,7 @@ deleted and taken out.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,10 +18,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
-from badge_peft.tuner.adapters_library import adapter_of
 from badge_peft.tuner.layer import BadgeBlock
 
-_MARK = ".lora_"
+_LORA = re.compile(r"\.lora_\w+\.")
 _STAND_IN = "stand_in"  # the name of an adapter that is never used
 
 
@@ -70,7 +70,7 @@ def lora_tensors(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dic
     with torch.device("meta"):
         LoraModel(stand_ins, {_STAND_IN: bound}, _STAND_IN)
     return {
-        name.replace(f".{_STAND_IN}", ""): value for name, value in stand_ins.state_dict().items() if _MARK in name
+        name.replace(f".{_STAND_IN}", ""): value for name, value in stand_ins.state_dict().items() if is_lora(name)
     }
 
 
@@ -93,9 +93,9 @@ def delete(model: nn.Module, adapter_name: str) -> None:
 
 
 def is_lora(key: str) -> bool:
-    """Whether a parameter is of a LoRA of PEFT's, as ours are. (The adapters library has LoRAs, too: they are part of
-    the backbone.)"""
-    return _MARK in key and adapter_of(key) is None
+    """Whether a parameter is of a LoRA of PEFT's, as ours are: there, something follows the parameter's name. (In
+    other libraries' LoRAs, which are part of the backbone, nothing does.)"""
+    return _LORA.search(key) is not None
 
 
 def is_adapter_key(key: str, adapter_name: str) -> bool:

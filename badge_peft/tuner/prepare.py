@@ -9,9 +9,9 @@ from typing import cast
 
 from torch import nn
 
-from badge_peft.tuner.adapters_library import check_adapters, check_same_adapters, head_labels
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
 from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
+from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.tuner.quantized import check_trainable
@@ -64,7 +64,8 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     """
     _check_name(model, adapter_name)
     _check_devices(model)
-    check_adapters(model, config)
+    extension = extension_of(model)
+    extension.check(model, config)
     layout = get_layout(model, config.block_layout)
     names = block_names(model, layout)
     _check_saved("num_blocks", config.num_blocks, len(names))
@@ -89,7 +90,7 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
         )
     head = layout.head if config.train_head and config.final_exit == "base_head" else ()
     if config.base_fingerprint is not None:
-        check_same_adapters(model, config.base_fingerprint)
+        extension.check_saved(model, config.base_fingerprint)
         if config.backbone != "full":
             check_fingerprint(model, config.base_fingerprint)
 
@@ -153,7 +154,7 @@ def _check_devices(model: nn.Module) -> None:
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
     """Exit M needs a head for whole sequences, when it is the model's own."""
-    if config.final_exit != "base_head" or not layout.head or head_labels(model)[0] is not None:
+    if config.final_exit != "base_head" or not layout.head or extension_of(model).head_labels(model)[0] is not None:
         return
     kind = type(model).__name__
     missing = not hasattr(model, layout.head[-1])
@@ -181,7 +182,7 @@ def _check_saved(name: str, expected: int | None, found: int) -> None:
 
 
 def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
-    head, head_type = head_labels(model)
+    head, head_type = extension_of(model).head_labels(model)
     model_labels = head if head is not None else getattr(model.config, "num_labels", None)
     num_labels = config.num_labels if config.num_labels is not None else model_labels
     if num_labels is None:
