@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.positions import max_positions
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 

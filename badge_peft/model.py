@@ -23,7 +23,7 @@ from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
-from badge_peft.tuner.other_tuners import BadgeConfigs, check_no_other_tuner
+from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
 from badge_peft.tuner.saved_modules import watch_saved_modules
 

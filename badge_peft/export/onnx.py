@@ -19,8 +19,8 @@ from badge_peft.export.report import OnnxExportReport, compare, largest_differen
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner import lora
+from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.positions import max_positions
 from badge_peft.tuner.prepare import package_version
 from badge_peft.utils.extras import require_onnx_exporter
 

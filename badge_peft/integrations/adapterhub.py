@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from badge_peft.integrations.adapterhub_source import AdapterSource, read_folder, read_model
 from badge_peft.integrations.adapters import active_adapters
 from badge_peft.model import get_badge_model
-from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout, inner_block
+from badge_peft.tuner.architectures import BlockLayout, backbone_name, block_names, get_layout, hidden_size
 from badge_peft.tuner.bypass import Bypass
 from badge_peft.tuner.config import BadgeConfig
 
@@ -104,7 +104,7 @@ def _by_block(source: AdapterSource, model: nn.Module, layout: BlockLayout) -> d
                 mine[key.partition(f".adapters.{source.name}.")[2]] = tensor
                 left.pop(key, None)
         if mine:
-            found[number] = _checked(source, number, mine, _hidden_size(model, block, layout))
+            found[number] = _checked(source, number, mine, hidden_size(model, layout, block))
     if left:
         raise ValueError(f"the adapter {source.name!r} has {next(iter(left))}, which is in no block of base_model.")
     if not found:
@@ -156,8 +156,3 @@ def _fill(bypass: Bypass, tensors: dict[str, Tensor], scaling: float | str) -> N
     bypass.down.bias.copy_(down_bias)
     bypass.up.weight.copy_(up_weight * scale.to(up_weight.device)[:, None])
     bypass.up.bias.copy_(up_bias * scale.to(up_bias.device))
-
-
-def _hidden_size(model: nn.Module, block: str, layout: BlockLayout) -> int:
-    norm = inner_block(model, block).get_submodule(layout.last_norm or layout.attention_norm)
-    return int(cast(Tensor, norm.weight).shape[-1])

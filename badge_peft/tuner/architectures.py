@@ -214,6 +214,21 @@ def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
     return str(getattr(model.config, layout.pooling))
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """How many tokens the model's table of positions has room for; None where it has no table."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and MPNet count positions from behind the padding token's
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def hidden_size(model: nn.Module, layout: BlockLayout, block: str) -> int:
+    """d: the width of the states of the block called `block`."""
+    norm = inner_block(model, block).get_submodule(layout.last_norm or layout.attention_norm)
+    return int(cast(nn.Parameter, norm.weight).shape[-1])
+
+
 def _length(model: nn.Module, path: str) -> int:
     return len(cast(nn.ModuleList, model.get_submodule(path)))
 

@@ -121,7 +121,7 @@ def _ffn(block: nn.Module, layout: BlockLayout, states: Tensor, scale_weights: S
     for path in layout.ffn:
         part = block.get_submodule(path)
         first = next((p for _, p in own_parameters(part)), None)
-        if first is not None and first.is_floating_point():  # integers of a quantised layer, which casts on its own
+        if first is not None and first.is_floating_point():  # integers of a quantized layer, which casts on its own
             states = states.to(first.dtype)
         states = part(states) if scale_weights is None else _scaled(part, states, scale_weights)
     return states

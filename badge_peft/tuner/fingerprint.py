@@ -1,6 +1,6 @@
 """A small sample of the base model's weights, stored with an adapter: exits mean nothing on another backbone.
 
-The sample survives a change of precision (it is compared with a tolerance) and weights that are stored quantised (they
+The sample survives a change of precision (it is compared with a tolerance) and weights that are stored quantized (they
 are left out), and it costs a few microseconds and a few hundred bytes.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 from badge_peft.tuner.architectures import base_name
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.lora import is_lora
-from badge_peft.tuner.quantized import is_quantised
+from badge_peft.tuner.preconditions import is_quantized
 
 VALUES = 4  # values per parameter
 PARAMETERS = 8  # parameters, spread over the depth of the model; beside these the last of each kind
@@ -29,7 +29,7 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
     named = [
         (base_name(name), p)
         for name, p in model.named_parameters()
-        if not is_quantised(p)
+        if not is_quantized(p)
         and p.dim() == 2
         and p.device.type != "meta"
         and ".badge_" not in name
@@ -56,7 +56,7 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
     parameters = {base_name(name): p for name, p in model.named_parameters() if ".modules_to_save." not in name}
     for name, values in expected.items():
         parameter = parameters.get(name)
-        if parameter is None or is_quantised(parameter) or parameter.device.type == "meta":
+        if parameter is None or is_quantized(parameter) or parameter.device.type == "meta":
             continue
         found = _sample(parameter)
         if len(found) != len(values) or not all(

@@ -124,7 +124,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
     """A module of the same shape on "meta"."""
     if isinstance(module, LoraLayer):
         module = module.get_base_layer()
-    if isinstance(module, nn.Linear):  # quantised ones, too
+    if isinstance(module, nn.Linear):  # quantized ones, too
         return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
     memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()}
     return copy.deepcopy(module, memo)

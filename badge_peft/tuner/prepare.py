@@ -5,50 +5,20 @@ from __future__ import annotations
 import copy
 import re
 from importlib.metadata import PackageNotFoundError, version
-from typing import cast
 
 from torch import nn
 
-from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, inner_block
+from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
 from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
-from badge_peft.tuner.quantized import check_trainable
+from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
 
 # PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
 _PEFT_HEADS = ("classifier", "score")
 # PEFT cannot do with an empty list; no module ends in this name.
 NO_HEAD = "no_head_is_saved"
-# Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
-_OUR_NAMES = (
-    "query",
-    "key",
-    "value",
-    "output",
-    "imitate",
-    "gate",
-    "balance",
-    "badge_doubt",
-    "lora_A",
-    "lora_B",
-    "lora_dropout",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "down",
-    "up",
-    "norm",
-    "activation",
-    "linear",
-    "dense",
-    "dropout",
-    "badge_bypass",
-    "badge_exit",
-)
-# Where a config remembers the modules_to_save that it was given.
-_ASKED = "_asked_modules"
-_PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
 
 
 def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> None:
@@ -62,15 +32,15 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     Raises:
         ValueError: config and model do not fit; the message says what to do.
     """
-    _check_name(model, adapter_name)
-    _check_devices(model)
+    check_name(model, adapter_name)
+    check_devices(model)
     extension = extension_of(model)
     extension.check(model, config)
     layout = get_layout(model, config.block_layout)
     names = block_names(model, layout)
     _check_saved("num_blocks", config.num_blocks, len(names))
-    hidden_size = _hidden_size(model, layout, names)
-    _check_saved("hidden_size", config.hidden_size, hidden_size)
+    width = hidden_size(model, layout, names[0])
+    _check_saved("hidden_size", config.hidden_size, width)
     _check_head(model, config, layout)
     exits = exit_numbers(config, len(names))
     loss_weights(config.exit_weights, exits)
@@ -100,56 +70,27 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     if config.base_fingerprint is None:
         unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
         config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
-    config.num_blocks, config.hidden_size, config.target_modules = len(names), hidden_size, target
+    config.num_blocks, config.hidden_size, config.target_modules = len(names), width, target
     config.num_labels, config.problem_type = num_labels, problem_type
     config.badge_version = config.badge_version or package_version()
     config.modules_to_save = [*extra, *head] or [NO_HEAD]
 
 
 def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
-    """A copy of `config`, filled in for `model`. `config` itself stays free for another model.
+    """A copy of `config`, filled in for `model`. `config` itself stays as its owner made it, free for another model.
 
-    PEFT reads one field of the caller's object once more, `modules_to_save`, to which it has added names before: that
-    is set to what was resolved, and what was asked for is remembered beside it.
+    PEFT has added heads to the caller's `modules_to_save`, and reads it once more when the tuner is in place, to train
+    them: they are taken out of it, and stand in the copy where they are to be trained.
 
     Raises:
-        ValueError: as `prepare_config`; `config` is unchanged then.
+        ValueError: as `prepare_config`.
     """
+    names = config.modules_to_save
+    if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
+        config.modules_to_save = names[: -len(_PEFT_HEADS)] or None
     own = copy.deepcopy(config)
-    resolved, asked = own.__dict__.pop(_ASKED, (None, None))
-    if resolved is not None and (own.modules_to_save or [])[: len(resolved)] == resolved:
-        own.modules_to_save = asked
-    asked = list(own.modules_to_save or [])
     prepare_config(model, own, adapter_name)
-    config.modules_to_save = list(own.modules_to_save or [])
-    config.__dict__[_ASKED] = (list(config.modules_to_save), asked)
     return own
-
-
-def _check_name(model: nn.Module, adapter_name: str) -> None:
-    """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
-    named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
-    taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
-    if adapter_name in taken or adapter_name in (*_OUR_NAMES, *_PEFT_NAMES) or adapter_name.isdigit():
-        raise ValueError(
-            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
-            "and PEFT would confuse the two when it saves. Choose another name."
-        )
-    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"an adapter cannot be called {adapter_name!r}: torch cannot store a module under that name. Choose "
-            "another name, without a dot."
-        )
-
-
-def _check_devices(model: nn.Module) -> None:
-    """PEFT puts new modules where the weights of their block are, and on a disk there is nothing to read them back."""
-    away = [name for name, device in (getattr(model, "hf_device_map", None) or {}).items() if device == "disk"]
-    if away:
-        raise ValueError(
-            f"device_map puts {', '.join(away)} on 'disk', and an adapter cannot be put there: load the model with "
-            "device_map='cpu' or a GPU's number, and call accelerate.disk_offload on the PEFT model."
-        )
 
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
@@ -203,11 +144,6 @@ def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -
             f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(POOLINGS[1:])}: set "
             "exit_pooling in BadgeConfig."
         )
-
-
-def _hidden_size(model: nn.Module, layout: BlockLayout, names: list[str]) -> int:
-    norm = inner_block(model, names[0]).get_submodule(layout.last_norm or layout.attention_norm)
-    return int(cast(nn.Parameter, norm.weight).shape[-1])
 
 
 def _target_modules(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from badge_peft.hub import has_tokenizer
-from badge_peft.tuner.positions import max_positions
+from badge_peft.tuner.architectures import max_positions
 from badge_peft.workflows.rows import TextRows
 
 _NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30

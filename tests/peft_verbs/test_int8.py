@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from badge_peft import BadgeConfig
-from badge_peft.tuner.quantized import is_quantised
+from badge_peft.tuner.preconditions import is_quantized
 from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, trained
 from tests.peft_verbs.table import CONFIGS
 
@@ -40,21 +40,21 @@ def bitsandbytes(skip: list[str]) -> Any:
 WAYS = [torchao, torchao_dynamic, bitsandbytes]
 
 
-def quantised(path: Path, way: Any, skip: tuple[str, ...] = ("classifier",)) -> Any:
+def quantized(path: Path, way: Any, skip: tuple[str, ...] = ("classifier",)) -> Any:
     config = way(list(skip))
     if not (path / "base").exists():
         make_model(**SMALL).save_pretrained(path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(
         path / "base", quantization_config=config, device_map={"": "cpu"}
     ).eval()
-    assert sum(is_quantised(p) for p in base.parameters()) >= 18  # six in each of three blocks
+    assert sum(is_quantized(p) for p in base.parameters()) >= 18  # six in each of three blocks
     return base
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("full")])
 def test_an_adapter_of_the_full_precision_serves(way: Any, name: str, tmp_path: Path) -> None:
-    base = quantised(tmp_path, way)
+    base = quantized(tmp_path, way)
     model = trained(base=make_model(**SMALL), **CONFIGS[name])
     expected = exits_of(model, BATCH)
     model.save_pretrained(tmp_path / "adapter")
@@ -76,7 +76,7 @@ TRAINED.remove((torchao_dynamic, "lora"))
 
 @pytest.mark.parametrize(("way", "name"), TRAINED)
 def test_an_adapter_is_trained_saved_and_copied(way: Any, name: str, tmp_path: Path) -> None:
-    model = get_peft_model(quantised(tmp_path, way), BadgeConfig(**CONFIGS[name]))
+    model = get_peft_model(quantized(tmp_path, way), BadgeConfig(**CONFIGS[name]))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
     for _ in range(2):  # the first step moves W_up alone, which starts at zero
@@ -87,7 +87,7 @@ def test_an_adapter_is_trained_saved_and_copied(way: Any, name: str, tmp_path: P
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable.values())
     expected = exits_of(model.eval(), BATCH)
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(quantised(tmp_path, way), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(quantized(tmp_path, way), tmp_path / "adapter")
     assert torch.equal(exits_of(again, BATCH), expected)
     assert torch.equal(exits_of(copy.deepcopy(model), BATCH), expected)
 
@@ -96,7 +96,7 @@ def test_an_adapter_is_trained_saved_and_copied(way: Any, name: str, tmp_path: P
 @pytest.mark.parametrize("way", WAYS)
 def test_prepared_by_peft(way: Any, tmp_path: Path) -> None:
     base = prepare_model_for_kbit_training(
-        quantised(tmp_path, way), gradient_checkpointing_kwargs={"use_reentrant": False}
+        quantized(tmp_path, way), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     model = make_badge(base=base).train()
     model(**BATCH, labels=make_labels()).loss.backward()
@@ -107,14 +107,14 @@ def test_prepared_by_peft(way: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"'classifier' cannot be trained on this model: classifier.weight is quantised.*train_head=False"),
-        ({"backbone": "full"}, r"backbone='full' is not allowed.*quantised.*backbone='frozen' or 'lora'"),
+        ({}, r"'classifier' cannot be trained on this model: classifier.weight is quantized.*train_head=False"),
+        ({"backbone": "full"}, r"backbone='full' is not allowed.*quantized.*backbone='frozen' or 'lora'"),
         ({"modules_to_save": ["pooler"], "train_head": False}, r"'pooler' cannot be trained"),
     ],
     ids=str,
 )
-def test_what_is_quantised_cannot_be_trained(way: Any, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    base = quantised(tmp_path, way, skip=("none",))
+def test_what_is_quantized_cannot_be_trained(way: Any, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    base = quantized(tmp_path, way, skip=("none",))
     names = list(base.state_dict())
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, BadgeConfig(**fields))

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from badge_peft import ARCHITECTURES, BadgeConfig, BlockLayout
-from badge_peft.tuner.architectures import block_names, get_layout, head_pooling
+from badge_peft.tuner.architectures import block_names, get_layout, head_pooling, max_positions
 from tests import reference
 from tests.models import CASES, VOCAB, exits_of, make_badge, make_batch, make_model
 
@@ -130,3 +130,16 @@ def test_row_of_the_user(layout: Any, tmp_path):
     assert exits.shape == (4, 2, 2) and torch.equal(exits[:, -1], expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(exits_of(PeftModel.from_pretrained(base, tmp_path).eval(), batch), exits)
+
+
+# ---- the longest input
+
+
+@pytest.mark.parametrize(("case", "wanted"), [("bert", 40), ("roberta", 38), ("modernbert-cls", None)])
+def test_longest_input(case, wanted):
+    """RoBERTa counts from behind the padding position, ModernBERT has no table."""
+    assert max_positions(make_model(case)) == wanted
+
+
+def test_longest_input_of_a_peft_model():
+    assert max_positions(make_badge("bert")) == 40

@@ -1,4 +1,4 @@
-"""Refuses other adapters of PEFT's on a model, below ours and above: BADGE is put on plain models.
+"""What must hold of a base model before BADGE is put on it: nothing has been changed when one of these refuses.
 
 Two tuners on one model share PEFT's switches (`set_adapter`, `disable_adapter`, `unload`), its list of configs and its
 names of saved tensors. A LoRA below ours would be switched off with our adapter, taken out with it, or left out of
@@ -12,10 +12,38 @@ from typing import Any
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from badge_peft.tuner.config import is_badge
 
+# Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
+_OUR_NAMES = (
+    "query",
+    "key",
+    "value",
+    "output",
+    "imitate",
+    "gate",
+    "balance",
+    "badge_doubt",
+    "lora_A",
+    "lora_B",
+    "lora_dropout",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "down",
+    "up",
+    "norm",
+    "activation",
+    "linear",
+    "dense",
+    "dropout",
+    "badge_bypass",
+    "badge_exit",
+)
+_PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
 _MERGE = (
     "merge it into the weights first, `model = model.merge_and_unload()`, and put BADGE on the result (save that, so "
     "that both can be loaded again); or train a LoRA together with the exits, BadgeConfig(backbone='lora')"
@@ -89,3 +117,73 @@ def _kind(config: PeftConfig) -> str:
 
 def _names(kinds: dict[str, str]) -> str:
     return ", ".join(f"{name!r} ({kind})" for name, kind in kinds.items()) or "of PEFT"
+
+
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
+    named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
+    taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
+    if adapter_name in taken or adapter_name in (*_OUR_NAMES, *_PEFT_NAMES) or adapter_name.isdigit():
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
+            "and PEFT would confuse the two when it saves. Choose another name."
+        )
+    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"an adapter cannot be called {adapter_name!r}: torch cannot store a module under that name. Choose "
+            "another name, without a dot."
+        )
+
+
+def check_devices(model: nn.Module) -> None:
+    """PEFT puts new modules where the weights of their block are, and on a disk there is nothing to read them back."""
+    away = [name for name, device in (getattr(model, "hf_device_map", None) or {}).items() if device == "disk"]
+    if away:
+        raise ValueError(
+            f"device_map puts {', '.join(away)} on 'disk', and an adapter cannot be put there: load the model with "
+            "device_map='cpu' or a GPU's number, and call accelerate.disk_offload on the PEFT model."
+        )
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether `weight` holds integers: it is a tensor of them (bitsandbytes), or shows floats and has them inside
+    (torchao)."""
+    if not weight.is_floating_point():
+        return True
+    if not is_traceable_wrapper_subclass(weight):
+        return False
+    names, _ = weight.__tensor_flatten__()
+    return any(not getattr(weight, name).is_floating_point() for name in names)
+
+
+def check_trainable(model: nn.Module, modules_to_save: list[str], backbone: str) -> None:
+    """Refuses to train what is quantized, before anything is changed.
+
+    Args:
+        model: The base model.
+        modules_to_save: Ends of the names of the modules that are trained beside the exits.
+        backbone: As in `BadgeConfig`.
+
+    Raises:
+        ValueError: a weight that would be trained is quantized.
+    """
+    for name, parameter in model.named_parameters():
+        if ".badge_" in name or not is_quantized(parameter):
+            continue
+        if backbone == "full":
+            raise ValueError(
+                f"backbone='full' is not allowed on this model: {name} is quantized ({_weight_kind(parameter)}) and "
+                "cannot be trained. Use backbone='frozen' or 'lora', or load the model without quantization."
+            )
+        parts = name.split(".")[:-1]
+        for module in modules_to_save:
+            if any(part.endswith(module) for part in parts):  # as PEFT looks for them
+                raise ValueError(
+                    f"{module!r} cannot be trained on this model: {name} is quantized ({_weight_kind(parameter)}). "
+                    "Leave the head out of the quantization (llm_int8_skip_modules, modules_to_not_convert: the "
+                    "name of the module), or keep it: train_head=False, and no such name in modules_to_save."
+                )
+
+
+def _weight_kind(parameter: Tensor) -> str:
+    return f"{type(parameter).__name__} of {parameter.dtype}"
