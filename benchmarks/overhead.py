@@ -1,9 +1,10 @@
-"""What the exits cost when nobody leaves: full depth with every exit computed, against the stock model.
+"""What the exits cost when no row leaves: full depth with every exit computed, against the stock model; and what the
+fast path of exits (`badge_peft/tuner/fast_path.py`) earns against their modules.
 
 usage: python benchmarks/overhead.py [--hidden 768] [--blocks 12] [--lengths 16 64 128] [--rounds 40] [--threads 2]
 
 About a minute on 2 free cores. Random weights, batch 1, float32. Stock model and PEFT model take turns in one process;
-the ratio is the median over rounds of time / time of the same round, its quartiles beside it. Bit-equality of the
+a ratio is the median over rounds of time / time of the same round, its quartiles beside it. Bit-equality of the
 logits is checked on the way.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -21,8 +24,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import badge_peft
 from badge_peft.evaluation.timing import Runner, take_turns
+from badge_peft.tuner import layer
 
-NEVER = {"policy": "divergence", "threshold": 1e-9}  # decisions are made, and nobody leaves
+NEVER = {"policy": "divergence", "threshold": 1e-9}  # decisions are made, and no row leaves
+EARLY, MODULES = "early exit, none taken", "the same by modules"
 
 
 def main() -> None:
@@ -53,19 +58,37 @@ def main() -> None:
         calls = {
             "stock": partial(stock, **batch),
             "all exits": partial(model, **batch),
-            "early exit, none taken": partial(model.early_exit_forward, **batch, **NEVER),
+            EARLY: partial(model.early_exit_forward, **batch, **NEVER),
+            MODULES: partial(model.early_exit_forward, **batch, **NEVER),
         }
         with torch.inference_mode():
             same = torch.equal(stock(**batch).logits, model(**batch).logits)
-            runners = [Runner(lambda _, call=call: call(), read=lambda _: None) for call in calls.values()]
+            runners = [
+                Runner(
+                    lambda _, call=call: call(),
+                    read=lambda _: None,
+                    around=by_modules if name == MODULES else nullcontext,
+                )
+                for name, call in calls.items()
+            ]
             timed = take_turns(runners, [None], args.rounds)
         times = {name: np.asarray(found.seconds) for name, found in zip(calls, timed, strict=True)}
-        base = times.pop("stock")
-        line = f"S={length}: stock {np.median(base) * 1e3:.2f} ms; logits bit-equal: {same}"
-        for name, seconds in times.items():
-            q1, median, q3 = np.quantile(seconds / base, [0.25, 0.5, 0.75])
-            line += f"; {name} / stock {median:.3f} ({q1:.3f}-{q3:.3f})"
+        line = f"S={length}: stock {np.median(times['stock']) * 1e3:.2f} ms; logits bit-equal: {same}"
+        for name, base in (("all exits", "stock"), (EARLY, "stock"), (MODULES, EARLY)):
+            q1, median, q3 = np.quantile(times[name] / times[base], [0.25, 0.5, 0.75])
+            line += f"; {name} / {base} {median:.3f} ({q1:.3f}-{q3:.3f})"
         print(line)
+
+
+@contextmanager
+def by_modules() -> Iterator[None]:
+    """Inside, no exit takes the fast path."""
+    fast = layer.fast_exit
+    layer.fast_exit = lambda *args: None
+    try:
+        yield
+    finally:
+        layer.fast_exit = fast
 
 
 if __name__ == "__main__":
