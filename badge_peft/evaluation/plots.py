@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from badge_peft.evaluation.tradeoff import TradeOff
+from badge_peft.utils.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, told apart with any color vision; markers tell them apart in gray.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FIXED = "fixed_depth"
 _SHARES = ("accuracy", "f1", "acc_and_f1", "macro_f1")  # scores in [0, 1] that are read as per cent
@@ -40,14 +41,11 @@ def plot_tradeoff(
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: the sweep has no points.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install 'badge-peft[plots]'.", name=error.name
-        ) from error
+    require("plots", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
     if not tradeoff.points:
         raise ValueError("the trade-off has no points: there is nothing to draw.")
 
@@ -57,7 +55,7 @@ def plot_tradeoff(
     names = [name for name in tradeoff.names if name != FIXED]
     for i, name in enumerate(names):
         style: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
+            "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
             "markersize": 4.5,
         }
