@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.hub import load_pretrained, push_to_hub
@@ -22,7 +23,6 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import MultiExitHead
 from badge_peft.tuner.extensions import register_extension
 from badge_peft.tuner.layer import BadgeBlock
-from badge_peft.tuner.prepare import package_version
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from badge_peft.compile import compile_blocks

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from badge_peft.tuner.prepare import package_version
+from badge_peft._version import package_version
 from badge_peft.utils import distributed
 
 if TYPE_CHECKING:

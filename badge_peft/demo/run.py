@@ -14,6 +14,7 @@ import torch
 from datasets import DatasetDict
 from transformers import AutoTokenizer, set_seed
 
+from badge_peft._version import package_version
 from badge_peft.data import load_text_dataset, split_texts, tokenise
 from badge_peft.demo.packaged import DATA_PACKAGE, MODEL_PACKAGE, packaged_model, packaged_reviews
 from badge_peft.demo.report import early_exit_entry, exit_table, peak_memory_mb, summary_table
@@ -24,7 +25,6 @@ from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits, ev
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.hub import load_pretrained
-from badge_peft.tuner.prepare import package_version
 from badge_peft.utils.logs import quiet
 from badge_peft.workflows.adapter import LOGITS
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.pieces import OTHER, example_inputs
@@ -21,7 +22,6 @@ from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner import lora
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.prepare import package_version
 from badge_peft.utils.extras import require_onnx_exporter
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
+from badge_peft._version import package_version
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
 from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
 from badge_peft.tuner.extensions import extension_of
@@ -149,11 +149,3 @@ def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -
 def _target_modules(names: list[str]) -> str:
     """One regular expression for all blocks; PEFT matches it against whole module names."""
     return "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in names}))
-
-
-def package_version() -> str:
-    """The version of badge_peft that is installed."""
-    try:
-        return version("badge-peft")
-    except PackageNotFoundError:  # used from a source tree that is not installed
-        return "unknown"

@@ -15,13 +15,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
+from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.hub import load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import write_card
-from badge_peft.tuner.prepare import package_version
 from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.workflows.adapter import LOGITS, REPORT
