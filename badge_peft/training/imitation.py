@@ -11,6 +11,8 @@ from torch import Tensor
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.tuner.exits import PastFutureState
 
+NEEDS = "objective='past_future' needs BadgeConfig(exit_type='past_future', final_exit='exit')."
+
 
 class ImitationPass(EarlyExitPass):
     """A full-depth pass whose output has `imitation_loss`."""
@@ -33,7 +35,7 @@ def imitation_loss(state: PastFutureState) -> Tensor:
         ValueError: the exits predict nothing.
     """
     if not state.predictions:
-        raise ValueError("objective='past_future' needs BadgeConfig(exit_type='past_future', final_exit='exit').")
+        raise ValueError(NEEDS)
     per_exit: dict[int, list[Tensor]] = {}
     for (i, j), prediction in state.predictions.items():
         per_exit.setdefault(i, []).append(1 - F.cosine_similarity(prediction, state.vectors[j].detach(), dim=-1))

@@ -13,7 +13,8 @@ from badge_peft.early_exit.full_depth import sum_losses
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.imitation import ImitationPass
+from badge_peft.training.imitation import NEEDS, ImitationPass
+from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import exit_loss, loss_weights
 from badge_peft.utils.checks import check_number, one_of
 
@@ -73,8 +74,12 @@ class Objective:
         kept = [(x, w) for x, w in zip(losses, weights, strict=True) if x is not None]
         return sum_losses([x for x, _ in kept], [w for _, w in kept])
 
-    def check(self, exits: list[int]) -> None:
-        """Refuses a model whose exits (block numbers) it cannot train.
+    def check(self, config: BadgeConfig, exits: list[int]) -> None:
+        """Refuses an adapter that it cannot train.
+
+        Args:
+            config: The adapter's.
+            exits: Block numbers of its exits.
 
         Raises:
             ValueError: saying why.
@@ -85,8 +90,8 @@ class Objective:
         """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
         return False
 
-    def judges(self, number: int) -> bool:
-        """Whether learning to exit (LTE) is taught at exit `number`: where this objective trains the exit."""
+    def trains_lte_at(self, number: int) -> bool:
+        """Whether learning to exit (LTE) is trained at exit `number`: where this objective trains the exit."""
         return True
 
     def exit(self, step: Step, index: int) -> Tensor | None:
@@ -139,6 +144,12 @@ class PastFuture(Objective):
         assert step.output.imitation_loss is not None  # by its pass
         return (classify + step.output.imitation_loss.mean()) / 2
 
+    def check(self, config: BadgeConfig, exits: list[int]) -> None:
+        """Its exits must predict states."""
+        if config.exit_type != "past_future":
+            raise ValueError(NEEDS)
+        super().check(config, exits)
+
 
 @dataclass
 class SingleExit(Objective):
@@ -152,19 +163,22 @@ class SingleExit(Objective):
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
-        self.check(step.exits)
-        return step.loss(step.exits.index(self.depth))
+        return step.loss(self._index(step.exits))
 
-    def check(self, exits: list[int]) -> None:
+    def check(self, config: BadgeConfig, exits: list[int]) -> None:
         """Its exit must be one of them; other exits have no weight."""
+        self._index(exits)
+
+    def _index(self, exits: list[int]) -> int:
         if self.depth not in exits:
             raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {exits}.")
+        return exits.index(self.depth)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
         """Where it is exit M."""
         return self.depth == exits[-1]
 
-    def judges(self, number: int) -> bool:
+    def trains_lte_at(self, number: int) -> bool:
         """At this exit alone: the loss of LTE reaches the bypass of every exit that it judges."""
         return number == self.depth
 

@@ -33,11 +33,6 @@ class Stage:
     earlier_exits: bool | None = None
     metric: str | None = None
 
-    @property
-    def frozen_teacher(self) -> bool:
-        """Whether all that its exits read stays as it is, so that it need not run in training mode."""
-        return self.earlier_exits is True
-
     def path(self, args: MultiExitTrainingArguments) -> str:
         """Its folder."""
         return str(Path(str(args.output_dir), self.folder))
@@ -75,6 +70,15 @@ class Stage:
         finally:
             for parameter in others:
                 parameter.requires_grad = True
+
+    def set_modes(self, model: nn.Module) -> None:
+        """Where all that the exits read is frozen, it is in evaluation mode: a teacher without dropout gives the same
+        answer every time."""
+        if self.earlier_exits is not True:
+            return
+        training = model.training
+        for name, module in model.named_modules():
+            module.training = training and ".badge_" in name
 
 
 def make_stages(

@@ -92,7 +92,7 @@ class MultiExitTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
         self._choose_metric()
-        self._stages()[0].objective.check(self.exits)
+        self.exit_objective.check(self.badge.config_of(), self.exits)
         self.add_callback(EarlyStopping())
 
     @property
@@ -115,10 +115,6 @@ class MultiExitTrainer(Trainer):
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-    @property
-    def _quiet_backbone(self) -> bool:
-        return self._stage is not None and self._stage.frozen_teacher
 
     def _stages(self) -> list[Stage]:
         return make_stages(self.args, self.badge.config_of().exit_weights, self._own_objective)
@@ -144,8 +140,8 @@ class MultiExitTrainer(Trainer):
         labels = inputs.get("labels")
         if labels is not None:
             self.badge.check_labels(labels, count_rows(**features))
-        if self._quiet_backbone:
-            self._silence(model)
+        if self._stage is not None:
+            self._stage.set_modes(model)
         outputs = model(**features, exit_pass=self.exit_objective.exit_pass)
         problem_type = self.badge.config_of().resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
@@ -153,7 +149,9 @@ class MultiExitTrainer(Trainer):
         if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
             uncertainty = dict(zip(self.exits, outputs.exit_uncertainty.unbind(dim=1), strict=True))
             taught = {
-                m: u for m, u in uncertainty.items() if self._has_uncertainty(m) and self.exit_objective.judges(m)
+                m: u
+                for m, u in uncertainty.items()
+                if self._has_uncertainty(m) and self.exit_objective.trains_lte_at(m)
             }
             if taught:
                 loss = loss + doubt_loss(taught, dict(zip(self.exits, logits, strict=True)), labels, problem_type)
@@ -214,7 +212,7 @@ class MultiExitTrainer(Trainer):
         ):
             stages = stages[1:]
         for stage in stages:
-            stage.objective.check(exits)
+            stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
         for stage in stages:
             resume = stage.resume(self.args, resume_from_checkpoint)
@@ -242,12 +240,6 @@ class MultiExitTrainer(Trainer):
                 yield
         finally:
             self.args, self._stage = args, None
-
-    def _silence(self, model: nn.Module) -> None:
-        """Evaluation mode for all but the exits: a frozen teacher gives the same answer every time."""
-        training = model.training
-        for name, module in model.named_modules():
-            module.training = training and ".badge_" in name
 
     # ---------------------------------------------------------------------------------------------------------- scores
 

@@ -75,6 +75,7 @@ def test_a_wrong_value_is_refused_when_it_is_given(values, message, tmp_path) ->
             {"objective": "single_exit", "depth": 7},
             r"depth=7 is not allowed: the model has exits at blocks \[1, 2, 3\]",
         ),
+        ({"objective": "past_future"}, r"needs BadgeConfig\(exit_type='past_future', final_exit='exit'\)"),
         ({"exit_weights": [1.0, 2.0]}, r"exit_weights has 2 numbers, but there are 3 exits, at blocks \[1, 2, 3\]"),
     ],
     ids=str,

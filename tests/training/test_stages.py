@@ -1,0 +1,103 @@
+"""Stages: which an objective has, in which folders, and which parameters each trains."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from badge_peft.training import MultiExitTrainingArguments
+from badge_peft.training.objectives import (
+    Alternating,
+    EarlierExits,
+    FinalExit,
+    GradientEquilibrium,
+    Objective,
+    PastFuture,
+    SingleExit,
+)
+from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
+
+from .runs import make
+
+
+def arguments(tmp_path, **values) -> MultiExitTrainingArguments:
+    return MultiExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **values)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("joint", [Objective]),
+        ("two_stage", [FinalExit, EarlierExits]),
+        ("alternating", [Alternating]),
+        ("gradient_equilibrium", [GradientEquilibrium]),
+        ("past_future", [PastFuture]),
+        ("single_exit", [SingleExit]),
+    ],
+)
+def test_stages_of_an_objective(name, kinds, tmp_path) -> None:
+    args = arguments(tmp_path, objective=name, depth=2, distillation=0.25, distillation_temperature=3.0)
+    stages = make_stages(args, "linear")
+    assert [type(stage.objective) for stage in stages] == kinds
+    for stage in stages:
+        assert (stage.objective.distillation, stage.objective.temperature) == (0.25, 3.0)
+        assert stage.objective.weights == (None if name == "past_future" else "linear")  # GPF has its own
+    args.exit_weights = [1.0, 2.0, 3.0]
+    assert make_stages(args, "linear")[-1].objective.weights == [1.0, 2.0, 3.0]
+    own = FinalExit()
+    assert [stage.objective for stage in make_stages(args, "linear", own)] == [own]
+
+
+def test_arguments_of_a_stage_are_a_copy(tmp_path) -> None:
+    args = arguments(
+        tmp_path / "home", objective="two_stage", load_best_model_at_end=True, eval_strategy="epoch",
+        save_strategy="epoch", metric_for_best_model="s_avg", greater_is_better=True,
+    )  # fmt: skip
+    first, second = make_stages(args, "uniform")
+    found = [(own.output_dir, own.metric_for_best_model) for own in (first.arguments(args), second.arguments(args))]
+    home = str(tmp_path / "home")
+    assert found == [(f"{home}/stage1", "final"), (f"{home}/stage2", "s_avg")]
+    assert (args.output_dir, args.metric_for_best_model) == (home, "s_avg")
+    args.load_best_model_at_end = False
+    assert first.arguments(args).metric_for_best_model == "s_avg"  # nothing is chosen by it
+    assert Stage(Objective()).arguments(args) is args
+
+
+def test_what_a_stage_resumes_from(tmp_path) -> None:
+    args = arguments(tmp_path, objective="two_stage")
+    first, _ = make_stages(args, "uniform")
+    assert first.resume(args, True) is None and not first.has_checkpoint(args)
+    assert first.resume(args, "a folder") == "a folder"
+    assert Stage(Objective()).resume(args, True) is True  # Trainer says that there is none
+    (tmp_path / "stage1" / "checkpoint-3").mkdir(parents=True)
+    assert first.resume(args, True) is True and first.has_checkpoint(args)
+
+
+@pytest.mark.parametrize("fields", [{"backbone": "full"}, {"final_exit": "exit", "learn_to_exit": True}], ids=str)
+def test_a_stage_trains_its_parameters_and_leaves_no_trace(fields, tmp_path) -> None:
+    model = make(**fields)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    first, second = make_stages(arguments(tmp_path, objective="two_stage"), "uniform")
+    parts = []
+    for stage in (first, second, Stage(Objective())):
+        with pytest.raises(KeyboardInterrupt), stage.selected(model, 3):
+            parts.append({name for name, p in model.named_parameters() if p.requires_grad})
+            raise KeyboardInterrupt
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert parts[0] | parts[1] == parts[2] == trainable and not parts[0] & parts[1]
+    assert parts[1] == {name for name in trainable if is_earlier_exit(name, 3)}
+    assert any(".badge_" in name for name in parts[0]) == (fields.get("final_exit") == "exit")
+
+
+def test_only_the_exits_of_a_frozen_teacher_are_in_training_mode(tmp_path) -> None:
+    first, second = make_stages(arguments(tmp_path, objective="two_stage"), "uniform")
+    model = make()
+    for stage, training in ((first, {True}), (second, {False})):
+        model.train()
+        stage.set_modes(model)
+        of = {name: module.training for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+        assert {mode for name, mode in of.items() if ".badge_" not in name} == training
+        assert {module.training for name, module in model.named_modules() if ".badge_" in name} == {True}
+    model.eval()
+    second.set_modes(model)
+    assert not any(module.training for module in model.modules())
