@@ -207,6 +207,17 @@ VERBS: list[Verb] = [
     offloaded_to_disk,
 ]
 
+# One of each sort: what they do to backbones and kinds of adapters differs.
+REPRESENTATIVES: list[Verb] = [
+    from_pretrained,
+    low_cpu_mem_usage,
+    beside_another,
+    state_dicts,
+    deepcopy,
+    unloaded_and_loaded,
+    offloaded_to_cpu,
+]
+
 # Weights that were never copied lie where the file put them, and kernels for another alignment may round otherwise.
 LOW = (low_cpu_mem_usage, beside_another_low)
 

@@ -1,4 +1,8 @@
-"""Every verb that should change no answer, on every backbone and with every kind of adapter."""
+"""Every verb that should change no answer; each backbone and each kind of adapter with a verb of every sort.
+
+A verb sees a backbone only through `BadgeBlock`, and a kind of adapter only through its names and tensors. So each
+verb is tried on one model, and backbones and kinds of adapters, in changing pairs, with the representatives.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,27 @@ import torch
 
 from badge_peft import EarlyExitConfig
 from tests.models import make_batch, trained
-from tests.peft_verbs.table import ARCHITECTURES, CONFIGS, EARLY, LOW, OFFLOADED, SECOND, VERBS, Verb, beside_another
+from tests.peft_verbs.table import (
+    ARCHITECTURES,
+    CONFIGS,
+    EARLY,
+    LOW,
+    OFFLOADED,
+    REPRESENTATIVES,
+    SECOND,
+    VERBS,
+    Verb,
+    beside_another,
+)
 
-EACH = [(verb, case, "block") for verb in VERBS for case in ARCHITECTURES]
-EACH += [(verb, "bert", name) for verb in VERBS for name in CONFIGS if name != "block"]
+EACH = [(verb, "bert", "block") for verb in VERBS]
+EACH += [(verb, case, "block") for verb in REPRESENTATIVES for case in ARCHITECTURES if case != "bert"]
+EACH += [
+    (verb, ARCHITECTURES[(turn + i) % len(ARCHITECTURES)], name)
+    for turn, verb in enumerate(REPRESENTATIVES)
+    for i, name in enumerate(CONFIGS)
+    if name != "block"
+]
 EACH = [
     (verb, case, name)
     for verb, case, name in EACH
