@@ -181,10 +181,15 @@ LIVE = {
 }
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "exits"])
-@pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=only_4) if k.endswith("transformers") else k for k in LIVE if k != "badge"]
+    ("kind", "backbone", "adapter_name"),
+    [
+        pytest.param(
+            kind, backbone, ("default", "exits")[i % 2], marks=only_4 if kind.endswith("transformers") else ()
+        )
+        for i, kind in enumerate(kind for kind in LIVE if kind != "badge")
+        for backbone in (("frozen", "lora", "full") if kind in ("peft-model", "injected") else ("frozen",))
+    ],
 )
 def test_a_live_adapter_is_refused_and_stays_as_it_is(kind, backbone, adapter_name, tmp_path):
     build, message = LIVE[kind]

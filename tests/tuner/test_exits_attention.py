@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from badge_peft.tuner.exits import AttentionExit
 from badge_peft.tuner.pooling import Pooling
 from tests import reference
-from tests.models import BLOCKS, CASES, exits_of, make_badge, make_batch, make_labels, make_model
-from tests.thresholds import in_a_gap
+from tests.models import BLOCKS, make_badge, make_batch, make_labels
 
 POOLINGS = ("cls", "mean", "last")
 B, S, K = 4, 6, 3
@@ -132,34 +131,6 @@ def test_number_of_parameters(num_labels):
 
 
 # ---------------------------------------------------------------------------------------------------------- in a model
-
-
-@pytest.mark.parametrize("placement", ["block", "mhsa", "none"])
-@pytest.mark.parametrize("case", CASES)
-def test_exits_of_a_model(case, placement):
-    """Bypass and LN' at every position, then attention over the real ones."""
-    base = make_model(case).double()
-    model = make_badge(case, base=make_model(case).double(), exit_type="mha", placement=placement, final_exit="exit")
-    config = model.peft_config["default"]
-    for kind, side in (("cls", "right"), ("mean", "right"), ("last", "left")):
-        config.exit_pooling = kind
-        batch = make_batch(side=side)
-        with torch.no_grad():
-            expected = reference.all_logits(base, config, reference.own_weights(model), batch, kind)
-        torch.testing.assert_close(exits_of(model, batch), torch.stack(expected, dim=1), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", POOLINGS)
-@pytest.mark.parametrize("case", CASES)
-def test_early_exit(case, kind):
-    model = make_badge(case, exit_type="mha", exit_pooling=kind, final_exit="exit", exit_layers=[0, 1, 2, 3]).double()
-    batch, numbers = make_batch(rows=9, seed=5), model.base_model.exit_layers()
-    full = exits_of(model, batch)
-    rule = in_a_gap({"policy": "max_prob"}, full, numbers)
-    out = model.early_exit_forward(**batch, early_exit_config=rule)
-    assert len(out.exit_layer.unique()) >= 2
-    index = torch.tensor([numbers.index(m) for m in out.exit_layer.tolist()])
-    torch.testing.assert_close(out.logits, full[torch.arange(9), index], rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_reach_every_part():

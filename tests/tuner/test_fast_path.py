@@ -12,7 +12,7 @@ from badge_peft.early_exit.full_depth import FullDepthReader
 from badge_peft.tuner import layer
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
 from badge_peft.tuner.fast_path import fast_exit
-from tests.models import CASES, blocks_of, make_badge, make_batch
+from tests.models import blocks_of, make_badge, make_batch
 from tests.passes import full_depth
 
 
@@ -46,7 +46,7 @@ def count(model, batch, grad=False):
 GRID = list(itertools.product(("block", "ffn", "none"), ("linear", "pooled"), ("cls", "mean", "last")))
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("case", ["bert", "albert", "deberta-v2", "modernbert-mean"])  # post-LN, shared, odd, pre-LN
 @pytest.mark.parametrize(("placement", "exit_type", "pooling"), GRID)
 def test_it_is_the_modules_to_the_last_bit(case, placement, exit_type, pooling):
     turn = GRID.index((placement, exit_type, pooling))

@@ -12,6 +12,7 @@ from badge_peft import BadgeConfig, Bypass
 from badge_peft.tuner.config import ACTIVATIONS
 from badge_peft.tuner.context import current_pass
 from tests import reference
+from tests.design import pairs
 from tests.models import (
     BLOCKS,
     CASES,
@@ -59,8 +60,8 @@ def test_exits_are_those_of_eq_1_and_2(case, norm, placement):
 
 
 @pytest.mark.parametrize(
-    ("case", "pooling", "exit_type", "placement"),
-    list(itertools.product(("bert", "albert", "modernbert-mean"), POOLINGS, ("linear", "pooled", "mha"), PLACEMENTS)),
+    ("case", "placement", "pooling", "exit_type"),
+    pairs(CASES, PLACEMENTS, POOLINGS, ("linear", "pooled", "mha")),
 )
 def test_poolings_and_exit_types(case, pooling, exit_type, placement):
     compare(case, pooling, exit_type=exit_type, placement=placement)
@@ -91,9 +92,7 @@ def test_feed_forward_in_chunks(pooling, placement):
     torch.testing.assert_close(exits_of(model, batch), torch.stack(expected, dim=1), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("placement", ["block", "ffn", "mhsa"])
-@pytest.mark.parametrize("norm", ["own", "shared"])
+@pytest.mark.parametrize(("case", "placement", "norm"), pairs(CASES, ("block", "ffn", "mhsa"), ("own", "shared")))
 def test_at_initialisation_a_bypass_adds_nothing(case, placement, norm):
     """W_up starts at zero and LN' as a copy, so the exits are those of a model without bypasses."""
     batch = make_batch()
