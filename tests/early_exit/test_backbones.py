@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from badge_peft.early_exit.policies import build_policy
+from tests.design import pairs
 from tests.models import CASES, LABELS, exits_of, make_badge, make_batch, make_model
 
 from .rules import MARGIN, RULES, answers, labels_are_safe, mixed_rule, with_threshold
 
 BLOCKS = 6  # of every model but one
-GRID = list(itertools.product(("block", "ffn", "mhsa", "none"), ("cls", "mean", "last"), ("base_head", "exit")))
+FACTORS = (("block", "ffn", "mhsa", "none"), ("cls", "mean", "last"), ("base_head", "exit"))
+OTHERS = (*FACTORS[:2], FACTORS[2][::-1])  # the rows that `pairs` of FACTORS lacks
+GRID = list(itertools.product(*FACTORS))
 EXIT_LAYERS = [None, [0, 1, 2, 3, 4, 5], [0, 2, 5], [1, 3, 4, 5], [0, 5], [5]]
 EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
 
@@ -77,8 +80,10 @@ class BlockRows:
         self.rows.clear()
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize(("placement", "pooling", "final_exit"), GRID)
+@pytest.mark.parametrize(
+    ("case", "placement", "pooling", "final_exit"),
+    [(case, *row) for i, case in enumerate(sorted(CASES)) for row in pairs(*(FACTORS if i % 2 else OTHERS))],
+)
 def test_live_is_replay(case, placement, pooling, final_exit):
     turn = GRID.index((placement, pooling, final_exit)) + sorted(CASES).index(case)
     exit_type = EXIT_TYPES[turn % (4 if final_exit == "exit" else 3)]
@@ -102,15 +107,17 @@ def test_live_is_replay(case, placement, pooling, final_exit):
         blocks.check(out.exit_layer)
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+KINDS = [
+    ("block", "auto", "base_head", "linear", "eager"),
+    ("ffn", "mean", "base_head", "mha", None),
+    ("mhsa", "last", "exit", "past_future", "eager"),
+    ("none", "cls", "exit", "pooled", None),
+]
+
+
 @pytest.mark.parametrize(
-    ("placement", "pooling", "final_exit", "exit_type", "attention"),
-    [
-        ("block", "auto", "base_head", "linear", "eager"),
-        ("ffn", "mean", "base_head", "mha", None),
-        ("mhsa", "last", "exit", "past_future", "eager"),
-        ("none", "cls", "exit", "pooled", None),
-    ],
+    ("case", "placement", "pooling", "final_exit", "exit_type", "attention"),
+    [(case, *KINDS[(i + more) % 4]) for i, case in enumerate(sorted(CASES)) for more in (0, 1)],
 )
 def test_a_batch_is_each_row_alone(case, placement, pooling, final_exit, exit_type, attention):
     """In float64, so that a difference that is no rounding has nowhere to hide. Each row is asked with its padding and

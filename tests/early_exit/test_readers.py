@@ -168,7 +168,7 @@ def warm_up(model, logits, exits):
 
 @pytest.mark.parametrize("name", ON_LOGITS)
 @pytest.mark.parametrize("final_exit", ["exit", "base_head"])
-@pytest.mark.parametrize("rows", range(1, 18))
+@pytest.mark.parametrize("rows", [1, 2, 17])
 def test_every_policy_at_every_batch_size(rows, final_exit, name):
     exits = EXITS[1]
     model = table_model(5, SINGLE, exits, BLOCKS, final_exit)

@@ -8,6 +8,7 @@ import transformers
 
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.architectures import ARCHITECTURES
+from tests.design import pairs
 from tests.models import CASES, PAD, VOCAB, exits_of, make_badge, make_model
 
 from .rules import answers, mixed_rule
@@ -74,9 +75,9 @@ def cases_with_mixed_exits(model, lengths, wanted=3):
     assert found
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("case", "pooling", "attention"), pairs(sorted(CASES), ("cls", "mean", "last"), ("sdpa", "eager"))
+)
 def test_the_same_answers_from_shorter_states(case, pooling, attention):
     kind = ("linear", "mha", "past_future")[(sorted(CASES).index(case) + len(pooling)) % 3]
     final = "exit" if kind == "past_future" else "base_head"
