@@ -8,9 +8,11 @@ from typing import Any
 
 import peft
 
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.text import set_fields
+
 START, END = "<!-- badge_peft:start -->", "<!-- badge_peft:end -->"
 _PAPER = "https://doi.org/10.18653/v1/2023.acl-industry.48"
-_RULE = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth", "normalize")
 SHARES = ("accuracy", "f1", "acc_and_f1", "macro_f1")  # read as per cent
 
 
@@ -87,10 +89,8 @@ def _how_it_stops(rule: dict[str, Any]) -> str:
         return (
             "## How it stops\n\nNo rule is saved: `divergence` with its default threshold, unless the call says more."
         )
-    shown = [name for name in _RULE if rule.get(name) not in (None, False)]
-    if rule.get("policy") != "divergence":
-        shown = [name for name in shown if name not in ("divergence", "window")]
-    rows = [(f"`{name}`", f"`{rule[name]:.6g}`" if _number(rule[name]) else f"`{rule[name]}`") for name in shown]
+    shown = set_fields(EarlyExitConfig.of(rule))
+    rows = [(f"`{name}`", f"`{value:.6g}`" if _number(value) else f"`{value}`") for name, value in shown.items()]
     text = f"## How it stops\n\n{_table(('field', 'value'), rows)}"
     found = rule.get("calibration")
     if not found:

@@ -6,13 +6,14 @@ from typing import Any
 
 from badge_peft.app import html
 from badge_peft.app.explain import explain
-from badge_peft.app.knobs import knobs, spelled_out, turned
+from badge_peft.app.knobs import knobs, turned
 from badge_peft.app.reader import Reader
 from badge_peft.app.tradeoff import TradeOffView
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.text import describe
 from badge_peft.model import get_badge_model
 from badge_peft.workflows.adapter import Adapter
-from badge_peft.workflows.measure import describe
 
 HINT = "Type a text and press Answer: each exit is shown as it comes, and where the rule stops."
 
@@ -32,7 +33,7 @@ class Callbacks:
     def __init__(self, adapter: Adapter, folder: str, rule: EarlyExitConfig) -> None:
         labels = adapter.labels
         self.adapter, self.folder = adapter, folder
-        self.rule = spelled_out(rule, len(labels.names), labels.problem_type)
+        self.rule = build_policy(rule).resolve(len(labels.names), labels.problem_type)
         self.reader = Reader(adapter)
         self.tradeoff = TradeOffView(folder, self.rule)
         exits = get_badge_model(adapter.model).exit_layers()
@@ -70,6 +71,6 @@ class Callbacks:
     def describe(self, *values: Any) -> str:
         """The rule in a line."""
         try:
-            return describe(turned(self.rule, self.knobs, values).to_dict())
+            return describe(turned(self.rule, self.knobs, values))
         except ValueError as error:
             return str(error)

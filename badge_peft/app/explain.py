@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from badge_peft.app.evidence import Evidence, evidence
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
+from badge_peft.early_exit.policies.evidence import Evidence
 from badge_peft.model import get_badge_model
+from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
 
@@ -50,7 +51,8 @@ class ExitStep:
         block: Its number; 0 is the exit on the embeddings.
         logits: [K] float32.
         probabilities: [K], of the labels (multi-label: of each by itself); None for regression.
-        evidence: What the rule looked at; None where it looks at nothing.
+        evidence: What the rule looked at; None where it looks at no number.
+        why: What decides here: `cnt = 1 ≥ t = 1`.
         may_stop: Whether the rule decides here: not before `min_exit`, nor between every `decide_every`-th exit.
         always: Whether every row that comes here stops, whatever the logits: the last exit, or `max_exit`.
         stops: Whether the row would stop here, had it come so far.
@@ -62,6 +64,7 @@ class ExitStep:
     logits: Array
     probabilities: Array | None
     evidence: Evidence | None
+    why: str
     may_stop: bool
     always: bool
     stops: bool
@@ -76,12 +79,14 @@ class Explanation:
     Args:
         steps: One per exit, shallow to deep.
         rule: How it stops.
+        reason: Why it stopped where it did, in a sentence.
         num_blocks: M.
         problem_type: As transformers has it.
     """
 
     steps: tuple[ExitStep, ...]
     rule: EarlyExitConfig
+    reason: str
     num_blocks: int
     problem_type: str
 
@@ -147,28 +152,24 @@ def explain(reading: Reading, rule: EarlyExitConfig | dict[str, Any] | None = No
     for j in range(len(exits)):
         reached = not any(step.answers for step in steps)
         steps.append(_step(policy, history, j, reached))
-    return Explanation(tuple(steps), policy.config, reading.num_blocks, kind)
+    j = next(j for j, step in enumerate(steps) if step.answers)
+    reason = policy.sentence(exits, j, steps[j].evidence, kind)
+    return Explanation(tuple(steps), policy.config, reason, reading.num_blocks, kind)
 
 
 def _step(policy: ExitPolicy, history: ExitHistory, j: int, reached: bool) -> ExitStep:
     stops = bool(policy.stops(history, j)[0])
     logits = history.logits[j, 0].copy()
+    evidence = policy.evidence(history, j)
     return ExitStep(
         block=history.exits[j],
         logits=logits,
-        probabilities=probabilities(logits, history.problem_type),
-        evidence=evidence(policy, history, j),
+        probabilities=problem_of(history.problem_type).probabilities(logits),
+        evidence=evidence,
+        why=policy.why(history.exits, j, evidence),
         may_stop=policy.can_exit(history.exits, j),
         always=policy.is_final(history.exits, j),
         stops=stops,
         answers=stops and reached,
         reached=reached,
     )
-
-
-def probabilities(logits: Array, problem_type: str) -> Array | None:
-    """[K] logits to [K] probabilities, of one label or of each; None for regression."""
-    if problem_type == "regression":
-        return None
-    x = torch.from_numpy(logits)
-    return (x.sigmoid() if problem_type == "multi_label_classification" else x.softmax(-1)).numpy()

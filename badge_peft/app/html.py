@@ -9,9 +9,10 @@ from html import escape
 import numpy as np
 
 from badge_peft.app import words
-from badge_peft.app.evidence import Evidence
 from badge_peft.app.explain import ExitStep, Explanation
 from badge_peft.app.style import STYLE
+from badge_peft.early_exit.policies.evidence import Evidence, number
+from badge_peft.utils.problem import problem_of
 
 MOST_LABELS = 6  # bars per exit; of more labels the likeliest are shown
 
@@ -72,7 +73,7 @@ def explanation(
     texts = "".join(f'<div class="bx-text">“{escape(t)}”</div>' for t in (text, pair) if t)
     shown = _shown(found)
     rows = "".join(_exit(found, step, names, shown) for step in found.steps)
-    reason = f'<div class="bx-reason">{escape(words.reason(found))}</div>'
+    reason = f'<div class="bx-reason">{escape(found.reason)}</div>'
     return _page(f'{texts}<div class="bx-top">{top}</div>{reason}{"".join(map(note, notes))}{rows}')
 
 
@@ -106,12 +107,12 @@ def _exit(found: Explanation, step: ExitStep, names: Sequence[str], shown: Seque
     bars = _values(found, step, names) if step.probabilities is None else _bars(found, step, names, shown)
     return (
         f'<div class="bx-exit {state}" data-block="{step.block}"><div class="bx-name"><b>{escape(name)}</b>{depth}'
-        f'<span class="bx-tag">{tag}</span></div><div>{bars}</div><div class="bx-why">{_why(found, step)}</div></div>'
+        f'<span class="bx-tag">{tag}</span></div><div>{bars}</div><div class="bx-why">{_why(step)}</div></div>'
     )
 
 
-def _why(found: Explanation, step: ExitStep) -> str:
-    said, seen = words.why(step, found.rule, found.steps[-1].block), step.evidence
+def _why(step: ExitStep) -> str:
+    said, seen = f"{step.why}: {'stop' if step.stops else 'go on'}", step.evidence
     if seen is None:
         return f"<b>{escape(said)}</b>"
     dots = ""
@@ -119,7 +120,7 @@ def _why(found: Explanation, step: ExitStep) -> str:
         full = min(seen.count, seen.patience)
         label = f"counter {seen.count} of t = {seen.patience}"
         dots = f'<span class="bx-dots" title="{label}">{"●" * full}{"○" * (seen.patience - full)}</span>'
-    limit = "" if seen.threshold is None else f", tau = {words.number(seen.threshold)}"
+    limit = "" if seen.threshold is None else f", tau = {number(seen.threshold)}"
     return f"<b>{escape(said)}{dots}</b><div>{escape(seen.quantity)}{limit}</div><div>{_chips(seen)}</div>"
 
 
@@ -129,7 +130,7 @@ def _chips(seen: Evidence) -> str:
         return "no earlier exit to compare with"
     return "".join(
         f'<span class="bx-chip{" yes" if m.passes else ""}">'
-        f"{f'to {m.block}: ' if seen.of_pairs else ''}{words.number(m.value)}</span>"
+        f"{f'to {m.block}: ' if seen.of_pairs else ''}{number(m.value)}</span>"
         for m in seen.measured
     )
 
@@ -152,7 +153,7 @@ def _bars(found: Explanation, step: ExitStep, names: Sequence[str], shown: Seque
     left = len(p) - len(shown)
     if left:
         rest = float(p.sum() - p[list(shown)].sum())
-        several = found.problem_type == "multi_label_classification"  # whose probabilities add up to nothing
+        several = problem_of(found.problem_type).many_labels  # whose probabilities add up to nothing
         bars.append(_bar(f"{left} more", 0.0 if several else rest, _GREY, "" if several else f"{rest:.1%}"))
     return "".join(bars)
 
@@ -163,7 +164,7 @@ def _values(found: Explanation, step: ExitStep, names: Sequence[str]) -> str:
     low, high = float(every.min()), float(every.max())
     span = (high - low) or 1.0
     return "".join(
-        _bar(name, 0.02 + 0.98 * (float(value) - low) / span, COLOURS[k % len(COLOURS)], words.number(float(value)))
+        _bar(name, 0.02 + 0.98 * (float(value) - low) / span, COLOURS[k % len(COLOURS)], number(float(value)))
         for k, (name, value) in enumerate(zip(names, step.logits, strict=True))
     )
 

@@ -11,13 +11,14 @@ from typing import Any
 from badge_peft.app import html
 from badge_peft.app.words import block_name
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import FixedDepthPolicy, NeverPolicy, build_policy
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
-from badge_peft.evaluation.tradeoff import TradeOff
+from badge_peft.evaluation.tradeoff import TradeOff, default_policies
 from badge_peft.workflows.adapter import LOGITS, read_report, stored_logits
 from badge_peft.workflows.choose import check_fit
-from badge_peft.workflows.measure import default_metric, describe, measure, show, with_labels
+from badge_peft.workflows.measure import default_metric, measure, show, with_labels
 from badge_peft.workflows.picture import PICTURE
 
 POINTS = 20  # of each curve
@@ -72,7 +73,7 @@ class TradeOffView:
             ["", name, "mean exit", "blocks saved"],
             [
                 [
-                    f"as set: {describe(rule.to_dict())}",
+                    f"as set: {describe(rule)}",
                     show(early["score"], self.metric),
                     f"{early['mean_exit']:.2f}",
                     f"{early['layer_speedup']:.1%}",
@@ -97,14 +98,12 @@ class TradeOffView:
         return self._curves(rule.policy, rule.patience, rule.depth)
 
     def _sweep(self, policy: str, patience: int | None, depth: int | None) -> TradeOff:
-        regression = self.scored.problem_type == "regression"
-        usual = ["divergence", "patience"] if regression else ["divergence", "patience", "entropy", "max_prob"]
-        families: list[Any] = [name for name in usual if name != policy]
-        template = EarlyExitConfig.of(self.own, patience=patience, depth=depth, threshold=None, calibration=None)
-        if policy == "patience" and not regression:
-            families.insert(0, "patience")
-        elif not isinstance(build_policy(template), (FixedDepthPolicy, NeverPolicy)):
-            families.insert(0, template)
+        kind = self.scored.kind
+        families: list[Any] = [name for name in default_policies(kind) if name != policy]
+        present = build_policy(EarlyExitConfig.of(self.own, patience=patience, depth=depth))
+        own = present.opened(kind)
+        if own is not None:
+            families.insert(0, own)
         return sweep(self.scored, families, POINTS, self.metric)
 
     def _draw(self, rule: EarlyExitConfig) -> str:

@@ -38,14 +38,14 @@ def sweep(
     having where it beats them.
     """
     from badge_peft import evaluation
-    from badge_peft.early_exit.config import POLICY_NAMES
+    from badge_peft.early_exit.policies import POLICIES
     from badge_peft.utils.checks import one_of
     from badge_peft.workflows.evaluate import logits_of
     from badge_peft.workflows.measure import default_metric, tradeoff_table, with_labels
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:
-        one_of("policies", name, POLICY_NAMES)
+        one_of("policies", name, tuple(POLICIES))
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
     scored = with_labels(exit_logits)
     shared.prepare_folder(plot, json_file)

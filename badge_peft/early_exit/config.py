@@ -6,19 +6,9 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from badge_peft.early_exit.registry import POLICIES, check_policy_name
 from badge_peft.utils.checks import is_number, one_of, plain, whole
 
-POLICY_NAMES = (
-    "divergence",
-    "patience",
-    "entropy",
-    "max_prob",
-    "learned",
-    "confident_patience",
-    "agreement",
-    "fixed_depth",
-    "never",
-)
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
 
@@ -36,7 +26,7 @@ class EarlyExitConfig:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
     """
 
-    policy: str = field(default="divergence", metadata={"help": f"The exit rule, one of {', '.join(POLICY_NAMES)}."})
+    policy: str = field(default="divergence", metadata={"help": "The exit policy, by its name in `POLICIES`."})
     divergence: str = field(
         default="ce",
         metadata={"help": "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`."},
@@ -80,7 +70,7 @@ class EarlyExitConfig:
             self._set(name, plain(getattr(self, name)))
         if isinstance(self.temperature, (list, tuple)):
             self._set("temperature", [plain(t) for t in self.temperature])
-        one_of("policy", self.policy, POLICY_NAMES)
+        check_policy_name(self.policy)
         one_of("divergence", self.divergence, DIVERGENCES)
         one_of("window", self.window, WINDOWS)
         if self.threshold is not None:
@@ -97,10 +87,6 @@ class EarlyExitConfig:
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."
-            )
-        if self.policy == "fixed_depth" and self.depth is None:
-            raise ValueError(
-                "policy='fixed_depth' needs depth: the number of the block that answers (1 is the first)."
             )
         if self.temperature is not None:
             if (
@@ -119,6 +105,7 @@ class EarlyExitConfig:
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
             self._set(name, copy.deepcopy(value))
+        POLICIES[self.policy].check_config(self)
 
     def __hash__(self) -> int:
         # of what tells configs apart as a rule; `==` compares all fields, which a dict among them keeps out of a hash

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 Array = np.ndarray
@@ -67,3 +69,8 @@ def distance(values: Array, others: Array) -> Array:
     """|y_m - y_i| of regression, summed over outputs: [i, n]."""
     clipped = np.clip(others, _SMALLEST, _LARGEST)
     return np.abs(np.clip(values, _SMALLEST, _LARGEST) - clipped).sum(axis=-1)
+
+
+def max_entropy(num_labels: int, problem_type: str) -> float:
+    """The largest entropy: ln K, or K ln 2 for K independent labels."""
+    return num_labels * math.log(2) if problem_type == "multi_label_classification" else math.log(max(num_labels, 2))

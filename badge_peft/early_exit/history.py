@@ -9,10 +9,13 @@ a row's results do not depend on which rows are beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from badge_peft.early_exit import divergences as div
+from badge_peft.utils.problem import infer_problem_type
 
 Array = np.ndarray
 
@@ -143,3 +146,30 @@ class ExitHistory:
         return div.categorical(kind, self._log_probs[j], self._log_probs[others]) + div.categorical(
             kind, self._log_others[j], self._log_others[others]
         )
+
+
+def as_history(
+    exit_logits: Any, exit_layers: Sequence[int] | None, problem_type: str | None, uncertainty: Any = None
+) -> ExitHistory:
+    """An `ExitHistory` from whatever `replay` accepts.
+
+    Raises:
+        ValueError: the logits are not [N, E, K], or `exit_layers` does not match them.
+    """
+    if hasattr(exit_logits, "history"):  # ExitLogits
+        return exit_logits.history()
+    logits = _numpy(exit_logits)
+    if logits.ndim != 3:
+        raise ValueError(f"exit_logits must be [N, E, K], got shape {list(logits.shape)}.")
+    exits = list(exit_layers) if exit_layers is not None else list(range(1, logits.shape[1] + 1))
+    if len(exits) != logits.shape[1] or sorted(set(exits)) != exits:
+        raise ValueError(f"exit_layers={exits} must be {logits.shape[1]} increasing block numbers.")
+    if problem_type is None:
+        problem_type = infer_problem_type(logits.shape[2])
+    return ExitHistory.of(logits, exits, problem_type, None if uncertainty is None else _numpy(uncertainty))
+
+
+def _numpy(values: Any) -> Array:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float32)

@@ -13,8 +13,9 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.guarantee import is_certified, rows_needed
-from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, predictions, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
+from badge_peft.utils.problem import problem_of
 
 SETTINGS = 60  # per variant of a policy
 CERTIFIED_SETTINGS = 20  # fewer where each has to pass a test
@@ -165,5 +166,6 @@ def _full(exit_logits: ExitLogits, metric: Metric) -> float:
 
 def own_labels(exit_logits: ExitLogits) -> ExitLogits:
     """The same rows with full depth's own answers as labels: a score is then the agreement with full depth."""
-    answers = torch.from_numpy(predictions(exit_logits.logits[:, -1], exit_logits.problem_type))
+    problem = problem_of(exit_logits.kind)
+    answers = torch.from_numpy(problem.predictions(exit_logits.logits[:, -1]))
     return replace(exit_logits, labels=answers)

@@ -2,112 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 
-from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.evaluation.agreement import best_exit, fit_agreement
+from badge_peft.early_exit.policies import POLICIES, ThresholdPolicy, build_policy, policy_class
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.evaluation.metrics import exit_scores
+from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
 
 
-def policy_label(config: EarlyExitConfig) -> str:
-    """A short name of a policy's variant, for curves and tables: `divergence-kl-consecutive t=2`."""
-    name = config.policy
-    if config.policy == "divergence":
-        name += "" if config.divergence == "ce" else f"-{config.divergence}"
-        name += "" if config.window == "all" else f"-{config.window}"
-    distances = config.policy == "patience" and config.threshold is not None  # regression
-    if (config.policy in ("divergence", "confident_patience") or distances) and config.patience is not None:
-        name += f" t={config.patience}"
-    return name
-
-
 def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> list[EarlyExitConfig]:
     """The variants of `policy` worth searching for these exits, each without its threshold.
 
-    A name leaves the patience open; `auto` stands for every policy with every divergence and window, with and without
-    a cap at the exit that is best on this data. `agreement` is fitted here.
+    A name leaves the patience open; `auto` stands for every policy in all its forms, with and without a cap at the
+    exit that is best on this data. Policies that have to be fitted are fitted here.
     """
-    history = exit_logits.history()
     if policy == "auto":
-        found = [family for template in _every_policy(history) for family in families(template, exit_logits)]
+        seen = exit_logits.history()
+        learned = not np.isnan(seen.uncertainty).any()
+        known = [policy for policy in POLICIES.values() if learned or not policy.reads_uncertainty]
+        templates = [template for policy in known for template in policy.templates(seen.problem_type)]
+        found = [config for template in templates for config in families(template, exit_logits)]
         best = best_exit(exit_logits)
         if best == exit_logits.exits[-1]:
             return found
-        capped = [EarlyExitConfig.of(f, max_exit=best) for f in found if f.max_exit is None]
-        return found + capped
-    if policy == "agreement":
-        return [fit_agreement(exit_logits)]
-    config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
-    if config.policy == "agreement" and config.parameters is None:
-        fitted = fit_agreement(exit_logits)
-        cap = fitted.max_exit if config.max_exit is None else config.max_exit
-        return [EarlyExitConfig.of(config, parameters=fitted.parameters, max_exit=cap)]
-    steps = len(history.exits) - 1
-    with_patience = ["divergence", "confident_patience"]
-    if history.problem_type == "regression":  # elsewhere `settings` tries every patience
-        with_patience.append("patience")
-    if config.policy in with_patience and config.patience is None:
-        return [EarlyExitConfig.of(config, patience=t) for t in range(1, max(1, min(MAX_PATIENCE, steps)) + 1)]
-    return [config]
+        return found + [replace(config, max_exit=best) for config in found if config.max_exit is None]
+    history = exit_logits.history()
+    built = build_policy(fitted({"policy": policy} if isinstance(policy, str) else policy, exit_logits))
+    most = max(1, min(MAX_PATIENCE, len(history.exits) - 1))
+    return built.variants(range(1, most + 1), history.problem_type)
+
+
+def fitted(config: EarlyExitConfig | dict[str, Any], exit_logits: ExitLogits) -> EarlyExitConfig:
+    """`config`, with its parameters fitted on these exits where its policy has to be."""
+    config = EarlyExitConfig.of(config)
+    policy = policy_class(config)
+    if not policy.needs_fit:
+        return config
+    return policy.fit(config, exit_logits.history(), exit_logits.labels, best_exit(exit_logits))
+
+
+def best_exit(exit_logits: ExitLogits) -> int:
+    """Block number of the exit that is best on this data: the most often right (regression: the closest); without
+    labels, the last."""
+    if exit_logits.labels is None:
+        return exit_logits.exits[-1]
+    return exit_scores(exit_logits, problem_of(exit_logits.kind).error_metric).best_exit
 
 
 def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[tuple[EarlyExitConfig, Array]]:
     """At most `count` configs of one family, slow to fast, each with the blocks [N] at which its rows stop.
 
-    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give.
+    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give. A policy
+    that has no threshold, or a given one, has the settings of its `grid`.
     """
-    if family.policy == "fixed_depth":
-        depths = reversed(within(family, history.exits))
-        return [_replayed(EarlyExitConfig.of(family, depth=m), history) for m in depths]
     policy = build_policy(family)
+    grid = policy.grid(history.exits, history.problem_type)
+    if grid is not None:
+        return [(config, build_policy(config).replay_history(history)) for config in grid]
+    policy = cast(ThresholdPolicy, policy)
     policy.check(history.exits, history.num_labels, history.problem_type)
-    labels = family.policy == "patience" and history.problem_type != "regression"
-    if labels and family.patience is None:
-        patience = reversed(range(1, max(2, len(history.exits))))
-        return [_replayed(EarlyExitConfig.of(family, patience=t), history) for t in patience]
-    if labels or not isinstance(policy, ThresholdPolicy) or family.threshold is not None:
-        return [_replayed(family, history)]
+    unit = policy.unit(history.num_labels, history.problem_type)
     scores = running_min_score(policy, history)  # [E-1, N]
     found = []
     for tau in _thresholds(scores, policy.stops_above, history, count):
-        unit = cast(ThresholdPolicy, build_policy(family, threshold=1.0)).unit(history)
         config = replace(family, threshold=tau / unit)
         found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), scores, history)))
     return found
-
-
-def within(config: EarlyExitConfig, exits: list[int]) -> list[int]:
-    """The exits at which `min_exit` and `max_exit` let a row stop; where none lies between the two, the deepest up to
-    `max_exit`, which is the one that answers then.
-
-    Raises:
-        ValueError: a bound lies outside of the model.
-    """
-    build_policy(EarlyExitConfig.of(config, policy="never")).check(exits, 1, "")
-    reached = [m for m in exits if config.max_exit is None or m <= config.max_exit]
-    return [m for m in reached if config.min_exit is None or m >= config.min_exit] or reached[-1:]
-
-
-def _every_policy(history: ExitHistory) -> Iterable[str | dict[str, Any]]:
-    regression = history.problem_type == "regression"
-    divergences = ("ce",) if regression else DIVERGENCES
-    yield from ({"policy": "divergence", "divergence": d, "window": w} for d in divergences for w in WINDOWS)
-    yield {"policy": "patience"}
-    if not regression:
-        yield from ({"policy": name} for name in ("entropy", "max_prob", "confident_patience"))
-    yield "agreement"
-    if not np.isnan(history.uncertainty).any():
-        yield {"policy": "learned"}
 
 
 def _thresholds(scores: Array, stops_above: bool, history: ExitHistory, count: int) -> list[float]:
@@ -142,14 +110,10 @@ def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
 
 def _stops(policy: ThresholdPolicy, scores: Array, history: ExitHistory) -> Array:
     """[N]: what `policy.replay_history` gives, from scores that all thresholds share."""
-    tau = np.float32(policy.limit(history))
+    tau = np.float32(policy.threshold(history.num_labels, history.problem_type))
     going = scores > -tau if policy.stops_above else scores >= tau  # [E-1, N], True down to the exit that answers
     index = going.sum(axis=0)
-    cap = policy.config.max_exit
+    cap = policy.max_exit
     if cap is not None:
         index = np.minimum(index, max(j for j, m in enumerate(history.exits) if m <= cap))
     return np.array(history.exits)[index]
-
-
-def _replayed(config: EarlyExitConfig, history: ExitHistory) -> tuple[EarlyExitConfig, Array]:
-    return config, build_policy(config).replay_history(history)

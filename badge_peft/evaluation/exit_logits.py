@@ -21,6 +21,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
+from badge_peft.utils.problem import infer_problem_type
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
 
@@ -62,7 +63,7 @@ class ExitLogits:
         if self.uncertainty is not None and tuple(self.uncertainty.shape) != (n, e):
             raise ValueError(f"uncertainty must be [{n}, {e}], got {list(self.uncertainty.shape)}.")
         if self.problem_type is None:
-            self.problem_type = "regression" if k == 1 else "single_label_classification"
+            self.problem_type = infer_problem_type(k)
         if self.num_blocks is None:
             self.num_blocks = self.exit_layers[-1]
 
@@ -74,6 +75,12 @@ class ExitLogits:
         """Block numbers of the exits."""
         assert self.exit_layers is not None
         return self.exit_layers
+
+    @property
+    def kind(self) -> str:
+        """The problem type."""
+        assert self.problem_type is not None
+        return self.problem_type
 
     @property
     def depth(self) -> int:
@@ -95,9 +102,8 @@ class ExitLogits:
     def history(self) -> ExitHistory:
         """The rows as a policy sees them; made once, so that many replays share what they derive."""
         if self._history is None:
-            assert self.problem_type is not None
             uncertainty = None if self.uncertainty is None else self.uncertainty.float().numpy()
-            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.problem_type, uncertainty)
+            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.kind, uncertainty)
         return self._history
 
     def answers(self, exit_layer: Tensor) -> Tensor:

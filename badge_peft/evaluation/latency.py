@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features, tensor_columns
-from badge_peft.evaluation.metrics import predictions
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import one_of, whole
+from badge_peft.utils.problem import problem_of
 
 REFERENCES = ("full_depth", "all_exits")
 
@@ -160,7 +160,7 @@ def measure_latency(
     times, full_times = (
         np.median(1e3 * np.reshape(found.seconds, (len(batches), repeats)), axis=1).tolist() for found in (timed, full)
     )
-    answers = predictions(torch.cat([logits for logits, _ in timed.outputs]), problem_type)
+    answers = problem_of(problem_type).predictions(torch.cat([logits for logits, _ in timed.outputs]))
     return LatencyReport(
         times,
         full_times,

@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
 Metric = str | Callable[[Array, Array], float]
@@ -109,7 +110,8 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
     """The score of `answers` [N, K] (logits) against the labels of `exit_logits`."""
     if exit_logits.labels is None:
         raise ValueError("the exit logits have no labels, so there is nothing to score against.")
-    regression = exit_logits.problem_type == "regression"
+    problem = problem_of(exit_logits.kind)
+    regression = not problem.gives_labels
     if isinstance(metric, str):
         if metric not in METRICS:
             raise ValueError(
@@ -117,18 +119,9 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
             )
         if (metric in _REGRESSION) != regression:
             fitting = [name for name in METRICS if (name in _REGRESSION) == regression]
-            raise ValueError(f"metric={metric!r} does not suit {exit_logits.problem_type}: use {', '.join(fitting)}.")
+            raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
         metric = METRICS[metric]
     labels = exit_logits.labels.numpy()
     if regression:
         labels = labels.reshape(len(labels))
-    return float(metric(predictions(answers, exit_logits.problem_type), labels))  # a plain number, for JSON
-
-
-def predictions(logits: Tensor, problem_type: str | None) -> Array:
-    """Logits [N, K] to class numbers [N], 0 / 1 decisions [N, K] or values [N]."""
-    if problem_type == "regression":
-        return logits.float().squeeze(-1).numpy()
-    if problem_type == "multi_label_classification":
-        return (logits > 0).long().numpy()
-    return logits.argmax(dim=-1).numpy()
+    return float(metric(problem.predictions(answers), labels))  # a plain number, for JSON

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation.candidates import families, policy_label, settings
+from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.early_exit.policies.text import policy_label
+from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, score
 
@@ -119,11 +120,11 @@ def sweep(
     """
     history = exit_logits.history()
     if policies is None:
-        regression = exit_logits.problem_type == "regression"
-        policies = ["divergence", "patience"] if regression else ["divergence", "patience", "entropy", "max_prob"]
+        policies = default_policies(history.problem_type)
     result = TradeOff([], metric_name(metric), exit_logits.depth)
     templates = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)]
-    templates += [_template(p, exit_logits) for p in policies if p != "fixed_depth"]
+    asked = [{"policy": p} if isinstance(p, str) else p for p in policies if p != "fixed_depth"]
+    templates += [fitted(p, exit_logits) for p in asked]  # with the default patience
     for template in templates:
         for config, stops in settings(template, history, points):
             result.points.append(_point(exit_logits, config, stops, metric, policy_label(template)))
@@ -148,10 +149,9 @@ def search(
     ]
 
 
-def _template(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> EarlyExitConfig:
-    """What a sweep varies: the policy with its default patience; `agreement` fitted."""
-    config = EarlyExitConfig.of({"policy": policy} if isinstance(policy, str) else policy)
-    return families(config, exit_logits)[0] if config.policy == "agreement" else config
+def default_policies(problem_type: str) -> list[str]:
+    """The policies that a sweep compares where none are named."""
+    return [name for name, policy in POLICIES.items() if policy.in_default_sweep and policy.suits(problem_type)]
 
 
 def _point(

@@ -9,8 +9,8 @@ from onnx import helper, numpy_helper
 from onnx_ir.passes.common import DeduplicateHashedInitializersPass, LiftSubgraphInitializersToMainGraphPass
 
 from badge_peft.export.chain import Chain, Insert, Stage
-from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph, Subgraph, quantize_trunk
+from badge_peft.export.policies import Decision
 from badge_peft.export.trace import ExportedBlocks
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import BOOL, FLOAT, INT64, Graph
-from badge_peft.export.state import Answers, State
+from badge_peft.export.nodes import State
+from badge_peft.export.policies import Decision
 
 #: Puts a block into a graph: the graph, names of states, shared tensors and inputs -> those of its results.
 Insert = Callable[[Graph, dict[str, str]], dict[str, str]]
@@ -163,7 +163,7 @@ class Chain:
         """Asks the policy, and notes the answers of the rows that stop."""
         stops: str | None = None
         if not last:
-            stops = self.decision.stops(Answers(g, index, logits, doubt, self.state, self.threshold, self.patience))
+            stops = self.decision.stops(g, index, logits, doubt, self.state, self.threshold, self.patience)
             if stops is None or not self.decision.may_stop(index):
                 return
         store = self._store_rows if self.compact else self._store_all
@@ -220,5 +220,6 @@ class Chain:
 
     def _stub(self, g: Graph, name: str, dtype: int) -> str:
         """An empty value of the right rank: the runtime knows the ranks of what comes out of an `If`."""
-        shapes = {"hidden": (0, 0, self.hidden_size), "rows": (0,), "streak": (0,)}
-        return g.constant(np.zeros(shapes.get(name, (0, 0, 0))), dtype)
+        shapes = {"hidden": (0, 0, self.hidden_size), "rows": (0,)}
+        shape = shapes.get(name) or (0,) * self.state.axes[name]
+        return g.constant(np.zeros(shape), dtype)

@@ -95,7 +95,7 @@ class OnnxExporter:
         progress: bool = False,
     ) -> None:
         require_onnx_exporter()
-        from badge_peft.export.decisions import Decision
+        from badge_peft.export.policies import Decision
         from badge_peft.export.trace import export_blocks
 
         badge = get_badge_model(model)

@@ -13,9 +13,10 @@ from torch import Tensor
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features, tensor_columns
-from badge_peft.evaluation.metrics import METRICS, predictions
+from badge_peft.evaluation.metrics import METRICS
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.model import BadgeModel
+from badge_peft.utils.problem import problem_of
 
 _TEMPLATE = Path(__file__).parent / "card_template.md"
 
@@ -95,14 +96,17 @@ def compare(
         (np.concatenate([x.logits for x in outputs]), np.concatenate([x.exit_layer for x in outputs]))
         for outputs in zip(*pairs, strict=True)
     )
-    kind = session.config["problem_type"]
-    old, new = (np.asarray(predictions(torch.from_numpy(x), kind)) for x in (logits_before, logits))
-    same = np.abs(old - new).mean() if kind == "regression" else (old == new).reshape(len(rows), -1).all(axis=1).mean()
+    problem = problem_of(session.config["problem_type"])
+    before, after = torch.from_numpy(logits_before), torch.from_numpy(logits)
+    old, new = problem.predictions(before), problem.predictions(after)
+    same = problem.same(before, after)
+    if same is None:
+        same = float(np.abs(old - new).mean())
     changes = ParityReport(
-        len(rows), float(same), float((exits == exits_before).mean()), float(exits.mean()), float(exits_before.mean())
+        len(rows), same, float((exits == exits_before).mean()), float(exits.mean()), float(exits_before.mean())
     )
     if labels is not None:
-        metric = METRICS["pearson" if kind == "regression" else "accuracy"]
+        metric = METRICS[problem.default_metric]
         changes.score, changes.score_before = (metric(x, np.asarray(labels)) for x in (new, old))
     return changes
 

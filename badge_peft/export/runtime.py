@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.utils.answers import spoken
 from badge_peft.utils.checks import is_number, whole
 from badge_peft.utils.extras import require
+from badge_peft.utils.problem import problem_of
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"
@@ -159,6 +159,7 @@ class OnnxEarlyExitModel:
         if isinstance(texts, str):
             texts = [texts]
         answers: list[dict[str, Any]] = []
+        problem = problem_of(self.config["problem_type"])
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
             pairs = None if text_pairs is None else list(text_pairs[part])
@@ -169,7 +170,7 @@ class OnnxEarlyExitModel:
             fields = {name: encoded[name] for name in self.config["inputs"] if name in encoded}
             output = self(**fields, threshold=threshold, patience=patience)
             for row, number in zip(output.logits, output.exit_layer, strict=True):
-                answers.append({**spoken(row, self.labels, self.config["problem_type"]), "exit_layer": int(number)})
+                answers.append({**problem.format_prediction(row, self.labels), "exit_layer": int(number)})
         return answers
 
 

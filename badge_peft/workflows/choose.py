@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from badge_peft.early_exit.config import POLICY_NAMES
+from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import calibrate
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model_card import CARD, write_card
-from badge_peft.utils.checks import one_of
 from badge_peft.workflows.adapter import CONFIG, check_adapter, read_config, write_early_exit
 from badge_peft.workflows.evaluate import logits_of
 from badge_peft.workflows.measure import check_metric, default_metric, measure
@@ -47,7 +46,7 @@ def choose_rule(
         OSError: something is not there.
         ValueError: something is not what it should be; nothing has been written then.
     """
-    one_of("policy", goal.policy, ("auto", *POLICY_NAMES))
+    check_policy_name(goal.policy, "auto")
     wanted = goal.arguments()
     check_adapter(folder)
     if not Path(folder).is_dir():

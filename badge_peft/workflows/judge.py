@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import predictions, score
+from badge_peft.evaluation.metrics import score
 from badge_peft.model import get_badge_model
+from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.base import keeps_answers
 from badge_peft.workflows.contenders import Contender
-from badge_peft.workflows.measure import default_metric, describe, show
+from badge_peft.workflows.measure import default_metric, show
 from badge_peft.workflows.tables import text_table
 
 
@@ -58,12 +61,7 @@ class Judge:
         return score(ExitLogits(answers[:, None], self.labels, problem_type=self.kind), answers, self.metric)
 
     def _agreement(self, logits: np.ndarray) -> float | None:
-        if self.kind == "regression":
-            return None
-        same = predictions(torch.from_numpy(logits), self.kind) == predictions(
-            torch.from_numpy(self.full_depth), self.kind
-        )
-        return float((same if same.ndim == 1 else same.all(axis=1)).mean())
+        return problem_of(self.kind).same(torch.from_numpy(logits), torch.from_numpy(self.full_depth))
 
 
 def bench_table(report: dict[str, Any]) -> str:
@@ -92,7 +90,7 @@ def bench_summary(report: dict[str, Any]) -> str:
     """How it was measured, in a few lines."""
     where = report["device"] if report["device"] != "cpu" else "the CPU"
     return (
-        f"exit rule: {describe(report['rule'])}\n"
+        f"exit rule: {describe(EarlyExitConfig.of(report['rule']))}\n"
         f"{report['rows']} texts, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
         f"PyTorch on {where}, ONNX Runtime on the CPU without spinning; the tokenizer's time is not in it"
     )

@@ -10,16 +10,18 @@ import torch
 from badge_peft.card_text import SHARES
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.calibration import own_labels
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import METRICS, exit_scores, predictions
+from badge_peft.evaluation.metrics import METRICS, exit_scores
 from badge_peft.evaluation.tradeoff import TradeOff, evaluate_policy
+from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.tables import text_table
 
 
 def default_metric(problem_type: str | None) -> str:
     """Accuracy; for regression Pearson's correlation."""
-    return "pearson" if problem_type == "regression" else "accuracy"
+    return problem_of(problem_type or "single_label_classification").default_metric
 
 
 def with_labels(exit_logits: ExitLogits) -> ExitLogits:
@@ -35,7 +37,7 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str | None
         config: How the adapter stops.
         metric: As for `exit_scores`; None is accuracy, for regression Pearson.
     """
-    metric = metric or default_metric(exit_logits.problem_type)
+    metric = metric or default_metric(exit_logits.kind)
     scored = with_labels(exit_logits)
     scores = exit_scores(scored, metric)
     point = evaluate_policy(scored, config, metric)
@@ -81,7 +83,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"S-avg {show(report['s_avg'], metric)}, S-best {show(report['s_best'], metric)} "
         f"({_metric_name(report)}, {report['rows']} rows)",
-        f"exit rule: {describe(early['config'])}",
+        f"exit rule: {describe(EarlyExitConfig.of(early['config']))}",
         f"  {_metric_name(report)} {show(early['score'], metric)}; at full depth "
         f"{show(report['full_depth_score'], metric)}",
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
@@ -102,7 +104,7 @@ def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
     lines = [
         [
             point.name,
-            describe(point.config.to_dict()),
+            describe(point.config),
             f"{point.mean_exit:.2f}",
             f"{point.layer_speedup:.1%}",
             show(point.score, found.metric),
@@ -112,18 +114,6 @@ def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
     ]
     score = found.metric + (" against full depth" if against_full_depth else "")
     return text_table(["policy", "setting", "mean exit", "blocks saved", score], lines)
-
-
-def describe(config: dict[str, Any]) -> str:
-    """A rule in a line: `divergence (ce), threshold=0.2, patience=1`."""
-    name = f"divergence ({config['divergence']})" if config["policy"] == "divergence" else config["policy"]
-    shown = [f"window={config['window']}"] if config["policy"] == "divergence" and config["window"] != "all" else []
-    for key in ("threshold", "patience", "depth", "min_exit", "max_exit"):
-        if config.get(key) is not None:
-            shown.append(f"{key}={config[key]:.4g}")
-    if config.get("decide_every", 1) > 1:
-        shown.append(f"decide_every={config['decide_every']}")
-    return ", ".join([name, *shown])
 
 
 def show(value: float, metric: str) -> str:
@@ -145,17 +135,13 @@ def check_metric(metric: str | None, problem_type: str, num_labels: int) -> None
             f"{', '.join(METRICS)} that suits."
         )
     two = torch.zeros(2, 1, num_labels)
-    shape = (2, num_labels) if problem_type == "multi_label_classification" else (2,)
-    exit_scores(ExitLogits(two, torch.zeros(shape), problem_type=problem_type), metric)
+    labels = torch.zeros(problem_of(problem_type).label_shape(2, num_labels))
+    exit_scores(ExitLogits(two, labels, problem_type=problem_type), metric)
 
 
 def _agreement(exit_logits: ExitLogits, answers: torch.Tensor) -> float | None:
     """Share of rows whose answer is full depth's; None for regression."""
-    kind = exit_logits.problem_type
-    if kind == "regression":
-        return None
-    same = predictions(answers, kind) == predictions(exit_logits.logits[:, -1], kind)
-    return float((same if same.ndim == 1 else same.all(axis=1)).mean())
+    return problem_of(exit_logits.kind).same(answers, exit_logits.logits[:, -1])
 
 
 def _metric_name(report: dict[str, Any]) -> str:

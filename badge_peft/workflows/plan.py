@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from badge_peft.early_exit.config import POLICY_NAMES
+from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation.guarantee import rows_needed
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.training.objectives import OBJECTIVES
@@ -46,7 +46,7 @@ def check_settings(settings: TrainSettings) -> None:
     """
     exits, training = settings.exits, settings.training
     one_of("objective", training.objective, OBJECTIVES)
-    one_of("policy", settings.goal.policy, ("auto", *POLICY_NAMES))
+    check_policy_name(settings.goal.policy, "auto")
     if settings.metric is not None:
         one_of("metric", settings.metric, tuple(METRICS))
     if settings.problem_type is not None:

@@ -11,8 +11,8 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import get_badge_model
-from badge_peft.utils.answers import spoken
 from badge_peft.utils.checks import whole
+from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter import Adapter
 from badge_peft.workflows.encode import encode_texts
 
@@ -72,5 +72,5 @@ def predict(
         logits, exits = output.logits.float().cpu().numpy(), output.exit_layer.tolist()
         for (text, pair), row, number in zip(chunk, logits, exits, strict=True):
             said = {"text": text} if pair is None else {"text": text, "text_pair": pair}
-            answer = spoken(row, adapter.labels.names, adapter.labels.problem_type)
+            answer = problem_of(adapter.labels.problem_type).format_prediction(row, adapter.labels.names)
             yield {**said, **answer, "exit": number}

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.hub import load_pretrained
@@ -30,7 +31,7 @@ from badge_peft.workflows.encode import encode, limit_length, load_tokenizer
 from badge_peft.workflows.equality import compare_with_checkpoint
 from badge_peft.workflows.evaluate import latency_line, latency_summary
 from badge_peft.workflows.fit import fit
-from badge_peft.workflows.measure import default_metric, describe, measure, measured_table, summary
+from badge_peft.workflows.measure import default_metric, measure, measured_table, summary
 from badge_peft.workflows.picture import PICTURE, draw
 from badge_peft.workflows.plan import check_plan, check_settings, read_splits
 from badge_peft.workflows.rows import TextRows
@@ -92,7 +93,7 @@ def train_adapter(name: str, data: str, settings: TrainSettings, say: Say = prin
     exit_logits = _collect(model, eval_rows, settings, progress=True)
     chosen = distributed.in_main(partial(_save, model, tokenizer, exit_logits, settings, out))
     model.set_early_exit_config(chosen)
-    say(f"4. saved to {out}; exit rule, chosen on the {len(eval_rows)} evaluation rows: {describe(chosen.to_dict())}")
+    say(f"4. saved to {out}; exit rule, chosen on the {len(eval_rows)} evaluation rows: {describe(chosen)}")
 
     promised = keeps_answers(model)
     with quiet():

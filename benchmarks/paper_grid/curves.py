@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from badge_peft.evaluation import ExitLogits, exit_scores, sweep
-from badge_peft.evaluation.agreement import fit_agreement
+from badge_peft.evaluation.candidates import fitted
 from paper_grid.records import Place, Record
 from paper_grid.store import Store
 
@@ -68,7 +68,7 @@ def _curve(policy: Policy, record: Record, store: Store) -> np.ndarray:
     logits = {split: store.logits(record.settled, split) for split in ("validation", "test")}
     scores: dict[str, list[np.ndarray]] = {"validation": [], "test": []}
     for family in policy.families:
-        config: Any = fit_agreement(logits["validation"]) if family["policy"] == "agreement" else family
+        config: Any = fitted(family, logits["validation"])
         for split, rows in scores.items():
             rows.append(_along(logits[split], config, metric))
     if len(policy.families) == 1:

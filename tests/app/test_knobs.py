@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from badge_peft.app.knobs import Knob, knobs, spelled_out, turned
+from badge_peft.app.knobs import Knob, knobs, turned
 from badge_peft.early_exit.config import DIVERGENCES, EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
@@ -19,7 +19,7 @@ EXITS = [1, 2, 3, 4, 6]
 
 
 def knobs_of(kind: str = SINGLE, labels: int = 3, **fields: Any) -> tuple[EarlyExitConfig, list[Knob]]:
-    rule = spelled_out(EarlyExitConfig(**fields), labels, kind)
+    rule = build_policy(EarlyExitConfig(**fields)).resolve(labels, kind)
     return rule, knobs(rule, EXITS, labels, kind)
 
 

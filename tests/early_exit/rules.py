@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.history import ExitHistory, as_history
 from badge_peft.early_exit.policies import POLICIES, build_policy
 from badge_peft.early_exit.policies.agreement import features
-from badge_peft.early_exit.policies.base import as_history
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 
 from .reference import SINGLE

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from badge_peft import BadgeConfig, EarlyExitConfig
-from badge_peft.early_exit.config import DIVERGENCES, POLICY_NAMES, WINDOWS
+from badge_peft.early_exit.config import DIVERGENCES, WINDOWS
+from badge_peft.early_exit.policies import POLICIES
 
 FULL = {
     "policy": "fixed_depth",
@@ -64,7 +65,7 @@ def test_every_field_has_a_wrong_value_above(field):
 
 
 @pytest.mark.parametrize(
-    ("field", "allowed"), [("policy", POLICY_NAMES), ("divergence", DIVERGENCES), ("window", WINDOWS)]
+    ("field", "allowed"), [("policy", tuple(POLICIES)), ("divergence", DIVERGENCES), ("window", WINDOWS)]
 )
 def test_names_that_are_allowed_are_in_the_message(field, allowed):
     with pytest.raises(ValueError, match=", ".join(allowed)):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.text import policy_label
 from badge_peft.evaluation import candidates
-from badge_peft.evaluation.candidates import families, policy_label, running_min_score
+from badge_peft.evaluation.candidates import families, running_min_score
 
 from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
 

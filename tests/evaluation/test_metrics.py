@@ -12,7 +12,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from badge_peft import ExitLogits, calibrate, exit_scores, sweep
-from badge_peft.evaluation.metrics import METRICS, Metric, predictions, score
+from badge_peft.evaluation.metrics import METRICS, Metric, score
+from badge_peft.utils.problem import problem_of
 from tests.evaluation.rows import make_logits
 
 
@@ -76,7 +77,7 @@ def test_multi_label_answers_are_decisions_per_label() -> None:
     logits = torch.tensor([[[1.0, -1.0]], [[2.0, 3.0]], [[-1.0, 1.0]]])
     labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     data = ExitLogits(logits, labels, problem_type="multi_label_classification")
-    assert predictions(logits[:, 0], "multi_label_classification").tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert problem_of("multi_label_classification").predictions(logits[:, 0]).tolist() == [[1, 0], [1, 1], [0, 1]]
     assert exit_scores(data).per_exit == [pytest.approx(2 / 3)]  # a row counts when all of its labels are right
     assert exit_scores(data, "f1").per_exit == [pytest.approx(2 * 4 / (2 * 4 + 1))]  # 4 hits, 1 miss
 

@@ -11,8 +11,8 @@ from onnx import helper
 
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.chain import Chain, Stage
-from badge_peft.export.decisions import Decision
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph
+from badge_peft.export.policies import Decision
 
 
 class TableGraph:

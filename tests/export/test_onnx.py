@@ -19,9 +19,9 @@ from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
 from badge_peft.export.assemble import assemble
-from badge_peft.export.decisions import Decision
 from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.plain import FullDepthExporter
+from badge_peft.export.policies import Decision
 from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
 from tests.early_exit.reference import SINGLE

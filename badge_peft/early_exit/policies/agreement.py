@@ -7,15 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array, max_entropy
+from badge_peft.early_exit.policies.base import Array
+from badge_peft.early_exit.policies.evidence import Evidence, Quantity
+from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
+from badge_peft.early_exit.registry import register_policy
 
+_VALUES = "regression"
 _LIMIT = np.float32(50)  # features are clipped here: beyond it they say nothing new
 
 
+@register_policy
 class AgreementPolicy(ThresholdPolicy):
     """Stop where the predicted probability that the answer is right (or the same as the reference exit's) reaches the
     threshold.
@@ -31,6 +38,7 @@ class AgreementPolicy(ThresholdPolicy):
     """
 
     name = "agreement"
+    needs_fit = True
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
         super().__init__(config, **fields)
@@ -45,10 +53,13 @@ class AgreementPolicy(ThresholdPolicy):
             raise ValueError(
                 f"the parameters of policy='agreement' lack {', '.join(sorted(missing))}: calibrate again."
             )
-        # a policy's class says it elsewhere; here it depends on what was fitted
-        self.stops_above = fitted["problem_type"] != "regression"  # type: ignore[misc]
-        if self.config.max_exit is None:
-            self.config = replace(self.config, max_exit=fitted["reference"])
+        self.stops_above = fitted["problem_type"] != _VALUES
+
+    @property
+    def max_exit(self) -> int | None:
+        """The reference, unless the config has another."""
+        assert self.config.parameters is not None
+        return self.config.parameters["reference"] if self.config.max_exit is None else self.config.max_exit
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""
@@ -62,7 +73,11 @@ class AgreementPolicy(ThresholdPolicy):
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""
-        return 0.1 if problem_type == "regression" else 0.95
+        return 0.1 if problem_type == _VALUES else 0.95
+
+    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
+        """1, of probabilities."""
+        return widest or 1.0 if problem_type == _VALUES else 1.0
 
     def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
         """Refuses parameters that were fitted on other exits or another kind of problem."""
@@ -74,13 +89,49 @@ class AgreementPolicy(ThresholdPolicy):
                 f"but the model does {problem_type} with exits at {list(exits)}: calibrate again."
             )
 
+    @classmethod
+    def fit(
+        cls, config: EarlyExitConfig, history: ExitHistory, labels: Tensor | None, reference: int
+    ) -> EarlyExitConfig:
+        """With labels the target is "this exit is right"; without, it is "this exit says what the reference says". For
+        regression it is the distance from the reference's value. Parameters that are there already stay."""
+        if config.parameters is not None:
+            return config
+        from badge_peft.early_exit.policies.agreement_fit import fitted_parameters  # scikit-learn, for this alone
+
+        cap = reference if config.max_exit is None else config.max_exit
+        return replace(config, max_exit=cap, parameters=fitted_parameters(history, labels, reference))
+
+    def quantity(self, problem_type: str) -> Quantity:
+        """What was fitted."""
+        if not self.stops_above:
+            return Quantity("predicted distance", "d")
+        target = (self.config.parameters or {}).get("target")
+        what = "right" if target == "correct" else "full depth's"
+        return Quantity(f"predicted probability that the answer is {what}", "P")
+
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """None at an exit that always answers: nothing was fitted for it."""
+        return None if self.is_final(history.exits, j) else super().evidence(history, j)
+
+    def score_nodes(self, at: ExitNodes) -> str:
+        """[n]: probability; for regression the predicted difference."""
+        fitted = self.config.parameters
+        assert fitted is not None
+        columns = _regression_nodes(at) if not self.stops_above else _class_nodes(at)
+        stacked = at.op("Concat", *(at.op("Unsqueeze", column, at.ints([1])) for column in columns), axis=1)  # [n, F]
+        clipped = _clipped(at, stacked)
+        weighted = at.total(at.op("Mul", clipped, at.floats(fitted["coefficients"][at.index])))
+        linear = at.op("Add", weighted, at.floats(fitted["intercepts"][at.index]))
+        return at.op("Sigmoid", _clipped(at, linear)) if self.stops_above else linear
+
 
 def features(history: ExitHistory, j: int) -> Array:
     """[n, F]: what the model of exit j (index) reads, from the exits up to j; F is smaller for the first exit.
 
     All are finite for any logits, and none depends on the other rows.
     """
-    if history.problem_type == "regression":
+    if history.problem_type == _VALUES:
         columns = _regression_features(history, j)
     else:
         columns = _class_features(history, j)
@@ -111,3 +162,64 @@ def _regression_features(history: ExitHistory, j: int) -> list[Array]:
 def _mean(values: Array) -> Array:
     """[j, n] -> [n], added one by one: the order in which numpy sums the first axis depends on n."""
     return sum(values[1:], start=values[0]) / np.float32(len(values))
+
+
+def _class_nodes(at: ExitNodes) -> list[str]:
+    """The columns of `_class_features`; the divergences in units of the largest entropy."""
+    unit, tiny = at.floats(at.scale), at.floats(1e-6)
+    log_p = at.log_probs()  # [n, W]
+    sure = at.confidence(log_p)
+    doubt = at.op("Max", at.op("Sub", at.floats(1), sure), tiny)
+    here, label = at.represent("ce"), at.represent("label")  # [n, 1, W]
+    columns = [
+        at.op("Div", at.entropy(log_p), unit),
+        sure,
+        at.op("Log", at.op("Div", at.op("Max", sure, tiny), doubt)),
+        at.margin(log_p, sure),
+    ]
+    earlier, labels = at.kept("history"), at.kept("labels")
+    if earlier is not None and labels is not None:
+        before = _last(at, earlier)  # [n, 1, W]
+        divergences = at.op("Div", at.divergence("ce", here, earlier), unit)  # [n, j]
+        same = at.as_float(at.op("Equal", at.divergence("label", label, labels), at.floats(0)))
+        columns += [
+            _reduced(at, "ReduceMin", divergences),
+            at.op("Squeeze", _last(at, divergences), at.ints([1])),
+            _reduced(at, "ReduceMean", divergences),
+            at.op("Squeeze", at.op("Div", at.divergence("kl", here, before), unit), at.ints([1])),
+            _reduced(at, "ReduceMean", same),
+            at.confidence(at.op("Squeeze", before, at.ints([1]))),
+        ]
+    at.append("history", here)
+    at.append("labels", label)
+    return columns
+
+
+def _regression_nodes(at: ExitNodes) -> list[str]:
+    """The columns of `_regression_features`."""
+    here, earlier = at.represent("ce"), at.kept("history")
+    columns = [at.op("ReduceMean", at.logits, at.ints([-1]), keepdims=0)]
+    if earlier is not None:
+        apart = at.divergence("ce", here, earlier)  # [n, j]
+        columns += [
+            _reduced(at, "ReduceMin", apart),
+            at.op("Squeeze", _last(at, apart), at.ints([1])),
+            _reduced(at, "ReduceMean", apart),
+            _reduced(at, "ReduceMax", apart),
+        ]
+    at.append("history", here)
+    return columns
+
+
+def _clipped(at: ExitNodes, values: str) -> str:
+    return at.op("Clip", values, at.floats(-_LIMIT), at.floats(_LIMIT))
+
+
+def _reduced(at: ExitNodes, kind: str, values: str) -> str:
+    """Over axis 1, which goes."""
+    return at.op(kind, values, at.ints([1]), keepdims=0)
+
+
+def _last(at: ExitNodes, values: str) -> str:
+    """The last entry of axis 1, which stays."""
+    return at.op("Gather", values, at.ints([-1]), axis=1)

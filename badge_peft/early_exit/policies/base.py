@@ -1,22 +1,27 @@
-"""`ExitPolicy`: one definition of a stopping rule, used live and on stored logits."""
+"""`ExitPolicy`: one definition of when rows stop, used live, on stored logits and in an exported graph."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.history import ExitHistory, as_history
+from badge_peft.early_exit.policies.evidence import Evidence
+from badge_peft.early_exit.policies.nodes import ExitNodes
 
 Array = np.ndarray
 
 
 class ExitPolicy:
-    """A stopping rule. Subclasses say in `should_exit` which rows may stop; everything else is here.
+    """When rows stop. A subclass says in `should_exit` which rows may; everything else has a default here.
+
+    Whatever other parts of the library want to know of a policy they ask its class: how a sweep varies it, how a page
+    explains it, how it is written as ONNX nodes. `register_policy` makes a subclass known by its name.
 
     A policy keeps no state between calls: a decision is a function of the history of exits, so the live pass and the
     replay of stored logits cannot differ.
@@ -27,46 +32,34 @@ class ExitPolicy:
     """
 
     name: ClassVar[str]
-
-    #: Whether `should_exit` reads the doubts that a learned exit layer predicts.
+    #: The fields with a default other than None or False that this policy reads, beside those that all policies read.
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether `should_exit` reads the uncertainty that a learned exit layer predicts.
     reads_uncertainty: ClassVar[bool] = False
+    #: Whether several exits have to agree: as many as the field `patience` says.
+    counts_exits: ClassVar[bool] = False
+    #: Whether the field `depth` says where rows stop.
+    takes_depth: ClassVar[bool] = False
+    #: What `patience=None` stands for.
+    default_patience: ClassVar[int] = 1
+    #: Whether `fit` has to fill in `parameters` before the policy can be built.
+    needs_fit: ClassVar[bool] = False
+    #: Whether a sweep takes it where no policies are named.
+    in_default_sweep: ClassVar[bool] = False
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
         self.config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
+
+    # ------------------------------------------------------------------------------------------------------ decisions
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that may stop at exit j (index), from the exits up to j."""
         raise NotImplementedError
 
-    def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """The threshold that `threshold=None` stands for."""
-        raise NotImplementedError(f"{self.name} has no threshold")
-
-    def threshold(self, history: ExitHistory) -> float:
-        """The threshold in force for this model."""
-        if self.config.threshold is not None:
-            return self.config.threshold
-        return self.default_threshold(history.num_labels, history.problem_type)
-
-    def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
-        """Refuses a config that cannot work for a model with these exits, before anything runs.
-
-        Raises:
-            ValueError: `min_exit`, `max_exit` or `depth` lies outside of the model.
-        """
-        last = exits[-1]
-        for name in ("min_exit", "max_exit"):
-            value = getattr(self.config, name)
-            if value is not None and value > last:
-                raise ValueError(f"{name}={value} is not allowed: the model has {last} blocks.")
-        cap = self.config.max_exit
-        if cap is not None and cap < exits[0]:
-            raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
-
     def is_final(self, exits: Sequence[int], j: int) -> bool:
         """Whether every row that comes to exit j (index) stops there, whatever the logits are: the last exit, or the
         last up to `max_exit`."""
-        cap = self.config.max_exit
+        cap = self.max_exit
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
@@ -74,6 +67,10 @@ class ExitPolicy:
         low = self.config.min_exit
         due = (j + 1) % self.config.decide_every == 0 and (low is None or exits[j] >= low)
         return due or self.is_final(exits, j)
+
+    def lookback(self) -> int | None:
+        """How many exits before j `should_exit` looks at; None: all of them."""
+        return None
 
     def needs_logits(self, exits: Sequence[int], j: int) -> bool:
         """Whether anything depends on the logits of exit j (index): they can be an answer, or `should_exit` looks
@@ -88,10 +85,6 @@ class ExitPolicy:
             if self.can_exit(exits, i):
                 return True
         return False
-
-    def lookback(self) -> int | None:
-        """How many exits before j `should_exit` looks at; None: all of them."""
-        return None
 
     def stops(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers."""
@@ -132,34 +125,148 @@ class ExitPolicy:
                 break
         return answer
 
+    # ---------------------------------------------------------------------------------------------------- its config
 
-def as_history(
-    exit_logits: Any, exit_layers: Sequence[int] | None, problem_type: str | None, uncertainty: Any = None
-) -> ExitHistory:
-    """An `ExitHistory` from whatever `replay` accepts.
+    @classmethod
+    def check_config(cls, config: EarlyExitConfig) -> None:
+        """Refuses fields that cannot be right for any model; called when a config is made.
 
-    Raises:
-        ValueError: the logits are not [N, E, K], or `exit_layers` does not match them.
-    """
-    if hasattr(exit_logits, "history"):  # ExitLogits
-        return exit_logits.history()
-    logits = _numpy(exit_logits)
-    if logits.ndim != 3:
-        raise ValueError(f"exit_logits must be [N, E, K], got shape {list(logits.shape)}.")
-    exits = list(exit_layers) if exit_layers is not None else list(range(1, logits.shape[1] + 1))
-    if len(exits) != logits.shape[1] or sorted(set(exits)) != exits:
-        raise ValueError(f"exit_layers={exits} must be {logits.shape[1]} increasing block numbers.")
-    if problem_type is None:
-        problem_type = "regression" if logits.shape[2] == 1 else "single_label_classification"
-    return ExitHistory.of(logits, exits, problem_type, None if uncertainty is None else _numpy(uncertainty))
+        Raises:
+            ValueError: with the field, what is allowed and the remedy.
+        """
 
+    @classmethod
+    def suits(cls, problem_type: str) -> bool:
+        """Whether the policy has a meaning for models of this kind."""
+        return True
 
-def max_entropy(num_labels: int, problem_type: str) -> float:
-    """The largest entropy: ln K, or K ln 2 for K independent labels."""
-    return num_labels * math.log(2) if problem_type == "multi_label_classification" else math.log(max(num_labels, 2))
+    def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
+        """Refuses a config that cannot work for a model with these exits, before anything runs.
 
+        Raises:
+            ValueError: `min_exit`, `max_exit` or `depth` lies outside of the model.
+        """
+        last = exits[-1]
+        cap = self.max_exit
+        for name, value in (("min_exit", self.config.min_exit), ("max_exit", cap)):
+            if value is not None and value > last:
+                raise ValueError(f"{name}={value} is not allowed: the model has {last} blocks.")
+        if cap is not None and cap < exits[0]:
+            raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
 
-def _numpy(values: Any) -> Array:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    return np.asarray(values, dtype=np.float32)
+    @property
+    def max_exit(self) -> int | None:
+        """The block that no row goes past."""
+        return self.config.max_exit
+
+    @property
+    def patience(self) -> int:
+        """t in force; 1 for a policy that does not count."""
+        if not self.counts_exits:
+            return 1
+        return self.config.patience if self.config.patience is not None else self.default_patience
+
+    def uses_threshold(self, problem_type: str) -> bool:
+        """Whether the field `threshold` changes anything."""
+        return False
+
+    def threshold(self, num_labels: int, problem_type: str) -> float:
+        """The threshold in force, in the unit of what it is compared with; 0 where nothing is."""
+        return 0.0
+
+    def unit(self, num_labels: int, problem_type: str) -> float:
+        """What `threshold=1` means in the unit of what it is compared with."""
+        return 1.0
+
+    def threshold_range(
+        self, num_labels: int, problem_type: str, widest: float | None = None
+    ) -> tuple[float, float] | None:
+        """The thresholds worth trying by hand; None where there is nothing to choose.
+
+        Args:
+            num_labels: K.
+            problem_type: As transformers has it.
+            widest: The largest distance between two exits' values that was seen, for regression.
+        """
+        return None
+
+    def resolve(self, num_labels: int, problem_type: str) -> EarlyExitConfig:
+        """The config with the numbers that its open fields stand for, of those that the policy reads."""
+        return replace(self.config, patience=self.patience) if self.counts_exits else self.config
+
+    # ------------------------------------------------------------------------------------- what a sweep makes of it
+
+    @classmethod
+    def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
+        """The forms that `policy="auto"` tries."""
+        return [EarlyExitConfig(policy=cls.name)] if cls.suits(problem_type) else []
+
+    @classmethod
+    def fit(
+        cls, config: EarlyExitConfig, history: ExitHistory, labels: torch.Tensor | None, reference: int
+    ) -> EarlyExitConfig:
+        """`config` with its `parameters` fitted on these rows; for policies that `needs_fit`.
+
+        Args:
+            config: What is asked for.
+            history: The rows, all exits seen.
+            labels: Of the rows, where there are any.
+            reference: Block number of the exit that is best on these rows.
+        """
+        return config
+
+    def variants(self, patience: Sequence[int], problem_type: str) -> list[EarlyExitConfig]:
+        """The configs that a search tries, each without its threshold: with these patiences where it is left open."""
+        if not self.counts_exits or self.config.patience is not None:
+            return [self.config]
+        return [replace(self.config, patience=t) for t in patience]
+
+    def opened(self, problem_type: str) -> EarlyExitConfig | None:
+        """The config with what a sweep varies left open, all else as it is; None where it is a fixed depth."""
+        return replace(self.config, threshold=None, calibration=None)
+
+    def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
+        """The settings of one variant, slow to fast; None: thresholds, as the scores on the data suggest them."""
+        return [self.config]
+
+    # ------------------------------------------------------------------------------------------------------- in words
+
+    @classmethod
+    def title(cls, config: EarlyExitConfig) -> str:
+        """The policy and its form: `divergence (kl)`."""
+        return cls.name
+
+    @classmethod
+    def label(cls, config: EarlyExitConfig) -> str:
+        """A short name of the variant, for curves and tables: `divergence-kl-consecutive t=2`."""
+        return f"{cls.name} t={config.patience}" if cls.counts_exits and config.patience is not None else cls.name
+
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """What the policy saw of the one row in `history` at exit j (index); None where it compares no number."""
+        return None
+
+    def why(self, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
+        """What decides about a row at exit j (index): `cnt = 1 ≥ t = 1`."""
+        config, block = self.config, exits[j]
+        if self.is_final(exits, j):
+            last = j == len(exits) - 1
+            return "the last exit always answers" if last else f"no row goes past block {self.max_exit} (max_exit)"
+        if not self.can_exit(exits, j):
+            if config.min_exit is not None and block < config.min_exit:
+                return f"no row stops before block {config.min_exit} (min_exit)"
+            return f"the rule decides at each k-th exit only, k = {config.decide_every} (decide_every)"
+        return f"policy {self.name!r} has decided" if evidence is None else evidence.comparison
+
+    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+        """Why a row got its answer at exit j (index)."""
+        said = self.why(exits, j, evidence)
+        if j == len(exits) - 1:
+            return f"No exit before it met the rule, and {said}."
+        return f"{said[0].upper()}{said[1:]}."
+
+    # ---------------------------------------------------------------------------------------------------------- ONNX
+
+    def nodes(self, at: ExitNodes) -> str | None:
+        """[n] bool: `should_exit` as nodes of an exported graph, where threshold and patience come with the call; None
+        where no row can stop. Without it the policy cannot be exported."""
+        raise NotImplementedError

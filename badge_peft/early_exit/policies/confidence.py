@@ -1,4 +1,4 @@
-"""Rules that trust one exit's own confidence: entropy, largest probability, a learned doubt, and their patience."""
+"""Policies that trust one exit's own confidence: entropy, largest probability, and PCEE's patience."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ from collections.abc import Sequence
 import numpy as np
 
 from badge_peft.early_exit import divergences as div
+from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array, max_entropy
+from badge_peft.early_exit.policies.base import Array
+from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words
+from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
+from badge_peft.early_exit.registry import register_policy
+
+_SEVERAL = "multi_label_classification"
 
 
-def _no_regression(name: str, problem_type: str) -> None:
-    if problem_type == "regression":
-        raise ValueError(
-            f"policy={name!r} needs a distribution, and regression has none: use 'patience', 'divergence', 'learned' "
-            "or 'fixed_depth'."
-        )
+class ConfidencePolicy(ThresholdPolicy):
+    """Reads the distribution that an exit predicts, and no other exit."""
+
+    @classmethod
+    def suits(cls, problem_type: str) -> bool:
+        """Values have no distribution."""
+        return problem_type != "regression"
+
+    def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
+        """Refuses regression."""
+        super().check(exits, num_labels, problem_type)
+        if not self.suits(problem_type):
+            raise ValueError(
+                f"policy={self.name!r} needs a distribution, and regression has none: use 'patience', 'divergence', "
+                "'learned' or 'fixed_depth'."
+            )
+
+    def lookback(self) -> int:
+        """No exit."""
+        return 0
 
 
-class EntropyPolicy(ThresholdPolicy):
+@register_policy
+class EntropyPolicy(ConfidencePolicy):
     """Stop where the entropy of p_m, in nats, is below the threshold (BranchyNet, DeeBERT).
 
     With `normalize=True` the threshold is a share of ln K, FastBERT's "speed". Default: 0.3 ln K. Multi-label: the sum
@@ -28,14 +49,15 @@ class EntropyPolicy(ThresholdPolicy):
     """
 
     name = "entropy"
-
-    def lookback(self) -> int:
-        """No exit."""
-        return 0
+    in_default_sweep = True
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: nats."""
         return history.entropy(j)
+
+    def score_nodes(self, at: ExitNodes) -> str:
+        """[n]: nats."""
+        return at.entropy()
 
     def in_nats(self, problem_type: str) -> bool:
         """Yes."""
@@ -45,13 +67,59 @@ class EntropyPolicy(ThresholdPolicy):
         """See the class."""
         return 0.3 * max_entropy(num_labels, problem_type)
 
+    def quantity(self, problem_type: str) -> Quantity:
+        """H."""
+        return Quantity("entropy", "H")
+
+
+@register_policy
+class MaxProbPolicy(ConfidencePolicy):
+    """Stop where the largest probability is at least the threshold; each exit may have a temperature by which its
+    logits are divided first (Schwartz et al., "The Right Tool for the Job", 2020).
+
+    Multi-label: the least sure label counts. Default: 0.9 for two classes, falling to 0.5 for many:
+    0.5 + 0.8 / K.
+    """
+
+    name = "max_prob"
+    stops_above = True
+    in_default_sweep = True
+
+    def score(self, history: ExitHistory, j: int) -> Array:
+        """[n]: probability."""
+        if self.config.temperature is None:
+            return history.confidence(j)
+        return div.largest_probability(
+            history.logits[j] / np.float32(self.config.temperature[j]), history.problem_type
+        )
+
+    def score_nodes(self, at: ExitNodes) -> str:
+        """[n]: probability."""
+        logits = at.logits
+        if self.config.temperature is not None:
+            logits = at.op("Div", logits, at.floats(self.config.temperature[at.index]))
+        return at.confidence(at.log_probs(logits))
+
+    def default_threshold(self, num_labels: int, problem_type: str) -> float:
+        """See the class."""
+        return 0.9 if problem_type == _SEVERAL else 0.5 + 0.8 / max(num_labels, 2)
+
     def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
-        """Refuses regression."""
+        """Refuses temperatures that are not one per exit, too."""
         super().check(exits, num_labels, problem_type)
-        _no_regression(self.name, problem_type)
+        if self.config.temperature is not None and len(self.config.temperature) != len(exits):
+            raise ValueError(
+                f"temperature has {len(self.config.temperature)} numbers, but there are {len(exits)} exits."
+            )
+
+    def quantity(self, problem_type: str) -> Quantity:
+        """p."""
+        several = problem_type == _SEVERAL
+        return Quantity("probability of the least sure label" if several else "largest probability", "p")
 
 
-class ConfidentPatiencePolicy(EntropyPolicy):
+@register_policy
+class ConfidentPatiencePolicy(ConfidencePolicy):
     """PCEE: stop when t exits in a row have an entropy below the threshold, a share of ln K.
 
     The score is the largest of the last t entropies, divided by ln K. Source: Zhang et al., "PCEE-BERT", 2022.
@@ -59,12 +127,8 @@ class ConfidentPatiencePolicy(EntropyPolicy):
     """
 
     name = "confident_patience"
+    counts_exits = True
     default_patience = 2
-
-    @property
-    def patience(self) -> int:
-        """t."""
-        return self.config.patience if self.config.patience is not None else self.default_patience
 
     def lookback(self) -> int:
         """t - 1."""
@@ -78,78 +142,38 @@ class ConfidentPatiencePolicy(EntropyPolicy):
         worst = history.entropy(j)
         for k in range(1, t):
             worst = np.maximum(worst, history.entropy(j - k))
-        return worst / np.float32(max_entropy(history.num_labels, history.problem_type))
+        return self._share(history, worst)
 
-    def in_nats(self, problem_type: str) -> bool:
-        """No: the score is a share of ln K already."""
-        return False
+    def nodes(self, at: ExitNodes) -> str | None:
+        """The run of exits that are sure enough."""
+        share = at.op("Div", at.entropy(), at.floats(at.scale))
+        return at.run_of(at.op("Less", share, at.threshold))
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""
         return 0.4
 
+    def quantity(self, problem_type: str) -> Quantity:
+        """H."""
+        return Quantity("entropy as a share of the largest", "H")
 
-class MaxProbPolicy(ThresholdPolicy):
-    """Stop where the largest probability is at least the threshold; each exit may have a temperature by which its
-    logits are divided first (Schwartz et al., "The Right Tool for the Job", 2020).
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """The exit's own entropy, and how many exits in a row, up to this one, were sure enough."""
+        shares = [float(self._share(history, history.entropy(i))[0]) for i in range(j + 1)]
+        count = 0
+        while count <= j and self._passes(history, shares[j - count]):
+            count += 1
+        return self._evidence(history, (Measured(history.exits[j], shares[j], count > 0),), count, in_a_row=True)
 
-    Multi-label: the least sure label counts. Default: 0.9 for two classes, falling to 0.5 for many:
-    0.5 + 0.8 / K.
-    """
-
-    name = "max_prob"
-    stops_above = True
-
-    def lookback(self) -> int:
-        """No exit."""
-        return 0
-
-    def score(self, history: ExitHistory, j: int) -> Array:
-        """[n]: probability."""
-        if self.config.temperature is None:
-            return history.confidence(j)
-        return div.largest_probability(
-            history.logits[j] / np.float32(self.config.temperature[j]), history.problem_type
+    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+        """The exits that were sure."""
+        if self.is_final(exits, j) or evidence is None or evidence.count is None:
+            return super().sentence(exits, j, evidence, problem_type)
+        return (
+            f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
+            f"{evidence.limit} of the largest there can be: {evidence.comparison}."
         )
 
-    def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
-        return 0.9 if problem_type == "multi_label_classification" else 0.5 + 0.8 / max(num_labels, 2)
-
-    def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
-        """Refuses regression, and temperatures that are not one per exit."""
-        super().check(exits, num_labels, problem_type)
-        _no_regression(self.name, problem_type)
-        if self.config.temperature is not None and len(self.config.temperature) != len(exits):
-            raise ValueError(
-                f"temperature has {len(self.config.temperature)} numbers, but there are {len(exits)} exits."
-            )
-
-
-class LearnedPolicy(ThresholdPolicy):
-    """LTE, learning to exit: stop where the uncertainty that a small trained layer predicts is below the threshold.
-
-    The layer is a linear map with a sigmoid, shared by all exits. `BadgeConfig(learn_to_exit=True)` adds it, and it is
-    trained to predict whether the exit is wrong (regression: how far off it is). Source: Xin et al., "BERxiT", 2021.
-    Default threshold: 0.1.
-    """
-
-    name = "learned"
-    reads_uncertainty = True
-
-    def lookback(self) -> int:
-        """No exit."""
-        return 0
-
-    def score(self, history: ExitHistory, j: int) -> Array:
-        """[n]: predicted uncertainty in [0, 1]."""
-        score = history.uncertainty[j]
-        if np.isnan(score).any():
-            raise ValueError(
-                "policy='learned' needs an adapter with an LTE layer: train with BadgeConfig(learn_to_exit=True)."
-            )
-        return score
-
-    def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
-        return 0.1
+    @staticmethod
+    def _share(history: ExitHistory, entropy: Array) -> Array:
+        return entropy / np.float32(max_entropy(history.num_labels, history.problem_type))

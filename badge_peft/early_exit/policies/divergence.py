@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig
+from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array, max_entropy
+from badge_peft.early_exit.policies.base import Array
+from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words, number
+from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
+from badge_peft.early_exit.registry import register_policy
+
+_SINGLE, _SEVERAL, _VALUES = "single_label_classification", "multi_label_classification", "regression"
 
 
+@register_policy
 class DivergencePolicy(ThresholdPolicy):
     """Divergence-based early exiting: stop at block m when at least t earlier exits predicted a distribution close to
     p_m, which means at a divergence below tau.
@@ -28,23 +38,31 @@ class DivergencePolicy(ThresholdPolicy):
     """
 
     name = "divergence"
+    own_fields: ClassVar[tuple[str, ...]] = ("divergence", "window")
+    counts_exits = True
     default_patience = 1
+    in_default_sweep = True
 
     @property
-    def patience(self) -> int:
-        """t."""
-        return self.config.patience if self.config.patience is not None else self.default_patience
+    def kind(self) -> str:
+        """The divergence."""
+        return self.config.divergence
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether only the unbroken run of adjacent agreements counts."""
+        return self.config.window == "consecutive"
 
     def lookback(self) -> int | None:
         """All exits, or t of them."""
-        return None if self.config.window == "all" else self.patience
+        return self.patience if self.consecutive else None
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: the smallest tau that would stop a row at exit j."""
-        t, kind = self.patience, self.config.divergence
+        t, kind = self.patience, self.kind
         if j < t:
             return self.never_exits(history)
-        if self.config.window == "all":
+        if not self.consecutive:
             earlier = history.to_earlier(kind, j)  # [j, n]
             return np.minimum.reduce(earlier, axis=0) if t == 1 else np.partition(earlier, t - 1, axis=0)[t - 1]
         run = history.to_previous(kind, j)
@@ -52,20 +70,114 @@ class DivergencePolicy(ThresholdPolicy):
             run = np.maximum(run, history.to_previous(kind, j - k))
         return run
 
+    def nodes(self, at: ExitNodes) -> str | None:
+        """The count of Eq. 3, or the run of adjacent agreements: patience is an input of the graph."""
+        kind = self.kind
+        here, earlier = at.represent(kind), at.kept("history")  # [n, 1, W], [n, j, W] or the last alone
+        if earlier is None:
+            at.append("history", here)
+            return None
+        close = at.op("Less", at.divergence(kind, here, earlier), at.threshold)  # [n, j] or [n, 1]
+        if not self.consecutive:
+            at.append("history", here)
+            return at.op("GreaterOrEqual", at.total(at.as_int(close)), at.patience)
+        at.keep("history", here, axes=3)
+        return at.run_of(at.op("Squeeze", close, at.ints([1])))
+
+    # -------------------------------------------------------------------------------------------------- the threshold
+
     def in_nats(self, problem_type: str) -> bool:
         """Not for `label` and regression."""
-        return problem_type != "regression" and self.config.divergence != "label"
+        return problem_type != _VALUES and self.kind != "label"
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""
-        if problem_type == "regression":
+        if problem_type == _VALUES:
             return 0.1
-        if self.config.divergence == "label":
+        if self.kind == "label":
             return 0.5
-        share = {"ce": 0.3, "kl": 0.05, "js": 0.02}[self.config.divergence]
+        share = {"ce": 0.3, "kl": 0.05, "js": 0.02}[self.kind]
         return share * max_entropy(num_labels, problem_type)
 
+    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
+        """Twice the largest entropy for `ce`, where there are two terms; the largest value of the others."""
+        if problem_type == _VALUES:
+            return widest or 1.0
+        most = max_entropy(num_labels, problem_type)
+        halves = num_labels if problem_type == _SEVERAL else 1
+        return {"ce": 2 * most, "kl": most, "js": halves * math.log(2), "label": float(num_labels)}[self.kind]
 
+    def threshold_range(
+        self, num_labels: int, problem_type: str, widest: float | None = None
+    ) -> tuple[float, float] | None:
+        """None where the same label or another is all there is."""
+        if problem_type == _SINGLE and self.kind == "label":
+            return None
+        return super().threshold_range(num_labels, problem_type, widest)
+
+    @classmethod
+    def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
+        """Every divergence with both windows; values have one distance."""
+        kinds = DIVERGENCES[:1] if problem_type == _VALUES else DIVERGENCES
+        return [EarlyExitConfig(policy=cls.name, divergence=d, window=w) for d in kinds for w in WINDOWS]
+
+    # ------------------------------------------------------------------------------------------------------- in words
+
+    @classmethod
+    def title(cls, config: EarlyExitConfig) -> str:
+        """With the divergence, and the window where it is not all."""
+        window = "" if config.window == "all" else f", window={config.window}"
+        return f"{cls.name} ({config.divergence}){window}"
+
+    @classmethod
+    def label(cls, config: EarlyExitConfig) -> str:
+        """Divergence and window where they are not the paper's."""
+        kind = "" if config.divergence == "ce" else f"-{config.divergence}"
+        window = "" if config.window == "all" else f"-{config.window}"
+        return super().label(config).replace(cls.name, cls.name + kind + window, 1)
+
+    def quantity(self, problem_type: str) -> Quantity:
+        """S of Eq. 4."""
+        if problem_type == _VALUES:
+            return Quantity("distance", "|y - y'|")
+        if self.kind != "label":
+            return Quantity(f"divergence ({self.kind})", "S")
+        several = problem_type == _SEVERAL
+        return Quantity("labels that differ" if several else "another label (1) or the same (0)", "d")
+
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """The divergences from earlier exits, and cnt_m of Eq. 3 or the run of adjacent agreements."""
+        kind, consecutive = self.kind, self.consecutive
+        first = max(0, j - 1) if consecutive else 0
+        values = (float(history.to(kind, j, i)[0]) for i in range(first, j))
+        measured = tuple(
+            Measured(history.exits[i], value, self._passes(history, value)) for i, value in enumerate(values, first)
+        )
+        count = sum(m.passes for m in measured)
+        if consecutive:
+            count = 0
+            while count < j and self._passes(history, float(history.to_previous(kind, j - count)[0])):
+                count += 1
+        return self._evidence(history, measured, count, in_a_row=consecutive, of_pairs=True)
+
+    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+        """The exits that are near."""
+        if self.is_final(exits, j) or evidence is None or evidence.count is None:
+            return super().sentence(exits, j, evidence, problem_type)
+        if evidence.in_a_row:
+            within = f"lay within tau = {evidence.limit} of the exit before ({evidence.quantity})"
+            what = "gave the same answer as the exit before" if evidence.threshold is None else within
+            return f"{exits_in_words(evidence.count)} in a row {what}: {evidence.comparison}."
+        near = [m for m in evidence.measured if m.passes]
+        blocks = ", ".join(f"{m.block} ({evidence.symbol} = {number(m.value)})" for m in near)
+        what = "predicted a value" if problem_type == _VALUES else "predicted a distribution"
+        return (
+            f"{exits_in_words(evidence.count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
+            f"{'that of block' if len(near) == 1 else 'those of blocks'} {blocks}: {evidence.comparison}."
+        )
+
+
+@register_policy
 class PatiencePolicy(DivergencePolicy):
     """PABEE: stop when t adjacent exits in a row gave the same label (regression: values closer than the threshold).
 
@@ -74,11 +186,49 @@ class PatiencePolicy(DivergencePolicy):
     """
 
     name = "patience"
+    own_fields = ()
     default_patience = 2
 
-    def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
-        super().__init__(config, **{**fields, "divergence": "label", "window": "consecutive"})
+    @property
+    def kind(self) -> str:
+        """Labels are compared."""
+        return "label"
 
-    def threshold(self, history: ExitHistory) -> float:
+    @property
+    def consecutive(self) -> bool:
+        """They are counted in a row."""
+        return True
+
+    def uses_threshold(self, problem_type: str) -> bool:
         """Only regression has a threshold to choose."""
-        return super().threshold(history) if history.problem_type == "regression" else 0.5
+        return problem_type == _VALUES
+
+    @classmethod
+    def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
+        """One."""
+        return [EarlyExitConfig(policy=cls.name)]
+
+    def variants(self, patience: Sequence[int], problem_type: str) -> list[EarlyExitConfig]:
+        """Of labels every patience is a setting of one variant, as there is no threshold to vary."""
+        return super().variants(patience, problem_type) if self.uses_threshold(problem_type) else [self.config]
+
+    def opened(self, problem_type: str) -> EarlyExitConfig | None:
+        """Of labels the patience is what varies."""
+        config = super().opened(problem_type)
+        return config if config is None or self.uses_threshold(problem_type) else replace(config, patience=None)
+
+    def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
+        """Every patience that the exits allow, where it is left open and labels are compared."""
+        if self.uses_threshold(problem_type) or self.config.patience is not None:
+            return super().grid(exits, problem_type)
+        return [replace(self.config, patience=t) for t in reversed(range(1, max(2, len(exits))))]
+
+    @classmethod
+    def title(cls, config: EarlyExitConfig) -> str:
+        """The name."""
+        return cls.name
+
+    @classmethod
+    def label(cls, config: EarlyExitConfig) -> str:
+        """With the patience where there is a threshold beside it: of labels it is what varies along the curve."""
+        return cls.name if config.threshold is None or config.patience is None else f"{cls.name} t={config.patience}"

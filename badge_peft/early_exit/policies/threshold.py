@@ -1,13 +1,18 @@
-"""`ThresholdPolicy`: rules that compare one number per exit and row, the score, with a threshold."""
+"""`ThresholdPolicy`: policies that compare one number per exit and row, the score, with a threshold."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array, ExitPolicy, max_entropy
+from badge_peft.early_exit.policies.base import Array, ExitPolicy
+from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
+from badge_peft.early_exit.policies.nodes import ExitNodes
 
 
 class ThresholdPolicy(ExitPolicy):
@@ -17,32 +22,109 @@ class ThresholdPolicy(ExitPolicy):
     """
 
     #: Whether a row stops where the score is *at least* the threshold (a confidence), not *below* it (an uncertainty).
-    stops_above: ClassVar[bool] = False
+    stops_above: bool = False
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n] float32: how sure (or unsure) exit j (index) is of each row, from the exits up to j."""
         raise NotImplementedError
 
+    def default_threshold(self, num_labels: int, problem_type: str) -> float:
+        """The threshold that `threshold=None` stands for, in the unit of the score."""
+        raise NotImplementedError
+
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the score is on the right side of the threshold."""
-        tau = np.float32(self.limit(history))
+        tau = np.float32(self.threshold(history.num_labels, history.problem_type))
         score = self.score(history, j)
         return score >= tau if self.stops_above else score < tau
 
-    def limit(self, history: ExitHistory) -> float:
-        """The threshold in the unit of the score."""
-        return self.threshold(history) * self.unit(history)
+    def never_exits(self, history: ExitHistory) -> Array:
+        """[n]: the score of an exit at which no row may stop."""
+        return np.full(history.rows, -np.inf if self.stops_above else np.inf, dtype=np.float32)
 
-    def unit(self, history: ExitHistory) -> float:
-        """What a threshold of 1 means in the unit of the score: ln K when the config says `normalize`."""
-        if self.config.normalize and self.config.threshold is not None and self.in_nats(history.problem_type):
-            return max_entropy(history.num_labels, history.problem_type)
-        return 1.0
+    # -------------------------------------------------------------------------------------------------- the threshold
+
+    def uses_threshold(self, problem_type: str) -> bool:
+        """Yes."""
+        return True
+
+    def threshold(self, num_labels: int, problem_type: str) -> float:
+        """The config's, or the default."""
+        given = self.config.threshold
+        if given is None or not self.uses_threshold(problem_type):
+            return self.default_threshold(num_labels, problem_type)
+        return given * self.unit(num_labels, problem_type)
 
     def in_nats(self, problem_type: str) -> bool:
         """Whether the score grows with ln K."""
         return False
 
-    def never_exits(self, history: ExitHistory) -> Array:
-        """[n]: the score of an exit that may stop no row."""
-        return np.full(history.rows, -np.inf if self.stops_above else np.inf, dtype=np.float32)
+    def unit(self, num_labels: int, problem_type: str) -> float:
+        """ln K when the config says `normalize`."""
+        if self.config.normalize and self.in_nats(problem_type):
+            return max_entropy(num_labels, problem_type)
+        return 1.0
+
+    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
+        """A threshold beyond which moving on changes little or nothing; `widest` as for `threshold_range`."""
+        return max_entropy(num_labels, problem_type) if self.in_nats(problem_type) else 1.0
+
+    def threshold_range(
+        self, num_labels: int, problem_type: str, widest: float | None = None
+    ) -> tuple[float, float] | None:
+        """From 0 to the largest score."""
+        if not self.uses_threshold(problem_type):
+            return None
+        return 0.0, self.largest_score(num_labels, problem_type, widest) / self.unit(num_labels, problem_type)
+
+    def resolve(self, num_labels: int, problem_type: str) -> EarlyExitConfig:
+        """With the threshold, where there is one to choose, in the config's own unit."""
+        config = super().resolve(num_labels, problem_type)
+        if config.threshold is not None or self.threshold_range(num_labels, problem_type) is None:
+            return config
+        default = self.default_threshold(num_labels, problem_type)
+        return replace(config, threshold=default / self.unit(num_labels, problem_type))
+
+    def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
+        """Thresholds, where none is given."""
+        open_ = self.uses_threshold(problem_type) and self.config.threshold is None
+        return None if open_ else [self.config]
+
+    # ------------------------------------------------------------------------------------------------ in words, nodes
+
+    def quantity(self, problem_type: str) -> Quantity:
+        """What the score is."""
+        return Quantity(f"score of {self.name}", "s")
+
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """The score beside the threshold."""
+        value = float(self.score(history, j)[0])
+        passes = bool(self.should_exit(history, j)[0])
+        return self._evidence(history, (Measured(history.exits[j], value, passes),))
+
+    def _evidence(
+        self,
+        history: ExitHistory,
+        measured: tuple[Measured, ...],
+        count: int | None = None,
+        in_a_row: bool = False,
+        of_pairs: bool = False,
+    ) -> Evidence:
+        kind = history.problem_type
+        limit = float(self.threshold(history.num_labels, kind)) if self.uses_threshold(kind) else None
+        patience = None if count is None else self.patience
+        return Evidence(
+            *self.quantity(kind), limit, self.stops_above, measured, count, patience, in_a_row, of_pairs=of_pairs
+        )
+
+    def _passes(self, history: ExitHistory, value: float) -> bool:
+        """Whether a score counts as close or sure: compared as `should_exit` does, in float32."""
+        return bool(np.float32(value) < np.float32(self.threshold(history.num_labels, history.problem_type)))
+
+    def score_nodes(self, at: ExitNodes) -> str:
+        """[n]: `score` as nodes."""
+        raise NotImplementedError
+
+    def nodes(self, at: ExitNodes) -> str | None:
+        """The comparison, on `score_nodes`."""
+        return at.op("GreaterOrEqual" if self.stops_above else "Less", self.score_nodes(at), at.threshold)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from badge_peft.early_exit.history import as_history
 from badge_peft.early_exit.policies import ThresholdPolicy, build_policy
-from badge_peft.early_exit.policies.base import as_history
-from badge_peft.export.decisions import Decision
+from badge_peft.export.policies import Decision
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
 from tests.early_exit.rules import NO_REGRESSION, fields_of
 from tests.labels import label
@@ -70,13 +70,8 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
         return [0.5]
     middles, gaps = (values[1:] + values[:-1]) / 2, np.diff(values)
     middles = middles[gaps > 1e-4 * np.maximum(1, np.abs(middles))]
-    unit = policy.unit(history) if rule.get("normalize") is None else policy_unit(rule, problem, logits)
+    unit = policy.unit(logits.shape[2], problem)
     return [float(middles[np.abs(middles - np.quantile(values, q)).argmin()]) / unit for q in (0.2, 0.5, 0.8)]
-
-
-def policy_unit(rule: dict[str, Any], problem: str, logits: np.ndarray) -> float:
-    """With `normalize` a threshold is a share of the largest entropy."""
-    return build_policy({**rule, "threshold": 1.0}).unit(as_history(logits, None, problem))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
@@ -177,15 +172,15 @@ def test_defaults_are_those_of_the_policy():
         policy = build_policy(full_rule(rule, problem, logits))
         decision = Decision(policy, list(range(1, EXITS + 1)), logits.shape[2], problem)
         threshold, unit = decision.threshold()
-        history = as_history(logits, None, problem)
-        assert threshold * unit == pytest.approx(policy.limit(history))  # type: ignore[attr-defined]
+        assert threshold * unit == pytest.approx(policy.threshold(logits.shape[2], problem))
 
 
 def test_somebody_elses_policy_is_refused():
     from badge_peft.early_exit.policies import EntropyPolicy
 
     class Mine(EntropyPolicy):
-        pass
+        def score(self, history, j):
+            return history.entropy(j) / 2
 
     with pytest.raises(ValueError, match="Mine cannot be exported"):
         Decision(Mine(), [1, 2], 3, SINGLE).check_exportable(learned=False)

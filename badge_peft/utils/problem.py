@@ -1,0 +1,206 @@
+"""The problem types of transformers, each with all that depends on it: loss, labels, predictions, metric, and how an
+answer is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Array = np.ndarray
+
+
+class Problem:
+    """One class per row: `single_label_classification`. The base of the others.
+
+    Attributes:
+        name: As transformers has it.
+        default_metric: As for `exit_scores`.
+        error_metric: The metric that counts every row alike, by which exits are compared.
+        gives_labels: Whether a row is answered with labels and probabilities, not with values.
+        many_labels: Whether a row may have several.
+    """
+
+    name = "single_label_classification"
+    default_metric = "accuracy"
+    error_metric = "accuracy"
+    gives_labels = True
+    many_labels = False
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """As transformers computes it for its own head: logits [B, K] in float32, labels [B] or [B, K]."""
+        return F.cross_entropy(logits, labels.view(-1), reduction=reduction)
+
+    def error(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B]: how wrong each row is, 1 or 0; for regression |tanh(y' - y)|. Source: BERxiT, section 4.2."""
+        return (logits.argmax(dim=-1) != labels.view(-1)).float()
+
+    def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
+        """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
+
+        Raises:
+            ValueError: labels of another shape, or outside of 0..K-1.
+        """
+        if labels.numel() != batch_size:
+            raise ValueError(f"labels have shape {list(labels.shape)}, but the batch has {batch_size} rows.")
+        if labels.is_floating_point():
+            raise ValueError(f"{self.name} needs whole-number labels, got {labels.dtype}.")
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+        if wrong.numel():
+            raise ValueError(
+                f"label {wrong.flatten()[0].item()} is out of range: the model has num_labels={num_labels}, so labels "
+                f"are 0 to {num_labels - 1}. Load the model with the right num_labels."
+            )
+
+    def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
+        """Shape of the labels of a data set."""
+        return (rows,)
+
+    def targets(self, labels: Tensor) -> Array:
+        """Labels as `predictions` has them."""
+        return labels.numpy()
+
+    def predictions(self, logits: Tensor) -> Array:
+        """Logits [N, K] to class numbers [N], 0 / 1 decisions [N, K] (multi-label) or values [N] (regression)."""
+        return logits.argmax(dim=-1).numpy()
+
+    def probabilities(self, logits: Array) -> Array | None:
+        """[K] logits to [K] probabilities, of one label or of each; None for regression."""
+        return torch.from_numpy(logits).softmax(-1).numpy()
+
+    def same(self, logits: Tensor, others: Tensor) -> float | None:
+        """Share of rows [N, K] with the same prediction; None for regression, which has none that is the same."""
+        equal = self.predictions(logits) == self.predictions(others)
+        return float(equal.reshape(len(equal), -1).all(axis=1).mean())
+
+    def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
+        """One row of logits [K] as JSON-able values.
+
+        Args:
+            logits: [K] float.
+            names: Of the labels.
+
+        Returns:
+            `label` and `confidence` (the label's probability); `labels` and the confidence of the least sure decision,
+            where a row may have several; `value`, a number or a list of them, for regression.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights = np.exp(logits - logits.max())
+            best = int(logits.argmax())
+            return {"label": names[best], "confidence": _json_number(weights[best] / weights.sum())}
+
+
+class MultiLabel(Problem):
+    """Any number of labels per row, each a yes-or-no decision of its own."""
+
+    name = "multi_label_classification"
+    many_labels = True
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The labels' binary cross-entropies."""
+        return F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).float(), reduction=reduction)
+
+    def error(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B]: 1 where any label is wrong."""
+        return ((logits > 0) != (labels.view_as(logits) > 0.5)).any(dim=-1).float()
+
+    def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
+        """One number for each row and label, or ValueError."""
+        if labels.numel() != batch_size * num_labels:
+            raise ValueError(
+                f"labels have shape {list(labels.shape)}; {self.name} with num_labels={num_labels} needs "
+                f"[{batch_size}, {num_labels}]."
+            )
+
+    def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
+        """[N, K]."""
+        return (rows, num_labels)
+
+    def targets(self, labels: Tensor) -> Array:
+        """0 / 1 decisions [N, K]."""
+        return labels.numpy() > 0.5
+
+    def predictions(self, logits: Tensor) -> Array:
+        """0 / 1 decisions [N, K]."""
+        return (logits > 0).long().numpy()
+
+    def probabilities(self, logits: Array) -> Array:
+        """[K], of each label by itself."""
+        return torch.from_numpy(logits).sigmoid().numpy()
+
+    def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
+        """`labels`, and the `confidence` of the least sure decision."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            sure = (1 / (1 + np.exp(-np.abs(logits)))).min()  # the larger of p and 1 - p
+        chosen = [name for name, value in zip(names, logits, strict=True) if value > 0]
+        return {"labels": chosen, "confidence": _json_number(sure)}
+
+
+class Regression(MultiLabel):
+    """A number per row, or several; labels have the shape of the outputs, as those of several labels have."""
+
+    name = "regression"
+    default_metric = "pearson"
+    error_metric = "neg_mse"
+    gives_labels = False
+    many_labels = False
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The squared difference."""
+        return F.mse_loss(logits, labels.view_as(logits).float(), reduction=reduction)
+
+    def error(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[B]: |tanh(y' - y)|."""
+        return (logits.float() - labels.view_as(logits)).tanh().abs().mean(dim=-1)
+
+    def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
+        """[N]; metrics compare one number per row."""
+        return (rows,)
+
+    def targets(self, labels: Tensor) -> Array:
+        """Values [N]."""
+        return labels.numpy().reshape(len(labels))
+
+    def predictions(self, logits: Tensor) -> Array:
+        """Values [N]."""
+        return logits.float().squeeze(-1).numpy()
+
+    def probabilities(self, logits: Array) -> Any:
+        """None."""
+        return None
+
+    def same(self, logits: Tensor, others: Tensor) -> float | None:
+        """None."""
+        return None
+
+    def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
+        """`value`, a number or a list of them."""
+        values = [_json_number(value) for value in logits]
+        return {"value": values[0] if len(values) == 1 else values}
+
+
+_PROBLEMS = {problem.name: problem for problem in (Problem(), MultiLabel(), Regression())}
+PROBLEM_TYPES = tuple(_PROBLEMS)
+
+
+def problem_of(problem_type: str) -> Problem:
+    """The problem type by its name in transformers."""
+    return _PROBLEMS[problem_type]
+
+
+def infer_problem_type(num_labels: int, labels: Tensor | None = None) -> str:
+    """What transformers would infer from the number of labels and the labels' type. Without labels, one output is
+    taken for a value and several for classes."""
+    if num_labels == 1:
+        return Regression.name
+    return MultiLabel.name if labels is not None and labels.is_floating_point() else Problem.name
+
+
+def _json_number(value: Any) -> float | None:
+    """JSON has no NaN."""
+    return round(float(value), 6) if math.isfinite(value) else None
