@@ -34,9 +34,9 @@ def app(
     move its threshold and patience. A second tab has the trade-off on the adapter's evaluation data. Needs the extra
     app: pip install 'badge-peft[app]'.
     """
-    from badge_peft.app.needs import need_gradio
+    from badge_peft.utils.extras import require
 
-    need_gradio()
+    require("app", "gradio", "matplotlib")
     from badge_peft.app.callbacks import Callbacks
     from badge_peft.app.page import build_page, launch
     from badge_peft.workflows.adapter import open_adapter
