@@ -7,6 +7,8 @@ again.
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import nox
 
@@ -78,3 +80,19 @@ def int8(session: nox.Session) -> None:
     """Base models in int8, by torchao and by bitsandbytes."""
     session.install("-e", ".", "torchao", "bitsandbytes", *TOOLS)
     session.run("pytest", "tests/peft_verbs/test_int8.py", *session.posargs)
+
+
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Mutants of policies, pass and layer against their tests: no leg of CI. See docs/testing.md."""
+    session.install("-e", ".[dev]", "cosmic-ray>=8.4")
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("badge_peft", "tests"):
+        shutil.copytree(name, folder / "copy" / name)
+    shutil.copy("pyproject.toml", folder / "copy")
+    program, plan = ("python", "tests/mutation/mutate.py"), "tests/mutation/plan.json"
+    mutants, results = str(folder / "mutants.json"), str(folder / "results.jsonl")
+    session.run(*program, "draw", plan, mutants, *session.posargs)
+    session.run(*program, "test", plan, mutants, results, "--tree", str(folder / "copy"))
+    session.run(*program, "score", results)

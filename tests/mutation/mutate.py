@@ -120,7 +120,8 @@ def test(
     """Adds a line to `results` for each mutant; those that are there already are not tested again."""
     prepare(tree)
     done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
-    limits: dict[str, float] = {}
+    known = results.with_suffix(".limits.json")
+    limits: dict[str, float] = json.loads(known.read_text()) if known.exists() else {}
     for mutant in mutants[first::parts]:
         if mutant["id"] in done:
             continue
@@ -130,6 +131,7 @@ def test(
             if status:
                 raise SystemExit(f"the tests of {group} fail without a mutant: see {results.with_suffix('')}.*.log")
             limits[group] = max(LEAST, SLACK * seconds)
+            known.write_text(json.dumps(limits))
             print(f"{group}: {seconds:.0f} CPU seconds", flush=True)
         path = tree / mutant["module"]
         before, stat = path.read_text(encoding="utf-8"), path.stat()
@@ -185,7 +187,8 @@ def run(tree: Path, tests: list[str], limit: float, log: Path) -> tuple[int, flo
 
 
 def score(lines: list[dict[str, Any]]) -> str:
-    """A table of groups, and the mutants that lived."""
+    """A table of groups, and the mutants that lived; a mutant that stands in two files counts once."""
+    lines = list({line["id"]: line for line in lines}.values())
     killed, seen = Counter(x["group"] for x in lines if x["killed"]), Counter(x["group"] for x in lines)
     rows = [f"{group}: {killed[group]} of {seen[group]} killed" for group in seen]
     rows.append(f"all: {killed.total()} of {seen.total()} killed, {killed.total() / max(1, seen.total()):.1%}")
