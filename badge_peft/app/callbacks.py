@@ -13,7 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.model import get_badge_model
-from badge_peft.workflows.adapter import Adapter
+from badge_peft.workflows.adapter_dir import Adapter
 
 HINT = "Type a text and press Answer: each exit is shown as it comes, and where the rule stops."
 
@@ -24,7 +24,7 @@ class Callbacks:
     Args:
         adapter: From `open_adapter`.
         folder: Where it was opened from.
-        rule: How it stops; from `exit_rule`.
+        rule: How it stops; from `resolve_policy_config`.
 
     Attributes:
         knobs: The parameters that the rule has, in the order in which their values are given below.

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from badge_peft.app.explain import Reading, read_exits
 from badge_peft.evaluation.collate import pad_features
-from badge_peft.workflows.adapter import Adapter
+from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.encode import encode_texts
 
 MOST_CHARACTERS = 20_000

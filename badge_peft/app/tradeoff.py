@@ -16,10 +16,10 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
-from badge_peft.workflows.adapter import LOGITS, read_report, stored_logits
-from badge_peft.workflows.choose import check_fit
-from badge_peft.workflows.measure import default_metric, measure, show, with_labels
-from badge_peft.workflows.picture import PICTURE
+from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
+from badge_peft.workflows.evaluate import default_metric, measure, with_labels
+from badge_peft.workflows.plots import PICTURE
+from badge_peft.workflows.report import show
 
 POINTS = 20  # of each curve
 

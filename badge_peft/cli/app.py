@@ -39,9 +39,9 @@ def app(
     require("app", "gradio", "matplotlib")
     from badge_peft.app.callbacks import Callbacks
     from badge_peft.app.page import build_page, launch
-    from badge_peft.workflows.adapter import open_adapter
-    from badge_peft.workflows.predict import exit_rule
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.predict import resolve_policy_config
 
     opened = open_adapter(adapter, base_model, device)
-    rule = exit_rule(opened, **vars(overrides))
-    launch(build_page(Callbacks(opened, adapter, rule)), host, port, share)
+    config = resolve_policy_config(opened, **vars(overrides))
+    launch(build_page(Callbacks(opened, adapter, config)), host, port, share)

@@ -47,20 +47,20 @@ def bench(
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels.
     """
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter import open_adapter
+    from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.bench import bench_adapter
-    from badge_peft.workflows.judge import bench_summary, bench_table
-    from badge_peft.workflows.predict import exit_rule
-    from badge_peft.workflows.rows import read_rows
+    from badge_peft.workflows.data import read_examples
+    from badge_peft.workflows.predict import resolve_policy_config
+    from badge_peft.workflows.results import bench_summary, bench_table
 
     if onnx:
         require_onnx_exporter()
     opened = open_adapter(adapter, base_model, device)
-    rule = exit_rule(opened, **vars(overrides))
-    found = read_rows(data, columns, usual=opened.columns)
+    config = resolve_policy_config(opened, **vars(overrides))
+    examples = read_examples(data, columns, recorded=opened.columns)
     shared.prepare_folder(json_file)
-    report = bench_adapter(opened, found, rule, rows, batch_size, threads, onnx, metric)
-    report = {"adapter": adapter, "data": data, "split": found.split, **report}
+    report = bench_adapter(opened, examples, config, rows, batch_size, threads, onnx, metric)
+    report = {"adapter": adapter, "data": data, "split": examples.split, **report}
     print(f"\n{bench_table(report)}\n\n{bench_summary(report)}")
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

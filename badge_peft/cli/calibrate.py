@@ -30,10 +30,10 @@ def calibrate(
     Nothing else in the folder changes but the numbers of its card, and nothing is trained: an adapter can be
     calibrated again, in seconds, whenever another speed is wanted.
     """
-    from badge_peft.workflows.choose import choose_rule
-    from badge_peft.workflows.measure import summary
+    from badge_peft.workflows.calibrate import calibrate_adapter
+    from badge_peft.workflows.report import summary
 
-    report = choose_rule(adapter, data, columns, goal, metric, base_model, batch_size, device)
+    report = calibrate_adapter(adapter, data, columns, goal, metric, base_model, batch_size, device)
     print(f"{summary(report)}\nwritten to {report['written']}")
     for note in report["notes"]:
         warn(f"note: {note}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from badge_peft.demo.settings import DemoSettings
+from badge_peft.workflows.settings import DemoSettings
 
 
 def demo(settings: Annotated[DemoSettings, Parameter("*")] = DemoSettings()) -> None:
@@ -16,6 +16,6 @@ def demo(settings: Annotated[DemoSettings, Parameter("*")] = DemoSettings()) -> 
     calibrates a policy on validation data, and measures accuracy and time on test data, one text at a time, with early
     exits and without.
     """
-    from badge_peft.demo.run import run_demo
+    from badge_peft.workflows.demo import run_demo
 
     run_demo(settings)

@@ -41,13 +41,13 @@ def evaluate(
     Several processes, started with accelerate launch or torchrun, share the rows among them.
     """
     from badge_peft.utils.distributed import is_main
-    from badge_peft.workflows.adapter import open_adapter
-    from badge_peft.workflows.evaluate import evaluate_adapter, latency_line
-    from badge_peft.workflows.measure import measured_table, summary
-    from badge_peft.workflows.rows import read_rows
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.data import read_examples
+    from badge_peft.workflows.evaluate import evaluate_adapter
+    from badge_peft.workflows.report import latency_line, measured_table, summary
 
     opened = open_adapter(adapter, base_model, device)
-    rows = read_rows(data, columns, usual=opened.columns)
+    rows = read_examples(data, columns, recorded=opened.columns)
     shared.prepare_folder(json_file, save_logits)
     report, exit_logits = evaluate_adapter(opened, rows, metric, batch_size, latency)
     if not is_main():

@@ -39,21 +39,21 @@ def export(
     """
     from badge_peft.export import export_onnx
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter import open_adapter
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.data import read_examples
     from badge_peft.workflows.evaluate import encode_for
-    from badge_peft.workflows.predict import exit_rule
-    from badge_peft.workflows.rows import read_rows
+    from badge_peft.workflows.predict import resolve_policy_config
 
     require_onnx_exporter()
     opened = open_adapter(adapter, base_model, "cpu")
-    rule = exit_rule(opened, **vars(overrides))
-    examples = None if data is None else encode_for(opened, read_rows(data, columns, usual=opened.columns))
+    config = resolve_policy_config(opened, **vars(overrides))
+    examples = None if data is None else encode_for(opened, read_examples(data, columns, recorded=opened.columns))
     shared.prepare_folder(json_file)
     report = export_onnx(
         opened.model,
         dir,
         tokenizer=opened.tokenizer,
-        early_exit_config=rule,
+        early_exit_config=config,
         int8=int8,
         compact=compact,
         examples=examples,

@@ -77,7 +77,7 @@ def _run(app: App, tokens: Sequence[str] | None) -> None:
     with exit_on_user_error():
         _join(command.__name__)
         command(*bound.args, **bound.kwargs)
-    distributed.part()
+    distributed.shutdown()
 
 
 def _join(command: str) -> None:
@@ -86,7 +86,7 @@ def _join(command: str) -> None:
     Raises:
         ValueError: the command is for one process.
     """
-    size = distributed.launched()[1]
+    size = distributed.env_rank_world()[1]
     if size == 1 or command not in COMMANDS:  # --help, --version
         return
     if command not in DISTRIBUTED:
@@ -94,7 +94,7 @@ def _join(command: str) -> None:
             f"{command} is for one process, and {size} were started: call badge-peft {command} by itself. Processes "
             f"can share the work of {', '.join(DISTRIBUTED)}."
         )
-    distributed.join()
+    distributed.init_process_group()
 
 
 def _shown_default(value: Any) -> str | None:

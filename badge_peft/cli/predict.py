@@ -51,16 +51,15 @@ def predict(
     Several processes, started with accelerate launch or torchrun, share the texts among them; the output is that of
     one.
     """
-    from badge_peft.workflows.adapter import open_adapter
-    from badge_peft.workflows.inputs import read_texts
-    from badge_peft.workflows.predict import exit_rule
-    from badge_peft.workflows.share import predict_shared
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.predict import predict_shared, resolve_policy_config
+    from badge_peft.workflows.stream import read_texts
 
     opened = open_adapter(adapter, base_model, device)
-    rule = exit_rule(opened, **vars(overrides))
+    config = resolve_policy_config(opened, **vars(overrides))
     texts = read_texts(file, format, columns, opened.columns)
     try:
-        with closing(predict_shared(opened, texts, rule, batch_size)) as answers:
+        with closing(predict_shared(opened, texts, config, batch_size)) as answers:
             for answer in answers:
                 sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 sys.stdout.flush()

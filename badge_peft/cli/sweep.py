@@ -40,8 +40,8 @@ def sweep(
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
     from badge_peft.utils.checks import one_of
-    from badge_peft.workflows.evaluate import logits_of
-    from badge_peft.workflows.measure import default_metric, tradeoff_table, with_labels
+    from badge_peft.workflows.evaluate import default_metric, logits_of, with_labels
+    from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:

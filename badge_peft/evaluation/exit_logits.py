@@ -173,7 +173,7 @@ def collect_exit_logits(
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, size = distributed.together() if split_between_processes else (0, 1)
+    rank, size = distributed.rank_world() if split_between_processes else (0, 1)
     mine = range(rank, len(batches), size)
     # of each batch its number, and logits, labels and uncertainty
     found: list[tuple[int, tuple[Tensor | None, ...]]] = []

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from badge_peft.training.objectives import Objective
-from badge_peft.utils.distributed import launched
+from badge_peft.utils.distributed import env_rank_world
 
 _LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
 
@@ -24,7 +24,7 @@ def check_processes(world_size: int) -> None:
     Raises:
         ValueError: a launcher started several, and Trainer knows of one.
     """
-    size = launched()[1]
+    size = env_rank_world()[1]
     if size > 1 and world_size == 1:
         raise ValueError(
             f"{size} processes were started, but each would train alone: on CPUs, Trainer has to be told. Make the "

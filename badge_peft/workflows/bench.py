@@ -4,8 +4,7 @@ bench` does."""
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.timing import take_turns
 from badge_peft.model import get_badge_model
 from badge_peft.utils.checks import whole
-from badge_peft.workflows.adapter import Adapter
-from badge_peft.workflows.contenders import Batch, Contender, onnx_contenders, torch_contenders
-from badge_peft.workflows.evaluate import encode_for
-from badge_peft.workflows.judge import Judge
-from badge_peft.workflows.measure import check_metric
-from badge_peft.workflows.predict import exit_rule
-from badge_peft.workflows.rows import TextRows
+from badge_peft.workflows.adapter_dir import Adapter
+from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.evaluate import check_metric, default_metric, encode_for
+from badge_peft.workflows.predict import resolve_policy_config
+from badge_peft.workflows.results import Results
+from badge_peft.workflows.runners import Batch, onnx_runners, torch_runners
 
 _WARMUP = 5  # batches, and the longest
 _PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
@@ -31,8 +30,8 @@ _PAUSE = 0.005  # seconds before each call: the threads of the runtime that has 
 
 def bench_adapter(
     adapter: Adapter,
-    rows: TextRows,
-    rule: EarlyExitConfig | None = None,
+    examples: TextDataset,
+    config: EarlyExitConfig | None = None,
     limit: int = 200,
     batch_size: int = 1,
     threads: int | None = None,
@@ -47,8 +46,8 @@ def bench_adapter(
 
     Args:
         adapter: From `open_adapter`.
-        rows: From `read_rows`, with `usual=adapter.columns`.
-        rule: How to stop; None takes the adapter's own.
+        examples: From `read_examples`, with `recorded=adapter.columns`.
+        config: How to stop; None takes the adapter's own.
         limit: The first so many rows are timed.
         batch_size: Texts at once; times are then those of a batch.
         threads: Of torch and of each session; None takes torch's own number.
@@ -57,13 +56,13 @@ def bench_adapter(
         progress: Show a progress bar.
 
     Returns:
-        The settings, and under `results` one dict per contender: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
+        The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
         `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind) and
         `answers_as_full_depth`.
 
     Raises:
         ImportError: ONNX Runtime is wanted and not installed, or torch is too old to export.
-        ValueError: a wrong argument, or a rule that ONNX cannot express.
+        ValueError: a wrong argument, or a policy that ONNX cannot express.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         whole(name, value, at_least=1)
@@ -71,9 +70,10 @@ def bench_adapter(
         from badge_peft.utils.extras import require_onnx_exporter
 
         require_onnx_exporter()
-    check_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
-    rule = rule or exit_rule(adapter)
-    encoded = encode_for(adapter, rows.select(range(min(limit, len(rows)))))
+    kind = adapter.labels.problem_type
+    check_metric(metric, kind, len(adapter.labels.names))
+    config = config or resolve_policy_config(adapter)
+    encoded = encode_for(adapter, examples.select(range(min(limit, len(examples)))))
     features = tensor_columns(adapter.model.get_base_model(), encoded)
     labels = torch.tensor([row.pop("labels") for row in features]) if "labels" in features[0] else None
     batches = [
@@ -81,60 +81,31 @@ def bench_adapter(
         for start in range(0, len(features), batch_size)
     ]
     with _threads(threads) as used, tempfile.TemporaryDirectory() as folder:
-        contenders = torch_contenders(adapter, rule)
+        runners = torch_runners(adapter, config)
         for int8 in (False, True) if onnx else ():
-            contenders += onnx_contenders(adapter, rule, Path(folder), used, int8)
+            runners += onnx_runners(adapter, config, Path(folder), used, int8)
         with torch.inference_mode():
-            judge = Judge(adapter, labels, _full_depth(adapter, batches), metric)
-            measured = _take_turns(contenders, batches, progress)
+            longest = max(batches, key=lambda batch: batch["input_ids"].numel())
+            results = Results(adapter, labels, _full_depth(adapter, batches), metric or default_metric(kind))
+            timed = take_turns(
+                runners,
+                batches,
+                warmup=[longest, *batches[:_WARMUP]],
+                pause=_PAUSE,
+                progress="timing" if progress else "",
+            )
     return {
         "rows": len(features),
         "batch_size": batch_size,
         "threads": used,
         "spinning": False,
-        "device": str(contenders[0].device),
+        "device": str(runners[0].device),
         "num_blocks": get_badge_model(adapter.model).num_blocks,
-        "rule": {k: v for k, v in rule.to_dict().items() if k not in ("calibration", "parameters")},
-        "metric": judge.metric,
+        "rule": {k: v for k, v in config.to_dict().items() if k not in ("calibration", "parameters")},
+        "metric": results.metric,
         "labels": "given" if labels is not None else None,
-        "results": [judge.result(who, *found) for who, found in zip(contenders, measured, strict=True)],
+        "results": [results.row(runner, found) for runner, found in zip(runners, timed, strict=True)],
     }
-
-
-Measured = tuple[list[float], np.ndarray, np.ndarray | None]  # seconds [batches], logits [N, K], exits [N]
-
-
-def _take_turns(contenders: list[Contender], batches: list[Batch], progress: bool) -> list[Measured]:
-    from tqdm.auto import tqdm
-
-    longest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    for contender in contenders:
-        for batch in (longest, *batches[:_WARMUP]):
-            contender.run(contender.prepare(batch))
-    times: list[list[float]] = [[] for _ in contenders]
-    answers: list[list[Any]] = [[] for _ in contenders]
-    for i, batch in enumerate(tqdm(batches, desc="timing", disable=not progress)):
-        for turn in range(len(contenders)):
-            which = (i + turn) % len(contenders)
-            contender = contenders[which]
-            seconds, output = _timed(contender, contender.prepare(batch))
-            times[which].append(seconds)
-            answers[which].append(contender.read(output))
-    found: list[Measured] = []
-    for seconds_of, said in zip(times, answers, strict=True):
-        exits = None if said[0][1] is None else np.concatenate([exits for _, exits in said])
-        found.append((seconds_of, np.concatenate([logits for logits, _ in said]), exits))
-    return found
-
-
-def _timed(contender: Contender, inputs: Any) -> tuple[float, Any]:
-    wait: Callable[[], None] = torch.cuda.synchronize if contender.device.type == "cuda" else lambda: None
-    time.sleep(_PAUSE)
-    wait()
-    start = time.perf_counter()
-    output = contender.run(inputs)
-    wait()
-    return time.perf_counter() - start, output
 
 
 def _full_depth(adapter: Adapter, batches: list[Batch]) -> np.ndarray:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from badge_peft.hub import has_tokenizer
 from badge_peft.tuner.architectures import max_positions
-from badge_peft.workflows.rows import TextRows
+from badge_peft.workflows.data import TextDataset
 
 _NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
 
@@ -53,7 +53,7 @@ def limit_length(tokenizer: Any, model: nn.Module, max_length: int | None) -> in
     return min(limits)
 
 
-def encode(rows: TextRows, tokenizer: Any, targets: list[Any] | None = None) -> Dataset:
+def encode(rows: TextDataset, tokenizer: Any, targets: list[Any] | None = None) -> Dataset:
     """Token columns, and `labels` where there are targets; rows without a target are then left out."""
     kept = rows
     if targets is not None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from badge_peft.workflows.rows import TextRows
+from badge_peft.workflows.data import TextDataset
 
 _MOST_LABELS = 1000
 _LEAVE_OUT = "or leave the labels out (--unlabelled): the exits then learn from the model's own answers"
@@ -32,7 +32,7 @@ class LabelSet:
         return cls(names, getattr(config, "problem_type", None) or kind)
 
     @classmethod
-    def of_data(cls, rows: TextRows, problem_type: str | None = None) -> LabelSet:
+    def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:
         """The labels for a new head, from the data: strings by the alphabet, numbers by size; fractions mean
         regression.
 
@@ -42,7 +42,7 @@ class LabelSet:
         values = [value for value in rows.labels or [] if value is not None]
         if not values:
             raise ValueError(
-                "this model has no trained classification head, so it needs labelled rows to learn from: name their "
+                "this model has no trained classification head, so it needs labeled rows to learn from: name their "
                 "column with --label-column, or give a model that has been fine-tuned."
             )
         if problem_type == "regression" or (problem_type is None and any(isinstance(v, float) for v in values)):
@@ -60,7 +60,7 @@ class LabelSet:
             )
         return cls(names, "single_label_classification")
 
-    def targets(self, rows: TextRows) -> list[Any] | None:
+    def targets(self, rows: TextDataset) -> list[Any] | None:
         """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one.
 
         Raises:
@@ -84,12 +84,12 @@ class LabelSet:
             ]
         return [numbers[values[0]] if values else None for values in per_row]
 
-    def _numbers(self, values: set[Any], rows: TextRows) -> dict[Any, int]:
+    def _numbers(self, values: set[Any], rows: TextDataset) -> dict[Any, int]:
         """The number of each raw value, by name; numbers that are no names are taken as they are."""
         by_name = {name: i for i, name in enumerate(self.names)}
         folded = {name.casefold(): i for i, name in enumerate(self.names)}
         if len(folded) < len(by_name):
-            folded = {}  # names that differ in case alone have to be spelt as they are
+            folded = {}  # names that differ in case alone have to be spelled as they are
         found: dict[Any, int] = {}
         for value in values:
             name = rows.class_names[value] if rows.class_names and isinstance(value, int) else str(value)
@@ -110,7 +110,7 @@ class LabelSet:
         )
 
 
-def _number(value: Any, rows: TextRows) -> float:
+def _number(value: Any, rows: TextDataset) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

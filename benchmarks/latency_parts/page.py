@@ -35,7 +35,7 @@ have driven its own out of the caches."""
 
 def section_text(key: str, section: Mapping[str, Any]) -> str:
     """One section for the terminal."""
-    from badge_peft.workflows.tables import text_table
+    from badge_peft.workflows.report import text_table
 
     experiment, size, device = key.split("/")
     where = section["environment"]
@@ -46,7 +46,7 @@ def section_text(key: str, section: Mapping[str, Any]) -> str:
 
 def targets_text(data: Mapping[str, Any]) -> str:
     """The table of targets for the terminal."""
-    from badge_peft.workflows.tables import text_table
+    from badge_peft.workflows.report import text_table
 
     return text_table(*verdicts(judge_all(data["sections"])))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.workflows.adapter import open_adapter
+from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.predict import predict
 from tests.app.browser import Page, chromium, missing, served
 from tests.app.conftest import BLOCKS, opened, save_adapter

@@ -13,10 +13,10 @@ import pytest
 from badge_peft.app.callbacks import HINT, Callbacks
 from badge_peft.app.reader import MOST_CHARACTERS
 from badge_peft.evaluation import evaluate_policy
-from badge_peft.workflows.adapter import LOGITS, stored_logits
+from badge_peft.workflows.adapter_dir import LOGITS, stored_logits
+from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.predict import predict
-from badge_peft.workflows.rows import TextRows
 from tests.app.conftest import BLOCKS, Make, opened
 from tests.cli.conftest import Cli
 from tests.early_exit.reference import MULTI, REGRESSION
@@ -309,7 +309,7 @@ def test_evaluate_and_the_page_agree(make: Make) -> None:
     callbacks = opened(make(logits=40))
     rows = sentences(40)
     names = [label for _, label in rows]
-    texts = TextRows([text for text, _ in rows], None, names, None, {"text": "text", "label": "label"}, "x", 0)
+    texts = TextDataset([text for text, _ in rows], None, names, None, {"text": "text", "label": "label"}, "x")
     report, _ = evaluate_adapter(callbacks.adapter, texts, progress=False)
     page = callbacks.curve(*values(callbacks))
     for block, score, count in zip(

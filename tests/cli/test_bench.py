@@ -5,19 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from badge_peft import collect_exit_logits, evaluate_policy, exit_scores, load_pretrained
-from badge_peft.workflows import contenders
-from badge_peft.workflows.adapter import open_adapter
-from badge_peft.workflows.bench import _take_turns, bench_adapter
+from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.bench import bench_adapter
+from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.evaluate import encode_for
-from badge_peft.workflows.rows import read_rows
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 
 TORCH = ["stock PyTorch", "BADGE PyTorch"]
@@ -40,7 +37,7 @@ def test_the_answers_are_those_of_the_library(trained: Path, place: Path, cli: C
     assert [stock["name"], early["name"]] == TORCH
 
     opened = open_adapter(trained)
-    rows = read_rows(place / "rows.csv", usual=opened.columns).select(range(40))
+    rows = read_examples(place / "rows.csv", recorded=opened.columns).select(range(40))
     logits = collect_exit_logits(opened.model, encode_for(opened, rows))
     point = evaluate_policy(logits, load_pretrained(str(trained)).base_model.get_early_exit_config())
     assert (stock["score"], stock["mean_exit"]) == (exit_scores(logits).per_exit[-1], 3.0)
@@ -85,31 +82,11 @@ def test_regression(cli: Cli, tmp_path: Path) -> None:
     assert report["results"][1]["score"] is not None and report["results"][1]["answers_as_full_depth"] is None
 
 
-def test_all_take_turns_in_changing_order() -> None:
-    order: list[str] = []
-
-    def contender(name: str, exits: bool) -> contenders.Contender:
-        def run(batch: Any) -> Any:
-            order.append(name)
-            return SimpleNamespace(rows=len(batch["input_ids"]))
-
-        def read(output: Any) -> Any:
-            return np.zeros((output.rows, 2)), np.full(output.rows, 2) if exits else None
-
-        return contenders.Contender(name, lambda batch: batch, run, read, exits, torch.device("cpu"))
-
-    batches = [{"input_ids": torch.zeros(rows, 3)} for rows in (2, 2, 1)]
-    found = _take_turns([contender("a", False), contender("b", True)], batches, progress=False)
-    assert order[-6:] == ["a", "b", "b", "a", "a", "b"]  # what comes before is warming up
-    (seconds, logits, none), (_, _, exits) = found
-    assert len(seconds) == 3 and logits.shape == (5, 2) and none is None and exits.tolist() == [2] * 5
-
-
 def test_threads_are_as_before_afterwards(trained: Path, place: Path) -> None:
     before = torch.get_num_threads()
     opened = open_adapter(trained, device="cpu")
     report = bench_adapter(
-        opened, read_rows(place / "texts.txt"), limit=3, threads=before + 1, onnx=False, progress=False
+        opened, read_examples(place / "texts.txt"), limit=3, threads=before + 1, onnx=False, progress=False
     )
     assert report["threads"] == before + 1 and torch.get_num_threads() == before
 
@@ -121,7 +98,7 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, tmp_path: Path, monke
     one_line(cli("bench", trained, rows, "--no-onnx", "--policy", "luck", fails=True), "policy='luck'")
     one_line(cli("bench", trained, rows, "--no-onnx", "--metric", "f2", fails=True), "metric='f2'", "macro_f1")
     with pytest.raises(ValueError, match="limit=0 is not allowed"):
-        bench_adapter(open_adapter(trained), read_rows(rows), limit=0, onnx=False)
+        bench_adapter(open_adapter(trained), read_examples(rows), limit=0, onnx=False)
     monkeypatch.setattr("badge_peft.utils.extras.find_spec", lambda name: None)
     one_line(cli("bench", trained, rows, fails=True), "pip install 'badge-peft[onnx]'")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from badge_peft import EarlyExitConfig, ExitLogits, load_pretrained
-from badge_peft.workflows.adapter import write_early_exit
+from badge_peft.workflows.adapter_dir import write_early_exit
 from tests.cli.conftest import Cli, one_line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from badge_peft import __version__
 from badge_peft.cli import main as cli
 from badge_peft.cli.main import COMMANDS
-from badge_peft.demo import DemoSettings, run
+from badge_peft.workflows import demo
+from badge_peft.workflows.settings import DemoSettings, ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
 from tests.cli.conftest import invoke
 from tests.texts import sentences, write_csv
 
@@ -37,7 +39,7 @@ def test_help_of_the_demo_names_every_option() -> None:
 
 def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DemoSettings] = []
-    monkeypatch.setattr("badge_peft.demo.run.run_demo", lambda settings: seen.append(settings))
+    monkeypatch.setattr("badge_peft.workflows.demo.run_demo", lambda settings: seen.append(settings))
     assert invoke("demo").exit_code == 0
     given = ["--model", "m", "--dataset", "d", "--text-column", "t", "--label-column", "l", "--dataset-config", "c"]
     given += ["--output-dir", "o", "--epochs", "7", "--max-train", "8", "--max-eval", "9", "--max-length", "10"]
@@ -76,7 +78,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(settings: DemoSettings) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(run, "_read", broken)
+    monkeypatch.setattr(demo, "_read", broken)
     with pytest.raises(KeyError):
         invoke("demo")
 
@@ -89,3 +91,18 @@ def test_without_cyclopts_the_extra_is_named(
         cli.main()
     assert caught.value.code == 1
     assert "pip install 'badge-peft[train]'" in capsys.readouterr().err
+
+
+def test_every_field_of_the_settings_is_an_option() -> None:
+    """And its help is its line of the docstring."""
+    names = {field.name for field in fields(TrainSettings)} - {"columns", "exits", "training", "goal"}
+    for group in (TrainColumns, ExitOptions, TrainingOptions, Goal):
+        names |= {field.name for field in fields(group)}
+    shown = invoke("train", "--help").stdout
+    without = [name for name in names if not re.search(rf"--{name.replace('_', '-')}( [A-Z]+)?  +[\w]", shown)]
+    assert without == []
+
+
+def test_a_misspelled_option_is_no_file() -> None:
+    result = invoke("predict", "adapter", "--treshold", "0.5")
+    assert result.exit_code == 2 and "--treshold" in result.stderr and "badge-peft predict --help" in result.stderr

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from badge_peft import load_pretrained
-from badge_peft.workflows.adapter import open_adapter
-from badge_peft.workflows.inputs import read_texts
+from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.predict import predict
+from badge_peft.workflows.stream import read_texts
 from tests.cli.conftest import ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer
 
@@ -138,12 +138,12 @@ def test_wrong_input(trained: Path, place: Path, adapter: Path, cli: Cli, tmp_pa
 
 def test_columns_are_found_as_they_were_in_training(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("title,body\na,b\n")
-    assert list(read_texts(str(tmp_path / "t.csv"), usual={"text": "body"})) == [("b", None)]
+    assert list(read_texts(str(tmp_path / "t.csv"), recorded={"text": "body"})) == [("b", None)]
     assert list(read_texts(str(tmp_path / "t.csv"))) == [("a", None)]
-    pairs = read_texts(str(tmp_path / "t.csv"), usual={"text": "title", "text_pair": "body"})
+    pairs = read_texts(str(tmp_path / "t.csv"), recorded={"text": "title", "text_pair": "body"})
     assert list(pairs) == [("a", "b")]
     with pytest.raises(ValueError, match="trained on pairs"):
-        list(read_texts(str(tmp_path / "t.csv"), usual={"text": "title", "text_pair": "other"}))
+        list(read_texts(str(tmp_path / "t.csv"), recorded={"text": "title", "text_pair": "other"}))
 
 
 def test_as_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:

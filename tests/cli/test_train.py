@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from badge_peft import ExitLogits, load_pretrained
-from badge_peft.workflows.adapter import open_adapter
-from badge_peft.workflows.base import parse_blocks
+from badge_peft import ExitLogits, collect_exit_logits, load_pretrained
+from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode
-from badge_peft.workflows.equality import compare_with_checkpoint
-from badge_peft.workflows.rows import TextRows, hold_out, read_rows
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainingOptions
+from badge_peft.workflows.splits import hold_out
+from badge_peft.workflows.verify import compare_with_checkpoint
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer, write_csv
 
@@ -35,12 +35,18 @@ def test_full_depth_of_a_deployed_checkpoint_is_kept_bit_for_bit(place: Path, tr
     assert torch.equal(never.logits, before)
     report = json.loads((trained / "report.json").read_text())
     assert report["full_depth_is_checkpoint"] == {"rows": 24, "equal": True, "largest_difference": 0.0}
-    assert report["reloaded_bit_for_bit"] is True
+
+
+def test_the_saved_adapter_is_the_one_that_was_trained(trained: Path) -> None:
+    stored, opened = ExitLogits.load(trained / "exit_logits.safetensors"), open_adapter(trained, device="cpu")
+    held_out = hold_out(read_examples(trained.parent / "texts.txt", training=True), 0.2, seed=0)[1]
+    again = collect_exit_logits(opened.model, encode(held_out, opened.tokenizer))
+    assert torch.equal(stored.logits, again.logits)
 
 
 def test_a_model_that_has_changed_is_noticed(place: Path, trained: Path) -> None:
     opened = open_adapter(trained)
-    rows = encode(read_rows(place / "texts.txt"), opened.tokenizer)
+    rows = encode(read_examples(place / "texts.txt"), opened.tokenizer)
     assert compare_with_checkpoint(opened.model, str(place / "model"), rows)["equal"] is True
     with torch.no_grad():
         opened.model.get_base_model().classifier.bias[0] += 1e-6
@@ -101,7 +107,7 @@ def test_labels_are_learned_by_the_names_of_the_model(place: Path, cli: Cli, tmp
     assert report["columns"] == {"text": "message", "text_pair": None, "label": "verdict"}
     assert "bit for bit" in told.output
     truth = {text: ("bad", "good").index(label) for text, label in ROWS}
-    rows = read_rows(renamed, Columns(label_column="verdict"), training=True)
+    rows = read_examples(renamed, Columns(label_column="verdict"), training=True)
     held = hold_out(rows, 0.2, seed=0)[1]
     assert ExitLogits.load(out / "exit_logits.safetensors").labels.tolist() == [truth[t] for t in held.texts]
 
@@ -189,7 +195,7 @@ def test_other_backbones(backbone: str, objective: str, place: Path, cli: Cli, t
     options = ("--backbone", backbone, "--objective", objective, "--max-rows", 40, *FAST)
     cli("train", place / "model", place / "rows.csv", "--output-dir", out, *options)
     report = json.loads((out / "report.json").read_text())
-    assert report["full_depth_is_checkpoint"] is None and report["reloaded_bit_for_bit"] is True
+    assert report["full_depth_is_checkpoint"] is None
 
 
 def test_a_drop_with_confidence_needs_rows(place: Path, cli: Cli, tmp_path: Path) -> None:
@@ -261,19 +267,12 @@ def test_nothing_is_overwritten_unasked(place: Path, adapter: Path, cli: Cli) ->
 
 
 def test_no_text_is_in_both_parts() -> None:
-    rows = TextRows(["a film", "A  film", "b", "c", "d", "e", "a film"])
+    rows = TextDataset(["a film", "A  film", "b", "c", "d", "e", "a film"])
     train, held = hold_out(rows, 0.4, seed=1)
     assert len(train) + len(held) == 7
     assert not {train.key(i) for i in range(len(train))} & {held.key(i) for i in range(len(held))}
     with pytest.raises(ValueError, match="too few"):
-        hold_out(TextRows(["one"]), 0.5, seed=0)
-
-
-def test_blocks_are_read_from_lists_and_ranges() -> None:
-    assert parse_blocks(None) is None and parse_blocks("all") is None
-    assert parse_blocks("2,4,6") == [2, 4, 6]
-    assert parse_blocks("0-2, 5") == [0, 1, 2, 5]
-    assert parse_blocks("1, 4-", num_blocks=6) == [1, 4, 5, 6]
+        hold_out(TextDataset(["one"]), 0.5, seed=0)
 
 
 @pytest.mark.parametrize(

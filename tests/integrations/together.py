@@ -22,9 +22,9 @@ from badge_peft import EarlyExitConfig, collect_exit_logits, multi_exit_argument
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.training import MultiExitTrainer
 from badge_peft.utils import distributed
-from badge_peft.workflows.adapter import Adapter
+from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.labels import LabelSet
-from badge_peft.workflows.share import predict_shared
+from badge_peft.workflows.predict import predict_shared
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import checkpoint
 from tests.texts import make_tokenizer, sentences
@@ -81,7 +81,7 @@ def train(name: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         model,
         data,
         per_device_train_batch_size=BATCH
-        // distributed.launched()[1]
+        // distributed.env_rank_world()[1]
         // options.get("gradient_accumulation_steps", 1),
         max_steps=-1,
         num_train_epochs=2,
@@ -101,7 +101,7 @@ def stop_early(folder: Path) -> dict[str, Any]:
         make(),
         Rows(rows=ROWS),
         early_stopping_patience=1,
-        per_device_train_batch_size=BATCH // distributed.launched()[1],
+        per_device_train_batch_size=BATCH // distributed.env_rank_world()[1],
         learning_rate=0.0,
         adapter_learning_rate=0.0,
         head_learning_rate=0.0,
@@ -192,18 +192,18 @@ def by_length(folder: Path) -> list[list[int]]:
 
 def shared() -> dict[str, Any]:
     """What the main process has for the others, its errors too."""
-    rank, size = distributed.together()
+    rank, size = distributed.rank_world()
 
     def fail() -> None:
         raise ValueError(f"as process {rank} found")
 
     try:
-        distributed.in_main(fail)
+        distributed.on_main(fail)
         failure = ""
     except ValueError as error:
         failure = str(error)
     return {
-        "told": distributed.in_main(lambda: f"by process {rank} of {size}"),
+        "told": distributed.on_main(lambda: f"by process {rank} of {size}"),
         "failure": failure,
         "gathered": distributed.gather(list(range(rank + 1))),
         "main": distributed.is_main(),
@@ -269,14 +269,14 @@ def watch_writing(folder: Path) -> list[str]:
 def main(folder: Path) -> None:
     """What one of several processes runs."""
     torch.set_num_threads(1)
-    distributed.join()
+    distributed.init_process_group()
     written = watch_writing(folder)
     tensors, facts = work(folder)
-    rank = distributed.together()[0]
+    rank = distributed.rank_world()[0]
     facts["written"] = list(written)
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(facts))
-    distributed.part()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
+from badge_peft.utils.paths import is_local
+from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.labels import LabelSet
-from badge_peft.workflows.rows import TextRows
-from badge_peft.workflows.sentence_encoder import own_pooling
 from badge_peft.workflows.settings import ExitOptions, TrainSettings
+
+# as sentence-transformers writes it beside the weights; transformers does not read it
+POOLING_FILE = "1_Pooling/config.json"
+_KINDS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_FLAG = "pooling_mode_"  # before version 6 there was one flag for each way, now there is one name or a list of them
 
 
 @dataclass
@@ -42,13 +50,14 @@ class Base:
         return not self.fresh
 
 
-def load_base(name: str, settings: TrainSettings, rows: TextRows) -> Base:
-    """The model, with its own labels where it has a trained head, else with those of `rows`.
+def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_head: bool = False) -> Base:
+    """The model, with its own labels where it has a trained head, else with those of `examples`.
 
     Args:
         name: Folder or Hub repository.
         settings: What is to be made of it.
-        rows: That it learns from.
+        examples: That it learns from.
+        new_head: Leave a trained head aside, whatever its labels.
 
     Raises:
         OSError: there is no such model.
@@ -57,10 +66,7 @@ def load_base(name: str, settings: TrainSettings, rows: TextRows) -> Base:
     path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
-    with quiet():
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
-    head = get_layout(model).head
-    fresh = [name for name in info["missing_keys"] if name.split(".")[0] in head or "pooler" in name.split(".")]
+    model, fresh = _load(path, new_head=new_head)
     if not fresh:
         labels = LabelSet.of_model(model.config)
         if settings.problem_type not in (None, labels.problem_type):
@@ -73,16 +79,27 @@ def load_base(name: str, settings: TrainSettings, rows: TextRows) -> Base:
     if settings.exits.keep_head:
         raise ValueError(
             f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): leave --keep-head "
-            "out to train a new one from labelled rows, or give a fine-tuned model."
+            "out to train a new one from labeled rows, or give a fine-tuned model."
         )
-    labels = LabelSet.of_data(rows, settings.problem_type)
-    config = AutoConfig.from_pretrained(path)
-    config.id2label = dict(enumerate(labels.names))
-    config.label2id = {name: i for i, name in enumerate(labels.names)}
-    config.problem_type = labels.problem_type
+    labels = LabelSet.of_data(examples, settings.problem_type)
+    if model.config.num_labels != len(labels.names):
+        model, _ = _load(path, num_labels=len(labels.names), new_head=new_head)
+    model.config.id2label = dict(enumerate(labels.names))
+    model.config.label2id = {name: i for i, name in enumerate(labels.names)}
+    model.config.problem_type = labels.problem_type
+    return Base(model, labels, fresh, sentence_pooling(path))
+
+
+def _load(path: str, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
+    """The model, and the weights of its head that the checkpoint lacks."""
     with quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config)
-    return Base(model, labels, fresh, own_pooling(path))
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=new_head, **fields
+        )
+    head = get_layout(model).head
+    if new_head:
+        return model, list(head)
+    return model, [n for n in info["missing_keys"] if n.split(".")[0] in head or "pooler" in n.split(".")]
 
 
 def add_exits(base: Base, options: ExitOptions) -> PeftModel:
@@ -176,6 +193,35 @@ def local_path(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         return str(path.resolve())
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if is_local(name):
         raise FileNotFoundError(f"there is no model folder {name}.")
     return name
+
+
+def sentence_pooling(model: str) -> str | None:
+    """`cls`, `mean` or `last`: what the encoder's sentence embedding reads. Exits that read the first token of an
+    encoder trained on the mean of all tokens stay at chance.
+
+    Args:
+        model: Folder or Hub repository.
+
+    Returns:
+        None where nothing says so, or exits cannot read the same.
+    """
+    config = _read_pooling(model)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        names = [key[len(_FLAG) :] for key, value in config.items() if key.startswith(_FLAG) and value is True]
+        modes = [name.removesuffix("_token").removesuffix("_tokens") for name in names]
+    modes = [modes] if isinstance(modes, str) else modes
+    only = modes[0] if isinstance(modes, list) and len(modes) == 1 else None
+    return _KINDS.get(only) if isinstance(only, str) else None
+
+
+def _read_pooling(model: str) -> dict[str, Any]:
+    try:
+        path = Path(model, POOLING_FILE) if Path(model).is_dir() else Path(hf_hub_download(model, POOLING_FILE))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HfHubHTTPError, EntryNotFoundError):  # mostly no such file; none is worth a failure
+        return {}
+    return found if isinstance(found, dict) else {}

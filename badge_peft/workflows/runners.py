@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,28 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.evaluation.timing import Runner
 from badge_peft.model import get_badge_model
-from badge_peft.workflows.adapter import Adapter
+from badge_peft.workflows.adapter_dir import Adapter
 
 Batch = dict[str, Tensor]
-Answer = tuple[np.ndarray, np.ndarray | None]  # logits [B, K], and the blocks that answered [B] where there are exits
+Prediction = tuple[np.ndarray, np.ndarray | None]  # logits [B, K], and of exits the blocks that answered [B]
 
 
-@dataclass
-class Contender:
-    """One way to run the model.
+@dataclass(frozen=True)
+class NamedRunner(Runner):
+    """A runner of the table: padded batches [B, S] in, a `Prediction` out.
 
     Args:
         name: For the table.
-        prepare: A padded batch [B, S] to what `run` takes; not timed.
-        run: What is timed.
-        read: What `run` returned to numpy; not timed.
         exits: Whether rows may leave early.
-        device: Where it runs, for a clock that has to wait.
     """
 
-    name: str
-    prepare: Callable[[Batch], Any]
-    run: Callable[[Any], Any]
-    read: Callable[[Any], Answer]
-    exits: bool
-    device: torch.device
+    name: str = ""
+    exits: bool = False
 
 
-def torch_contenders(adapter: Adapter, rule: EarlyExitConfig) -> list[Contender]:
+def torch_runners(adapter: Adapter, config: EarlyExitConfig) -> list[NamedRunner]:
     """Stock PyTorch: the base model with nothing of the adapter around it; and the model with early exits."""
     device = next(adapter.model.parameters()).device
     stock = stock_model(adapter)
@@ -51,29 +43,29 @@ def torch_contenders(adapter: Adapter, rule: EarlyExitConfig) -> list[Contender]
         return {name: value.to(device) for name, value in batch.items()}
 
     def early(batch: Batch) -> Any:
-        return early_exit_forward(adapter.model, early_exit_config=rule, **batch)
+        return early_exit_forward(adapter.model, early_exit_config=config, **batch)
 
-    def read(output: Any) -> Answer:
+    def read(output: Any) -> Prediction:
         exits = getattr(output, "exit_layer", None)
         return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
 
     return [
-        Contender("stock PyTorch", move, lambda batch: stock(**batch), read, False, device),
-        Contender("BADGE PyTorch", move, early, read, True, device),
+        NamedRunner(lambda batch: stock(**batch), move, read, device, name="stock PyTorch"),
+        NamedRunner(early, move, read, device, name="BADGE PyTorch", exits=True),
     ]
 
 
-def onnx_contenders(
-    adapter: Adapter, rule: EarlyExitConfig, folder: Path, threads: int, int8: bool = False
-) -> list[Contender]:
+def onnx_runners(
+    adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int, int8: bool = False
+) -> list[NamedRunner]:
     """The same two in ONNX Runtime on the CPU; sessions pin their threads and do not spin.
 
     Args:
         adapter: Its model is exported.
-        rule: Goes into the file.
+        config: Goes into the file.
         folder: For the exported files.
         threads: Of each session.
-        int8: Weights in 8 bits (dynamic quantisation).
+        int8: Weights in 8 bits (dynamic quantization).
     """
     from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
     from badge_peft.export.runtime import open_session
@@ -83,7 +75,7 @@ def onnx_contenders(
     plain.parent.mkdir(parents=True)
     early.mkdir()
     export_full_depth(stock_model(adapter).cpu(), plain, int8=int8)
-    export_onnx(copy.deepcopy(adapter.model).cpu(), early, early_exit_config=rule, int8=int8)
+    export_onnx(copy.deepcopy(adapter.model).cpu(), early, early_exit_config=config, int8=int8)
     session = open_session(plain, threads)
     known = {entry.name for entry in session.get_inputs()}
     model = OnnxEarlyExitModel.from_pretrained(early, threads=threads, spinning=False)
@@ -94,23 +86,19 @@ def onnx_contenders(
         return {name: value.numpy().astype(np.int64) for name, value in filled.items() if name in known}
 
     suffix = " int8" if int8 else ""
-    here = torch.device("cpu")
     return [
-        Contender(
-            f"ONNX Runtime{suffix}, full depth",
-            arrays,
+        NamedRunner(
             lambda inputs: session.run(["logits"], inputs),
-            lambda output: (output[0], None),
-            False,
-            here,
-        ),
-        Contender(
-            f"BADGE ONNX{suffix}",
             arrays,
+            lambda output: (output[0], None),
+            name=f"ONNX Runtime{suffix}, full depth",
+        ),
+        NamedRunner(
             lambda inputs: model(**inputs),
+            arrays,
             lambda output: (output.logits, output.exit_layer),
-            True,
-            here,
+            name=f"BADGE ONNX{suffix}",
+            exits=True,
         ),
     ]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
-from badge_peft.workflows.measure import with_labels
+from badge_peft.workflows.evaluate import with_labels
 
 PICTURE = "tradeoff.png"
 
 
 def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Path, title: str) -> bool:
-    """Draws the usual policies and the chosen rule; False where matplotlib is missing.
+    """Draws the usual policies and the chosen one; False where matplotlib is missing.
 
     Args:
         exit_logits: Without labels the score is the agreement with full depth.

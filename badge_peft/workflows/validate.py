@@ -1,9 +1,7 @@
-"""Which rows train and which calibrate, and whether all that was asked for can be done: before any time is spent."""
+"""Whether all that was asked for can be done: before any time is spent."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
 from typing import Any
 
 from badge_peft.early_exit.registry import check_policy_name
@@ -13,29 +11,10 @@ from badge_peft.training.objectives import OBJECTIVES
 from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import one_of
-from badge_peft.workflows.base import Base, badge_config
-from badge_peft.workflows.measure import check_metric, default_metric
-from badge_peft.workflows.rows import TextRows, hold_out, read_rows, without
-from badge_peft.workflows.settings import TrainColumns, TrainSettings
-
-
-def read_splits(data: str, columns: TrainColumns, seed: int) -> tuple[TextRows, TextRows]:
-    """Training rows and evaluation rows, with no text in both.
-
-    Raises:
-        OSError: no such data.
-        ValueError: a column or split that is not there, or too few rows.
-    """
-    rows = read_rows(data, columns, training=True)
-    if columns.max_rows is not None and len(rows) > columns.max_rows:
-        rows = rows.select(random.Random(seed).sample(range(len(rows)), columns.max_rows))
-    if columns.eval_data is None and columns.eval_split is None:
-        return hold_out(rows, columns.eval_share, seed)
-    held = read_rows(columns.eval_data or data, replace(columns, split=columns.eval_split))
-    rows = without(rows, held)
-    if not len(rows):
-        raise ValueError(f"every text of {data} is among the evaluation texts too: nothing is left to train.")
-    return rows, held
+from badge_peft.workflows.base_model import Base, badge_config
+from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.evaluate import check_metric, default_metric
+from badge_peft.workflows.settings import TrainSettings
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -62,12 +41,12 @@ def check_settings(settings: TrainSettings) -> None:
     badge_config(exits, exits.final_exit or "base_head")
 
 
-def check_plan(
+def check_training(
     settings: TrainSettings,
     base: Base,
     targets: list[Any] | None,
-    held_targets: list[Any] | None,
-    held: TextRows,
+    eval_targets: list[Any] | None,
+    eval_examples: TextDataset,
 ) -> bool:
     """Whether the exits learn from labels (else from the model's own answers).
 
@@ -75,14 +54,14 @@ def check_plan(
         settings: What is asked for.
         base: The model.
         targets: Of the training rows.
-        held_targets: Of the evaluation rows.
-        held: The evaluation rows.
+        eval_targets: Of the evaluation rows.
+        eval_examples: The evaluation rows.
 
     Raises:
         ValueError: labels are needed and missing, or there are too few rows for the confidence asked for, or the
             processes cannot share a batch evenly.
     """
-    size = distributed.together()[1]
+    size = distributed.rank_world()[1]
     if settings.training.batch_size % size:
         raise ValueError(
             f"batch_size={settings.training.batch_size} is not allowed with {size} processes, which share each batch "
@@ -109,7 +88,7 @@ def check_plan(
         metric = settings.metric or default_metric(problem_type)
         if "max_score_drop" not in goal or metric != "accuracy" or problem_type != "single_label_classification":
             raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
-        rows = len(held) if held_targets is None else sum(t is not None for t in held_targets)
+        rows = len(eval_examples) if eval_targets is None else sum(t is not None for t in eval_targets)
         needed = 2 * rows_needed(goal["max_score_drop"], goal["confidence"])
         if rows < needed:
             raise ValueError(

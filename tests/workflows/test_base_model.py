@@ -1,4 +1,4 @@
-"""What the pooling file of sentence-transformers says, in both of its formats."""
+"""What the pooling file of sentence-transformers says, in both of its formats; lists of blocks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from badge_peft.workflows import sentence_encoder
-from badge_peft.workflows.sentence_encoder import FILE, own_pooling
+from badge_peft.workflows import base_model
+from badge_peft.workflows.base_model import POOLING_FILE, parse_blocks, sentence_pooling
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
 
 def write(folder: Path, text: str) -> str:
-    file = folder / FILE
+    file = folder / POOLING_FILE
     file.parent.mkdir()
     file.write_text(text, encoding="utf-8")
     return str(folder)
@@ -47,12 +47,12 @@ def write(folder: Path, text: str) -> str:
     ],
 )
 def test_the_ways_to_say_it(config: Any, expected: str | None, tmp_path: Path) -> None:
-    assert own_pooling(write(tmp_path, json.dumps(config))) == expected
+    assert sentence_pooling(write(tmp_path, json.dumps(config))) == expected
 
 
 def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
-    assert own_pooling(str(tmp_path)) is None
-    assert own_pooling(write(tmp_path, "{")) is None
+    assert sentence_pooling(str(tmp_path)) is None
+    assert sentence_pooling(write(tmp_path, "{")) is None
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,24 @@ def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
 )
 def test_of_a_repository(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(write(tmp_path, json.dumps({"pooling_mode": "mean"})))
-    monkeypatch.setattr(sentence_encoder, "hf_hub_download", lambda repo, name: str(folder / name))
-    assert own_pooling("user/encoder") == "mean"
+    monkeypatch.setattr(base_model, "hf_hub_download", lambda repo, name: str(folder / name))
+    assert sentence_pooling("user/encoder") == "mean"
 
     def fail(repo: str, name: str) -> str:
         raise error
 
-    monkeypatch.setattr(sentence_encoder, "hf_hub_download", fail)
-    assert own_pooling("user/encoder") is None
+    monkeypatch.setattr(base_model, "hf_hub_download", fail)
+    assert sentence_pooling("user/encoder") is None
+
+
+def test_blocks_are_read_from_lists_and_ranges() -> None:
+    assert parse_blocks(None) is None and parse_blocks("all") is None
+    assert parse_blocks("2,4,6") == [2, 4, 6]
+    assert parse_blocks("0-2, 5") == [0, 1, 2, 5]
+    assert parse_blocks("1, 4-", num_blocks=6) == [1, 4, 5, 6]
+
+
+@pytest.mark.parametrize("value", ["", "a", "2-1", "-3", "1,,2", "0-1001"])
+def test_what_is_no_list_of_blocks(value: str) -> None:
+    with pytest.raises(ValueError, match="exit_layers=.* is not allowed"):
+        parse_blocks(value)

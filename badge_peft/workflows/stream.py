@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from badge_peft.data.columns import TEXT_NAMES
 from badge_peft.utils.checks import one_of
-from badge_peft.workflows.rows import pair_column
+from badge_peft.workflows.columns import find_columns
 from badge_peft.workflows.settings import TextColumns
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
@@ -30,7 +29,7 @@ def read_texts(
     source: str = "-",
     format: str | None = None,
     columns: TextColumns = TextColumns(),
-    usual: Mapping[str, str | None] | None = None,
+    recorded: Mapping[str, str | None] | None = None,
 ) -> Iterator[Pair]:
     """Yields each text with its second text (or None), in the order of the source.
 
@@ -39,7 +38,7 @@ def read_texts(
         format: `text` (a text per line), `csv`, `tsv`, `jsonl` or `parquet`; None goes by the file's name, and takes
             `text` for stdin.
         columns: Where the texts are; a text column that is not named is found by its usual names.
-        usual: What training recorded of its columns, as for `read_rows`.
+        recorded: What training recorded of its columns, as for `read_examples`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,42 +57,24 @@ def read_texts(
     else:
         rows = _lines(source, format)
     if format == "text":
-        if columns.text_pair_column or (usual or {}).get("text_pair"):
+        if columns.text_pair_column or (recorded or {}).get("text_pair"):
             raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
         return ((row["text"], None) for row in rows)
-    return _columns(rows, columns, usual or {})
+    return _pairs(rows, columns, recorded)
 
 
-def _columns(
-    rows: Iterable[Mapping[str, Any]], columns: TextColumns, usual: Mapping[str, str | None]
+def _pairs(
+    rows: Iterable[Mapping[str, Any]], columns: TextColumns, recorded: Mapping[str, str | None] | None
 ) -> Iterator[Pair]:
     text = pair = None
     for number, row in enumerate(rows, start=1):
         if text is None:
-            text = _text_column(list(row), columns.text_column, usual)
-            pair = pair_column(list(row), columns.text_pair_column, usual)
+            names = find_columns(list(row), columns, recorded)
+            text, pair = names["text"], names["text_pair"]
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
-        yield str(row[text]), str(row[pair]) if pair is not None else None
-
-
-def _text_column(columns: list[str], given: str | None, usual: Mapping[str, str | None]) -> str:
-    remedy = f"Say which with --text-column: the columns are {', '.join(columns)}."
-    if given is not None:
-        if given not in columns:
-            raise ValueError(f"there is no text column {given!r}. {remedy}")
-        return given
-    by_lower = {column.lower(): column for column in columns}
-    recorded = usual.get("text")
-    if recorded in columns:
-        return str(recorded)
-    for name in TEXT_NAMES:
-        if name in by_lower:
-            return by_lower[name]
-    if len(columns) == 1:
-        return columns[0]
-    raise ValueError(f"cannot tell which column holds the texts. {remedy}")
+        yield str(row[str(text)]), None if pair is None else str(row[pair])
 
 
 def _format_of(path: Path) -> str:

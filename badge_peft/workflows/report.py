@@ -1,0 +1,100 @@
+"""What was measured, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from badge_peft.card_text import SHARES
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies.text import describe
+from badge_peft.evaluation.tradeoff import TradeOff
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table: the first column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    ruler = "  ".join("-" * width for width in widths)
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), ruler, *map(line, rows)])
+
+
+def measured_table(report: dict[str, Any]) -> str:
+    """One line per exit: its score on all rows, and how many rows the policy lets it answer."""
+    metric, rows = report["metric"], report["rows"]
+    stopped = report["early_exit"]["rows_stopped"]
+    lines = [
+        [_exit_name(number, report["num_blocks"]), show(value, metric), f"{count / rows:.1%}"]
+        for number, value, count in zip(report["exit_layers"], report["per_exit"], stopped, strict=True)
+    ]
+    return text_table(["exit after", f"{_metric_name(report)}, all rows", "rows it answers"], lines)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """S-avg, S-best and the policy, in a few lines."""
+    metric, early = report["metric"], report["early_exit"]
+    same = early["answers_as_full_depth"]
+    lines = [
+        f"S-avg {show(report['s_avg'], metric)}, S-best {show(report['s_best'], metric)} "
+        f"({_metric_name(report)}, {report['rows']} rows)",
+        f"exit rule: {describe(EarlyExitConfig.of(early['config']))}",
+        f"  {_metric_name(report)} {show(early['score'], metric)}; at full depth "
+        f"{show(report['full_depth_score'], metric)}",
+        f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
+        f"{early['layer_speedup']:.1%} of the blocks saved",
+    ]
+    if same is not None and report["labels"] == "given":
+        lines.append(f"  {same:.1%} of the rows get the answer that full depth gives")
+    return "\n".join(lines)
+
+
+def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
+    """One line per setting of every policy: what it would cost and save.
+
+    Args:
+        found: From `sweep`.
+        against_full_depth: The scores are the agreement with full depth.
+    """
+    lines = [
+        [
+            point.name,
+            describe(point.config),
+            f"{point.mean_exit:.2f}",
+            f"{point.layer_speedup:.1%}",
+            show(point.score, found.metric),
+        ]
+        for curve in found.names
+        for point in found.curve(curve)
+    ]
+    score = found.metric + (" against full depth" if against_full_depth else "")
+    return text_table(["policy", "setting", "mean exit", "blocks saved", score], lines)
+
+
+def show(value: float, metric: str) -> str:
+    """A score as it is usually read."""
+    return f"{value:.1%}" if metric in SHARES else f"{value:.3f}"
+
+
+def _metric_name(report: dict[str, Any]) -> str:
+    name = report["metric"].replace("_", " ")
+    return name if report["labels"] == "given" else f"{name} against full depth"
+
+
+def _exit_name(number: int, num_blocks: int) -> str:
+    if number == 0:
+        return "the embeddings (0)"
+    return f"block {number}" + (" (full depth)" if number == num_blocks else "")
+
+
+def latency_line(latency: dict[str, Any]) -> str:
+    """One line for a terminal."""
+    return (
+        f"  on the clock ({latency['rows']} rows, one at a time, {latency['device']}, {latency['threads']} threads): "
+        f"p50 {latency['p50_ms']:.2f} ms, p95 {latency['p95_ms']:.2f} ms; the model without exits "
+        f"{latency['full_depth_p50_ms']:.2f} and {latency['full_depth_p95_ms']:.2f} ms: "
+        f"{latency['speedup_paper']:.1%} of the time saved"
+    )

@@ -1,0 +1,159 @@
+"""Rows that train and rows that do not, with no text in both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.settings import TrainColumns
+
+SPLITS = ("train", "validation", "test")
+_EVAL_FRACTION = 0.16  # of a source that has not been split, for each of validation and test
+_VALIDATION = ("validation", "dev", "valid", "val")
+
+
+def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
+    """Training rows and evaluation rows.
+
+    Args:
+        data: As for `read_examples`.
+        columns: What is read of it, and what is held out.
+        seed: Of what is drawn.
+
+    Raises:
+        OSError: no such data.
+        ValueError: a column or split that is not there, or too few rows.
+    """
+    examples = read_examples(data, columns, training=True)
+    if columns.max_rows is not None and len(examples) > columns.max_rows:
+        examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
+    if columns.eval_data is None and columns.eval_split is None:
+        return hold_out(examples, columns.eval_share, seed)
+    held_out = read_examples(columns.eval_data or data, replace(columns, split=columns.eval_split))
+    examples = without(examples, held_out)
+    if not len(examples):
+        raise ValueError(f"every text of {data} is among the evaluation texts too: nothing is left to train.")
+    return examples, held_out
+
+
+def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:
+    """Training rows and evaluation rows.
+
+    Args:
+        examples: To split.
+        fraction: Of the evaluation rows, in (0, 1).
+        seed: The same seed gives the same split.
+
+    Raises:
+        ValueError: too few different texts.
+    """
+    keys = list(dict.fromkeys(examples.key(i) for i in range(len(examples))))
+    random.Random(seed).shuffle(keys)
+    count = max(1, round(fraction * len(keys)))
+    if len(keys) - count < 1:
+        raise ValueError(
+            f"there are too few different texts to hold some out: {len(keys)}. Give more, or a file of their own for "
+            "the calibration with --eval-data."
+        )
+    held_out = set(keys[:count])
+    parts: tuple[list[int], list[int]] = ([], [])
+    for i in range(len(examples)):
+        parts[examples.key(i) in held_out].append(i)
+    return examples.select(parts[0]), examples.select(parts[1])
+
+
+def without(examples: TextDataset, others: TextDataset) -> TextDataset:
+    """The rows whose text is not in `others`."""
+    known = {others.key(i) for i in range(len(others))}
+    return examples.select([i for i in range(len(examples)) if examples.key(i) not in known])
+
+
+def split_in_three(
+    source: Mapping[str, TextDataset], seed: int = 0, max_train: int | None = None, max_eval: int | None = None
+) -> dict[str, TextDataset]:
+    """`train`, `validation` and `test` of labeled rows, with no text twice.
+
+    Splits that the source has are kept; a validation split that it lacks is cut from its training rows, a test split
+    that it lacks too (where the source has only training and validation rows, the latter become the test split, as is
+    usual where test labels are hidden). Of several rows with the same text the first counts, and a text of the test
+    split never trains.
+
+    Args:
+        source: Labeled rows by the name of their split.
+        seed: The same seed gives the same splits.
+        max_train: At most this many training rows; None takes all.
+        max_eval: At most this many rows in each of the other two.
+
+    Returns:
+        The three splits, shuffled.
+
+    Raises:
+        ValueError: too few different texts for three splits, or a label that the training rows lack.
+    """
+    named = _named(source)
+    seen: set[tuple[str, str]] = set()
+    parts = {split: _unique(named[split], seen) for split in reversed(SPLITS) if split in named}
+    rng = random.Random(seed)
+    shuffled = {split: part.select(rng.sample(range(len(part)), len(part))) for split, part in parts.items()}
+    for split in ("test", "validation"):
+        if split not in shuffled:
+            count = max(1, round(_EVAL_FRACTION * len(parts["train"])))
+            cut, rest = shuffled["train"], range(len(shuffled["train"]))
+            count = count if max_eval is None else min(count, max_eval)
+            shuffled[split], shuffled["train"] = cut.select(rest[:count]), cut.select(rest[count:])
+    limits = {"train": max_train, "validation": max_eval, "test": max_eval}
+    for split in SPLITS:
+        if not len(shuffled[split]):
+            raise ValueError(
+                f"there are too few different texts for a {split} split: {sum(map(len, parts.values()))} in all."
+            )
+    found = {split: shuffled[split].select(range(len(shuffled[split]))[: limits[split]]) for split in SPLITS}
+    missing = {y for part in found.values() for y in part.labels or []} - set(found["train"].labels or [])
+    if missing:
+        label, names = min(missing, key=str), found["train"].class_names
+        raise ValueError(
+            f"no training row has the label {names[label] if names else label!r}: it is too rare for three splits. "
+            "Leave it out."
+        )
+    return found
+
+
+def _named(source: Mapping[str, TextDataset]) -> dict[str, TextDataset]:
+    """The source's splits under our names."""
+    if len(source) == 1:
+        return {"train": next(iter(source.values()))}
+    train = [part for name, part in source.items() if name.startswith("train")]
+    validation = [part for name, part in source.items() if name.startswith(_VALIDATION)]
+    test = [part for name, part in source.items() if name.startswith("test")]
+    if not train:
+        raise ValueError(f"the data set has no training split, only {', '.join(source)}.")
+    if not test:
+        validation, test = [], validation
+    found = {"train": train, "validation": validation, "test": test}
+    return {name: _joined(parts) for name, parts in found.items() if parts}
+
+
+def _joined(parts: list[TextDataset]) -> TextDataset:
+    first = parts[0]
+    pairs = None if first.pairs is None else [pair for part in parts for pair in part.pairs or []]
+    return TextDataset(
+        [text for part in parts for text in part.texts],
+        pairs,
+        [label for part in parts for label in part.labels or []],
+        first.class_names,
+        first.columns,
+        first.split,
+    )
+
+
+def _unique(examples: TextDataset, seen: set[tuple[str, str]]) -> TextDataset:
+    """The rows whose text is not in `seen`, which they are added to."""
+    keep = []
+    for i in range(len(examples)):
+        key = examples.key(i)
+        if key not in seen:
+            seen.add(key)
+            keep.append(i)
+    return examples.select(keep)
