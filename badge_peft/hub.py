@@ -12,7 +12,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft.model_card import CARD, CONFIG, hub_id, write_card
+from badge_peft.model_card import CARD, CONFIG, hub_id, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
@@ -128,7 +128,7 @@ def push_to_hub(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, Path)):
             _take_remote_card(folder, repo, revision, token)
-        write_card(folder, repo, _remote_license(api, config))
+        write_model_card(folder, repo, _remote_license(api, config))
         return api.upload_folder(
             repo_id=repo,
             folder_path=folder,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.mixin import EarlyExitMixin, early_exit_model
 from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.model_card import write_card_of_adapter
 from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
 from badge_peft.tuner import backbone, checkpoint, lora
@@ -162,6 +163,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         own = prepared_copy(self.model, peft_config, name)
         layout = get_layout(self.model, own.block_layout)
         checkpoint.check_file(self.model, own, layout)
+        own.after_saving = write_card_of_adapter  # the one place where PEFT gives a tuner the folder
         self.peft_config[name] = own
         self.layout = layout
         self.block_names = block_names(self.model, layout)

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, calibrate
-from badge_peft.model_card import base_license, hub_id, write_card
+from badge_peft.model_card import base_license, hub_id, write_model_card
 from tests.evaluation.logits import plausible
 from tests.models import make_badge, make_model
 
@@ -91,7 +91,7 @@ def test_metadata(tmp_path: Path) -> None:
     assert "license" not in data and "base_model" not in data  # nothing is known of the one, the other is a path
     assert str(tmp_path) not in text_of(folder)
     set_base(folder, "google-bert/bert-base-uncased")
-    write_card(folder, "someone/exits", license="apache-2.0")
+    write_model_card(folder, "someone/exits", license="apache-2.0")
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "google-bert/bert-base-uncased" and card.data.license == "apache-2.0"
     assert "base_model:adapter:google-bert/bert-base-uncased" in (card.data.tags or [])
@@ -167,20 +167,20 @@ def test_text_of_somebody_stays(tmp_path: Path) -> None:
 def test_a_report_of_the_rule_in_force_counts(tmp_path: Path) -> None:
     folder = save(tmp_path)
     add_report(folder)
-    write_card(folder)
+    write_model_card(folder)
     text = text_of(folder)
     assert "| 1 | 25.0% | 50.0% |" in text and "S-best 87.5% (200 rows)" in text
     assert "| time of a row, p50 | 12.00 ms | 3.00 ms |" in text and "on the clock 50.0% of the time (20 rows" in text
     assert "![Score against speed-up](tradeoff.png)" in text
     add_report(folder, latency=None)
-    write_card(folder)
+    write_model_card(folder)
     assert "on the clock" not in text_of(folder)
     add_report(folder, calibration={"rows": 1})  # calibrated again since
-    write_card(folder)
+    write_model_card(folder)
     text = text_of(folder)
     assert "25.0%" not in text and "on the clock" not in text and "tradeoff.png" not in text and "S-avg" in text
     (folder / "report.json").write_text("{")
-    write_card(folder)
+    write_model_card(folder)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_regressions_scores_and_a_bound(tmp_path: Path) -> None:
     assert record is not None
     config["early_exit"]["calibration"] = {**record, "confidence": 0.95, "max_score_drop": 0.02}
     file.write_text(json.dumps(config))
-    write_card(folder)
+    write_model_card(folder)
     text = text_of(folder)
     assert f"pearson {record['score']:.3f}" in text and "With a confidence of 0.95" in text and "below 0.02" in text
 

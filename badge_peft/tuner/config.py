@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftType, TaskType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.registry import NAME, add_peft_type
@@ -127,6 +126,16 @@ class BadgeConfig(PeftConfig):
             "help": "At run time: where this was read, until the weights beside it are loaded. None: a new adapter."
         },
     )
+    after_saving: Callable[[str], None] | None = field(
+        default=None,
+        init=False,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": "At run time: called with the folder once this is written into it, which PEFT does last when it "
+            "saves an adapter. A model puts the writing of the card here; None: nothing is called."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,7 +187,8 @@ class BadgeConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         data = super().to_dict()
-        data.pop("source")
+        for name in ("source", "after_saving"):
+            data.pop(name)
         if isinstance(self.block_layout, BlockLayout):
             data["block_layout"] = self.block_layout.to_dict()
         return data
@@ -195,13 +205,10 @@ class BadgeConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`; beside an adapter's weights, where PEFT's own `save_pretrained` calls this
-        last, the model card, too."""
+        """Writes `adapter_config.json`, and calls `after_saving` where this is the config of an adapter on a model."""
         super().save_pretrained(save_directory, **kwargs)
-        if any(Path(save_directory, name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            from badge_peft.model_card import write_card
-
-            write_card(save_directory)
+        if self.after_saving is not None:
+            self.after_saving(save_directory)
 
     @property
     def resolved_labels(self) -> int:

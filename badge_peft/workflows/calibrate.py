@@ -8,7 +8,7 @@ from typing import Any
 
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import calibrate
-from badge_peft.model_card import CARD, write_card
+from badge_peft.model_card import CARD, write_model_card
 from badge_peft.workflows.adapter_dir import CONFIG, check_adapter, check_fit, write_early_exit
 from badge_peft.workflows.evaluate import check_metric, default_metric, logits_of, measure
 from badge_peft.workflows.settings import Columns, Goal
@@ -58,6 +58,6 @@ def calibrate_adapter(
         chosen = calibrate(exit_logits, goal.policy, metric=metric or default_metric(kind), **wanted)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
-        write_card(folder)
+        write_model_card(folder)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return {**measure(exit_logits, chosen, metric), "written": str(Path(folder) / CONFIG), "notes": notes}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from badge_peft.card_text import SHARES
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.tradeoff import TradeOff
+from badge_peft.model_card import PERCENTAGES
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -76,7 +76,7 @@ def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
 
 def show(value: float, metric: str) -> str:
     """A score as it is usually read."""
-    return f"{value:.1%}" if metric in SHARES else f"{value:.3f}"
+    return f"{value:.1%}" if metric in PERCENTAGES else f"{value:.3f}"
 
 
 def _metric_name(report: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, calibrate, collect_exit_logits
 from badge_peft.model import get_badge_model
-from badge_peft.model_card import write_card
+from badge_peft.model_card import write_model_card
 from badge_peft.utils import distributed
 from badge_peft.workflows.adapter_dir import LOGITS, REPORT
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
@@ -150,7 +150,7 @@ def train_on(
         echo(f"   no {PICTURE}: plots need matplotlib: pip install 'badge-peft[plots]'")
     report["seconds"] = time.perf_counter() - start
     (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_card(out)
+    write_model_card(out)
     return report
 
 

@@ -17,7 +17,7 @@ from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import calibrate, evaluate_policy, sweep
 from badge_peft.evaluation.candidates import families
-from badge_peft.model_card import write_card
+from badge_peft.model_card import write_model_card
 from tests.evaluation.logits import plausible
 from tests.models import exits_of, make_badge, make_batch, make_model
 
@@ -115,7 +115,7 @@ def test_the_model_card_says_how_it_stops(tmp_path: Any) -> None:
     model = make_badge()
     model.set_early_exit_config({"policy": "odds", "threshold": 0.25})
     model.save_pretrained(tmp_path)
-    write_card(tmp_path)
+    write_model_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| `policy` | `odds` |" in card and "| `threshold` | `0.25` |" in card and "`window`" not in card
     assert describe(model.get_early_exit_config()) == "odds, threshold=0.25"
