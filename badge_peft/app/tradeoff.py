@@ -16,6 +16,7 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
+from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
 from badge_peft.workflows.evaluate import default_metric, measure, with_labels
 from badge_peft.workflows.plots import PICTURE
@@ -54,7 +55,7 @@ class TradeOffView:
     @property
     def widest(self) -> float | None:
         """The largest distance between two exits' values of a row, for regression; None where it is not known."""
-        if self.logits is None or self.logits.problem_type != "regression":
+        if self.logits is None or problem_of(self.logits.kind).gives_labels:
             return None
         values = self.logits.logits
         return float((values.amax(dim=1) - values.amin(dim=1)).sum(dim=-1).max())

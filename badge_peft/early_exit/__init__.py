@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from badge_peft.early_exit import policies  # makes their names known to the config
+from badge_peft.early_exit import policies  # noqa: F401 - reading it makes their names known to the config
 from badge_peft.early_exit.config import EarlyExitConfig
 
-__all__ = ["EarlyExitConfig", "early_exit_forward", "policies"]
+__all__ = ["EarlyExitConfig", "early_exit_forward"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from badge_peft.tuner.block_pass import count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import AdapterExits
-from badge_peft.tuner.losses import check_labels, resolve_problem_type
+from badge_peft.utils.problem import infer_problem_type, problem_of
 
 
 class EarlyExitMixin:
@@ -77,8 +77,8 @@ class EarlyExitMixin:
             ValueError: labels of another shape, or outside of 0..K-1.
         """
         config = self.config_of()
-        problem_type = config.problem_type or resolve_problem_type(config.resolved_labels, labels)
-        check_labels(labels, config.resolved_labels, problem_type, batch_size)
+        problem_type = config.problem_type or infer_problem_type(config.resolved_labels, labels)
+        problem_of(problem_type).check_labels(labels, config.resolved_labels, batch_size)
         config.problem_type = problem_type
         return problem_type
 

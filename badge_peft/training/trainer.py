@@ -25,6 +25,7 @@ from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.tuner.block_pass import count_rows
 from badge_peft.tuner.losses import doubt_loss
+from badge_peft.utils.problem import problem_of
 
 _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
 
@@ -259,7 +260,7 @@ class MultiExitTrainer(Trainer):
         stored = ExitLogits(torch.from_numpy(exit_logits), labels, self.exits, config.resolved_problem_type)
         metric = self._own_metric or self.args.exit_metric
         if metric is None:
-            metric = "pearson" if config.resolved_problem_type == "regression" else "accuracy"
+            metric = problem_of(config.resolved_problem_type).default_metric
         scores = exit_scores(stored, metric)
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}
         report.update({f"exit_{m}": s for m, s in zip(self.exits, scores.per_exit, strict=True)})

@@ -15,6 +15,7 @@ from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import is_number, one_of, whole
+from badge_peft.utils.problem import PROBLEM_TYPES, infer_problem_type
 
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
 ACTIVATIONS = ("gelu", "relu", "leaky_relu", "silu", "swish", "tanh", "identity")
@@ -23,7 +24,6 @@ EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
 POOLINGS = ("auto", "cls", "mean", "last")
 FINAL_EXITS = ("base_head", "exit")
 BACKBONES = ("frozen", "lora", "full")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass
@@ -219,7 +219,7 @@ class BadgeConfig(PeftConfig):
     @property
     def resolved_problem_type(self) -> str:
         """The problem type; a model that was never given labels has one output per row or per class."""
-        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+        return self.problem_type or infer_problem_type(self.num_labels or 0)
 
     def _check_block_layout(self) -> None:
         layout = self.block_layout

@@ -9,37 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from badge_peft.utils.checks import is_number, one_of
-
-
-def resolve_problem_type(num_labels: int, labels: Tensor) -> str:
-    """The problem type that transformers would infer from the number of labels and the labels' type."""
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def check_labels(labels: Tensor, num_labels: int, problem_type: str, batch_size: int) -> None:
-    """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
-
-    Raises:
-        ValueError: labels of another shape, or outside of 0..K-1.
-    """
-    if problem_type == "single_label_classification":
-        if labels.numel() != batch_size:
-            raise ValueError(f"labels have shape {list(labels.shape)}, but the batch has {batch_size} rows.")
-        if labels.is_floating_point():
-            raise ValueError(f"single_label_classification needs whole-number labels, got {labels.dtype}.")
-        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-        if wrong.numel():
-            raise ValueError(
-                f"label {wrong.flatten()[0].item()} is out of range: the model has num_labels={num_labels}, so labels "
-                f"are 0 to {num_labels - 1}. Load the model with the right num_labels."
-            )
-    elif labels.numel() != batch_size * num_labels:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)}; {problem_type} with num_labels={num_labels} needs "
-            f"[{batch_size}, {num_labels}]."
-        )
+from badge_peft.utils.problem import problem_of
 
 
 def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any = None) -> Tensor:
@@ -54,12 +24,7 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any 
     """
     logits = logits.float()
     reduction = "mean" if num_items is None else "sum"
-    if problem_type == "single_label_classification":
-        loss = F.cross_entropy(logits, labels.view(-1), reduction=reduction)
-    elif problem_type == "multi_label_classification":
-        loss = F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).float(), reduction=reduction)
-    else:
-        loss = F.mse_loss(logits, labels.view_as(logits).float(), reduction=reduction)
+    loss = problem_of(problem_type).loss(logits, labels, reduction)
     return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
 
 
@@ -76,12 +41,7 @@ def doubt_loss(doubts: dict[int, Tensor], exit_logits: dict[int, Tensor], labels
     losses = []
     for m, doubt in doubts.items():
         logits = exit_logits[m].detach()
-        if problem_type == "regression":
-            wrong = (logits.float() - labels.view_as(logits)).tanh().abs().mean(dim=-1)
-        elif problem_type == "multi_label_classification":
-            wrong = ((logits > 0) != (labels.view_as(logits) > 0.5)).any(dim=-1).float()
-        else:
-            wrong = (logits.argmax(dim=-1) != labels.view(-1)).float()
+        wrong = problem_of(problem_type).error(logits, labels)
         losses.append(F.mse_loss(doubt.float(), wrong))
     return torch.stack(losses).mean()
 

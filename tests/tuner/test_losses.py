@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from badge_peft.tuner.losses import check_labels, exit_loss, loss_weights, resolve_problem_type
+from badge_peft.tuner.losses import exit_loss, loss_weights
+from badge_peft.utils.problem import infer_problem_type, problem_of
 from tests.models import make_batch, make_labels, make_model
 
 KINDS = [
@@ -39,7 +40,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(problem_type, num_labels, as_tenso
 def test_rows_without_a_label_are_left_out():
     logits = torch.randn(4, 3)
     labels = torch.tensor([0, -100, 2, -100])
-    check_labels(labels, 3, "single_label_classification", 4)
+    problem_of("single_label_classification").check_labels(labels, 3, 4)
     found = exit_loss(logits, labels, "single_label_classification")
     torch.testing.assert_close(found, exit_loss(logits[::2], labels[::2], "single_label_classification"))
     torch.testing.assert_close(exit_loss(logits, labels, "single_label_classification", 2), found)
@@ -66,7 +67,7 @@ def test_loss_of_half_precision_logits_is_float32(problem_type, num_labels, dtyp
     ],
 )
 def test_problem_type_that_transformers_would_infer(num_labels, labels, problem_type):
-    assert resolve_problem_type(num_labels, labels) == problem_type
+    assert infer_problem_type(num_labels, labels) == problem_type
 
 
 @pytest.mark.parametrize(
@@ -83,12 +84,13 @@ def test_problem_type_that_transformers_would_infer(num_labels, labels, problem_
 )
 def test_wrong_labels(labels, problem_type, message):
     with pytest.raises(ValueError, match=message):
-        check_labels(labels, 3, problem_type, batch_size=2)
+        problem_of(problem_type).check_labels(labels, 3, batch_size=2)
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), KINDS)
 def test_right_labels(problem_type, num_labels):
-    check_labels(make_labels(problem_type, num_labels=num_labels), num_labels, problem_type, batch_size=4)
+    labels = make_labels(problem_type, num_labels=num_labels)
+    problem_of(problem_type).check_labels(labels, num_labels, batch_size=4)
 
 
 @pytest.mark.parametrize(

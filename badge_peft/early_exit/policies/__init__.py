@@ -68,6 +68,5 @@ __all__ = [
     "PatiencePolicy",
     "ThresholdPolicy",
     "build_policy",
-    "policy_class",
     "register_policy",
 ]
