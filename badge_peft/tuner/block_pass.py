@@ -56,6 +56,9 @@ class BlockPass(PassContext):
                 for recorder, value in zip(recorders, seen, strict=False):
                     if value is not None:
                         frame.record(recorder.name, value)
+                if any(getattr(frame, recorder.name) is None for recorder in recorders):
+                    # where foreign hooks break the graph, torch takes the code of a block without recorders for this
+                    result = layer(*args, **kwargs)
         finally:
             self.frame = None
         frame.output = result[0] if isinstance(result, tuple) else result
