@@ -73,8 +73,10 @@ def test_doubt_loss_teaches_the_doubts_alone(problem_type, num_labels):
     assert doubts.grad.any() and logits.grad is None
 
 
-@pytest.mark.parametrize("exit_type", ["linear", "pooled", "mha", "past_future"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "exit_type"),
+    [(case, ("linear", "pooled", "mha", "past_future")[i % 4]) for i, case in enumerate(CASES)],
+)
 @torch.no_grad()
 def test_doubt_is_one_layer_on_what_each_exit_reads(case, exit_type):
     """u_m = sigmoid(w . v_m + b), w and b shared by all exits; v_m stands before the exit's linear layer."""
@@ -179,7 +181,7 @@ def test_one_layer_for_all_exits(case):
 
 
 @pytest.mark.parametrize("final_exit", ["base_head", "exit"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["bert", "albert-groups", "modernbert-mean"])
 def test_live_is_replay(case, final_exit):
     model = make_badge(case, learn_to_exit=True, final_exit=final_exit, exit_layers=[0, 1, 2, 3]).double()
     batch = make_batch(rows=11, seed=4)
