@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.policies.agreement_features import LIMIT, features
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes
@@ -19,7 +19,6 @@ from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 
 _VALUES = "regression"
-_LIMIT = np.float32(50)  # features are clipped here: beyond it they say nothing new
 
 
 @register_policy
@@ -69,7 +68,7 @@ class AgreementPolicy(ThresholdPolicy):
         linear = (features(history, j) * weights).sum(axis=-1) + np.float32(self.config.parameters["intercepts"][j])
         if not self.stops_above:
             return linear
-        return np.float32(1) / (np.float32(1) + np.exp(-np.clip(linear, -_LIMIT, _LIMIT)))
+        return np.float32(1) / (np.float32(1) + np.exp(-np.clip(linear, -LIMIT, LIMIT)))
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """See the class."""
@@ -126,44 +125,6 @@ class AgreementPolicy(ThresholdPolicy):
         return at.op("Sigmoid", _clipped(at, linear)) if self.stops_above else linear
 
 
-def features(history: ExitHistory, j: int) -> Array:
-    """[n, F]: what the model of exit j (index) reads, from the exits up to j; F is smaller for the first exit.
-
-    All are finite for any logits, and none depends on the other rows.
-    """
-    if history.problem_type == _VALUES:
-        columns = _regression_features(history, j)
-    else:
-        columns = _class_features(history, j)
-    return np.clip(np.stack(columns, axis=-1), -_LIMIT, _LIMIT)
-
-
-def _class_features(history: ExitHistory, j: int) -> list[Array]:
-    scale = np.float32(max_entropy(history.num_labels, history.problem_type))
-    sure = history.confidence(j)
-    doubt = np.maximum(1 - sure, np.float32(1e-6))
-    columns = [history.entropy(j) / scale, sure, np.log(np.maximum(sure, np.float32(1e-6)) / doubt), history.margin(j)]
-    if j:
-        earlier = history.to_earlier("ce", j) / scale  # [j, n]
-        same = (history.to_earlier("label", j) == 0).mean(axis=0, dtype=np.float32)
-        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), history.to_previous("kl", j) / scale, same]
-        columns.append(history.confidence(j - 1))
-    return columns
-
-
-def _regression_features(history: ExitHistory, j: int) -> list[Array]:
-    columns = [history.logits[j].mean(axis=-1)]
-    if j:
-        earlier = history.to_earlier("ce", j)  # |y_j - y_i|: [j, n]
-        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), earlier.max(axis=0)]
-    return columns
-
-
-def _mean(values: Array) -> Array:
-    """[j, n] -> [n], added one by one: the order in which numpy sums the first axis depends on n."""
-    return sum(values[1:], start=values[0]) / np.float32(len(values))
-
-
 def _class_nodes(at: ExitNodes) -> list[str]:
     """The columns of `_class_features`; the divergences in units of the largest entropy."""
     unit, tiny = at.floats(at.scale), at.floats(1e-6)
@@ -212,7 +173,7 @@ def _regression_nodes(at: ExitNodes) -> list[str]:
 
 
 def _clipped(at: ExitNodes, values: str) -> str:
-    return at.op("Clip", values, at.floats(-_LIMIT), at.floats(_LIMIT))
+    return at.op("Clip", values, at.floats(-LIMIT), at.floats(LIMIT))
 
 
 def _reduced(at: ExitNodes, kind: str, values: str) -> str:

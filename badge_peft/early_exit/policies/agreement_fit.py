@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.agreement import features
+from badge_peft.early_exit.policies.agreement_features import features
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
