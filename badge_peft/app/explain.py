@@ -30,14 +30,14 @@ class Reading:
 
     Args:
         logits: [E, K] float32, shallow to deep.
-        doubts: [E], the uncertainty that `learned` reads, where the adapter has it.
+        uncertainty: [E], the uncertainty that `learned` reads, where the adapter has it.
         exits: Block numbers of the E exits.
         num_blocks: M.
         problem_type: As transformers has it.
     """
 
     logits: Array
-    doubts: Array | None
+    uncertainty: Array | None
     exits: tuple[int, ...]
     num_blocks: int
     problem_type: str
@@ -122,10 +122,10 @@ def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> Reading:
     output = badge(**inputs)
     if len(output.exit_logits) != 1:
         raise ValueError(f"one row at a time can be explained, got {len(output.exit_logits)}.")
-    doubts = output.exit_uncertainty
+    uncertainty = output.exit_uncertainty
     return Reading(
         output.exit_logits[0].float().cpu().numpy(),
-        None if doubts is None else doubts[0].float().cpu().numpy(),
+        None if uncertainty is None else uncertainty[0].float().cpu().numpy(),
         tuple(badge.exit_layers()),
         badge.num_blocks,
         config.resolved_problem_type,
@@ -146,8 +146,8 @@ def explain(reading: Reading, rule: EarlyExitConfig | dict[str, Any] | None = No
     policy = build_policy(EarlyExitConfig.of(rule, **fields))
     exits, kind = list(reading.exits), reading.problem_type
     policy.check(exits, reading.logits.shape[1], kind)
-    doubts = None if reading.doubts is None else reading.doubts[None]
-    history = ExitHistory.of(reading.logits[None], exits, kind, doubts)
+    uncertainty = None if reading.uncertainty is None else reading.uncertainty[None]
+    history = ExitHistory.of(reading.logits[None], exits, kind, uncertainty)
     steps: list[ExitStep] = []
     for j in range(len(exits)):
         reached = not any(step.answers for step in steps)

@@ -39,13 +39,13 @@ def sweep(
     """
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
-    from badge_peft.utils.checks import one_of
+    from badge_peft.utils.checks import check_choice
     from badge_peft.workflows.evaluate import default_metric, logits_of, with_labels
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:
-        one_of("policies", name, tuple(POLICIES))
+        check_choice("policies", name, tuple(POLICIES))
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
     scored = with_labels(exit_logits)
     shared.prepare_folder(plot, json_file)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.utils.checks import is_number, one_of, plain, whole
+from badge_peft.utils.checks import check_choice, check_int, is_number, to_python
 
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
@@ -67,23 +67,23 @@ class EarlyExitConfig:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
-            self._set(name, plain(getattr(self, name)))
+            self._set(name, to_python(getattr(self, name)))
         if isinstance(self.temperature, (list, tuple)):
-            self._set("temperature", [plain(t) for t in self.temperature])
+            self._set("temperature", [to_python(t) for t in self.temperature])
         check_policy_name(self.policy)
-        one_of("divergence", self.divergence, DIVERGENCES)
-        one_of("window", self.window, WINDOWS)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_choice("window", self.window, WINDOWS)
         if self.threshold is not None:
             if not is_number(self.threshold):
                 raise ValueError(f"threshold={self.threshold!r} is not allowed: it must be a finite number or None.")
             self._set("threshold", float(self.threshold))
-        whole("patience", self.patience, at_least=1)
-        whole("min_exit", self.min_exit, at_least=0)
-        whole("max_exit", self.max_exit, at_least=0)
-        whole("depth", self.depth, at_least=0)
+        check_int("patience", self.patience, at_least=1)
+        check_int("min_exit", self.min_exit, at_least=0)
+        check_int("max_exit", self.max_exit, at_least=0)
+        check_int("depth", self.depth, at_least=0)
         if self.decide_every is None:
             raise ValueError("decide_every=None is not allowed: it must be a whole number of at least 1.")
-        whole("decide_every", self.decide_every, at_least=1)
+        check_int("decide_every", self.decide_every, at_least=1)
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."

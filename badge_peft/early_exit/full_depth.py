@@ -14,7 +14,7 @@ from badge_peft.outputs import MultiExitOutput
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
-from badge_peft.tuner.losses import doubt_loss, exit_loss, loss_weights
+from badge_peft.tuner.losses import exit_loss, loss_weights, uncertainty_loss
 
 
 class FullDepthReader(ExitReader):
@@ -69,7 +69,9 @@ def full_depth_output(
         losses = [exit_loss(x, labels, config.resolved_problem_type, num_items) for x in logits]
         loss = sum_losses(losses, loss_weights(config.exit_weights, exits))
         if reader.exit_uncertainty:
-            loss = loss + doubt_loss(reader.exit_uncertainty, reader.exit_logits, labels, config.resolved_problem_type)
+            loss = loss + uncertainty_loss(
+                reader.exit_uncertainty, reader.exit_logits, labels, config.resolved_problem_type
+            )
     return MultiExitOutput(
         loss=loss,
         logits=logits[-1],

@@ -191,7 +191,9 @@ def collect_exit_logits(
         model.train(was_training)
     if size > 1:
         found = sorted(distributed.gather(found), key=lambda item: item[0])
-    logits, labels, doubts = ([x for x in kind if x is not None] for kind in zip(*(a for _, a in found), strict=True))
+    logits, labels, uncertainty = (
+        [x for x in kind if x is not None] for kind in zip(*(a for _, a in found), strict=True)
+    )
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return ExitLogits(
@@ -200,7 +202,7 @@ def collect_exit_logits(
         badge.exit_layers(),
         config.resolved_problem_type,
         badge.num_blocks,
-        torch.cat(doubts)[back] if doubts else None,
+        torch.cat(uncertainty)[back] if uncertainty else None,
     )
 
 

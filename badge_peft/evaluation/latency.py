@@ -16,7 +16,7 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.utils.checks import one_of, whole
+from badge_peft.utils.checks import check_choice, check_int
 from badge_peft.utils.problem import problem_of
 
 REFERENCES = ("full_depth", "all_exits")
@@ -127,9 +127,9 @@ def measure_latency(
     ```
     """
     badge = get_badge_model(model)
-    one_of("reference", reference, REFERENCES)
-    whole("repeats", repeats, at_least=1)
-    whole("warmup", warmup, at_least=0)
+    check_choice("reference", reference, REFERENCES)
+    check_int("repeats", repeats, at_least=1)
+    check_int("warmup", warmup, at_least=0)
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenised row.")
     config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)

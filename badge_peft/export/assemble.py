@@ -49,7 +49,11 @@ def assemble(
     exits = decision.exits
     index = exits.index(0) if 0 in exits else None
     chain.start(
-        made["hidden"], made.get("logits"), made.get("doubt"), index, index is not None and decision.is_last(index)
+        made["hidden"],
+        made.get("logits"),
+        made.get("uncertainty"),
+        index,
+        index is not None and decision.is_last(index),
     )
     for m in sorted(set(pieces.models) - {0}):
         place = exits.index(m) if m in exits and decision.reads(exits.index(m)) else None

@@ -92,11 +92,11 @@ class Chain:
             self.carried["rows"] = (rows, INT64)
         self.done: str | None = None  # known behind the first exit
 
-    def start(self, hidden: str, logits: str | None, doubt: str | None, index: int | None, last: bool) -> None:
+    def start(self, hidden: str, logits: str | None, uncertainty: str | None, index: int | None, last: bool) -> None:
         """The embeddings' states [B, S, d], and the answers of exit 0 where there is one."""
         self.carried["hidden"] = (hidden, FLOAT)
         if logits is not None and index is not None:
-            self._answer(self.graph, dict(self.carried), logits, doubt, index, 0, last)
+            self._answer(self.graph, dict(self.carried), logits, uncertainty, index, 0, last)
 
     def add(self, stage: Stage) -> None:
         """One more block."""
@@ -147,7 +147,13 @@ class Chain:
             self.carried["hidden"] = (made["hidden"], FLOAT)
         if stage.exit_index is not None:
             self._answer(
-                g, dict(self.carried), made["logits"], made.get("doubt"), stage.exit_index, stage.block, stage.last
+                g,
+                dict(self.carried),
+                made["logits"],
+                made.get("uncertainty"),
+                stage.exit_index,
+                stage.block,
+                stage.last,
             )
 
     def _answer(
@@ -155,7 +161,7 @@ class Chain:
         g: Graph,
         carried: dict[str, tuple[str, int]],
         logits: str,
-        doubt: str | None,
+        uncertainty: str | None,
         index: int,
         block: int,
         last: bool,
@@ -163,7 +169,7 @@ class Chain:
         """Asks the policy, and notes the answers of the rows that stop."""
         stops: str | None = None
         if not last:
-            stops = self.decision.stops(g, index, logits, doubt, self.state, self.threshold, self.patience)
+            stops = self.decision.stops(g, index, logits, uncertainty, self.state, self.threshold, self.patience)
             if stops is None or not self.decision.may_stop(index):
                 return
         store = self._store_rows if self.compact else self._store_all

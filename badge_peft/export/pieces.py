@@ -131,8 +131,8 @@ class ModelPiece(nn.Module):
             tensors: What the block takes beside, in the order of its arguments.
 
         Returns:
-            `hidden` [B, S, d] (not where the model's own head answers), `logits` [B, K] and `doubt` [B] of the exit;
-            of the embeddings also `shared_0`, ..., what `shared_tensors` finds.
+            `hidden` [B, S, d] (not where the model's own head answers), `logits` [B, K] and `uncertainty` [B] of the
+            exit; of the embeddings also `shared_0`, ..., what `shared_tensors` finds.
         """
         run = self.run(inputs, hidden, tensors)
         named = {} if run.following is None else {"hidden": run.following}
@@ -141,7 +141,7 @@ class ModelPiece(nn.Module):
         if self.read:
             named["logits"] = run.reader.exit_logits[self.number]
             if self.number in run.reader.exit_uncertainty:
-                named["doubt"] = run.reader.exit_uncertainty[self.number]
+                named["uncertainty"] = run.reader.exit_uncertainty[self.number]
         return named
 
     def run(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.utils.checks import is_number, whole
+from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require
 from badge_peft.utils.problem import problem_of
 
@@ -71,7 +71,7 @@ class OnnxEarlyExitModel:
         for name in (MODEL, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{directory} has no {name}: give a folder that export_onnx wrote.")
-        whole("threads", threads, at_least=1)
+        check_int("threads", threads, at_least=1)
         session = open_session(folder / MODEL, threads, spinning, providers)
         return cls(folder, session, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
 
@@ -113,7 +113,7 @@ class OnnxEarlyExitModel:
                 raise ValueError(f"threshold={threshold!r} is not allowed: it must be a finite number or None.")
             feed["threshold"] = np.asarray(threshold, dtype=np.float32)
         if patience is not None:
-            whole("patience", patience, at_least=1)
+            check_int("patience", patience, at_least=1)
             feed["patience"] = np.asarray(patience, dtype=np.int64)
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)

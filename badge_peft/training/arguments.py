@@ -17,7 +17,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_number, one_of, whole
+from badge_peft.utils.checks import check_choice, check_int, check_number
 from badge_peft.utils.distributed import on_cpu
 
 
@@ -88,13 +88,13 @@ class MultiExitTrainingArguments(TrainingArguments):
             ValueError: naming the field, its value and what is allowed.
         """
         make_objective(self.objective, self.depth, distillation=self.distillation)
-        whole("depth", self.depth, at_least=0)
-        whole("early_stopping_patience", self.early_stopping_patience, at_least=1)
+        check_int("depth", self.depth, at_least=0)
+        check_int("early_stopping_patience", self.early_stopping_patience, at_least=1)
         check_number("distillation_temperature", self.distillation_temperature, lambda t: t > 0, "it must be positive")
         for name in ("adapter_learning_rate", "head_learning_rate"):
             check_number(name, getattr(self, name), lambda rate: rate >= 0, "it must be a number of at least 0")
         if self.exit_metric is not None:
-            one_of("exit_metric", self.exit_metric, tuple(METRICS))
+            check_choice("exit_metric", self.exit_metric, tuple(METRICS))
         if self.exit_weights is not None:
             self.exit_weights = check_weights(_from_json(self.exit_weights))
 

@@ -16,7 +16,7 @@ from badge_peft.training.equilibrium import GradientEquilibriumPass
 from badge_peft.training.imitation import NEEDS, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import exit_loss, loss_weights
-from badge_peft.utils.checks import check_number, one_of
+from badge_peft.utils.checks import check_choice, check_number
 
 
 @dataclass
@@ -226,7 +226,7 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
         "gradient_equilibrium": GradientEquilibrium,
         "past_future": PastFuture,
     }
-    one_of("objective", name, OBJECTIVES)
+    check_choice("objective", name, OBJECTIVES)
     return kinds[name](**options)
 
 

@@ -24,7 +24,7 @@ from badge_peft.training.preflight import check_evaluation, check_final_exit, ch
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.tuner.block_pass import count_rows
-from badge_peft.tuner.losses import doubt_loss
+from badge_peft.tuner.losses import uncertainty_loss
 from badge_peft.utils.problem import problem_of
 
 _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
@@ -155,7 +155,9 @@ class MultiExitTrainer(Trainer):
                 if self._has_uncertainty(m) and self.exit_objective.trains_lte_at(m)
             }
             if taught:
-                loss = loss + doubt_loss(taught, dict(zip(self.exits, logits, strict=True)), labels, problem_type)
+                loss = loss + uncertainty_loss(
+                    taught, dict(zip(self.exits, logits, strict=True)), labels, problem_type
+                )
         return (loss, outputs) if return_outputs else loss
 
     def _trains_uncertainty(self) -> bool:

@@ -14,7 +14,7 @@ from badge_peft.tuner.adapter_file import AdapterSource
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import is_number, one_of, whole
+from badge_peft.utils.checks import check_choice, check_int, is_number
 from badge_peft.utils.problem import PROBLEM_TYPES, infer_problem_type
 
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
@@ -144,7 +144,7 @@ class BadgeConfig(PeftConfig):
             self.task_type = TaskType.SEQ_CLS
         if self.task_type != TaskType.SEQ_CLS:
             raise ValueError(f"task_type={self.task_type!r} is not allowed: BADGE classifies sequences, 'SEQ_CLS'.")
-        whole("r", self.r, at_least=1)
+        check_int("r", self.r, at_least=1)
         if self.r is None:
             raise ValueError("r=None is not allowed: it must be a whole number of at least 1.")
         for name, allowed in (
@@ -156,7 +156,7 @@ class BadgeConfig(PeftConfig):
             ("final_exit", FINAL_EXITS),
             ("backbone", BACKBONES),
         ):
-            one_of(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
         for name in ("bias", "train_head", "learn_to_exit"):
@@ -166,10 +166,10 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
         self._check_exit_layers()
         self.exit_weights = check_weights(self.exit_weights)
-        whole("num_labels", self.num_labels, at_least=1)
+        check_int("num_labels", self.num_labels, at_least=1)
         self._check_label_names()
         if self.problem_type is not None:
-            one_of("problem_type", self.problem_type, PROBLEM_TYPES)
+            check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.lora is not None and self.backbone != "lora":
             raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
         if self.backbone == "lora":

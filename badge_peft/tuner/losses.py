@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.utils.checks import is_number, one_of
+from badge_peft.utils.checks import check_choice, is_number
 from badge_peft.utils.problem import problem_of
 
 
@@ -28,21 +28,23 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any 
     return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
 
 
-def doubt_loss(doubts: dict[int, Tensor], exit_logits: dict[int, Tensor], labels: Tensor, problem_type: str) -> Tensor:
+def uncertainty_loss(
+    uncertainty: dict[int, Tensor], exit_logits: dict[int, Tensor], labels: Tensor, problem_type: str
+) -> Tensor:
     """The loss of learning to exit: the mean over exits and rows of (u - t)^2, where t says how wrong the exit is: 1
     or 0, for regression |tanh(y' - y)|. Source: BERxiT, section 4.2 (with the complement, certainty, there).
 
     Args:
-        doubts: Block number -> u [B].
+        uncertainty: Block number -> u [B].
         exit_logits: Block number -> [B, K].
         labels: As for `exit_loss`.
         problem_type: As for `exit_loss`.
     """
     losses = []
-    for m, doubt in doubts.items():
+    for m, predicted in uncertainty.items():
         logits = exit_logits[m].detach()
         wrong = problem_of(problem_type).error(logits, labels)
-        losses.append(F.mse_loss(doubt.float(), wrong))
+        losses.append(F.mse_loss(predicted.float(), wrong))
     return torch.stack(losses).mean()
 
 
@@ -53,7 +55,7 @@ def check_weights(weights: Any) -> str | list[float]:
         ValueError: anything else; whether there is one number per exit, `loss_weights` sees.
     """
     if isinstance(weights, str):
-        one_of("exit_weights", weights, ("uniform", "linear"))
+        check_choice("exit_weights", weights, ("uniform", "linear"))
         return weights
     if not isinstance(weights, (list, tuple)):
         raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """A numpy scalar as the Python value that JSON knows; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
 
@@ -19,13 +19,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(allowed)}.")
 
 
-def whole(name: str, value: Any, at_least: int) -> None:
+def check_int(name: str, value: Any, at_least: int) -> None:
     """Raises a ValueError unless `value` is None or a whole number of at least `at_least`."""
     if value is None:
         return

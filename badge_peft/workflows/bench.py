@@ -16,7 +16,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.timing import take_turns
 from badge_peft.model import get_badge_model
-from badge_peft.utils.checks import whole
+from badge_peft.utils.checks import check_int
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import check_metric, default_metric, encode_for
@@ -65,7 +65,7 @@ def bench_adapter(
         ValueError: a wrong argument, or a policy that ONNX cannot express.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
-        whole(name, value, at_least=1)
+        check_int(name, value, at_least=1)
     if onnx:
         from badge_peft.utils.extras import require_onnx_exporter
 

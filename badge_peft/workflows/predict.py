@@ -12,7 +12,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
-from badge_peft.utils.checks import whole
+from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.encode import encode_texts
@@ -57,7 +57,7 @@ def predict(
         label's probability). Regression gives `value` in the place of label and confidence; a model that gives several
         labels gives `labels`, and the confidence of the least sure decision.
     """
-    whole("batch_size", batch_size, at_least=1)
+    check_int("batch_size", batch_size, at_least=1)
     config = config or resolve_policy_config(adapter)
     device = next(adapter.model.parameters()).device
     source = iter(texts)
@@ -100,7 +100,7 @@ def predict_shared(
     Raises:
         Exception: whatever reading the texts raises, in every process.
     """
-    whole("batch_size", batch_size, at_least=1)
+    check_int("batch_size", batch_size, at_least=1)
     distributed.init_process_group()
     rank, size = distributed.rank_world()
     config = config or resolve_policy_config(adapter)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from badge_peft.utils.checks import is_number, whole
+from badge_peft.utils.checks import check_int, is_number
 
 
 def _check_rate(name: str, value: Any) -> None:
@@ -66,7 +66,7 @@ class TrainColumns(Columns):
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        whole("max_rows", self.max_rows, at_least=1)
+        check_int("max_rows", self.max_rows, at_least=1)
         _check_share("eval_share", self.eval_share)
 
 
@@ -103,7 +103,7 @@ class ExitOptions:
     learn_to_exit: bool = False
 
     def __post_init__(self) -> None:
-        whole("r", self.r, at_least=1)
+        check_int("r", self.r, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            whole(name, getattr(self, name), at_least=1)
-        whole("seed", self.seed, at_least=0)
+            check_int(name, getattr(self, name), at_least=1)
+        check_int("seed", self.seed, at_least=0)
         _check_rate("adapter_lr", self.adapter_lr)
         _check_rate("backbone_lr", self.backbone_lr)
         if self.distillation is not None and (not is_number(self.distillation) or not 0 <= self.distillation <= 1):
@@ -201,8 +201,8 @@ class PolicyOverrides:
     depth: int | None = None
 
     def __post_init__(self) -> None:
-        whole("patience", self.patience, at_least=1)
-        whole("depth", self.depth, at_least=0)
+        check_int("patience", self.patience, at_least=1)
+        check_int("depth", self.depth, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +237,8 @@ class TrainSettings:
     goal: Goal = Goal()
 
     def __post_init__(self) -> None:
-        whole("max_length", self.max_length, at_least=4)
-        whole("latency", self.latency, at_least=0)
+        check_int("max_length", self.max_length, at_least=4)
+        check_int("latency", self.latency, at_least=0)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by their names, those of the groups too; for JSON."""
@@ -290,9 +290,9 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "max_train", "max_eval"):
-            whole(name, getattr(self, name), at_least=1)
-        whole("max_length", self.max_length, at_least=4)
-        whole("seed", self.seed, at_least=0)
+            check_int(name, getattr(self, name), at_least=1)
+        check_int("max_length", self.max_length, at_least=4)
+        check_int("seed", self.seed, at_least=0)
         _check_rate("learning_rate", self.learning_rate)
         if not is_number(self.max_score_drop) or not 0 <= self.max_score_drop < 1:
             raise ValueError(f"max_score_drop={self.max_score_drop!r} is not allowed: it must be in [0, 1).")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from badge_peft.utils.checks import one_of
+from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.columns import find_columns
 from badge_peft.workflows.settings import TextColumns
 
@@ -47,7 +47,7 @@ def read_texts(
     path = Path(source)
     if format is None:
         format = "text" if source == "-" else _format_of(path)
-    one_of("format", format, FORMATS)
+    check_choice("format", format, FORMATS)
     if source != "-" and not path.is_file():
         raise FileNotFoundError(f"there is no file {source}.")
     if format == "parquet":

@@ -10,7 +10,7 @@ from badge_peft.evaluation.metrics import METRICS
 from badge_peft.training.objectives import OBJECTIVES
 from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.utils import distributed
-from badge_peft.utils.checks import one_of
+from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.base_model import Base, badge_config
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import check_metric, default_metric
@@ -24,12 +24,12 @@ def check_settings(settings: TrainSettings) -> None:
         ValueError: a value that is not allowed, or two that exclude one another.
     """
     exits, training = settings.exits, settings.training
-    one_of("objective", training.objective, OBJECTIVES)
+    check_choice("objective", training.objective, OBJECTIVES)
     check_policy_name(settings.goal.policy, "auto")
     if settings.metric is not None:
-        one_of("metric", settings.metric, tuple(METRICS))
+        check_choice("metric", settings.metric, tuple(METRICS))
     if settings.problem_type is not None:
-        one_of("problem_type", settings.problem_type, PROBLEM_TYPES)
+        check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
     settings.goal.arguments()
     if training.objective == "two_stage" and exits.backbone == "frozen" and exits.keep_head:
         raise ValueError(

@@ -136,8 +136,8 @@ def test_kinds_of_exits_and_problems(fields: dict[str, Any], kind: str, labels: 
 # ------------------------------------------------------------------------------------------------ the numbers, again
 
 
-def reading(logits: list[list[float]], problem_type: str = SINGLE, doubts: list[float] | None = None) -> Reading:
-    signals = None if doubts is None else np.array(doubts, np.float32)
+def reading(logits: list[list[float]], problem_type: str = SINGLE, uncertainty: list[float] | None = None) -> Reading:
+    signals = None if uncertainty is None else np.array(uncertainty, np.float32)
     exits = tuple(range(1, len(logits) + 1))
     return Reading(np.array(logits, np.float32), signals, exits, len(logits), problem_type)
 
@@ -182,7 +182,7 @@ def test_the_patience_counter() -> None:
 
 def test_the_other_rules_say_their_own_number() -> None:
     def first(**rule: Any) -> Any:
-        found = explain(reading(ROW, doubts=[0.5, 0.4, 0.3, 0.2, 0.1, 0.0]), **rule)
+        found = explain(reading(ROW, uncertainty=[0.5, 0.4, 0.3, 0.2, 0.1, 0.0]), **rule)
         return found.steps[0].evidence, found.exit_layer
 
     p = softmax(ROW[0])
@@ -236,4 +236,4 @@ def test_all_exits_are_those_of_a_full_pass() -> None:
     model, batch = make_badge(), make_batch(1)
     found = read_exits(model, batch)
     assert torch.equal(torch.from_numpy(found.logits), exits_of(model, batch)[0])
-    assert (found.exits, found.num_blocks, found.problem_type, found.doubts) == ((1, 2, 3), 3, SINGLE, None)
+    assert (found.exits, found.num_blocks, found.problem_type, found.uncertainty) == ((1, 2, 3), 3, SINGLE, None)

@@ -70,7 +70,7 @@ class TableGraph:
         def insert(g: Graph, values: dict[str, str]) -> dict[str, str]:
             return {
                 "logits": g.op("Gather", values["hidden"], g.ints(j), axis=1),
-                "doubt": g.op("Gather", values["doubts"], g.ints(j), axis=1),
+                "uncertainty": g.op("Gather", values["doubts"], g.ints(j), axis=1),
             }
 
         return insert

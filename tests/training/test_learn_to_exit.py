@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.tuner.losses import doubt_loss, exit_loss
+from badge_peft.tuner.losses import exit_loss, uncertainty_loss
 from tests import reference
 from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
 from tests.thresholds import in_a_gap
@@ -49,7 +49,7 @@ def test_loss(fields, problem_type, num_labels):
     labels = make_labels(problem_type, num_labels=num_labels)
     out = model(**BATCH, labels=labels)
     numbers = model.base_model.exit_layers()
-    own = len(numbers) - ("final_exit" not in fields)  # the model's own head always answers: nobody doubts it
+    own = len(numbers) - ("final_exit" not in fields)  # the model's own head always answers: it has no uncertainty
     losses = []
     for place in range(own):
         targets = wrongness(out.exit_logits[:, place], labels, problem_type)
@@ -66,7 +66,7 @@ def test_doubt_loss_teaches_the_doubts_alone(problem_type, num_labels):
     logits = torch.randn(4, num_labels, requires_grad=True)
     doubts = torch.rand(4, requires_grad=True)
     labels = make_labels(problem_type, num_labels=num_labels)
-    loss = doubt_loss({2: doubts}, {2: logits, 3: -logits}, labels, problem_type)
+    loss = uncertainty_loss({2: doubts}, {2: logits, 3: -logits}, labels, problem_type)
     targets = torch.tensor(wrongness(logits, labels, problem_type))
     torch.testing.assert_close(loss, ((doubts - targets) ** 2).mean())
     loss.backward()
@@ -136,7 +136,7 @@ def test_stage_one_is_without_it(tmp_path):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_single_exit_is_trained_as_without_it(depth, tmp_path):
-    """LTE judges the one exit that is trained; the model's own head, exit 3, nobody doubts."""
+    """LTE judges the one exit that is trained; the model's own head, exit 3, has no uncertainty."""
     found = []
     for learn_to_exit, folder in ((True, "a"), (False, "b")):
         model = make(learn_to_exit=learn_to_exit)

@@ -70,7 +70,15 @@ def test_defaults():
 
 
 def test_the_tests_know_every_field():
-    filled_in = {"target_modules", "hidden_size", "num_blocks", "base_fingerprint", "badge_version", "source"}
+    filled_in = {
+        "target_modules",
+        "hidden_size",
+        "num_blocks",
+        "base_fingerprint",
+        "badge_version",
+        "source",
+        "after_saving",
+    }
     own = {f.name for f in fields(BadgeConfig)} - {f.name for f in fields(PeftConfig)}
     assert own == DEFAULTS.keys() | filled_in | {"exclude_modules", "modules_to_save"}
     assert OTHER.keys() == (DEFAULTS.keys() - {"lora"}) | {"modules_to_save"}

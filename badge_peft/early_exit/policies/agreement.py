@@ -130,12 +130,12 @@ def _class_nodes(at: ExitNodes) -> list[str]:
     unit, tiny = at.floats(at.scale), at.floats(1e-6)
     log_p = at.log_probs()  # [n, W]
     sure = at.confidence(log_p)
-    doubt = at.op("Max", at.op("Sub", at.floats(1), sure), tiny)
+    complement = at.op("Max", at.op("Sub", at.floats(1), sure), tiny)
     here, label = at.represent("ce"), at.represent("label")  # [n, 1, W]
     columns = [
         at.op("Div", at.entropy(log_p), unit),
         sure,
-        at.op("Log", at.op("Div", at.op("Max", sure, tiny), doubt)),
+        at.op("Log", at.op("Div", at.op("Max", sure, tiny), complement)),
         at.margin(log_p, sure),
     ]
     earlier, labels = at.kept("history"), at.kept("labels")

@@ -26,8 +26,13 @@ def features(history: ExitHistory, j: int) -> Array:
 def _class_features(history: ExitHistory, j: int) -> list[Array]:
     scale = np.float32(max_entropy(history.num_labels, history.problem_type))
     sure = history.confidence(j)
-    doubt = np.maximum(1 - sure, np.float32(1e-6))
-    columns = [history.entropy(j) / scale, sure, np.log(np.maximum(sure, np.float32(1e-6)) / doubt), history.margin(j)]
+    complement = np.maximum(1 - sure, np.float32(1e-6))
+    columns = [
+        history.entropy(j) / scale,
+        sure,
+        np.log(np.maximum(sure, np.float32(1e-6)) / complement),
+        history.margin(j),
+    ]
     if j:
         earlier = history.to_earlier("ce", j) / scale  # [j, n]
         same = (history.to_earlier("label", j) == 0).mean(axis=0, dtype=np.float32)
