@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -43,6 +45,13 @@ def program(*arguments: Any) -> str:
     return done.stdout
 
 
+def again(*arguments: Any) -> str:
+    """Runs the benchmark once more, in this process; what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert latency.main([*map(str, arguments)]) == 0
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a quick run."""
@@ -61,7 +70,7 @@ def test_every_experiment_is_in_the_file_and_on_the_page(file: Path, tmp_path: P
         for row in section["rows"]:
             assert row.get("as_forced", True) in (True, None)
             assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
-    assert str(tmp_path / "docs" / "speed.md") in program("--json", file, "--docs", tmp_path / "docs" / "speed.md")
+    assert str(tmp_path / "docs" / "speed.md") in again("--json", file, "--docs", tmp_path / "docs" / "speed.md")
     text = (tmp_path / "docs" / "speed.md").read_text()
     assert text == page(data)
     for title in EXPERIMENTS.values():
@@ -109,16 +118,16 @@ def test_a_run_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     first = [row for row in batch["rows"] if row["length"] == 8]
     batch["rows"], batch["cells"] = list(first), batch["cells"][:1]  # as if it had been stopped behind the first shape
     copy.write_text(json.dumps(data))
-    program("--quick", "--threads", 1, "--json", copy, "--resume")
-    again = read(copy)["sections"]
-    assert set(again) == set(read(file)["sections"]) and again["exits/tiny/cpu"] == kept
+    again("--quick", "--threads", 1, "--json", copy, "--resume")
+    found = read(copy)["sections"]
+    assert set(found) == set(read(file)["sections"]) and found["exits/tiny/cpu"] == kept
     if has_onnx():
-        assert again["onnx/tiny/cpu"]["rows"][: len(first)] == first
-        assert again["onnx/tiny/cpu"]["cells"] == ["S=8", "S=16"]
-    program("--quick", "--threads", 1, "--json", copy, "--only", "exits", "--rounds", 3)
-    again = read(copy)["sections"]
-    assert len(again) == len(MEASURED) and {row["rounds"] for row in again["exits/tiny/cpu"]["rows"]} == {3}
-    assert again["batch/tiny/cpu"] == data["sections"]["batch/tiny/cpu"]
+        assert found["onnx/tiny/cpu"]["rows"][: len(first)] == first
+        assert found["onnx/tiny/cpu"]["cells"] == ["S=8", "S=16"]
+    again("--quick", "--threads", 1, "--json", copy, "--only", "exits", "--rounds", 3)
+    found = read(copy)["sections"]
+    assert len(found) == len(MEASURED) and {row["rounds"] for row in found["exits/tiny/cpu"]["rows"]} == {3}
+    assert found["batch/tiny/cpu"] == data["sections"]["batch/tiny/cpu"]
 
 
 @pytest.fixture(scope="module")
