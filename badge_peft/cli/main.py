@@ -100,7 +100,3 @@ def _join(command: str) -> None:
 def _shown_default(value: Any) -> str | None:
     """Nothing for a flag, which is off, and for what the help tells in words."""
     return None if value is None or value is False else str(value)
-
-
-if __name__ == "__main__":
-    main()

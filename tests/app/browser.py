@@ -40,7 +40,7 @@ def served(adapter: Path | str, *options: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "badge_peft.cli.main", "app", str(adapter), "--port", str(port), *options]
+    program = [sys.executable, "-m", "badge_peft.cli", "app", str(adapter), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:

@@ -148,7 +148,7 @@ def test_columns_are_found_as_they_were_in_training(tmp_path: Path) -> None:
 
 def test_as_a_program_of_its_own(trained: Path, tmp_path: Path) -> None:
     """From another folder, with nothing but the adapter's; and a reader that leaves early is no error."""
-    program = [sys.executable, "-m", "badge_peft.cli.main", "predict", str(trained), "--batch-size", "1"]
+    program = [sys.executable, "-m", "badge_peft.cli", "predict", str(trained), "--batch-size", "1"]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

@@ -19,7 +19,7 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
     """`train`, `evaluate` and `predict` by two processes: one report, one folder, one output."""
     model, rows = save_classifier(tmp_path / "model"), write_csv(tmp_path / "rows.csv", ROWS)
     train = ("train", model, rows, "--keep-head", "--epochs", 2, "--latency", 2, "--policy", "max_prob")
-    found = launch("badge_peft.cli.main", *train, "--output-dir", tmp_path / "adapter", by="accelerate")
+    found = launch("badge_peft.cli", *train, "--output-dir", tmp_path / "adapter", by="accelerate")
     numbered = [line[:2] for line in found.stdout.splitlines() if line[:1].isdecimal()]
     assert numbered == ["1.", "2.", "3.", "4."], found.stdout
     assert found.stdout.count("exit rule: ") == 1 and found.stderr.count("training:   0%") == 1
@@ -32,13 +32,13 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
     predict = ("predict", tmp_path / "adapter", "--batch-size", 4)
     expected = cli(*predict, input=texts).stdout
     assert len(expected.splitlines()) == 43
-    assert launch("badge_peft.cli.main", *predict, input=texts).stdout == expected
+    assert launch("badge_peft.cli", *predict, input=texts).stdout == expected
 
     # evaluate: to the last digit
     evaluate = ("evaluate", tmp_path / "adapter", rows, "--batch-size", 7)
     output = cli(*evaluate, "--json", tmp_path / "one.json", "--save-logits", tmp_path / "one.safetensors").stdout
     two = ("--json", tmp_path / "two.json", "--save-logits", tmp_path / "two.safetensors")
-    assert launch("badge_peft.cli.main", *evaluate, *two).stdout == output
+    assert launch("badge_peft.cli", *evaluate, *two).stdout == output
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
     logits = [load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
     assert torch.equal(logits[0]["logits"], logits[1]["logits"])
@@ -48,7 +48,7 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
 def test_an_error_is_told_once(tmp_path: Path) -> None:
     model, rows = save_classifier(tmp_path / "model"), write_csv(tmp_path / "rows.csv", ROWS)
     train = ("train", model, rows, "--keep-head", "--batch-size", 5, "--output-dir", tmp_path / "adapter")
-    found = launch("badge_peft.cli.main", *train, fails=True)
+    found = launch("badge_peft.cli", *train, fails=True)
     assert found.stderr.count("error: ") == 1 and "batch_size=5" in found.stderr and "multiple of 2" in found.stderr
     assert not (tmp_path / "adapter").exists()
 

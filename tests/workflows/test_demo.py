@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("demo")
     base = save_base(folder / "base", num_labels=3)  # a head of another size is no hindrance
     data = write_csv(folder / "films.csv", sentences(400), ("review", "sentiment"))
-    command = [sys.executable, "-m", "badge_peft.cli.main", "demo", "--model", base, "--dataset", data]
+    command = [sys.executable, "-m", "badge_peft.cli", "demo", "--model", base, "--dataset", data]
     command += ["--output-dir", str(folder / "out"), "--max-eval", "60"]
     command += ["--epochs", "15", "--learning-rate", "0.03"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
