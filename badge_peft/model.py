@@ -33,7 +33,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     """Block-wise bypasses and early exits on a Hugging Face encoder; `get_peft_model` makes it.
 
     The blocks are wrapped in place and the model's own layer loop stays in control, so masks, rotary tables and
-    attention implementations need no copy of modelling code.
+    attention implementations need no copy of modeling code.
     """
 
     prefix = PREFIX

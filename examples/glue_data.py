@@ -1,4 +1,4 @@
-"""GLUE tasks, from the Hub or from files, tokenised: what the other examples train on.
+"""GLUE tasks, from the Hub or from files, tokenized: what the other examples train on.
 
 A folder given as `--data-dir` holds train.jsonl, validation.jsonl and, if there is one, test.jsonl. Each line is
 {"text": "...", "label": ...}, for pairs of texts with "text_pair" as well. Labels are strings or whole numbers;
@@ -52,7 +52,7 @@ class Task:
 def load_task(
     task: str | None, data_dir: str | None, tokenizer: Any, max_length: int = 128, max_rows: int | None = None
 ) -> Task:
-    """Reads and tokenises a task. Where there is no labelled test split, as on the Hub, it is half of the validation
+    """Reads and tokenizes a task. Where there is no labeled test split, as on the Hub, it is half of the validation
     split.
 
     Args:

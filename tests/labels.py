@@ -1,4 +1,4 @@
-"""Names of parametrised tests that are the same in every process, which the parallel runner needs."""
+"""Names of parametrized tests that are the same in every process, which the parallel runner needs."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, ALBERT itself fa
     )
 
 
-#: transformers does not read the optimiser's file with a torch whose `torch.load` can be made to run code.
+#: transformers does not read the optimizer's file with a torch whose `torch.load` can be made to run code.
 needs_safe_torch_load = pytest.mark.skipif(
     torch.__version__ < (2, 6), reason="transformers resumes a training with torch 2.6 and newer alone"
 )

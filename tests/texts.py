@@ -1,4 +1,4 @@
-"""A tiny tokenizer, a base model on disk, and made-up labelled texts: what a command needs to run from end to end."""
+"""A tiny tokenizer, a base model on disk, and made-up labeled texts: what a command needs to run from end to end."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from badge_peft.utils.problem import problem_of
 
 MOST_LABELS = 6  # bars per exit; of more labels the likeliest are shown
 
-# Okabe and Ito's colours, told apart with any colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, told apart with any color vision
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#999999"
 
 
@@ -149,7 +149,7 @@ def _shown(found: Explanation) -> list[int]:
 def _bars(found: Explanation, step: ExitStep, names: Sequence[str], shown: Sequence[int]) -> str:
     assert step.probabilities is not None
     p = step.probabilities
-    bars = [_bar(names[k], float(p[k]), COLOURS[i % len(COLOURS)], f"{p[k]:.1%}") for i, k in enumerate(shown)]
+    bars = [_bar(names[k], float(p[k]), COLORS[i % len(COLORS)], f"{p[k]:.1%}") for i, k in enumerate(shown)]
     left = len(p) - len(shown)
     if left:
         rest = float(p.sum() - p[list(shown)].sum())
@@ -164,14 +164,14 @@ def _values(found: Explanation, step: ExitStep, names: Sequence[str]) -> str:
     low, high = float(every.min()), float(every.max())
     span = (high - low) or 1.0
     return "".join(
-        _bar(name, 0.02 + 0.98 * (float(value) - low) / span, COLOURS[k % len(COLOURS)], number(float(value)))
+        _bar(name, 0.02 + 0.98 * (float(value) - low) / span, COLORS[k % len(COLORS)], number(float(value)))
         for k, (name, value) in enumerate(zip(names, step.logits, strict=True))
     )
 
 
-def _bar(name: str, share: float, colour: str, said: str) -> str:
+def _bar(name: str, share: float, color: str, said: str) -> str:
     width = 100 * min(max(share, 0.0), 1.0) if np.isfinite(share) else 0.0
     return (
         f'<div class="bx-bar"><span title="{escape(name)}">{escape(name)}</span>'
-        f'<i style="width: {width:.1f}%; background: {colour}"></i><u>{said}</u></div>'
+        f'<i style="width: {width:.1f}%; background: {color}"></i><u>{said}</u></div>'
     )

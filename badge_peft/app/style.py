@@ -1,4 +1,4 @@
-"""How the page's own HTML looks, in the light and in the dark: colours that are not its own are the theme's."""
+"""How the page's own HTML looks, in the light and in the dark: colors that are not its own are the theme's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tokenised features to padded batches, for passes that have no Trainer around them."""
+"""Rows of tokenized features to padded batches, for passes that have no Trainer around them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tensor_columns(model: nn.Module, dataset: Any) -> list[dict[str, Any]]:
             kept.pop("label", None)
         rows.append(kept)
     if "input_ids" not in rows[0]:
-        raise ValueError(f"the data set has no input_ids, only {', '.join(dataset[0])}: tokenise it first.")
+        raise ValueError(f"the data set has no input_ids, only {', '.join(dataset[0])}: tokenize it first.")
     return rows
 
 

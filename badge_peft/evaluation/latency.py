@@ -108,7 +108,7 @@ def measure_latency(
 
     Args:
         model: A PEFT model with an active BADGE adapter.
-        examples: Tokenised rows: a `datasets.Dataset` or any sequence of dicts. Labels and text are left out.
+        examples: Tokenized rows: a `datasets.Dataset` or any sequence of dicts. Labels and text are left out.
         early_exit_config: None takes the active adapter's own.
         repeats: How often each example is timed; its median counts.
         warmup: Passes of each kind before the first that counts.
@@ -131,7 +131,7 @@ def measure_latency(
     check_int("repeats", repeats, at_least=1)
     check_int("warmup", warmup, at_least=0)
     if not len(examples):
-        raise ValueError("there are no examples: pass at least one tokenised row.")
+        raise ValueError("there are no examples: pass at least one tokenized row.")
     config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)
     device = next(badge.model.parameters()).device
     batches = [_batch(row, badge, device) for row in tensor_columns(badge.model, examples)]

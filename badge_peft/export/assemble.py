@@ -26,7 +26,7 @@ def assemble(
         pieces: Of the model.
         decision: The policy.
         hidden_size: d.
-        int8: Quantise the blocks; exits and decisions stay in float32.
+        int8: Quantize the blocks; exits and decisions stay in float32.
         compact: Take rows that have answered out of the batch.
     """
     main = Graph("main")

@@ -28,7 +28,7 @@ class Step:
         logits: One [B, K] per exit.
         labels: As the loss needs them, or None.
         problem_type: As transformers has it.
-        number: Optimiser steps done before this one.
+        number: Optimizer steps done before this one.
         output: Of the pass.
     """
 
@@ -110,7 +110,7 @@ class Objective:
 
 @dataclass
 class Alternating(Objective):
-    """ALT (BERxiT): the final exit alone at odd optimiser steps (counted from 1), all exits at even ones."""
+    """ALT (BERxiT): the final exit alone at odd optimizer steps (counted from 1), all exits at even ones."""
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""

@@ -21,7 +21,7 @@ def parameter_groups(
     head_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in optimiser groups: backbone, the model's own head, and adapter (bypasses and exits), each
+    """Trainable parameters in optimizer groups: backbone, the model's own head, and adapter (bypasses and exits), each
     with and without weight decay.
 
     Args:

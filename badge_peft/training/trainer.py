@@ -169,7 +169,7 @@ class MultiExitTrainer(Trainer):
         return number != self.exits[-1] or self.badge.config_of().final_exit == "exit"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The arguments' optimiser, with a learning rate for each part of the model."""
+        """The arguments' optimizer, with a learning rate for each part of the model."""
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             options.pop("lr", None)

@@ -68,7 +68,7 @@ class BlockLayout:
 
     @property
     def pre_norm(self) -> bool:
-        """Whether blocks normalise their inputs (ModernBERT) and not their output (BERT)."""
+        """Whether blocks normalize their inputs (ModernBERT) and not their output (BERT)."""
         return self.last_norm is None
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def find_columns(
                 f"this adapter was trained on pairs of texts, and there is no text-pair column "
                 f"{recorded['text_pair']!r}. {_remedy(columns, 'text-pair')}"
             )
-    if not isinstance(wanted, Columns) or wanted.unlabelled:
+    if not isinstance(wanted, Columns) or wanted.unlabeled:
         label = None
     elif label is None:
         label = _usual(columns, LABEL_NAMES, text, pair)

@@ -84,9 +84,9 @@ def read_examples(
         FileNotFoundError: `source` looks like a path and there is no such file.
         ValueError: it cannot be read, or lacks a column, a split or any text; the message says what there is.
     """
-    if columns.unlabelled and columns.label_column is not None:
+    if columns.unlabeled and columns.label_column is not None:
         raise ValueError(
-            f"label_column={columns.label_column!r} is not allowed with unlabelled=True: leave one of them out."
+            f"label_column={columns.label_column!r} is not allowed with unlabeled=True: leave one of them out."
         )
     splits = read_source(source, columns.dataset_config)
     name = _choose_split(splits, columns.split, ("train",) if training else _EVALUATION, source)

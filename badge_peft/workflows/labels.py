@@ -9,7 +9,7 @@ from typing import Any
 from badge_peft.workflows.data import TextDataset
 
 _MOST_LABELS = 1000
-_LEAVE_OUT = "or leave the labels out (--unlabelled): the exits then learn from the model's own answers"
+_LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from the model's own answers"
 
 
 @dataclass(frozen=True)

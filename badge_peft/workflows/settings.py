@@ -38,13 +38,13 @@ class Columns(TextColumns):
 
     Args:
         label_column: Column of the labels. Default: found by its name (label, category, ...); there may be none.
-        unlabelled: Labels are ignored.
+        unlabeled: Labels are ignored.
         split: Split of the data set, where it has several.
         dataset_config: Configuration of a data set of the Hub.
     """
 
     label_column: str | None = None
-    unlabelled: bool = False
+    unlabeled: bool = False
     split: str | None = None
     dataset_config: str | None = None
 

@@ -109,7 +109,7 @@ def draw(curves: dict[str, dict[int, np.ndarray]], title: str, metric: str, path
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from badge_peft.evaluation.plots import COLOURS
+    from badge_peft.evaluation.plots import COLORS
 
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -120,9 +120,9 @@ def draw(curves: dict[str, dict[int, np.ndarray]], title: str, metric: str, path
         if name == "fixed depth":
             style: dict[str, Any] = {"color": "#555555", "linestyle": "--"}
         elif name == "JT + patience":
-            style = {"color": COLOURS[1], "linestyle": ":"}  # the colour of patience
+            style = {"color": COLORS[1], "linestyle": ":"}  # the color of patience
         else:
-            style = {"color": COLOURS[titles.index(name) % len(COLOURS)]}
+            style = {"color": COLORS[titles.index(name) % len(COLORS)]}
         axes.plot(GRID, y, label=f"{name} ({len(seeds)})", linewidth=1.8, **style)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("layer speed-up: share of blocks saved (%)")

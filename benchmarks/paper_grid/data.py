@@ -1,4 +1,4 @@
-"""Tasks: JSON-lines folders or GLUE from the Hub, cut to a seeded subset and tokenised once."""
+"""Tasks: JSON-lines folders or GLUE from the Hub, cut to a seeded subset and tokenized once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class TaskData:
-    """One task, tokenised.
+    """One task, tokenized.
 
     Args:
         splits: Split -> rows of features and `labels`.
@@ -34,7 +34,7 @@ class TaskData:
 
 
 def load_task(settings: dict[str, Any], data_dir: str | Path | None, tokenizer: Any) -> TaskData:
-    """Reads, cuts and tokenises the task of a run.
+    """Reads, cuts and tokenizes the task of a run.
 
     Args:
         settings: Of a run: `data`, `rows`, `data_seed`, `max_length`.

@@ -49,7 +49,7 @@ class Backbone:
         pooling: `exit_pooling` of the adapters.
         final_exit: Of the adapters; `exit` makes exit M one like the others.
         freeze_embeddings: With `full`, leave the word embeddings alone: a table of 250,000 rows costs more time in
-            the optimiser than the blocks.
+            the optimizer than the blocks.
     """
 
     blocks: int

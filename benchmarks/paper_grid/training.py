@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-lear
 
 
 class Workshop:
-    """Trains runs; what they share (tokenised data, the backbones' places) is read once.
+    """Trains runs; what they share (tokenized data, the backbones' places) is read once.
 
     Args:
         settings: The grid.
@@ -55,7 +55,7 @@ class Workshop:
         return self._tokenizers[run["backbone"]]
 
     def data(self, run: dict[str, Any]) -> TaskData:
-        """The run's task, tokenised."""
+        """The run's task, tokenized."""
         name = str([run[k] for k in ("data", "rows", "data_seed", "max_length", "backbone")])
         if name not in self._data:
             self._data[name] = load_task(run, self.data_dir, self.tokenizer(run))

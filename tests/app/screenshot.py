@@ -12,13 +12,13 @@ from tests.app.browser import Page, chromium, missing, served
 
 
 def screenshot(adapter: str, text: str, out: Path, *options: str) -> None:
-    """Writes a picture of the page after it has answered `text`, with 128 colours: the size is that of a document."""
+    """Writes a picture of the page after it has answered `text`, with 128 colors: the size is that of a document."""
     from PIL import Image
 
     with served(adapter, *options) as address, chromium(1200, 1120) as driver:
         page = Page(driver, address)
         page.ask(text)
-        time.sleep(1)  # until the button has its usual colour again
+        time.sleep(1)  # until the button has its usual color again
         picture = Image.open(io.BytesIO(driver.get_screenshot_as_png()))
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.convert("RGB").quantize(128).save(out, optimize=True)

@@ -75,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(place: Path, cli: Cli) -> Path:
-    """The adapter of the headline: a frozen checkpoint, its head kept, unlabelled text. Do not change it."""
+    """The adapter of the headline: a frozen checkpoint, its head kept, unlabeled text. Do not change it."""
     out = place / "adapter"
     train = ("train", place / "model", place / "texts.txt", "--output-dir", out, "--backbone", "frozen", "--keep-head")
     cli(*train, "--epochs", 6, "--latency", 3, "--policy", "max_prob")

@@ -57,7 +57,7 @@ def test_overrides_batches_and_no_labels(trained: Path, place: Path, cli: Cli, t
     assert (report["rule"]["policy"], early["mean_exit"], report["batch_size"]) == ("fixed_depth", 2.0, 4)
     assert stock["score"] is early["score"] is report["labels"] is None
     assert 0 < early["answers_as_full_depth"] <= 1 and "batch of 4" in told
-    report, _ = bench(cli, trained, place / "rows.csv", tmp_path, *options, "--threshold", 0.0, "--unlabelled")
+    report, _ = bench(cli, trained, place / "rows.csv", tmp_path, *options, "--threshold", 0.0, "--unlabeled")
     assert report["results"][1]["mean_exit"] == 1.0 and report["labels"] is None
 
 

@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_library(
 
 def test_without_labels_full_depth_is_the_measure(trained: Path, place: Path, cli: Cli, tmp_path: Path) -> None:
     for data in (place / "texts.txt", place / "rows.csv"):
-        told = cli("evaluate", trained, data, "--unlabelled", "--json", tmp_path / "e.json")
+        told = cli("evaluate", trained, data, "--unlabeled", "--json", tmp_path / "e.json")
         report = json.loads((tmp_path / "e.json").read_text())
         assert report["per_exit"][-1] == 1.0 and report["labels"] == "full depth's own answers"
         assert report["early_exit"]["score"] == report["early_exit"]["answers_as_full_depth"]

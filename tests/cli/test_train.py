@@ -222,7 +222,7 @@ def test_a_goal_out_of_reach_keeps_the_adapter(place: Path, cli: Cli, tmp_path: 
         (("{model}", "{tmp}/header.csv"), ("header.csv", "no rows")),
         (("{model}", "{tmp}/blank.txt"), ("blank.txt", "has a text")),
         (("{model}", "{tmp}/broken.jsonl"), ("broken.jsonl", "cannot be read")),
-        (("{model}", "{tmp}/wrong.csv", "--keep-head"), ("'no', 'yes'", "'bad', 'good'", "--unlabelled")),
+        (("{model}", "{tmp}/wrong.csv", "--keep-head"), ("'no', 'yes'", "'bad', 'good'", "--unlabeled")),
         (("{model}", "{tmp}/numbers.csv", "--keep-head"), ("'7'", "0 to 1")),
         (("{tmp}/mute", "{csv}", "--keep-head"), ("tokenizer", "--tokenizer")),
         (("{model}", "{txt}"), ("--keep-head", "--label-column")),

@@ -45,7 +45,7 @@ def plausible(
 
 
 def strange(
-    problem_type: str, num_labels: int, rows: int, exits: list[int], kind: str, seed: int, labelled: bool = True
+    problem_type: str, num_labels: int, rows: int, exits: list[int], kind: str, seed: int, labeled: bool = True
 ) -> ExitLogits:
     """Logits with ties (`whole`), beyond float's exponentials (`huge`), all alike (`same`), or `plain` noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def strange(
     else:
         labels = torch.randint(0, num_labels, (rows,), generator=generator)
     uncertainty = torch.rand(rows, len(exits), generator=generator)
-    return ExitLogits(logits, labels if labelled else None, exits, problem_type, uncertainty=uncertainty)
+    return ExitLogits(logits, labels if labeled else None, exits, problem_type, uncertainty=uncertainty)
 
 
 KINDS = ("plain", "whole", "huge", "same")

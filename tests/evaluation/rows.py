@@ -1,4 +1,4 @@
-"""Tokenised rows of different lengths for the tiny models, and made-up exit logits."""
+"""Tokenized rows of different lengths for the tiny models, and made-up exit logits."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_padding() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="data set is empty"):
         collect_exit_logits(make_exits(), [])
-    with pytest.raises(ValueError, match="no input_ids, only text.*tokenise"):
+    with pytest.raises(ValueError, match="no input_ids, only text.*tokenize"):
         collect_exit_logits(make_exits(), [{"text": "a film"}])
     with pytest.raises(ValueError, match="no BADGE adapter"):
         collect_exit_logits(make_model(), make_rows(1))

@@ -54,7 +54,7 @@ def test_twenty_points_spread_over_the_speed_ups(policy, problem_type, num_label
 
 @pytest.mark.parametrize("policy", ["divergence", "entropy"])
 @pytest.mark.parametrize(("problem_type", "num_labels"), [(SINGLE, 77), (MULTI, 6)])
-def test_normalised_thresholds_are_shares_of_the_same_ones(problem_type, num_labels, policy):
+def test_normalized_thresholds_are_shares_of_the_same_ones(problem_type, num_labels, policy):
     stored = plausible(problem_type, num_labels, rows=100, exits=6)
     plain, normal = (sweep(stored, [{"policy": policy, "normalize": n}]).curve(policy) for n in (False, True))
     assert [p.layer_speedup for p in normal] == [p.layer_speedup for p in plain] and len(plain) > 15

@@ -63,8 +63,8 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"objective": "past_future"},
     ),
     "one exit, learning to exit": ({"learn_to_exit": True}, {"objective": "single_exit", "depth": 3}),
-    "without labels": ({"train_head": False}, {"distillation": 1.0, "labelled": False}),
-    "without labels, learning to exit": ({"learn_to_exit": True}, {"distillation": 1.0, "labelled": False}),
+    "without labels": ({"train_head": False}, {"distillation": 1.0, "labeled": False}),
+    "without labels, learning to exit": ({"learn_to_exit": True}, {"distillation": 1.0, "labeled": False}),
 }
 
 
@@ -75,7 +75,7 @@ def train(name: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = make(**fields)
     if options.pop("checkpoint", False):
         checkpoint(model, {"use_reentrant": False})
-    data = Rows(rows=ROWS, labelled=options.pop("labelled", True))
+    data = Rows(rows=ROWS, labeled=options.pop("labeled", True))
     trainer = make_trainer(
         folder / name,
         model,
@@ -131,9 +131,9 @@ def collect() -> dict[str, Tensor]:
         assert got.labels is not None and got.uncertainty is not None
         kinds = {"logits": got.logits, "labels": got.labels, "signals": got.uncertainty}
         found |= {f"{rows} rows by {batch_size}: {kind}": value for kind, value in kinds.items()}
-    unlabelled = collect_exit_logits(model, make_rows(5, labels=False), 2, split_between_processes=True)
-    assert unlabelled.labels is None
-    return {**found, "unlabelled": unlabelled.logits, "alone": collect_exit_logits(model, make_rows(13), 4).logits}
+    unlabeled = collect_exit_logits(model, make_rows(5, labels=False), 2, split_between_processes=True)
+    assert unlabeled.labels is None
+    return {**found, "unlabeled": unlabeled.logits, "alone": collect_exit_logits(model, make_rows(13), 4).logits}
 
 
 class Watched(Rows):

@@ -188,7 +188,7 @@ def test_replay(name: str) -> None:
 
 
 def assert_same(found: Any, wanted: Any, where: str = "") -> None:
-    """Equal, numbers to 1e-6: what `agreement` fits goes through an optimiser."""
+    """Equal, numbers to 1e-6: what `agreement` fits goes through an optimizer."""
     if isinstance(wanted, dict):
         assert set(wanted) <= set(found), where
         for key in wanted:

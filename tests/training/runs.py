@@ -23,18 +23,18 @@ class Rows(Dataset):
     """Random rows with random labels, each row a dict as a tokenizer gives it."""
 
     def __init__(
-        self, problem_type: str = SINGLE, num_labels: int = 3, labelled: bool = True, rows: int = ROWS
+        self, problem_type: str = SINGLE, num_labels: int = 3, labeled: bool = True, rows: int = ROWS
     ) -> None:
         self.batch = make_batch(rows=rows)
         self.labels = make_labels(problem_type, rows=rows, num_labels=num_labels)
-        self.labelled = labelled
+        self.labeled = labeled
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         row = {name: value[i] for name, value in self.batch.items()}
-        return {**row, "labels": self.labels[i]} if self.labelled else row
+        return {**row, "labels": self.labels[i]} if self.labeled else row
 
 
 def make(problem_type: str = SINGLE, num_labels: int = 3, case: str = "bert", **fields: Any) -> Any:

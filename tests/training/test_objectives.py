@@ -235,7 +235,7 @@ def test_a_run_is_this_loop(name, backbone, placement, tmp_path):
 
 @pytest.mark.parametrize("name", ["joint", "alternating"])
 def test_accumulation_does_not_change_it(name, tmp_path):
-    """`alternating` goes by optimiser steps: the two halves of a batch have the same loss."""
+    """`alternating` goes by optimizer steps: the two halves of a batch have the same loss."""
     options, total, run = RUNS[name]
     data, model = Rows(), make(backbone="full")
     make_trainer(
@@ -290,9 +290,9 @@ def test_past_future_run(weights_, tmp_path):
     close(weights(model), by_hand(make(**fields), data, loss, run=ImitationPass))
 
 
-def test_unlabelled_training(tmp_path):
+def test_unlabeled_training(tmp_path):
     """From a deployed classifier's own answers: full depth stays, and the exits come closer to it."""
-    data = Rows(labelled=False)
+    data = Rows(labeled=False)
     model = make(train_head=False)
     before = exits_of(model, data.batch)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_unlabelled_training(tmp_path):
 
 def test_training_without_labels_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"needs labels; without them, distil: MultiExitTrainer\(distillation=1\.0\)"):
-        make_trainer(tmp_path, make(), Rows(labelled=False)).train()
+        make_trainer(tmp_path, make(), Rows(labeled=False)).train()
 
 
 @pytest.mark.parametrize(
@@ -575,6 +575,6 @@ def test_two_stages_of_a_model_that_the_trainer_makes(tmp_path):
 def test_a_deployed_model_has_nothing_to_train_in_stage_one(tmp_path):
     model = make(train_head=False)
     before = weights(model)
-    make_trainer(tmp_path, model, Rows(labelled=False), objective="two_stage", distillation=1.0).train()
+    make_trainer(tmp_path, model, Rows(labeled=False), objective="two_stage", distillation=1.0).train()
     assert moved(before, weights(model)) == {name for name in before if ".badge_" in name}
     assert not (tmp_path / "stage1").exists()

@@ -71,7 +71,7 @@ def test_nothing_to_train() -> None:
         parameter_groups(model)
 
 
-def test_the_optimiser_moves_both_parts_and_a_schedule_scales_both_rates() -> None:
+def test_the_optimizer_moves_both_parts_and_a_schedule_scales_both_rates() -> None:
     model = make(backbone="full").train()
     optimizer = make_optimizer(model, adapter_lr=1e-2, backbone_lr=1e-4)
     assert isinstance(optimizer, torch.optim.AdamW)

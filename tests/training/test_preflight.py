@@ -36,11 +36,11 @@ def test_evaluations_without_labels(tmp_path) -> None:
 
     def batches(rows):
         asked.append(rows)
-        return [{"labels": torch.zeros(1)}] if rows == [{"text": "labelled by the collator"}] else []
+        return [{"labels": torch.zeros(1)}] if rows == [{"text": "labeled by the collator"}] else []
 
     check_evaluation(args, [{"label": 1}], ["labels"], batches)
     assert not asked  # the columns say it
-    check_evaluation(args, [{"text": "labelled by the collator"}], ["labels"], batches)
+    check_evaluation(args, [{"text": "labeled by the collator"}], ["labels"], batches)
     assert len(asked) == 1
     with pytest.raises(ValueError, match="metric_for_best_model='s_avg' .* no labels.*column 'labels'"):
         check_evaluation(args, [{"text": "a"}], ["labels"], batches)

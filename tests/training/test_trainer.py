@@ -89,14 +89,14 @@ def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_pa
     np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("learn_to_exit", [False, True])
-def test_predict(learn_to_exit, labelled, tmp_path):
-    data, model = Rows(labelled=labelled), make(learn_to_exit=learn_to_exit)
+def test_predict(learn_to_exit, labeled, tmp_path):
+    data, model = Rows(labeled=labeled), make(learn_to_exit=learn_to_exit)
     output = make_trainer(tmp_path, model, Rows(), per_device_eval_batch_size=3).predict(data)
     logits = exits_of(model.eval(), data.batch)[:, -1].numpy()
     np.testing.assert_allclose(output.predictions, logits, rtol=1e-4, atol=1e-5)
-    if labelled:
+    if labeled:
         scores = expected_scores(model, data, "accuracy")
         assert output.metrics["test_s_avg"] == pytest.approx(scores.avg)
         np.testing.assert_array_equal(output.label_ids, data.labels.numpy())
@@ -221,7 +221,7 @@ def test_evaluation_rows_without_labels_are_refused_before_training(options, obj
     model = make()
     before = weights(model)
     trainer = make_trainer(tmp_path / "out", model, objective=objective, **{**EACH_STEP, **options})
-    bare = Rows(labelled=False)
+    bare = Rows(labeled=False)
     table = TextDataset.from_list([{k: v.tolist() for k, v in bare[i].items()} for i in range(len(bare))])
     for rows in (bare, table, {"one": bare, "two": table}):
         trainer.eval_dataset = rows
@@ -244,8 +244,8 @@ def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
             else batch
         )
 
-    labelled = Rows()
-    rows = [{**Rows(labelled=False)[i], "truth": int(labelled.labels[i])} for i in range(len(labelled))]
+    labeled = Rows()
+    rows = [{**Rows(labeled=False)[i], "truth": int(labeled.labels[i])} for i in range(len(labeled))]
     trainer.data_collator, trainer.eval_dataset = with_labels, rows
     state = torch.get_rng_state()
     check(trainer)
@@ -253,9 +253,9 @@ def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
     trainer.train()
     assert trainer.state.best_global_step == 1
     trainer.args.metric_for_best_model = "eval_two_s_avg"
-    trainer.eval_dataset = {"one": Rows(labelled=False), "two": Rows()}
+    trainer.eval_dataset = {"one": Rows(labeled=False), "two": Rows()}
     check(trainer)
-    trainer.eval_dataset = {"one": Rows(), "two": Rows(labelled=False)}
+    trainer.eval_dataset = {"one": Rows(), "two": Rows(labeled=False)}
     with pytest.raises(ValueError, match="eval_two_s_avg"):
         check(trainer)
     trainer.args.eval_strategy = "no"

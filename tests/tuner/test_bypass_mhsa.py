@@ -28,7 +28,7 @@ def second_pass(base, model, states, number, norm):
     w = {name: w[f"bypass.{number}.{name}"] for name in ("down.weight", "up.weight")}
     inner = seen.block_input @ w["down.weight"].T
     bypass = (inner * 0.5 * (1 + torch.erf(inner / 2**0.5))) @ w["up.weight"].T  # Eq. 1, gelu
-    if parts.last_norm is None:  # pre-LN: the FFN normalises its own input
+    if parts.last_norm is None:  # pre-LN: the FFN normalizes its own input
         state = bypass + seen.attention  # H_{m-1} + attention output
         state = parts.ffn(block, state) + state
     else:

@@ -93,7 +93,7 @@ def test_feed_forward_in_chunks(pooling, placement):
 
 
 @pytest.mark.parametrize(("case", "placement", "norm"), pairs(CASES, ("block", "ffn", "mhsa"), ("own", "shared")))
-def test_at_initialisation_a_bypass_adds_nothing(case, placement, norm):
+def test_at_initialization_a_bypass_adds_nothing(case, placement, norm):
     """W_up starts at zero and LN' as a copy, so the exits are those of a model without bypasses."""
     batch = make_batch()
     plain = get_peft_model(make_model(case).double(), BadgeConfig(placement="none")).eval()

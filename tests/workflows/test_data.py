@@ -156,7 +156,7 @@ def test_a_hub_data_set_keeps_its_class_names(monkeypatch: pytest.MonkeyPatch) -
         ("text,label\nx,a\ny,b\n", {"text_pair_column": "b"}, "no text-pair column 'b'.*--text-pair-column"),
         ("one,two,label\nx,y,a\nz,u,b\n", {}, "cannot tell which column holds the texts.*one, two, label"),
         ("text,label\n,a\n,b\n", {}, "no row of .* has a text in column 'text'"),
-        ("text,label\nx,a\n", {"label_column": "label", "unlabelled": True}, "label_column='label' is not allowed"),
+        ("text,label\nx,a\n", {"label_column": "label", "unlabeled": True}, "label_column='label' is not allowed"),
         ("text,label\nx,a\n", {"split": "test"}, "no split 'test': it has train"),
         ("text,label\n", {}, "cannot be read: it has no rows"),
         ("", {}, "cannot be read"),
