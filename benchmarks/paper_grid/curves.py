@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from badge_peft.early_exit.policies import POLICIES as POLICIES_BY_NAME
 from badge_peft.evaluation import ExitLogits, exit_scores, sweep
 from badge_peft.evaluation.candidates import fitted
 from paper_grid.records import Place, Record
@@ -68,7 +69,8 @@ def _curve(policy: Policy, record: Record, store: Store) -> np.ndarray:
     logits = {split: store.logits(record.settled, split) for split in ("validation", "test")}
     scores: dict[str, list[np.ndarray]] = {"validation": [], "test": []}
     for family in policy.families:
-        config: Any = fitted(family, logits["validation"])
+        fits = POLICIES_BY_NAME[family["policy"]].needs_fit
+        config: Any = fitted(family, logits["validation"]) if fits else family
         for split, rows in scores.items():
             rows.append(_along(logits[split], config, metric))
     if len(policy.families) == 1:
