@@ -512,8 +512,16 @@ def test_early_stopping_counts_anew_in_stage_two(tmp_path):
     assert steps == {"stage1": 3, "stage2": 4}
 
 
-@pytest.mark.parametrize("fields", [{"backbone": "full"}, {"backbone": "lora", "learn_to_exit": True}], ids=str)
-@pytest.mark.parametrize(("stage", "at"), [("stage1", 2), ("stage2", 1), ("stage2", 2)])
+@pytest.mark.parametrize(
+    ("stage", "at", "fields"),
+    [
+        ("stage1", 2, {"backbone": "full"}),
+        ("stage1", 2, {"backbone": "lora", "learn_to_exit": True}),
+        ("stage2", 1, {"backbone": "full"}),
+        ("stage2", 2, {"backbone": "lora", "learn_to_exit": True}),
+    ],
+    ids=str,
+)
 def test_resume_in_either_stage(stage, at, fields, tmp_path):
     options = {
         "objective": "two_stage",
