@@ -162,7 +162,8 @@ class MultiExitTrainer(Trainer):
 
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
-        return any(p.requires_grad for name, p in self._module.named_parameters() if ".badge_doubt." in name)
+        layer = self.badge.adapter_exits(self.badge.single_active_adapter()).uncertainty
+        return layer is not None and any(p.requires_grad for p in layer.parameters())
 
     def _has_uncertainty(self, number: int) -> bool:
         """Not where the model's own head answers."""

@@ -82,4 +82,4 @@ def loss_weights(weights: str | list[float], exits: list[int]) -> list[float]:
         raise ValueError(
             f"exit_weights has {len(weights)} numbers, but there are {len(exits)} exits, at blocks {exits}."
         )
-    return list(cast(list[float], weights))  # the two words are dealt with above
+    return list(cast(list[float], weights))  # "uniform" and "linear" have returned
