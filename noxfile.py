@@ -83,6 +83,14 @@ def int8(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Known weaknesses of what is installed (pip-audit asks PyPI), and of the workflows (zizmor)."""
+    session.install("-e", ".[app,onnx,plots,train]", "pip-audit>=2.7", "zizmor>=1.5")
+    session.run("zizmor", "--offline", ".github")
+    session.run("pip-audit", "--skip-editable", *session.posargs)
+
+
+@nox.session
 def mutation(session: nox.Session) -> None:
     """Mutants of policies, pass and layer against their tests: no leg of CI. See docs/testing.md."""
     session.install("-e", ".[dev]", "cosmic-ray>=8.4")
