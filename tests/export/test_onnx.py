@@ -94,7 +94,7 @@ def test_every_backbone(case, kind):
     exits = badge.exit_layers()
     pieces = export_blocks(badge, set(exits), exits[-1])
     batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
-    # a first position that is padding sees, in ModernBERT's windows, nothing but padding: its state is up to the kernel
+    # a first position that is padding sees nothing but padding in ModernBERT's windows: its state is up to the kernel
     reads_first = case == "modernbert-cls" or kind["exit_pooling"] == "cls"
     if not (case.startswith("modernbert") and reads_first):
         batches.append(safe_batch(model, 3, 8, 3, "left"))
