@@ -15,32 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies import ExitPolicy, build_policy
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.evidence import Evidence
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What all exits said about one row.
-
-    Args:
-        logits: [E, K] float32, shallow to deep.
-        uncertainty: [E], the uncertainty that `learned` reads, where the adapter has it.
-        exits: Block numbers of the E exits.
-        num_blocks: M.
-        problem_type: As transformers has it.
-    """
-
-    logits: Array
-    uncertainty: Array | None
-    exits: tuple[int, ...]
-    num_blocks: int
-    problem_type: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +88,7 @@ class Explanation:
 
 
 @torch.no_grad()
-def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> Reading:
+def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> ExitLogits:
     """Runs one row through all blocks.
 
     Args:
@@ -115,61 +96,51 @@ def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> Reading:
         inputs: As for the model, each tensor with one row.
 
     Raises:
-        ValueError: no BADGE adapter, or more than one row.
+        ValueError: no BADGE adapter.
     """
     badge = get_badge_model(model)
-    config = badge.config_of()
     output = badge(**inputs)
-    if len(output.exit_logits) != 1:
-        raise ValueError(f"one row at a time can be explained, got {len(output.exit_logits)}.")
-    uncertainty = output.exit_uncertainty
-    return Reading(
-        output.exit_logits[0].float().cpu().numpy(),
-        None if uncertainty is None else uncertainty[0].float().cpu().numpy(),
-        tuple(badge.exit_layers()),
-        badge.num_blocks,
-        config.resolved_problem_type,
-    )
+    kind = badge.config_of().resolved_problem_type
+    exits = badge.exit_layers()
+    return ExitLogits(output.exit_logits, None, exits, kind, badge.num_blocks, output.exit_uncertainty)
 
 
-def explain(reading: Reading, rule: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> Explanation:
-    """How `rule` decides at each exit of `reading`.
+def explain(
+    exit_logits: ExitLogits, rule: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any
+) -> Explanation:
+    """How `rule` decides at each exit of a row.
 
     Args:
-        reading: From `read_exits`.
+        exit_logits: Of one row, from `read_exits` or stored.
         rule: None takes the defaults of `EarlyExitConfig`.
         **fields: Fields of `EarlyExitConfig`, which win over `rule`.
 
     Raises:
-        ValueError: a field has a value that is not allowed, or the rule does not suit the model.
+        ValueError: more than one row, a field has a value that is not allowed, or the rule does not suit the model.
     """
+    if len(exit_logits) != 1:
+        raise ValueError(f"one row at a time can be explained, got {len(exit_logits)}.")
     policy = build_policy(EarlyExitConfig.of(rule, **fields))
-    exits, kind = list(reading.exits), reading.problem_type
-    policy.check(exits, reading.logits.shape[1], kind)
-    uncertainty = None if reading.uncertainty is None else reading.uncertainty[None]
-    history = ExitHistory.of(reading.logits[None], exits, kind, uncertainty)
-    steps: list[ExitStep] = []
-    for j in range(len(exits)):
-        reached = not any(step.answers for step in steps)
-        steps.append(_step(policy, history, j, reached))
-    j = next(j for j, step in enumerate(steps) if step.answers)
-    reason = policy.sentence(exits, j, steps[j].evidence, kind)
-    return Explanation(tuple(steps), policy.config, reason, reading.num_blocks, kind)
-
-
-def _step(policy: ExitPolicy, history: ExitHistory, j: int, reached: bool) -> ExitStep:
-    stops = bool(policy.stops(history, j)[0])
-    logits = history.logits[j, 0].copy()
-    evidence = policy.evidence(history, j)
-    return ExitStep(
-        block=history.exits[j],
-        logits=logits,
-        probabilities=problem_of(history.problem_type).probabilities(logits),
-        evidence=evidence,
-        why=policy.why(history.exits, j, evidence),
-        may_stop=policy.can_exit(history.exits, j),
-        always=policy.is_final(history.exits, j),
-        stops=stops,
-        answers=stops and reached,
-        reached=reached,
+    history = exit_logits.history()
+    exits, kind = history.exits, history.problem_type
+    policy.check(exits, history.num_labels, kind)
+    stops = [bool(policy.stops(history, j)[0]) for j in range(len(exits))]
+    answers = stops.index(True)
+    evidence = [policy.evidence(history, j) for j in range(len(exits))]
+    steps = tuple(
+        ExitStep(
+            block=exits[j],
+            logits=history.logits[j, 0],
+            probabilities=problem_of(kind).probabilities(history.logits[j, 0]),
+            evidence=evidence[j],
+            why=policy.why(exits, j, evidence[j]),
+            may_stop=policy.can_exit(exits, j),
+            always=policy.is_final(exits, j),
+            stops=stops[j],
+            answers=j == answers,
+            reached=j <= answers,
+        )
+        for j in range(len(exits))
     )
+    reason = policy.sentence(exits, answers, evidence[answers], kind)
+    return Explanation(steps, policy.config, reason, exit_logits.depth, kind)

@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from badge_peft.app import html
-from badge_peft.app.words import block_name
+from badge_peft.app import render
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe
@@ -18,9 +17,8 @@ from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
-from badge_peft.workflows.evaluate import default_metric, measure, with_labels
+from badge_peft.workflows.evaluate import default_metric, measure
 from badge_peft.workflows.plots import PICTURE
-from badge_peft.workflows.report import show
 
 POINTS = 20  # of each curve
 
@@ -38,17 +36,19 @@ class TradeOffView:
     """
 
     def __init__(self, folder: str | Path, own: EarlyExitConfig) -> None:
-        self.folder, self.own = str(folder), own
+        self.folder, self.own = Path(folder), own
         self.logits: ExitLogits | None = None
-        self.trouble = ""
+        self.trouble = f"there is no file {self.folder / LOGITS}."
+        if not (self.folder / LOGITS).exists():
+            return
         try:
-            logits = self._stored()
-            check_fit(self.folder, logits)
+            logits = stored_logits(folder)
+            check_fit(folder, logits)
         except (OSError, ValueError) as error:
             self.trouble = str(error)
             return
         self.logits = logits
-        self.scored = with_labels(logits)
+        self.scored = logits.labeled()
         self.metric = str(read_report(folder).get("metric") or default_metric(logits.problem_type))
         self._curves = lru_cache(maxsize=16)(self._sweep)
 
@@ -62,37 +62,15 @@ class TradeOffView:
 
     def show(self, rule: EarlyExitConfig) -> str:
         """HTML: the curves with a mark where `rule` lies and what it costs at each exit; without exit logits the
-        picture that lies in the folder, or the command that makes them."""
+        picture that lies in the folder, and the command that makes them."""
         if self.logits is None:
-            return self._without()
-        report = measure(self.logits, rule, self.metric)
-        early = report["early_exit"]
-        name = self.metric.replace("_", " ")
-        given = report["labels"] == "given"
-        against = "" if given else ", scored against full depth's own answers"
-        said = html.table(
-            ["", name, "mean exit", "blocks saved"],
-            [
-                [
-                    f"as set: {describe(rule)}",
-                    show(early["score"], self.metric),
-                    f"{early['mean_exit']:.2f}",
-                    f"{early['layer_speedup']:.1%}",
-                ],
-                ["full depth", show(report["full_depth_score"], self.metric), f"{self.logits.depth}", "0.0%"],
-            ],
-        )
-        exits = html.table(
-            ["exit after", f"{name} on all rows", "rows it answers"],
-            [
-                [block_name(block, self.logits.depth), show(score, self.metric), f"{count / report['rows']:.1%}"]
-                for block, score, count in zip(
-                    report["exit_layers"], report["per_exit"], early["rows_stopped"], strict=True
-                )
-            ],
-        )
-        about = html.hint_line(f"{report['rows']:,} evaluation rows, stored in {LOGITS}{against}.")
-        return html.page(about, self._draw(rule), said, exits)
+            command = f"badge-peft evaluate {shlex.quote(str(self.folder))} DATA --save-logits "
+            command += shlex.quote(str(self.folder / LOGITS))
+            picture = self.folder / PICTURE
+            source = render.data_url(picture.read_bytes(), "png") if picture.is_file() else ""
+            return render.macros.no_tradeoff(self.trouble, command, PICTURE, source)
+        figure = self._draw(rule)
+        return render.macros.tradeoff(measure(self.logits, rule, self.metric), describe(rule), LOGITS, figure)
 
     def curves(self, rule: EarlyExitConfig) -> TradeOff:
         """The fixed depths, the usual rules, and the family of `rule`: its threshold open, all else as it is."""
@@ -101,47 +79,15 @@ class TradeOffView:
     def _sweep(self, policy: str, patience: int | None, depth: int | None) -> TradeOff:
         kind = self.scored.kind
         families: list[Any] = [name for name in default_policies(kind) if name != policy]
-        present = build_policy(EarlyExitConfig.of(self.own, patience=patience, depth=depth))
-        own = present.opened(kind)
+        own = build_policy(EarlyExitConfig.of(self.own, patience=patience, depth=depth)).opened(kind)
         if own is not None:
             families.insert(0, own)
         return sweep(self.scored, families, POINTS, self.metric)
 
     def _draw(self, rule: EarlyExitConfig) -> str:
-        """The picture of `plot_tradeoff`, with the rule at the start and the present one marked."""
-        figure = plot_tradeoff(self.curves(rule))
-        axes = figure.axes[0]
-        marks = (
-            (self.own, {"marker": "*", "markersize": 13, "color": "black"}, "the rule at the start"),
-            (rule, {"marker": "o", "markersize": 15, "fillstyle": "none", "markeredgewidth": 2.2}, "as set here"),
-        )
-        for config, style, label in marks:
-            point = evaluate_policy(self.scored, config, self.metric)
-            look: dict[str, Any] = {"color": "#D55E00", "linestyle": "none", "zorder": 5, **style}
-            axes.plot([point.layer_speedup], [point.score], label=label, **look)
-        axes.legend(frameon=False, loc="best")
+        """The picture of `plot_tradeoff`, with the rule at the start and the present one marked, as a URL."""
+        start, present = (evaluate_policy(self.scored, config, self.metric) for config in (self.own, rule))
+        figure = plot_tradeoff(self.curves(rule), chosen={"the rule at the start": start, "as set here": present})
         out = io.BytesIO()
         figure.savefig(out, format="svg")
-        return html.picture(out.getvalue(), "svg+xml", "score against the share of blocks saved")
-
-    def _stored(self) -> ExitLogits:
-        folder = Path(self.folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} is no local folder, and exit logits are read from one.")
-        if not (folder / LOGITS).exists():
-            raise FileNotFoundError(f"there are no stored exit logits, {LOGITS}, in {self.folder}.")
-        return stored_logits(folder)
-
-    def _without(self) -> str:
-        folder = shlex.quote(self.folder)
-        evaluate = f"badge-peft evaluate {folder} DATA --save-logits {shlex.quote(f'{self.folder}/{LOGITS}')}"
-        said = html.note(f"There is no curve to mark a point on: {self.trouble}") + html.command(
-            "This command writes the exit logits of a data set into the folder, from which the curve is drawn "
-            "(badge-peft train leaves those of its evaluation rows there); then start this page again:",
-            evaluate,
-        )
-        picture = Path(self.folder) / PICTURE
-        if not picture.is_file():
-            return html.page(said)
-        old = html.picture(picture.read_bytes(), "png", "score against the share of blocks saved")
-        return html.page(html.hint_line(f"{PICTURE}, as it lies in the folder:"), old, said)
+        return render.data_url(out.getvalue(), "svg+xml")

@@ -37,8 +37,7 @@ def app(
     from badge_peft.utils.extras import require
 
     require("app", "gradio", "matplotlib")
-    from badge_peft.app.callbacks import Callbacks
-    from badge_peft.app.page import build_page, launch
+    from badge_peft.app.page import Callbacks, build_page, launch
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.predict import resolve_policy_config
 

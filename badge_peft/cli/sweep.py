@@ -40,14 +40,14 @@ def sweep(
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
     from badge_peft.utils.checks import check_choice
-    from badge_peft.workflows.evaluate import default_metric, logits_of, with_labels
+    from badge_peft.workflows.evaluate import default_metric, logits_of
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:
         check_choice("policies", name, tuple(POLICIES))
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
-    scored = with_labels(exit_logits)
+    scored = exit_logits.labeled()
     shared.prepare_folder(plot, json_file)
     found = evaluation.sweep(scored, names, points, metric or default_metric(scored.problem_type))
     print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
-from badge_peft.utils.problem import infer_problem_type
+from badge_peft.utils.problem import infer_problem_type, problem_of
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
 
@@ -55,6 +56,7 @@ class ExitLogits:
             raise ValueError(f"logits must be [N, E, K] with at least one row, got shape {list(self.logits.shape)}.")
         n, e, k = self.logits.shape
         self.logits = self.logits.detach().float().cpu()
+        self.uncertainty = None if self.uncertainty is None else self.uncertainty.detach().float().cpu()
         self.exit_layers = list(self.exit_layers) if self.exit_layers is not None else list(range(1, e + 1))
         if len(self.exit_layers) != e or sorted(set(self.exit_layers)) != self.exit_layers:
             raise ValueError(f"exit_layers={self.exit_layers} must be {e} increasing block numbers.")
@@ -90,19 +92,20 @@ class ExitLogits:
 
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks."""
-        return ExitLogits(
-            self.logits[rows],
-            None if self.labels is None else self.labels[rows],
-            self.exits,
-            self.problem_type,
-            self.num_blocks,
-            None if self.uncertainty is None else self.uncertainty[rows],
-        )
+        picked = {name: getattr(self, name) for name in ("logits", "labels", "uncertainty")}
+        return replace(self, **{name: None if x is None else x[rows] for name, x in picked.items()})
+
+    def labeled(self) -> ExitLogits:
+        """These rows; without labels, with full depth's own predictions as labels, so that a score is the agreement
+        with full depth."""
+        if self.labels is not None:
+            return self
+        return replace(self, labels=torch.from_numpy(problem_of(self.kind).predictions(self.logits[:, -1])))
 
     def history(self) -> ExitHistory:
         """The rows as a policy sees them; made once, so that many replays share what they derive."""
         if self._history is None:
-            uncertainty = None if self.uncertainty is None else self.uncertainty.float().numpy()
+            uncertainty = None if self.uncertainty is None else self.uncertainty.numpy()
             self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.kind, uncertainty)
         return self._history
 
@@ -174,37 +177,21 @@ def collect_exit_logits(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rank, size = distributed.rank_world() if split_between_processes else (0, 1)
-    mine = range(rank, len(batches), size)
-    # of each batch its number, and logits, labels and uncertainty
-    found: list[tuple[int, tuple[Tensor | None, ...]]] = []
+    found = []  # of each batch the numbers of its rows, and logits, labels and uncertainty
     was_training = model.training
     model.eval()
     try:
-        for number in tqdm(mine, desc="exit logits", disable=not (progress and distributed.is_main())):
-            batch = collate([rows[i] for i in batches[number]])
-            batch = {k: v.to(device) for k, v in batch.items()}
-            target = batch.pop("labels", None)
+        for numbers in tqdm(batches[rank::size], desc="exit logits", disable=not (progress and distributed.is_main())):
+            batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
+            labels = batch.pop("labels", None)
             output = badge(**batch)
-            target = None if target is None else target.cpu()
-            found.append((number, (_stored(output.exit_logits), target, _stored(output.exit_uncertainty))))
+            kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
+            found.append((numbers, *(None if x is None else x.cpu() for x in kept)))
     finally:
         model.train(was_training)
     if size > 1:
-        found = sorted(distributed.gather(found), key=lambda item: item[0])
-    logits, labels, uncertainty = (
-        [x for x in kind if x is not None] for kind in zip(*(a for _, a in found), strict=True)
-    )
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return ExitLogits(
-        torch.cat(logits)[back],
-        torch.cat(labels)[back] if labels else None,
-        badge.exit_layers(),
-        config.resolved_problem_type,
-        badge.num_blocks,
-        torch.cat(uncertainty)[back] if uncertainty else None,
-    )
-
-
-def _stored(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.float().cpu()
+        found = distributed.gather(found)
+    numbers, *parts = zip(*found, strict=True)
+    back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
+    logits, labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts)
+    return ExitLogits(logits, labels, badge.exit_layers(), config.resolved_problem_type, badge.num_blocks, uncertainty)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
-from badge_peft.evaluation.calibration import own_labels
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.metrics import METRICS, exit_scores
 from badge_peft.evaluation.tradeoff import evaluate_policy
@@ -103,11 +102,6 @@ def default_metric(problem_type: str | None) -> str:
     return problem_of(problem_type or "single_label_classification").default_metric
 
 
-def with_labels(exit_logits: ExitLogits) -> ExitLogits:
-    """The logits as they are, or with full depth's own answers in the place of labels."""
-    return exit_logits if exit_logits.labels is not None else own_labels(exit_logits)
-
-
 def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str | None = None) -> dict[str, Any]:
     """Scores per exit, and what `config` costs and saves, by replay.
 
@@ -117,7 +111,7 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str | None
         metric: As for `exit_scores`; None is accuracy, for regression Pearson.
     """
     metric = metric or default_metric(exit_logits.problem_type)
-    scored = with_labels(exit_logits)
+    scored = exit_logits.labeled()
     scores = exit_scores(scored, metric)
     point = evaluate_policy(scored, config, metric)
     stops = build_policy(config).replay(exit_logits)

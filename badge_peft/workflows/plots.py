@@ -8,7 +8,6 @@ from pathlib import Path
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
-from badge_peft.workflows.evaluate import with_labels
 
 PICTURE = "tradeoff.png"
 
@@ -25,7 +24,7 @@ def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Pa
     """
     if find_spec("matplotlib") is None:
         return False
-    scored = with_labels(exit_logits)
+    scored = exit_logits.labeled()
     if exit_logits.labels is None:
         title += ", scored against full depth's answers"
     plot_tradeoff(sweep(scored, metric=metric), path, title, chosen=evaluate_policy(scored, chosen, metric))

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, collect_exit_logits
-from badge_peft.app.callbacks import Callbacks
+from badge_peft.app.page import Callbacks
 from badge_peft.workflows.adapter_dir import LOGITS, open_adapter
 from badge_peft.workflows.predict import resolve_policy_config
 from tests.cli.conftest import cli, save_classifier

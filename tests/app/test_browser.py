@@ -58,7 +58,7 @@ def test_a_slider_moves_the_exit(adapter: Path, address: str, driver: Any) -> No
     assert page.texts("#exits .bx-answer") == [f"{expected['label']} ({expected['confidence']:.1%})"]
     assert len(page.texts("#exits .bx-exit")) == BLOCKS
 
-    tau, t = (knob for knob in opened(adapter).knobs)
+    tau, t = (control for control in opened(adapter).controls)
     found = []
     for keys, rule in (
         (Keys.HOME, {"threshold": tau.low}),

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from badge_peft.app.callbacks import HINT, Callbacks
-from badge_peft.app.reader import MOST_CHARACTERS
+from badge_peft.app.page import HINT, MOST_CHARACTERS, Callbacks
 from badge_peft.evaluation import evaluate_policy
 from badge_peft.workflows.adapter_dir import LOGITS, stored_logits
 from badge_peft.workflows.data import TextDataset
@@ -26,8 +25,8 @@ TEXTS = [text for text, _ in sentences(12)]
 
 
 def values(callbacks: Callbacks, **changes: Any) -> list[Any]:
-    """Where the knobs stand, with some moved."""
-    return [changes.get(knob.field, knob.value) for knob in callbacks.knobs]
+    """Where the controls stand, with some moved."""
+    return [changes.get(control.field, control.value) for control in callbacks.controls]
 
 
 def said(page: str, name: str) -> str:
@@ -87,8 +86,8 @@ def test_answer_and_exit_are_those_of_predict(adapter: Path, rule: dict[str, Any
 
 def test_a_moved_threshold_moves_the_exit(adapter: Path) -> None:
     callbacks = opened(adapter)
-    assert [knob.field for knob in callbacks.knobs] == ["threshold", "patience"]
-    tau = callbacks.knobs[0]
+    assert [control.field for control in callbacks.controls] == ["threshold", "patience"]
+    tau = callbacks.controls[0]
 
     def exit_at(**changes: Any) -> int:
         page = callbacks.moved(TEXTS[0], "", *values(callbacks, **changes))
@@ -98,7 +97,7 @@ def test_a_moved_threshold_moves_the_exit(adapter: Path) -> None:
     assert exit_at(threshold=tau.low) == BLOCKS
     assert exit_at(threshold=100.0) == 1
     assert exit_at(threshold=100.0, patience=2) == 2
-    own = callbacks.reader.adapter.model.get_early_exit_config()
+    own = callbacks.adapter.model.get_early_exit_config()
     (expected,) = predict(callbacks.adapter, [(TEXTS[0], None)], own)
     assert exit_at() == expected["exit"]
 
@@ -143,7 +142,7 @@ def test_a_pair(make: Make) -> None:
     adapter = make()
     (adapter / "report.json").write_text('{"columns": {"text": "a", "text_pair": "b", "label": "c"}}')
     callbacks = opened(adapter)
-    assert callbacks.reader.pairs is True
+    assert callbacks.pairs is True
     (expected,) = predict(callbacks.adapter, [("the film", "a plot")])
     page = callbacks.answer("the film", "a plot", *values(callbacks))
     assert ("answers", expected["exit"]) in blocks(page) and "“a plot”" in page
@@ -257,7 +256,7 @@ def test_regression_has_a_curve_and_a_slider_as_wide_as_its_values(make: Make) -
     assert "pearson" in callbacks.curve(*values(callbacks))
     logits = stored_logits(adapter).logits[..., 0]
     widest = float((logits.amax(1) - logits.amin(1)).max())
-    assert callbacks.knobs[0].high == pytest.approx(max(widest, 0.125), rel=0.05)
+    assert callbacks.controls[0].high == pytest.approx(max(widest, 0.125), rel=0.05)
 
 
 def test_without_logits_the_command_is_named_and_makes_them(make: Make, cli: Cli, tmp_path: Path) -> None:

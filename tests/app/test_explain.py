@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badge_peft.app.explain import Explanation, Reading, explain, read_exits
+from badge_peft.app.explain import Explanation, explain, read_exits
 from badge_peft.early_exit.config import DIVERGENCES, WINDOWS
+from badge_peft.evaluation import ExitLogits
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE, dge, divergences, entropy, pabee, softmax
 from tests.early_exit.rules import NO_REGRESSION, ON_LOGITS, fields_of
 from tests.early_exit.table_model import as_inputs, table_model
@@ -136,10 +137,11 @@ def test_kinds_of_exits_and_problems(fields: dict[str, Any], kind: str, labels: 
 # ------------------------------------------------------------------------------------------------ the numbers, again
 
 
-def reading(logits: list[list[float]], problem_type: str = SINGLE, uncertainty: list[float] | None = None) -> Reading:
-    signals = None if uncertainty is None else np.array(uncertainty, np.float32)
-    exits = tuple(range(1, len(logits) + 1))
-    return Reading(np.array(logits, np.float32), signals, exits, len(logits), problem_type)
+def reading(
+    logits: list[list[float]], problem_type: str = SINGLE, uncertainty: list[float] | None = None
+) -> ExitLogits:
+    signals = None if uncertainty is None else torch.tensor([uncertainty])
+    return ExitLogits(torch.tensor([logits]), problem_type=problem_type, uncertainty=signals)
 
 
 ROW = [[0.0, 0.4, 0.1], [0.2, 1.0, -0.5], [0.1, 1.2, -0.4], [-1.0, 0.5, 2.0], [-1.5, 0.2, 3.0], [-1.4, 0.1, 3.2]]
@@ -221,7 +223,7 @@ def test_bounds_of_the_rule() -> None:
 
 def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="one row at a time"):
-        read_exits(make_badge(), make_batch(2))
+        explain(read_exits(make_badge(), make_batch(2)))
     with pytest.raises(ValueError, match="carries no BADGE adapter"):
         read_exits(make_model(), make_batch(1))
     with pytest.raises(ValueError, match="min_exit=9 is not allowed"):
@@ -235,5 +237,5 @@ def test_wrong_input() -> None:
 def test_all_exits_are_those_of_a_full_pass() -> None:
     model, batch = make_badge(), make_batch(1)
     found = read_exits(model, batch)
-    assert torch.equal(torch.from_numpy(found.logits), exits_of(model, batch)[0])
-    assert (found.exits, found.num_blocks, found.problem_type, found.uncertainty) == ((1, 2, 3), 3, SINGLE, None)
+    assert torch.equal(found.logits, exits_of(model, batch)[:1])
+    assert (found.exits, found.depth, found.problem_type, found.uncertainty) == ([1, 2, 3], 3, SINGLE, None)

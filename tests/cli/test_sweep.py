@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from badge_peft import ExitLogits, sweep
-from badge_peft.evaluation.calibration import own_labels
 from tests.cli.conftest import Cli, one_line
 
 
@@ -16,7 +16,7 @@ def test_an_adapters_own_logits(trained: Path, cli: Cli, tmp_path: Path) -> None
     names = ("--policies", "max_prob, patience", "--points", 6)
     told = cli("sweep", trained, *names, "--json", tmp_path / "s.json", "--plot", tmp_path / "new" / "s.png")
     found = json.loads((tmp_path / "s.json").read_text())
-    stored = own_labels(ExitLogits.load(trained / "exit_logits.safetensors"))
+    stored = replace(ExitLogits.load(trained / "exit_logits.safetensors"), labels=None).labeled()
     assert found["points"] == sweep(stored, ["max_prob", "patience"], points=6).to_dicts()
     assert {point["name"] for point in found["points"]} == {"fixed_depth", "max_prob", "patience"}
     assert (tmp_path / "new" / "s.png").read_bytes().startswith(b"\x89PNG")

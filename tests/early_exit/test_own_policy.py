@@ -135,7 +135,7 @@ def test_the_page(tmp_path: Any) -> None:
     from tests.app.conftest import opened, save_adapter
 
     callbacks = opened(save_adapter(tmp_path, logits=30), policy="odds", threshold=0.3)
-    assert [knob.field for knob in callbacks.knobs] == ["threshold"]
+    assert [control.field for control in callbacks.controls] == ["threshold"]
     assert "score of odds, tau = 0.3" in callbacks.answer("a good film", None, 0.3)
     assert "odds, threshold=0.3" in callbacks.curve(0.3)
     assert "odds" in callbacks.tradeoff.curves(callbacks.rule).names

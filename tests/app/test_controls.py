@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from badge_peft.app.knobs import Knob, knobs, turned
+from badge_peft.app.controls import Control, apply, controls_of
 from badge_peft.early_exit.config import DIVERGENCES, EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
@@ -18,9 +18,9 @@ from tests.early_exit.rules import NAMES, NO_REGRESSION, fields_of
 EXITS = [1, 2, 3, 4, 6]
 
 
-def knobs_of(kind: str = SINGLE, labels: int = 3, **fields: Any) -> tuple[EarlyExitConfig, list[Knob]]:
+def opened_controls(kind: str = SINGLE, labels: int = 3, **fields: Any) -> tuple[EarlyExitConfig, list[Control]]:
     rule = build_policy(EarlyExitConfig(**fields)).resolve(labels, kind)
-    return rule, knobs(rule, EXITS, labels, kind)
+    return rule, controls_of(rule, EXITS, labels, kind)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def knobs_of(kind: str = SINGLE, labels: int = 3, **fields: Any) -> tuple[EarlyE
 )
 def test_a_rule_has_its_own_parameters_and_no_others(name: str, kind: str, fields: list[str]) -> None:
     labels = 1 if kind == REGRESSION else 3
-    _, found = knobs_of(kind, labels, **fields_of(name, EXITS, labels, kind))
-    assert [knob.field for knob in found] == fields
+    _, found = opened_controls(kind, labels, **fields_of(name, EXITS, labels, kind))
+    assert [control.field for control in found] == fields
 
 
 def test_the_same_label_or_another_leaves_no_threshold() -> None:
-    assert [knob.field for knob in knobs_of(divergence="label")[1]] == ["patience"]
-    assert [knob.field for knob in knobs_of(MULTI, divergence="label")[1]] == ["threshold", "patience"]
+    assert [control.field for control in opened_controls(divergence="label")[1]] == ["patience"]
+    assert [control.field for control in opened_controls(MULTI, divergence="label")[1]] == ["threshold", "patience"]
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
@@ -62,12 +62,12 @@ def test_spelling_out_changes_no_exit(name: str, kind: str) -> None:
     variants = product(DIVERGENCES, (False, True)) if name == "divergence" else [("ce", False), ("ce", True)]
     for divergence, normalize in variants:
         fields = {**fields_of(name, EXITS, labels, kind), "divergence": divergence, "normalize": normalize}
-        rule, found = knobs_of(kind, labels, **fields)
-        untouched = turned(rule, found, [knob.value for knob in found])
-        rounded = turned(rule, found, [round(knob.value / knob.step) * knob.step for knob in found])
+        rule, found = opened_controls(kind, labels, **fields)
+        untouched = apply(rule, found, [control.value for control in found])
+        rounded = apply(rule, found, [round(control.value / control.step) * control.step for control in found])
         assert untouched == rounded == rule
-        for knob in found:
-            assert knob.low <= knob.value <= knob.high and knob.low < knob.high
+        for control in found:
+            assert control.low <= control.value <= control.high and control.low < control.high
         if kind == REGRESSION and name in NO_REGRESSION:
             continue
         want = build_policy(**fields).replay(logits, EXITS, kind, doubts).tolist()
@@ -78,10 +78,10 @@ def test_the_whole_range_can_be_reached() -> None:
     """At one end nobody stops early, at the other everybody at the first exit that may."""
     logits = np.random.default_rng(0).normal(size=(40, len(EXITS), 3))
     for name, first in (("divergence", 2), ("entropy", 1), ("max_prob", 1), ("confident_patience", 2)):
-        rule, (tau, *rest) = knobs_of(policy=name)
-        t = [2 if name == "confident_patience" else knob.value for knob in rest]
+        rule, (tau, *rest) = opened_controls(policy=name)
+        t = [2 if name == "confident_patience" else control.value for control in rest]
         stops = [
-            build_policy(turned(rule, [tau, *rest], [end, *t])).replay(logits, EXITS)
+            build_policy(apply(rule, [tau, *rest], [end, *t])).replay(logits, EXITS)
             for end in (tau.low, tau.high * 1.01)
         ]
         if name == "max_prob":
@@ -92,21 +92,21 @@ def test_the_whole_range_can_be_reached() -> None:
 
 
 def test_ranges() -> None:
-    _, (tau, t) = knobs_of(labels=2)
+    _, (tau, t) = opened_controls(labels=2)
     assert tau.value == pytest.approx(0.3 * math.log(2)) and tau.high == pytest.approx(2 * math.log(2), rel=0.01)
     assert (t.value, t.low, t.high, t.step) == (1, 1, 4, 1)
-    _, (tau, _) = knobs_of(labels=2, threshold=7.0)
+    _, (tau, _) = opened_controls(labels=2, threshold=7.0)
     assert tau.high >= 8.75
-    _, (tau, _) = knobs_of(labels=2, threshold=0.4, normalize=True)
+    _, (tau, _) = opened_controls(labels=2, threshold=0.4, normalize=True)
     assert tau.value == 0.4 and tau.high == pytest.approx(2, rel=0.01)
-    _, (depth,) = knobs_of(policy="fixed_depth", depth=3)
+    _, (depth,) = opened_controls(policy="fixed_depth", depth=3)
     assert depth.choices == tuple(EXITS) and depth.value == 3
 
 
-def test_turned() -> None:
-    rule, found = knobs_of(threshold=0.2071, patience=2)
-    assert turned(rule, found, [0.5, 3.0]) == EarlyExitConfig.of(rule, threshold=0.5, patience=3)
-    assert found[0].step == 0.01 and turned(rule, found, [0.21, 2]).threshold == 0.2071  # as far as the slider can say
+def test_applied_values() -> None:
+    rule, found = opened_controls(threshold=0.2071, patience=2)
+    assert apply(rule, found, [0.5, 3.0]) == EarlyExitConfig.of(rule, threshold=0.5, patience=3)
+    assert found[0].step == 0.01 and apply(rule, found, [0.21, 2]).threshold == 0.2071  # as far as the slider can say
     for wrong in ([None, 1], ["", 1], [0.1, None], ["x", 1], [0.1, 0]):
         with pytest.raises(ValueError):
-            turned(rule, found, wrong)
+            apply(rule, found, wrong)
