@@ -1,9 +1,19 @@
-"""`calibrate`: the fastest setting that keeps a score, or the best score at a speed."""
+"""`calibrate`: the fastest setting that keeps a score, or the best score at a speed; with a bound on new data.
+
+The bound is Learn-then-Test with a betting test. Candidates are found on one half of the data and ordered from slow to
+fast; on the other half each is tested in turn ("its expected loss exceeds alpha"), and the first that cannot be
+rejected ends the walk. The walk keeps the probability of returning a setting with a larger loss at 1 - confidence,
+however many are tried.
+
+Sources: Angelopoulos et al., "Learn then Test", 2021; Laufer-Goldshtein et al., "Efficiently Controlling Multiple
+Risks with Pareto Testing", 2023. The test is the betting martingale of Waudby-Smith and Ramdas, "Estimating means of
+bounded random variables by betting", 2024, which notices that most rows keep their answer.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +22,14 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.guarantee import is_certified, rows_needed
-from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
+from badge_peft.utils.checks import check_number
 from badge_peft.utils.problem import problem_of
 
 SETTINGS = 60  # per variant of a policy
 CERTIFIED_SETTINGS = 20  # fewer where each has to pass a test
+_LARGEST_BET = 0.75  # share of the wealth that one row can lose
 
 
 def calibrate(
@@ -54,39 +65,36 @@ def calibrate(
     """
     if (max_score_drop is None) == (target_speedup is None):
         raise ValueError("calibrate needs exactly one of max_score_drop and target_speedup.")
-    if max_score_drop is not None and max_score_drop < 0:
-        raise ValueError(f"max_score_drop={max_score_drop} is not allowed: it must be 0 or more.")
-    if target_speedup is not None and not 0 <= target_speedup < 1:
-        raise ValueError(
-            f"target_speedup={target_speedup} is not allowed: it is the share of blocks saved, in [0, 1)."
-        )
-    scored = exit_logits if exit_logits.labels is not None else own_labels(exit_logits)
+    check_number("max_score_drop", max_score_drop, lambda drop: drop >= 0, "it must be 0 or more")
+    saved = "it is the share of blocks saved, in [0, 1)"
+    check_number("target_speedup", target_speedup, lambda share: 0 <= share < 1, saved)
+    scored = exit_logits.labeled()
+    scores = exit_scores(scored, metric)
+    full = scores.per_exit[-1]
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
+    bound: dict[str, Any] = {}
     if confidence is not None:
-        best, extra = _certified(scored, policy, max_score_drop, confidence, metric)
+        best, rows = _certified(scored, policy, max_score_drop, confidence, metric)
+        bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
-        best, extra = (
-            _best(search(scored, policy, SETTINGS, metric), _full(scored, metric), max_score_drop, target_speedup),
-            {},
-        )
+        best = _best(search(scored, policy, SETTINGS, metric), full, max_score_drop, target_speedup)
     if best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
             f"no setting of policy={asked!r} beats answering at block {best.config.depth} for every row on this data; "
             "that is what is returned. Try policy='auto'.",
             stacklevel=2,
         )
-    scores = exit_scores(scored, metric)
     record = {
         "policy_asked_for": asked,
         "metric": metric_name(metric),
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "rows": len(exit_logits),
         "score": best.score,
-        "full_depth_score": _full(scored, metric),
+        "full_depth_score": full,
         "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
         "mean_exit": best.mean_exit,
         "layer_speedup": best.layer_speedup,
-        **extra,
+        **bound,
     }
     return EarlyExitConfig.of(best.config, calibration=record)
 
@@ -113,12 +121,12 @@ def _best(
 
 def _certified(
     exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric
-) -> tuple[TradeOffPoint, dict[str, Any]]:
-    """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence."""
+) -> tuple[TradeOffPoint, int]:
+    """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
+    the number of rows that tested it."""
     if alpha is None or metric != "accuracy" or exit_logits.problem_type != "single_label_classification":
         raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not allowed: it is a probability, for example 0.95.")
+    check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
     rows = torch.randperm(len(exit_logits), generator=torch.Generator().manual_seed(0))
     half = len(rows) // 2
     needed = rows_needed(alpha, confidence)
@@ -129,12 +137,14 @@ def _certified(
             "Give more rows, or allow a larger drop."
         )
     search_half, test_half = exit_logits.select(rows[:half]), exit_logits.select(rows[half:])
-    right = _right(test_half, test_half.logits[:, -1])
+    assert test_half.labels is not None
+    error = problem_of(test_half.kind).error  # [n], 1 where the answer is wrong
+    full_depth = error(test_half.logits[:, -1], test_half.labels)
     best = None
     for point in pareto(search(search_half, policy, CERTIFIED_SETTINGS, metric)):
         stops = torch.from_numpy(build_policy(point.config).replay_history(test_half.history()))
-        losses = right - _right(test_half, test_half.answers(stops))
-        if not is_certified(losses, alpha, confidence):
+        losses = error(test_half.answers(stops), test_half.labels) - full_depth
+        if not _is_certified(losses.numpy(), alpha, confidence):
             break
         best = point
     if best is None:
@@ -142,8 +152,7 @@ def _certified(
             f"no setting could be certified to lose at most {alpha} with confidence {confidence} on {half} test rows: "
             "give more rows, or allow more."
         )
-    whole = evaluate_policy(exit_logits, best.config, metric)
-    return whole, {"confidence": confidence, "max_score_drop": alpha, "test_rows": len(rows) - half}
+    return evaluate_policy(exit_logits, best.config, metric), len(test_half)
 
 
 def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
@@ -155,17 +164,31 @@ def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
     return front[::-1]
 
 
-def _right(exit_logits: ExitLogits, answers: torch.Tensor) -> np.ndarray:
-    assert exit_logits.labels is not None
-    return (answers.argmax(dim=-1) == exit_logits.labels).numpy().astype(np.float64)
+def rows_needed(alpha: float, confidence: float) -> int:
+    """Rows below which not even a setting that changes no answer can be certified."""
+    growth = math.log1p(_LARGEST_BET * alpha / (1 - alpha))
+    return math.ceil(math.log(1 / (1 - confidence)) / growth) if growth > 0 else 2**31
 
 
-def _full(exit_logits: ExitLogits, metric: Metric) -> float:
-    return score(exit_logits, exit_logits.logits[:, -1], metric)
+def _is_certified(losses: np.ndarray, alpha: float, confidence: float) -> bool:
+    """Whether data rejects "the mean loss is alpha or more".
 
+    The wealth of a bet that pays where losses are small is a non-negative supermartingale under that hypothesis, so it
+    reaches 1 / (1 - confidence) with probability at most 1 - confidence.
 
-def own_labels(exit_logits: ExitLogits) -> ExitLogits:
-    """The same rows with full depth's own answers as labels: a score is then the agreement with full depth."""
-    problem = problem_of(exit_logits.kind)
-    answers = torch.from_numpy(problem.predictions(exit_logits.logits[:, -1]))
-    return replace(exit_logits, labels=answers)
+    Args:
+        losses: [n], in [-1, 1]: 1 where a right answer was lost, -1 where one was won.
+        alpha: In [0, 1).
+        confidence: In (0, 1).
+    """
+    gains = (1 - losses.astype(np.float64)) / 2  # in [0, 1]; its mean is at most `fair` under the hypothesis
+    fair = (1 - alpha) / 2
+    n = len(gains)
+    before = np.concatenate([[0.0], np.cumsum(gains)[:-1]])
+    squares = np.concatenate([[0.0], np.cumsum(gains**2)[:-1]])
+    seen = np.arange(n)
+    mean = (before + 0.5) / (seen + 1)
+    variance = np.maximum((squares + 0.25) / (seen + 1) - mean**2, 1e-12)  # of the rows before, so the bet is fair
+    bets = np.minimum(np.sqrt(2 * math.log(1 / (1 - confidence)) / (n * variance)), _LARGEST_BET / fair)
+    wealth = np.cumsum(np.log1p(bets * (gains - fair)))
+    return bool(n and wealth.max() >= math.log(1 / (1 - confidence)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
@@ -134,24 +135,24 @@ def measure_latency(
         raise ValueError("there are no examples: pass at least one tokenized row.")
     config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)
     device = next(badge.model.parameters()).device
-    batches = [_batch(row, badge, device) for row in tensor_columns(badge.model, examples)]
-    problem_type = badge.config_of().resolved_problem_type
-
-    def early(batch: dict[str, Tensor]) -> Any:
-        return early_exit_forward(badge, early_exit_config=config, **batch)
-
-    def answer(output: Any) -> tuple[Tensor, int]:
-        return output.logits.float().cpu(), int(output.exit_layer)
-
-    runners = [
-        Runner(early, read=answer, device=device),
-        Runner(
-            lambda batch: badge(**batch), read=lambda _: None, device=device, around=lambda: _mode(badge, reference)
-        ),
-    ]
+    batches = []
+    for row in tensor_columns(badge.model, examples):
+        row.pop("labels", None)
+        batches.append({name: value.to(device) for name, value in pad_features([row], badge.model).items()})
+    early = Runner(
+        lambda batch: early_exit_forward(badge, early_exit_config=config, **batch),
+        read=lambda output: (output.logits.float().cpu(), int(output.exit_layer)),
+        device=device,
+    )
+    full_depth = Runner(
+        lambda batch: badge(**batch),
+        read=lambda _: None,
+        device=device,
+        around=partial(_without_adapter, badge) if reference == "full_depth" else nullcontext,
+    )
     with _eval_mode(badge), torch.inference_mode():
         timed, full = take_turns(
-            runners,
+            [early, full_depth],
             batches,
             repeats,
             warmup=[batches[i % len(batches)] for i in range(warmup)],
@@ -160,12 +161,13 @@ def measure_latency(
     times, full_times = (
         np.median(1e3 * np.reshape(found.seconds, (len(batches), repeats)), axis=1).tolist() for found in (timed, full)
     )
-    answers = problem_of(problem_type).predictions(torch.cat([logits for logits, _ in timed.outputs]))
+    logits, exits = zip(*timed.outputs, strict=True)
+    problem = problem_of(badge.config_of().resolved_problem_type)
     return LatencyReport(
         times,
         full_times,
-        [number for _, number in timed.outputs],
-        answers.tolist(),
+        list(exits),
+        problem.predictions(torch.cat(logits)).tolist(),
         badge.num_blocks,
         reference,
         config.to_dict(),
@@ -177,11 +179,6 @@ def measure_latency(
 
 def _mean_p50_p95(times: list[float]) -> tuple[float, float, float]:
     return float(np.mean(times)), float(np.percentile(times, 50)), float(np.percentile(times, 95))
-
-
-def _batch(row: dict[str, Any], badge: BadgeModel, device: torch.device) -> dict[str, Tensor]:
-    features = {name: value for name, value in row.items() if name != "labels"}
-    return {name: value.to(device) for name, value in pad_features([features], badge.model).items()}
 
 
 @contextmanager
@@ -200,11 +197,8 @@ def _eval_mode(badge: BadgeModel) -> Iterator[None]:
 
 
 @contextmanager
-def _mode(badge: BadgeModel, reference: str) -> Iterator[None]:
-    """Disables the adapter, outside of the time that counts, where the reference is the base model."""
-    if reference == "all_exits":
-        yield
-        return
+def _without_adapter(badge: BadgeModel) -> Iterator[None]:
+    """Disables the adapter, outside of the time that counts."""
     badge.disable_adapter_layers()
     try:
         yield

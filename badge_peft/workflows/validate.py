@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from badge_peft.early_exit.registry import check_policy_name
-from badge_peft.evaluation.guarantee import rows_needed
+from badge_peft.evaluation.calibration import rows_needed
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.training.objectives import OBJECTIVES
 from badge_peft.tuner.config import PROBLEM_TYPES
