@@ -8,6 +8,7 @@ PEFT's. The text is `model_card_template.md`; here stands what it is filled in w
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +21,8 @@ from yaml import YAMLError
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import set_fields
+from badge_peft.utils.checks import is_number
+from badge_peft.utils.paths import is_local
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 START, END = "<!-- badge_peft:start -->", "<!-- badge_peft:end -->"
@@ -50,9 +53,9 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, license: st
     old = ModelCard.load(file) if file.exists() else None
     data = old.data if old is not None else ModelCardData()
     _fill(data, config, license)
-    report = _current_report(folder, config)
-    picture = PICTURE if _shows(folder, report) else None
-    card = ModelCard.from_template(data, str(TEMPLATE), **_template_fields(config, report, picture, repo_id))
+    card = ModelCard.from_template(
+        data, str(TEMPLATE), repo_id=repo_id or "user/repo", **_template_fields(folder, config)
+    )
     text = card.text if old is None or _PEFTS_OWN in old.text else _put_in(old.text, card.text.lstrip("\n"))
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text.strip()}\n").save(file)
 
@@ -65,7 +68,7 @@ def write_card_of_adapter(folder: str | Path) -> None:
 
 def hub_id(name: str | None) -> str | None:
     """`name` where it can be a repository's name on the Hub; None for a local path."""
-    if not name or Path(name).exists() or name.startswith((".", "/", "~")) or "\\" in name:
+    if not name or is_local(name):
         return None
     try:
         validate_repo_id(name)
@@ -123,21 +126,6 @@ def _put_in(old: str, new: str) -> str:
     return before + new.rstrip("\n") + rest.partition(END)[2]
 
 
-def _current_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of `badge-peft train`, unless the adapter has been calibrated or trained again since."""
-    try:
-        report = _read(folder / REPORT)
-    except (OSError, ValueError):
-        return None
-    calibration = (config.get("early_exit") or {}).get("calibration")
-    return report if calibration and report.get("calibration") == calibration else None
-
-
-def _shows(folder: Path, report: dict[str, Any] | None) -> bool:
-    """Whether there is a picture, and of the rule that is in force."""
-    return (folder / PICTURE).exists() and (report is not None or not (folder / REPORT).exists())
-
-
 def _read(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
@@ -145,111 +133,50 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _template_fields(
-    config: dict[str, Any], report: dict[str, Any] | None, picture: str | None, repo_id: str | None
-) -> dict[str, Any]:
-    """What the template is filled in with, from `adapter_config.json` and the report of `badge-peft train`."""
+def _template_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What the template is filled in with, from `adapter_config.json` and the report of `badge-peft train`, unless the
+    adapter has been calibrated or trained again since."""
     policy = config.get("early_exit") or {}
     calibration = policy.get("calibration") or {}
+    report: dict[str, Any] = {}
+    stored = (folder / REPORT).exists()
+    if stored:
+        with suppress(ValueError):  # a file that somebody else wrote may be anything
+            report = _read(folder / REPORT)
+        if not calibration or report.get("calibration") != calibration:
+            report = {}
+    measured, stopped = report, report.get("early_exit", {}).get("rows_stopped")
+    exits = dict(zip(report.get("exit_layers", ()), report.get("per_exit", ()), strict=False))
+    if not exits:
+        measured, stopped, exits = calibration, None, calibration.get("exit_scores") or {}
     base = str(config.get("base_model_name_or_path") or "a model")
-    labels, layers = config.get("label_names"), config.get("exit_layers")
     return {
         "start": START,
         "end": END,
         "config": config,
         "base": PurePath(base).name if PurePath(base).is_absolute() else base,
-        "backbone": _backbone_text(config),
-        "outputs": f"{config.get('num_labels')}" + (f" ({', '.join(labels)})" if labels else ""),
-        "exit_layers": "all" if layers is None else f"{', '.join(map(str, layers))}, and the last",
-        "repo_id": repo_id or "user/repo",
-        "policy": _policy_rows(policy),
-        "calibration": {
-            **calibration,
-            "metric_name": _metric_name(calibration),
-            "score_text": _score_text(calibration.get("score"), calibration),
-            "full_depth_text": _score_text(calibration.get("full_depth_score"), calibration),
-        }
-        if calibration
-        else None,
-        "scores": _scores(calibration, report),
-        "speed": _speed(calibration, report, config.get("num_blocks")),
-        "picture": picture,
+        "policy": set_fields(EarlyExitConfig.of(policy)) if policy else {},
+        "calibration": calibration,
+        "measured": measured,
+        "exits": exits,
+        "stopped": stopped,
+        "latency": report.get("latency"),
+        "picture": PICTURE if (folder / PICTURE).exists() and (report or not stored) else None,  # of the rule in force
         "peft_version": peft.__version__,
+        "metric_name": metric_name,
+        "score": lambda value, source: score_text(value, source.get("metric")),
+        "percent": "{:.1%}".format,
     }
 
 
-def _backbone_text(config: dict[str, Any]) -> str:
-    unchanged = not config.get("train_head") and config.get("final_exit") == "base_head"
-    kept = ", and full depth answers as before, bit for bit" if unchanged else ""
-    texts = {
-        "frozen": f"Its backbone is frozen{kept}.",
-        "lora": "A LoRA in its blocks was trained with the exits and is in the file.",
-        "full": "Its backbone was trained with the exits and is in the file.",
-    }
-    return texts.get(str(config.get("backbone")), "")
-
-
-def _policy_rows(policy: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = set_fields(EarlyExitConfig.of(policy)) if policy else {}
-    return [(f"`{name}`", f"`{value:.6g}`" if _is_number(value) else f"`{value}`") for name, value in shown.items()]
-
-
-def _scores(calibration: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The score of each exit: of the report's rows, or else of those that the adapter was calibrated on."""
-    stopped: list[int] | None = None
-    if report and report.get("per_exit"):
-        source = report
-        exits = dict(zip(report["exit_layers"], report["per_exit"], strict=True))
-        stopped = report.get("early_exit", {}).get("rows_stopped")
-    else:
-        source = calibration
-        exits = {int(m): score for m, score in (calibration.get("exit_scores") or {}).items()}
-    if not exits:
-        return None
-    values = list(exits.values())
-    return {
-        "header": ["exit after block", _metric_name(source), *(["rows it answers"] if stopped else [])],
-        "rows": [
-            (m, _score_text(score, source), *([f"{stopped[i] / source['rows']:.1%}"] if stopped else []))
-            for i, (m, score) in enumerate(exits.items())
-        ],
-        "average": _score_text(sum(values) / len(values), source),
-        "best": _score_text(max(values), source),
-        "count": source.get("rows"),
-    }
-
-
-def _speed(
-    calibration: dict[str, Any], report: dict[str, Any] | None, num_blocks: int | None
-) -> dict[str, Any] | None:
-    rows = []
-    if calibration.get("mean_exit") is not None:
-        rows.append(("blocks run, mean", f"{num_blocks}", f"{calibration['mean_exit']:.2f}"))
-    latency = (report or {}).get("latency") or {}
-    for name in ("p50", "p95") if latency else ():
-        full_depth, early = latency[f"full_depth_{name}_ms"], latency[f"{name}_ms"]
-        rows.append((f"time of a row, {name}", f"{full_depth:.2f} ms", f"{early:.2f} ms"))
-    if not rows:
-        return None
-    text = f"{calibration['layer_speedup']:.1%} of the blocks are saved" if "layer_speedup" in calibration else ""
-    if latency:
-        text += (
-            f"; on the clock {latency['speedup_paper']:.1%} of the time ({latency['rows']} rows, one at a time, "
-            f"{latency['device']}, {latency['threads']} threads)"
-        )
-    return {"rows": rows, "text": text}
-
-
-def _metric_name(source: dict[str, Any]) -> str:
+def metric_name(source: dict[str, Any]) -> str:
+    """What a record calls its scores: `macro f1`, `accuracy against full depth`."""
     name = str(source.get("metric") or "score").replace("_", " ")
     return name if source.get("labels") in (None, "given") else f"{name} against full depth"
 
 
-def _score_text(value: Any, source: dict[str, Any]) -> str:
-    if not _is_number(value):
+def score_text(value: Any, metric: str | None) -> str:
+    """A score as it is usually read."""
+    if not is_number(value):
         return "unknown"
-    return f"{value:.1%}" if source.get("metric") in PERCENTAGES else f"{value:.3f}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.1%}" if metric in PERCENTAGES else f"{value:.3f}"

@@ -16,8 +16,8 @@ from jinja2 import Environment, FileSystemLoader
 from badge_peft.app.explain import ExitStep, Explanation
 from badge_peft.early_exit.policies.evidence import number
 from badge_peft.evaluation.plots import COLORS
+from badge_peft.model_card import score_text
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.report import show
 
 MOST_LABELS = 6  # bars per exit; of more labels the likeliest are shown
 _REST = "#999999"
@@ -31,7 +31,7 @@ def block_name(block: int, num_blocks: int) -> str:
 
 
 _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-_environment.globals.update(block_name=block_name, number=number, percent="{:.1%}".format, show=show)
+_environment.globals.update(block_name=block_name, number=number, percent="{:.1%}".format, score=score_text)
 #: `title`, `error`, `hint`, `explanation`, `tradeoff` and `no_tradeoff`, each from its arguments to HTML.
 macros: Any = _environment.get_template("page.html").module
 

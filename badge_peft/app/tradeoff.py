@@ -15,10 +15,10 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
+from badge_peft.model_card import PICTURE
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
 from badge_peft.workflows.evaluate import default_metric, measure
-from badge_peft.workflows.plots import PICTURE
 
 POINTS = 20  # of each curve
 
