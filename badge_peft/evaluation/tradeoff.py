@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ class TradeOff:
     points: list[TradeOffPoint]
     metric: str
     num_blocks: int
-    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -82,7 +81,7 @@ class TradeOff:
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file."""
-        data = {"metric": self.metric, "num_blocks": self.num_blocks, **self.notes, "points": self.to_dicts()}
+        data = {"metric": self.metric, "num_blocks": self.num_blocks, "points": self.to_dicts()}
         Path(path).write_text(json.dumps(data, indent=2) + "\n")
 
 

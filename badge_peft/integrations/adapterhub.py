@@ -94,19 +94,17 @@ def _by_block(source: AdapterSource, model: nn.Module, layout: BlockLayout) -> d
         )
     names = block_names(model, layout)
     prefix = f"{backbone_name(model)}." if backbone_name(model) else ""
-    left = dict(source.tensors)
+    left = set(source.tensors)
     found: dict[int, dict[str, Tensor]] = {}
     for number, block in enumerate(names, start=1):
         inside = f"{block.removeprefix(prefix)}."
-        mine = {}
-        for key, tensor in source.tensors.items():
-            if key.startswith((inside, prefix + inside)):
-                mine[key.partition(f".adapters.{source.name}.")[2]] = tensor
-                left.pop(key, None)
+        mine = {key for key in source.tensors if key.removeprefix(prefix).startswith(inside)}
+        left -= mine
         if mine:
-            found[number] = _checked(source, number, mine, hidden_size(model, layout, block))
+            tensors = {key.partition(f".adapters.{source.name}.")[2]: source.tensors[key] for key in mine}
+            found[number] = _checked(source, number, tensors, hidden_size(model, layout, block))
     if left:
-        raise ValueError(f"the adapter {source.name!r} has {next(iter(left))}, which is in no block of base_model.")
+        raise ValueError(f"the adapter {source.name!r} has {min(left)}, which is in no block of base_model.")
     if not found:
         raise ValueError(f"the adapter {source.name!r} holds no tensor of a bottleneck in a block.")
     missing = [m for m in range(1, len(names) + 1) if m not in found and m - 1 not in source.leave_out]

@@ -188,7 +188,7 @@ def test_curves():
 
 
 def test_files(tmp_path):
-    found = TradeOff(POINTS, "accuracy", 12, {"model": "m"})
+    found = TradeOff(POINTS, "accuracy", 12)
     assert found.to_dicts()[1] == {
         "name": "a",
         "policy": "entropy",
@@ -201,6 +201,6 @@ def test_files(tmp_path):
     }
     found.save(tmp_path / "sweep.json")
     read = json.loads((tmp_path / "sweep.json").read_text())
-    assert read == {"metric": "accuracy", "num_blocks": 12, "model": "m", "points": found.to_dicts()}
+    assert read == {"metric": "accuracy", "num_blocks": 12, "points": found.to_dicts()}
     sweep(plausible(rows=30)).save(tmp_path / "real.json")
     assert len(json.loads((tmp_path / "real.json").read_text())["points"]) > 60
