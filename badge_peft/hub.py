@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -127,7 +128,9 @@ def push_to_hub(
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, Path)):
-            _take_remote_card(folder, repo, revision, token)
+            # the repository's card, where there is one: what somebody wrote there is kept
+            with suppress(EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+                hf_hub_download(repo, CARD, revision=revision, token=token, local_dir=folder, force_download=True)
         write_model_card(folder, repo, _remote_license(api, config))
         return api.upload_folder(
             repo_id=repo,
@@ -155,14 +158,6 @@ def _save(model: PeftModel, folder: Path, adapter_name: str | None, tokenizer: A
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     return folder
-
-
-def _take_remote_card(folder: Path, repo: str, revision: str | None, token: Any) -> None:
-    """Puts the repository's card into `folder`, so that what somebody wrote there is kept."""
-    try:
-        hf_hub_download(repo, CARD, revision=revision, token=token, local_dir=folder, force_download=True)
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
-        return
 
 
 def _remote_license(api: HfApi, config: PeftConfig) -> str | None:

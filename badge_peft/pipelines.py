@@ -121,9 +121,9 @@ def pipeline(
     if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
         tokenizer = _load_tokenizer([place for place in places if place], revision if source else None)
-    options = {} if batch_size is None else {"batch_size": batch_size}
+    model.eval()
     return EarlyExitPipeline(
-        model=model.eval(), tokenizer=tokenizer, task=TASKS[0], device=device, **options, **kwargs
+        model=model, tokenizer=tokenizer, task=TASKS[0], device=device, batch_size=batch_size, **kwargs
     )
 
 

@@ -6,7 +6,7 @@ docs/decisions/page-html.md says why the page has HTML of its own.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,20 @@ def _bars(found: Explanation, names: Sequence[str]) -> list[list[tuple[str, floa
     their moves are seen."""
     problem = problem_of(found.problem_type)
     values = np.stack([s.logits if s.probabilities is None else s.probabilities for s in found.steps])  # [E, K]
-    shown, shares, said = np.arange(len(names)), values, "{:.1%}".format
+    shown, shares = list(range(len(names))), values
+    said: Callable[[float], str] = "{:.1%}".format
     if not problem.gives_labels:
         shares, said = 0.02 + 0.98 * (values - values.min()) / (np.ptp(values) or 1.0), number
     elif len(names) > MOST_LABELS:
-        shown = np.sort(np.argsort(-values.max(axis=0), kind="stable")[: MOST_LABELS - 1])
+        shown = sorted(np.argsort(-values.max(axis=0), kind="stable")[: MOST_LABELS - 1].tolist())
     exits = []
     for row, share in zip(values, shares, strict=True):
         bars = [(names[k], _width(share[k]), COLORS[i % len(COLORS)], said(row[k])) for i, k in enumerate(shown)]
         if len(shown) < len(names):
-            rest = (
-                0.0 if problem.many_labels else row.sum() - row[shown].sum()
-            )  # whose probabilities add up to nothing
+            rest = row.sum() - row[shown].sum()
             more = f"{len(names) - len(shown)} more"
-            bars.append((more, _width(rest), _REST, "" if problem.many_labels else f"{rest:.1%}"))
+            # several labels' probabilities add up to nothing
+            bars.append((more, 0.0, _REST, "") if problem.many_labels else (more, _width(rest), _REST, f"{rest:.1%}"))
         exits.append(bars)
     return exits
 

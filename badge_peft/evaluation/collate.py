@@ -41,6 +41,7 @@ def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tens
                 "rows differ in length, and the model's config has no pad_token_id: set it, or pass a data_collator."
             )
         pad_token = 0
+    rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         values = [torch.as_tensor(row[name]) for row in rows]
@@ -51,7 +52,4 @@ def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tens
         for i, value in enumerate(values):
             padded[i, : len(value)] = value
         batch[name] = padded
-    if "attention_mask" not in batch:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
     return batch

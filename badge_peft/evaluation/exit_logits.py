@@ -92,8 +92,8 @@ class ExitLogits:
 
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks."""
-        picked = {name: getattr(self, name) for name in ("logits", "labels", "uncertainty")}
-        return replace(self, **{name: None if x is None else x[rows] for name, x in picked.items()})
+        labels, uncertainty = (None if x is None else x[rows] for x in (self.labels, self.uncertainty))
+        return replace(self, logits=self.logits[rows], labels=labels, uncertainty=uncertainty)
 
     def labeled(self) -> ExitLogits:
         """These rows; without labels, with full depth's own predictions as labels, so that a score is the agreement
@@ -193,5 +193,6 @@ def collect_exit_logits(
         found = distributed.gather(found)
     numbers, *parts = zip(*found, strict=True)
     back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
-    logits, labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts)
+    labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts[1:])
+    logits = torch.cat(parts[0])[back]
     return ExitLogits(logits, labels, badge.exit_layers(), config.resolved_problem_type, badge.num_blocks, uncertainty)

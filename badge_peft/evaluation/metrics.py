@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.utils.checks import check_choice
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
@@ -111,17 +112,13 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
     if exit_logits.labels is None:
         raise ValueError("the exit logits have no labels, so there is nothing to score against.")
     problem = problem_of(exit_logits.kind)
-    regression = not problem.gives_labels
+    labels = exit_logits.labels.numpy()
+    if not problem.gives_labels:
+        labels = labels.reshape(len(labels))
     if isinstance(metric, str):
-        if metric not in METRICS:
-            raise ValueError(
-                f"metric={metric!r} is not allowed: it must be one of {', '.join(METRICS)} or a callable."
-            )
-        if (metric in _REGRESSION) != regression:
-            fitting = [name for name in METRICS if (name in _REGRESSION) == regression]
+        check_choice("metric", metric, tuple(METRICS))
+        fitting = [name for name in METRICS if (name in _REGRESSION) != problem.gives_labels]
+        if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
         metric = METRICS[metric]
-    labels = exit_logits.labels.numpy()
-    if regression:
-        labels = labels.reshape(len(labels))
     return float(metric(problem.predictions(answers), labels))  # a plain number, for JSON

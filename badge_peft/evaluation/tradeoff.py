@@ -117,17 +117,12 @@ def sweep(
     Returns:
         The points, with the fixed depths first.
     """
-    history = exit_logits.history()
     if policies is None:
-        policies = default_policies(history.problem_type)
-    result = TradeOff([], metric_name(metric), exit_logits.depth)
-    templates = [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)]
+        policies = default_policies(exit_logits.kind)
     asked = [{"policy": p} if isinstance(p, str) else p for p in policies if p != "fixed_depth"]
-    templates += [fitted(p, exit_logits) for p in asked]  # with the default patience
-    for template in templates:
-        for config, stops in settings(template, history, points):
-            result.points.append(_point(exit_logits, config, stops, metric, policy_label(template)))
-    return result
+    fixed = EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)
+    found = _points(exit_logits, [fixed, *(fitted(p, exit_logits) for p in asked)], points, metric)
+    return TradeOff(found, metric_name(metric), exit_logits.depth)
 
 
 def search(
@@ -135,17 +130,11 @@ def search(
 ) -> list[TradeOffPoint]:
     """Every setting of every variant of `policy` that a calibration considers, and the fixed depths between the
     `min_exit` and `max_exit` that it asks for."""
-    history = exit_logits.history()
     asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
     fixed = EarlyExitConfig(
         policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
     )
-    variants = [fixed, *families(policy, exit_logits)]
-    return [
-        _point(exit_logits, config, stops, metric, policy_label(config))
-        for family in variants
-        for config, stops in settings(family, history, count)
-    ]
+    return _points(exit_logits, [fixed, *families(policy, exit_logits)], count, metric)
 
 
 def default_policies(problem_type: str) -> list[str]:
@@ -153,11 +142,21 @@ def default_policies(problem_type: str) -> list[str]:
     return [name for name, policy in POLICIES.items() if policy.in_default_sweep and policy.suits(problem_type)]
 
 
+def _points(
+    exit_logits: ExitLogits, families: Iterable[EarlyExitConfig], count: int, metric: Metric
+) -> list[TradeOffPoint]:
+    """The settings of each family, at most `count` of one."""
+    history = exit_logits.history()
+    return [
+        _point(exit_logits, config, stops, metric, policy_label(family))
+        for family in families
+        for config, stops in settings(family, history, count)
+    ]
+
+
 def _point(
     exit_logits: ExitLogits, config: EarlyExitConfig, stops: np.ndarray, metric: Metric, name: str
 ) -> TradeOffPoint:
     mean_exit = float(stops.mean())
-    answers = exit_logits.answers(torch.from_numpy(stops))
-    return TradeOffPoint(
-        name, config, mean_exit, 1 - mean_exit / exit_logits.depth, score(exit_logits, answers, metric)
-    )
+    found = score(exit_logits, exit_logits.answers(torch.from_numpy(stops)), metric)
+    return TradeOffPoint(name, config, mean_exit, 1 - mean_exit / exit_logits.depth, found)
