@@ -82,8 +82,8 @@ def bench_adapter(
     ]
     with _threads(threads) as used, tempfile.TemporaryDirectory() as folder:
         runners = torch_runners(adapter, config)
-        for int8 in (False, True) if onnx else ():
-            runners += onnx_runners(adapter, config, Path(folder), used, int8)
+        if onnx:
+            runners += onnx_runners(adapter, config, Path(folder), used)
         with torch.inference_mode():
             longest = max(batches, key=lambda batch: batch["input_ids"].numel())
             results = Results(adapter, labels, _full_depth(adapter, batches), metric or default_metric(kind))

@@ -55,37 +55,39 @@ def torch_runners(adapter: Adapter, config: EarlyExitConfig) -> list[NamedRunner
     ]
 
 
-def onnx_runners(
-    adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int, int8: bool = False
-) -> list[NamedRunner]:
-    """The same two in ONNX Runtime on the CPU; sessions pin their threads and do not spin.
+def onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int) -> list[NamedRunner]:
+    """The same two in ONNX Runtime on the CPU, in float32 and in int8; sessions pin their threads and do not spin.
 
     Args:
         adapter: Its model is exported.
-        config: Goes into the file.
+        config: Goes into the files.
         folder: For the exported files.
         threads: Of each session.
-        int8: Weights in 8 bits (dynamic quantization).
     """
-    from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
+    from badge_peft.export import OnnxEarlyExitModel
+    from badge_peft.export.onnx import OnnxExporter
+    from badge_peft.export.plain import FullDepthExporter
     from badge_peft.export.runtime import open_session
 
-    kind = "int8" if int8 else "fp32"
-    plain, early = folder / f"full-depth-{kind}" / "model.onnx", folder / f"early-exit-{kind}"
-    plain.parent.mkdir(parents=True)
-    early.mkdir()
-    export_full_depth(stock_model(adapter).cpu(), plain, int8=int8)
-    export_onnx(copy.deepcopy(adapter.model).cpu(), early, early_exit_config=config, int8=int8)
-    session = open_session(plain, threads)
+    full_depth, early_exit = FullDepthExporter(stock_model(adapter).cpu()), OnnxExporter(adapter.model, config)
+    runners = []
+    for suffix in ("", " int8"):
+        plain, early = folder / f"full-depth{suffix}.onnx", folder / f"early-exit{suffix}"
+        full_depth.write(plain, int8=bool(suffix))
+        early_exit.write(early, int8=bool(suffix))
+        model = OnnxEarlyExitModel.from_pretrained(early, threads=threads, spinning=False)
+        runners += _onnx_pair(open_session(plain, threads), model, suffix)
+    return runners
+
+
+def _onnx_pair(session: Any, model: Any, suffix: str) -> list[NamedRunner]:
     known = {entry.name for entry in session.get_inputs()}
-    model = OnnxEarlyExitModel.from_pretrained(early, threads=threads, spinning=False)
 
     def arrays(batch: Batch) -> dict[str, np.ndarray]:
         # not every tokenizer gives the token_type_ids that a graph asks for
         filled = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
         return {name: value.numpy().astype(np.int64) for name, value in filled.items() if name in known}
 
-    suffix = " int8" if int8 else ""
     return [
         NamedRunner(
             lambda inputs: session.run(["logits"], inputs),

@@ -74,6 +74,7 @@ class _Size:
     def __init__(self, settings: Settings, name: str, cache: Path) -> None:
         self.settings, self.name, self.cache = settings, name, cache
         self._model: forced.Forced | None = None
+        self._sessions: onnx_runs.Sessions | None = None
 
     def run(self, settings: Settings, experiment: str, device: str) -> list[Any]:
         """The rows of one experiment, of the shapes in `settings`."""
@@ -84,4 +85,6 @@ class _Size:
         model = self._model.to(device)
         if experiment in _TORCH:
             return _TORCH[experiment](model, settings, device)
-        return _ONNX[experiment](model, settings, onnx_runs.Sessions(model, self.cache, settings.threads))
+        if self._sessions is None:
+            self._sessions = onnx_runs.Sessions(model, self.cache, settings.threads)
+        return _ONNX[experiment](model, settings, self._sessions)

@@ -7,9 +7,9 @@ here is told not to (`session.intra_op.allow_spinning` = 0).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from latency_parts.settings import Settings
 from latency_parts.torch_runs import DGE, MIXED, STOCK
 from latency_parts.turns import against_base
 
+if TYPE_CHECKING:
+    from badge_peft.export.onnx import OnnxExporter
+    from badge_peft.export.plain import FullDepthExporter
+
 PLAIN = "plain ONNX export"
 PLAIN_INT8 = "plain int8 ONNX export"
 HALF_WAY = "ONNX Runtime int8, leaves half-way"
@@ -29,7 +33,8 @@ _PAUSE = 0.01  # seconds between two runtimes
 
 
 class Sessions:
-    """The exported files of one model and sessions on them; a file that is there is not exported again.
+    """The exported files of one model and sessions on them; a file that is there is not exported again, and all files
+    of a model are made of one cut.
 
     Args:
         forced: The model.
@@ -39,31 +44,41 @@ class Sessions:
 
     def __init__(self, forced: Forced, folder: Path, threads: int) -> None:
         self.forced, self.folder, self.threads = forced, folder, threads
+        self._plain = cache(self._export_plain)
 
     def plain(self, int8: bool = False, blocks: bool = True) -> Callable[..., Any]:
         """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]. Without `blocks`, what is
         outside of them."""
-        from badge_peft.export import export_full_depth
         from badge_peft.export.runtime import open_session
 
         path = self.folder / f"{'plain' if blocks else 'outside'}{'-int8' if int8 else ''}" / "model.onnx"
-        model = self.forced.stock if blocks else self.forced.outside
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._once(path.parent, lambda: export_full_depth(model, path, int8=int8))
+            self._once(path.parent, lambda: self._plain(blocks).write(path, int8=int8))
         session = open_session(path, self.threads)
         taken = [entry.name for entry in session.get_inputs()]
         return lambda **inputs: session.run(None, {name: inputs[name] for name in taken})
 
     def early(self, int8: bool = False, compact: bool = True) -> Callable[..., Any]:
         """The file with early exits: numpy inputs [B, S] -> an output with `logits` [B, K] and `exit_layer` [B]."""
-        from badge_peft.export import OnnxEarlyExitModel, export_onnx
+        from badge_peft.export import OnnxEarlyExitModel
 
         folder = self.folder / f"early{'-int8' if int8 else ''}{'' if compact else '-uncompacted'}"
         if not (folder / "model.onnx").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            self._once(folder, lambda: export_onnx(self.forced.model, folder, int8=int8, compact=compact))
+            self._once(folder, lambda: self._early.write(folder, int8=int8, compact=compact))
         return OnnxEarlyExitModel.from_pretrained(folder, threads=self.threads, spinning=False)
+
+    def _export_plain(self, blocks: bool) -> FullDepthExporter:
+        from badge_peft.export.plain import FullDepthExporter
+
+        return FullDepthExporter(self.forced.stock if blocks else self.forced.outside)
+
+    @cached_property
+    def _early(self) -> OnnxExporter:
+        from badge_peft.export.onnx import OnnxExporter
+
+        return OnnxExporter(self.forced.model)
 
     def _once(self, folder: Path, export: Callable[[], Any]) -> None:
         """Exports, and leaves no half-written model behind."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import latency  # noqa: E402
+from latency_parts import memory  # noqa: E402
 from latency_parts.forced import NOBODY, Forced, build, exits_of, spread  # noqa: E402
 from latency_parts.loop import has_onnx  # noqa: E402
 from latency_parts.page import page, targets_text  # noqa: E402
@@ -35,18 +35,8 @@ TINY = SIZES["tiny"]
 MEASURED = [name for name in EXPERIMENTS if has_onnx() or name not in ONNX]
 
 
-def program(*arguments: Any) -> str:
-    """Runs the benchmark as a process of its own."""
-    command = [sys.executable, str(BENCHMARKS / "latency.py"), *map(str, arguments)]
-    paths = [str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def again(*arguments: Any) -> str:
-    """Runs the benchmark once more, in this process; what it printed."""
+def run(*arguments: Any) -> str:
+    """Runs the benchmark in this process; what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert latency.main([*map(str, arguments)]) == 0
     return printed.getvalue()
@@ -54,9 +44,17 @@ def again(*arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of a quick run."""
-    path = tmp_path_factory.mktemp("latency") / "new" / "latency.json"
-    said = program("--quick", "--threads", 1, "--json", path)
+    """The results of a quick run, beside `cache/`, the files that it exported. Of the processes whose memory is
+    measured one is real: each takes seconds to import its libraries."""
+    folder = tmp_path_factory.mktemp("latency")
+    path, child = folder / "new" / "latency.json", memory._child
+
+    def one_child(kind: str, *shape: Any) -> dict[str, float]:
+        return child(kind, *shape) if kind == "mixed" else memory._measure(kind, *shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_child", one_child)
+        said = run("--quick", "--threads", 1, "--json", path, "--cache", folder / "cache")
     assert "1 threads" in said and "do not spin" in said and "not measured" in said
     return path
 
@@ -70,7 +68,7 @@ def test_every_experiment_is_in_the_file_and_on_the_page(file: Path, tmp_path: P
         for row in section["rows"]:
             assert row.get("as_forced", True) in (True, None)
             assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
-    assert str(tmp_path / "docs" / "speed.md") in again("--json", file, "--docs", tmp_path / "docs" / "speed.md")
+    assert str(tmp_path / "docs" / "speed.md") in run("--json", file, "--docs", tmp_path / "docs" / "speed.md")
     text = (tmp_path / "docs" / "speed.md").read_text()
     assert text == page(data)
     for title in EXPERIMENTS.values():
@@ -118,13 +116,17 @@ def test_a_run_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     first = [row for row in batch["rows"] if row["length"] == 8]
     batch["rows"], batch["cells"] = list(first), batch["cells"][:1]  # as if it had been stopped behind the first shape
     copy.write_text(json.dumps(data))
-    again("--quick", "--threads", 1, "--json", copy, "--resume")
+    cache = file.parents[1] / "cache"
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*.onnx")}
+    run("--quick", "--threads", 1, "--json", copy, "--cache", cache, "--resume")
+    assert stamps == {path: path.stat().st_mtime_ns for path in cache.rglob("*.onnx")}
+    assert bool(stamps) == has_onnx()
     found = read(copy)["sections"]
     assert set(found) == set(read(file)["sections"]) and found["exits/tiny/cpu"] == kept
     if has_onnx():
         assert found["onnx/tiny/cpu"]["rows"][: len(first)] == first
         assert found["onnx/tiny/cpu"]["cells"] == ["S=8", "S=16"]
-    again("--quick", "--threads", 1, "--json", copy, "--only", "exits", "--rounds", 3)
+    run("--quick", "--threads", 1, "--json", copy, "--only", "exits", "--rounds", 3)
     found = read(copy)["sections"]
     assert len(found) == len(MEASURED) and {row["rounds"] for row in found["exits/tiny/cpu"]["rows"]} == {3}
     assert found["batch/tiny/cpu"] == data["sections"]["batch/tiny/cpu"]
@@ -269,6 +271,12 @@ def test_results_of_two_kinds_do_not_mix(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(FileNotFoundError, match="measure first"):
         read(tmp_path / "none.json")
+
+
+def test_it_is_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "latency.py"), "--help"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert all(name in said for name in EXPERIMENTS)
 
 
 def test_a_wrong_option_names_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
