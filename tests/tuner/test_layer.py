@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from badge_peft import BadgeConfig, Bypass
+from badge_peft import BadgeConfig
 from badge_peft.tuner.config import ACTIVATIONS
 from badge_peft.tuner.context import current_pass
 from tests import reference
@@ -174,27 +174,6 @@ def test_shared_layer_has_a_bypass_and_an_exit_for_each_run(case, placement):
         assert all(not torch.allclose(a, b) for a, b in itertools.combinations(moves, 2))
     exits = exits_of(model.eval(), make_batch())
     assert all(not torch.allclose(exits[:, a], exits[:, b]) for a, b in itertools.combinations(range(depth), 2))
-
-
-def test_bypass_alone():
-    bypass = Bypass(HIDDEN, 4, "identity", bias=False, norm=None)
-    shake(bypass, only="")
-    source, residual, norm = torch.randn(2, 5, HIDDEN), torch.randn(2, 5, HIDDEN), nn.LayerNorm(HIDDEN)
-    found = bypass(source, residual, norm)
-    expected = norm(source @ bypass.down.weight.T @ bypass.up.weight.T + residual)
-    torch.testing.assert_close(found, expected)
-    assert "norm" not in dict(bypass.named_children())
-
-
-def test_copied_norm_has_no_hooks_of_the_norm_it_copies():
-    norm = nn.LayerNorm(HIDDEN).requires_grad_(False)
-    calls = []
-    norm.register_forward_pre_hook(lambda *_: calls.append("before"))
-    norm.register_forward_hook(lambda *_: calls.append("after"))
-    bypass = Bypass(HIDDEN, 4, "gelu", bias=False, norm=norm)
-    bypass(torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), norm)
-    assert not calls
-    assert bypass.norm.weight.requires_grad and not norm.weight.requires_grad
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""Placement `mhsa`, where the FFN runs a second time for the exit:
+"""The bypass alone, and with placement `mhsa`, where the FFN runs a second time for the exit:
 
 H'_MHA = LN_attn( B(H_{m-1}) + attention output + H_{m-1} ), then H'_m = LN'( FFN(H'_MHA) + H'_MHA ).
 """
@@ -9,15 +9,48 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from badge_peft import ARCHITECTURES
+from badge_peft import ARCHITECTURES, Bypass
 from tests import reference
 from tests.design import pairs
-from tests.models import BLOCKS, CASES, HIDDEN, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import (
+    BLOCKS,
+    CASES,
+    HIDDEN,
+    blocks_of,
+    exits_of,
+    make_badge,
+    make_batch,
+    make_labels,
+    make_model,
+    shake,
+)
 from tests.thresholds import in_a_gap
 
 POOLINGS = ("cls", "mean", "last")
 SOME = ("bert", "albert", "distilbert", "deberta-v2", "modernbert-cls")  # whose FFNs are called in different ways
+
+
+def test_bypass_alone():
+    bypass = Bypass(HIDDEN, 4, "identity", bias=False, norm=None)
+    shake(bypass, only="")
+    source, residual, norm = torch.randn(2, 5, HIDDEN), torch.randn(2, 5, HIDDEN), nn.LayerNorm(HIDDEN)
+    found = bypass(source, residual, norm)
+    expected = norm(source @ bypass.down.weight.T @ bypass.up.weight.T + residual)
+    torch.testing.assert_close(found, expected)
+    assert "norm" not in dict(bypass.named_children())
+
+
+def test_copied_norm_has_no_hooks_of_the_norm_it_copies():
+    norm = nn.LayerNorm(HIDDEN).requires_grad_(False)
+    calls = []
+    norm.register_forward_pre_hook(lambda *_: calls.append("before"))
+    norm.register_forward_hook(lambda *_: calls.append("after"))
+    bypass = Bypass(HIDDEN, 4, "gelu", bias=False, norm=norm)
+    bypass(torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), norm)
+    assert not calls
+    assert bypass.norm.weight.requires_grad and not norm.weight.requires_grad
 
 
 def second_pass(base, model, states, number, norm):
