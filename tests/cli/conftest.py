@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ class Result:
         return self.stdout + self.stderr
 
 
-def invoke(*arguments: Any, input: str = "") -> Result:
-    """Runs `badge-peft` with these arguments in this process; whatever is not an error of the user's is raised."""
+def invoke(*arguments: Any, input: str | None = "") -> Result:
+    """Runs `badge-peft` with these arguments in this process; whatever is not an error of the user's is raised. Its
+    standard input is this process's own where `input` is None."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
+        if input is not None:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
         patch.setenv("COLUMNS", "200")
         try:
             main([str(argument) for argument in arguments])
@@ -86,6 +88,28 @@ def trained(place: Path, cli: Cli) -> Path:
 def adapter(trained: Path, tmp_path: Path) -> Path:
     """A copy of `trained` to change."""
     return Path(shutil.copytree(trained, tmp_path / "adapter"))
+
+
+_CUTS: dict[tuple[frozenset[int], int], Any] = {}
+
+
+@contextmanager
+def one_cut() -> Iterator[None]:
+    """Inside of it `trained`, and nothing else, is exported: cut into pieces of ONNX at the first time alone, which
+    takes most of an export's time."""
+    from badge_peft.export import trace
+
+    export_blocks = trace.export_blocks
+
+    def kept(badge: Any, read: set[int], depth: int, progress: bool = False) -> Any:
+        key = (frozenset(read), depth)
+        if key not in _CUTS:
+            _CUTS[key] = export_blocks(badge, read, depth, progress)
+        return _CUTS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "export_blocks", kept)
+        yield
 
 
 def save_classifier(folder: Path, names: tuple[str, ...] = ("bad", "good"), **changes: Any) -> str:

@@ -26,7 +26,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     both, alone = tmp_path / "both", tmp_path / "alone"
     both.mkdir()
     alone.mkdir()
-    launch("tests.integrations.together", both, by="accelerate")
+    launch("tests.integrations.together", both, by="torchrun")
     expected, one = together.work(alone)
     tensors = [load_file(both / f"{rank}.safetensors") for rank in range(2)]
     facts = [json.loads((both / f"{rank}.json").read_text()) for rank in range(2)]
