@@ -9,13 +9,15 @@ import pytest
 
 from badge_peft import load_pretrained
 from badge_peft.export import OnnxEarlyExitModel
+from tests.cli.conftest import one_cut
 from tests.texts import make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def exported(trained, place, cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported")
-    result = cli("export", trained, out / "onnx", "--data", place / "rows.csv", "--json", out / "report.json")
+    with one_cut():
+        result = cli("export", trained, out / "onnx", "--data", place / "rows.csv", "--json", out / "report.json")
     return out, result.output
 
 
@@ -42,7 +44,8 @@ def test_the_rule_and_the_labels_of_the_adapter(exported, trained):
 
 
 def test_another_rule_in_int8(trained, cli, tmp_path):
-    cli("export", trained, tmp_path, "--int8", "--policy", "divergence", "--threshold", 0.5, "--patience", 2)
+    with one_cut():
+        cli("export", trained, tmp_path, "--int8", "--policy", "divergence", "--threshold", 0.5, "--patience", 2)
     facts = json.loads((tmp_path / "early_exit.json").read_text())
     assert (facts["early_exit"]["policy"], facts["threshold"], facts["patience"]) == ("divergence", 0.5, 2)
     assert facts["int8"] is True

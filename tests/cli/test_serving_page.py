@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.cli.conftest import one_cut
 from tests.pages import ROOT, run
 from tests.texts import make_tokenizer
 
@@ -18,7 +19,8 @@ def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
         "batch": {name: encoded[name] for name in ("input_ids", "attention_mask")},
         "validation_rows": [{"input_ids": tokenizer(text)["input_ids"]} for text in texts],
     }
-    space = run(ROOT / "docs" / "serving.md", space)
+    with one_cut():
+        space = run(ROOT / "docs" / "serving.md", space)
     for queue in (1, 50, 500):
         answers = space["answer"](texts, queue)
         assert [set(a) for a in answers] == [{"label", "confidence", "exit_layer"}] * 2

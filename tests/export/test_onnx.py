@@ -32,14 +32,22 @@ from tests.texts import make_tokenizer
 # RoBERTa's modeling code under other names: what is traced is the same
 COPIES = ("xlm-roberta", "camembert")
 
+# Blocks take seconds to export: bert has three, the others two, or one where the blocks are those of another backbone
+# here, with what differs in the embeddings or the head alone.
+BLOCKS = {"bert": 3, "roberta": 1, "electra": 1, "modernbert-mean": 1}
+SHORT = {
+    "albert-groups": {"num_hidden_layers": 2, "num_hidden_groups": 2},
+    "albert-inner": {"num_hidden_layers": 1, "num_hidden_groups": 1},
+    "distilbert": {"n_layers": 2},
+}
 # each backbone gets another combination of what an adapter may be
 KINDS = itertools.cycle(
     [
         {"exit_pooling": "cls", "placement": "block"},
-        {"exit_pooling": "mean", "placement": "ffn", "exit_layers": [0, 1, 2, 3]},
-        {"exit_pooling": "last", "placement": "mhsa", "final_exit": "exit"},
-        {"exit_pooling": "mean", "placement": "block", "exit_type": "mha"},
-        {"exit_pooling": "cls", "placement": "none", "exit_type": "pooled", "exit_layers": [0, 2, 3]},
+        {"exit_pooling": "mean", "placement": "ffn", "exit_layers": [0, 1, 2]},
+        {"exit_pooling": "last", "placement": "mhsa", "exit_layers": [0, 1, 2], "final_exit": "exit"},
+        {"exit_pooling": "mean", "placement": "block", "exit_layers": [0, 1, 2], "exit_type": "mha"},
+        {"exit_pooling": "cls", "placement": "none", "exit_type": "pooled", "exit_layers": [0, 1, 2]},
     ]
 )
 RULES = [
@@ -86,10 +94,12 @@ def safe_batch(model, rows, length, seed, side="right"):
 )
 def test_every_backbone(case, kind):
     """One cut, many graphs: rules, rows taken out or not, rows alone and together, other lengths, left padding."""
-    blocks = {"albert-inner": 4, "albert-groups": 4}.get(case, 3)
-    if blocks == 4 and "exit_layers" in kind:
-        kind = {**kind, "exit_layers": [*kind["exit_layers"], 4]}
-    model = make_badge(case, learn_to_exit=True, **kind)
+    blocks = BLOCKS.get(case, 2)
+    base = make_model(case, **SHORT.get(case, {"num_hidden_layers": blocks}))
+    if "exit_layers" in kind:
+        kind = {**kind, "exit_layers": [m for m in kind["exit_layers"] if m <= blocks]}
+    model = make_badge(case, base=base, learn_to_exit=True, **kind)
+    assert model.base_model.num_blocks == blocks
     badge = model.base_model
     exits = badge.exit_layers()
     pieces = export_blocks(badge, set(exits), exits[-1])
@@ -118,9 +128,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def exporter(model):
+    """One cut of `model`, of which many files are made."""
+    return OnnxExporter(model, {"threshold": 1.0})
+
+
+@pytest.fixture(scope="module")
+def folder(exporter, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx")
-    report = export_onnx(model, path, tokenizer=make_tokenizer(), early_exit_config={"threshold": 1.0})
+    report = exporter.write(path, tokenizer=make_tokenizer())
     assert report.max_difference is not None and report.max_difference < 1e-4
     assert report.exit_layers == [0, 1, 2, 3]
     assert report.size_bytes == (path / "model.onnx").stat().st_size
@@ -201,9 +217,8 @@ def test_without_any_of_our_packages(folder):
     assert (answer["label"], answer["exit_layer"]) == (wanted["label"], wanted["exit_layer"])
 
 
-def test_int8_beside_float32_from_one_cut(model, tmp_path):
+def test_int8_beside_float32_from_one_cut(exporter, tmp_path):
     rows = [{"input_ids": row, "labels": i % LABELS} for i, row in enumerate(make_batch(8, 9)["input_ids"].tolist())]
-    exporter = OnnxExporter(model, {"threshold": 1.0})
     report = exporter.write(tmp_path / "a", int8=True, examples=rows)
     plain = exporter.write(tmp_path / "b", examples=rows)
     assert report.size_bytes < 0.7 * plain.size_bytes  # even of so small a model
@@ -220,30 +235,30 @@ def test_int8_beside_float32_from_one_cut(model, tmp_path):
 
 
 def test_a_shared_block_is_stored_once(tmp_path):
-    """ALBERT with twice as many runs of its one block: the file grows by exits and nodes, not by weights."""
+    """ALBERT with one more run of its one block: the file grows by exits and nodes, not by weights."""
     stored = []
-    for runs in (2, 4):
+    for runs in (1, 2):
         albert = make_badge("albert", base=make_model("albert", num_hidden_layers=runs, intermediate_size=512))
         report = export_onnx(albert, tmp_path / str(runs), early_exit_config={"threshold": 1.0})
         assert report.max_difference is not None and report.max_difference < 1e-3
         stored.append(report.size_bytes)
     weights = 4 * 2 * HIDDEN * 512  # bytes of the FFN alone
-    assert stored[0] > weights and stored[1] - stored[0] < 0.6 * weights
+    assert stored[0] > weights and stored[1] - stored[0] < 0.3 * weights
 
 
-def test_a_fixed_depth_leaves_the_rest_out(model, tmp_path):
-    all_of_it = export_onnx(model, tmp_path / "never", early_exit_config={"policy": "never"})
-    two = export_onnx(model, tmp_path / "two", early_exit_config={"policy": "fixed_depth", "depth": 2})
-    assert two.exit_layers == [2] and two.size_bytes < all_of_it.size_bytes - 10_000
+def test_a_fixed_depth_leaves_the_rest_out(model, folder, tmp_path):
+    one = export_onnx(model, tmp_path / "one", early_exit_config={"policy": "fixed_depth", "depth": 1})
+    assert one.exit_layers == [1] and one.size_bytes < (folder / "model.onnx").stat().st_size - 50_000
     batch = make_batch()
-    found = OnnxEarlyExitModel.from_pretrained(tmp_path / "two")(batch["input_ids"], batch["attention_mask"])
-    wanted = exits_of(model, batch)[:, 2]
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path / "one")(batch["input_ids"], batch["attention_mask"])
+    wanted = exits_of(model, batch)[:, 1]
     np.testing.assert_allclose(found.logits, wanted.numpy(), atol=1e-4)
-    assert set(found.exit_layer.tolist()) == {2}
+    assert set(found.exit_layer.tolist()) == {1}
 
 
 def test_the_model_stays_as_it_is_and_the_file_has_its_lora_folded_in(tmp_path):
-    model = make_badge("bert", backbone="lora", lora={"r": 4, "target_modules": ["query", "value"]})
+    base = make_model(num_hidden_layers=2)
+    model = make_badge("bert", base, backbone="lora", lora={"r": 4, "target_modules": ["query", "value"]})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
@@ -316,8 +331,8 @@ def test_a_folder_that_is_no_export(tmp_path):
         OnnxEarlyExitModel.from_pretrained(tmp_path)
 
 
-def test_no_tokenizer_says_so(model, tmp_path):
-    export_onnx(model, tmp_path, early_exit_config={"policy": "fixed_depth", "depth": 1})
+def test_no_tokenizer_says_so(exporter, tmp_path):
+    exporter.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):
         OnnxEarlyExitModel.from_pretrained(tmp_path).predict(["a film"])
 
