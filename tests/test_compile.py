@@ -37,21 +37,25 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-QUICK = ("bert", "deberta-v2", "modernbert-cls")
-BACKBONES = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in sorted(CASES)]
+WHOLE = ("bert", "deberta-v2", "modernbert-cls")
+COPIES = ("xlm-roberta", "camembert")  # RoBERTa's modeling code under other names: what is compiled is the same
 
 
-@pytest.mark.parametrize("case", BACKBONES)
+@pytest.mark.parametrize("case", [case for case in sorted(CASES) if case not in COPIES])
 def test_equal_answers_on_every_backbone(case):
-    """In one graph a block (`fullgraph`), with what a placement reads among its results."""
+    """In one graph a block (`fullgraph`), with what a placement reads among its results. Compiling takes most of the
+    time: all but a few backbones have two blocks and inputs of one bucket."""
     turn = sorted(CASES).index(case)
-    model = make(case, placement=("block", "ffn", "mhsa")[turn % 3], final_exit=("base_head", "exit")[turn % 2])
-    full = [exits_of(model, batch) for batch in BATCHES]
-    early = [model.early_exit_forward(**batch, **RULE) for batch in BATCHES]
-    assert len({int(m) for out in early for m in out.exit_layer}) > 1
+    blocks, batches = (4, BATCHES) if case in WHOLE else (2, BATCHES[1:3])
+    model = make(
+        case, blocks, placement=("block", "ffn", "mhsa")[turn % 3], final_exit=("base_head", "exit")[turn % 2]
+    )
+    full = [exits_of(model, batch) for batch in batches]
+    early = [model.early_exit_forward(**batch, **RULE) for batch in batches]
+    assert case not in WHOLE or len({int(m) for out in early for m in out.exit_layer}) > 1
     counter = CompileCounterWithBackend("eager")
     compile_blocks(model, buckets=[4, 8], backend=counter, fullgraph=True)
-    for batch, logits, want in zip(BATCHES, full, early, strict=True):
+    for batch, logits, want in zip(batches, full, early, strict=True):
         close(exits_of(model, batch), logits)
         out = model.early_exit_forward(**batch, **RULE)
         assert out.exit_layer.tolist() == want.exit_layer.tolist()
