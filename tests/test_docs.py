@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -49,19 +51,52 @@ def path_of(page: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- the code
 
 
-@pytest.fixture
-def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the pages take for granted, and a working directory with a classifier, an adapter and texts."""
-    classifier = tmp_path / "my-model"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a classifier, an adapter and texts, and what the pages take for granted. Do not change either."""
+    folder = tmp_path_factory.mktemp("pages")
     names = {0: "negative", 1: "positive"}
     base = make_model("bert", num_labels=2, id2label=names, label2id={name: i for i, name in names.items()})
     tokenizer = make_tokenizer()
     for part in (base, tokenizer):
-        part.save_pretrained(classifier)
+        part.save_pretrained(folder / "my-model")
     for part in (make_model("bert", num_labels=2), tokenizer):  # whose labels have no names
-        part.save_pretrained(tmp_path / "bert")
-    (tmp_path / "path" / "to" / "your").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "your" / "classifier").symlink_to(classifier)
+        part.save_pretrained(folder / "bert")
+    (folder / "path" / "to" / "your").mkdir(parents=True)
+    (folder / "path" / "to" / "your" / "classifier").symlink_to("../../../my-model")
+
+    rows = [(text, int(label == "good")) for text, label in sentences(160)]
+    parts = {"train": rows[:60], "validation": rows[60:120], "test": rows[120:]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.chdir(folder)
+        for name, part in parts.items():
+            write_csv(folder / f"{name}.csv", part)  # type: ignore[arg-type]
+        data = load_dataset("csv", data_files={name: f"{name}.csv" for name in parts})
+        data = data.map(lambda batch: tokenizer(batch["text"]), batched=True)
+        model = get_peft_model(AutoModelForSequenceClassification.from_pretrained("my-model"), BadgeConfig(r=4)).eval()
+        shake(model)
+        for target in ("my-adapter", "my-exits"):
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    batch = tokenizer(["the film was good", "a very dull plot and a poor end"], padding=True, return_tensors="pt")
+    return folder, {
+        "name": HUB,
+        "tokenizer": tokenizer,
+        "model": model,
+        "batch": batch,
+        "train_dataset": data["train"],
+        "eval_dataset": data["validation"],
+        "test_dataset": data["test"],
+        "exit_logits": badge_peft.collect_exit_logits(model, data["validation"]),
+    }
+
+
+@pytest.fixture
+def space(made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the pages take for granted, and a working directory with a classifier, an adapter and texts: copies."""
+    folder, names = made
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     for auto in (AutoModelForSequenceClassification, AutoTokenizer):
         real = auto.from_pretrained
 
@@ -71,29 +106,8 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-
-    rows = [(text, int(label == "good")) for text, label in sentences(160)]
-    parts = {"train": rows[:60], "validation": rows[60:120], "test": rows[120:]}
-    for name, part in parts.items():
-        write_csv(tmp_path / f"{name}.csv", part)  # type: ignore[arg-type]
-    data = load_dataset("csv", data_files={name: f"{name}.csv" for name in parts})
-    data = data.map(lambda batch: tokenizer(batch["text"]), batched=True)
-
-    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained("my-model"), BadgeConfig(r=4)).eval()
-    shake(model)
-    for folder in ("my-adapter", "my-exits"):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    batch = tokenizer(["the film was good", "a very dull plot and a poor end"], padding=True, return_tensors="pt")
     return {
-        "name": HUB,
-        "tokenizer": tokenizer,
-        "model": model,
-        "batch": batch,
-        "train_dataset": data["train"],
-        "eval_dataset": data["validation"],
-        "test_dataset": data["test"],
-        "exit_logits": badge_peft.collect_exit_logits(model, data["validation"]),
+        name: value if isinstance(value, datasets.Dataset) else copy.deepcopy(value) for name, value in names.items()
     }
 
 
