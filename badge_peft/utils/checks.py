@@ -25,9 +25,9 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(allowed)}.")
 
 
-def check_int(name: str, value: Any, at_least: int) -> None:
-    """Raises a ValueError unless `value` is None or a whole number of at least `at_least`."""
-    if value is None:
+def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> None:
+    """Raises a ValueError unless `value` is a whole number of at least `at_least`, or None where it is `optional`."""
+    if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
