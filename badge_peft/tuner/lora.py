@@ -110,10 +110,11 @@ def _with(config: LoraConfig, **changes: Any) -> LoraConfig:
 def _targets(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dict[str, nn.Module]:
     """The modules inside of the blocks that the LoRA adapts, by name."""
     prefixes = tuple(f"{name}." for name in blocks)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
     targets = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(prefixes) and _targeted(config, name, module)
+        if name.startswith(prefixes) and not name.startswith(inside) and _targeted(config, name, module)
     }
     if not targets:
         raise ValueError(f"lora target_modules={config.target_modules!r} match no module inside of the blocks.")

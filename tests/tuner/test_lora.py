@@ -333,6 +333,17 @@ def test_saved_and_loaded_under_other_names(case, tmp_path):
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
 
 
+def test_two_of_them_adapt_every_linear_layer(tmp_path):
+    """The second finds the first's LoRA in the modules that it adapts."""
+    model = make_lora(lora={**LORA, "target_modules": "all-linear"})
+    expected = exits_of(model, BATCH)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert torch.equal(exits_of(model, BATCH), expected)
+    model.set_adapter("second")
+    assert torch.equal(exits_of(model.eval(), BATCH), expected)
+
+
 def test_loaded_to_train_on(tmp_path):
     model = make_lora()
     model.save_pretrained(tmp_path)
