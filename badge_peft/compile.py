@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.extensions import extension_of
@@ -21,7 +21,7 @@ BUCKETS = (16, 32, 64, 128, 256, 512)
 
 def compile_blocks(
     model: nn.Module, *, buckets: Sequence[int] | None = None, **torch_compile_options: Any
-) -> CompiledModel:
+) -> CompiledBlocks:
     """Compiles the blocks of a BADGE model for inference, each on its own (regional compilation).
 
     Afterwards, with gradients off, `model(**batch)` and `early_exit_forward` pad sequences on the right up to the next
@@ -54,26 +54,7 @@ def compile_blocks(
         lengths = _checked(buckets, limit)
     pad_token = getattr(badge.model.config, "pad_token_id", None) or 0
     badge.compiled = CompiledBlocks(lengths, pad_token, torch_compile_options)
-    return CompiledModel(badge, badge.compiled)
-
-
-class CompiledModel:
-    """What `compile_blocks` returns.
-
-    Args:
-        model: The tuner whose blocks are compiled.
-        compiled: Their code.
-    """
-
-    def __init__(self, model: BadgeModel, compiled: CompiledBlocks) -> None:
-        self.buckets = compiled.buckets
-        self._model = model
-        self._compiled = compiled
-
-    def remove(self) -> None:
-        """The model runs its own blocks again."""
-        if self._model.compiled is self._compiled:
-            self._model.compiled = None
+    return badge.compiled
 
 
 def longest_sequence(model: nn.Module) -> int:

@@ -13,7 +13,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from badge_peft.early_exit.mixin import EarlyExitMixin, early_exit_model
-from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.model_card import write_card_of_adapter
 from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
@@ -26,7 +25,7 @@ from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
-from badge_peft.tuner.saved_modules import watch_saved_modules
+from badge_peft.tuner.saved_modules import saved_names, watch_saved_modules
 
 
 class BadgeModel(EarlyExitMixin, BaseTuner):
@@ -39,6 +38,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = BadgeBlock
     target_module_mapping: dict[str, Any] = {}
+    layout: BlockLayout
+    block_names: list[str]  # in the order of a pass, a shared block once for each time it runs
     # refuses inject_adapter_in_model, which would drop this class and with it every exit's loss
     uses_shared_state = True
 
@@ -47,22 +48,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         super().__init__(model, *args, **kwargs)
         self.peft_config = BadgeConfigs(self.peft_config)
         self.model.peft_config = self.peft_config  # where a tuner on top would look
-
-    # -------------------------------------------------------------------------------------------------- what it does
-
-    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
-        """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
-
-        With adapters disabled it is the base model, output and all.
-
-        Args:
-            *args: Of the base model.
-            exit_pass: The class of the pass; a training objective may change what goes on between the blocks.
-            **kwargs: Of the base model, `labels` among them: then the output has the loss (Eq. 8).
-        """
-        if not self.adapters_enabled:
-            return self.model(*args, **kwargs)
-        return self.full_depth_forward(*args, exit_pass=exit_pass, **kwargs)
 
     # ------------------------------------------------------------------------------------------- what others may ask
 
@@ -79,22 +64,21 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
                 f"model.load_adapter({config.source.path!r}, {adapter_name!r}) loads them. To train an adapter anew "
                 "with the config of a saved one, set config.source=None before it is put on a model."
             )
-        past_future, uncertainty = {}, None
-        if config.exit_type == "past_future" or config.learn_to_exit:
-            for block in self.wrapped:
-                for m in (0, *block.numbers):
-                    if config.exit_type == "past_future" and block.has_exit(adapter_name, m):
-                        past_future[m] = block.own_exit(adapter_name, m)
-                if adapter_name in block.badge_doubt:
-                    uncertainty = block.badge_doubt[adapter_name]
-        assert self.layout is not None
+        numbers = self.exit_layers(adapter_name)
+        past_future: list[nn.Module] = []
+        if config.exit_type == "past_future":
+            blocks = {m: block for block in self.wrapped for m in numbers if block.has_exit(adapter_name, m)}
+            past_future = [blocks[m].own_exit(adapter_name, m) for m in numbers]
         return AdapterExits(
             adapter_name,
-            self.exit_layers(adapter_name),
+            numbers,
             pooling_kind(self.model, config, self.layout),
+            config.resolved_labels,
+            config.resolved_problem_type,
+            config.final_exit == "exit",
             self.model.get_submodule(final_norm_name(self.model, self.layout)) if self.layout.final_norm else None,
-            [past_future[m] for m in sorted(past_future)],
-            uncertainty,
+            past_future,
+            self.wrapped[0].badge_doubt[adapter_name] if config.learn_to_exit else None,
         )
 
     @property
@@ -113,11 +97,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         """False inside `disable_adapter()`, and when no adapter is left."""
         block = self.model.get_submodule(self.block_names[0])
         return bool(self.active_adapters) and not cast(BadgeBlock, block).disable_adapters
-
-    def trains_backbone(self) -> bool:
-        """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
-        assert self.layout is not None
-        return backbone.is_trained(self.model, self.layout)
 
     def config_of(self, adapter_name: str | None = None) -> BadgeConfig:
         """The config of `adapter_name` (None: the active adapter).
@@ -144,10 +123,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     # ------------------------------------------------------------------------------------------ injection, by PEFT
     # PEFT types its hooks for any config and hands a tuner those of its own kind alone: hence `ignore[override]`.
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.layout: BlockLayout | None = None
-        self.block_names: list[str] = []  # in the order of a pass, a shared block once for each time it runs
-
     def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
         name = self._name_of(config)
         if len(self.peft_config) > 1 and self._owner(self.peft_config) is not None:
@@ -165,13 +140,11 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         checkpoint.check_file(self.model, own, layout)
         own.after_saving = write_card_of_adapter  # the one place where PEFT gives a tuner the folder
         self.peft_config[name] = own
-        self.layout = layout
-        self.block_names = block_names(self.model, layout)
+        self.layout, self.block_names = layout, block_names(self.model, layout)
         return own
 
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.backbone == "lora":
-            assert self.layout is not None
             wanted = lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
 
@@ -197,7 +170,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert self.layout is not None  # _prepare_adapter_config has run
         if not isinstance(target, BadgeBlock):
             numbers = [m for m, name in enumerate(self.block_names, start=1) if name == current_key]
             block = BadgeBlock(target, numbers, self.layout)
@@ -216,7 +188,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         backbone.train_for(self.model, None if full is None or full.inference_mode else full)
 
     def _owner(self, adapter_names: Iterable[str]) -> BadgeConfig | None:
-        return backbone.owner(map(self.config_of, adapter_names))
+        """The config among those of these adapters that has the backbone to itself."""
+        return next((config for name in adapter_names if (config := self.config_of(name)).backbone == "full"), None)
 
     def disable_adapter_layers(self) -> None:
         """The model answers as the base model, until `enable_adapter_layers`."""
@@ -263,14 +236,10 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_ERROR)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible: a bypass feeds an exit, not the block."""
-        raise NotImplementedError(MERGE_ERROR)
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not possible: an exit is not linear in its weights."""
         raise NotImplementedError(
-            "BADGE adapters cannot be added up: an activation, a LayerNorm and a softmax stand behind their weights, "
+            "BADGE adapters cannot be added up: an activation, a LayerNorm and a softmax follow their weights, "
             "so the exits of a mean are not the mean of the exits. Keep the adapters and choose one with "
             "set_adapter(name), or train one adapter on the data of all."
         )
@@ -287,13 +256,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     # ------------------------------------------------------------------------------------------ saving, called by PEFT
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: BadgeConfig,  # type: ignore[override]
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
     ) -> dict[str, Tensor]:
         return checkpoint.adapter_state_dict(config, adapter_name, state_dict)
 
@@ -302,14 +266,12 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         return re.sub(rf"(\.(?:{PREFIX}|lora_)\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: BadgeConfig,  # type: ignore[override]
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        names = saved_names(model, adapter_name)
+        named = {names.get(name, name): value for name, value in state_dict.items()}
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checkpoint.check_weights(model, config, adapter_name, mapped)
         config.source = None
         return mapped

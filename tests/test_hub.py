@@ -276,7 +276,6 @@ def test_a_revision_reaches_the_adapters_files(saved: tuple[str, PeftModel], mon
 
     monkeypatch.setattr("peft.config.hf_hub_download", download)
     monkeypatch.setattr("peft.utils.save_and_load.hf_hub_download", download)
-    monkeypatch.setattr("badge_peft.tuner.adapter_file.hf_hub_download", download)
     monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda *args, **kwargs: True)
     model = load_pretrained("me/exits", revision="v1", base_model=make_model())
     assert torch.equal(exits(model), exits(saved[1]))

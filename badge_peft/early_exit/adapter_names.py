@@ -101,26 +101,25 @@ def check_adapter_names(
     unknown = [name for name in names if name != BASE and name not in configs]
     if unknown:
         raise ValueError(f"there is no adapter {unknown[0]!r}; the model has {', '.join(map(repr, configs))}.")
-    for name in names:
-        changes = None if name == BASE else _changes(model, layout, name, configs[name])
-        if changes is not None:
-            raise ValueError(
-                f"adapter {name!r} has {changes}, so its rows cannot share a pass with those of others: run them in a "
-                f"call of their own, after set_adapter({name!r}). adapter_names takes adapters with backbone='frozen' "
-                "that save no module but the model's head."
-            )
     if BASE in names and layout.head and not hasattr(model, layout.head[-1]):
         raise ValueError(
             f"adapter_names has {BASE!r}, but {type(model).__name__} has no head that could answer: give these "
             "rows the name of an adapter."
         )
-    for name in active:
-        changes = _changes(model, layout, name, configs[name])
-        if changes is not None:
+    for name in (*names, *active):
+        changes = None if name == BASE else _changes(model, layout, name, configs[name])
+        if changes is None:
+            continue
+        if name in names:
             raise ValueError(
-                f"the active adapter {name!r} has {changes}, which all rows would pass through: call set_adapter with "
-                "the name of another one first."
+                f"adapter {name!r} has {changes}, so its rows cannot share a pass with those of others: run them in a "
+                f"call of their own, after set_adapter({name!r}). adapter_names takes adapters with backbone='frozen' "
+                "that save no module but the model's head."
             )
+        raise ValueError(
+            f"the active adapter {name!r} has {changes}, which all rows would pass through: call set_adapter with "
+            "the name of another one first."
+        )
 
 
 def _changes(model: nn.Module, layout: BlockLayout, name: str, config: BadgeConfig) -> str | None:

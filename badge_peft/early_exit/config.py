@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.utils.checks import check_choice, check_int, is_number, to_python
+from badge_peft.utils.checks import check_choice, check_int, check_number, is_number, to_python
+from badge_peft.utils.options import option
 
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
@@ -26,44 +27,29 @@ class EarlyExitConfig:
         ValueError: a field has a value that is not allowed; the message names field, value and what is allowed.
     """
 
-    policy: str = field(default="divergence", metadata={"help": "The exit policy, by its name in `POLICIES`."})
-    divergence: str = field(
-        default="ce",
-        metadata={"help": "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`."},
+    policy: str = option("divergence", "The exit policy, by its name in `POLICIES`.")
+    divergence: str = option("ce", "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`.")
+    threshold: float | None = option(
+        None, "tau of Eq. 3, or the bound of the other rules. None: the policy's default."
     )
-    threshold: float | None = field(
-        default=None, metadata={"help": "tau of Eq. 3, or the bound of the other rules. None: the policy's default."}
+    patience: int | None = option(None, "t of Eq. 3: how many exits must agree. None: the policy's default.")
+    window: str = option(
+        "all", "`all` earlier exits count (Eq. 3), or `consecutive`: the unbroken run of adjacent ones."
     )
-    patience: int | None = field(
-        default=None, metadata={"help": "t of Eq. 3: how many exits must agree. None: the policy's default."}
+    min_exit: int | None = option(None, "No row stops before this block.")
+    max_exit: int | None = option(None, "No row goes past this block.")
+    depth: int | None = option(None, "The block that answers, for `fixed_depth`.")
+    decide_every: int = option(
+        1,
+        "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
+        "exits between count as earlier exits. On a GPU each decision waits for the device: fewer may be faster.",
     )
-    window: str = field(
-        default="all",
-        metadata={"help": "`all` earlier exits count (Eq. 3), or `consecutive`: the unbroken run of adjacent ones."},
+    normalize: bool = option(False, "Divide entropies and cross-entropies by ln K before they meet the threshold.")
+    temperature: list[float] | None = option(
+        None, "One temperature per exit for `max_prob`; logits are divided by it."
     )
-    min_exit: int | None = field(default=None, metadata={"help": "No row stops before this block."})
-    max_exit: int | None = field(default=None, metadata={"help": "No row goes past this block."})
-    depth: int | None = field(default=None, metadata={"help": "The block that answers, for `fixed_depth`."})
-    decide_every: int = field(
-        default=1,
-        metadata={
-            "help": "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
-            "exits between count as earlier exits. On a GPU each decision waits for the device: fewer may be faster."
-        },
-    )
-    normalize: bool = field(
-        default=False,
-        metadata={"help": "Divide entropies and cross-entropies by ln K before they meet the threshold."},
-    )
-    temperature: list[float] | None = field(
-        default=None, metadata={"help": "One temperature per exit for `max_prob`; logits are divided by it."}
-    )
-    parameters: dict[str, Any] | None = field(
-        default=None, metadata={"help": "The fitted numbers of `agreement`, written by `calibrate`."}
-    )
-    calibration: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What `calibrate` recorded: data size, score, speed-up, bound."}
-    )
+    parameters: dict[str, Any] | None = option(None, "The fitted numbers of `agreement`, written by `calibrate`.")
+    calibration: dict[str, Any] | None = option(None, "What `calibrate` recorded: data size, score, speed-up, bound.")
 
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
@@ -73,17 +59,13 @@ class EarlyExitConfig:
         check_policy_name(self.policy)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("window", self.window, WINDOWS)
+        check_number("threshold", self.threshold, lambda tau: True, "it must be a finite number or None")
         if self.threshold is not None:
-            if not is_number(self.threshold):
-                raise ValueError(f"threshold={self.threshold!r} is not allowed: it must be a finite number or None.")
             self._set("threshold", float(self.threshold))
         check_int("patience", self.patience, at_least=1)
-        check_int("min_exit", self.min_exit, at_least=0)
-        check_int("max_exit", self.max_exit, at_least=0)
-        check_int("depth", self.depth, at_least=0)
-        if self.decide_every is None:
-            raise ValueError("decide_every=None is not allowed: it must be a whole number of at least 1.")
-        check_int("decide_every", self.decide_every, at_least=1)
+        for name in ("min_exit", "max_exit", "depth"):
+            check_int(name, getattr(self, name), at_least=0)
+        check_int("decide_every", self.decide_every, at_least=1, optional=False)
         if self.min_exit is not None and self.max_exit is not None and self.min_exit > self.max_exit:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."
@@ -122,17 +104,13 @@ class EarlyExitConfig:
         Raises:
             ValueError: `value` is of another type, or a name is not a field.
         """
-        if value is None:
-            data: dict[str, Any] = {}
-        elif isinstance(value, EarlyExitConfig):
-            data = {f.name: getattr(value, f.name) for f in fields(value)}
-        elif isinstance(value, dict):
-            data = dict(value)
-        else:
+        if isinstance(value, EarlyExitConfig):
+            value = vars(value)
+        elif value is not None and not isinstance(value, dict):
             raise ValueError(
                 f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
             )
-        data.update(overrides)
+        data = {**(value or {}), **overrides}
         allowed = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(allowed))
         if unknown:

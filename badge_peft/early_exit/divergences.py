@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from badge_peft.utils.problem import problem_of
+
 Array = np.ndarray
 _LN2 = np.float32(np.log(2.0))
 _LARGEST = np.array(1e30, np.float32)  # beyond it differences of logits would overflow; an infinite logit becomes this
@@ -47,20 +49,9 @@ def categorical(kind: str, log_p: Array, log_q: Array) -> Array:
     return np.float32(0.5) * ((p * (log_p - middle)).sum(axis=-1) + (q * (log_q - middle)).sum(axis=-1))
 
 
-def largest_probability(logits: Array, problem_type: str) -> Array:
-    """[n, K] -> [n]: the largest probability; multi-label: that of the least sure label."""
-    log_p = np.empty_like(logits)
-    if problem_type != "multi_label_classification":
-        log_softmax(logits, out=log_p)
-        return np.exp(log_p.max(axis=-1))
-    log_other = np.empty_like(logits)
-    log_sigmoid(logits, out=log_p, out_other=log_other)
-    return np.exp(np.maximum(log_p, log_other).min(axis=-1))
-
-
 def label(logits: Array, others: Array, problem_type: str) -> Array:
     """0 where the predicted label is the same, else 1 (multi-label: the number of labels that differ): [i, n]."""
-    if problem_type == "multi_label_classification":
+    if problem_of(problem_type).many_labels:
         return ((logits > 0) != (others > 0)).sum(axis=-1).astype(np.float32)
     return (logits.argmax(axis=-1) != others.argmax(axis=-1)).astype(np.float32)
 
@@ -73,4 +64,4 @@ def distance(values: Array, others: Array) -> Array:
 
 def max_entropy(num_labels: int, problem_type: str) -> float:
     """The largest entropy: ln K, or K ln 2 for K independent labels."""
-    return num_labels * math.log(2) if problem_type == "multi_label_classification" else math.log(max(num_labels, 2))
+    return num_labels * math.log(2) if problem_of(problem_type).many_labels else math.log(max(num_labels, 2))

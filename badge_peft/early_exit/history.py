@@ -1,9 +1,9 @@
-"""`ExitHistory`: what the exits of some rows have said so far, the one input of every policy.
+"""`ExitHistory`: the logits of some rows at the exits so far, the one input of every policy.
 
 It lives on the host, in numpy: a decision needs the logits there anyway (on CUDA that copy is the only
 synchronisation), and numpy's calls cost a third of torch's on such small arrays. All maths is float32 in log-space, so
 no logit, however large, gives a NaN. Arrays are exit-major, [E, n, K], so that one exit's numbers lie side by side and
-a row's results do not depend on which rows are beside it.
+a row's results do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit import divergences as div
-from badge_peft.utils.problem import infer_problem_type
+from badge_peft.utils.problem import infer_problem_type, problem_of
 
 Array = np.ndarray
 
@@ -33,13 +33,14 @@ class ExitHistory:
     def __init__(self, exits: Sequence[int], rows: int, num_labels: int, problem_type: str) -> None:
         self.exits = list(exits)
         self.problem_type = problem_type
+        self.problem = problem_of(problem_type)
         self.num_labels = num_labels
         self.seen = 0
         self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
-        self._uncertainty: Array | None = None
+        self.uncertainty: Array | None = None  # [E, n], what a learned exit layer predicts; NaN where it has not
         self._log_probs = np.empty_like(self.logits)
-        self._log_others = np.empty_like(self.logits) if problem_type == "multi_label_classification" else None
-        self._cache: dict[tuple[str, str, int], Array] = {}
+        self._log_others = np.empty_like(self.logits) if self.problem.many_labels else None
+        self._cache: dict[tuple[str, int, int, int], Array] = {}
 
     @classmethod
     def of(
@@ -57,34 +58,25 @@ class ExitHistory:
         j = self.seen
         self.logits[j] = logits
         x = self.logits[j]
-        if self.problem_type == "single_label_classification":
-            div.log_softmax(x, out=self._log_probs[j])
-        elif self.problem_type == "multi_label_classification":
-            assert self._log_others is not None
+        if self._log_others is not None:
             div.log_sigmoid(x, out=self._log_probs[j], out_other=self._log_others[j])
+        elif self.problem.gives_labels:
+            div.log_softmax(x, out=self._log_probs[j])
         if uncertainty is not None:
-            if self._uncertainty is None:
-                self._uncertainty = self._no_uncertainty()
-            self._uncertainty[j] = uncertainty
+            if self.uncertainty is None:
+                self.uncertainty = np.full(self.logits.shape[:2], np.nan, dtype=np.float32)
+            self.uncertainty[j] = uncertainty
         self.seen = j + 1
 
     def skip(self) -> None:
         """Passes over the next exit, which no decision will read."""
         self.seen += 1
 
-    @property
-    def uncertainty(self) -> Array:
-        """[E, n]: the learned uncertainty, NaN where there are none."""
-        return self._no_uncertainty() if self._uncertainty is None else self._uncertainty
-
-    def _no_uncertainty(self) -> Array:
-        return np.full(self.logits.shape[:2], np.nan, dtype=np.float32)
-
     def keep(self, rows: Array) -> None:
         """Forgets all rows but those that the boolean array `rows` [n] marks."""
         self.logits = self.logits[:, rows]
-        if self._uncertainty is not None:
-            self._uncertainty = self._uncertainty[:, rows]
+        if self.uncertainty is not None:
+            self.uncertainty = self.uncertainty[:, rows]
         self._log_probs = self._log_probs[:, rows]
         if self._log_others is not None:
             self._log_others = self._log_others[:, rows]
@@ -101,19 +93,19 @@ class ExitHistory:
 
     def to_earlier(self, kind: str, j: int) -> Array:
         """[j, n]: S(p_j, p_i) for every earlier exit i < j (Eq. 4)."""
-        return self._divergence("all", kind, j, slice(0, j))
+        return self._divergence(kind, j, 0, j)
 
     def to_previous(self, kind: str, j: int) -> Array:
         """[n]: S(p_j, p_{j-1})."""
-        return self._divergence("previous", kind, j, slice(j - 1, j))[0]
+        return self._divergence(kind, j, j - 1, j)[0]
 
     def to(self, kind: str, j: int, i: int) -> Array:
         """[n]: S(p_j, p_i)."""
-        return self._divergence(f"{i}", kind, j, slice(i, i + 1))[0]
+        return self._divergence(kind, j, i, i + 1)[0]
 
     def entropy(self, j: int) -> Array:
         """[n]: entropy of exit j in nats; multi-label: the sum over labels."""
-        return self._divergence("self", "ce", j, slice(j, j + 1))[0]
+        return self._divergence("ce", j, j, j + 1)[0]
 
     def confidence(self, j: int) -> Array:
         """[n]: the largest probability of exit j; multi-label: that of the least sure label."""
@@ -129,15 +121,16 @@ class ExitHistory:
         top = np.partition(self._log_probs[j], -2, axis=-1)[:, -2:]
         return np.exp(top[:, 1]) - np.exp(top[:, 0])
 
-    def _divergence(self, name: str, kind: str, j: int, others: slice) -> Array:
-        key = (name, kind, j)
+    def _divergence(self, kind: str, j: int, first: int, end: int) -> Array:
+        """[end - first, n]: S(p_j, p_i) for these exits i."""
+        key = (kind, j, first, end)
         found = self._cache.get(key)
         if found is None:
-            found = self._cache[key] = self._compute(kind, j, others)
+            found = self._cache[key] = self._compute(kind, j, slice(first, end))
         return found
 
     def _compute(self, kind: str, j: int, others: slice) -> Array:
-        if self.problem_type == "regression":
+        if not self.problem.gives_labels:
             return div.distance(self.logits[j], self.logits[others])
         if kind == "label":
             return div.label(self.logits[j], self.logits[others], self.problem_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import AdapterExits
-from badge_peft.utils.problem import infer_problem_type, problem_of
+from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
 
 class EarlyExitMixin:
@@ -30,7 +32,7 @@ class EarlyExitMixin:
 
     # what `BadgeModel` has
     model: Any
-    layout: BlockLayout | None
+    layout: BlockLayout
     training: bool
     compiled: CompiledBlocks | None = None  # by `compile_blocks`
     adapters_enabled: Any
@@ -39,12 +41,22 @@ class EarlyExitMixin:
     config_of: Callable[..., BadgeConfig]
     adapter_exits: Callable[[str], AdapterExits]
     single_active_adapter: Callable[[], str]
-    trains_backbone: Callable[[], bool]
+    peft_config: Any
 
     # ------------------------------------------------------------------------------------------------------ full depth
 
-    def full_depth_forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
-        """Full depth with every exit; see `BadgeModel.forward`."""
+    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
+        """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
+
+        With adapters disabled it is the base model, output and all.
+
+        Args:
+            *args: Of the base model.
+            exit_pass: The class of the pass; a training objective may change what goes on between the blocks.
+            **kwargs: Of the base model, `labels` among them: then the output has the loss (Eq. 8).
+        """
+        if not self.adapters_enabled:
+            return self.model(*args, **kwargs)
         labels = kwargs.pop("labels", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         return_dict = kwargs.pop("return_dict", None)
@@ -119,7 +131,9 @@ class EarlyExitMixin:
         batch_size = count_rows(**inputs)
         order = None
         if adapter_names is not None:
-            self._check_adapter_names(adapter_names, batch_size)
+            check_adapter_names(
+                adapter_names, batch_size, self.model, self.layout, self.peft_config, self.active_adapters
+            )
             order = RowOrder(adapter_names)
             inputs = order.sort(inputs)
             groups = list(zip(order.names, order.firsts, order.counts, strict=True))
@@ -141,7 +155,7 @@ class EarlyExitMixin:
             base = self.model(return_dict=True, **inputs)
         answers = []
         for reader in readers:
-            if not reader.has_final_exit:
+            if not reader.exits.has_final_exit:
                 reader.finish(base.logits[reader.first : reader.first + reader.rows])
             assert reader.answer is not None  # every row has its answer
             answers.append(reader.answer)
@@ -164,49 +178,20 @@ class EarlyExitMixin:
 
     # ------------------------------------------------------------------------------------------------- pass and reader
 
-    def _check_adapter_names(self, adapter_names: Sequence[str], batch_size: int) -> None:
-        assert self.layout is not None
-        configs: dict[str, BadgeConfig] = self.peft_config  # type: ignore[attr-defined]
-        check_adapter_names(adapter_names, batch_size, self.model, self.layout, configs, self.active_adapters)
-
     def _pass(
         self, kind: type[EarlyExitPass], readers: Sequence[Any], batch_size: int, mask: Tensor | None
     ) -> EarlyExitPass:
-        return kind(
-            readers,
-            batch_size,
-            mask,
-            self.num_blocks,
-            compiled=self.compiled,
-            trains_backbone=self.trains_backbone,
-        )
+        trained = partial(is_trained, self.model, self.layout)
+        return kind(readers, batch_size, mask, self.num_blocks, compiled=self.compiled, trains_backbone=trained)
 
     def _reader(
         self, name: str, rows: int, mask: Tensor | None, first: int, config: Any, overrides: dict[str, Any]
     ) -> PolicyReader:
         if name == BASE:
-            depth = self.num_blocks
-            return PolicyReader(
-                AdapterExits(BASE, [depth], "cls"),
-                rows,
-                mask,
-                first,
-                policy=build_policy(policy="fixed_depth", depth=depth),
-                num_labels=int(self.model.config.num_labels),
-                problem_type="single_label_classification",
-                has_final_exit=False,
-            )
-        own = self.config_of(name)
-        return PolicyReader(
-            self.adapter_exits(name),
-            rows,
-            mask,
-            first,
-            policy=build_policy(own.early_exit if config is None else config, **overrides),
-            num_labels=own.resolved_labels,
-            problem_type=own.resolved_problem_type,
-            has_final_exit=own.final_exit == "exit",
-        )
+            exits = AdapterExits(BASE, [self.num_blocks], "cls", self.model.config.num_labels, Problem.name, False)
+            return PolicyReader(exits, rows, mask, first, build_policy(policy="never"))
+        policy = build_policy(self.config_of(name).early_exit if config is None else config, **overrides)
+        return PolicyReader(self.adapter_exits(name), rows, mask, first, policy)
 
 
 def early_exit_forward(model: nn.Module, **kwargs: Any) -> EarlyExitOutput:

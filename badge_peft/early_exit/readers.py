@@ -95,9 +95,6 @@ class PolicyReader(ExitReader):
         attention_mask: [n, S] or None.
         first: The first row in the batch.
         policy: Decides, on the host.
-        num_labels: K.
-        problem_type: For the policy.
-        has_final_exit: Whether exit M is one of the adapter's own; otherwise the model's own head answers there.
 
     Attributes:
         answer: [n, K], logits of the rows that have stopped.
@@ -105,22 +102,12 @@ class PolicyReader(ExitReader):
     """
 
     def __init__(
-        self,
-        exits: AdapterExits,
-        rows: int,
-        attention_mask: Tensor | None,
-        first: int = 0,
-        *,
-        policy: ExitPolicy,
-        num_labels: int,
-        problem_type: str,
-        has_final_exit: bool,
+        self, exits: AdapterExits, rows: int, attention_mask: Tensor | None, first: int, policy: ExitPolicy
     ) -> None:
         super().__init__(exits, rows, attention_mask, first)
-        policy.check(exits.numbers, num_labels, problem_type)
+        policy.check(exits.numbers, exits.num_labels, exits.problem_type)
         self.policy = policy
-        self.has_final_exit = has_final_exit
-        self.history = ExitHistory(exits.numbers, rows, num_labels, problem_type)
+        self.history = ExitHistory(exits.numbers, rows, exits.num_labels, exits.problem_type)
         self.answer: Tensor | None = None
         self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
         self.reads_uncertainty = policy.reads_uncertainty

@@ -26,7 +26,7 @@ def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLo
     """
     if policy == "auto":
         seen = exit_logits.history()
-        learned = not np.isnan(seen.uncertainty).any()
+        learned = seen.uncertainty is not None
         known = [policy for policy in POLICIES.values() if learned or not policy.reads_uncertainty]
         templates = [template for policy in known for template in policy.templates(seen.problem_type)]
         found = [config for template in templates for config in families(template, exit_logits)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
@@ -56,24 +56,29 @@ class BlockLayout:
                 f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
                 f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
             )
-        for name in (
-            "ffn",
-            "head",
-            "shared_arguments",
-            "mask_arguments",
-            "position_arguments",
-            "lora_targets",
-        ):  # JSON gives lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, value in vars(self).copy().items():
+            if isinstance(value, list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
+
+    @classmethod
+    def of(cls, value: Any) -> BlockLayout:
+        """A layout from one, or from a dict of its fields.
+
+        Raises:
+            ValueError: `value` is neither, or a field is missing or unknown.
+        """
+        if not isinstance(value, (dict, BlockLayout)):
+            raise ValueError(f"block_layout={value!r} is not allowed: it must be a BlockLayout or a dict.")
+        try:
+            return cls(**value) if isinstance(value, dict) else value
+        except TypeError as error:
+            allowed = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"block_layout={value!r} is not allowed: {error}; its fields are {allowed}.") from error
 
     @property
     def pre_norm(self) -> bool:
         """Whether blocks normalize their inputs (ModernBERT) and not their output (BERT)."""
         return self.last_norm is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 _BERT = BlockLayout(
@@ -146,8 +151,6 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
     Raises:
         ValueError: the table has no such row, or `layout` does not fit the model.
     """
-    if isinstance(layout, dict):
-        layout = BlockLayout(**layout)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if layout is None:
         if model_type not in ARCHITECTURES:
@@ -156,6 +159,7 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
                 f"{', '.join(ARCHITECTURES)}. For another encoder pass BadgeConfig(block_layout=BlockLayout(...))."
             )
         layout = ARCHITECTURES[model_type]
+    layout = BlockLayout.of(layout)
     _check(model, layout)
     return layout
 
@@ -218,7 +222,7 @@ def max_positions(model: nn.Module) -> int | None:
     """How many tokens the model's table of positions has room for; None where it has no table."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and MPNet count positions from behind the padding token's
+            # RoBERTa and MPNet count positions from the one after the padding token's
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from badge_peft.registry import PREFIX
 from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.lora import is_lora
-
-
-def owner(configs: Iterable[BadgeConfig]) -> BadgeConfig | None:
-    """The config among `configs` that has the backbone to itself."""
-    return next((config for config in configs if config.backbone == "full"), None)
 
 
 def is_own_weight(name: str) -> bool:
@@ -33,7 +26,7 @@ def train_for(model: nn.Module, full: BadgeConfig | None) -> None:
 
 
 def is_trained(model: nn.Module, layout: BlockLayout) -> bool:
-    """Whether any weight behind the blocks' outputs is trained: one that is neither ours nor the model's head."""
+    """Whether any weight that the blocks' outputs depend on is trained: neither ours nor the model's head."""
     return any(
         p.requires_grad and ".badge_" not in name and name.split(".")[0] not in layout.head
         for name, p in model.named_parameters()
@@ -42,7 +35,7 @@ def is_trained(model: nn.Module, layout: BlockLayout) -> bool:
 
 def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
     """Prefixes of parameters that no exit reads, when `final_exit="exit"`: the model's own head and pooler, and the
-    norm behind block M where exit M has its own."""
+    norm after block M where exit M has its own."""
     if config.final_exit == "base_head":
         return ()
     layout = get_layout(model, config.block_layout)

@@ -26,7 +26,7 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
 
 
 class Bypass(nn.Module):
-    """The bottleneck of one block: B(x) = g1(x W_down) W_up (Eq. 1), and the LayerNorm LN' behind it (Eq. 2).
+    """The bottleneck of one block: B(x) = g1(x W_down) W_up (Eq. 1), followed by the LayerNorm LN' (Eq. 2).
 
     W_up starts at zero, so that an exit starts from the block's own output.
 

@@ -16,13 +16,16 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from badge_peft.registry import PREFIX
-from badge_peft.tuner.adapter_file import FLOATS, check_finite
 from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, exit_norm
 from badge_peft.tuner.backbone import is_own_weight
 from badge_peft.tuner.config import BadgeConfig, own_exits
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config
+from badge_peft.tuner.saved_modules import saved_names
+
+#: dtypes of the weights that an adapter is trained in. Others (float8, integers, complex) would be cast in silence.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -38,13 +41,13 @@ def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[
 
 
 def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    """Compares the file beside a config that was read with what the adapter will have on `model`.
+    """Compares the weights of a config that was read with what the adapter will have on `model`.
 
     Nothing of the model is changed.
 
     Args:
         model: The base model, wrapped or not.
-        config: Prepared for `model`. Without a file beside it, its `source` becomes None.
+        config: Prepared for `model`. Without a file of weights its `source` becomes None.
         layout: Where the blocks of `model` are.
 
     Raises:
@@ -77,10 +80,7 @@ def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weig
     """
     here = model.state_dict()
     expected = adapter_state_dict(config, adapter_name, here)
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            keys = module.adapter_state_dict_load_map(adapter_name).values()
-            expected.update({f"{name}.{key}": here[f"{name}.{key}"] for key in keys})
+    expected.update({name: here[name] for name in saved_names(model, adapter_name).values()})
     _compare(expected, weights, _embeddings(model))
 
 
@@ -111,7 +111,11 @@ def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], option
             raise ValueError(
                 f"{name} is {value.dtype} in the adapter file; allowed is {allowed}. Save the adapter again."
             )
-        check_finite(name, value)
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{name} in the adapter file has values that are not finite numbers: its training has failed. Train "
+                "again, with a smaller learning rate, or take an earlier checkpoint."
+            )
 
 
 def _expected_tensors(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> dict[str, Tensor]:

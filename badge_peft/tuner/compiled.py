@@ -14,7 +14,7 @@ from badge_peft.tuner.context import Recorder
 
 
 class CompiledBlocks:
-    """The compiled code of a model's blocks, by bucket.
+    """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns.
 
     Args:
         buckets: Lengths, increasing.
@@ -27,6 +27,11 @@ class CompiledBlocks:
         self.pad_token = pad_token
         self.options = options
         self._steps: dict[Any, Callable[..., Any]] = {}
+
+    def remove(self) -> None:
+        """The model runs its own blocks again, at every length."""
+        self.buckets = []
+        self._steps.clear()
 
     def round_up(self, length: int) -> int:
         """The bucket of `length`; a length beyond the largest stays as it is."""
@@ -41,13 +46,8 @@ class CompiledBlocks:
         # torch keeps and limits compilations by function, so each kind of call has one, which all blocks share
         given = [*args, *kwargs.values()]
         rows = next(x.shape[0] for x in given if isinstance(x, Tensor))
-        key: tuple[Any, ...] = (
-            length,
-            rows == 1,
-            len(recorders),
-            torch.is_inference_mode_enabled(),
-            *map(type, given),
-        )
+        inference = torch.is_inference_mode_enabled()
+        key: tuple[Any, ...] = (length, rows == 1, len(recorders), inference, *map(type, given))
         if torch.__version__ < "2.5":  # there they cannot share
             key = (*key, id(layer))
         if rows > 1:  # compiled for any number of rows, and not for the first one first

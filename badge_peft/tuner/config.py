@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftConfig, PeftType, TaskType
@@ -12,18 +12,24 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource
 from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.bypass import ACTIVATION_MODULES
+from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, is_number
+from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, infer_problem_type
 
-PLACEMENTS = ("block", "ffn", "mhsa", "none")
-ACTIVATIONS = ("gelu", "relu", "leaky_relu", "silu", "swish", "tanh", "identity")
-NORMS = ("own", "shared")
-EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
-POOLINGS = ("auto", "cls", "mean", "last")
-FINAL_EXITS = ("base_head", "exit")
-BACKBONES = ("frozen", "lora", "full")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "placement": ("block", "ffn", "mhsa", "none"),
+    "activation": tuple(ACTIVATION_MODULES),
+    "norm": ("own", "shared"),
+    "exit_type": tuple(EXITS),
+    "exit_pooling": ("auto", "cls", "mean", "last"),
+    "final_exit": ("base_head", "exit"),
+    "backbone": ("frozen", "lora", "full"),
+}
+_AT_RUN_TIME: dict[str, Any] = {"init": False, "repr": False, "compare": False}
 
 
 @dataclass
@@ -49,92 +55,49 @@ class BadgeConfig(PeftConfig):
     ```
     """
 
-    r: int = field(default=16, metadata={"help": "Bottleneck dimension of the bypasses."})
-    placement: str = field(
-        default="block", metadata={"help": "Where the bypass reads: `block` (Eq. 2), `ffn`, `mhsa`, or `none`."}
+    r: int = option(16, "Bottleneck dimension of the bypasses.")
+    placement: str = option("block", "Where the bypass reads: `block` (Eq. 2), `ffn`, `mhsa`, or `none`.")
+    activation: str = option("gelu", f"g1 of Eq. 1: {', '.join(ACTIVATION_MODULES)}.")
+    bias: bool = option(False, "Biases in the two projections of a bypass (Eq. 1 has none).")
+    norm: str = option("own", "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`.")
+    exit_type: str = option("linear", "`linear`, `pooled` (dense + tanh + linear), `mha` or `past_future`.")
+    exit_pooling: str = option("auto", "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head.")
+    exit_dropout: float = option(0.1, "Dropout before each exit's linear layer, in training.")
+    exit_layers: list[int] | None = option(
+        None, "1-based blocks with an exit; None = all. 0 is an exit on the embeddings. Block M always is."
     )
-    activation: str = field(default="gelu", metadata={"help": f"g1 of Eq. 1: {', '.join(ACTIVATIONS)}."})
-    bias: bool = field(default=False, metadata={"help": "Biases in the two projections of a bypass (Eq. 1 has none)."})
-    norm: str = field(
-        default="own", metadata={"help": "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`."}
+    final_exit: str = option("base_head", "Exit M: the model's own head, `base_head`, or an `exit` like the others.")
+    train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
+    backbone: str = option("frozen", "`frozen`, `lora` or `full` (the paper).")
+    lora: Any = option(None, "LoraConfig or dict for backbone='lora'.")
+    exit_weights: Any = option(
+        "uniform", "Weights of the exits' losses: `uniform` (Eq. 8), `linear` (m, PABEE), or a list."
     )
-    exit_type: str = field(
-        default="linear", metadata={"help": "`linear`, `pooled` (dense + tanh + linear), `mha` or `past_future`."}
+    learn_to_exit: bool = option(
+        False, "A layer, shared by all exits, that learns when an exit is wrong (LTE), for policy `learned`."
     )
-    exit_pooling: str = field(
-        default="auto",
-        metadata={"help": "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head."},
+    early_exit: Any = option(None, "EarlyExitConfig or dict: how this adapter stops when the call does not say.")
+    num_labels: int | None = option(None, "Outputs of an exit; None = the model's.")
+    problem_type: str | None = option(None, "As transformers has it; None = the model's.")
+    label_names: list[str] | None = option(None, "Names of the labels by number; None = the base model's own.")
+    block_layout: Any = option(None, "BlockLayout or dict for a backbone not in the table.")
+    target_modules: str | None = option(None, "Filled in: the blocks of the model, as a regular expression.")
+    exclude_modules: list[str] | str | None = option(None, "Not used by BADGE.")
+    modules_to_save: list[str] | None = option(None, "More modules to train and save, as everywhere in PEFT.")
+    hidden_size: int | None = option(None, "Filled in: d, checked when an adapter is loaded.")
+    num_blocks: int | None = option(None, "Filled in: M, checked when an adapter is loaded.")
+    base_fingerprint: dict[str, list[float]] | None = option(
+        None, "Filled in: a sample of the base weights, checked when an adapter is loaded."
     )
-    exit_dropout: float = field(
-        default=0.1, metadata={"help": "Dropout before each exit's linear layer, in training."}
+    badge_version: str | None = option(None, "Filled in: the badge_peft that made this.")
+    source: AdapterSource | None = option(
+        None, "At run time: where this was read, until its weights are loaded. None: a new adapter.", **_AT_RUN_TIME
     )
-    exit_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "1-based blocks with an exit; None = all. 0 is an exit on the embeddings. Block M always is."
-        },
-    )
-    final_exit: str = field(
-        default="base_head",
-        metadata={"help": "Exit M: the model's own head, `base_head`, or an `exit` like the others."},
-    )
-    train_head: bool = field(
-        default=True, metadata={"help": "Train the model's own head and save it. False keeps full depth bit for bit."}
-    )
-    backbone: str = field(default="frozen", metadata={"help": "`frozen`, `lora` or `full` (the paper)."})
-    lora: Any = field(default=None, metadata={"help": "LoraConfig or dict for backbone='lora'."})
-    exit_weights: Any = field(
-        default="uniform",
-        metadata={"help": "Weights of the exits' losses: `uniform` (Eq. 8), `linear` (m, PABEE), or a list."},
-    )
-    learn_to_exit: bool = field(
-        default=False,
-        metadata={
-            "help": "A layer, shared by all exits, that learns when an exit is wrong (LTE), for policy `learned`."
-        },
-    )
-    early_exit: Any = field(
-        default=None, metadata={"help": "EarlyExitConfig or dict: how this adapter stops when the call does not say."}
-    )
-    num_labels: int | None = field(default=None, metadata={"help": "Outputs of an exit; None = the model's."})
-    problem_type: str | None = field(default=None, metadata={"help": "As transformers has it; None = the model's."})
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the labels by number; None = the base model's own."}
-    )
-    block_layout: Any = field(default=None, metadata={"help": "BlockLayout or dict for a backbone not in the table."})
-    target_modules: str | None = field(
-        default=None, metadata={"help": "Filled in: the blocks of the model, as a regular expression."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Not used by BADGE."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "More modules to train and save, as everywhere in PEFT."}
-    )
-    hidden_size: int | None = field(
-        default=None, metadata={"help": "Filled in: d, checked when an adapter is loaded."}
-    )
-    num_blocks: int | None = field(default=None, metadata={"help": "Filled in: M, checked when an adapter is loaded."})
-    base_fingerprint: dict[str, list[float]] | None = field(
-        default=None, metadata={"help": "Filled in: a sample of the base weights, checked when an adapter is loaded."}
-    )
-    badge_version: str | None = field(default=None, metadata={"help": "Filled in: the badge_peft that made this."})
-    source: AdapterSource | None = field(
-        default=None,
-        init=False,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": "At run time: where this was read, until the weights beside it are loaded. None: a new adapter."
-        },
-    )
-    after_saving: Callable[[str], None] | None = field(
-        default=None,
-        init=False,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": "At run time: called with the folder once this is written into it, which PEFT does last when it "
-            "saves an adapter. A model puts the writing of the card here; None: nothing is called."
-        },
+    after_saving: Callable[[str], None] | None = option(
+        None,
+        "At run time: called with the folder once this is written into it, which PEFT does last when it saves an "
+        "adapter. A model puts the writing of the card here; None: nothing is called.",
+        **_AT_RUN_TIME,
     )
 
     def __post_init__(self) -> None:
@@ -144,18 +107,8 @@ class BadgeConfig(PeftConfig):
             self.task_type = TaskType.SEQ_CLS
         if self.task_type != TaskType.SEQ_CLS:
             raise ValueError(f"task_type={self.task_type!r} is not allowed: BADGE classifies sequences, 'SEQ_CLS'.")
-        check_int("r", self.r, at_least=1)
-        if self.r is None:
-            raise ValueError("r=None is not allowed: it must be a whole number of at least 1.")
-        for name, allowed in (
-            ("placement", PLACEMENTS),
-            ("activation", ACTIVATIONS),
-            ("norm", NORMS),
-            ("exit_type", EXIT_TYPES),
-            ("exit_pooling", POOLINGS),
-            ("final_exit", FINAL_EXITS),
-            ("backbone", BACKBONES),
-        ):
+        check_int("r", self.r, at_least=1, optional=False)
+        for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
@@ -182,20 +135,19 @@ class BadgeConfig(PeftConfig):
             )
         if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
             raise ValueError(f"modules_to_save={self.modules_to_save!r} is not allowed: it must be None or a list.")
-        self._check_block_layout()
+        if self.block_layout is not None:
+            self.block_layout = BlockLayout.of(self.block_layout)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         data = super().to_dict()
         for name in ("source", "after_saving"):
             data.pop(name)
-        if isinstance(self.block_layout, BlockLayout):
-            data["block_layout"] = self.block_layout.to_dict()
         return data
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Reads `adapter_config.json`, as every config of PEFT. The weights beside it are compared with the config
+        """Reads `adapter_config.json`, as every config of PEFT. Its weights are compared with the config
         when it is put on a model, before that is changed."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, BadgeConfig):
@@ -220,19 +172,6 @@ class BadgeConfig(PeftConfig):
     def resolved_problem_type(self) -> str:
         """The problem type; a model that was never given labels has one output per row or per class."""
         return self.problem_type or infer_problem_type(self.num_labels or 0)
-
-    def _check_block_layout(self) -> None:
-        layout = self.block_layout
-        if isinstance(layout, dict):
-            try:
-                self.block_layout = BlockLayout(**layout)
-            except TypeError as error:
-                allowed = ", ".join(BlockLayout.__dataclass_fields__)
-                raise ValueError(
-                    f"block_layout={layout!r} is not allowed: {error}; its fields are {allowed}."
-                ) from error
-        elif layout is not None and not isinstance(layout, BlockLayout):
-            raise ValueError(f"block_layout={layout!r} is not allowed: it must be a BlockLayout or a dict.")
 
     def _check_exit_layers(self) -> None:
         layers = self.exit_layers

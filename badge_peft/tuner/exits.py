@@ -29,7 +29,6 @@ class PastFutureState:
         self.exits = exits
         self.keeps_vectors = False
         self.sums: dict[str, Tensor] = {}  # over the exits so far, per row
-        self.counts: dict[str, int] = {}
         self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
         self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
 
@@ -37,33 +36,11 @@ class PastFutureState:
         """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
         before = self.sums.get(name)
         self.sums[name] = for_later if before is None else before + for_later
-        self.counts[name] = self.counts.get(name, 0) + 1
         return value if before is None else before + value
-
-    def count(self, name: str) -> int:
-        """How many exits `add` has seen."""
-        return self.counts[name]
-
-    def deeper(self, exit_: nn.Module) -> list[nn.Module]:
-        """The exits deeper than `exit_`."""
-        return self.exits[self._index(exit_) + 1 :]
-
-    def record_vector(self, exit_: nn.Module, vector: Tensor) -> None:
-        """Keeps v_j for the objective."""
-        if self.keeps_vectors:
-            self.vectors[self._index(exit_)] = vector
-
-    def record_prediction(self, exit_: nn.Module, later: nn.Module, prediction: Tensor) -> None:
-        """Keeps what `exit_` takes the vector of `later` to be, for the objective."""
-        if self.keeps_vectors:
-            self.predictions[self._index(exit_), self._index(later)] = prediction
 
     def keep_rows(self, index: Tensor) -> None:
         """Goes on with the rows `index` alone."""
         self.sums = {name: torch.index_select(value, 0, index) for name, value in self.sums.items()}
-
-    def _index(self, exit_: nn.Module) -> int:
-        return next(i for i, known in enumerate(self.exits) if known is exit_)
 
 
 class Exit(nn.Module):
@@ -175,17 +152,19 @@ class PastFutureExit(Exit):
     def forward(self, vector: Tensor, state: PastFutureState | None = None) -> Tensor:
         """[B, d] -> [B, K], with what `state` has of the exits before and after this one."""
         assert state is not None
-        state.record_vector(self, vector)
+        i = state.exits.index(self)
+        if state.keeps_vectors:
+            state.vectors[i] = vector
         vector = self.dropout(vector)
         past = state.add("past", self.linear(vector), self.linear(vector.detach()))
         gates = state.add("gates", self.gate(vector), self.gate(vector.detach()))
-        balance = self.balance((gates / state.count("past")).tanh()).sigmoid()  # lam [B, K]
+        balance = self.balance((gates / (i + 1)).tanh()).sigmoid()  # lam [B, K]
         future = torch.zeros_like(past)
-        for later in state.deeper(self):
-            other = cast(PastFutureExit, later)
-            prediction = other.imitate(vector).tanh()
-            state.record_prediction(self, other, prediction)
-            future = future + other.linear(prediction)
+        for j, other in enumerate(state.exits[i + 1 :], start=i + 1):
+            prediction = cast(PastFutureExit, other).imitate(vector).tanh()
+            if state.keeps_vectors:
+                state.predictions[i, j] = prediction
+            future = future + cast(PastFutureExit, other).linear(prediction)
         return 2 * balance * past + (2 - 2 * balance) * future
 
 
@@ -199,7 +178,7 @@ EXITS: dict[str, type[Exit]] = {
 
 class MultiExitHead(nn.ModuleDict):
     """The exits that one block module serves, by block number: one exit for an ordinary block, M for ALBERT's shared
-    one, and exit 0 (on the embeddings) beside exit 1.
+    one, and exit 0 (on the embeddings) with exit 1.
 
     Args:
         numbers: Block numbers that get an exit.
@@ -225,6 +204,9 @@ class AdapterExits:
         adapter: Its name.
         numbers: Block numbers of its exits, shallow to deep; the last is M.
         pooling: `cls`, `mean` or `last`.
+        num_labels: K.
+        problem_type: As transformers has it.
+        has_final_exit: Whether exit M is one of its own; otherwise the model's own head answers there.
         final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
         past_future: Its exits, shallow to deep, where they need one another; else empty.
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
@@ -233,6 +215,9 @@ class AdapterExits:
     adapter: str
     numbers: list[int]
     pooling: str
+    num_labels: int
+    problem_type: str
+    has_final_exit: bool
     final_norm: nn.Module | None = None
     past_future: list[nn.Module] = field(default_factory=list)
     uncertainty: nn.Module | None = None

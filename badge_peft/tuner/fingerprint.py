@@ -18,7 +18,7 @@ from badge_peft.tuner.lora import is_lora
 from badge_peft.tuner.preconditions import is_quantized
 
 VALUES = 4  # values per parameter
-PARAMETERS = 8  # parameters, spread over the depth of the model; beside these the last of each kind
+PARAMETERS = 8  # parameters, spread over the depth of the model; and the last of each kind
 TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weights further than that.
 
 
@@ -68,7 +68,7 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
                 "trained. Load the base model that adapter_config.json names (base_model_name_or_path). If that is "
                 "what you did, either a LoRA had been merged into it before the exits were trained: merge it again, "
                 "or save the merged model and load that one. Or its checkpoint lacks this weight and transformers "
-                "drew it at random: train with final_exit='exit', or save the base model beside the adapter."
+                "drew it at random: train with final_exit='exit', or save the base model with the adapter."
             )
 
 

@@ -17,33 +17,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from badge_peft.tuner.config import is_badge
 
-# Names inside of our modules and of PEFT's wrappers; beside these come the block numbers.
-_OUR_NAMES = (
-    "query",
-    "key",
-    "value",
-    "output",
-    "imitate",
-    "gate",
-    "balance",
-    "badge_doubt",
-    "lora_A",
-    "lora_B",
-    "lora_dropout",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "down",
-    "up",
-    "norm",
-    "activation",
-    "linear",
-    "dense",
-    "dropout",
-    "badge_bypass",
-    "badge_exit",
+# Names inside of our modules and of PEFT's wrappers, but for the block numbers.
+_NAMES = frozenset(
+    "badge_bypass down up activation norm badge_exit linear dropout dense query key value output imitate gate balance "
+    "badge_doubt lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "base_model model base_layer modules_to_save original_module".split()
 )
-_PEFT_NAMES = ("base_model", "model", "base_layer", "modules_to_save", "original_module")
 _MERGE = (
     "merge it into the weights first, `model = model.merge_and_unload()`, and put BADGE on the result (save that, so "
     "that both can be loaded again); or train a LoRA together with the exits, BadgeConfig(backbone='lora')"
@@ -51,12 +30,12 @@ _MERGE = (
 _MERGE_LAYERS = (
     "load it as a PeftModel, PeftModel.from_pretrained(base_model, folder), or make it with get_peft_model, and "
 )
-_ON_TOP = "model.add_adapter(name, BadgeConfig(...)) puts another adapter beside it, model.unload() takes it off"
+_ON_TOP = "model.add_adapter(name, BadgeConfig(...)) adds another adapter, model.unload() takes it off"
 
 
 def check_no_other_tuner(model: nn.Module) -> None:
     """Refuses `model` when an adapter of PEFT's is on it, BADGE's own among them. One that has been merged or unloaded
-    has left nothing behind.
+    leaves nothing on the model.
 
     Raises:
         ValueError: which adapter that is, where it is, and what to do. Nothing has been changed.
@@ -123,7 +102,7 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
     named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
     taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
-    if adapter_name in taken or adapter_name in (*_OUR_NAMES, *_PEFT_NAMES) or adapter_name.isdigit():
+    if adapter_name in taken or adapter_name in _NAMES or adapter_name.isdigit():
         raise ValueError(
             f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
             "and PEFT would confuse the two when it saves. Choose another name."
@@ -161,7 +140,7 @@ def check_trainable(model: nn.Module, modules_to_save: list[str], backbone: str)
 
     Args:
         model: The base model.
-        modules_to_save: Ends of the names of the modules that are trained beside the exits.
+        modules_to_save: Ends of the names of the modules that are trained with the exits.
         backbone: As in `BadgeConfig`.
 
     Raises:

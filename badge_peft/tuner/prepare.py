@@ -9,7 +9,7 @@ from torch import nn
 
 from badge_peft._version import package_version
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
-from badge_peft.tuner.config import POOLINGS, BadgeConfig, exit_numbers
+from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
@@ -21,8 +21,12 @@ _PEFT_HEADS = ("classifier", "score")
 NO_HEAD = "no_head_is_saved"
 
 
-def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> None:
-    """Resolves every field that depends on the model, in place.
+def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
+    """A copy of `config` in which every field that depends on the model is filled in. `config` itself stays as its
+    owner made it, free for another model.
+
+    PEFT has added heads to the caller's `modules_to_save`, and reads it once more when the tuner is in place, to train
+    them: they are taken out of it, and stand in the copy where they are to be trained.
 
     Args:
         model: The base model, wrapped or not.
@@ -32,21 +36,30 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     Raises:
         ValueError: config and model do not fit; the message says what to do.
     """
+    names = config.modules_to_save
+    if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
+        config.modules_to_save = names[: -len(_PEFT_HEADS)] or None
+    config = copy.deepcopy(config)
     check_name(model, adapter_name)
     check_devices(model)
     extension = extension_of(model)
     extension.check(model, config)
     layout = get_layout(model, config.block_layout)
-    names = block_names(model, layout)
-    _check_saved("num_blocks", config.num_blocks, len(names))
-    width = hidden_size(model, layout, names[0])
+    blocks = block_names(model, layout)
+    _check_saved("num_blocks", config.num_blocks, len(blocks))
+    width = hidden_size(model, layout, blocks[0])
     _check_saved("hidden_size", config.hidden_size, width)
     _check_head(model, config, layout)
-    exits = exit_numbers(config, len(names))
-    loss_weights(config.exit_weights, exits)
+    loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
     num_labels, problem_type = _labels(model, config)
-    _check_pooling(model, config, layout)
-    target = _target_modules(names)
+    kind = pooling_kind(model, config, layout)
+    if kind not in CHOICES["exit_pooling"][1:]:
+        raise ValueError(
+            f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(CHOICES['exit_pooling'][1:])}"
+            ": set exit_pooling in BadgeConfig."
+        )
+    # one regular expression for all blocks; PEFT matches it against whole module names
+    target = "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in blocks}))
     if config.target_modules not in (None, target):
         if config.base_fingerprint is not None:  # read from a file
             raise ValueError(
@@ -70,27 +83,11 @@ def prepare_config(model: nn.Module, config: BadgeConfig, adapter_name: str) -> 
     if config.base_fingerprint is None:
         unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
         config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
-    config.num_blocks, config.hidden_size, config.target_modules = len(names), width, target
+    config.num_blocks, config.hidden_size, config.target_modules = len(blocks), width, target
     config.num_labels, config.problem_type = num_labels, problem_type
     config.badge_version = config.badge_version or package_version()
     config.modules_to_save = [*extra, *head] or [NO_HEAD]
-
-
-def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
-    """A copy of `config`, filled in for `model`. `config` itself stays as its owner made it, free for another model.
-
-    PEFT has added heads to the caller's `modules_to_save`, and reads it once more when the tuner is in place, to train
-    them: they are taken out of it, and stand in the copy where they are to be trained.
-
-    Raises:
-        ValueError: as `prepare_config`.
-    """
-    names = config.modules_to_save
-    if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
-        config.modules_to_save = names[: -len(_PEFT_HEADS)] or None
-    own = copy.deepcopy(config)
-    prepare_config(model, own, adapter_name)
-    return own
+    return config
 
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
@@ -135,17 +132,3 @@ def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
         )
     problem_type = config.problem_type or head_type or getattr(model.config, "problem_type", None)
     return num_labels, problem_type
-
-
-def _check_pooling(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    kind = pooling_kind(model, config, layout)
-    if kind not in POOLINGS[1:]:
-        raise ValueError(
-            f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(POOLINGS[1:])}: set "
-            "exit_pooling in BadgeConfig."
-        )
-
-
-def _target_modules(names: list[str]) -> str:
-    """One regular expression for all blocks; PEFT matches it against whole module names."""
-    return "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(name)) for name in names}))

@@ -1,4 +1,4 @@
-"""The modules that an adapter trains beside its exits (`modules_to_save`, as a rule the model's head), in a call with
+"""The modules that an adapter trains with its exits (`modules_to_save`, as a rule the model's head), in a call with
 rows of several adapters: each row goes through the copy of its own adapter."""
 
 from __future__ import annotations
@@ -13,10 +13,28 @@ from badge_peft.tuner.context import current_pass
 
 
 def watch_saved_modules(model: nn.Module) -> None:
-    """Puts `answer_by_rows` on each of PEFT's wrappers in `model`, once. It goes with the wrapper."""
+    """Puts `answer_by_rows` on each of PEFT's wrappers in `model`, once, and leaves the names of its tensors in a file
+    to `saved_names`. Both go with the wrapper."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and answer_by_rows not in module._forward_hooks.values():
             module.register_forward_hook(answer_by_rows, with_kwargs=True)
+            # where a file lacks one of the names PEFT would fail with a KeyError, before `BadgeModel` sees the file
+            module.adapter_state_dict_load_map = _no_names  # type: ignore[method-assign]
+            module.other_param_names = ("modules_to_save",)
+
+
+def saved_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The names in a file of the tensors of the adapter's copies, each with that in `model`."""
+    return {
+        f"{name}.{key}": f"{name}.{ours}"
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for key, ours in ModulesToSaveWrapper.adapter_state_dict_load_map(module, adapter_name).items()
+    }
+
+
+def _no_names(adapter_name: str) -> dict[str, str]:
+    return {}
 
 
 def answer_by_rows(

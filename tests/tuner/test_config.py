@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -213,7 +213,7 @@ def test_dicts_become_what_they_describe_and_stay_as_they_were():
 
 @pytest.mark.parametrize("layout", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_every_row_of_the_table_survives_json(layout):
-    assert BlockLayout(**json.loads(json.dumps(layout.to_dict()))) == layout
+    assert BlockLayout(**json.loads(json.dumps(asdict(layout)))) == layout
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 
 from badge_peft import BadgeConfig, MultiExitHead
 from badge_peft.training.imitation import ImitationPass
-from badge_peft.tuner.config import EXIT_TYPES
+from badge_peft.tuner.config import CHOICES
 from badge_peft.tuner.exits import EXITS, AttentionExit
 from badge_peft.tuner.pooling import Pooling
 from tests import reference
@@ -31,7 +31,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def test_every_exit_type_of_the_config_exists():
-    assert tuple(EXITS) == EXIT_TYPES
+    assert tuple(EXITS) == CHOICES["exit_type"]
     assert BadgeConfig().exit_type in EXITS
 
 
@@ -60,7 +60,7 @@ def test_dropout_only_in_training(exit_type):
     torch.testing.assert_close(first, exit_.linear(kept), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("exit_type", EXIT_TYPES)
+@pytest.mark.parametrize("exit_type", CHOICES["exit_type"])
 def test_one_exit_for_each_number(exit_type):
     head = MultiExitHead([0, 1, 5], exit_type, 8, 3, 0.1)
     assert list(head) == ["0", "1", "5"]

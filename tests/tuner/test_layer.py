@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from badge_peft import BadgeConfig
-from badge_peft.tuner.config import ACTIVATIONS
+from badge_peft.tuner.config import CHOICES
 from badge_peft.tuner.context import current_pass
 from tests import reference
 from tests.design import pairs
@@ -67,7 +67,7 @@ def test_poolings_and_exit_types(case, pooling, exit_type, placement):
     compare(case, pooling, exit_type=exit_type, placement=placement)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", CHOICES["activation"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_activations_and_biases(activation, bias):
     compare("bert", activation=activation, bias=bias)

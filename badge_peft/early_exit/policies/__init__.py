@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -26,7 +25,7 @@ def policy_class(config: EarlyExitConfig) -> type[ExitPolicy]:
 
 
 def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overrides: Any) -> ExitPolicy:
-    """The policy that a config describes. One that was built of late is found again: a service may ask at each call.
+    """The policy that a config describes.
 
     Args:
         config: `None` takes the defaults. It is never changed.
@@ -35,23 +34,9 @@ def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overr
     Raises:
         ValueError: `config` is of another type, or a field has a value that is not allowed.
     """
-    if isinstance(config, dict):
-        overrides = {**config, **overrides}
-        config = None
-    try:
-        known = _recent(config, **overrides)
-    except TypeError:  # a list or a dict among the fields, by which nothing can be found again
-        return _build(config, **overrides)
-    # a class that was defined again has taken the place of the one that was built
-    return known if type(known) is POLICIES[known.name] else _build(config, **overrides)
-
-
-def _build(config: EarlyExitConfig | None, /, **overrides: Any) -> ExitPolicy:
-    config = EarlyExitConfig.of(config, **overrides)
+    if overrides or not isinstance(config, EarlyExitConfig):
+        config = EarlyExitConfig.of(config, **overrides)
     return policy_class(config)(config)
-
-
-_recent = lru_cache(maxsize=16, typed=True)(_build)  # typed: `True` is 1, but no patience
 
 
 __all__ = [

@@ -17,8 +17,7 @@ from badge_peft.early_exit.policies.evidence import Evidence, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
-
-_VALUES = "regression"
+from badge_peft.utils.problem import Regression
 
 
 @register_policy
@@ -52,36 +51,33 @@ class AgreementPolicy(ThresholdPolicy):
             raise ValueError(
                 f"the parameters of policy='agreement' lack {', '.join(sorted(missing))}: calibrate again."
             )
-        self.stops_above = fitted["problem_type"] != _VALUES
+        self.fitted = fitted
+        self.stops_above = fitted["problem_type"] != Regression.name
 
     @property
     def max_exit(self) -> int | None:
         """The reference, unless the config has another."""
-        assert self.config.parameters is not None
-        return self.config.parameters["reference"] if self.config.max_exit is None else self.config.max_exit
+        return self.fitted["reference"] if self.config.max_exit is None else self.config.max_exit
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""
-        assert self.config.parameters is not None
-        weights = np.array(self.config.parameters["coefficients"][j], dtype=np.float32)
+        weights = np.array(self.fitted["coefficients"][j], dtype=np.float32)
         # a sum, not a matrix product: a row's result must not depend on its neighbours
-        linear = (features(history, j) * weights).sum(axis=-1) + np.float32(self.config.parameters["intercepts"][j])
+        linear = (features(history, j) * weights).sum(axis=-1) + np.float32(self.fitted["intercepts"][j])
         if not self.stops_above:
             return linear
         return np.float32(1) / (np.float32(1) + np.exp(-np.clip(linear, -LIMIT, LIMIT)))
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
-        return 0.1 if problem_type == _VALUES else 0.95
+        return 0.95 if self.stops_above else 0.1
 
     def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
-        """1, of probabilities."""
-        return widest or 1.0 if problem_type == _VALUES else 1.0
+        return 1.0 if self.stops_above else widest or 1.0
 
     def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
         """Refuses parameters that were fitted on other exits or another kind of problem."""
         super().check(exits, num_labels, problem_type)
-        fitted = self.config.parameters or {}
+        fitted = self.fitted
         if list(exits) != list(fitted["exits"]) or fitted["problem_type"] != problem_type:
             raise ValueError(
                 f"policy='agreement' was fitted for {fitted['problem_type']} with exits at blocks {fitted['exits']}, "
@@ -102,11 +98,9 @@ class AgreementPolicy(ThresholdPolicy):
         return replace(config, max_exit=cap, parameters=fitted_parameters(history, labels, reference))
 
     def quantity(self, problem_type: str) -> Quantity:
-        """What was fitted."""
         if not self.stops_above:
             return Quantity("predicted distance", "d")
-        target = (self.config.parameters or {}).get("target")
-        what = "right" if target == "correct" else "full depth's"
+        what = "right" if self.fitted.get("target") == "correct" else "full depth's"
         return Quantity(f"predicted probability that the answer is {what}", "P")
 
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
@@ -115,13 +109,11 @@ class AgreementPolicy(ThresholdPolicy):
 
     def score_nodes(self, at: ExitNodes) -> str:
         """[n]: probability; for regression the predicted difference."""
-        fitted = self.config.parameters
-        assert fitted is not None
         columns = _regression_nodes(at) if not self.stops_above else _class_nodes(at)
         stacked = at.op("Concat", *(at.op("Unsqueeze", column, at.ints([1])) for column in columns), axis=1)  # [n, F]
         clipped = _clipped(at, stacked)
-        weighted = at.total(at.op("Mul", clipped, at.floats(fitted["coefficients"][at.index])))
-        linear = at.op("Add", weighted, at.floats(fitted["intercepts"][at.index]))
+        weighted = at.total(at.op("Mul", clipped, at.floats(self.fitted["coefficients"][at.index])))
+        linear = at.op("Add", weighted, at.floats(self.fitted["intercepts"][at.index]))
         return at.op("Sigmoid", _clipped(at, linear)) if self.stops_above else linear
 
 

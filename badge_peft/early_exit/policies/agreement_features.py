@@ -16,10 +16,7 @@ def features(history: ExitHistory, j: int) -> Array:
 
     All are finite for any logits, and none depends on the other rows.
     """
-    if history.problem_type == "regression":
-        columns = _regression_features(history, j)
-    else:
-        columns = _class_features(history, j)
+    columns = (_class_features if history.problem.gives_labels else _regression_features)(history, j)
     return np.clip(np.stack(columns, axis=-1), -LIMIT, LIMIT)
 
 

@@ -48,7 +48,7 @@ def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: in
 
 
 def _padded(coefficients: list[list[float]], history: ExitHistory) -> list[list[float]]:
-    """One list per exit: those at the reference and behind it are never asked, and have zeros."""
+    """One list per exit: the reference and deeper exits are never asked, and have zeros."""
     missing = range(len(coefficients), len(history.exits))
     return coefficients + [[0.0] * features(history, j).shape[1] for j in missing]
 

@@ -11,13 +11,13 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory, as_history
-from badge_peft.early_exit.policies.evidence import Evidence
 from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.text import PolicyText
 
 Array = np.ndarray
 
 
-class ExitPolicy:
+class ExitPolicy(PolicyText):
     """When rows stop. A subclass says in `should_exit` which rows may; everything else has a default here.
 
     Whatever other parts of the library want to know of a policy they ask its class: how a sweep varies it, how a page
@@ -31,13 +31,8 @@ class ExitPolicy:
         **fields: Fields of `EarlyExitConfig`, which win over `config`.
     """
 
-    name: ClassVar[str]
-    #: The fields with a default other than None or False that this policy reads, beside those that all policies read.
-    own_fields: ClassVar[tuple[str, ...]] = ()
     #: Whether `should_exit` reads the uncertainty that a learned exit layer predicts.
     reads_uncertainty: ClassVar[bool] = False
-    #: Whether several exits have to agree: as many as the field `patience` says.
-    counts_exits: ClassVar[bool] = False
     #: Whether the field `depth` says where rows stop.
     takes_depth: ClassVar[bool] = False
     #: What `patience=None` stands for.
@@ -48,7 +43,9 @@ class ExitPolicy:
     in_default_sweep: ClassVar[bool] = False
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
-        self.config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
+        if not isinstance(config, EarlyExitConfig) or fields or config.policy != self.name:
+            config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
+        self.config = config
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
@@ -78,13 +75,9 @@ class ExitPolicy:
         if self.can_exit(exits, j):
             return True
         back = self.lookback()
-        behind = len(exits) if back is None else min(len(exits), j + 1 + back)
-        for i in range(j + 1, behind):
-            if self.is_final(exits, i):
-                return False
-            if self.can_exit(exits, i):
-                return True
-        return False
+        readers = range(j + 1, len(exits) if back is None else min(len(exits), j + 1 + back))
+        first = next((i for i in readers if self.can_exit(exits, i)), None)
+        return first is not None and not self.is_final(exits, first)
 
     def stops(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers."""
@@ -215,54 +208,24 @@ class ExitPolicy:
         """
         return config
 
+    # A sweep varies the threshold; of a policy that counts exits and has no threshold, the patience.
+
     def variants(self, patience: Sequence[int], problem_type: str) -> list[EarlyExitConfig]:
         """The configs that a search tries, each without its threshold: with these patiences where it is left open."""
-        if not self.counts_exits or self.config.patience is not None:
+        if not self.counts_exits or self.config.patience is not None or not self.uses_threshold(problem_type):
             return [self.config]
         return [replace(self.config, patience=t) for t in patience]
 
     def opened(self, problem_type: str) -> EarlyExitConfig | None:
         """The config with what a sweep varies left open, all else as it is; None where it is a fixed depth."""
-        return replace(self.config, threshold=None, calibration=None)
+        patience = self.config.patience if self.uses_threshold(problem_type) else None
+        return replace(self.config, threshold=None, patience=patience, calibration=None)
 
     def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
         """The settings of one variant, slow to fast; None: thresholds, as the scores on the data suggest them."""
-        return [self.config]
-
-    # ------------------------------------------------------------------------------------------------------- in words
-
-    @classmethod
-    def title(cls, config: EarlyExitConfig) -> str:
-        """The policy and its form: `divergence (kl)`."""
-        return cls.name
-
-    @classmethod
-    def label(cls, config: EarlyExitConfig) -> str:
-        """A short name of the variant, for curves and tables: `divergence-kl-consecutive t=2`."""
-        return f"{cls.name} t={config.patience}" if cls.counts_exits and config.patience is not None else cls.name
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """What the policy saw of the one row in `history` at exit j (index); None where it compares no number."""
-        return None
-
-    def why(self, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-        """What decides about a row at exit j (index): `cnt = 1 ≥ t = 1`."""
-        config, block = self.config, exits[j]
-        if self.is_final(exits, j):
-            last = j == len(exits) - 1
-            return "the last exit always answers" if last else f"no row goes past block {self.max_exit} (max_exit)"
-        if not self.can_exit(exits, j):
-            if config.min_exit is not None and block < config.min_exit:
-                return f"no row stops before block {config.min_exit} (min_exit)"
-            return f"the rule decides at each k-th exit only, k = {config.decide_every} (decide_every)"
-        return f"policy {self.name!r} has decided" if evidence is None else evidence.comparison
-
-    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-        """Why a row got its answer at exit j (index)."""
-        said = self.why(exits, j, evidence)
-        if j == len(exits) - 1:
-            return f"No exit before it met the rule, and {said}."
-        return f"{said[0].upper()}{said[1:]}."
+        if self.uses_threshold(problem_type) or not self.counts_exits or self.config.patience is not None:
+            return [self.config]
+        return [replace(self.config, patience=t) for t in reversed(range(1, max(2, len(exits))))]
 
     # ---------------------------------------------------------------------------------------------------------- ONNX
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from badge_peft.early_exit import divergences as div
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
@@ -14,8 +13,7 @@ from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
-
-_SEVERAL = "multi_label_classification"
+from badge_peft.utils.problem import problem_of
 
 
 class ConfidencePolicy(ThresholdPolicy):
@@ -24,7 +22,7 @@ class ConfidencePolicy(ThresholdPolicy):
     @classmethod
     def suits(cls, problem_type: str) -> bool:
         """Values have no distribution."""
-        return problem_type != "regression"
+        return problem_of(problem_type).gives_labels
 
     def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
         """Refuses regression."""
@@ -60,15 +58,12 @@ class EntropyPolicy(ConfidencePolicy):
         return at.entropy()
 
     def in_nats(self, problem_type: str) -> bool:
-        """Yes."""
         return True
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
         return 0.3 * max_entropy(num_labels, problem_type)
 
     def quantity(self, problem_type: str) -> Quantity:
-        """H."""
         return Quantity("entropy", "H")
 
 
@@ -89,9 +84,8 @@ class MaxProbPolicy(ConfidencePolicy):
         """[n]: probability."""
         if self.config.temperature is None:
             return history.confidence(j)
-        return div.largest_probability(
-            history.logits[j] / np.float32(self.config.temperature[j]), history.problem_type
-        )
+        scaled = history.logits[j] / np.float32(self.config.temperature[j])
+        return ExitHistory.of(scaled[:, None], history.exits[j : j + 1], history.problem_type).confidence(0)
 
     def score_nodes(self, at: ExitNodes) -> str:
         """[n]: probability."""
@@ -101,8 +95,7 @@ class MaxProbPolicy(ConfidencePolicy):
         return at.confidence(at.log_probs(logits))
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
-        return 0.9 if problem_type == _SEVERAL else 0.5 + 0.8 / max(num_labels, 2)
+        return 0.9 if problem_of(problem_type).many_labels else 0.5 + 0.8 / max(num_labels, 2)
 
     def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
         """Refuses temperatures that are not one per exit, too."""
@@ -113,8 +106,7 @@ class MaxProbPolicy(ConfidencePolicy):
             )
 
     def quantity(self, problem_type: str) -> Quantity:
-        """p."""
-        several = problem_type == _SEVERAL
+        several = problem_of(problem_type).many_labels
         return Quantity("probability of the least sure label" if several else "largest probability", "p")
 
 
@@ -150,11 +142,9 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
         return at.run_of(at.op("Less", share, at.threshold))
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
         return 0.4
 
     def quantity(self, problem_type: str) -> Quantity:
-        """H."""
         return Quantity("entropy as a share of the largest", "H")
 
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,8 +16,7 @@ from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
-
-_SINGLE, _SEVERAL, _VALUES = "single_label_classification", "multi_label_classification", "regression"
+from badge_peft.utils.problem import problem_of
 
 
 @register_policy
@@ -45,7 +43,7 @@ class DivergencePolicy(ThresholdPolicy):
 
     @property
     def kind(self) -> str:
-        """The divergence."""
+        """The divergence, a name in `DIVERGENCES`."""
         return self.config.divergence
 
     @property
@@ -88,37 +86,31 @@ class DivergencePolicy(ThresholdPolicy):
 
     def in_nats(self, problem_type: str) -> bool:
         """Not for `label` and regression."""
-        return problem_type != _VALUES and self.kind != "label"
+        return problem_of(problem_type).gives_labels and self.kind != "label"
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
-        if problem_type == _VALUES:
+        if not problem_of(problem_type).gives_labels:
             return 0.1
         if self.kind == "label":
             return 0.5
         share = {"ce": 0.3, "kl": 0.05, "js": 0.02}[self.kind]
         return share * max_entropy(num_labels, problem_type)
 
-    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
-        """Twice the largest entropy for `ce`, where there are two terms; the largest value of the others."""
-        if problem_type == _VALUES:
+    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float | None:
+        """Twice the largest entropy for `ce`, where there are two terms; the largest value of the others. None where
+        the same label or another is all there is."""
+        problem = problem_of(problem_type)
+        if not problem.gives_labels:
             return widest or 1.0
+        if self.kind == "label":
+            return float(num_labels) if problem.many_labels else None
         most = max_entropy(num_labels, problem_type)
-        halves = num_labels if problem_type == _SEVERAL else 1
-        return {"ce": 2 * most, "kl": most, "js": halves * math.log(2), "label": float(num_labels)}[self.kind]
-
-    def threshold_range(
-        self, num_labels: int, problem_type: str, widest: float | None = None
-    ) -> tuple[float, float] | None:
-        """None where the same label or another is all there is."""
-        if problem_type == _SINGLE and self.kind == "label":
-            return None
-        return super().threshold_range(num_labels, problem_type, widest)
+        return {"ce": 2 * most, "kl": most, "js": (num_labels if problem.many_labels else 1) * math.log(2)}[self.kind]
 
     @classmethod
     def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
         """Every divergence with both windows; values have one distance."""
-        kinds = DIVERGENCES[:1] if problem_type == _VALUES else DIVERGENCES
+        kinds = DIVERGENCES if problem_of(problem_type).gives_labels else DIVERGENCES[:1]
         return [EarlyExitConfig(policy=cls.name, divergence=d, window=w) for d in kinds for w in WINDOWS]
 
     # ------------------------------------------------------------------------------------------------------- in words
@@ -129,20 +121,13 @@ class DivergencePolicy(ThresholdPolicy):
         window = "" if config.window == "all" else f", window={config.window}"
         return f"{cls.name} ({config.divergence}){window}"
 
-    @classmethod
-    def label(cls, config: EarlyExitConfig) -> str:
-        """Divergence and window where they are not the paper's."""
-        kind = "" if config.divergence == "ce" else f"-{config.divergence}"
-        window = "" if config.window == "all" else f"-{config.window}"
-        return super().label(config).replace(cls.name, cls.name + kind + window, 1)
-
     def quantity(self, problem_type: str) -> Quantity:
         """S of Eq. 4."""
-        if problem_type == _VALUES:
+        if not problem_of(problem_type).gives_labels:
             return Quantity("distance", "|y - y'|")
         if self.kind != "label":
             return Quantity(f"divergence ({self.kind})", "S")
-        several = problem_type == _SEVERAL
+        several = problem_of(problem_type).many_labels
         return Quantity("labels that differ" if several else "another label (1) or the same (0)", "d")
 
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
@@ -170,7 +155,7 @@ class DivergencePolicy(ThresholdPolicy):
             return f"{exits_in_words(evidence.count)} in a row {what}: {evidence.comparison}."
         near = [m for m in evidence.measured if m.passes]
         blocks = ", ".join(f"{m.block} ({evidence.symbol} = {number(m.value)})" for m in near)
-        what = "predicted a value" if problem_type == _VALUES else "predicted a distribution"
+        what = "predicted a distribution" if problem_of(problem_type).gives_labels else "predicted a value"
         return (
             f"{exits_in_words(evidence.count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
             f"{'that of block' if len(near) == 1 else 'those of blocks'} {blocks}: {evidence.comparison}."
@@ -188,47 +173,22 @@ class PatiencePolicy(DivergencePolicy):
     name = "patience"
     own_fields = ()
     default_patience = 2
-
-    @property
-    def kind(self) -> str:
-        """Labels are compared."""
-        return "label"
-
-    @property
-    def consecutive(self) -> bool:
-        """They are counted in a row."""
-        return True
+    kind = "label"
+    consecutive = True
 
     def uses_threshold(self, problem_type: str) -> bool:
         """Only regression has a threshold to choose."""
-        return problem_type == _VALUES
+        return not problem_of(problem_type).gives_labels
 
     @classmethod
     def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
-        """One."""
         return [EarlyExitConfig(policy=cls.name)]
-
-    def variants(self, patience: Sequence[int], problem_type: str) -> list[EarlyExitConfig]:
-        """Of labels every patience is a setting of one variant, as there is no threshold to vary."""
-        return super().variants(patience, problem_type) if self.uses_threshold(problem_type) else [self.config]
-
-    def opened(self, problem_type: str) -> EarlyExitConfig | None:
-        """Of labels the patience is what varies."""
-        config = super().opened(problem_type)
-        return config if config is None or self.uses_threshold(problem_type) else replace(config, patience=None)
-
-    def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
-        """Every patience that the exits allow, where it is left open and labels are compared."""
-        if self.uses_threshold(problem_type) or self.config.patience is not None:
-            return super().grid(exits, problem_type)
-        return [replace(self.config, patience=t) for t in reversed(range(1, max(2, len(exits))))]
 
     @classmethod
     def title(cls, config: EarlyExitConfig) -> str:
-        """The name."""
         return cls.name
 
     @classmethod
     def label(cls, config: EarlyExitConfig) -> str:
-        """With the patience where there is a threshold beside it: of labels it is what varies along the curve."""
+        """With the patience where a threshold is set: without one, the patience is what varies along the curve."""
         return cls.name if config.threshold is None or config.patience is None else f"{cls.name} t={config.patience}"

@@ -82,3 +82,8 @@ def number(value: float) -> str:
 def exits_in_words(count: int, kind: str = "") -> str:
     """`1 exit`, `2 earlier exits`."""
     return f"{count} {kind}exit" + ("" if count == 1 else "s")
+
+
+def capitalized(clause: str) -> str:
+    """A clause as a sentence."""
+    return f"{clause[0].upper()}{clause[1:]}."

@@ -10,7 +10,7 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
-from badge_peft.early_exit.policies.evidence import Evidence
+from badge_peft.early_exit.policies.evidence import Evidence, capitalized
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.early_exit.registry import register_policy
 
@@ -20,7 +20,7 @@ class UnconditionalPolicy(ExitPolicy):
 
     @classmethod
     def templates(cls, problem_type: str) -> list[EarlyExitConfig]:
-        """None: every search has the fixed depths beside what it searches."""
+        """None: every search has the fixed depths in addition."""
         return []
 
     def opened(self, problem_type: str) -> EarlyExitConfig | None:
@@ -36,9 +36,7 @@ class UnconditionalPolicy(ExitPolicy):
         return np.full(history.rows, self.is_final(history.exits, j))
 
     def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-        """The same for all rows."""
-        said = self.why(exits, j, evidence)
-        return f"{said[0].upper()}{said[1:]}."
+        return capitalized(self.why(exits, j, evidence))
 
     def nodes(self, at: ExitNodes) -> str | None:
         """Nothing to decide."""
@@ -54,7 +52,7 @@ class FixedDepthPolicy(UnconditionalPolicy):
     takes_depth = True
 
     def is_final(self, exits: Sequence[int], j: int) -> bool:
-        """At `depth`, unless `min_exit` lies behind it."""
+        """At `depth`, unless `min_exit` is deeper."""
         low = self.config.min_exit
         at_depth = exits[j] == self.config.depth and (low is None or exits[j] >= low)
         return at_depth or super().is_final(exits, j)

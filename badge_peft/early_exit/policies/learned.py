@@ -30,23 +30,20 @@ class LearnedPolicy(ThresholdPolicy):
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: predicted uncertainty in [0, 1]."""
-        score = history.uncertainty[j]
-        if np.isnan(score).any():
+        if history.uncertainty is None or np.isnan(history.uncertainty[j]).any():
             raise ValueError(
                 "policy='learned' needs an adapter with an LTE layer: train with BadgeConfig(learn_to_exit=True)."
             )
-        return score
+        return history.uncertainty[j]
 
     def score_nodes(self, at: ExitNodes) -> str:
         """[n]: predicted uncertainty."""
         return at.uncertainty
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
-        """See the class."""
         return 0.1
 
     def quantity(self, problem_type: str) -> Quantity:
-        """u."""
         return Quantity("predicted uncertainty", "u")
 
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:

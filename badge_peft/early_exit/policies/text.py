@@ -1,14 +1,66 @@
-"""A config in words: a line, a curve's name, the fields worth a table."""
+"""Policies and configs in words: names, the reason for an exit, the fields worth a table."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.policies.evidence import Evidence, capitalized
 from badge_peft.early_exit.registry import POLICIES
+
+_DEFAULT = {name: field.default for name, field in EarlyExitConfig.__dataclass_fields__.items()}
 
 _IN_A_LINE = ("threshold", "patience", "depth", "min_exit", "max_exit")
 _IN_A_TABLE = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth", "normalize")
+
+
+class PolicyText:
+    """The part of `ExitPolicy` that says in words what it is and why a row stopped."""
+
+    name: ClassVar[str]
+    #: The fields with a default other than None or False that this policy reads; all policies read the others.
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether several exits have to agree: as many as the field `patience` says.
+    counts_exits: ClassVar[bool] = False
+    config: EarlyExitConfig
+    max_exit: Any
+    is_final: Callable[[Sequence[int], int], bool]
+    can_exit: Callable[[Sequence[int], int], bool]
+
+    @classmethod
+    def title(cls, config: EarlyExitConfig) -> str:
+        """The policy and its form: `divergence (kl)`."""
+        return cls.name
+
+    @classmethod
+    def label(cls, config: EarlyExitConfig) -> str:
+        """A short name of the variant, for curves and tables: `divergence-kl-consecutive t=2`."""
+        own = [getattr(config, name) for name in cls.own_fields if getattr(config, name) != _DEFAULT[name]]
+        form = "-".join([cls.name, *own])
+        return f"{form} t={config.patience}" if cls.counts_exits and config.patience is not None else form
+
+    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
+        """What the policy saw of the one row in `history` at exit j (index); None where it compares no number."""
+        return None
+
+    def why(self, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
+        """What decides about a row at exit j (index): `cnt = 1 ≥ t = 1`."""
+        config, block = self.config, exits[j]
+        if self.is_final(exits, j):
+            last = j == len(exits) - 1
+            return "the last exit always answers" if last else f"no row goes past block {self.max_exit} (max_exit)"
+        if not self.can_exit(exits, j):
+            if config.min_exit is not None and block < config.min_exit:
+                return f"no row stops before block {config.min_exit} (min_exit)"
+            return f"the rule decides at each k-th exit only, k = {config.decide_every} (decide_every)"
+        return f"policy {self.name!r} has decided" if evidence is None else evidence.comparison
+
+    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+        """Why a row got its answer at exit j (index)."""
+        why = self.why(exits, j, evidence)
+        return f"No exit before it met the rule, and {why}." if j == len(exits) - 1 else capitalized(why)
 
 
 def describe(config: EarlyExitConfig) -> str:
@@ -26,7 +78,6 @@ def policy_label(config: EarlyExitConfig) -> str:
 
 def set_fields(config: EarlyExitConfig) -> dict[str, Any]:
     """The fields that say how a config stops, of those that its policy reads; open ones are left out."""
-    unset = {name: field.default for name, field in EarlyExitConfig.__dataclass_fields__.items()}
     own = ("policy", *POLICIES[config.policy].own_fields)
-    shown = [name for name in _IN_A_TABLE if name in own or unset[name] in (None, False)]
+    shown = [name for name in _IN_A_TABLE if name in own or _DEFAULT[name] in (None, False)]
     return {name: value for name in shown if (value := getattr(config, name)) not in (None, False)}

@@ -45,7 +45,6 @@ class ThresholdPolicy(ExitPolicy):
     # -------------------------------------------------------------------------------------------------- the threshold
 
     def uses_threshold(self, problem_type: str) -> bool:
-        """Yes."""
         return True
 
     def threshold(self, num_labels: int, problem_type: str) -> float:
@@ -65,17 +64,19 @@ class ThresholdPolicy(ExitPolicy):
             return max_entropy(num_labels, problem_type)
         return 1.0
 
-    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
-        """A threshold beyond which moving on changes little or nothing; `widest` as for `threshold_range`."""
+    def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float | None:
+        """A threshold beyond which moving on changes little or nothing, `widest` as for `threshold_range`; None where
+        there is nothing to choose."""
         return max_entropy(num_labels, problem_type) if self.in_nats(problem_type) else 1.0
 
     def threshold_range(
         self, num_labels: int, problem_type: str, widest: float | None = None
     ) -> tuple[float, float] | None:
         """From 0 to the largest score."""
-        if not self.uses_threshold(problem_type):
+        largest = self.largest_score(num_labels, problem_type, widest)
+        if largest is None or not self.uses_threshold(problem_type):
             return None
-        return 0.0, self.largest_score(num_labels, problem_type, widest) / self.unit(num_labels, problem_type)
+        return 0.0, largest / self.unit(num_labels, problem_type)
 
     def resolve(self, num_labels: int, problem_type: str) -> EarlyExitConfig:
         """With the threshold, where there is one to choose, in the config's own unit."""
@@ -88,7 +89,7 @@ class ThresholdPolicy(ExitPolicy):
     def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
         """Thresholds, where none is given."""
         open_ = self.uses_threshold(problem_type) and self.config.threshold is None
-        return None if open_ else [self.config]
+        return None if open_ else super().grid(exits, problem_type)
 
     # ------------------------------------------------------------------------------------------------ in words, nodes
 
@@ -97,7 +98,7 @@ class ThresholdPolicy(ExitPolicy):
         return Quantity(f"score of {self.name}", "s")
 
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """The score beside the threshold."""
+        """The score, compared with the threshold."""
         value = float(self.score(history, j)[0])
         passes = bool(self.should_exit(history, j)[0])
         return self._evidence(history, (Measured(history.exits[j], value, passes),))
