@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from badge_peft.training.parameters import BACKBONE_LR
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, check_number
 from badge_peft.utils.distributed import on_cpu
+from badge_peft.utils.options import option
 
 
 @dataclass(repr=False)  # that of TrainingArguments hides tokens
@@ -29,51 +30,31 @@ class MultiExitTrainingArguments(TrainingArguments):
     As fields they are saved with every checkpoint, parsed by `HfArgumentParser`, and set by
     `Trainer.hyperparameter_search` from what its `hp_space` returns.
 
-    Args:
-        objective: What a step's loss is made of: one of `OBJECTIVES`.
-        depth: Block number of the exit of `single_exit`.
-        exit_weights: `uniform` (Eq. 8), `linear` (m, PABEE), a number per exit, or these as JSON; None takes the
-            adapter's, for `past_future` its own.
-        distillation: Share in [0, 1] of the loss of exits below M that follows exit M and not the labels.
-        distillation_temperature: Above 0.
-        adapter_learning_rate: Of bypasses and exits; None is 1e-2.
-        head_learning_rate: Of the model's own head; None as in `parameter_groups`.
-        exit_metric: A name of `METRICS`; None is accuracy, for regression Pearson's correlation.
-        early_stopping_patience: At least 1; None never stops early.
-
     Raises:
         ValueError: a field has a value that is not allowed.
     """
 
-    objective: str = field(
-        default="joint",
-        metadata={"help": "What a step's loss is made of.", "choices": OBJECTIVES},
+    objective: str = option("joint", "What a step's loss is made of.", choices=OBJECTIVES)
+    depth: int | None = option(None, "The exit of `single_exit`: a block number.")
+    exit_weights: list[float] | str | None = option(  # in this order HfArgumentParser takes it for a string
+        None, "Of the exits' losses: `uniform`, `linear` or a list, also as JSON; None = the adapter's."
     )
-    depth: int | None = field(default=None, metadata={"help": "The exit of `single_exit`: a block number."})
-    exit_weights: list[float] | str | None = field(  # in this order HfArgumentParser takes it for a string
-        default=None,
-        metadata={"help": "Of the exits' losses: `uniform`, `linear` or a list; None = the adapter's."},
+    distillation: float = option(
+        0.0, "Share of the loss of exits below M that follows exit M; with 1 no labels are needed."
     )
-    distillation: float = field(
-        default=0.0,
-        metadata={"help": "Share of the loss of exits below M that follows exit M; with 1 no labels are needed."},
+    distillation_temperature: float = option(1.0, "T of the distillation.")
+    adapter_learning_rate: float | None = option(
+        None, "Of bypasses and exits; None = 1e-2. `learning_rate` is the backbone's."
     )
-    distillation_temperature: float = field(default=1.0, metadata={"help": "T of the distillation."})
-    adapter_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of bypasses and exits; None = 1e-2. `learning_rate` is the backbone's."}
+    head_learning_rate: float | None = option(
+        None,
+        "Of the model's own head; None = the backbone's rate with backbone='full', else a tenth of the adapter's.",
     )
-    head_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of the model's own head; None = the backbone's rate with backbone='full', else a tenth of the "
-            "adapter's."
-        },
+    exit_metric: str | None = option(
+        None, "Score of each exit; None = accuracy, for regression Pearson's correlation."
     )
-    exit_metric: str | None = field(
-        default=None, metadata={"help": "Score of each exit; None = accuracy, for regression Pearson's correlation."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without improvement before training stops; None = never."}
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without improvement before training stops; None = never."
     )
 
     def __post_init__(self) -> None:
@@ -108,12 +89,15 @@ class MultiExitTrainingArguments(TrainingArguments):
         """
         args = cls() if args is None else args
         new = cls.__new__(type(args) if isinstance(args, cls) else cls)
-        own = {f.name: f.default for f in fields(cls)[len(fields(TrainingArguments)) :]}
         given = {name: value for name, value in overrides.items() if value is not None}
         # as copy.copy does: their checks have been made, and the devices set up
-        new.__dict__.update({**own, **vars(args), **given})
+        new.__dict__.update({**OWN_FIELDS, **vars(args), **given})
         new.check()
         return new
+
+
+#: What `MultiExitTrainingArguments` adds to `TrainingArguments`: names and defaults.
+OWN_FIELDS = {f.name: f.default for f in fields(MultiExitTrainingArguments)[len(fields(TrainingArguments)) :]}
 
 
 def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) -> MultiExitTrainingArguments:

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback
 
 
-class ProgressBar(TrainerCallback):
-    """One bar for the whole training, with the loss (summed over exits) beside it."""
-
-    bar: tqdm
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Opens the bar."""
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not state.is_world_process_zero)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step on."""
-        self.bar.update(state.global_step - self.bar.n)
+class ProgressBar(ProgressCallback):
+    """transformers' bar, with the loss (summed over exits) at its end in place of a line for each log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Shows the loss."""
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the bar."""
-        self.bar.close()
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
 
 class EarlyStopping(EarlyStoppingCallback):

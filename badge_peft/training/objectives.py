@@ -17,6 +17,7 @@ from badge_peft.training.imitation import NEEDS, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import exit_loss, loss_weights
 from badge_peft.utils.checks import check_choice, check_number
+from badge_peft.utils.problem import problem_of
 
 
 @dataclass
@@ -113,13 +114,11 @@ class Alternating(Objective):
     """ALT (BERxiT): the final exit alone at odd optimizer steps (counted from 1), all exits at even ones."""
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one batch."""
         if step.number % 2 == 0:
             return step.loss(-1)
         return super().__call__(step)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
-        """At odd steps."""
         return True
 
 
@@ -138,7 +137,6 @@ class PastFuture(Objective):
     exit_pass: type[EarlyExitPass] = field(default=ImitationPass, repr=False)
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one batch."""
         weights = loss_weights(self.weights or "linear", step.exits)
         classify = sum_losses([step.loss(i) for i in range(len(step.exits))], weights)
         assert step.output.imitation_loss is not None  # by its pass
@@ -162,7 +160,6 @@ class SingleExit(Objective):
     depth: int = 0
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one batch."""
         return step.loss(self._index(step.exits))
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
@@ -175,7 +172,6 @@ class SingleExit(Objective):
         return exits.index(self.depth)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
-        """Where it is exit M."""
         return self.depth == exits[-1]
 
     def trains_lte_at(self, number: int) -> bool:
@@ -188,11 +184,9 @@ class FinalExit(Objective):
     """Stage 1 of two-stage training: exit M alone."""
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one batch."""
         return step.loss(-1)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
-        """Always."""
         return True
 
 
@@ -206,7 +200,15 @@ class EarlierExits(Objective):
         return None if index == len(step.exits) - 1 else super().exit(step, index)
 
 
-OBJECTIVES = ("joint", "two_stage", "alternating", "gradient_equilibrium", "past_future", "single_exit")
+_KINDS: dict[str, type[Objective]] = {
+    "joint": Objective,
+    "two_stage": FinalExit,
+    "alternating": Alternating,
+    "gradient_equilibrium": GradientEquilibrium,
+    "past_future": PastFuture,
+    "single_exit": SingleExit,
+}
+OBJECTIVES = tuple(_KINDS)
 
 
 def make_objective(name: str, depth: int | None = None, **options: Any) -> Objective:
@@ -215,19 +217,12 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
     Raises:
         ValueError: no such objective, or `single_exit` without a depth.
     """
+    check_choice("objective", name, OBJECTIVES)
     if name == "single_exit":
         if depth is None:
             raise ValueError("objective='single_exit' needs depth: the block number of the exit.")
-        return SingleExit(depth=depth, **options)
-    kinds = {
-        "joint": Objective,
-        "two_stage": FinalExit,
-        "alternating": Alternating,
-        "gradient_equilibrium": GradientEquilibrium,
-        "past_future": PastFuture,
-    }
-    check_choice("objective", name, OBJECTIVES)
-    return kinds[name](**options)
+        options["depth"] = depth
+    return _KINDS[name](**options)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
@@ -240,9 +235,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, tempe
         temperature: T.
     """
     student, teacher = student.float() / temperature, teacher.float() / temperature
-    if problem_type == "regression":
+    problem = problem_of(problem_type)
+    if not problem.gives_labels:
         return F.mse_loss(student, teacher)
-    if problem_type == "single_label_classification":
+    if not problem.many_labels:
         kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
         return kl * temperature**2
     both = torch.stack([student, -student], dim=-1), torch.stack([teacher, -teacher], dim=-1)

@@ -60,16 +60,11 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(
-    model: nn.Module,
-    adapter_lr: float | None = None,
-    backbone_lr: float | None = None,
-    head_lr: float | None = None,
-    weight_decay: float = 0.0,
-) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, for `Trainer(optimizers=(make_optimizer(model), None))`: Trainer then adds the
-    learning-rate schedule of its arguments to every rate."""
-    return torch.optim.AdamW(parameter_groups(model, adapter_lr, backbone_lr, head_lr, weight_decay))
+def make_optimizer(model: nn.Module, *rates: float | None, **named_rates: float | None) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, which takes the same arguments, for
+    `Trainer(optimizers=(make_optimizer(model), None))`: Trainer then adds the learning-rate schedule of its arguments
+    to every rate."""
+    return torch.optim.AdamW(parameter_groups(model, *rates, **named_rates))  # type: ignore[arg-type]
 
 
 def _part(name: str) -> str:

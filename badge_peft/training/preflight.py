@@ -1,4 +1,4 @@
-"""What would fail in the middle of a training, said before it starts."""
+"""Refuses, before a training starts, what would fail in the middle of it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.training.arguments import MultiExitTrainingArguments
+from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import EarlyStopping
 from badge_peft.training.objectives import Objective, Step
 from badge_peft.training.parameters import parameter_groups
@@ -24,6 +24,7 @@ from badge_peft.training.preflight import check_evaluation, check_final_exit, ch
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.tuner.block_pass import count_rows
+from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
 from badge_peft.utils.problem import problem_of
 
@@ -32,22 +33,17 @@ _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "atten
 
 class MultiExitTrainer(Trainer):
     """Trains a BADGE adapter. Everything that `transformers.Trainer` takes, where `args` may be
-    `MultiExitTrainingArguments` or plain ones, and in place of their fields:
+    `MultiExitTrainingArguments` or plain ones.
 
     Args:
         objective: `joint` (Eq. 8), `two_stage`, `alternating`, `gradient_equilibrium`, `past_future` or `single_exit`;
             or an `Objective`. Source: appendix A.3 of the paper and the papers that each objective names.
-        depth: The exit of `single_exit`.
-        exit_weights: `uniform`, `linear` or a list; by default the adapter's.
-        distillation: Share of the loss of the exits below M that follows exit M and not the labels. 1 needs no labels.
-            For `two_stage`, 0 is DeeBERT's second stage and 1 FastBERT's.
-        distillation_temperature: T.
-        adapter_learning_rate: Of bypasses and exits; by default 1e-2.
-        head_learning_rate: Of the model's own head; by default as in `parameter_groups`.
         metric: Of each exit, as for `exit_scores` (`args.exit_metric`, or a function); by default accuracy, for
             regression Pearson. The evaluation reports `eval_s_avg`, `eval_s_best`, `eval_final` and `eval_exit_<m>`;
             `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`).
-        early_stopping_patience: Evaluations without improvement before training stops; by default it never does.
+        **kwargs: Of `transformers.Trainer`, and the other fields that `MultiExitTrainingArguments` adds to
+            `TrainingArguments` (`depth`, `exit_weights`, `distillation`, `adapter_learning_rate`, ...), in place of
+            those of `args`; None leaves what `args` have.
 
     `self.args` is a copy of `args` with all of these in it, read anew by each training.
 
@@ -64,31 +60,17 @@ class MultiExitTrainer(Trainer):
         args: TrainingArguments | None = None,
         *others: Any,
         objective: str | Objective | None = None,
-        depth: int | None = None,
-        exit_weights: str | list[float] | None = None,
-        distillation: float | None = None,
-        distillation_temperature: float | None = None,
-        adapter_learning_rate: float | None = None,
-        head_learning_rate: float | None = None,
         metric: Metric | None = None,
-        early_stopping_patience: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._own_objective = objective if isinstance(objective, Objective) else None
         self._own_metric = None if isinstance(metric, str) else metric
-        own = MultiExitTrainingArguments.of(
-            args,
-            objective=None if isinstance(objective, Objective) else objective,
-            depth=depth,
-            exit_weights=exit_weights,
-            distillation=distillation,
-            distillation_temperature=distillation_temperature,
-            adapter_learning_rate=adapter_learning_rate,
-            head_learning_rate=head_learning_rate,
-            exit_metric=metric if isinstance(metric, str) else None,
-            early_stopping_patience=early_stopping_patience,
-        )
-        super().__init__(model, own, *others, **kwargs)
+        fields = {name: kwargs.pop(name) for name in OWN_FIELDS.keys() & kwargs.keys()}
+        if isinstance(objective, str):
+            fields["objective"] = objective
+        if isinstance(metric, str):
+            fields["exit_metric"] = metric
+        super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
@@ -144,30 +126,22 @@ class MultiExitTrainer(Trainer):
         if self._stage is not None:
             self._stage.set_modes(model)
         outputs = model(**features, exit_pass=self.exit_objective.exit_pass)
-        problem_type = self.badge.config_of().resolved_problem_type
+        config, exits, objective = self.badge.config_of(), self.exits, self.exit_objective
+        problem_type = config.resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
-        loss = self.exit_objective(Step(self.exits, logits, labels, problem_type, self.state.global_step, outputs))
+        loss = objective(Step(exits, logits, labels, problem_type, self.state.global_step, outputs))
         if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
-            uncertainty = dict(zip(self.exits, outputs.exit_uncertainty.unbind(dim=1), strict=True))
-            taught = {
-                m: u
-                for m, u in uncertainty.items()
-                if self._has_uncertainty(m) and self.exit_objective.trains_lte_at(m)
-            }
+            taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]
             if taught:
-                loss = loss + uncertainty_loss(
-                    taught, dict(zip(self.exits, logits, strict=True)), labels, problem_type
-                )
+                uncertainty = {m: outputs.exit_uncertainty[:, exits.index(m)] for m in taught}
+                own_logits = {m: logits[exits.index(m)] for m in taught}
+                loss = loss + uncertainty_loss(uncertainty, own_logits, labels, problem_type)
         return (loss, outputs) if return_outputs else loss
 
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
         layer = self.badge.adapter_exits(self.badge.single_active_adapter()).uncertainty
         return layer is not None and any(p.requires_grad for p in layer.parameters())
-
-    def _has_uncertainty(self, number: int) -> bool:
-        """Not where the model's own head answers."""
-        return number != self.exits[-1] or self.badge.config_of().final_exit == "exit"
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The arguments' optimizer, with a learning rate for each part of the model."""
@@ -252,7 +226,7 @@ class MultiExitTrainer(Trainer):
         return super().evaluate(eval_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """As Trainer's: the logits of exit M; with labels, the scores of all exits beside them."""
+        """As Trainer's: the logits of exit M; with labels, the scores of all exits, too."""
         output = super().predict(test_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
         return output._replace(predictions=output.predictions[0])
 

@@ -60,9 +60,9 @@ def train_exits(
             depth=options.depth,
             distillation=distillation,
             adapter_learning_rate=options.adapter_lr,
-            callbacks=[ProgressBar()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar())
         trainer.train()
     model.eval()
