@@ -112,13 +112,7 @@ class Callbacks:
 
 def build_page(callbacks: Callbacks) -> Blocks:
     """The page of one adapter: a text with its exits in one tab, the trade-off in the other, the rule's sliders beside
-    both. The sliders are those that the rule has.
-
-    Args:
-        callbacks: Of the adapter.
-
-    Returns:
-        To `launch`. Its endpoints are `answer`, `moved`, `curve` and `rule`.
+    both. The sliders are those that the rule has. Its endpoints are `answer`, `moved`, `curve` and `rule`.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
@@ -163,13 +157,8 @@ def build_page(callbacks: Callbacks) -> Blocks:
 
 
 def launch(page: Blocks, host: str, port: int | None, share: bool) -> None:
-    """Serves the page until it is stopped; texts are kept nowhere, not in the browser either.
-
-    Args:
-        page: From `build_page`.
-        host: Address to listen at.
-        port: None takes the first free one from 7860 on.
-        share: Also make a public link, through gradio's servers.
+    """Serves the page until it is stopped, at the first free port from 7860 on where none is given; `share` makes a
+    public link, too, through gradio's servers. Texts are kept nowhere, not in the browser either.
 
     Raises:
         OSError: the port is taken.
