@@ -10,8 +10,9 @@ from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
 _LN2 = np.float32(np.log(2.0))
-_LARGEST = np.array(1e30, np.float32)  # beyond it differences of logits would overflow; an infinite logit becomes this
-_SMALLEST = -_LARGEST
+#: Beyond it differences of logits would overflow; an infinite logit becomes this.
+LARGEST_LOGIT = np.array(1e30, np.float32)
+_SMALLEST = -LARGEST_LOGIT
 
 
 def log_softmax(logits: Array, out: Array) -> None:
@@ -19,14 +20,14 @@ def log_softmax(logits: Array, out: Array) -> None:
     # reductions by their ufuncs and clipping by two of them: on a row or two, the Python around numpy's methods is
     # what they cost
     np.maximum(logits, _SMALLEST, out=out)
-    np.minimum(out, _LARGEST, out=out)
+    np.minimum(out, LARGEST_LOGIT, out=out)
     np.subtract(out, np.maximum.reduce(out, axis=-1, keepdims=True), out=out)
     np.subtract(out, np.log(np.add.reduce(np.exp(out), axis=-1, keepdims=True)), out=out)
 
 
 def log_sigmoid(logits: Array, out: Array, out_other: Array) -> None:
     """[n, K] -> log of the label's probability into `out`, of its complement into `out_other`."""
-    clipped = np.clip(logits, _SMALLEST, _LARGEST)
+    clipped = np.clip(logits, _SMALLEST, LARGEST_LOGIT)
     zero = np.float32(0)
     np.negative(np.logaddexp(zero, -clipped), out=out)
     np.negative(np.logaddexp(zero, clipped), out=out_other)
@@ -58,8 +59,8 @@ def label(logits: Array, others: Array, problem_type: str) -> Array:
 
 def distance(values: Array, others: Array) -> Array:
     """|y_m - y_i| of regression, summed over outputs: [i, n]."""
-    clipped = np.clip(others, _SMALLEST, _LARGEST)
-    return np.abs(np.clip(values, _SMALLEST, _LARGEST) - clipped).sum(axis=-1)
+    clipped = np.clip(others, _SMALLEST, LARGEST_LOGIT)
+    return np.abs(np.clip(values, _SMALLEST, LARGEST_LOGIT) - clipped).sum(axis=-1)
 
 
 def max_entropy(num_labels: int, problem_type: str) -> float:

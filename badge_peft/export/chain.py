@@ -11,221 +11,204 @@ without, they go along until all have answered, and their answers stay as they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+from onnx_ir.convenience import extract
+from onnx_ir.passes.common import DeduplicateHashedInitializersPass, RemoveUnusedNodesPass
 
-from badge_peft.export.graph import BOOL, FLOAT, INT64, Graph
-from badge_peft.export.nodes import State
+from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
+from badge_peft.export.pieces import FOLLOWING
 from badge_peft.export.policies import Decision
+from badge_peft.export.trace import ExportedBlocks
 
-#: Puts a block into a graph: the graph, names of states, shared tensors and inputs -> those of its results.
-Insert = Callable[[Graph, dict[str, str]], dict[str, str]]
+ANSWERS = ("answer", "exit_layer")
 
 
-@dataclass
-class Stage:
-    """One link of the chain.
+def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact: bool) -> onnx.ModelProto:
+    """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` and `patience` to the answers.
+
+    The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
+    file.
 
     Args:
-        block: Its number; 0 is the embeddings.
-        insert: Adds its nodes.
-        reads: Names of what it reads beside `hidden`.
-        exit_index: Place of its exit among the exits, None where there is none (or nobody asks).
-        last: Whether everybody answers here.
+        pieces: Of the model.
+        decision: The policy.
+        int8: Quantize the blocks; exits and decisions stay in float32.
+        compact: Take rows that have answered out of the batch.
     """
-
-    block: int
-    insert: Insert
-    reads: Sequence[str]
-    exit_index: int | None
-    last: bool
+    inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
+    chain = Chain(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
+    for number, piece in pieces.graphs.items():
+        chain.add(number, _in_int8(piece) if int8 else [piece])
+    return chain.model()
 
 
 class Chain:
-    """Puts stages into a graph one after another.
+    """Puts pieces into a graph one after another.
 
     Args:
-        graph: The main graph; it has the inputs.
         decision: The policy.
-        outer: What stages may read: name -> value.
-        per_row: Which of them have one row per input.
+        inputs: Of the graph; each has a row per input.
+        per_row: Names of these, and of what the embeddings share, that have one row per input.
         compact: Whether rows that have answered are taken out.
-        batch: int64 scalar, B.
-        hidden_size: d.
-        threshold: In the unit of the policy's signal.
-        patience: int64 scalar.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        decision: Decision,
-        outer: dict[str, str],
-        per_row: set[str],
-        *,
-        compact: bool,
-        batch: str,
-        hidden_size: int,
-        threshold: str,
-        patience: str,
-    ) -> None:
-        self.graph = graph
-        self.decision = decision
-        self.outer = outer
-        self.per_row = per_row
-        self.compact = compact
-        self.hidden_size = hidden_size
-        self.threshold, self.patience = threshold, patience
-        self.state = State()
-        k = decision.num_labels
-        shape = graph.op("Concat", graph.op("Reshape", batch, graph.ints([1])), graph.ints([k]), axis=0)
-        #: Everything that is carried from stage to stage beside `state`: name -> (value, type).
-        self.carried: dict[str, tuple[str, int]] = {
-            "answer": (graph.op("Expand", graph.floats(0), shape), FLOAT),
-            "exit_layer": (graph.op("Expand", graph.ints(-1), graph.op("Reshape", batch, graph.ints([1]))), INT64),
-        }
+    def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool) -> None:
+        self.decision, self.per_row, self.compact = decision, per_row, compact
+        self.graph = g = Graph("main")
+        self.threshold, self.patience = ir.val("threshold", FLOAT, []), ir.val("patience", INT64, [])
+        g.body.inputs.extend([*inputs, self.threshold, self.patience])
+        unit = decision.unit
+        #: The threshold in the unit of the policy's score.
+        self.limit = g.op("Mul", self.threshold, g.floats(unit)) if unit != 1 else self.threshold
+        #: What pieces may read, beside the states.
+        self.outer = {str(value.name): value for value in inputs}
+        rows = g.op("Shape", inputs[0], start=0, end=1)
+        shape = g.op("Concat", rows, g.ints([decision.num_labels]), axis=0)
+        #: What goes from block to block: the answers [B, K] and [B], the states, the numbers of the rows that still go
+        #: on, whether there are none (from the first exit on), and what the policy keeps.
+        self.carried = {"answer": g.op("Expand", g.floats(0), shape), "exit_layer": g.op("Expand", g.ints(-1), rows)}
         if compact:
-            rows = graph.op("Range", graph.ints(0), batch, graph.ints(1))
-            self.carried["rows"] = (rows, INT64)
-        self.done: str | None = None  # known behind the first exit
+            numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
+            self.carried["rows"] = g.shaped(numbers, [None])
 
-    def start(self, hidden: str, logits: str | None, uncertainty: str | None, index: int | None, last: bool) -> None:
-        """The embeddings' states [B, S, d], and the answers of exit 0 where there is one."""
-        self.carried["hidden"] = (hidden, FLOAT)
-        if logits is not None and index is not None:
-            self._answer(self.graph, dict(self.carried), logits, uncertainty, index, 0, last)
+    def add(self, number: int, parts: Sequence[ir.Graph]) -> None:
+        """One more block, or first of all the embeddings, as number 0.
 
-    def add(self, stage: Stage) -> None:
-        """One more block."""
-        if self.done is None:  # nobody can have answered
-            self._block(self.graph, stage)
+        Args:
+            number: Of the block.
+            parts: What its piece consists of, one after another. Inputs and outputs are those of `ModelPiece`; a part
+                may read what the parts before it give.
+        """
+        done = self.carried.get("done")
+        if done is None:  # nobody can have answered
+            self._block(self.graph, number, parts)
             return
-        before, states_before, done = dict(self.carried), dict(self.state.values), self.done
-        branch = Graph(f"block{stage.block}")
-        self._block(branch, stage)
-        now = {**self.carried, **{name: (v, self.state.types[name]) for name, v in self.state.values.items()}}
-        now["done"] = (self.done, BOOL)
-        if stage.last:  # nobody reads anything else
-            now = {name: now[name] for name in ("answer", "exit_layer")}
-        old = {**{name: v for name, (v, _) in before.items()}, **states_before, "done": done}
-        changed = {name: value for name, value in now.items() if value[0] != old.get(name)}
-        names = {name: self.graph.fresh(f"block{stage.block}_{name}") for name in changed}
-        skip = self._skip(stage, {name: dtype for name, (_, dtype) in changed.items()}, old)
-        self.graph.choose(done, skip, branch.branch(list(changed.values())), list(names.values()))
-        for name, value in names.items():
-            if name == "done":
-                self.done = value
-            elif name in self.carried:
-                self.carried[name] = (value, self.carried[name][1])
-            else:
-                self.state.values[name] = value
+        before = dict(self.carried)
+        block, skip = Graph(f"block{number}", self.graph), Graph(f"skip{number}", self.graph)
+        last = self._block(block, number, parts)
+        changed = {name: value for name, value in self.carried.items() if value is not before.get(name)}
+        if last:  # nobody reads anything else
+            changed = {name: changed[name] for name in ANSWERS}
+        block.body.outputs.extend(changed.values())
+        # when all have answered: the answers as they are, and something empty in place of all else
+        skip.body.outputs.extend(
+            skip.op("Identity", before[name] if name in (*ANSWERS, "done") else skip.empty(value))
+            for name, value in changed.items()
+        )
+        branches = {"then_branch": skip.body, "else_branch": block.body}
+        outputs = self.graph.node("If", [done], branches, len(changed))
+        for (name, value), made in zip(changed.items(), outputs, strict=True):
+            made.type, made.shape = value.type, value.shape
+            self.carried[name] = made
 
-    @property
-    def answer(self) -> str:
-        """[B, K]."""
-        return self.carried["answer"][0]
-
-    @property
-    def exit_layer(self) -> str:
-        """[B]."""
-        return self.carried["exit_layer"][0]
+    def model(self) -> onnx.ModelProto:
+        """The file, with all weights in the main graph, equal ones once (ALBERT runs one block M times)."""
+        g = self.graph
+        dims = ir.Shape(["batch", self.decision.num_labels]), ir.Shape(["batch"])
+        for kind, name, shape in zip(ANSWERS, ("logits", "exit_layer"), dims, strict=True):
+            output = g.op("Identity", self.carried[kind])
+            output.name, output.shape = name, shape
+            g.body.outputs.append(output)
+        model = ir.Model(g.body, ir_version=IR_VERSION, producer_name="badge_peft")
+        RemoveUnusedNodesPass()(model)
+        DeduplicateHashedInitializersPass()(model)
+        self.threshold.const_value = ir.tensor(np.float32(self.decision.threshold))
+        self.patience.const_value = ir.tensor(np.int64(self.decision.policy.patience))
+        for value in (self.threshold, self.patience):
+            g.body.register_initializer(value)
+        return ir.to_proto(model)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _block(self, g: Graph, stage: Stage) -> None:
-        values = {"hidden": self.carried["hidden"][0]}
-        for name in stage.reads:
-            value = self.outer[name]
-            if self.compact and self.done is not None and name in self.per_row:
-                value = g.op("Gather", value, self.carried["rows"][0], axis=0)
-            values[name] = value
-        made = stage.insert(g, values)
-        if "hidden" in made:
-            self.carried["hidden"] = (made["hidden"], FLOAT)
-        if stage.exit_index is not None:
-            self._answer(
-                g,
-                dict(self.carried),
-                made["logits"],
-                made.get("uncertainty"),
-                stage.exit_index,
-                stage.block,
-                stage.last,
-            )
-
-    def _answer(
-        self,
-        g: Graph,
-        carried: dict[str, tuple[str, int]],
-        logits: str,
-        uncertainty: str | None,
-        index: int,
-        block: int,
-        last: bool,
-    ) -> None:
-        """Asks the policy, and notes the answers of the rows that stop."""
-        stops: str | None = None
+    def _block(self, g: Graph, number: int, parts: Sequence[ir.Graph]) -> bool:
+        """Computes a block and, at an exit that anybody reads, the decision; returns whether all rows answer here."""
+        given = dict(self.outer)
+        if number:
+            given["hidden"] = self.carried["hidden"]
+        if self.compact and "done" in self.carried:
+            for name in sorted(self.per_row & given.keys()):
+                given[name] = g.op("Gather", given[name], self.carried["rows"], axis=0)
+        made: dict[str, ir.Value] = {}
+        for part in parts:
+            made |= g.insert(part, given | made)
+        if FOLLOWING in made:
+            dims = next(value.shape for value in parts[0].outputs if value.name == FOLLOWING)
+            self.carried["hidden"] = g.shaped(made[FOLLOWING], dims)
+        self.outer |= {name: value for name, value in made.items() if name.startswith("shared_")}
+        decision, policy = self.decision, self.decision.policy
+        if number not in decision.exits or not decision.reads(index := decision.exits.index(number)):
+            return False
+        stops, last = None, policy.is_final(decision.exits, index)
         if not last:
-            stops = self.decision.stops(g, index, logits, uncertainty, self.state, self.threshold, self.patience)
-            if stops is None or not self.decision.may_stop(index):
-                return
-        store = self._store_rows if self.compact else self._store_all
-        self.carried = store(g, carried, logits, stops, block)
+            stops = policy.nodes(
+                ExitNodes(
+                    g,
+                    index,
+                    made["logits"],
+                    made.get("uncertainty"),
+                    self.carried,
+                    self.limit if decision.uses_threshold else g.floats(decision.threshold),
+                    self.patience,
+                    decision.num_labels,
+                    decision.problem_type,
+                )
+            )
+        if last or (stops is not None and policy.can_exit(decision.exits, index)):
+            store = self._store_rows if self.compact else self._store_all
+            store(g, number, made["logits"], stops)
+        return last
 
-    def _store_all(
-        self, g: Graph, carried: dict[str, tuple[str, int]], logits: str, stops: str | None, block: int
-    ) -> dict[str, tuple[str, int]]:
-        answer, exit_layer = carried["answer"][0], carried["exit_layer"][0]
+    def _store_all(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
+        """Notes the answers of the rows that stop, None: all, and had none."""
+        answer, exit_layer = (self.carried[name] for name in ANSWERS)
         newly = g.op("Less", exit_layer, g.ints(0))
         if stops is not None:
             newly = g.op("And", newly, stops)
-        carried["answer"] = (g.op("Where", g.op("Unsqueeze", newly, g.ints([1])), logits, answer), FLOAT)
-        exit_layer = g.op("Where", newly, g.ints(block), exit_layer)
-        carried["exit_layer"] = (exit_layer, INT64)
+        self.carried["answer"] = g.op("Where", g.op("Unsqueeze", newly, g.ints([1])), logits, answer)
+        self.carried["exit_layer"] = exit_layer = g.op("Where", newly, g.ints(number), exit_layer)
         least = g.op("ReduceMin", exit_layer, g.ints([0]), keepdims=0)
-        self.done = g.op("GreaterOrEqual", least, g.ints(0))
-        return carried
+        self.carried["done"] = g.op("GreaterOrEqual", least, g.ints(0))
 
-    def _store_rows(
-        self, g: Graph, carried: dict[str, tuple[str, int]], logits: str, stops: str | None, block: int
-    ) -> dict[str, tuple[str, int]]:
-        rows = carried["rows"][0]
-        if stops is None:
-            leaving, said = rows, logits
-        else:
-            leaving, said = g.op("Compress", rows, stops, axis=0), g.op("Compress", logits, stops, axis=0)
+    def _store_rows(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
+        """Notes the answers of the rows that stop, None: all, and takes them out of everything."""
+        leaving = self.carried["rows"]
+        if stops is not None:
+            leaving, logits = (g.op("Compress", value, stops, axis=0) for value in (leaving, logits))
         places = g.op("Unsqueeze", leaving, g.ints([1]))
-        carried["answer"] = (g.op("ScatterND", carried["answer"][0], places, said), FLOAT)
-        number = g.op("Expand", g.ints(block), g.op("Shape", leaving))
-        carried["exit_layer"] = (g.op("ScatterND", carried["exit_layer"][0], places, number), INT64)
+        numbers = g.op("Expand", g.ints(number), g.op("Shape", leaving))
+        for name, values in zip(ANSWERS, (logits, numbers), strict=True):
+            self.carried[name] = g.op("ScatterND", self.carried[name], places, values)
         if stops is None:
-            self.done = g.op("Identity", g.constant(True, BOOL))
-            return carried
+            return
         going = g.op("Not", stops)
-        for name in ("hidden", "rows"):
-            value, dtype = carried[name]
-            carried[name] = (g.op("Compress", value, going, axis=0), dtype)
-        self.state.values = {name: g.op("Compress", value, going, axis=0) for name, value in self.state.values.items()}
-        self.done = g.op("Equal", g.op("Size", carried["rows"][0]), g.ints(0))
-        return carried
+        for name, value in self.carried.items():
+            if name not in (*ANSWERS, "done"):
+                self.carried[name] = g.shaped(g.op("Compress", value, going, axis=0), value.shape)
+        self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
 
-    def _skip(self, stage: Stage, outputs: dict[str, int], old: dict[str, str]) -> onnx.GraphProto:
-        """The branch for when all have answered: the answers as they are, stubs for everything else."""
-        g = Graph(f"skip{stage.block}")
-        results = []
-        for name, dtype in outputs.items():
-            if name in ("answer", "exit_layer"):
-                value = old[name]
-            else:
-                value = g.constant(True, BOOL) if name == "done" else self._stub(g, name, dtype)
-            results.append((g.op("Identity", value), dtype))
-        return g.branch(results)
 
-    def _stub(self, g: Graph, name: str, dtype: int) -> str:
-        """An empty value of the right rank: the runtime knows the ranks of what comes out of an `If`."""
-        shapes = {"hidden": (0, 0, self.hidden_size), "rows": (0,)}
-        shape = shapes.get(name) or (0,) * self.state.axes[name]
-        return g.constant(np.zeros(shape), dtype)
+def _in_int8(piece: ir.Graph) -> list[ir.Graph]:
+    """What leads to the states of a piece in int8, and its exit, which reads values of the first part, in float32:
+    there int8 would save little and change decisions. The last piece, which has no states, is quantized whole."""
+    ends = [value for value in piece.outputs if value.name == FOLLOWING]
+    trunk: set[ir.Node] = set()
+    open_ = list(ends)
+    while open_:
+        node = open_.pop().producer()
+        if node is not None and node not in trunk:
+            trunk.add(node)
+            open_ += [value for value in node.inputs if value is not None]
+    for value in (value for node in piece if node in trunk for value in node.outputs):
+        if value not in ends and (value in piece.outputs or not trunk.issuperset(value.consumers())):
+            ends.append(value)
+    others = [value for value in piece.outputs if value not in ends]
+    if not trunk or not others:
+        return [quantize(piece)]
+    exit_ = extract(piece, [*piece.inputs, *ends], others)
+    exit_.name = f"{piece.name}_exit"
+    return [quantize(extract(piece, piece.inputs, ends)), exit_]

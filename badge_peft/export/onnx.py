@@ -73,19 +73,8 @@ def export_onnx(
 
 
 class OnnxExporter:
-    """A model in pieces, from which `write` makes a file, or several: in float32 and in int8, say. Cutting it takes
-    most of the time.
-
-    Args:
-        model: As `export_onnx` has it.
-        early_exit_config: As `export_onnx` has it.
-        progress: Show a progress bar.
-
-    Raises:
-        ModuleNotFoundError: the extra `onnx` is not installed.
-        ImportError: torch is older than 2.8.
-        ValueError: the model, or the policy, has no ONNX form.
-    """
+    """A model in pieces, of which `write` makes a file, or several: in float32 and in int8, say. Cutting it takes most
+    of the time. Arguments and errors are those of `export_onnx`."""
 
     def __init__(
         self,
@@ -102,15 +91,14 @@ class OnnxExporter:
         _check(badge)
         config = badge.config_of()
         given = badge.get_early_exit_config() if early_exit_config is None else early_exit_config
-        self.early_exit_config = EarlyExitConfig.of(given)
-        policy = build_policy(self.early_exit_config)
+        policy = build_policy(EarlyExitConfig.of(given))
         exits = badge.exit_layers()
         self.decision = Decision(policy, exits, config.resolved_labels, config.resolved_problem_type)
         self.decision.check_exportable(learned=config.learn_to_exit)
-        self.depth = next(m for i, m in enumerate(exits) if self.decision.is_last(i))
-        read = {m for i, m in enumerate(exits) if self.decision.reads(i) and m <= self.depth}
+        self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
+        read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
         self.badge = _own_copy(badge)
-        self.pieces = export_blocks(self.badge, read, self.depth, progress)
+        self.pieces = export_blocks(self.badge, read, self.exits[-1], progress)
 
     def write(
         self,
@@ -121,11 +109,10 @@ class OnnxExporter:
         compact: bool = True,
         examples: Any = None,
     ) -> OnnxExportReport:
-        """Writes the folder; arguments and errors are those of `export_onnx`."""
-        from badge_peft.export.assemble import assemble
+        """Writes the folder, once the file answers as the model does."""
+        from badge_peft.export.chain import assemble
 
-        hidden_size = int(self.badge.config_of().hidden_size or 0)
-        graph = assemble(self.pieces, self.decision, hidden_size, int8=int8, compact=compact)
+        graph = assemble(self.pieces, self.decision, int8=int8, compact=compact)
         if graph.ByteSize() > LARGEST:
             raise ValueError(
                 f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
@@ -138,7 +125,16 @@ class OnnxExporter:
             self.badge.model.config.save_pretrained(here)
             if tokenizer is not None:
                 tokenizer.save_pretrained(here)
-            report = self._report(here, str(directory), metadata, examples)
+            session = OnnxEarlyExitModel.from_pretrained(here, threads=torch.get_num_threads())
+            policy_config = self.decision.policy.config
+            report = OnnxExportReport(
+                directory=str(directory),
+                size_bytes=(here / MODEL).stat().st_size,
+                policy=policy_config.policy,
+                max_difference=None if int8 else self._difference(session),
+                changes=None if examples is None else compare(self.badge, session, policy_config, examples),
+                **{name: metadata[name] for name in ("int8", "threshold", "patience", "exit_layers")},
+            )
             (here / "README.md").write_text(onnx_card(report, metadata, tokenizer is not None), encoding="utf-8")
             target = Path(directory)
             target.mkdir(parents=True, exist_ok=True)
@@ -146,34 +142,19 @@ class OnnxExporter:
                 shutil.move(str(file), str(target / file.name))
         return report
 
-    def _report(self, folder: Path, directory: str, metadata: dict[str, Any], examples: Any) -> OnnxExportReport:
-        """Of the file in `folder`, once it answers as the model does."""
-        session = OnnxEarlyExitModel.from_pretrained(folder, threads=torch.get_num_threads())
-        difference = None
-        if not metadata["int8"]:
-            inputs = example_inputs(self.pieces.inputs, OTHER, int(self.badge.model.config.vocab_size))
-            difference = largest_difference(self.badge, session, self.early_exit_config, inputs)
-            if not difference < TOLERANCE:
-                raise RuntimeError(
-                    f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
-                    "report the model's architecture and the versions of torch, onnx and onnxruntime."
-                )
-        return OnnxExportReport(
-            directory=directory,
-            size_bytes=(folder / MODEL).stat().st_size,
-            int8=metadata["int8"],
-            policy=self.early_exit_config.policy,
-            threshold=metadata["threshold"],
-            patience=metadata["patience"],
-            exit_layers=metadata["exit_layers"],
-            max_difference=difference,
-            changes=None if examples is None else compare(self.badge, session, self.early_exit_config, examples),
-        )
+    def _difference(self, session: OnnxEarlyExitModel) -> float:
+        inputs = example_inputs(self.badge.model, OTHER)
+        difference = largest_difference(self.badge, session, self.decision.policy.config, inputs)
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
+                "report the model's architecture and the versions of torch, onnx and onnxruntime."
+            )
+        return difference
 
     def _metadata(self, int8: bool, compact: bool) -> dict[str, Any]:
         """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
-        decision = self.decision
-        exits = [m for i, m in enumerate(decision.exits) if decision.may_stop(i)]
+        decision, policy = self.decision, self.decision.policy
         config: Any = self.badge.model.config
         return {
             "format": 1,
@@ -182,13 +163,13 @@ class OnnxExporter:
             "problem_type": decision.problem_type,
             "labels": [str(config.id2label[i]) for i in range(decision.num_labels)] if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
-            "exit_layers": [m for m in exits if m <= self.depth],
+            "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "max_length": max_positions(self.badge.model),
-            "early_exit": self.early_exit_config.to_dict(),
-            "threshold": decision.threshold()[0],
-            "patience": decision.patience,
+            "early_exit": policy.config.to_dict(),
+            "threshold": decision.threshold,
+            "patience": policy.patience,
             "uses_threshold": decision.uses_threshold,
-            "uses_patience": decision.uses_patience,
+            "uses_patience": policy.counts_exits,
             "int8": int8,
             "compact": compact,
             "badge_peft": package_version(),

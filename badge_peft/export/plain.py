@@ -36,31 +36,24 @@ def export_full_depth(model: Any, path: str | Path, *, int8: bool = False) -> No
 
 
 class FullDepthExporter:
-    """A model as a graph, which `write` stores, in float32 and in int8 from the same one.
-
-    Args:
-        model: As `export_full_depth` has it.
-
-    Raises:
-        ModuleNotFoundError: the extra `onnx` is not installed.
-        ImportError: torch is older than 2.8.
-    """
+    """A model as a graph, which `write` stores, in float32 and in int8 from the same one. Arguments and errors are
+    those of `export_full_depth`."""
 
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
         require_onnx_exporter()
         from badge_peft.export.pieces import EXAMPLE, example_inputs
-        from badge_peft.export.trace import DYNAMIC, input_names, to_onnx
+        from badge_peft.export.trace import DYNAMIC, to_onnx
 
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inputs = example_inputs(input_names(base), EXAMPLE, int(base.config.vocab_size))
+        inputs = example_inputs(base, EXAMPLE)
         shapes = {"inputs": dict.fromkeys(inputs, DYNAMIC)}
         self.graph = to_onnx(_Logits(base), {"inputs": inputs}, shapes, list(inputs), ["logits"])
 
     def write(self, path: str | Path, *, int8: bool = False) -> None:
-        """Writes the file; arguments are those of `export_full_depth`."""
-        import onnx
+        """Writes the file."""
+        import onnx_ir as ir
 
-        from badge_peft.export.graph import quantize
+        from badge_peft.export.graph import IR_VERSION, quantize
 
-        onnx.save(quantize(self.graph) if int8 else self.graph, str(path))
+        ir.save(ir.Model(quantize(self.graph) if int8 else self.graph, ir_version=IR_VERSION), path)

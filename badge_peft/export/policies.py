@@ -6,11 +6,12 @@ so what is carried from exit to exit are counts. `replay` is what the nodes are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy
-from badge_peft.export.graph import Graph
-from badge_peft.export.nodes import ExitNode, State
 
 
+@dataclass
 class Decision:
     """A policy for one model.
 
@@ -21,28 +22,13 @@ class Decision:
         problem_type: As transformers has it.
     """
 
-    def __init__(self, policy: ExitPolicy, exits: list[int], num_labels: int, problem_type: str) -> None:
-        policy.check(exits, num_labels, problem_type)
-        self.policy = policy
-        self.exits = exits
-        self.num_labels = num_labels
-        self.problem_type = problem_type
+    policy: ExitPolicy
+    exits: list[int]
+    num_labels: int
+    problem_type: str
 
-    def stops(
-        self,
-        graph: Graph,
-        index: int,
-        logits: str,
-        uncertainty: str | None,
-        state: State,
-        threshold: str,
-        patience: str,
-    ) -> str | None:
-        """[n] bool: the rows that may stop at an exit; None where no row can. The state goes on to the next exit; the
-        arguments are those of `ExitNode`."""
-        task = (self.num_labels, self.problem_type)
-        tau = threshold if self.uses_threshold else self.policy.threshold(*task)
-        return self.policy.nodes(ExitNode(graph, index, logits, uncertainty or "", state, tau, patience, *task))
+    def __post_init__(self) -> None:
+        self.policy.check(self.exits, self.num_labels, self.problem_type)
 
     def check_exportable(self, learned: bool) -> None:
         """Refuses a policy that has no ONNX form, before anything is exported.
@@ -64,42 +50,28 @@ class Decision:
                 f"{', '.join(able)}."
             )
 
-    def may_stop(self, index: int) -> bool:
-        """Whether the config lets rows stop at exit `index`."""
-        return self.policy.can_exit(self.exits, index)
-
-    def is_last(self, index: int) -> bool:
-        """Whether every row that comes to exit `index` answers there."""
-        return self.policy.is_final(self.exits, index)
-
     def reads(self, index: int) -> bool:
-        """Whether anything depends on the answers of exit `index`, whatever patience a call brings."""
-        if self.uses_patience:  # any exit may be the first of those that agree
-            return True
-        return self.policy.needs_logits(self.exits, index)
-
-    def threshold(self) -> tuple[float, float]:
-        """The config's own threshold, and the unit by which a threshold is multiplied before it meets the score."""
-        task = (self.num_labels, self.problem_type)
-        given = self.policy.resolve(*task).threshold
-        if given is None or not self.uses_threshold:
-            given = self.policy.threshold(*task)  # in the unit of the score, which is 1 where nothing is to choose
-        return given, self.policy.unit(*task)
-
-    @property
-    def patience(self) -> int:
-        """The policy's own; 1 where it does not count."""
-        return self.policy.patience
-
-    @property
-    def uses_patience(self) -> bool:
-        """Whether the policy counts exits."""
-        return self.policy.counts_exits
+        """Whether anything depends on the answers of exit `index`, whatever patience a call brings: with one, any exit
+        may be the first of those that agree."""
+        return self.policy.counts_exits or self.policy.needs_logits(self.exits, index)
 
     @property
     def uses_threshold(self) -> bool:
         """Whether the policy compares a number with a threshold."""
         return self.policy.uses_threshold(self.problem_type)
+
+    @property
+    def threshold(self) -> float:
+        """The config's own, in its own unit; where there is none to choose, the number that takes its place."""
+        given = self.policy.resolve(self.num_labels, self.problem_type).threshold
+        if given is None or not self.uses_threshold:
+            return self.policy.threshold(self.num_labels, self.problem_type)
+        return given
+
+    @property
+    def unit(self) -> float:
+        """What a threshold is multiplied by before it meets the score."""
+        return self.policy.unit(self.num_labels, self.problem_type)
 
 
 def _depth(kind: type, *names: str) -> int:

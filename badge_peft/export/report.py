@@ -75,10 +75,8 @@ class OnnxExportReport:
         return asdict(self)
 
 
-def compare(
-    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any, batch_size: int = 1
-) -> ParityReport:
-    """Both models on `examples`, tokenized rows with or without labels.
+def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any) -> ParityReport:
+    """Both models on `examples`, tokenized rows with or without labels, one by one.
 
     Raises:
         ValueError: there are no examples.
@@ -86,12 +84,8 @@ def compare(
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenized row, or None.")
     rows = tensor_columns(badge.model, examples)
-    labels = [row["labels"] for row in rows] if all("labels" in row for row in rows) else None
-    inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
-    batches = [
-        pad_features(inputs[start : start + batch_size], badge.model) for start in range(0, len(rows), batch_size)
-    ]
-    pairs = [_both(badge, session, config, batch) for batch in batches]
+    labels = [row.pop("labels", None) for row in rows]
+    pairs = [_both(badge, session, config, pad_features([row], badge.model)) for row in rows]
     (logits_before, exits_before), (logits, exits) = (
         (np.concatenate([x.logits for x in outputs]), np.concatenate([x.exit_layer for x in outputs]))
         for outputs in zip(*pairs, strict=True)
@@ -100,12 +94,14 @@ def compare(
     before, after = torch.from_numpy(logits_before), torch.from_numpy(logits)
     old, new = problem.predictions(before), problem.predictions(after)
     same = problem.same(before, after)
-    if same is None:
-        same = float(np.abs(old - new).mean())
     changes = ParityReport(
-        len(rows), same, float((exits == exits_before).mean()), float(exits.mean()), float(exits_before.mean())
+        rows=len(rows),
+        same_answer=float(np.abs(old - new).mean()) if same is None else same,
+        same_exit=float((exits == exits_before).mean()),
+        mean_exit=float(exits.mean()),
+        mean_exit_before=float(exits_before.mean()),
     )
-    if labels is not None:
+    if all(label is not None for label in labels):
         metric = METRICS[problem.default_metric]
         changes.score, changes.score_before = (metric(x, np.asarray(labels)) for x in (new, old))
     return changes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ class OnnxEarlyExitModel:
         self.directory = directory
         self.session = session
         self.config = config
-        self._tokenizer: Any = None
 
     @classmethod
     def from_pretrained(
@@ -118,23 +118,21 @@ class OnnxEarlyExitModel:
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that was saved with the graph.
 
         Raises:
             FileNotFoundError: none was.
         """
-        if self._tokenizer is None:
-            if not (self.directory / "tokenizer_config.json").is_file():
-                raise FileNotFoundError(
-                    f"{self.directory} has no tokenizer: export with export_onnx(..., tokenizer=tokenizer), or pass "
-                    "token numbers."
-                )
-            from transformers import AutoTokenizer
+        if not (self.directory / "tokenizer_config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.directory} has no tokenizer: export with export_onnx(..., tokenizer=tokenizer), or pass token "
+                "numbers."
+            )
+        from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.directory)
-        return self._tokenizer
+        return AutoTokenizer.from_pretrained(self.directory)
 
     @property
     def labels(self) -> list[str]:
@@ -158,15 +156,18 @@ class OnnxEarlyExitModel:
         """
         if isinstance(texts, str):
             texts = [texts]
-        answers: list[dict[str, Any]] = []
         problem = problem_of(self.config["problem_type"])
+        answers: list[dict[str, Any]] = []
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
-            pairs = None if text_pairs is None else list(text_pairs[part])
             encoded = self.tokenizer(
-                list(texts[part]), pairs, padding=True, truncation=True, max_length=self.config["max_length"],
+                list(texts[part]),
+                None if text_pairs is None else list(text_pairs[part]),
+                padding=True,
+                truncation=True,
+                max_length=self.config["max_length"],
                 return_tensors="np",
-            )  # fmt: skip
+            )
             fields = {name: encoded[name] for name in self.config["inputs"] if name in encoded}
             output = self(**fields, threshold=threshold, patience=patience)
             for row, number in zip(output.logits, output.exit_layer, strict=True):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 import torch
-from onnx.inliner import inline_local_functions
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
 from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.pieces import EXAMPLE, OTHER, ModelPiece, example_inputs, result_lengths, shared_tensors
+from badge_peft.export.pieces import EXAMPLE, FOLLOWING, OTHER, ModelPiece, example_inputs, tuple_lengths
 from badge_peft.model import BadgeModel
 
 #: Of a tensor [B, S, ...].
@@ -27,25 +24,18 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 @dataclass
 class ExportedBlocks:
-    """A model in pieces, by block number; 0 is the embeddings.
+    """A model in pieces.
 
     Args:
         inputs: Names of the model's inputs.
-        models: The pieces, up to the last block that is wanted.
-        shared: Names of the shared tensors that each block takes, in the order of its arguments.
+        graphs: The pieces by block number, up to the last block that is wanted; 0 is the embeddings. Inputs and
+            outputs have the names that they have in `ModelPiece`.
         per_row: Names of the shared tensors that have one row per input.
-        returned: Names of what each piece gives.
     """
 
     inputs: list[str]
-    models: dict[int, onnx.ModelProto]
-    shared: dict[int, list[str]]
+    graphs: dict[int, ir.Graph]
     per_row: set[str]
-    returned: dict[int, list[str]]
-
-    def arguments(self, number: int) -> list[str]:
-        """Names of what piece `number` takes, in order."""
-        return [*self.inputs, "hidden", *self.shared[number]] if number else self.inputs
 
 
 @torch.no_grad()
@@ -57,50 +47,34 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
         read: Block numbers at which an answer is wanted.
         depth: The last block that is wanted.
         progress: Show a progress bar.
-
-    Raises:
-        ValueError: the model's blocks get arguments that depend on the blocks before them.
     """
     from tqdm.auto import tqdm
 
-    names = input_names(badge.model)
-    vocabulary = int(badge.model.config.vocab_size)
-    a, b = (example_inputs(names, size, vocabulary) for size in (EXAMPLE, OTHER))
-    lengths = result_lengths(badge, a)
-    embeddings = ModelPiece(badge, 0, lengths, 0 in read)
-    (tensors, places), (others, _) = (shared_tensors(embeddings.run(x).arguments) for x in (a, b))
-    inputs_moving = dict.fromkeys(a, DYNAMIC)
-    shapes = [_moving(x, y) for x, y in zip(tensors, others, strict=True)]
-
-    made = embeddings.named(a)
+    inputs, others = (example_inputs(badge.model, size) for size in (EXAMPLE, OTHER))
+    lengths = tuple_lengths(badge, inputs)
+    pieces = [ModelPiece(badge, number, lengths, number in read) for number in range(depth + 1)]
+    made, made_of_others = (pieces[0](x) for x in (inputs, others))
+    shared = {name: tensor for name, tensor in made.items() if name.startswith("shared_")}
+    example = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}
+    shapes = {
+        "inputs": dict.fromkeys(inputs, DYNAMIC),
+        "hidden": DYNAMIC,
+        "shared": {name: _moving(tensor, made_of_others[name]) for name, tensor in shared.items()},
+    }
     result = ExportedBlocks(
-        list(a),
-        {0: to_onnx(embeddings, {"inputs": a}, {"inputs": inputs_moving}, list(a))},
-        {m: [f"shared_{i}" for i in indices] for m, indices in enumerate(places, start=1)},
-        {f"shared_{i}" for i, (x, y) in enumerate(zip(tensors, others, strict=True)) if _has_rows(x, y)},
-        {0: list(made)},
+        list(inputs), {}, {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])}
     )
-    hidden = made["hidden"]
-    for m in tqdm(range(1, depth + 1), desc="exporting blocks", disable=not progress):
-        block = ModelPiece(badge, m, lengths, m in read)
-        taken = [tensors[i] for i in places[m - 1]]
-        example: dict[str, Any] = {"inputs": a, "hidden": hidden, "tensors": taken}
-        shape = {"inputs": inputs_moving, "hidden": DYNAMIC, "tensors": [shapes[i] for i in places[m - 1]]}
-        result.models[m] = to_onnx(block, example, shape, result.arguments(m))
-        made = block.named(**example)
-        result.returned[m] = list(made)
-        hidden = made.get("hidden", hidden)
+    for piece in tqdm(pieces, desc="exporting blocks", disable=not progress):
+        taken = ["inputs", "hidden", "shared"] if piece.number else ["inputs"]
+        result.graphs[piece.number] = to_onnx(
+            piece,
+            {kind: example[kind] for kind in taken},
+            {kind: shapes[kind] for kind in taken},
+            [*inputs, "hidden", *shared] if piece.number else [*inputs],
+            list(piece(**{kind: example[kind] for kind in taken})),
+        )
+        result.graphs[piece.number].name = f"piece{piece.number}"
     return result
-
-
-def input_names(model: nn.Module) -> list[str]:
-    """The inputs that an exported graph takes: those that the tokenizer makes for this model."""
-    known = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    wanted = ["input_ids", "attention_mask"]
-    if "token_type_ids" in known and getattr(config, "type_vocab_size", 0) > 1:
-        wanted.append("token_type_ids")
-    return wanted
 
 
 def to_onnx(
@@ -108,48 +82,35 @@ def to_onnx(
     inputs: dict[str, Any],
     dynamic_shapes: dict[str, Any],
     names: Sequence[str],
-    output_names: Sequence[str] | None = None,
-) -> onnx.ModelProto:
+    output_names: Sequence[str],
+) -> ir.Graph:
     """`module` as ONNX, without functions and without the exporter's notes on where everything comes from.
 
     Args:
         module: In eval mode, without gradients.
-        inputs: Keyword arguments; lists and dicts of tensors among them.
+        inputs: Keyword arguments; dicts of tensors among them.
         dynamic_shapes: As `torch.export.export` takes it.
-        names: Names of the tensors in `inputs`, in order. One that occurs twice is told apart by its place.
-        output_names: Names of what it returns; None leaves them to the exporter.
+        names: Names of the tensors in `inputs`, in order.
+        output_names: Names of what it returns.
 
     Raises:
         RuntimeError: torch cannot export it.
     """
-    with tempfile.TemporaryDirectory() as folder, _no_logging():
-        path = Path(folder) / "piece.onnx"
+    with _no_logging():
         exported = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic_shapes, strict=False)
-        torch.onnx.export(
+        program = torch.onnx.export(
             exported,
             (),
-            str(path),
             dynamo=True,
             opset_version=OPSET,
-            external_data=False,
-            input_names=_distinct(names),
+            input_names=names,
             output_names=output_names,
             verbose=False,
         )
-        return _bare(onnx.load(path))
-
-
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    if model.functions:
-        model = inline_local_functions(model)
-    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
-        part.doc_string = ""
-        del part.metadata_props[:]
-    return model
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    return [name if names.index(name) == i else f"{name}__{i}" for i, name in enumerate(names)]
+    assert program is not None
+    for change in (InlinePass(), ClearMetadataAndDocStringPass()):
+        change(program.model)
+    return ir.from_proto(ir.to_proto(program.model)).graph  # its weights apart from those of `module`
 
 
 def _moving(tensor: Tensor, other: Tensor) -> dict[int, Any]:

@@ -13,7 +13,7 @@ from badge_peft import EarlyExitConfig, early_exit_forward
 from badge_peft.app.explain import explain, read_exits
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy, ThresholdPolicy, build_policy, register_policy
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import calibrate, evaluate_policy, sweep
 from badge_peft.evaluation.candidates import families
@@ -44,7 +44,7 @@ class OddsPolicy(ThresholdPolicy):
     def lookback(self) -> int:
         return 0
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         sure = at.confidence()
         return at.op("Div", at.op("Sub", at.floats(1), sure), sure)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import helper
 
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.export.chain import Chain, Stage
-from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, OPSET, Graph
+from badge_peft.export.chain import Chain
+from badge_peft.export.graph import FLOAT, Graph
+from badge_peft.export.pieces import FOLLOWING
 from badge_peft.export.policies import Decision
 
 
@@ -20,45 +21,16 @@ class TableGraph:
 
     def __init__(self, rule: dict[str, Any], exits: int, num_labels: int, problem_type: str, compact: bool) -> None:
         decision = Decision(build_policy(rule), list(range(1, exits + 1)), num_labels, problem_type)
-        self.default, unit = decision.threshold()
-        main = Graph("main")
-        batch = main.op("Squeeze", main.op("Shape", "table", start=0, end=1))
-        limit = main.op("Mul", "threshold", main.floats(unit)) if unit != 1 else "threshold"
-        chain = Chain(
-            main,
-            decision,
-            {"doubts": "doubts"},
-            {"doubts"},
-            compact=compact,
-            batch=batch,
-            hidden_size=num_labels,
-            threshold=limit,
-            patience="patience",
-        )
-        chain.start("table", None, None, None, False)
+        self.default = decision.threshold
+        inputs = [ir.val("table", FLOAT, ["b", exits, num_labels]), ir.val("doubts", FLOAT, ["b", exits])]
+        chain = Chain(decision, inputs, {"table", "doubts"}, compact=compact)
+        chain.add(0, [self._piece(None, exits, num_labels)])
         for j in range(exits):
             if decision.reads(j):
-                chain.add(Stage(j + 1, self._insert(j), ["doubts"], j, decision.is_last(j)))
-            if decision.is_last(j):
+                chain.add(j + 1, [self._piece(j, exits, num_labels)])
+            if decision.policy.is_final(decision.exits, j):
                 break
-        main.op("Identity", chain.answer, output="logits")
-        main.op("Identity", chain.exit_layer, output="exit_layer")
-        graph = helper.make_graph(
-            main.nodes,
-            "table",
-            [
-                helper.make_tensor_value_info("table", FLOAT, ["b", exits, num_labels]),
-                helper.make_tensor_value_info("doubts", FLOAT, ["b", exits]),
-                helper.make_tensor_value_info("threshold", FLOAT, []),
-                helper.make_tensor_value_info("patience", INT64, []),
-            ],
-            [
-                helper.make_tensor_value_info("logits", FLOAT, ["b", num_labels]),
-                helper.make_tensor_value_info("exit_layer", INT64, ["b"]),
-            ],
-            main.initializers,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        model = chain.model()
         onnx.checker.check_model(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -66,14 +38,23 @@ class TableGraph:
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options)
 
     @staticmethod
-    def _insert(j: int) -> Any:
-        def insert(g: Graph, values: dict[str, str]) -> dict[str, str]:
-            return {
-                "logits": g.op("Gather", values["hidden"], g.ints(j), axis=1),
-                "uncertainty": g.op("Gather", values["doubts"], g.ints(j), axis=1),
+    def _piece(j: int | None, exits: int, num_labels: int) -> ir.Graph:
+        """Block j + 1, which reads entry j of the states; None: the embeddings, whose states are the table."""
+        g = Graph(f"piece{j}")
+        table = ir.val("table" if j is None else "hidden", FLOAT, ["b", exits, num_labels])
+        doubts = ir.val("doubts", FLOAT, ["b", exits])
+        if j is None:
+            outputs = {FOLLOWING: g.shaped(g.op("Identity", table), ["b", exits, num_labels])}
+        else:
+            outputs = {
+                "logits": g.op("Gather", table, g.ints(j), axis=1),
+                "uncertainty": g.op("Gather", doubts, g.ints(j), axis=1),
             }
-
-        return insert
+        g.body.inputs.extend([table, doubts])
+        for name, value in outputs.items():
+            value.name = name
+            g.body.outputs.append(value)
+        return g.body
 
     def __call__(
         self, logits: np.ndarray, threshold: float | None, patience: int, doubts: np.ndarray | None = None

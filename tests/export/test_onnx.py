@@ -18,7 +18,7 @@ import torch
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
-from badge_peft.export.assemble import assemble
+from badge_peft.export.chain import assemble
 from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.policies import Decision
@@ -113,7 +113,7 @@ def test_every_backbone(case, kind):
             logits, doubts = batches[0][1], model(**batches[0][0]).exit_uncertainty
         rule = with_threshold(rule, logits, exits, 0.4, doubts)
         decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
-        session = session_of(assemble(pieces, decision, HIDDEN, int8=False, compact=i % 2 == 0))
+        session = session_of(assemble(pieces, decision, int8=False, compact=i % 2 == 0))
         for batch, _ in batches[: 3 if i < 2 else 1]:
             wanted = early_exit_forward(model, **batch, **rule)
             answers, exit_layer = run(session, batch, threshold=rule.get("threshold"), patience=rule.get("patience"))

@@ -171,8 +171,7 @@ def test_defaults_are_those_of_the_policy():
         logits = logits_of(problem)
         policy = build_policy(full_rule(rule, problem, logits))
         decision = Decision(policy, list(range(1, EXITS + 1)), logits.shape[2], problem)
-        threshold, unit = decision.threshold()
-        assert threshold * unit == pytest.approx(policy.threshold(logits.shape[2], problem))
+        assert decision.threshold * decision.unit == pytest.approx(policy.threshold(logits.shape[2], problem))
 
 
 def test_somebody_elses_policy_is_refused():

@@ -14,7 +14,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.agreement_features import LIMIT, features
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import Regression
@@ -107,7 +107,7 @@ class AgreementPolicy(ThresholdPolicy):
         """None at an exit that always answers: nothing was fitted for it."""
         return None if self.is_final(history.exits, j) else super().evidence(history, j)
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: probability; for regression the predicted difference."""
         columns = _regression_nodes(at) if not self.stops_above else _class_nodes(at)
         stacked = at.op("Concat", *(at.op("Unsqueeze", column, at.ints([1])) for column in columns), axis=1)  # [n, F]
@@ -117,7 +117,7 @@ class AgreementPolicy(ThresholdPolicy):
         return at.op("Sigmoid", _clipped(at, linear)) if self.stops_above else linear
 
 
-def _class_nodes(at: ExitNodes) -> list[str]:
+def _class_nodes(at: ExitNodes) -> list[Value]:
     """The columns of `_class_features`; the divergences in units of the largest entropy."""
     unit, tiny = at.floats(at.scale), at.floats(1e-6)
     log_p = at.log_probs()  # [n, W]
@@ -148,7 +148,7 @@ def _class_nodes(at: ExitNodes) -> list[str]:
     return columns
 
 
-def _regression_nodes(at: ExitNodes) -> list[str]:
+def _regression_nodes(at: ExitNodes) -> list[Value]:
     """The columns of `_regression_features`."""
     here, earlier = at.represent("ce"), at.kept("history")
     columns = [at.op("ReduceMean", at.logits, at.ints([-1]), keepdims=0)]
@@ -164,15 +164,15 @@ def _regression_nodes(at: ExitNodes) -> list[str]:
     return columns
 
 
-def _clipped(at: ExitNodes, values: str) -> str:
+def _clipped(at: ExitNodes, values: Value) -> Value:
     return at.op("Clip", values, at.floats(-LIMIT), at.floats(LIMIT))
 
 
-def _reduced(at: ExitNodes, kind: str, values: str) -> str:
+def _reduced(at: ExitNodes, kind: str, values: Value) -> Value:
     """Over axis 1, which goes."""
     return at.op(kind, values, at.ints([1]), keepdims=0)
 
 
-def _last(at: ExitNodes, values: str) -> str:
+def _last(at: ExitNodes, values: Value) -> Value:
     """The last entry of axis 1, which stays."""
     return at.op("Gather", values, at.ints([-1]), axis=1)

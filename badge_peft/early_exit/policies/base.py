@@ -11,7 +11,7 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory, as_history
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.text import PolicyText
 
 Array = np.ndarray
@@ -229,7 +229,7 @@ class ExitPolicy(PolicyText):
 
     # ---------------------------------------------------------------------------------------------------------- ONNX
 
-    def nodes(self, at: ExitNodes) -> str | None:
+    def nodes(self, at: ExitNodes) -> Value | None:
         """[n] bool: `should_exit` as nodes of an exported graph, where threshold and patience come with the call; None
         where no row can stop. Without it the policy cannot be exported."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import problem_of
@@ -53,7 +53,7 @@ class EntropyPolicy(ConfidencePolicy):
         """[n]: nats."""
         return history.entropy(j)
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: nats."""
         return at.entropy()
 
@@ -87,7 +87,7 @@ class MaxProbPolicy(ConfidencePolicy):
         scaled = history.logits[j] / np.float32(self.config.temperature[j])
         return ExitHistory.of(scaled[:, None], history.exits[j : j + 1], history.problem_type).confidence(0)
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: probability."""
         logits = at.logits
         if self.config.temperature is not None:
@@ -136,7 +136,7 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
             worst = np.maximum(worst, history.entropy(j - k))
         return self._share(history, worst)
 
-    def nodes(self, at: ExitNodes) -> str | None:
+    def nodes(self, at: ExitNodes) -> Value | None:
         """The run of exits that are sure enough."""
         share = at.op("Div", at.entropy(), at.floats(at.scale))
         return at.run_of(at.op("Less", share, at.threshold))

@@ -13,7 +13,7 @@ from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words, number
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import problem_of
@@ -68,7 +68,7 @@ class DivergencePolicy(ThresholdPolicy):
             run = np.maximum(run, history.to_previous(kind, j - k))
         return run
 
-    def nodes(self, at: ExitNodes) -> str | None:
+    def nodes(self, at: ExitNodes) -> Value | None:
         """The count of Eq. 3, or the run of adjacent agreements: patience is an input of the graph."""
         kind = self.kind
         here, earlier = at.represent(kind), at.kept("history")  # [n, 1, W], [n, j, W] or the last alone

@@ -11,7 +11,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
 from badge_peft.early_exit.policies.evidence import Evidence, capitalized
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.registry import register_policy
 
 
@@ -38,7 +38,7 @@ class UnconditionalPolicy(ExitPolicy):
     def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
         return capitalized(self.why(exits, j, evidence))
 
-    def nodes(self, at: ExitNodes) -> str | None:
+    def nodes(self, at: ExitNodes) -> Value | None:
         """Nothing to decide."""
         return None
 

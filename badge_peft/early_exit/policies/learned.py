@@ -7,7 +7,7 @@ import numpy as np
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 
@@ -36,7 +36,7 @@ class LearnedPolicy(ThresholdPolicy):
             )
         return history.uncertainty[j]
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: predicted uncertainty."""
         return at.uncertainty
 

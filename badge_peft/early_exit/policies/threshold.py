@@ -12,7 +12,7 @@ from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
 from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
 
 class ThresholdPolicy(ExitPolicy):
@@ -122,10 +122,10 @@ class ThresholdPolicy(ExitPolicy):
         """Whether a score counts as close or sure: compared as `should_exit` does, in float32."""
         return bool(np.float32(value) < np.float32(self.threshold(history.num_labels, history.problem_type)))
 
-    def score_nodes(self, at: ExitNodes) -> str:
+    def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: `score` as nodes."""
         raise NotImplementedError
 
-    def nodes(self, at: ExitNodes) -> str | None:
+    def nodes(self, at: ExitNodes) -> Value | None:
         """The comparison, on `score_nodes`."""
         return at.op("GreaterOrEqual" if self.stops_above else "Less", self.score_nodes(at), at.threshold)
