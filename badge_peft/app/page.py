@@ -34,7 +34,7 @@ class Callbacks:
     Args:
         adapter: From `open_adapter`.
         folder: Where it was opened from.
-        rule: How it stops; from `resolve_policy_config`.
+        rule: How it stops; from `Adapter.early_exit_config`.
 
     Attributes:
         controls: Of the rule's parameters, in the order in which their values are given below.

@@ -18,7 +18,7 @@ from badge_peft.evaluation.tradeoff import TradeOff, default_policies
 from badge_peft.model_card import PICTURE
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
-from badge_peft.workflows.evaluate import default_metric, measure
+from badge_peft.workflows.evaluate import measure
 
 POINTS = 20  # of each curve
 
@@ -49,7 +49,7 @@ class TradeOffView:
             return
         self.logits = logits
         self.scored = logits.labeled()
-        self.metric = str(read_report(folder).get("metric") or default_metric(logits.problem_type))
+        self.metric = str(read_report(folder).get("metric") or problem_of(logits.kind).default_metric)
         self._curves = lru_cache(maxsize=16)(self._sweep)
 
     @property

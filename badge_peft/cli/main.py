@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
-from badge_peft._version import package_version
 from badge_peft.utils import distributed
 
-if TYPE_CHECKING:
-    from cyclopts import App
-
-COMMANDS = ("train", "evaluate", "sweep", "calibrate", "predict", "export", "bench", "app", "demo")
-DISTRIBUTED = ("train", "evaluate", "predict")  # whose work several processes can share
 MISSING = "the command line needs cyclopts, which is in the extra `train`: pip install 'badge-peft[train]'"
-
-
-def make_app() -> App:
-    """The application with all commands: each is the function of its name in the module of its name.
-
-    Raises:
-        ModuleNotFoundError: cyclopts is not installed.
-    """
-    from cyclopts import App, Group, Parameter
-
-    app = App(
-        name="badge-peft",
-        help="Early exits for Hugging Face encoders, as a small PEFT adapter: easy inputs get their answer before the "
-        "last block.",
-        version=f"badge-peft {package_version()}",
-        group_parameters=Group("Options", sort_key=1),
-        default_parameter=Parameter(negative="", show_default=_shown_default, allow_repeating=True),
-    )
-    for number, name in enumerate(COMMANDS):
-        app.command(getattr(import_module(f"badge_peft.cli.{name}"), name), name=name, sort_key=number)
-    return app
+DISTRIBUTED = ("train", "evaluate", "predict")  # whose work several processes can share
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -47,24 +21,21 @@ def main(tokens: Sequence[str] | None = None) -> None:
     Args:
         tokens: The command line; None takes the process's own.
     """
-    try:
-        app = make_app()
-    except ModuleNotFoundError as error:
-        if error.name != "cyclopts":
-            raise
+    if find_spec("cyclopts") is None:
         print(MISSING, file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(1)
     if distributed.is_main():
-        _run(app, tokens)
+        _run(tokens)
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        _run(app, tokens)  # one process speaks for all; what fails here alone is seen when it leaves this block
+        _run(tokens)  # one process speaks for all; what fails here alone is seen when it leaves this block
 
 
-def _run(app: App, tokens: Sequence[str] | None) -> None:
+def _run(tokens: Sequence[str] | None) -> None:
     """Runs the command; at its end, no process leaves the others behind."""
     from cyclopts import CycloptsError
 
+    from badge_peft.cli.commands import COMMANDS, app
     from badge_peft.cli.errors import exit_on_user_error, warn
 
     try:
@@ -75,28 +46,22 @@ def _run(app: App, tokens: Sequence[str] | None) -> None:
         warn(f"error: {' '.join(str(error).split())} See {see}.", "red")
         raise SystemExit(2) from error
     with exit_on_user_error():
-        _join(command.__name__)
+        if command in COMMANDS:  # and not --help or --version
+            _meet(command)
         command(*bound.args, **bound.kwargs)
     distributed.shutdown()
 
 
-def _join(command: str) -> None:
+def _meet(command: Callable[..., Any]) -> None:
     """Meets the other processes, where several were started.
 
     Raises:
         ValueError: the command is for one process.
     """
-    size = distributed.env_rank_world()[1]
-    if size == 1 or command not in COMMANDS:  # --help, --version
-        return
-    if command not in DISTRIBUTED:
+    name, size = command.__name__, distributed.env_rank_world()[1]
+    if size > 1 and name not in DISTRIBUTED:
         raise ValueError(
-            f"{command} is for one process, and {size} were started: call badge-peft {command} by itself. Processes "
-            f"can share the work of {', '.join(DISTRIBUTED)}."
+            f"{name} is for one process, and {size} were started: call badge-peft {name} by itself. Processes can "
+            f"share the work of {', '.join(DISTRIBUTED)}."
         )
     distributed.init_process_group()
-
-
-def _shown_default(value: Any) -> str | None:
-    """Nothing for a flag, which is off, and for what the help tells in words."""
-    return None if value is None or value is False else str(value)

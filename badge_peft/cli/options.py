@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
-from cyclopts.validators import Number
+from cyclopts.types import PositiveInt
 
+from badge_peft.utils.files import write_json
 from badge_peft.workflows import settings
 
 DATA = (
     "A csv, tsv, json, jsonl, parquet or txt file (one text per line), a folder of such files, or a data set of the "
     "Hub."
 )
-_DATA_PANEL = Group("Data", sort_key=2)
-_STOP_PANEL = Group("How to stop", sort_key=5)
-AT_LEAST_1 = Number(gte=1)
-AT_LEAST_0 = Number(gte=0)
 
 Adapter = Annotated[str, Parameter(help="Folder of the adapter, or a repository of the Hub.")]
 Data = Annotated[str, Parameter(help=DATA)]
+OtherData = Annotated[
+    str | None,
+    Parameter(
+        help=f"Texts to run through the adapter. Default: the exit logits that train left in its folder. {DATA}"
+    ),
+]
 BaseModel = Annotated[
     str | None, Parameter(help="Base model, where it is not where the adapter says: a folder or a repository.")
 ]
 Device = Annotated[str | None, Parameter(help="cpu, cuda, ... Default: a GPU where there is one.")]
-BatchSize = Annotated[int, Parameter(validator=AT_LEAST_1, help="Batch size: texts per pass.")]
+BatchSize = Annotated[PositiveInt, Parameter(help="Batch size: texts per pass.")]
 Metric = Annotated[
     str | None,
     Parameter(
@@ -35,19 +38,16 @@ Metric = Annotated[
 ]
 JsonFile = Annotated[Path | None, Parameter("--json", help="Also write the result to this JSON file.")]
 
-TextColumns = Annotated[settings.TextColumns, Parameter("*", group=_DATA_PANEL)]
-Columns = Annotated[settings.Columns, Parameter("*", group=_DATA_PANEL)]
-Goal = Annotated[settings.Goal, Parameter("*", group=_STOP_PANEL)]
-Overrides = Annotated[settings.PolicyOverrides, Parameter("*", group=_STOP_PANEL)]
-
-# the groups inside `TrainSettings`, whose fields' annotations stay free of this library
-for panel, group in (
-    (_DATA_PANEL, settings.TrainColumns),
-    (Group("Exits", sort_key=3), settings.ExitOptions),
-    (Group("Training", sort_key=4), settings.TrainingOptions),
-    (_STOP_PANEL, settings.Goal),
+# the groups of options, whose annotations stay free of this library: each class has its panel
+for panel, groups in (
+    (Group("Options", sort_key=1), (settings.TrainSettings, settings.DemoSettings)),
+    (Group("Data", sort_key=2), (settings.TextColumns, settings.Columns, settings.TrainColumns)),
+    (Group("Exits", sort_key=3), (settings.ExitOptions,)),
+    (Group("Training", sort_key=4), (settings.TrainingOptions,)),
+    (Group("How to stop", sort_key=5), (settings.Goal, settings.PolicyOverrides)),
 ):
-    Parameter("*", group=panel)(group)
+    for group in groups:
+        Parameter("*", group=panel)(group)
 
 
 def prepare_folder(*files: Path | None) -> None:
@@ -55,3 +55,9 @@ def prepare_folder(*files: Path | None) -> None:
     for file in files:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write(report: dict[str, Any], file: Path | None) -> None:
+    """Writes a result to the JSON file that was asked for, if one was."""
+    if file is not None:
+        write_json(file, report)

@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.model_card import CONFIG, REPORT
 from badge_peft.registry import NAME
-from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
-from badge_peft.workflows.encode import limit_length, load_tokenizer
+from badge_peft.workflows.columns import Names
+from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
+from badge_peft.workflows.settings import Columns
 
-CONFIG = "adapter_config.json"
 LOGITS = "exit_logits.safetensors"
-REPORT = "report.json"
 
 
 @dataclass
@@ -42,14 +46,39 @@ class Adapter:
     model: PeftModel
     tokenizer: Any
     labels: LabelSet
-    columns: dict[str, str | None] = field(default_factory=dict)
+    columns: Names = field(default_factory=dict)
 
     @property
-    def config(self) -> BadgeConfig:
-        """The adapter's config."""
-        found = self.model.peft_config["default"]
-        assert isinstance(found, BadgeConfig)
-        return found
+    def badge(self) -> BadgeModel:
+        """The tuner."""
+        return get_badge_model(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def read(self, data: str | Path, columns: Columns = Columns()) -> TextDataset:
+        """Rows of a data set, in which a column that is not named is found as it was in training."""
+        return read_examples(data, columns, recorded=self.columns)
+
+    def encode(self, examples: TextDataset) -> Dataset:
+        """Token columns, and `labels` where the rows have some."""
+        return encode(examples, self.tokenizer, self.labels.targets(examples))
+
+    def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
+        """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from
+        its own defaults: a threshold of one policy means nothing to another.
+
+        Raises:
+            ValueError: a field has a value that is not allowed, or the policy does not suit the model.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        own = self.badge.get_early_exit_config()
+        same = given.get("policy", own.policy) == own.policy
+        config = EarlyExitConfig.of(own if same else None, **given)
+        build_policy(config).check(self.badge.exit_layers(), len(self.labels.names), self.labels.problem_type)
+        return config
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
@@ -68,17 +97,16 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
     where = _device(device)
     with quiet():
         model = load_pretrained(str(path), base_model=base_model).to(where)
-    config = model.peft_config["default"]
-    assert isinstance(config, BadgeConfig)
+    config = get_badge_model(model).config_of()
     base: Any = model.get_base_model()
-    local = Path(path)
-    tokenizer = load_tokenizer(path if has_tokenizer(path) else str(base_model or config.base_model_name_or_path))
-    limit_length(tokenizer, base, None)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    named = path if has_tokenizer(path) else base_model or config.base_model_name_or_path
     names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
-    labels = LabelSet(names, config.resolved_problem_type)
-    return Adapter(model, tokenizer, labels, read_report(local).get("columns") or {})
+    return Adapter(
+        model,
+        load_tokenizer(str(named), base),
+        LabelSet(names, config.resolved_problem_type),
+        read_report(path).get("columns") or {},
+    )
 
 
 def check_adapter(path: str | Path) -> None:
@@ -89,15 +117,14 @@ def check_adapter(path: str | Path) -> None:
         ValueError: a folder without an adapter, or a file.
     """
     local = Path(path)
-    if local.is_dir():
-        if not (local / CONFIG).exists():
-            raise ValueError(
-                f"{path} holds no adapter: it has no {CONFIG}. Give the folder that `badge-peft train` or "
-                "save_pretrained wrote."
-            )
-    elif local.exists():
+    if local.is_file():
         raise ValueError(f"{path} is a file: give the folder of an adapter.")
-    elif is_local(path):
+    if local.is_dir() and not (local / CONFIG).exists():
+        raise ValueError(
+            f"{path} holds no adapter: it has no {CONFIG}. Give the folder that `badge-peft train` or save_pretrained "
+            "wrote."
+        )
+    if is_local(path) and not local.exists():
         raise FileNotFoundError(f"there is no folder {path}.")
 
 
@@ -108,28 +135,34 @@ def stored_logits(path: str | Path) -> ExitLogits:
         FileNotFoundError: there are none.
         ValueError: the file holds something else.
     """
-    local = Path(path)
-    if not local.is_dir():
-        if not local.exists():
-            raise FileNotFoundError(f"there is no file or folder {path}.")
-        return _load_logits(local)
-    check_adapter(path)
-    file = local / LOGITS
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{path} has no {LOGITS}: give the data to run through the adapter, or write the file with "
-            "`badge-peft evaluate --save-logits`."
-        )
-    return _load_logits(file)
+    file = Path(path)
+    if file.is_dir():
+        check_adapter(path)
+        file = file / LOGITS
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{path} has no {LOGITS}: give the data to run through the adapter, or write the file with "
+                "`badge-peft evaluate --save-logits`."
+            )
+    elif not file.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}.")
+    try:
+        return ExitLogits.load(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} holds no exit logits: {error}.") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The fields of `adapter_config.json`.
 
     Raises:
-        ValueError: the file is no JSON object, or not of a BADGE adapter.
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no local adapter, or not one of BADGE.
     """
+    check_adapter(folder)
     path = Path(folder) / CONFIG
+    if not path.exists():
+        raise ValueError(f"{folder} is no local folder, so its policy cannot be changed: download it first.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -157,7 +190,7 @@ def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
     config = read_config(folder)
     blocks, labels = config.get("num_blocks"), config.get("num_labels")
     found = (exit_logits.depth, exit_logits.logits.shape[-1])
-    if (blocks is not None and blocks != found[0]) or (labels is not None and labels != found[1]):
+    if blocks not in (None, found[0]) or labels not in (None, found[1]):
         raise ValueError(
             f"the exit logits are of a model with {found[0]} blocks and {found[1]} outputs, but the adapter in "
             f"{folder} has {blocks} and {labels}: give the data to run through the adapter."
@@ -170,19 +203,9 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     Raises:
         ValueError: `folder` is no local adapter.
     """
-    check_adapter(folder)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no local folder, so its policy cannot be changed: download it first.")
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
     write_json(Path(folder) / CONFIG, data)
-
-
-def _load_logits(path: Path) -> ExitLogits:
-    try:
-        return ExitLogits.load(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds no exit logits: {error}.") from error
 
 
 def _device(name: str | None) -> torch.device:

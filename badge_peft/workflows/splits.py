@@ -15,12 +15,7 @@ _VALIDATION = ("validation", "dev", "valid", "val")
 
 
 def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training rows and evaluation rows.
-
-    Args:
-        data: As for `read_examples`.
-        columns: What is read of it, and what is held out.
-        seed: Of what is drawn.
+    """Training rows and evaluation rows, those of a split or a file of their own, or held out.
 
     Raises:
         OSError: no such data.
@@ -32,42 +27,33 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
     if columns.eval_data is None and columns.eval_split is None:
         return hold_out(examples, columns.eval_share, seed)
     held_out = read_examples(columns.eval_data or data, replace(columns, split=columns.eval_split))
-    examples = without(examples, held_out)
+    known = set(held_out.keys())
+    examples = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
     if not len(examples):
         raise ValueError(f"every text of {data} is among the evaluation texts too: nothing is left to train.")
     return examples, held_out
 
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training rows and evaluation rows.
-
-    Args:
-        examples: To split.
-        fraction: Of the evaluation rows, in (0, 1).
-        seed: The same seed gives the same split.
+    """Training rows, and a `fraction` in (0, 1) of the texts for evaluation; no text is in both.
 
     Raises:
         ValueError: too few different texts.
     """
-    keys = list(dict.fromkeys(examples.key(i) for i in range(len(examples))))
-    random.Random(seed).shuffle(keys)
-    count = max(1, round(fraction * len(keys)))
-    if len(keys) - count < 1:
+    keys = examples.keys()
+    different = list(dict.fromkeys(keys))
+    random.Random(seed).shuffle(different)
+    count = max(1, round(fraction * len(different)))
+    if len(different) <= count:
         raise ValueError(
-            f"there are too few different texts to hold some out: {len(keys)}. Give more, or a file of their own for "
-            "the calibration with --eval-data."
+            f"there are too few different texts to hold some out: {len(different)}. Give more, or a file of their own "
+            "for the calibration with --eval-data."
         )
-    held_out = set(keys[:count])
+    held_out = set(different[:count])
     parts: tuple[list[int], list[int]] = ([], [])
-    for i in range(len(examples)):
-        parts[examples.key(i) in held_out].append(i)
+    for i, key in enumerate(keys):
+        parts[key in held_out].append(i)
     return examples.select(parts[0]), examples.select(parts[1])
-
-
-def without(examples: TextDataset, others: TextDataset) -> TextDataset:
-    """The rows whose text is not in `others`."""
-    known = {others.key(i) for i in range(len(others))}
-    return examples.select([i for i in range(len(examples)) if examples.key(i) not in known])
 
 
 def split_in_three(
@@ -78,22 +64,19 @@ def split_in_three(
     Splits that the source has are kept; a validation split that it lacks is cut from its training rows, a test split
     that it lacks too (where the source has only training and validation rows, the latter become the test split, as is
     usual where test labels are hidden). Of several rows with the same text the first counts, and a text of the test
-    split never trains.
+    split never trains. All three are shuffled, and the first rows taken.
 
     Args:
         source: Labeled rows by the name of their split.
-        seed: The same seed gives the same splits.
+        seed: Of the shuffle.
         max_train: At most this many training rows; None takes all.
         max_eval: At most this many rows in each of the other two.
-
-    Returns:
-        The three splits, shuffled.
 
     Raises:
         ValueError: too few different texts for three splits, or a label that the training rows lack.
     """
     named = _named(source)
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     parts = {split: _unique(named[split], seen) for split in reversed(SPLITS) if split in named}
     rng = random.Random(seed)
     shuffled = {split: part.select(rng.sample(range(len(part)), len(part))) for split, part in parts.items()}
@@ -137,23 +120,16 @@ def _named(source: Mapping[str, TextDataset]) -> dict[str, TextDataset]:
 
 def _joined(parts: list[TextDataset]) -> TextDataset:
     first = parts[0]
-    pairs = None if first.pairs is None else [pair for part in parts for pair in part.pairs or []]
-    return TextDataset(
-        [text for part in parts for text in part.texts],
-        pairs,
-        [label for part in parts for label in part.labels or []],
-        first.class_names,
-        first.columns,
-        first.split,
+    return replace(
+        first,
+        texts=[text for part in parts for text in part.texts],
+        pairs=None if first.pairs is None else [pair for part in parts for pair in part.pairs or []],
+        labels=[label for part in parts for label in part.labels or []],
     )
 
 
-def _unique(examples: TextDataset, seen: set[tuple[str, str]]) -> TextDataset:
-    """The rows whose text is not in `seen`, which they are added to."""
-    keep = []
-    for i in range(len(examples)):
-        key = examples.key(i)
-        if key not in seen:
-            seen.add(key)
-            keep.append(i)
-    return examples.select(keep)
+def _unique(examples: TextDataset, seen: set[tuple[str, ...]]) -> TextDataset:
+    """The first row of each text that is not in `seen`, which these are added to."""
+    rows = {key: i for i, key in reversed([*enumerate(examples.keys())]) if key not in seen}
+    seen.update(rows)
+    return examples.select(sorted(rows.values()))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import json
-import lzma
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+import fsspec
+from pyarrow import ArrowInvalid
+from pyarrow.parquet import ParquetFile
+
 from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.columns import find_columns
+from badge_peft.workflows.data import suffix_of
 from badge_peft.workflows.settings import TextColumns
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
-_BY_SUFFIX = {".txt": "text", "": "text", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".parquet": "parquet"}
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _CHUNK = 1024  # rows of a parquet file in memory at once
 
 Pair = tuple[str, str | None]
@@ -44,23 +44,21 @@ def read_texts(
         FileNotFoundError: there is no such file.
         ValueError: an unknown format, a column that is not there, or a line that cannot be read.
     """
-    path = Path(source)
     if format is None:
-        format = "text" if source == "-" else _format_of(path)
+        suffix = suffix_of(source).lstrip(".")
+        format = "text" if suffix in ("", "txt") else suffix
+        if format not in FORMATS:
+            raise ValueError(f"{source} is in no format that can be read line by line: say which with --format.")
     check_choice("format", format, FORMATS)
-    if source != "-" and not path.is_file():
+    if source != "-" and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}.")
-    if format == "parquet":
-        if source == "-":
-            raise ValueError("format='parquet' is not allowed for stdin: name a file.")
-        rows = _parquet(path)
-    else:
-        rows = _lines(source, format)
+    if format == "parquet" and source == "-":
+        raise ValueError("format='parquet' is not allowed for stdin: name a file.")
+    if format == "text" and (columns.text_pair_column or (recorded or {}).get("text_pair")):
+        raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
     if format == "text":
-        if columns.text_pair_column or (recorded or {}).get("text_pair"):
-            raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
-        return ((row["text"], None) for row in rows)
-    return _pairs(rows, columns, recorded)
+        return ((row["text"], None) for row in _rows(source, format))
+    return _pairs(_rows(source, format), columns, recorded)
 
 
 def _pairs(
@@ -77,29 +75,25 @@ def _pairs(
         yield str(row[str(text)]), None if pair is None else str(row[pair])
 
 
-def _format_of(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _OPENERS:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix not in _BY_SUFFIX:
-        raise ValueError(f"{path} is in no format that can be read line by line: say which with --format.")
-    return _BY_SUFFIX[suffix]
-
-
-def _lines(source: str, format: str) -> Iterator[dict[str, Any]]:
-    with _open(source) as file:
-        try:
-            if format in ("csv", "tsv"):
-                yield from csv.DictReader(file, delimiter="\t" if format == "tsv" else ",")
+def _rows(source: str, format: str) -> Iterator[dict[str, Any]]:
+    try:
+        if format == "parquet":
+            with ParquetFile(source) as table:
+                for batch in table.iter_batches(_CHUNK):
+                    yield from batch.to_pylist()
+            return
+        read = {"encoding": "utf-8-sig", "newline": "", "compression": "infer"}
+        with nullcontext(sys.stdin) if source == "-" else fsspec.open(source, "rt", **read) as file:
+            if format == "text":
+                yield from ({"text": line.rstrip("\r\n")} for line in file)
             elif format == "jsonl":
                 yield from _json_lines(file)
             else:
-                yield from ({"text": line.rstrip("\r\n")} for line in file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not in UTF-8: {error}.") from error
-        except csv.Error as error:
-            raise ValueError(f"{source} cannot be read as {format}: {error}.") from error
+                yield from csv.DictReader(file, delimiter="\t" if format == "tsv" else ",")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not in UTF-8: {error}.") from error
+    except (ArrowInvalid, csv.Error) as error:
+        raise ValueError(f"{source} cannot be read as {format}: {error}.") from error
 
 
 def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
@@ -113,25 +107,3 @@ def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f'line {number} is no JSON object: each line must be one, such as {{"text": "..."}}.')
         yield row
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(_CHUNK):
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}.") from error
-
-
-@contextmanager
-def _open(source: str) -> Iterator[TextIO]:
-    if source == "-":
-        yield sys.stdin
-        return
-    opener = _OPENERS.get(Path(source).suffix.lower(), open)
-    with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
-        yield file

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.app.page import Callbacks
 from badge_peft.workflows.adapter_dir import LOGITS, open_adapter
-from badge_peft.workflows.predict import resolve_policy_config
 from tests.cli.conftest import cli, save_classifier
 from tests.early_exit.reference import REGRESSION, SINGLE
 from tests.models import shake
@@ -64,4 +63,4 @@ def make(tmp_path: Path) -> Make:
 def opened(adapter: Path, **rule: Any) -> Callbacks:
     """What a page of this adapter calls."""
     found = open_adapter(adapter, device="cpu")
-    return Callbacks(found, str(adapter), resolve_policy_config(found, **rule))
+    return Callbacks(found, str(adapter), found.early_exit_config(**rule))

@@ -309,7 +309,7 @@ def test_evaluate_and_the_page_agree(make: Make) -> None:
     rows = sentences(40)
     names = [label for _, label in rows]
     texts = TextDataset([text for text, _ in rows], None, names, None, {"text": "text", "label": "label"}, "x")
-    report, _ = evaluate_adapter(callbacks.adapter, texts, progress=False)
+    report, _ = evaluate_adapter(callbacks.adapter, texts)
     page = callbacks.curve(*values(callbacks))
     for block, score, count in zip(
         report["exit_layers"], report["per_exit"], report["early_exit"]["rows_stopped"], strict=True

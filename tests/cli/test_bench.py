@@ -14,7 +14,6 @@ from badge_peft import collect_exit_logits, evaluate_policy, exit_scores, load_p
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.bench import bench_adapter
 from badge_peft.workflows.data import read_examples
-from badge_peft.workflows.evaluate import encode_for
 from tests.cli.conftest import FAST, ROWS, Cli, one_cut, one_line, save_classifier
 
 TORCH = ["stock PyTorch", "BADGE PyTorch"]
@@ -37,8 +36,8 @@ def test_the_answers_are_those_of_the_library(trained: Path, place: Path, cli: C
     assert [stock["name"], early["name"]] == TORCH
 
     opened = open_adapter(trained)
-    rows = read_examples(place / "rows.csv", recorded=opened.columns).select(range(40))
-    logits = collect_exit_logits(opened.model, encode_for(opened, rows))
+    rows = opened.read(place / "rows.csv").select(range(40))
+    logits = collect_exit_logits(opened.model, opened.encode(rows))
     point = evaluate_policy(logits, load_pretrained(str(trained)).base_model.get_early_exit_config())
     assert (stock["score"], stock["mean_exit"]) == (exit_scores(logits).per_exit[-1], 3.0)
     assert stock["answers_as_full_depth"] == 1.0  # a frozen backbone and its own head
@@ -85,9 +84,7 @@ def test_regression(cli: Cli, tmp_path: Path) -> None:
 def test_threads_are_as_before_afterwards(trained: Path, place: Path) -> None:
     before = torch.get_num_threads()
     opened = open_adapter(trained, device="cpu")
-    report = bench_adapter(
-        opened, read_examples(place / "texts.txt"), limit=3, threads=before + 1, onnx=False, progress=False
-    )
+    report = bench_adapter(opened, read_examples(place / "texts.txt"), limit=3, threads=before + 1, onnx=False)
     assert report["threads"] == before + 1 and torch.get_num_threads() == before
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from badge_peft import __version__
 from badge_peft.cli import main as cli
-from badge_peft.cli.main import COMMANDS
+from badge_peft.cli.commands import COMMANDS
 from badge_peft.workflows import demo
 from badge_peft.workflows.settings import DemoSettings, ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
 from tests.cli.conftest import invoke
@@ -26,7 +26,7 @@ def test_version() -> None:
 @pytest.mark.parametrize("arguments", [("--help",), ()])
 def test_help_lists_the_commands(arguments: tuple[str, ...]) -> None:
     output = invoke(*arguments).output
-    assert all(name in output for name in COMMANDS)
+    assert all(command.__name__ in output for command in COMMANDS)
 
 
 def test_help_of_the_demo_names_every_option() -> None:

@@ -16,9 +16,9 @@ from badge_peft import ExitLogits, collect_exit_logits, load_pretrained
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode
+from badge_peft.workflows.evaluate import compare_with_checkpoint
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainingOptions
 from badge_peft.workflows.splits import hold_out
-from badge_peft.workflows.verify import compare_with_checkpoint
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer, write_csv
 
@@ -149,7 +149,7 @@ def test_an_encoder_without_a_head_gets_one(place: Path, cli: Cli, tmp_path: Pat
     told = cli("train", encoder, place / "rows.csv", "--output-dir", out, "--exit-layers", "0-3", *FAST)
     assert "checkpoint" not in told.output
     opened = open_adapter(out)
-    assert opened.labels.names == ["bad", "good"] and opened.config.final_exit == "exit"
+    assert opened.labels.names == ["bad", "good"] and opened.badge.config_of().final_exit == "exit"
     assert opened.model.base_model.exit_layers() == [0, 1, 2, 3]
     answer = json.loads(cli("predict", out, input="a fine film\n").stdout)
     assert answer["label"] in ("bad", "good")
@@ -270,7 +270,7 @@ def test_no_text_is_in_both_parts() -> None:
     rows = TextDataset(["a film", "A  film", "b", "c", "d", "e", "a film"])
     train, held = hold_out(rows, 0.4, seed=1)
     assert len(train) + len(held) == 7
-    assert not {train.key(i) for i in range(len(train))} & {held.key(i) for i in range(len(held))}
+    assert not set(train.keys()) & set(held.keys())
     with pytest.raises(ValueError, match="too few"):
         hold_out(TextDataset(["one"]), 0.5, seed=0)
 

@@ -24,7 +24,7 @@ from badge_peft.training import MultiExitTrainer
 from badge_peft.utils import distributed
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.labels import LabelSet
-from badge_peft.workflows.predict import predict_shared
+from badge_peft.workflows.predict import predict
 from tests.evaluation.rows import make_exits, make_rows
 from tests.models import checkpoint
 from tests.texts import make_tokenizer, sentences
@@ -224,12 +224,12 @@ def answer() -> dict[str, Any]:
             raise ValueError("line 6 is no text")
 
     rule = EarlyExitConfig(policy="max_prob", threshold=0.6)
-    found: dict[str, Any] = {f"{n} texts": list(predict_shared(adapter, texts(n), rule, 4)) for n in (0, 1, 8, 13)}
-    with closing(predict_shared(adapter, texts(100), rule, 4)) as answers:
+    found: dict[str, Any] = {f"{n} texts": list(predict(adapter, texts(n), rule, 4)) for n in (0, 1, 8, 13)}
+    with closing(predict(adapter, texts(100), rule, 4)) as answers:
         found["first of many"] = next(answers, None)
     some: list[Any] = []
     try:
-        some.extend(predict_shared(adapter, texts(5, breaks=True), rule, 1))
+        some.extend(predict(adapter, texts(5, breaks=True), rule, 1))
     except ValueError as error:
         found["broken"] = [str(error), len(some)]
     return {**found, "read": len(read)}

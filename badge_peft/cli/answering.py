@@ -1,0 +1,151 @@
+"""Commands that put an adapter to use: `predict`, `export`, `app`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+from cyclopts.validators import Number
+
+from badge_peft.cli import options as shared
+from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
+
+
+def _check_file(_: type, value: str) -> None:
+    if value.startswith("-") and value != "-":
+        raise ValueError("There is no such option.")
+
+
+def predict(
+    adapter: shared.Adapter,
+    file: Annotated[str, Parameter(allow_leading_hyphen=True, validator=_check_file)] = "-",
+    /,
+    *,
+    format: str | None = None,
+    columns: TextColumns = TextColumns(),
+    batch_size: PositiveInt = 32,
+    overrides: PolicyOverrides = PolicyOverrides(),
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Answer texts with early exits: one line of JSON per text, in the order of the texts.
+
+    Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
+
+    Several processes, started with accelerate launch or torchrun, share the texts among them; the output is that of
+    one.
+
+    Args:
+        file: Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file; - is the standard
+            input.
+        format: text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input.
+        batch_size: Batch size: texts per pass, in each process; 1 answers each line as soon as it is there.
+    """
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.predict import predict as answer
+    from badge_peft.workflows.stream import read_texts
+
+    opened = open_adapter(adapter, base_model, device)
+    config = opened.early_exit_config(**vars(overrides))
+    texts = read_texts(file, format, columns, opened.columns)
+    try:
+        with closing(answer(opened, texts, config, batch_size)) as answers:
+            for line in answers:
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def export(
+    adapter: shared.Adapter,
+    dir: Path,
+    /,
+    *,
+    data: Annotated[
+        str | None, Parameter(help=f"Compare the file with the PyTorch model on these rows. {shared.DATA}")
+    ] = None,
+    int8: bool = False,
+    compact: Annotated[bool, Parameter(negative="--no-compact")] = True,
+    overrides: PolicyOverrides = PolicyOverrides(),
+    columns: Columns = Columns(),
+    json_file: shared.JsonFile = None,
+    base_model: shared.BaseModel = None,
+) -> None:
+    """Write an adapter with its model as one ONNX file that computes no block behind the exit.
+
+    Threshold and patience stay inputs of the graph, so a service changes its speed from call to call. The folder also
+    gets the tokenizer, the configs and a card. Needs the extra onnx: pip install 'badge-peft[onnx]'.
+
+    Args:
+        dir: Folder to write; it is made.
+        int8: Quantize the blocks: several times smaller and faster on a CPU.
+        compact: Take rows that have answered out of the batch, or let them go along.
+    """
+    from badge_peft.export import export_onnx
+    from badge_peft.utils.extras import require_onnx_exporter
+    from badge_peft.workflows.adapter_dir import open_adapter
+
+    require_onnx_exporter()
+    opened = open_adapter(adapter, base_model, "cpu")
+    config = opened.early_exit_config(**vars(overrides))
+    examples = None if data is None else opened.encode(opened.read(data, columns))
+    shared.prepare_folder(json_file)
+    report = export_onnx(
+        opened.model,
+        dir,
+        tokenizer=opened.tokenizer,
+        early_exit_config=config,
+        int8=int8,
+        compact=compact,
+        examples=examples,
+        progress=True,
+    )
+    print(f"{dir / 'model.onnx'}: {report.size_bytes / 1e6:.1f} MB, exits at {report.exit_layers}")
+    if report.changes is not None:
+        found = report.changes
+        print(
+            f"on {found.rows} rows, against PyTorch: same answer {found.same_answer:.1%}, same exit "
+            f"{found.same_exit:.1%}, mean exit {found.mean_exit:.2f} against {found.mean_exit_before:.2f}"
+        )
+        if found.score is not None:
+            print(f"score {found.score:.4f} against {found.score_before:.4f}")
+    shared.write(report.to_dict(), json_file)
+
+
+def app(
+    adapter: shared.Adapter,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int | None, Parameter(validator=Number(gte=1, lte=65535))] = None,
+    share: bool = False,
+    overrides: PolicyOverrides = PolicyOverrides(),
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Open a page in the browser that shows where a text stops, and why.
+
+    Type a text: each exit's distribution is shown as it comes, with the numbers that the policy looks at, and sliders
+    move its threshold and patience. A second tab has the trade-off on the adapter's evaluation data. Needs the extra
+    app: pip install 'badge-peft[app]'.
+
+    Args:
+        host: Address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 every network it is in.
+        port: Default: the first free one from 7860 on.
+        share: Also make a public link, through gradio's servers: all texts pass them.
+    """
+    from badge_peft.utils.extras import require
+
+    require("app", "gradio", "matplotlib")
+    from badge_peft.app.page import Callbacks, build_page, launch
+    from badge_peft.workflows.adapter_dir import open_adapter
+
+    opened = open_adapter(adapter, base_model, device)
+    config = opened.early_exit_config(**vars(overrides))
+    launch(build_page(Callbacks(opened, adapter, config)), host, port, share)

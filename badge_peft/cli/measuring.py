@@ -1,0 +1,149 @@
+"""Commands that measure an adapter: `evaluate`, `sweep`, `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.validators import Number
+
+from badge_peft.cli import options as shared
+from badge_peft.workflows.settings import Columns, PolicyOverrides
+
+
+def evaluate(
+    adapter: shared.Adapter,
+    data: shared.Data,
+    /,
+    *,
+    columns: Columns = Columns(),
+    metric: shared.Metric = None,
+    batch_size: shared.BatchSize = 32,
+    latency: NonNegativeInt = 0,
+    json_file: shared.JsonFile = None,
+    save_logits: Path | None = None,
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Measure an adapter: how good each exit is, and what its policy costs and saves.
+
+    With labels the scores are against them; without, against full depth's answers.
+
+    Several processes, started with accelerate launch or torchrun, share the rows among them.
+
+    Args:
+        latency: Also time this many rows, one by one, with early exits and without.
+        save_logits: Write the logits of all exits to this safetensors file, for sweep and calibrate.
+    """
+    from badge_peft.utils.distributed import is_main
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.evaluate import evaluate_adapter
+    from badge_peft.workflows.report import latency_line, measured_table, summary
+
+    opened = open_adapter(adapter, base_model, device)
+    rows = opened.read(data, columns)
+    shared.prepare_folder(json_file, save_logits)
+    report, exit_logits = evaluate_adapter(opened, rows, metric, batch_size, latency)
+    if not is_main():
+        return
+    report = {"adapter": adapter, "data": data, **report}
+    print(f"\n{measured_table(report)}\n\n{summary(report)}")
+    if "latency" in report:
+        print(latency_line(report["latency"]))
+    shared.write(report, json_file)
+    if save_logits is not None:
+        exit_logits.save(save_logits)
+
+
+def sweep(
+    adapter_or_logits: str,
+    data: shared.OtherData = None,
+    /,
+    *,
+    policies: str | None = None,
+    points: Annotated[int, Parameter(validator=Number(gte=2))] = 20,
+    metric: shared.Metric = None,
+    plot: Path | None = None,
+    json_file: shared.JsonFile = None,
+    columns: Columns = Columns(),
+    batch_size: shared.BatchSize = 32,
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Show what every setting of a policy would cost and save, without choosing one.
+
+    The fixed depths, where every text stops at the same block, are always shown beside the policies: a policy is worth
+    having where it beats them.
+
+    Args:
+        adapter_or_logits: An adapter's folder (or repository), or a file of exit logits.
+        policies: Policies to compare, with commas. Default: divergence,patience,entropy,max_prob.
+        points: Settings of each policy.
+        plot: Draw the curves into this file (png, svg or pdf).
+    """
+    from badge_peft import evaluation
+    from badge_peft.early_exit.policies import POLICIES
+    from badge_peft.utils.checks import check_choice
+    from badge_peft.workflows.evaluate import logits_of, resolve_metric
+    from badge_peft.workflows.report import tradeoff_table
+
+    names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
+    for name in names or []:
+        check_choice("policies", name, tuple(POLICIES))
+    exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
+    scored = exit_logits.labeled()
+    shared.prepare_folder(plot, json_file)
+    found = evaluation.sweep(scored, names, points, resolve_metric(metric, scored.kind, scored.logits.shape[-1]))
+    print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))
+    if json_file is not None:
+        found.save(json_file)
+    if plot is not None:
+        from badge_peft.evaluation.plots import plot_tradeoff
+
+        plot_tradeoff(found, plot)
+
+
+def bench(
+    adapter: shared.Adapter,
+    data: shared.Data,
+    /,
+    *,
+    columns: Columns = Columns(),
+    metric: shared.Metric = None,
+    rows: PositiveInt = 200,
+    batch_size: PositiveInt = 1,
+    threads: PositiveInt | None = None,
+    onnx: Annotated[bool, Parameter(negative="--no-onnx")] = True,
+    overrides: PolicyOverrides = PolicyOverrides(),
+    json_file: shared.JsonFile = None,
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Time an adapter on texts of yours beside what could be run instead.
+
+    Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
+    in turn: milliseconds, texts per second, mean exit, and the score where the data has labels.
+
+    Args:
+        rows: How many texts to time: the first of the data.
+        batch_size: Batch size: texts per call; times are then those of a batch.
+        threads: Of torch and of each ONNX Runtime session. Default: torch's own number.
+        onnx: Also export to ONNX and time ONNX Runtime, fp32 and int8.
+    """
+    from badge_peft.utils.extras import require_onnx_exporter
+    from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.bench import bench_adapter
+    from badge_peft.workflows.report import bench_summary, bench_table
+
+    if onnx:
+        require_onnx_exporter()
+    opened = open_adapter(adapter, base_model, device)
+    config = opened.early_exit_config(**vars(overrides))
+    examples = opened.read(data, columns)
+    shared.prepare_folder(json_file)
+    report = bench_adapter(opened, examples, config, rows, batch_size, threads, onnx, metric)
+    report = {"adapter": adapter, "data": data, "split": examples.split, **report}
+    print(f"\n{bench_table(report)}\n\n{bench_summary(report)}")
+    shared.write(report, json_file)

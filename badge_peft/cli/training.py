@@ -1,0 +1,80 @@
+"""Commands that make an adapter: `train`, `calibrate`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from badge_peft.cli import options as shared
+from badge_peft.cli.errors import warn
+from badge_peft.workflows.settings import Columns, DemoSettings, Goal, TrainSettings
+
+
+def train(
+    model: str,
+    data: Annotated[str, Parameter(help=f"Texts to learn from. {shared.DATA}")],
+    /,
+    settings: TrainSettings,
+) -> None:
+    """Put early exits on a model: train them, choose when to stop, and say what it costs.
+
+    The usual case: a classifier that is in service, and a file of texts like those that it sees, labeled or not:
+
+        badge-peft train my-model texts.csv --output-dir my-exits --keep-head
+
+    The model itself is not changed. The folder gets the adapter, with its early-exit policy in adapter_config.json and
+    the tokenizer beside it; report.json and tradeoff.png, with what was measured; and exit_logits.safetensors, from
+    which badge-peft sweep and badge-peft calibrate can run again. Then badge-peft predict answers with it.
+
+    Several processes, started with accelerate launch or torchrun, share each batch among them.
+
+    Args:
+        model: Your model: a folder, or a repository of the Hub. A fine-tuned classifier, or an encoder to make one of.
+    """
+    from badge_peft.workflows.train import train_adapter
+
+    train_adapter(model, data, settings)
+
+
+def calibrate(
+    adapter: str,
+    data: shared.OtherData = None,
+    /,
+    *,
+    goal: Goal = Goal(),
+    metric: shared.Metric = None,
+    columns: Columns = Columns(),
+    batch_size: shared.BatchSize = 32,
+    base_model: shared.BaseModel = None,
+    device: shared.Device = None,
+) -> None:
+    """Choose how an adapter stops, and write the choice into its adapter_config.json.
+
+    Nothing else in the folder changes but the numbers of its card, and nothing is trained: an adapter can be
+    calibrated again, in seconds, whenever another speed is wanted.
+
+    Args:
+        adapter: Folder of the adapter.
+    """
+    from badge_peft.model_card import CONFIG
+    from badge_peft.workflows.calibrate import calibrate_adapter
+    from badge_peft.workflows.report import summary
+
+    _, report, notes = calibrate_adapter(adapter, data, columns, goal, metric, base_model, batch_size, device)
+    print(f"{summary(report)}\nwritten to {Path(adapter) / CONFIG}")
+    for note in notes:
+        warn(f"note: {note}")
+
+
+def demo(settings: DemoSettings = DemoSettings()) -> None:
+    """See what early exits do, in a few minutes on a CPU.
+
+    Trains an exit after every block of an encoder (the encoder itself is not changed), saves the exits as an adapter,
+    calibrates a policy on validation data, and measures accuracy and time on test data, one text at a time, with early
+    exits and without.
+    """
+    from badge_peft.workflows.demo import run_demo
+
+    run_demo(settings)
