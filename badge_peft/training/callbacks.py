@@ -10,6 +10,12 @@ from transformers import EarlyStoppingCallback, ProgressCallback
 class ProgressBar(ProgressCallback):
     """transformers' bar, with the loss (summed over exits) at its end in place of a line for each log."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar, and names it."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Shows the loss."""
         if self.training_bar is not None and logs and "loss" in logs:
