@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -273,9 +273,11 @@ def test_results_of_two_kinds_do_not_mix(tmp_path: Path) -> None:
         read(tmp_path / "none.json")
 
 
-def test_it_is_a_program(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "latency.py"), "--help"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+def test_it_is_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(BENCHMARKS / "latency.py"), run_name="__main__")
+    said = capsys.readouterr().out
     assert all(name in said for name in EXPERIMENTS)
 
 
