@@ -5,6 +5,7 @@ Each process leaves what it found as `<rank>.json` and `<rank>.safetensors` in t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -269,6 +270,7 @@ def watch_writing(folder: Path) -> list[str]:
 def main(folder: Path) -> None:
     """What one of several processes runs."""
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries: each training starts with a full collection
     distributed.init_process_group()
     written = watch_writing(folder)
     tensors, facts = work(folder)
