@@ -122,18 +122,18 @@ def test_every_backbone(case, kind):
             np.testing.assert_allclose(answers / scale, wanted.logits.numpy() / scale, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model():
     return make_badge("bert", exit_layers=[0, 1, 2, 3])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exporter(model):
     """One cut of `model`, of which many files are made."""
     return OnnxExporter(model, {"threshold": 1.0})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(exporter, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx")
     report = exporter.write(path, tokenizer=make_tokenizer())
