@@ -21,6 +21,7 @@ from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, 
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
+from badge_peft.tuner.identity import CONFIG_TENSOR
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
@@ -257,9 +258,10 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
-        cls, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
+        cls, model: nn.Module, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
     ) -> dict[str, Tensor]:
-        return checkpoint.adapter_state_dict(config, adapter_name, state_dict)
+        base: Any = early_exit_model(model)
+        return checkpoint.saved_state_dict(config, adapter_name, state_dict, base.model.__dict__.get("name_or_path"))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -270,7 +272,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         cls, model: nn.Module, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         names = saved_names(model, adapter_name)
-        named = {names.get(name, name): value for name, value in state_dict.items()}
+        named = {names.get(name, name): value for name, value in state_dict.items() if name != CONFIG_TENSOR}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checkpoint.check_weights(model, config, adapter_name, mapped)
         config.source = None

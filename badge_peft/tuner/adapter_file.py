@@ -13,6 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 
+from badge_peft.tuner.identity import config_in, weights_hash
+
 
 @dataclass(frozen=True)
 class AdapterSource:
@@ -54,3 +56,24 @@ class AdapterSource:
             f"{folder} holds no weights of an adapter, neither {' nor '.join(names)}: save the adapter again, or name "
             "the folder that has them. To start anew from its config, set config.source=None."
         )
+
+    def config_of_other_weights(self, expected: str | None) -> dict[str, Any] | None:
+        """The config inside of the weights in a local folder, its `weights_hash` filled in, where their hash is not
+        the one `expected`; None where it is, where there is no such config, or where nothing is expected."""
+        if expected is None or not Path(self.path, self.hub.get("subfolder") or "").is_dir():
+            return None
+        try:
+            tensors = self.read_tensors() or {}
+        except ValueError:  # said when they are loaded
+            return None
+        found, config = weights_hash(tensors), config_in(tensors)
+        return None if found == expected or config is None else {**config, "weights_hash": found}
+
+
+def hash_in(folder: Path) -> str | None:
+    """The hash of the weights in `folder`; None where there are none that can be read."""
+    try:
+        tensors = AdapterSource(str(folder), needs_weights=False).read_tensors()
+    except ValueError:
+        return None
+    return None if tensors is None else weights_hash(tensors)

@@ -19,6 +19,7 @@ from badge_peft.registry import PREFIX
 from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, exit_norm
 from badge_peft.tuner.backbone import is_own_weight
 from badge_peft.tuner.config import BadgeConfig, own_exits
+from badge_peft.tuner.identity import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config
@@ -40,6 +41,17 @@ def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[
     return chosen
 
 
+def saved_state_dict(
+    config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor], base_name: str | None
+) -> dict[str, Tensor]:
+    """`adapter_state_dict`, and the config as PEFT writes it afterwards: the file says what it is by itself, should
+    the saving end in between. (`base_name` is that of the base model, where the config has none yet.)"""
+    base = config.base_model_name_or_path or base_name or None
+    fields = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": base, "weights_hash": None}
+    chosen = adapter_state_dict(config, adapter_name, state_dict)
+    return {**chosen, CONFIG_TENSOR: config_tensor(fields)}
+
+
 def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
     """Compares the weights of a config that was read with what the adapter will have on `model`.
 
@@ -58,11 +70,17 @@ def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> No
     found = config.source.read_tensors()
     if found is None:
         config.source = None
-    else:
-        _compare(
-            _expected_tensors(model, config, layout),
-            {base_name(name): value for name, value in found.items()},
-            _embeddings(model),
+        return
+    _compare(
+        _expected_tensors(model, config, layout),
+        {base_name(name): value for name, value in found.items() if name != CONFIG_TENSOR},
+        _embeddings(model),
+    )
+    if config.weights_hash is not None and weights_hash(found) != config.weights_hash:
+        raise ValueError(
+            f"the weights in {config.source.path} are not those that its adapter_config.json was saved with: one of "
+            "the two files was replaced. Save the adapter again; if you changed the weights on purpose, set "
+            "weights_hash to null in adapter_config.json."
         )
 
 

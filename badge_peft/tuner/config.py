@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftConfig, PeftType, TaskType
+from peft.utils import CONFIG_NAME
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.registry import NAME, add_peft_type
-from badge_peft.tuner.adapter_file import AdapterSource
+from badge_peft.tuner.adapter_file import AdapterSource, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, is_number
+from badge_peft.utils.files import write_text
 from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, infer_problem_type
 
@@ -90,6 +95,9 @@ class BadgeConfig(PeftConfig):
         None, "Filled in: a sample of the base weights, checked when an adapter is loaded."
     )
     badge_version: str | None = option(None, "Filled in: the badge_peft that made this.")
+    weights_hash: str | None = option(
+        None, "Filled in: of the weights that this was saved with, checked when an adapter is loaded. None: no check."
+    )
     source: AdapterSource | None = option(
         None, "At run time: where this was read, until its weights are loaded. None: a new adapter.", **_AT_RUN_TIME
     )
@@ -148,17 +156,37 @@ class BadgeConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Reads `adapter_config.json`, as every config of PEFT. Its weights are compared with the config
-        when it is put on a model, before that is changed."""
+        when it is put on a model, before that is changed.
+
+        Where a folder has other weights than those that its config was saved with, as an interrupted saving leaves
+        it, the config inside of the weights is taken, with a warning.
+        """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, BadgeConfig):
             hub, _, _ = cls._split_kwargs(kwargs)
             path, saved_with_weights = str(pretrained_model_name_or_path), config.inference_mode
-            config.source = AdapterSource(path, saved_with_weights, {**hub, "subfolder": subfolder})
+            source = AdapterSource(path, saved_with_weights, {**hub, "subfolder": subfolder})
+            of_weights = source.config_of_other_weights(config.weights_hash)
+            if of_weights is not None:
+                warnings.warn(
+                    f"{pretrained_model_name_or_path}/{CONFIG_NAME} belongs to other weights than those beside it, as "
+                    "where saving was interrupted: the config inside of the weights is taken. Save the adapter again.",
+                    stacklevel=2,
+                )
+                config = cls.from_peft_type(**of_weights)
+            config.source = source
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and calls `after_saving` where this is the config of an adapter on a model."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Writes `adapter_config.json`, whole or not at all, and calls `after_saving` where this is the config of an
+        adapter on a model."""
+        folder = Path(save_directory)
+        self.weights_hash = hash_in(folder)
+        with TemporaryDirectory() as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            text = Path(temporary, CONFIG_NAME).read_text(encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG_NAME, text)
         if self.after_saving is not None:
             self.after_saving(save_directory)
 

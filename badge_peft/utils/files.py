@@ -11,7 +11,12 @@ from uuid import uuid4
 
 
 def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
-    """Writes `data` as JSON: a reader sees the file that was there before or the new one. Links are followed, and a
+    """`write_text` with `data` as JSON."""
+    write_text(path, json.dumps(data, indent=indent) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` in UTF-8: a reader sees the file that was there before or the new one. Links are followed, and a
     file that is replaced keeps its mode.
 
     Raises:
@@ -21,7 +26,7 @@ def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         with temporary.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=indent) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         if target.exists():

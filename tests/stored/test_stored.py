@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import EarlyExitConfig, ExitLogits, calibrate, early_exit_forward, load_pretrained, sweep
 from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.tuner.identity import CONFIG_TENSOR
 
 DATA = Path(__file__).parent / "data"
 ADAPTERS = sorted(path.stem for path in (DATA / "answers").glob("*.json"))
@@ -113,7 +114,7 @@ def test_an_adapter_is_saved_as_it_was(name: str, tmp_path: Path, monkeypatch: p
         load_file(tmp_path / "adapter_model.safetensors"),
         tensors("adapters", name, "adapter_model.safetensors"),
     )
-    assert found.keys() == wanted.keys()
+    assert found.keys() == {*wanted, CONFIG_TENSOR}  # which it holds since
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     expected = read("adapters", name, "adapter_config.json")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, load_pretrained
+from badge_peft.tuner.identity import CONFIG_TENSOR
 from tests import reference
 from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
 
@@ -153,7 +154,7 @@ def test_exact_keys(fields, keys, adapter_name, tmp_path):
     model.add_adapter("third", BadgeConfig(placement="ffn", bias=True, final_exit="exit"))
     model.save_pretrained(tmp_path, selected_adapters=[adapter_name])
     path = tmp_path if adapter_name == "default" else tmp_path / adapter_name
-    assert set(load_file(path / FILE)) == keys
+    assert set(load_file(path / FILE)) == {*keys, CONFIG_TENSOR}
     assert {p.name for p in path.iterdir()} - {"README.md"} == {"adapter_config.json", FILE}
     assert (tmp_path / "README.md").exists()
 
@@ -163,7 +164,7 @@ def test_exact_keys_of_a_shared_block(tmp_path):
     root = "base_model.model.albert.encoder.albert_layer_groups.0.albert_layers.0"
     expected = {f"{root}.badge_bypass.{m}.{part}" for m in (1, 2, 3) for part in BYPASS}
     expected |= {f"{root}.badge_exit.{m}.{part}" for m in (1, 2, 3) for part in EXIT}
-    assert set(load_file(tmp_path / FILE)) == expected
+    assert set(load_file(tmp_path / FILE)) == {*expected, CONFIG_TENSOR}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,6 +172,7 @@ def test_trained_backbone_is_in_the_file_once(case, tmp_path):
     model = trained(case, backbone="full")
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / FILE)
+    del stored[CONFIG_TENSOR]
     own = {name for name in stored if ".badge_" in name}
     names = {f"base_model.model.{name}" for name in make_model(case).state_dict()}
     assert {name.replace(".base_layer.", ".") for name in stored if name not in own} == names
@@ -330,6 +332,7 @@ def test_file_that_lacks_any_tensor(fields, tmp_path):
     model = make_badge(base=make_model(num_hidden_layers=2), **fields)
     model.save_pretrained(tmp_path)
     weights = in_memory(tmp_path / FILE)
+    del weights[CONFIG_TENSOR]
     for name in weights:
         save_file(drop(name)(weights), tmp_path / FILE)
         base = make_model(num_hidden_layers=2)
@@ -487,6 +490,10 @@ def test_weights_of_another_kind_are_refused(change, message, part, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_are_read(dtype, tmp_path):
     changed_file(tmp_path, lambda weights: weights.update({k: v.to(dtype) for k, v in weights.items()}))
+    with pytest.raises(ValueError, match="set weights_hash to null"):  # a file that was changed by hand
+        PeftModel.from_pretrained(make_model(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_hash": None}))
     loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
     torch.testing.assert_close(exits_of(loaded, make_batch()), exits_of(trained(), make_batch()), rtol=0.1, atol=0.1)
 

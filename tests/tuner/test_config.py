@@ -76,6 +76,7 @@ def test_the_tests_know_every_field():
         "num_blocks",
         "base_fingerprint",
         "badge_version",
+        "weights_hash",
         "source",
         "after_saving",
     }
