@@ -17,7 +17,7 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")
 os.environ.setdefault("UV_SYSTEM_CERTS", "1")
 
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["tests", "adapters", "oldest", "oldest_onnx", "int8"]
+nox.options.sessions = ["tests", "exhaustive", "adapters", "oldest", "oldest_onnx", "int8"]
 
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
@@ -52,6 +52,13 @@ def tests(session: nox.Session) -> None:
     """All tests on the newest releases."""
     session.install("-e", ".[dev]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """The tests that `make test` leaves out: export and compilation on the backbones whose kin is tested anyway."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", "-m", "exhaustive", *session.posargs)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -101,6 +102,15 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, ALBERT itself fa
             "inner_group_num": 2,
         },
     )
+
+
+#: Backbones of which another one runs the same kind of code: exported and compiled in `nox -s exhaustive` alone.
+KIN = ("roberta", "electra", "mpnet", "distilbert", "albert-groups", "albert-inner")
+
+
+def one_of_each_kind(cases: Iterable[str]) -> list[Any]:
+    """`cases` for `parametrize`, those of `KIN` marked `exhaustive`."""
+    return [pytest.param(case, marks=pytest.mark.exhaustive) if case in KIN else case for case in cases]
 
 
 #: transformers does not read the optimizer's file with a torch whose `torch.load` can be made to run code.

@@ -26,7 +26,7 @@ from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, with_threshold
-from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_model
+from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
 from tests.texts import make_tokenizer
 
 # RoBERTa's modeling code under other names: what is traced is the same
@@ -50,6 +50,7 @@ KINDS = itertools.cycle(
         {"exit_pooling": "cls", "placement": "none", "exit_type": "pooled", "exit_layers": [0, 1, 2]},
     ]
 )
+KIND_OF = dict(zip((case for case in CASES if case not in COPIES), KINDS, strict=False))
 RULES = [
     {"policy": "divergence"},
     {"policy": "divergence", "divergence": "label", "window": "consecutive"},
@@ -87,13 +88,10 @@ def safe_batch(model, rows, length, seed, side="right"):
     raise AssertionError("ten batches in a row have labels that hang on rounding")
 
 
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    list(zip((case for case in CASES if case not in COPIES), KINDS, strict=False)),
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_every_backbone(case, kind):
+@pytest.mark.parametrize("case", one_of_each_kind(KIND_OF))
+def test_every_backbone(case):
     """One cut, many graphs: rules, rows taken out or not, rows alone and together, other lengths, left padding."""
+    kind = KIND_OF[case]
     blocks = BLOCKS.get(case, 2)
     base = make_model(case, **SHORT.get(case, {"num_hidden_layers": blocks}))
     if "exit_layers" in kind:
