@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+_LEFT_BEHIND = 3600.0  # seconds after which a temporary file is of a process that was killed
 
 
 def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
@@ -16,22 +22,75 @@ def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` in UTF-8: a reader sees the file that was there before or the new one. Links are followed, and a
-    file that is replaced keeps its mode.
+    """Writes `text` in UTF-8, as `replacing` does.
 
     Raises:
         OSError: it cannot be written; what was there is as before.
     """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new file to write beside `path`, which takes its place at the end: a reader sees the file that was there
+    before or the new one. Links are followed, and a file that is replaced keeps its mode.
+
+    Raises:
+        OSError: it cannot be put there; what was there is as before.
+    """
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    temporary = _beside(target)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
+        yield temporary
+        _finish(temporary, target)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def install(source: Path, folder: Path, last: Sequence[str] = ()) -> None:
+    """Puts the files of `source` into `folder`, which is made, in the place of those of the same names.
+
+    All of them are written beside their places first, and then renamed, one right after the other: on a full disk, or
+    in a process that is killed while it writes, `folder` stays as it was.
+
+    Args:
+        source: Holds files; folders in it are left aside.
+        folder: Where they go. Other files in it stay.
+        last: Names of files that are renamed after all others, in this order.
+
+    Raises:
+        OSError: they cannot be put there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in source.iterdir() if path.is_file())
+    names = [name for name in names if name not in last] + [name for name in last if name in names]
+    places = {_beside(folder / name): folder / name for name in names}
+    try:
+        for temporary, target in places.items():
+            shutil.copyfile(source / target.name, temporary)
+            _finish(temporary, target)
+        for temporary, target in places.items():
+            os.replace(temporary, target)
+    except BaseException:
+        for temporary in places:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _beside(target: Path) -> Path:
+    """A new name in the folder of `target`, with its suffix; what was left behind under such names is removed."""
+    for file in target.parent.glob(f".{'[0-9a-f]' * 32}.{glob.escape(target.name)}"):
+        if time.time() - file.stat().st_mtime > _LEFT_BEHIND:
+            file.unlink(missing_ok=True)
+    return target.with_name(f".{uuid4().hex}.{target.name}")
+
+
+def _finish(temporary: Path, target: Path) -> None:
+    """Makes sure that `temporary` is on the disk, with the mode of the file whose place it takes."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    if target.exists():
+        shutil.copymode(target, temporary)

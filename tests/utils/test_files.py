@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
 
-from badge_peft.utils.files import write_json
+from badge_peft.utils.files import install, write_json
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -40,3 +41,51 @@ def test_what_was_there_stays_when_it_fails(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"b": object()})
     assert path.read_text() == '{"old": 1}' and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_several_files_are_put_in_place_together(tmp_path, monkeypatch):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    for place, names in ((source, "abc"), (folder, "bx")):
+        place.mkdir()
+        for name in names:
+            (place / name).write_text(f"{name} of {place.name}")
+    (folder / "b").chmod(0o640)
+    order = []
+    monkeypatch.setattr(
+        os, "replace", lambda old, new, replace=os.replace: (order.append(new.name), replace(old, new))
+    )
+    install(source, folder, last=("b", "a", "nothing"))
+    assert order == ["c", "b", "a"]
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {
+        **{name: f"{name} of source" for name in "abc"},
+        "x": "x of folder",
+    }
+    assert stat.S_IMODE((folder / "b").stat().st_mode) == 0o640
+
+
+def test_a_copy_that_fails_puts_nothing_in_place(tmp_path, monkeypatch):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    for place in (source, folder):
+        place.mkdir()
+        for name in "ab":
+            (place / name).write_text(place.name)
+
+    def full(old, new, copyfile=shutil.copyfile):
+        if old.name == "b":
+            raise OSError("no space left on device")
+        return copyfile(old, new)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="no space"):
+        install(source, folder)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "folder", "b": "folder"}
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path):
+    old, new, other = (tmp_path / f".{letter * 32}.{name}" for letter, name in (("a", "x"), ("b", "x"), ("c", "y")))
+    for file in (old, new, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    write_json(tmp_path / "x", {})
+    assert {p.name for p in tmp_path.iterdir()} == {"x", new.name, other.name}
