@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, 
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.identity import CONFIG_TENSOR, weights_hash
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
@@ -109,6 +110,14 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         if name not in self.peft_config:
             raise ValueError(f"there is no adapter {name!r}; the model has {', '.join(map(repr, self.peft_config))}.")
         return cast(BadgeConfig, self.peft_config[name])
+
+    def weights_hash(self) -> str:
+        """Of the active adapter's weights as they are now: what `save_pretrained` records in `adapter_config.json`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about embeddings that are resized, or whose first size cannot be told
+            tensors = get_peft_model_state_dict(self, adapter_name=self.single_active_adapter())
+        # as the PEFT model around this one names them
+        return weights_hash({f"base_model.{name}": value for name, value in tensors.items() if name != CONFIG_TENSOR})
 
     def single_active_adapter(self) -> str:
         """The active adapter.

@@ -8,7 +8,7 @@ PEFT's. The text is `model_card_template.md`; here stands what it is filled in w
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,6 +22,7 @@ from yaml import YAMLError
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import set_fields
 from badge_peft.utils.checks import is_number
+from badge_peft.utils.files import write_text
 from badge_peft.utils.paths import is_local
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -33,6 +34,7 @@ CONFIG = "adapter_config.json"
 REPORT = "report.json"
 PICTURE = "tradeoff.png"
 TAGS = ("badge", "early-exit", "peft", "transformers")
+_TIMES = ("p50_ms", "p95_ms", "full_depth_p50_ms", "full_depth_p95_ms", "speedup_paper")  # of a report
 _PEFTS_OWN = "# Model Card for Model ID"  # the heading of the empty form that PEFT writes
 
 
@@ -50,14 +52,38 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, license: st
     folder = Path(folder)
     config = _read(folder / CONFIG)
     file = folder / CARD
-    old = ModelCard.load(file) if file.exists() else None
-    data = old.data if old is not None else ModelCardData()
+    old = read_card(folder)
+    data: Any = old.data if old is not None else ModelCardData()
     _fill(data, config, license)
     card = ModelCard.from_template(
         data, str(TEMPLATE), repo_id=repo_id or "user/repo", **_template_fields(folder, config)
     )
     text = card.text if old is None or _PEFTS_OWN in old.text else _put_in(old.text, card.text.lstrip("\n"))
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text.strip()}\n").save(file)
+    write_text(file, f"---\n{data.to_yaml()}\n---\n{text.strip()}\n")
+
+
+def read_card(folder: Path) -> ModelCard | None:
+    """The `README.md` in a folder; None where there is none.
+
+    Raises:
+        ValueError: it is not UTF-8, or its YAML is broken.
+    """
+    file = folder / CARD
+    try:
+        return ModelCard.load(file) if file.exists() else None
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a model card, so it cannot be kept: mend its first lines (YAML, UTF-8), or "
+            f"take it away. ({error})"
+        ) from error
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What `badge-peft train` wrote into `report.json`; empty where there is none that can be read."""
+    try:
+        return _read(Path(folder) / REPORT)
+    except (OSError, ValueError, RecursionError):  # a file that somebody else wrote may be anything
+        return {}
 
 
 def write_card_of_adapter(folder: str | Path) -> None:
@@ -120,9 +146,9 @@ def _fill(data: Any, config: dict[str, Any], license: str | None) -> None:
 
 
 def _put_in(old: str, new: str) -> str:
-    if START not in old or END not in old:
-        return old
     before, _, rest = old.partition(START)
+    if END not in rest:  # one mark is not there, or the two are in the wrong order
+        return old
     return before + new.rstrip("\n") + rest.partition(END)[2]
 
 
@@ -137,18 +163,17 @@ def _template_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What the template is filled in with, from `adapter_config.json` and the report of `badge-peft train`, unless the
     adapter has been calibrated or trained again since."""
     policy = config.get("early_exit") or {}
+    if policy:
+        policy = EarlyExitConfig.of(policy).measured_on(config.get("weights_hash")).to_dict()
     calibration = policy.get("calibration") or {}
-    report: dict[str, Any] = {}
-    stored = (folder / REPORT).exists()
-    if stored:
-        with suppress(ValueError):  # a file that somebody else wrote may be anything
-            report = _read(folder / REPORT)
-        if not calibration or report.get("calibration") != calibration:
-            report = {}
-    measured, stopped = report, report.get("early_exit", {}).get("rows_stopped")
+    report = read_report(folder)
+    if not calibration or report.get("calibration") != calibration or not _has_numbers(report):
+        report = {}
+    measured, stopped = report, report["early_exit"]["rows_stopped"] if report else None
     exits = dict(zip(report.get("exit_layers", ()), report.get("per_exit", ()), strict=False))
     if not exits:
         measured, stopped, exits = calibration, None, calibration.get("exit_scores") or {}
+    drawn = (folder / PICTURE).exists() and (report or not (folder / REPORT).exists())  # of the rule in force
     base = str(config.get("base_model_name_or_path") or "a model")
     return {
         "start": START,
@@ -161,12 +186,23 @@ def _template_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "exits": exits,
         "stopped": stopped,
         "latency": report.get("latency"),
-        "picture": PICTURE if (folder / PICTURE).exists() and (report or not stored) else None,  # of the rule in force
+        "picture": PICTURE if drawn else None,
         "peft_version": peft.__version__,
         "metric_name": metric_name,
         "score": lambda value, source: score_text(value, source.get("metric")),
         "percent": "{:.1%}".format,
     }
+
+
+def _has_numbers(report: dict[str, Any]) -> bool:
+    """Whether a report, which may have been edited, holds what a card shows of one."""
+    early, latency = report.get("early_exit"), report.get("latency")
+    stopped = early.get("rows_stopped") if isinstance(early, dict) else None
+    lists: list[Any] = [report.get("exit_layers"), report.get("per_exit"), stopped]
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        return False
+    times = [latency.get(name) for name in _TIMES] if isinstance(latency, dict) else [latency or 0]
+    return all(map(is_number, [report.get("rows"), *times, *chain.from_iterable(lists)]))
 
 
 def metric_name(source: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard, metadata_load
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft import BadgeConfig, calibrate
-from badge_peft.model_card import base_license, hub_id, write_model_card
+from badge_peft import BadgeConfig, calibrate, collect_exit_logits
+from badge_peft.model_card import END, START, base_license, hub_id, write_model_card
 from tests.evaluation.logits import plausible
-from tests.models import make_badge, make_model
+from tests.evaluation.rows import make_rows
+from tests.models import make_badge, make_model, shake
 
 LATENCY = {
     "p50_ms": 3.0,
@@ -221,3 +222,62 @@ def test_every_adapter_has_a_card_and_a_config_alone_has_none(tmp_path: Path) ->
     assert "r = 4" in text_of(tmp_path) and "r = 2" in text_of(tmp_path / "other")
     BadgeConfig().save_pretrained(str(tmp_path / "bare"))
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["adapter_config.json"]
+
+
+def test_numbers_of_other_weights_are_not_shown(tmp_path: Path) -> None:
+    """Weights that were trained on after the calibration: no score, no bound, no picture of the ones before."""
+    folder = save(tmp_path)
+    model = PeftModel.from_pretrained(make_model(), folder, is_trainable=True).eval()
+    rows = collect_exit_logits(model, make_rows(30, labels=False))
+    model.set_early_exit_config(calibrate(rows, "auto", target_speedup=0.3))
+    model.save_pretrained(str(folder))
+    add_report(folder)
+    write_model_card(folder)
+    assert "S-best" in text_of(folder) and "of the blocks are saved" in text_of(folder)
+    shake(model, seed=9)
+    model.save_pretrained(str(folder))
+    text, config = text_of(folder), json.loads((folder / "adapter_config.json").read_text())
+    assert "## How it stops\n\n| field | value |" in text
+    for claim in ("Chosen on", "S-best", "of the blocks are saved", "on the clock", "tradeoff.png"):
+        assert claim not in text
+    assert config["early_exit"]["calibration"] is None and model.get_early_exit_config().calibration is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"early_exit": 3},
+        {"early_exit": {"rows_stopped": [1]}},
+        {"early_exit": {"rows_stopped": ["a", "b", "c"]}},
+        {"exit_layers": 3},
+        {"per_exit": [0.5]},
+        {"rows": "many"},
+        {"latency": [1]},
+        {"latency": {"p50_ms": "fast"}},
+    ],
+    ids=str,
+)
+def test_an_edited_report_is_left_aside(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    without = text_of(folder)
+    add_report(folder, **changes)
+    write_model_card(folder)
+    assert text_of(folder) == without
+
+
+def test_marks_in_the_wrong_order_lose_no_text(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    file = folder / "README.md"
+    mine = f"# Mine\n\n{END}\n\nbetween\n\n{START}\n\nbehind\n"
+    file.write_text(mine)
+    write_model_card(folder)
+    assert file.read_text().endswith(f"---\n{mine}")
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [\n---\n# Mine\n", b"# caf\xe9\n"], ids=["yaml", "latin-1"])
+def test_a_card_that_cannot_be_read_stays(content: bytes, tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match="README.md cannot be read as a model card"):
+        write_model_card(folder)
+    assert (folder / "README.md").read_bytes() == content

@@ -15,9 +15,9 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
-from badge_peft.model_card import PICTURE
+from badge_peft.model_card import PICTURE, read_report
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.adapter_dir import LOGITS, check_fit, read_report, stored_logits
+from badge_peft.workflows.adapter_dir import LOGITS, stored_logits
 from badge_peft.workflows.evaluate import measure
 
 POINTS = 20  # of each curve
@@ -43,7 +43,6 @@ class TradeOffView:
             return
         try:
             logits = stored_logits(folder)
-            check_fit(folder, logits)
         except (OSError, ValueError) as error:
             self.trouble = str(error)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
@@ -16,8 +16,9 @@ WINDOWS = ("all", "consecutive")
 
 @dataclass(frozen=True)
 class EarlyExitConfig:
-    """How an adapter stops: the policy and its parameters. It never changes: `dataclasses.replace` and `of` make
-    another one. Lists and dicts are copied on their way in.
+    """How an adapter stops: the policy and its parameters. It never changes: `of` makes another one, without
+    `calibration` where the rule is another; `dataclasses.replace` keeps it. Lists and dicts are copied on their way
+    in.
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
     labels when the policy is built (see `badge_peft.early_exit.policies`); it never means "do not stop".
@@ -99,7 +100,8 @@ class EarlyExitConfig:
 
     @classmethod
     def of(cls, value: EarlyExitConfig | dict[str, Any] | None, **overrides: Any) -> EarlyExitConfig:
-        """The config that `value` and keyword `overrides` describe; `value` itself is never changed.
+        """The config that `value` and keyword `overrides` describe; `value` itself is never changed. What `calibrate`
+        recorded is left out where an override changes what it was measured with.
 
         Raises:
             ValueError: `value` is of another type, or a name is not a field.
@@ -110,14 +112,24 @@ class EarlyExitConfig:
             raise ValueError(
                 f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
             )
-        data = {**(value or {}), **overrides}
+        value = value or {}
+        data = {**value, **overrides}
         allowed = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(allowed))
         if unknown:
             raise ValueError(
                 f"EarlyExitConfig has no field {', '.join(unknown)}; its fields are {', '.join(allowed)}."
             )
-        return cls(**data)
+        made = cls(**data)
+        changed = any(getattr(made, name) != value.get(name) for name in overrides)
+        return replace(made, calibration=None) if changed and "calibration" not in overrides else made
+
+    def measured_on(self, weights_hash: str | None) -> EarlyExitConfig:
+        """This config for an adapter with these weights: without `calibration` where that was recorded with others. A
+        hash that is None, there or here, is not compared."""
+        recorded = (self.calibration or {}).get("weights_hash")
+        other = None not in (recorded, weights_hash) and recorded != weights_hash
+        return replace(self, calibration=None) if other else self
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""

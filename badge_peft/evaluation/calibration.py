@@ -89,6 +89,7 @@ def calibrate(
         "metric": metric_name(metric),
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "rows": len(exit_logits),
+        "weights_hash": exit_logits.weights_hash,
         "score": best.score,
         "full_depth_score": full,
         "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},

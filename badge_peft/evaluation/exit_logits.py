@@ -22,6 +22,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
+from badge_peft.utils.files import replacing
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
@@ -38,6 +39,7 @@ class ExitLogits:
         problem_type: As transformers has it; None means regression for K = 1, else single-label classification.
         num_blocks: M, which turns blocks into a speed-up. None means the last exit's block.
         uncertainty: [N, E], what the `learned` policy reads, when the adapter has it.
+        weights_hash: Of the adapter that gave them (`BadgeModel.weights_hash`); None where it is not known.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -49,6 +51,7 @@ class ExitLogits:
     problem_type: str | None = None
     num_blocks: int | None = None
     uncertainty: Tensor | None = None
+    weights_hash: str | None = None
     _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -115,14 +118,16 @@ class ExitLogits:
         return self.logits[torch.arange(len(self)), index]
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
+        """Writes one safetensors file, whole or not at all."""
         tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty}
-        meta = {"exit_layers": self.exits, "problem_type": self.problem_type, "num_blocks": self.depth}
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items() if v is not None},
-            str(path),
-            metadata={"exit_logits": json.dumps(meta)},
-        )
+        names = ("exit_layers", "problem_type", "num_blocks", "weights_hash")
+        meta = {name: getattr(self, name) for name in names}
+        with replacing(path) as temporary:
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items() if v is not None},
+                temporary,
+                metadata={"exit_logits": json.dumps(meta)},
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> ExitLogits:
@@ -195,4 +200,12 @@ def collect_exit_logits(
     back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
     labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts[1:])
     logits = torch.cat(parts[0])[back]
-    return ExitLogits(logits, labels, badge.exit_layers(), config.resolved_problem_type, badge.num_blocks, uncertainty)
+    return ExitLogits(
+        logits,
+        labels,
+        badge.exit_layers(),
+        config.resolved_problem_type,
+        badge.num_blocks,
+        uncertainty,
+        badge.weights_hash(),
+    )

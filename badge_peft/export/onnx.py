@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import shutil
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,14 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
-from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel
+from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel, digests
 from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.model_card import CARD
 from badge_peft.tuner import lora
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.utils.extras import require_onnx_exporter
+from badge_peft.utils.files import install, write_json
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 TOLERANCE = 1e-3  # of logits, above what rounding makes of them; PyTorch and the file agree to about 1e-5
@@ -97,6 +100,7 @@ class OnnxExporter:
         self.decision.check_exportable(learned=config.learn_to_exit)
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
+        self.weights_hash = badge.weights_hash()
         self.badge = _own_copy(badge)
         self.pieces = export_blocks(self.badge, read, self.exits[-1], progress)
 
@@ -110,6 +114,8 @@ class OnnxExporter:
         examples: Any = None,
     ) -> OnnxExportReport:
         """Writes the folder, once the file answers as the model does."""
+        import onnx
+
         from badge_peft.export.chain import assemble
 
         graph = assemble(self.pieces, self.decision, int8=int8, compact=compact)
@@ -117,14 +123,18 @@ class OnnxExporter:
             raise ValueError(
                 f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
             )
-        metadata = self._metadata(int8, compact)
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
-            (here / MODEL).write_bytes(graph.SerializeToString())
-            (here / CONFIG).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-            self.badge.model.config.save_pretrained(here)
             if tokenizer is not None:
                 tokenizer.save_pretrained(here)
+            metadata = self._metadata(int8, compact) | {"tokenizer_files": digests(here, os.listdir(here))}
+            stored = graph.SerializeToString()
+            metadata["id"] = hashlib.sha256(stored + json.dumps(metadata).encode()).hexdigest()[:16]
+            entry = onnx.StringStringEntryProto(key=CONFIG, value=json.dumps(metadata))
+            # two messages of protobuf, one after the other, are one
+            (here / MODEL).write_bytes(stored + onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+            write_json(here / CONFIG, metadata)
+            self.badge.model.config.save_pretrained(here)
             session = OnnxEarlyExitModel.from_pretrained(here, threads=torch.get_num_threads())
             policy_config = self.decision.policy.config
             report = OnnxExportReport(
@@ -135,11 +145,8 @@ class OnnxExporter:
                 changes=None if examples is None else compare(self.badge, session, policy_config, examples),
                 **{name: metadata[name] for name in ("int8", "threshold", "patience", "exit_layers")},
             )
-            (here / "README.md").write_text(onnx_card(report, metadata, tokenizer is not None), encoding="utf-8")
-            target = Path(directory)
-            target.mkdir(parents=True, exist_ok=True)
-            for file in sorted(here.iterdir()):
-                shutil.move(str(file), str(target / file.name))
+            (here / CARD).write_text(onnx_card(report, metadata, tokenizer is not None), encoding="utf-8")
+            install(here, Path(directory), last=(MODEL, CONFIG, CARD))
         return report
 
     def _difference(self, session: OnnxEarlyExitModel) -> float:
@@ -165,7 +172,8 @@ class OnnxExporter:
             "num_blocks": self.badge.num_blocks,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "max_length": max_positions(self.badge.model),
-            "early_exit": policy.config.to_dict(),
+            "weights_hash": self.weights_hash,
+            "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),
             "threshold": decision.threshold,
             "patience": policy.patience,
             "uses_threshold": decision.uses_threshold,

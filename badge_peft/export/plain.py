@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.utils.extras import require_onnx_exporter
+from badge_peft.utils.files import replacing
 
 
 class _Logits(nn.Module):
@@ -51,9 +52,11 @@ class FullDepthExporter:
         self.graph = to_onnx(_Logits(base), {"inputs": inputs}, shapes, list(inputs), ["logits"])
 
     def write(self, path: str | Path, *, int8: bool = False) -> None:
-        """Writes the file."""
+        """Writes the file, whole or not at all."""
         import onnx_ir as ir
 
         from badge_peft.export.graph import IR_VERSION, quantize
 
-        ir.save(ir.Model(quantize(self.graph) if int8 else self.graph, ir_version=IR_VERSION), path)
+        model = ir.Model(quantize(self.graph) if int8 else self.graph, ir_version=IR_VERSION)
+        with replacing(path) as temporary:
+            ir.save(model, temporary)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +75,17 @@ class OnnxEarlyExitModel:
                 raise FileNotFoundError(f"{directory} has no {name}: give a folder that export_onnx wrote.")
         check_int("threads", threads, at_least=1)
         session = open_session(folder / MODEL, threads, spinning, providers)
-        return cls(folder, session, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        stored = session.get_modelmeta().custom_metadata_map.get(CONFIG)
+        inside = config if stored is None else json.loads(stored)  # files of earlier versions have none
+        if inside.get("id") != config.get("id"):
+            warnings.warn(
+                f"{folder / CONFIG} belongs to another model than the {MODEL} beside it, as where an export was "
+                "interrupted: what the model itself says is taken. Export again.",
+                stacklevel=2,
+            )
+            config = inside
+        return cls(folder, session, config)
 
     def __call__(
         self,
@@ -124,11 +136,18 @@ class OnnxEarlyExitModel:
 
         Raises:
             FileNotFoundError: none was.
+            ValueError: it is not the one that was saved with it.
         """
         if not (self.directory / "tokenizer_config.json").is_file():
             raise FileNotFoundError(
                 f"{self.directory} has no tokenizer: export with export_onnx(..., tokenizer=tokenizer), or pass token "
                 "numbers."
+            )
+        recorded = self.config.get("tokenizer_files") or {}
+        if digests(self.directory, recorded) != recorded:
+            raise ValueError(
+                f"the tokenizer in {self.directory} is not the one that was exported with {MODEL}, as where an export "
+                f"was interrupted: export again. If you changed it yourself, set tokenizer_files to null in {CONFIG}."
             )
         from transformers import AutoTokenizer
 
@@ -173,6 +192,12 @@ class OnnxEarlyExitModel:
             for row, number in zip(output.logits, output.exit_layer, strict=True):
                 answers.append({**problem.format_prediction(row, self.labels), "exit_layer": int(number)})
         return answers
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Sixteen hexadecimal digits for each of these files that is in `folder`, which say what it holds."""
+    files = {name: folder / name for name in sorted(names)}
+    return {name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for name, f in files.items() if f.is_file()}
 
 
 def open_session(

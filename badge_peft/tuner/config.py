@@ -182,6 +182,8 @@ class BadgeConfig(PeftConfig):
         adapter on a model."""
         folder = Path(save_directory)
         self.weights_hash = hash_in(folder)
+        if self.early_exit is not None:
+            self.early_exit = self.early_exit.measured_on(self.weights_hash)
         with TemporaryDirectory() as temporary:
             super().save_pretrained(temporary, **kwargs)
             text = Path(temporary, CONFIG_NAME).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.model_card import CONFIG, REPORT
+from badge_peft.model_card import CONFIG, read_report
 from badge_peft.registry import NAME
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
@@ -105,7 +105,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         model,
         load_tokenizer(str(named), base),
         LabelSet(names, config.resolved_problem_type),
-        read_report(path).get("columns") or {},
+        recorded_columns(path),
     )
 
 
@@ -133,7 +133,7 @@ def stored_logits(path: str | Path) -> ExitLogits:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or those in the folder are not of its adapter.
     """
     file = Path(path)
     if file.is_dir():
@@ -147,9 +147,12 @@ def stored_logits(path: str | Path) -> ExitLogits:
     elif not file.exists():
         raise FileNotFoundError(f"there is no file or folder {path}.")
     try:
-        return ExitLogits.load(file)
+        found = ExitLogits.load(file)
     except SafetensorError as error:
         raise ValueError(f"{file} holds no exit logits: {error}.") from error
+    if Path(path).is_dir():
+        check_fit(path, found)
+    return found
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -172,29 +175,38 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """What `train_adapter` wrote into `report.json`; empty where there is none that can be read."""
-    try:
-        found = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def recorded_columns(folder: str | Path) -> Names:
+    """The columns that `train_adapter` found in its data; empty where its report does not say, or was edited."""
+    found = read_report(folder).get("columns")
+    if not isinstance(found, dict) or not all(isinstance(name, str | None) for name in found.values()):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
     """Refuses stored logits that are not of this adapter.
 
     Raises:
-        ValueError: they have another number of blocks or of outputs.
+        ValueError: they have other blocks, exits or outputs, or are of other weights.
     """
     config = read_config(folder)
-    blocks, labels = config.get("num_blocks"), config.get("num_labels")
-    found = (exit_logits.depth, exit_logits.logits.shape[-1])
-    if blocks not in (None, found[0]) or labels not in (None, found[1]):
+    blocks, labels, exits = (config.get(name) for name in ("num_blocks", "num_labels", "exit_layers"))
+    depth, outputs = exit_logits.depth, exit_logits.logits.shape[-1]
+    wanted = sorted({*(exits or range(1, depth + 1)), depth})
+    remedy = f"give the data to run through the adapter, or store them anew: badge-peft evaluate {folder} DATA "
+    remedy += f"--save-logits {Path(folder) / LOGITS}"
+    if blocks not in (None, depth) or labels not in (None, outputs):
         raise ValueError(
-            f"the exit logits are of a model with {found[0]} blocks and {found[1]} outputs, but the adapter in "
-            f"{folder} has {blocks} and {labels}: give the data to run through the adapter."
+            f"the exit logits are of a model with {depth} blocks and {outputs} outputs, but the adapter in "
+            f"{folder} has {blocks} and {labels}: {remedy}"
         )
+    if exit_logits.exits != wanted:
+        raise ValueError(
+            f"the exit logits are of exits {exit_logits.exits}, but the adapter in {folder} has {wanted}: {remedy}"
+        )
+    hashes = {exit_logits.weights_hash, config.get("weights_hash")}
+    if len(hashes - {None}) > 1:
+        raise ValueError(f"the exit logits are of other weights than the adapter in {folder} has now: {remedy}")
 
 
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.registry import check_policy_name
-from badge_peft.evaluation import calibrate
+from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.model_card import CARD, write_model_card
-from badge_peft.workflows.adapter_dir import check_fit, read_config, write_early_exit
+from badge_peft.workflows.adapter_dir import read_config, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, resolve_metric
 from badge_peft.workflows.settings import Columns, Goal
 
@@ -43,16 +43,26 @@ def calibrate_adapter(
         ValueError: something is not what it should be; nothing has been written then.
     """
     check_policy_name(goal.policy, "auto")
-    wanted = goal.arguments()
+    goal.arguments()
     read_config(folder)
-    exit_logits = logits_of(folder, data, columns, base_model, batch_size, device)
-    check_fit(folder, exit_logits)
-    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, goal.policy, metric=metric, **wanted)
+    chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
         write_model_card(folder)
+    return chosen, measured, notes
+
+
+def choose(
+    exit_logits: ExitLogits, goal: Goal, metric: str | None = None
+) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
+    """The config that `calibrate` chooses, what `measure` says of it, and what the calibration warned of.
+
+    Raises:
+        ValueError: the goal is out of reach, or does not suit the data.
+    """
+    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = calibrate(exit_logits, goal.policy, metric=metric, **goal.arguments())
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return chosen, measure(exit_logits, chosen, metric), notes

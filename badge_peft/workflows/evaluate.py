@@ -92,6 +92,7 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
     answers, full_depth = exit_logits.answers(stops), exit_logits.logits[:, -1]
     return {
         "rows": len(exit_logits),
+        "weights_hash": exit_logits.weights_hash,
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "metric": metric,
         "num_blocks": exit_logits.depth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,21 +11,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, set_seed
 
 from badge_peft._version import package_version
-from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.text import describe
-from badge_peft.evaluation import collect_exit_logits
+from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.model import get_badge_model
-from badge_peft.model_card import PICTURE, REPORT, write_model_card
+from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, write_model_card
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
-from badge_peft.utils.files import write_json
+from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.adapter_dir import LOGITS
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
-from badge_peft.workflows.calibrate import calibrate_adapter
+from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint, time_rows
@@ -96,47 +98,51 @@ def train_on(
         model, eval_rows, training.batch_size, progress=True, split_between_processes=True
     )
 
-    def save() -> tuple[EarlyExitConfig, dict[str, Any]]:
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(out))
-        tokenizer.save_pretrained(str(out))
-        exit_logits.save(out / LOGITS)
+    def save() -> dict[str, Any]:
+        trouble = None
         try:
-            return calibrate_adapter(str(out), goal=settings.goal, metric=settings.metric)[:2]
+            chosen, measured, _ = choose(exit_logits, settings.goal, settings.metric)
+            model.set_early_exit_config(chosen)
         except ValueError as error:
+            trouble, measured = error, {}
+        report = {
+            "model": model_name,
+            "data": data,
+            "columns": examples.columns,
+            "max_length": tokenizer.model_max_length,
+            "label_names": base.labels.names,
+            "problem_type": base.labels.problem_type,
+            "train_rows": len(train_rows),
+            "learned_from": "labels" if learns_labels else "the model's own answers",
+            "evaluation": settings.columns.eval_data or f"held out of {data}",
+            "weights_hash": exit_logits.weights_hash,
+            **measured,
+            "calibration": badge.get_early_exit_config().calibration,
+            "processes": distributed.rank_world()[1],
+            "trainable_parameters": trainable,
+            "settings": settings.to_dict(),
+            "versions": {"badge_peft": package_version(), "torch": torch.__version__},
+        }
+        _install(model, tokenizer, exit_logits, report, out)
+        if trouble is not None:
             raise ValueError(
-                f"{error} The exits are trained and saved in {out}, with a default policy: choose one with "
+                f"{trouble} The exits are trained and saved in {out}, with a default policy: choose one with "
                 f"`badge-peft calibrate {out}`."
-            ) from error
+            ) from trouble
+        return report
 
-    chosen, measured = distributed.on_main(save)
+    report = distributed.on_main(save)
     if not distributed.is_main():
         return None
-    model.set_early_exit_config(chosen)
+    chosen = badge.get_early_exit_config()
     print(f"4. saved to {out}; policy, calibrated on {len(eval_rows)} evaluation rows: {describe(chosen)}")
-    report: dict[str, Any] = {
-        "model": model_name,
-        "data": data,
-        "columns": examples.columns,
-        "max_length": tokenizer.model_max_length,
-        "label_names": base.labels.names,
-        "problem_type": base.labels.problem_type,
-        "train_rows": len(train_rows),
-        "learned_from": "labels" if learns_labels else "the model's own answers",
-        "evaluation": settings.columns.eval_data or f"held out of {data}",
-        **measured,
-        "calibration": chosen.calibration,
+    same = keeps_answers(model)
+    report |= {
         "full_depth_is_checkpoint": (
-            compare_with_checkpoint(model, local_path(model_name), eval_rows, training.batch_size)
-            if keeps_answers(model)
-            else None
+            compare_with_checkpoint(model, local_path(model_name), eval_rows, training.batch_size) if same else None
         ),
         "latency": time_rows(model, eval_rows, settings.latency) if settings.latency else None,
-        "processes": distributed.rank_world()[1],
-        "trainable_parameters": trainable,
-        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
-        "settings": settings.to_dict(),
-        "versions": {"badge_peft": package_version(), "torch": torch.__version__},
+        "adapter_bytes": (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
     }
     title = f"{Path(model_name).name}: {report['rows']} rows"
     if not draw(exit_logits, chosen, report["metric"], out / PICTURE, title):
@@ -145,6 +151,27 @@ def train_on(
     write_json(out / REPORT, report)
     write_model_card(out)
     return report
+
+
+def _install(model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path) -> None:
+    """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends.
+
+    Raises:
+        OSError: it cannot be written; what was there is as before.
+    """
+    with TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        if (out / CARD).exists():  # what somebody wrote there is kept
+            shutil.copyfile(out / CARD, staged / CARD)
+        try:
+            model.save_pretrained(temporary)
+            exit_logits.save(staged / LOGITS)
+        except SafetensorError as error:
+            raise OSError(f"the adapter cannot be written into {temporary}: {error}") from error
+        tokenizer.save_pretrained(temporary)
+        write_json(staged / REPORT, report)
+        # PEFT takes the config inside of the weights where it finds that of another adapter beside them
+        install(staged, out, last=(SAFETENSORS_WEIGHTS_NAME, CONFIG, LOGITS, REPORT, CARD))
 
 
 def _train_exits(

@@ -7,6 +7,7 @@ from pathlib import Path
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation.calibration import rows_needed
 from badge_peft.evaluation.metrics import METRICS
+from badge_peft.model_card import read_card
 from badge_peft.training.objectives import OBJECTIVES
 from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.utils import distributed
@@ -86,7 +87,7 @@ def check_output_dir(settings: TrainSettings) -> Path:
     """Where the adapter goes.
 
     Raises:
-        ValueError: it is the model's folder or a file, or it is not empty.
+        ValueError: it is the model's folder or a file, it is not empty, or has a README.md that cannot be read.
     """
     out = settings.output_dir
     if out.is_file():
@@ -95,4 +96,5 @@ def check_output_dir(settings: TrainSettings) -> Path:
         raise ValueError(f"output_dir={str(out)!r} holds a model: an adapter goes into a folder of its own.")
     if out.is_dir() and any(out.iterdir()) and not settings.overwrite:
         raise ValueError(f"output_dir={str(out)!r} is not empty: name another, or overwrite it with --overwrite.")
+    read_card(out)
     return out

@@ -13,6 +13,7 @@ import torch
 from badge_peft import EarlyExitConfig, ExitLogits, load_pretrained
 from badge_peft.workflows.adapter_dir import write_early_exit
 from tests.cli.conftest import Cli, one_line
+from tests.models import shake
 
 
 def test_only_the_exit_rule_changes(adapter: Path, cli: Cli) -> None:
@@ -82,6 +83,25 @@ def test_wrong_input_changes_nothing(adapter: Path, place: Path, cli: Cli, tmp_p
     (adapter / "exit_logits.safetensors").unlink()
     one_line(cli("calibrate", adapter, fails=True), "exit_logits.safetensors", "give the data")
     assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+def test_logits_of_other_weights_or_exits_are_refused(adapter: Path, place: Path, cli: Cli) -> None:
+    model, stored = load_pretrained(str(adapter), is_trainable=True), adapter / "exit_logits.safetensors"
+    shake(model, seed=9)
+    model.save_pretrained(adapter)
+    before = (adapter / "adapter_config.json").read_bytes()
+    remedy = f"badge-peft evaluate {adapter} DATA --save-logits {stored}"
+    for command in ("calibrate", "sweep"):
+        one_line(cli(command, adapter, fails=True), "of other weights", remedy)
+    assert (adapter / "adapter_config.json").read_bytes() == before
+    cli("evaluate", adapter, place / "texts.txt", "--save-logits", stored)
+    cli("calibrate", adapter, "--target-speedup", 0.3)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["early_exit"]["calibration"]["weights_hash"] == config["weights_hash"]
+    ExitLogits(torch.randn(9, 2, 2), exit_layers=[1, 3]).save(
+        stored
+    )  # as in files of earlier versions, without a hash
+    one_line(cli("calibrate", adapter, fails=True), "exits [1, 3]", "has [1, 2, 3]", remedy)
 
 
 def _others(folder: Path) -> dict[str, bytes]:

@@ -61,6 +61,9 @@ def test_the_folder_holds_all_that_is_promised(place: Path, trained: Path) -> No
     assert not any(name.endswith((".bin", ".pt", ".pkl")) or name.startswith("checkpoint") for name in names)
     assert (trained / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((trained / "adapter_config.json").read_text())
+    hashes = {config["weights_hash"], config["early_exit"]["calibration"]["weights_hash"]}
+    hashes |= {json.loads((trained / "report.json").read_text())["weights_hash"]}
+    assert hashes == {ExitLogits.load(trained / "exit_logits.safetensors").weights_hash}
     assert config["early_exit"]["calibration"]["labels"] == "full depth's own answers"
     assert config["early_exit"]["calibration"]["rows"] == 24
     assert Path(config["base_model_name_or_path"]) == (place / "model").resolve()

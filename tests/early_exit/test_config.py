@@ -139,7 +139,8 @@ class TestOf:
         new = EarlyExitConfig.of(value, threshold=0.5, patience=None, policy="divergence")
         assert value == before
         assert (new.threshold, new.patience, new.policy) == (0.5, None, "divergence")
-        same = {name: getattr(new, name) for name in FULL if name not in ("threshold", "patience", "policy")}
+        assert new.calibration is None  # what was measured was another rule
+        same = {n: getattr(new, n) for n in FULL if n not in ("threshold", "patience", "policy", "calibration")}
         assert same == {name: FULL[name] for name in same}
 
     def test_a_copy_shares_nothing_with_the_config(self):
@@ -205,3 +206,21 @@ def test_it_travels_inside_the_adapters_config(tmp_path):
     badge.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["early_exit"] == FULL
     assert BadgeConfig.from_pretrained(tmp_path).early_exit == EarlyExitConfig(**FULL)
+
+
+def test_a_calibration_ends_with_the_rule_that_it_measured():
+    config = EarlyExitConfig(policy="max_prob", threshold=0.5, calibration={"rows": 9, "weights_hash": "a"})
+    for same in ({}, {"policy": "max_prob"}, {"threshold": np.float32(0.5)}, {"policy": "max_prob", "patience": None}):
+        assert EarlyExitConfig.of(config, **same).calibration == config.calibration
+        assert EarlyExitConfig.of(config.to_dict(), **same).calibration == config.calibration
+    for other in ({"threshold": 0.75}, {"min_exit": 2}, {"decide_every": 2}):
+        assert EarlyExitConfig.of(config, **other).calibration is None
+        assert EarlyExitConfig.of(config, **other, calibration={"rows": 1}).calibration == {"rows": 1}
+
+
+def test_a_calibration_ends_with_the_weights_that_it_measured():
+    config = EarlyExitConfig(threshold=0.5, calibration={"rows": 9, "weights_hash": "a"})
+    assert config.measured_on("a") is config and config.measured_on(None) is config
+    assert config.measured_on("b") == EarlyExitConfig(threshold=0.5)
+    earlier = EarlyExitConfig(threshold=0.5, calibration={"rows": 9})
+    assert earlier.measured_on("b") is earlier

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from badge_peft import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features
 from tests.evaluation.rows import make_exits, make_logits, make_rows
-from tests.models import PAD, make_model
+from tests.models import PAD, make_badge, make_model, shake
 
 
 def full(rows: int = 5) -> ExitLogits:
@@ -25,6 +27,7 @@ def full(rows: int = 5) -> ExitLogits:
         problem_type="single_label_classification",
         num_blocks=6,
         uncertainty=torch.rand(rows, 3),
+        weights_hash="0123456789abcdef",
     )
 
 
@@ -33,6 +36,7 @@ def assert_equal(a: ExitLogits, b: ExitLogits) -> None:
     for left, right in ((a.labels, b.labels), (a.uncertainty, b.uncertainty)):
         assert (left is None and right is None) or torch.equal(left, right)  # type: ignore[arg-type]
     assert (a.exits, a.problem_type, a.depth) == (b.exits, b.problem_type, b.depth)
+    assert a.weights_hash == b.weights_hash
 
 
 def test_defaults() -> None:
@@ -214,3 +218,27 @@ def test_refusals() -> None:
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="differ in length.*pad_token_id"):
         collect_exit_logits(model, [{"input_ids": [5, 6]}, {"input_ids": [5]}])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"backbone": "lora"}, {"backbone": "full"}, {"adapter_name": "other"}], ids=str
+)
+def test_the_weights_that_gave_them_are_named(fields: dict[str, Any], tmp_path: Path) -> None:
+    """By the hash that the saved config has, until the weights change."""
+    model = make_badge(**fields)
+    found = collect_exit_logits(model, make_rows(3))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / fields.get("adapter_name", "") / "adapter_config.json").read_text())
+    assert found.weights_hash == config["weights_hash"] == found.select(torch.tensor([0])).labeled().weights_hash
+    shake(model, seed=9)
+    assert collect_exit_logits(model, make_rows(3)).weights_hash != found.weights_hash
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "exits.safetensors"
+    full().save(file)
+    before = file.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        full(9).save(file)
+    assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]

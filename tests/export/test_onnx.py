@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -346,3 +349,71 @@ def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
     ):
         with pytest.raises(ModuleNotFoundError, match=r"badge-peft\[onnx\]"):
             action()
+
+
+# ------------------------------------------------------------------------------- one export over another in one folder
+
+
+def test_weights_graph_and_facts_are_of_one_model(exporter, model, folder):
+    facts = json.loads((folder / "early_exit.json").read_text())
+    assert facts["weights_hash"] == model.base_model.weights_hash()
+    (inside,) = onnx.load(folder / "model.onnx").metadata_props
+    assert inside.key == "early_exit.json" and json.loads(inside.value) == facts
+
+
+def test_what_calibrate_recorded_of_other_weights_is_left_out(tmp_path):
+    model = make_badge("bert", base=make_model(num_hidden_layers=1))
+    rule = {"threshold": 1.0, "calibration": {"rows": 9, "weights_hash": model.base_model.weights_hash()}}
+    exporter = OnnxExporter(model, rule)
+    assert exporter._metadata(False, True)["early_exit"]["calibration"] == rule["calibration"]
+    exporter.weights_hash = "of other weights"
+    assert exporter._metadata(False, True)["early_exit"]["calibration"] is None
+
+
+def test_an_export_that_ends_at_any_moment_leaves_the_old_one_or_the_new_one(exporter, folder, tmp_path, monkeypatch):
+    """Every step of putting the files in place ends it once."""
+    places = {"old": tmp_path / "old", "new": folder}
+    exporter.write(places["old"], compact=False)
+
+    def state(target):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = OnnxEarlyExitModel.from_pretrained(target).config
+        (name,) = (
+            name for name, place in places.items() if config == json.loads((place / "early_exit.json").read_text())
+        )
+        assert (target / "model.onnx").read_bytes() == (places[name] / "model.onnx").read_bytes()
+        return name
+
+    states = []
+    for steps in range(len(os.listdir(folder)) + 1):
+        target = Path(shutil.copytree(places["old"], tmp_path / f"{steps}"))
+        done = []
+
+        def replace(*paths, replace=os.replace, done=done, steps=steps):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(replace(*paths))
+
+        monkeypatch.setattr(os, "replace", replace)
+        with contextlib.suppress(KeyboardInterrupt):
+            exporter.write(target, tokenizer=make_tokenizer())
+        monkeypatch.undo()
+        states.append(state(target))
+    assert states == sorted(states, reverse=True) and set(states) == {"old", "new"}
+
+
+def test_parts_of_two_exports_are_noticed(folder, tmp_path):
+    target = Path(shutil.copytree(folder, tmp_path / "x"))
+    facts = json.loads((target / "early_exit.json").read_text())
+    (target / "early_exit.json").write_text(json.dumps({**facts, "labels": ["a", "b", "c"]}))  # an edit is meant
+    assert OnnxEarlyExitModel.from_pretrained(target).labels == ["a", "b", "c"]
+    (target / "early_exit.json").write_text(json.dumps({**facts, "id": "another", "labels": ["a", "b", "c"]}))
+    with pytest.warns(UserWarning, match="belongs to another model than the model.onnx beside it"):
+        assert OnnxEarlyExitModel.from_pretrained(target).config == facts
+    shutil.copy(folder / "early_exit.json", target)
+    (target / "tokenizer.json").write_text((target / "tokenizer.json").read_text().replace("film", "movie"))
+    with pytest.raises(ValueError, match="not the one that was exported with model.onnx"):
+        OnnxEarlyExitModel.from_pretrained(target).predict("a film")
+    (target / "early_exit.json").write_text(json.dumps({**facts, "tokenizer_files": None}))
+    assert OnnxEarlyExitModel.from_pretrained(target).predict("a film")
