@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft.model_card import CARD, CONFIG, hub_id, write_model_card
+from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
-_NOT_PUSHED = ["checkpoint-*/**", "stage[12]/**", "training_args.bin", ".*"]  # what a Trainer leaves behind
+LOGITS = "exit_logits.safetensors"
+#: What goes up: all that `save_pretrained` of models and tokenizers, and `badge-peft` write, and nothing else.
+PUSHED = (
+    *(CARD, CONFIG, SAFETENSORS_WEIGHTS_NAME, REPORT, PICTURE, LOGITS),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
+    *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model"),
+    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
+)
 
 
 def load_pretrained(
@@ -96,7 +110,8 @@ def push_to_hub(
     the one that is saved.)
 
     Args:
-        adapter: A PEFT model, or the folder of a saved adapter, which goes up with all that lies in it.
+        adapter: A PEFT model, or the folder of a saved adapter. Of a folder the files in `PUSHED` go up, which a
+            saving, a tokenizer and `badge-peft` write, `report.json` without local paths; all else stays here.
         repo_id: The repository; it is made where there is none.
         tokenizer: Goes up with a model, so that one name loads both.
         adapter_name: Which adapter of the model; None is the active one.
@@ -111,7 +126,7 @@ def push_to_hub(
         The commit; with `dry_run` the names of the files that would go up.
 
     Raises:
-        ValueError: `adapter` is no BADGE adapter; nothing has been uploaded then.
+        ValueError: `adapter` is no BADGE adapter, or a file of its folder is a link; nothing has been uploaded then.
     """
     with TemporaryDirectory() as temporary:
         if isinstance(adapter, (str, Path)):
@@ -123,8 +138,9 @@ def push_to_hub(
         config = PeftConfig.from_pretrained(str(folder))
         if not is_badge(config):
             raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a BADGE one: push it with PEFT.")
+        names = _pushed_files(folder)
         if dry_run:
-            return _pushed_files(folder)
+            return names
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, Path)):
@@ -132,20 +148,59 @@ def push_to_hub(
             with suppress(EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
                 hf_hub_download(repo, CARD, revision=revision, token=token, local_dir=folder, force_download=True)
         write_model_card(folder, repo, _remote_license(api, config))
-        return api.upload_folder(
+        return api.create_commit(
             repo_id=repo,
-            folder_path=folder,
+            operations=[CommitOperationAdd(name, _content(folder / name)) for name in names],
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
-            ignore_patterns=_NOT_PUSHED,
         )
 
 
 def _pushed_files(folder: Path) -> list[str]:
-    """What of `folder` goes up, and the card, which is written where there is none."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return sorted(filter_repo_objects({*names, CARD}, ignore_patterns=[*_NOT_PUSHED, *DEFAULT_IGNORE_PATTERNS]))
+    """What of `folder` goes up, and the card, which is written where there is none.
+
+    Raises:
+        ValueError: one of them is a link.
+    """
+    links = [name for name in PUSHED if (folder / name).is_symlink()]
+    if links:
+        raise ValueError(
+            f"{folder / links[0]} is a link, which could lead anywhere: push a folder that holds the files themselves "
+            "(cp -rL makes one)."
+        )
+    return sorted({CARD, *(name for name in PUSHED if (folder / name).is_file())})
+
+
+def _content(file: Path) -> str | bytes:
+    """What goes up of a file: the path of it, but the report without the local paths that it names."""
+    if file.name != REPORT:
+        return str(file)
+    return (json.dumps(without_local_paths(read_report(file.parent)), indent=2) + "\n").encode()
+
+
+def without_local_paths(data: Any) -> Any:
+    """`data`, as JSON has it, with every absolute path cut to its last name, also inside of longer texts."""
+    found: set[str] = set()
+
+    def texts(value: Any) -> None:
+        if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+            found.add(value)
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            texts(inner)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        if isinstance(value, str):
+            for path in sorted(found, key=len, reverse=True):
+                value = value.replace(path, PureWindowsPath(path).name)  # which takes both kinds of slashes
+        return value
+
+    texts(data)
+    return cut(data)
 
 
 def _save(model: PeftModel, folder: Path, adapter_name: str | None, tokenizer: Any) -> Path:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -145,12 +144,11 @@ class Hub:
             raise OSError("no network")
         return SimpleNamespace(card_data=ModelCardData(license=self.license))
 
-    def upload_folder(self, folder_path: str | Path, **kwargs: Any) -> str:
-        self.calls.append(("upload_folder", kwargs))
-        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-        names = {path.relative_to(folder_path).as_posix(): path for path in files}
-        kept = filter_repo_objects(names, ignore_patterns=kwargs["ignore_patterns"])
-        self.pushed = {name: names[name].read_bytes() for name in kept}
+    def create_commit(self, operations: list[Any], **kwargs: Any) -> str:
+        self.calls.append(("create_commit", kwargs))
+        for operation in operations:
+            content = operation.path_or_fileobj
+            self.pushed[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
         return "commit"
 
     def download(self, repo_id: str, name: str, local_dir: str, **kwargs: Any) -> str:
@@ -182,7 +180,7 @@ def test_a_model_goes_up_with_its_card(saved: tuple[str, PeftModel], hub: Hub) -
     assert 'load_pretrained("me/exits")' in hub.card().text
     calls = dict(hub.calls)
     assert calls["token"] == {"token": "secret"} and calls["create_repo"] == {"private": True, "exist_ok": True}
-    assert calls["upload_folder"]["repo_id"] == "me/exits" and calls["upload_folder"]["revision"] == "dev"
+    assert calls["create_commit"]["repo_id"] == "me/exits" and calls["create_commit"]["revision"] == "dev"
 
 
 def test_what_somebody_wrote_on_the_hub_stays(saved: tuple[str, PeftModel], hub: Hub) -> None:
@@ -212,18 +210,60 @@ def test_a_folder_goes_up_whole(saved: tuple[str, PeftModel], hub: Hub, tmp_path
     assert 'load_pretrained("me/exits")' in hub.card().text and "license" not in hub.card().data.to_dict()
 
 
-@pytest.mark.parametrize(
-    "left", ["checkpoint-8/optimizer.pt", "stage1/best/training_args.bin", "stage2/checkpoint-8/optimizer.pt"]
-)
-def test_what_a_training_leaves_behind_stays_here(
-    left: str, saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path
-) -> None:
+def test_only_files_that_we_write_go_up(saved: tuple[str, PeftModel], hub: Hub) -> None:
     folder = Path(saved[0])
-    for name in (left, "training_args.bin", ".hidden"):
+    make_tokenizer().save_pretrained(folder)
+    ours = {path.name for path in folder.iterdir()} | {"report.json", "tradeoff.png", "exit_logits.safetensors"}
+    for name in ours - {path.name for path in folder.iterdir()}:
+        (folder / name).write_text("{}")
+    for name in (
+        *(
+            "checkpoint-8/optimizer.pt",
+            "stage1/best/training_args.bin",
+            "nested/checkpoint-1/optimizer.pt",
+            "sub/.env",
+        ),
+        *("optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", ".hidden", "notes.txt"),
+        *("sub/tokenizer.json", "adapter_model.bin", "second/adapter_model.safetensors"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"no weights")
+        (folder / name).write_bytes(b"secret")
+    named = push_to_hub(folder, "exits", dry_run=True)
     push_to_hub(folder, "exits")
-    assert hub.pushed.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(named) == hub.pushed.keys() == ours
+
+
+def test_a_link_is_not_followed(saved: tuple[str, PeftModel], hub: Hub, tmp_path: Path) -> None:
+    folder = Path(saved[0])
+    (tmp_path / "secret").write_text("secret")
+    for name in ("x.txt", "report.json"):
+        (folder / name).symlink_to(tmp_path / "secret")
+        if name == "x.txt":
+            assert name not in push_to_hub(folder, "exits", dry_run=True)
+    with pytest.raises(ValueError, match="report.json is a link"):
+        push_to_hub(folder, "exits")
+    assert not hub.calls
+
+
+def test_a_report_goes_up_without_local_paths(saved: tuple[str, PeftModel], hub: Hub) -> None:
+    folder = Path(saved[0])
+    report = {
+        "model": "/home/ann/my models/bert",
+        "data": "C:\\Users\\ann\\rows.csv",
+        "evaluation": "held out of C:\\Users\\ann\\rows.csv",
+        "settings": {"output_dir": "/home/ann/my models/bert/exits", "tokenizer": None, "eval_data": "org/data"},
+        "per_exit": [0.5, 1.0],
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+    push_to_hub(folder, "exits")
+    assert json.loads(hub.pushed["report.json"]) == {
+        "model": "bert",
+        "data": "rows.csv",
+        "evaluation": "held out of rows.csv",
+        "settings": {"output_dir": "exits", "tokenizer": None, "eval_data": "org/data"},
+        "per_exit": [0.5, 1.0],
+    }
+    assert json.loads((folder / "report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("kind", ["model", "folder"])

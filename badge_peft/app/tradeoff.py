@@ -15,9 +15,10 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff, default_policies
+from badge_peft.hub import LOGITS
 from badge_peft.model_card import PICTURE, read_report
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.adapter_dir import LOGITS, stored_logits
+from badge_peft.workflows.adapter_dir import stored_logits
 from badge_peft.workflows.evaluate import measure
 
 POINTS = 20  # of each curve

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.hub import LOGITS, has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
 from badge_peft.registry import NAME
@@ -28,8 +28,6 @@ from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
-
-LOGITS = "exit_logits.safetensors"
 
 
 @dataclass

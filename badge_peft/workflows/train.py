@@ -18,13 +18,13 @@ from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallb
 from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
+from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, write_model_card
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
 from badge_peft.utils.files import install, write_json
-from badge_peft.workflows.adapter_dir import LOGITS
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.data import TextDataset
