@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from json import JSONDecodeError
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
 
+_NO_CONFIG = (AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError)
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
 LOGITS = "exit_logits.safetensors"
 #: What goes up: all that `save_pretrained` of models and tokenizers, and `badge-peft` write, and nothing else.
@@ -60,7 +62,13 @@ def load_pretrained(
         ValueError: there is no adapter, it is not BADGE's, or it does not fit the base model.
     """
     hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-    config = PeftConfig.from_pretrained(path_or_repo, revision=revision, **hub)
+    try:
+        config = PeftConfig.from_pretrained(path_or_repo, revision=revision, **hub)
+    except _NO_CONFIG as error:  # PEFT takes for granted that the file is a config
+        raise ValueError(
+            f"{path_or_repo}/{CONFIG} is no config of an adapter ({type(error).__name__}: {error}): it is damaged. "
+            "Copy, download or save the adapter again."
+        ) from error
     if not is_badge(config):
         raise ValueError(
             f"{path_or_repo} holds a {config.peft_type} adapter, not a BADGE one: load it with PeftModel."

@@ -1,9 +1,9 @@
 """`calibrate`: the fastest setting that keeps a score, or the best score at a speed; with a bound on new data.
 
-The bound is Learn-then-Test with a betting test. Candidates are found on one half of the data and ordered from slow to
-fast; on the other half each is tested in turn ("its expected loss exceeds alpha"), and the first that cannot be
-rejected ends the walk. The walk keeps the probability of returning a setting with a larger loss at 1 - confidence,
-however many are tried.
+What a setting costs is measured by cross-fitting (`cross_fit.py`). With `confidence` it is bounded by Learn-then-Test
+with a betting test: candidates are found on one half of the data and ordered from slow to fast; on the other half each
+is tested in turn ("its expected loss exceeds alpha"), and the first that cannot be rejected ends the walk. The walk
+keeps the probability of returning a setting with a larger loss at 1 - confidence, however many are tried.
 
 Sources: Angelopoulos et al., "Learn then Test", 2021; Laufer-Goldshtein et al., "Efficiently Controlling Multiple
 Risks with Pareto Testing", 2023. The test is the betting martingale of Waudby-Smith and Ramdas, "Estimating means of
@@ -21,6 +21,7 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
@@ -45,19 +46,25 @@ def calibrate(
     The fixed depths between `min_exit` and `max_exit` are always among the candidates, so that what is returned is
     never worse, on this data, than one of the same cost; where one of them wins, it is returned and a warning says so.
 
+    A drop is counted from full depth where that is the deployed model's own head (`ExitLogits.deployed`) or where
+    there are no labels, else from the best exit. It is measured on rows that did not choose the settings.
+
     Args:
         exit_logits: Of data that the model was not trained on. Without labels the score is the agreement with full
             depth.
         policy: A name, or a config whose open fields are searched. `auto` searches every policy.
-        max_score_drop: The largest loss against full depth, in units of the score (0.01 is a point of accuracy): the
-            fastest setting within it is chosen.
+        max_score_drop: The largest loss, in units of the score (0.01 is a point of accuracy): the fastest setting is
+            chosen whose drop lies below it with a probability of about 85% (`cross_fit.LEVEL`). Where the rows cannot
+            carry that, the answer is the setting with the best score, with a warning.
         target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
-            below `max_score_drop` (Learn-then-Test; half of the rows find the settings, half test them).
+            below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
+            them).
         metric: As for `exit_scores`.
 
     Returns:
-        The config; its `calibration` records what was measured here.
+        The config; its `calibration` records what was measured here: `score` on all of these rows, and `drop`, of rows
+        that did not choose the setting, with a 90% interval.
 
     Raises:
         ValueError: not exactly one of the two goals, a goal out of range or out of reach, or too few rows for the
@@ -70,6 +77,7 @@ def calibrate(
     check_number("target_speedup", target_speedup, lambda share: 0 <= share < 1, saved)
     scored = exit_logits.labeled()
     scores = exit_scores(scored, metric)
+    reference = "best" if exit_logits.labels is not None and not exit_logits.deployed else "last"
     full = scores.per_exit[-1]
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     bound: dict[str, Any] = {}
@@ -77,7 +85,9 @@ def calibrate(
         best, rows = _certified(scored, policy, max_score_drop, confidence, metric)
         bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
-        best = _best(search(scored, policy, SETTINGS, metric), full, max_score_drop, target_speedup)
+        best, held = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup)
+        if held is not None:
+            bound = {"drop": held.drop, "drop_interval": [held.low, held.high], "drop_from": reference}
     if best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
             f"no setting of policy={asked!r} beats answering at block {best.config.depth} for every row on this data; "
@@ -100,24 +110,40 @@ def calibrate(
     return EarlyExitConfig.of(best.config, calibration=record)
 
 
-def _best(
-    points: list[TradeOffPoint], full: float, max_score_drop: float | None, target_speedup: float | None
-) -> TradeOffPoint:
-    if max_score_drop is not None:
-        good = [p for p in points if p.score >= full - max_score_drop - 1e-12]
-        if not good:  # full depth itself is out of reach
-            best = max(p.score for p in points)
-            raise ValueError(
-                f"max_score_drop={max_score_drop} cannot be reached below max_exit: full depth scores {full:.4f} and "
-                f"{best:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
-            )
-        return max(good, key=lambda p: (p.layer_speedup, p.score))
-    assert target_speedup is not None
-    good = [p for p in points if p.layer_speedup >= target_speedup - 1e-12]
-    if not good:
-        fastest = max(p.layer_speedup for p in points)
-        raise ValueError(f"target_speedup={target_speedup} cannot be reached: {fastest:.3f} is the most here.")
-    return max(good, key=lambda p: (p.score, p.layer_speedup))
+def _cross_fitted(
+    exit_logits: ExitLogits,
+    policy: Any,
+    metric: Metric,
+    reference: str,
+    max_score_drop: float | None,
+    target_speedup: float | None,
+) -> tuple[TradeOffPoint, HeldOut | None]:
+    """The setting, and what its speed-up costs on rows that did not choose it; None where that cannot be told."""
+    points = search(exit_logits, policy, SETTINGS, metric)
+    most, fastest = max(p.score for p in points), max(p.layer_speedup for p in points)
+    if max_score_drop is None:
+        assert target_speedup is not None
+        if fastest < target_speedup - 1e-12:
+            raise ValueError(f"target_speedup={target_speedup} cannot be reached: {fastest:.3f} is the most here.")
+        found = cross_fit(exit_logits, policy, metric, reference, [target_speedup])
+        return best_at(points, target_speedup), next(iter(found), None)
+    scores = exit_scores(exit_logits, metric)
+    wanted = scores.best if reference == "best" else scores.per_exit[-1]
+    if most < wanted - max_score_drop - 1e-12:
+        name = "the best exit" if reference == "best" else "full depth"
+        raise ValueError(
+            f"max_score_drop={max_score_drop} cannot be reached below max_exit: {name} scores {wanted:.4f} and "
+            f"{most:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
+        )
+    held = fastest_within(cross_fit(exit_logits, policy, metric, reference), max_score_drop)
+    if held is not None:
+        return best_at(points, held.goal), held
+    warnings.warn(
+        f"{len(exit_logits)} rows cannot show that any setting loses at most {max_score_drop}: the setting with the "
+        "best score is returned, of equal ones the slowest. Give more rows, or allow more.",
+        stacklevel=3,
+    )
+    return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
 
 
 def _certified(

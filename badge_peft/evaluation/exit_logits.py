@@ -40,6 +40,8 @@ class ExitLogits:
         num_blocks: M, which turns blocks into a speed-up. None means the last exit's block.
         uncertainty: [N, E], what the `learned` policy reads, when the adapter has it.
         weights_hash: Of the adapter that gave them (`BadgeModel.weights_hash`); None where it is not known.
+        deployed: Whether the last exit is the head of a model that was there before the exits, as it was: what these
+            lose is then counted from it, and else from the best exit.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -52,6 +54,7 @@ class ExitLogits:
     num_blocks: int | None = None
     uncertainty: Tensor | None = None
     weights_hash: str | None = None
+    deployed: bool = False
     _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +123,7 @@ class ExitLogits:
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all."""
         tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty}
-        names = ("exit_layers", "problem_type", "num_blocks", "weights_hash")
+        names = ("exit_layers", "problem_type", "num_blocks", "weights_hash", "deployed")
         meta = {name: getattr(self, name) for name in names}
         with replacing(path) as temporary:
             save_file(
@@ -200,6 +203,7 @@ def collect_exit_logits(
     back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
     labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts[1:])
     logits = torch.cat(parts[0])[back]
+    deployed = config.final_exit == "base_head" and not config.train_head and config.backbone == "frozen"
     return ExitLogits(
         logits,
         labels,
@@ -208,4 +212,5 @@ def collect_exit_logits(
         badge.num_blocks,
         uncertainty,
         badge.weights_hash(),
+        deployed,
     )

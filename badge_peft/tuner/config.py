@@ -120,9 +120,13 @@ class BadgeConfig(PeftConfig):
             check_choice(name, getattr(self, name), allowed)
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-        for name in ("bias", "train_head", "learn_to_exit"):
+        for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
+        for name in ("base_model_name_or_path", "revision", "weights_hash"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.isprintable()):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a string that can be printed, or None.")
         if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
         self._check_exit_layers()

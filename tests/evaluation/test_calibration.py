@@ -1,4 +1,5 @@
-"""`calibrate`: the goal is kept, nothing tried is better, and no fixed depth of the same cost is either."""
+"""`calibrate`: the goal is kept, nothing tried is better, and no fixed depth of the same cost is either. What it costs
+on rows that did not choose the setting is in `test_cross_fit.py`."""
 
 from __future__ import annotations
 
@@ -39,9 +40,7 @@ def check(stored, config, goal, metric):
     """The goal is kept, and no fixed depth that costs as little or less scores more."""
     point = evaluate_policy(stored, config, metric)
     scores = exit_scores(stored, metric).per_exit
-    if "max_score_drop" in goal:
-        assert point.score >= scores[-1] - goal["max_score_drop"] - 1e-9
-    else:
+    if "target_speedup" in goal:
         assert point.layer_speedup >= goal["target_speedup"] - 1e-9
     for depth, score in zip(stored.exits, scores, strict=True):
         if depth <= point.mean_exit + 1e-9:
@@ -84,39 +83,17 @@ def test_auto_is_never_worse_either(goal, problem_type, num_labels, kind):
 @pytest.mark.parametrize(
     "policy", ["divergence", "max_prob", "patience", "agreement", "confident_patience", "learned"]
 )
-@pytest.mark.parametrize(
-    "goal",
-    [{"max_score_drop": 0.01}, {"max_score_drop": 0.1}, {"target_speedup": 0.3}, {"target_speedup": 0.6}],
-    ids=str,
-)
+@pytest.mark.parametrize("goal", [{"target_speedup": 0.3}, {"target_speedup": 0.6}], ids=str)
 @pytest.mark.parametrize("rows", [150, 12])  # few rows: many settings cost the same
 def test_nothing_that_is_tried_is_better(rows, policy, goal):
     stored = plausible(rows=rows, exits=8)
     config = quiet(stored, policy, **goal)
     point = check(stored, config, goal, "accuracy")
-    full = exit_scores(stored).per_exit[-1]
     tried = search(stored, policy, SETTINGS, "accuracy")
     assert len(tried) > 12
-    if "max_score_drop" in goal:
-        good = [p for p in tried if p.score >= full - goal["max_score_drop"] - 1e-12]
-        assert max(p.layer_speedup for p in good) == point.layer_speedup
-        assert max(p.score for p in good if p.layer_speedup == point.layer_speedup) == point.score
-    else:
-        good = [p for p in tried if p.layer_speedup >= goal["target_speedup"] - 1e-12]
-        assert max(p.score for p in good) == point.score
-        assert max(p.layer_speedup for p in good if p.score == point.score) == point.layer_speedup
-
-
-def test_of_equal_speed_ups_the_better_score():
-    """Half of the rows are sure at exit 1; the others are wrong there, and one of them at exit 2, too. Answering at
-    block 2 saves as much as stopping the first half at 1, and loses one row of 20, which is allowed."""
-    sure, doubtful, wrong, weak = [3.0, 0.0], [0.0, 0.8], [0.0, 0.4], [0.4, 0.0]
-    easy, hard, lost = [sure, sure, sure], [doubtful, weak, sure], [doubtful, wrong, sure]
-    stored = ExitLogits(torch.tensor([easy] * 10 + [hard] * 9 + [lost]), torch.zeros(20, dtype=torch.long))
-    config = calibrate(stored, "max_prob", max_score_drop=0.05)
-    assert config.policy == "max_prob" and config.calibration["score"] == 1.0
-    assert config.calibration["layer_speedup"] == pytest.approx(1 / 3)
-    assert evaluate_policy(stored, {"policy": "fixed_depth", "depth": 2}).score == 0.95
+    good = [p for p in tried if p.layer_speedup >= goal["target_speedup"] - 1e-12]
+    assert max(p.score for p in good) == point.score
+    assert max(p.layer_speedup for p in good if p.score == point.score) == point.layer_speedup
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
@@ -134,20 +111,16 @@ def test_a_dynamic_policy_wins_on_plausible_logits(problem_type, num_labels):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), [(SINGLE, 3), (MULTI, 6), (REGRESSION, 1)])
-@pytest.mark.parametrize("goal", [{"max_score_drop": 0.02}, {"target_speedup": 0.5}], ids=str)
-def test_auto_is_as_good_as_each_policy(goal, problem_type, num_labels):
+def test_auto_is_as_good_as_each_policy(problem_type, num_labels):
     stored, metric = plausible(problem_type, num_labels, rows=80, exits=5), metric_of(problem_type)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        best = evaluate_policy(stored, calibrate(stored, "auto", metric=metric, **goal), metric)
+        best = evaluate_policy(stored, calibrate(stored, "auto", metric=metric, target_speedup=0.5), metric)
     names = ["divergence", "patience", "agreement", "learned"]
     names += [] if problem_type == REGRESSION else WITHOUT_DISTRIBUTION
     for name in names:
-        point = evaluate_policy(stored, quiet(stored, name, metric=metric, **goal), metric)
-        if "max_score_drop" in goal:
-            assert best.layer_speedup >= point.layer_speedup - 1e-9
-        else:
-            assert best.score >= point.score - 1e-9
+        point = evaluate_policy(stored, quiet(stored, name, metric=metric, target_speedup=0.5), metric)
+        assert best.score >= point.score - 1e-9
 
 
 def test_where_a_fixed_depth_wins_it_is_returned_and_said():
@@ -163,9 +136,7 @@ def test_where_a_fixed_depth_wins_it_is_returned_and_said():
             config = calibrate(stored, "max_prob", **goal)
         assert (config.policy, config.depth) == ("fixed_depth", 2)
         assert config.calibration["policy_asked_for"] == "max_prob" and config.calibration["score"] == 1.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            assert calibrate(stored, "auto", **goal).calibration["score"] == 1.0
+        assert quiet(stored, "auto", **goal).calibration["score"] == 1.0
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)

@@ -1,0 +1,149 @@
+"""What a search really gives: each setting is chosen on some of the rows and scored on the others.
+
+A search takes the luckiest of thousands of settings, so its score on the rows that chose it is too high. Here every
+fold of the rows is answered by the settings that the other folds choose, one for each speed-up, and a speed-up is
+taken where the drop on these rows lies below the allowed one at a stated level. A faster setting is taken to
+cost at least as much as a slower one, which lets neighboring speed-ups share their rows' noise.
+
+Sources: Breiman and Spector, "Submodel Selection and Evaluation in Regression: the X-Random Case", 1992 (selection
+inside of cross-validation); Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentiles);
+Angelopoulos et al., "Conformal Risk Control", 2022 (the row more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.isotonic import IsotonicRegression
+
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.evaluation.metrics import Metric, exit_scores, score
+from badge_peft.evaluation.tradeoff import TradeOffPoint, search
+from badge_peft.utils.problem import problem_of
+
+FOLDS = 5
+SETTINGS = 20  # per variant of a policy; fewer than for the choice, as every fold searches
+RESAMPLES = 200
+SPEEDUPS = 40  # steps between full depth and no block at all
+LEVEL = 0.85  # probability with which a drop lies below its bound: docs/results/promises.md
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One speed-up, on rows that did not choose its settings.
+
+    Args:
+        goal: The layer speed-up that was asked of the settings.
+        layer_speedup: What they reach on these rows.
+        drop: Score of the reference less their score.
+        low: Lower end of the drop's interval.
+        high: Upper end of the drop's interval.
+        bound: What the drop lies below with a probability of about `LEVEL`.
+    """
+
+    goal: float
+    layer_speedup: float
+    drop: float
+    low: float
+    high: float
+    bound: float
+
+
+def cross_fit(
+    exit_logits: ExitLogits,
+    policy: Any,
+    metric: Metric,
+    reference: str,
+    goals: Sequence[float] | None = None,
+    seed: int = 0,
+) -> list[HeldOut]:
+    """Speed-ups, slow to fast, with the drop that each costs on rows that did not choose the settings.
+
+    Args:
+        exit_logits: With labels.
+        policy: As for `search`.
+        metric: As for `exit_scores`.
+        reference: What a drop is counted from: the `last` exit, or the `best`.
+        goals: Layer speed-ups, increasing; None spreads `SPEEDUPS` of them.
+        seed: Of the division into folds and of the bootstrap.
+
+    Returns:
+        One entry for each goal that every fold reaches; none where there are fewer than two rows.
+    """
+    if len(exit_logits) < 2:
+        return []
+    rows = np.random.default_rng(seed).permutation(len(exit_logits))
+    speedups: Array = np.linspace(0, 1, SPEEDUPS, endpoint=False) if goals is None else np.array(goals)
+    stops = np.full((len(speedups), len(exit_logits)), -1, dtype=np.int64)
+    full = np.full(len(exit_logits), exit_logits.exits[-1], dtype=np.int64)
+    for held in np.array_split(rows, min(FOLDS, len(rows))):
+        chosen_on = exit_logits.select(torch.from_numpy(np.setdiff1d(rows, held)))
+        tested = exit_logits.select(torch.from_numpy(held)).history()
+        if reference == "best":
+            full[held] = exit_scores(chosen_on, metric).best_exit
+        points = search(chosen_on, policy, SETTINGS, metric)
+        fastest = max(p.layer_speedup for p in points)
+        best = None
+        for g in np.flatnonzero(speedups <= fastest + 1e-12):
+            best, before = best_at(points, speedups[g]), best
+            same = before is not None and best.config is before.config
+            stops[g, held] = stops[g - 1, held] if same else build_policy(best.config).replay_history(tested)
+    reached = (stops >= 0).all(axis=1)
+    if not reached.any():
+        return []
+    drops, resampled = _drops(exit_logits, full, stops[reached], metric, seed)
+    rising = IsotonicRegression()
+    smooth = np.stack([rising.fit_transform(speedups[reached], sample) for sample in resampled.T], axis=1)
+    low, high, bound = np.quantile(smooth, [0.05, 0.95, LEVEL], axis=1)
+    if problem_of(exit_logits.kind).gives_labels:
+        n = len(exit_logits)
+        bound = (n * bound + 1) / (n + 1)  # as if one row more were lost: where none was, a bootstrap sees no risk
+    saved = 1 - stops[reached].mean(axis=1) / exit_logits.depth
+    numbers = np.stack([speedups[reached], saved, drops, low, high, bound])
+    return [HeldOut(*row) for row in numbers.T.tolist()]
+
+
+def _drops(exit_logits: ExitLogits, full: Array, stops: Array, metric: Metric, seed: int) -> tuple[Array, Array]:
+    """For each of `stops` [S, N] the drop of the score [S], and the same on resampled rows [S, RESAMPLES], paired."""
+    stops, places = np.unique(stops, axis=0, return_inverse=True)
+    places = places.reshape(-1)
+    reference, *answers = [exit_logits.answers(torch.from_numpy(s)) for s in (full, *stops)]
+    draw, n, problem = np.random.default_rng(seed), len(exit_logits), problem_of(exit_logits.kind)
+    assert exit_logits.labels is not None
+    if metric == "accuracy":  # a mean over rows: no need to make the samples
+        wrong = np.stack([problem.error(a, exit_logits.labels).double().numpy() for a in (reference, *answers)])
+        losses = wrong[1:] - wrong[0]  # of each row: 1 where a right answer was lost, -1 where one was won
+        counts = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # how often each row is in a sample
+        return losses.mean(axis=1)[places], (losses @ counts.T / n)[places]
+    whole = score(exit_logits, reference, metric)
+    drops = np.array([whole - score(exit_logits, a, metric) for a in answers])
+    resampled = np.empty((len(answers), RESAMPLES))
+    for r in range(RESAMPLES):
+        rows = torch.from_numpy(draw.integers(0, n, n))
+        part = exit_logits.select(rows)
+        resampled[:, r] = score(part, reference[rows], metric)
+        resampled[:, r] -= [score(part, a[rows], metric) for a in answers]
+    return drops[places], resampled[places]
+
+
+def best_at(points: list[TradeOffPoint], speedup: float) -> TradeOffPoint:
+    """The best score at a layer speed-up of at least `speedup`; of equal ones the fastest."""
+    good = [p for p in points if p.layer_speedup >= speedup - 1e-12]
+    return max(good, key=lambda p: (p.score, p.layer_speedup))
+
+
+def fastest_within(found: list[HeldOut], max_score_drop: float) -> HeldOut | None:
+    """The fastest speed-up whose bound, and that of every slower one, is within `max_score_drop`; None: not any."""
+    best = None
+    for held in found:
+        if held.bound > max_score_drop + 1e-12:
+            break
+        best = held
+    return best
