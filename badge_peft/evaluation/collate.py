@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from badge_peft.utils.problem import Problem
 
 _PADS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
 
@@ -24,6 +27,25 @@ def tensor_columns(model: nn.Module, dataset: Any) -> list[dict[str, Any]]:
     if "input_ids" not in rows[0]:
         raise ValueError(f"the data set has no input_ids, only {', '.join(dataset[0])}: tokenize it first.")
     return rows
+
+
+def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
+    """The rows of `tensor_columns` with labels that can be scored: all rows where none has a label, else those that
+    have one.
+
+    Raises:
+        ValueError: a label that is not allowed; said before any time is spent.
+    """
+    labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each () or [K]
+    labels = {i: label for i, label in labels.items() if problem.has_label(label.view(-1)[:1]).all()}
+    if not labels:
+        return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    if len(labels) < len(rows):
+        warnings.warn(f"{len(rows) - len(labels)} of {len(rows)} rows have no label and are left out.", stacklevel=3)
+    if len({label.shape for label in labels.values()}) > 1:
+        raise ValueError("labels must have the same shape in every row.")
+    problem.scored_labels(torch.stack([*labels.values()]), num_labels, len(labels))
+    return [rows[i] for i in labels]
 
 
 def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:

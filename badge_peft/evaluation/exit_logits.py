@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import labeled_features, pad_features, tensor_columns
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
@@ -34,7 +34,8 @@ class ExitLogits:
 
     Args:
         logits: [N, E, K], float32, shallow to deep.
-        labels: [N] class numbers, or [N, K] targets; None when the data has none.
+        labels: [N] class numbers, or [N, K] targets; None when the data has none. `UNKNOWN_LABEL` of
+            `badge_peft.utils.problem` is a class that the model lacks, which no answer has.
         exit_layers: Block numbers of the E exits; the last is M. None means 1 to E.
         problem_type: As transformers has it; None means regression for K = 1, else single-label classification.
         num_blocks: M, which turns blocks into a speed-up. None means the last exit's block.
@@ -44,7 +45,8 @@ class ExitLogits:
             lose is then counted from it, and else from the best exit.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, a row whose logits are not finite, or one without a label or
+            with one that is not allowed.
     """
 
     logits: Tensor
@@ -66,14 +68,28 @@ class ExitLogits:
         self.exit_layers = list(self.exit_layers) if self.exit_layers is not None else list(range(1, e + 1))
         if len(self.exit_layers) != e or sorted(set(self.exit_layers)) != self.exit_layers:
             raise ValueError(f"exit_layers={self.exit_layers} must be {e} increasing block numbers.")
-        if self.labels is not None and len(self.labels) != n:
-            raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
         if self.uncertainty is not None and tuple(self.uncertainty.shape) != (n, e):
             raise ValueError(f"uncertainty must be [{n}, {e}], got {list(self.uncertainty.shape)}.")
+        self._check_finite()
         if self.problem_type is None:
             self.problem_type = infer_problem_type(k)
+        if self.labels is not None:
+            if len(self.labels) != n:
+                raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
+            self.labels = problem_of(self.problem_type).scored_labels(self.labels.detach().cpu(), k, n)
         if self.num_blocks is None:
             self.num_blocks = self.exit_layers[-1]
+
+    def _check_finite(self) -> None:
+        """The largest of NaN is the first label: such rows would make exits that look alike, and agree with full
+        depth."""
+        for name, values in (("logits", self.logits), ("uncertainty", self.uncertainty)):
+            if values is not None and not values.isfinite().all():
+                row, j = (int(x) for x in (~values.isfinite()).nonzero()[0][:2])
+                raise ValueError(
+                    f"the {name} of row {row} at the exit after block {self.exits[j]} are not finite, so nothing can "
+                    "be chosen by them: train again with a smaller learning rate or in float32, or leave out the row."
+                )
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -159,7 +175,8 @@ def collect_exit_logits(
 ) -> ExitLogits:
     """Runs every row through all blocks once and keeps the logits of every exit.
 
-    Rows are batched by length, so that little is padded; the result is in the order of the data set.
+    Rows are batched by length, so that little is padded; the result is in the order of the data set. Where some rows
+    have a label, those without one (none, or -100) are left out, with a warning that counts them.
 
     Args:
         model: A PEFT model with an active BADGE adapter. Its training mode is restored afterwards.
@@ -173,13 +190,14 @@ def collect_exit_logits(
             rows by itself.
 
     Raises:
-        ValueError: the data set is empty.
+        ValueError: the data set is empty, or what `ExitLogits` refuses.
     """
     badge = get_badge_model(model)
     if not len(dataset):
         raise ValueError("the data set is empty: there is nothing to collect.")
     config = badge.config_of()
-    rows = tensor_columns(badge.model, dataset)
+    problem = problem_of(config.resolved_problem_type)
+    rows = labeled_features(tensor_columns(badge.model, dataset), config.resolved_labels, problem)
     collate = data_collator or (lambda batch: pad_features(batch, badge.model))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -208,7 +226,7 @@ def collect_exit_logits(
         logits,
         labels,
         badge.exit_layers(),
-        config.resolved_problem_type,
+        problem.name,
         badge.num_blocks,
         uncertainty,
         badge.weights_hash(),

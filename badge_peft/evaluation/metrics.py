@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
@@ -29,13 +27,30 @@ def _f1(predictions: Array, labels: Array) -> float:
     multi = predictions.ndim == 2
     if not multi and max(predictions.max(initial=0), labels.max(initial=0)) > 1:
         raise ValueError("metric='f1' is for two classes (the positive one is 1) or multi-label: use 'macro_f1'.")
+    if not multi:  # of class 1; a label that the model lacks is another than that
+        labels, predictions = labels == 1, predictions == 1
     return float(f1_score(labels, predictions, average="micro" if multi else "binary", zero_division=0))
 
 
-def _correlation(function: Callable[[Array, Array], Any], predictions: Array, labels: Array) -> float:
+def _pearson(predictions: Array, labels: Array) -> float:
+    """The mean over the outputs, where there are several."""
+    if predictions.ndim == 2:
+        return float(np.mean([_pearson(p, y) for p, y in zip(predictions.T, labels.T, strict=True)]))
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0  # a constant is correlated with nothing
-    return float(function(predictions, labels)[0])
+    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
+
+
+def _spearman(predictions: Array, labels: Array) -> float:
+    return _pearson(_ranks(predictions), _ranks(labels))
+
+
+def _ranks(values: Array) -> Array:
+    """[N] or [N, K]: equal values share the mean of their ranks."""
+    if values.ndim == 2:
+        return np.stack([_ranks(column) for column in values.T], axis=1)
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 METRICS: dict[str, Callable[[Array, Array], float]] = {
@@ -44,9 +59,9 @@ METRICS: dict[str, Callable[[Array, Array], float]] = {
     "acc_and_f1": lambda p, y: (_accuracy(p, y) + _f1(p, y)) / 2,
     "macro_f1": lambda p, y: float(f1_score(y, p, average="macro", zero_division=0)),
     "matthews": lambda p, y: float(matthews_corrcoef(y, p)),
-    "pearson": lambda p, y: _correlation(pearsonr, p, y),
-    "spearman": lambda p, y: _correlation(spearmanr, p, y),
-    "pearson_and_spearman": lambda p, y: (_correlation(pearsonr, p, y) + _correlation(spearmanr, p, y)) / 2,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "pearson_and_spearman": lambda p, y: (_pearson(p, y) + _spearman(p, y)) / 2,
     "neg_mse": lambda p, y: -float(np.mean((p - y) ** 2)),
 }
 _REGRESSION = {"pearson", "spearman", "pearson_and_spearman", "neg_mse"}
@@ -88,7 +103,8 @@ def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitSco
     Args:
         exit_logits: With labels.
         metric: A name in `METRICS` or a callable `(predictions, labels) -> float`; predictions are class numbers [N],
-            0 / 1 decisions [N, K] (multi-label) or values [N] (regression).
+            0 / 1 decisions [N, K] (multi-label) or values [N] or [N, K]
+            (regression).
 
     Raises:
         ValueError: no labels, an unknown metric, or one that does not suit the problem type.
@@ -113,8 +129,6 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
         raise ValueError("the exit logits have no labels, so there is nothing to score against.")
     problem = problem_of(exit_logits.kind)
     labels = exit_logits.labels.numpy()
-    if not problem.gives_labels:
-        labels = labels.reshape(len(labels))
     if isinstance(metric, str):
         check_choice("metric", metric, tuple(METRICS))
         fitting = [name for name in METRICS if (name in _REGRESSION) != problem.gives_labels]

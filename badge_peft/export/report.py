@@ -12,7 +12,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import labeled_features, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.model import BadgeModel
@@ -83,14 +83,14 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
     """
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenized row, or None.")
-    rows = tensor_columns(badge.model, examples)
-    labels = [row.pop("labels", None) for row in rows]
+    problem = problem_of(session.config["problem_type"])
+    rows = labeled_features(tensor_columns(badge.model, examples), session.config["num_labels"], problem)
+    labels = [torch.as_tensor(row.pop("labels")) for row in rows if "labels" in row]
     pairs = [_both(badge, session, config, pad_features([row], badge.model)) for row in rows]
     (logits_before, exits_before), (logits, exits) = (
         (np.concatenate([x.logits for x in outputs]), np.concatenate([x.exit_layer for x in outputs]))
         for outputs in zip(*pairs, strict=True)
     )
-    problem = problem_of(session.config["problem_type"])
     before, after = torch.from_numpy(logits_before), torch.from_numpy(logits)
     old, new = problem.predictions(before), problem.predictions(after)
     same = problem.same(before, after)
@@ -101,9 +101,10 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
         mean_exit=float(exits.mean()),
         mean_exit_before=float(exits_before.mean()),
     )
-    if all(label is not None for label in labels):
+    if labels:
+        truth = problem.scored_labels(torch.stack(labels), session.config["num_labels"], len(rows)).numpy()
         metric = METRICS[problem.default_metric]
-        changes.score, changes.score_before = (metric(x, np.asarray(labels)) for x in (new, old))
+        changes.score, changes.score_before = (metric(x, truth) for x in (new, old))
     return changes
 
 

@@ -18,6 +18,7 @@ from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import EarlyStopping
+from badge_peft.training.finite import check_loss, check_parameters
 from badge_peft.training.objectives import Objective, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
@@ -130,6 +131,8 @@ class MultiExitTrainer(Trainer):
         problem_type = config.resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
         loss = objective(Step(exits, logits, labels, problem_type, self.state.global_step, outputs))
+        if model.training:
+            check_loss(loss, self.state.global_step + 1)
         if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
             taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]
             if taught:
@@ -196,6 +199,7 @@ class MultiExitTrainer(Trainer):
             resume = stage.resume(self.args, resume_from_checkpoint)
             with self._running(stage):
                 output = super().train(resume, trial, *args, **kwargs)
+                check_parameters(self._module, self.state.global_step)
                 if stage is not stages[-1]:
                     self.save_model(str(Path(str(self.args.output_dir), "best")))
             resume_from_checkpoint = None
@@ -233,11 +237,10 @@ class MultiExitTrainer(Trainer):
     def _scores(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
         logits, exit_logits = cast(tuple[np.ndarray, ...], prediction.predictions)[:2]
         labels = torch.from_numpy(np.asarray(prediction.label_ids))
-        config = self.badge.config_of()
-        stored = ExitLogits(torch.from_numpy(exit_logits), labels, self.exits, config.resolved_problem_type)
-        metric = self._own_metric or self.args.exit_metric
-        if metric is None:
-            metric = problem_of(config.resolved_problem_type).default_metric
+        problem = problem_of(self.badge.config_of().resolved_problem_type)
+        counts = problem.has_label(labels)
+        stored = ExitLogits(torch.from_numpy(exit_logits)[counts], labels[counts], self.exits, problem.name)
+        metric = self._own_metric or self.args.exit_metric or problem.default_metric
         scores = exit_scores(stored, metric)
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}
         report.update({f"exit_{m}": s for m, s in zip(self.exits, scores.per_exit, strict=True)})

@@ -40,11 +40,12 @@ def uncertainty_loss(
         labels: As for `exit_loss`.
         problem_type: As for `exit_loss`.
     """
-    losses = []
+    problem, losses = problem_of(problem_type), []
+    counts = problem.has_label(labels)
     for m, predicted in uncertainty.items():
-        logits = exit_logits[m].detach()
-        wrong = problem_of(problem_type).error(logits, labels)
-        losses.append(F.mse_loss(predicted.float(), wrong))
+        wrong = problem.error(exit_logits[m].detach(), labels)
+        squares = F.mse_loss(predicted.float(), wrong, reduction="none")
+        losses.append((squares * counts).sum() / counts.sum().clamp(min=1))
     return torch.stack(losses).mean()
 
 

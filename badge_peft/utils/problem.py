@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Array = np.ndarray
+NO_LABEL = -100  # as torch's cross-entropy has it: the row is not trained on, and not scored
+UNKNOWN_LABEL = -200  # of a class that the model lacks, among rows to score: whatever the model answers is wrong
 
 
 class Problem:
@@ -34,11 +36,19 @@ class Problem:
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """As transformers computes it for its own head: logits [B, K] in float32, labels [B] or [B, K]."""
-        return F.cross_entropy(logits, labels.view(-1), reduction=reduction)
+        labels = labels.view(-1)
+        if reduction != "mean":
+            return F.cross_entropy(logits, labels, reduction=reduction)
+        count = (labels != NO_LABEL).sum().clamp(min=1)  # a batch without a label has no loss, and not NaN
+        return F.cross_entropy(logits, labels, reduction="sum") / count
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[B]: how wrong each row is, 1 or 0; for regression |tanh(y' - y)|. Source: BERxiT, section 4.2."""
         return (logits.argmax(dim=-1) != labels.view(-1)).float()
+
+    def has_label(self, labels: Tensor) -> Tensor:
+        """[B]: which rows count."""
+        return labels.view(-1) != NO_LABEL
 
     def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
         """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
@@ -50,12 +60,26 @@ class Problem:
             raise ValueError(f"labels have shape {list(labels.shape)}, but the batch has {batch_size} rows.")
         if labels.is_floating_point():
             raise ValueError(f"{self.name} needs whole-number labels, got {labels.dtype}.")
-        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-        if wrong.numel():
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_labels))
+        if wrong.any():
+            row = _first_row(wrong, batch_size)
             raise ValueError(
-                f"label {wrong.flatten()[0].item()} is out of range: the model has num_labels={num_labels}, so labels "
-                f"are 0 to {num_labels - 1}. Load the model with the right num_labels."
+                f"label {labels.reshape(-1)[row].item()} of row {row} is out of range: the model has num_labels="
+                f"{num_labels}, so labels are 0 to {num_labels - 1}. Load the model with the right num_labels."
             )
+
+    def scored_labels(self, labels: Tensor, num_labels: int, rows: int) -> Tensor:
+        """The labels of rows to score, in the shape of `label_shape`.
+
+        Raises:
+            ValueError: as `check_labels`, and for a row without a label.
+        """
+        missing = ~self.has_label(labels)
+        if missing.any():
+            row = _first_row(missing, len(labels))
+            raise ValueError(f"row {row} has the label {NO_LABEL}, which means none: leave out such rows.")
+        self.check_labels(labels.masked_fill(labels == UNKNOWN_LABEL, 0), num_labels, rows)
+        return labels.reshape(self.label_shape(rows, num_labels))
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
         """Shape of the labels of a data set."""
@@ -66,7 +90,7 @@ class Problem:
         return labels.numpy()
 
     def predictions(self, logits: Tensor) -> Array:
-        """Logits [N, K] to class numbers [N], 0 / 1 decisions [N, K] (multi-label) or values [N] (regression)."""
+        """Logits [N, K] to class numbers [N], 0 / 1 decisions [N, K] (multi-label) or values (regression)."""
         return logits.argmax(dim=-1).numpy()
 
     def probabilities(self, logits: Array) -> Array | None:
@@ -109,12 +133,25 @@ class MultiLabel(Problem):
         """[B]: 1 where any label is wrong."""
         return ((logits > 0) != (labels.view_as(logits) > 0.5)).any(dim=-1).float()
 
+    def has_label(self, labels: Tensor) -> Tensor:
+        """[B]: all of them."""
+        return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+
     def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
-        """One number for each row and label, or ValueError."""
+        """One finite number for each row and label, from 0 to 1 where it stands for a decision, or ValueError."""
         if labels.numel() != batch_size * num_labels:
             raise ValueError(
                 f"labels have shape {list(labels.shape)}; {self.name} with num_labels={num_labels} needs "
                 f"[{batch_size}, {num_labels}]."
+            )
+        wrong = ~labels.isfinite()
+        if self.gives_labels:
+            wrong |= (labels < 0) | (labels > 1)
+        if wrong.any():
+            row = _first_row(wrong, batch_size)
+            raise ValueError(
+                f"row {row} has the label {labels.reshape(batch_size, -1)[row].tolist()}: {self.name} needs "
+                f"{'numbers from 0 to 1' if self.gives_labels else 'finite numbers'}. Mend the row, or leave it out."
             )
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
@@ -159,15 +196,15 @@ class Regression(MultiLabel):
         return (logits.float() - labels.view_as(logits)).tanh().abs().mean(dim=-1)
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
-        """[N]; metrics compare one number per row."""
-        return (rows,)
+        """[N], or [N, K] where there are several values per row."""
+        return (rows,) if num_labels == 1 else (rows, num_labels)
 
     def targets(self, labels: Tensor) -> Array:
-        """Values [N]."""
-        return labels.numpy().reshape(len(labels))
+        """Values."""
+        return labels.numpy()
 
     def predictions(self, logits: Tensor) -> Array:
-        """Values [N]."""
+        """Values [N], or [N, K] where there are several per row."""
         return logits.float().squeeze(-1).numpy()
 
     def probabilities(self, logits: Array) -> Any:
@@ -199,6 +236,10 @@ def infer_problem_type(num_labels: int, labels: Tensor | None = None) -> str:
     if num_labels == 1:
         return Regression.name
     return MultiLabel.name if labels is not None and labels.is_floating_point() else Problem.name
+
+
+def _first_row(wrong: Tensor, rows: int) -> int:
+    return int(wrong.reshape(rows, -1).any(dim=1).nonzero()[0])
 
 
 def _json_number(value: Any) -> float | None:

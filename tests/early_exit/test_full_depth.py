@@ -184,8 +184,8 @@ def test_number_of_items_of_an_accumulated_batch():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1, 2, 3]), "label 3 is out of range.*num_labels=3"),
-        (torch.tensor([0, -1, 2, 0]), "label -1 is out of range"),
+        (torch.tensor([0, 1, 2, 3]), "label 3 of row . is out of range.*num_labels=3"),
+        (torch.tensor([0, -1, 2, 0]), "label -1 of row . is out of range"),
         (torch.tensor([0, 1]), r"labels have shape \[2\].*4 rows"),
         (torch.zeros(4, 2), r"labels have shape \[4, 2\]"),
     ],

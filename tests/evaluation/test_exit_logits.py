@@ -242,3 +242,60 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="no space"):
         full(9).save(file)
     assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "regression"])
+def test_a_column_of_labels_is_a_row_of_them(problem_type: str) -> None:
+    labels = torch.tensor([[1], [0], [0]])
+    outputs = 1 if problem_type == "regression" else 2
+    data = ExitLogits(torch.randn(3, 2, outputs), labels, problem_type=problem_type)
+    assert data.labels is not None and data.labels.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "message"),
+    [
+        (torch.tensor([0, 1, 3]), None, "label 3 of row 2 is out of range.*0 to 2"),
+        (torch.tensor([0, -1, 1]), None, "label -1 of row 1 is out of range"),
+        (torch.tensor([0, 1, -100]), None, "row 2 has the label -100.*leave out"),
+        (torch.tensor([0.0, 1.0, 2.0]), None, "whole-number labels"),
+        (torch.zeros(3, 2), "multi_label_classification", r"shape \[3, 2\].*needs \[3, 3\]"),
+        (torch.tensor([[0.0] * 3, [0, 2, 1], [1] * 3]), "multi_label_classification", "row 1 .*from 0 to 1"),
+        (torch.tensor([[0.0] * 3, [1.0] * 3, [1, 2, torch.nan]]), "regression", "row 2 has.*nan.*finite numbers"),
+    ],
+)
+def test_labels_that_cannot_be_scored(labels: torch.Tensor, problem_type: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExitLogits(torch.zeros(3, 2, 3), labels, problem_type=problem_type)
+
+
+def test_numbers_that_are_not_finite_name_their_row() -> None:
+    for name, bad in (("logits", torch.nan), ("uncertainty", torch.inf)):
+        fields = {"logits": torch.zeros(5, 3, 2), "uncertainty": torch.zeros(5, 3)}
+        fields[name][4, 1] = bad
+        with pytest.raises(ValueError, match=f"{name} of row 4 at the exit after block 4 are not finite"):
+            ExitLogits(**fields, exit_layers=[2, 4, 6])
+
+
+@pytest.mark.parametrize("missing", [None, -100, [-100]])
+def test_rows_without_a_label_are_left_out_and_counted(missing: Any) -> None:
+    model = make_exits("bert")
+    rows = [{**row, "labels": [0] if isinstance(missing, list) else 0} for row in make_rows(6, labels=False)]
+    some = [{**row, "labels": missing} if i in (1, 2) else row for i, row in enumerate(rows)]
+    with pytest.warns(UserWarning, match=f"2 of {len(rows)} rows have no label"):
+        found = collect_exit_logits(model, some)
+    kept = [i for i in range(len(rows)) if i not in (1, 2)]
+    whole = collect_exit_logits(model, rows)
+    assert torch.equal(found.logits.argmax(-1), whole.logits[kept].argmax(-1))
+    assert found.labels is not None and found.labels.tolist() == [0] * len(kept)
+    none = collect_exit_logits(model, [{**row, "labels": missing} for row in rows])
+    assert none.labels is None and len(none) == len(rows)
+
+
+def test_labels_are_checked_before_any_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_exits("bert")
+    monkeypatch.setattr(model.base_model, "forward", lambda **_: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match="label 9 of row 1"):
+        collect_exit_logits(
+            model, [{**row, "labels": 9 * (i == 1)} for i, row in enumerate(make_rows(3, labels=False))]
+        )

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from badge_peft import ExitLogits, calibrate, exit_scores, sweep
 from badge_peft.evaluation.metrics import METRICS, Metric, score
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
 from tests.evaluation.rows import make_logits
 
 
@@ -139,3 +139,23 @@ def test_any_callable_has_a_name(metric: Metric, name: str) -> None:
     assert sweep(data, ["entropy"], metric=metric).metric == name
     config = calibrate(data, "auto", max_score_drop=1.0, metric=metric)
     assert json.loads(json.dumps(config.to_dict()))["calibration"]["metric"] == name
+
+
+def test_a_label_that_the_model_lacks_is_wrong_whatever_is_answered() -> None:
+    said = torch.tensor([[0, 1], [1, 0], [1, 1], [0, 0]])  # of 4 rows, by 2 exits
+    labels = torch.tensor([0, 1, UNKNOWN_LABEL, UNKNOWN_LABEL])
+    data = ExitLogits(torch.nn.functional.one_hot(said, 2).float(), labels)
+    assert exit_scores(data).per_exit == [0.5, 0.0]
+    assert exit_scores(data, "f1").per_exit == [pytest.approx(2 / 3), 0.0]
+    for metric in ("macro_f1", "matthews"):
+        assert exit_scores(data, metric).per_exit[0] < exit_scores(data.select(torch.arange(2)), metric).per_exit[0]
+
+
+def test_several_values_per_row_have_the_mean_correlation() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(9, 2, 3), torch.randn(9, 3)
+    data = ExitLogits(logits, labels, problem_type="regression")
+    for name, function in (("pearson", pearsonr), ("spearman", spearmanr)):
+        expected = [np.mean([function(logits[:, j, k], labels[:, k])[0] for k in range(3)]) for j in (0, 1)]
+        assert exit_scores(data, name).per_exit == pytest.approx(expected)
+    assert exit_scores(data, "neg_mse").per_exit[0] == pytest.approx(-float(((logits[:, 0] - labels) ** 2).mean()))

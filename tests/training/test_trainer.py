@@ -127,7 +127,7 @@ def test_loss_of_an_evaluation_is_the_objectives(tmp_path):
 def test_wrong_labels_are_refused(tmp_path):
     data = Rows()
     data.labels[5] = 3
-    with pytest.raises(ValueError, match="label 3 is out of range.*num_labels=3"):
+    with pytest.raises(ValueError, match="label 3 of row . is out of range.*num_labels=3"):
         make_trainer(tmp_path, make(), data).train()
 
 

@@ -73,8 +73,12 @@ def test_problem_type_that_transformers_would_infer(num_labels, labels, problem_
 @pytest.mark.parametrize(
     ("labels", "problem_type", "message"),
     [
-        (torch.tensor([0, 3]), "single_label_classification", "label 3 is out of range.*num_labels=3.*0 to 2"),
-        (torch.tensor([-1, 0]), "single_label_classification", "label -1 is out of range"),
+        (
+            torch.tensor([0, 3]),
+            "single_label_classification",
+            "label 3 of row . is out.*num_labels=3.*0 to 2",
+        ),
+        (torch.tensor([-1, 0]), "single_label_classification", "label -1 of row . is out of range"),
         (torch.tensor([0, 1, 2]), "single_label_classification", r"shape \[3\].*2 rows"),
         (torch.tensor([0.0, 1.0]), "single_label_classification", "whole-number labels, got torch.float32"),
         (torch.tensor([0.0, 1.0]), "multi_label_classification", r"shape \[2\].*num_labels=3 needs \[2, 3\]"),

@@ -34,7 +34,8 @@ def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: in
             right = answers[j] == (best if labels is None else problem.targets(labels))
             weights, bias = _logistic(features(history, j), right if right.ndim == 1 else right.all(axis=1))
         else:
-            weights, bias = _ridge(features(history, j), np.abs(answers[j] - best))
+            distance = np.abs(answers[j] - best).reshape(len(best), -1).mean(axis=1)
+            weights, bias = _ridge(features(history, j), distance)
         coefficients.append([float(f"{w:.7g}") for w in weights])
         intercepts.append(float(f"{bias:.7g}"))
     return {
