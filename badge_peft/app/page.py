@@ -17,7 +17,7 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.exit_logits import ExitLogits, collect_exit_logits
 from badge_peft.model import get_badge_model
 from badge_peft.workflows.adapter_dir import Adapter
-from badge_peft.workflows.encode import encode_texts
+from badge_peft.workflows.encode import encode_texts, whole
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -100,6 +100,7 @@ class Callbacks:
         """What all exits say, and what to say of a text that is longer than what the model reads: encoded, and so cut,
         as `badge-peft predict` encodes it."""
         tokenizer = self.adapter.tokenizer
+        text, pair = whole(text), None if pair is None else whole(pair)
         encoded = encode_texts([text], None if pair is None else [pair], tokenizer)
         row = {name: values[0] for name, values in encoded.items()}
         tokens, read = len(tokenizer(text, pair, verbose=False)["input_ids"]), len(row["input_ids"])

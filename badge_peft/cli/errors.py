@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
@@ -21,3 +23,19 @@ def exit_on_user_error(code: int = 1) -> Iterator[None]:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         warn(f"error: {' '.join(str(error).split())}", "red")
         raise SystemExit(code) from error
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Tells this package's warnings in a line, without the place in the code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category is UserWarning and "badge_peft" in str(place[0]):
+                warn(f"note: {message}")
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = note
+        yield

@@ -36,7 +36,7 @@ def _run(tokens: Sequence[str] | None) -> None:
     from cyclopts import CycloptsError
 
     from badge_peft.cli.commands import COMMANDS, app
-    from badge_peft.cli.errors import exit_on_user_error, warn
+    from badge_peft.cli.errors import exit_on_user_error, warn, warnings_as_notes
 
     try:
         with exit_on_user_error(2):  # an option's value out of its range
@@ -45,7 +45,7 @@ def _run(tokens: Sequence[str] | None) -> None:
         see = " ".join(["badge-peft", *(error.command_chain or ()), "--help"])
         warn(f"error: {' '.join(str(error).split())} See {see}.", "red")
         raise SystemExit(2) from error
-    with exit_on_user_error():
+    with exit_on_user_error(), warnings_as_notes():
         if command in COMMANDS:  # and not --help or --version
             _meet(command)
         command(*bound.args, **bound.kwargs)

@@ -62,7 +62,7 @@ class Adapter:
 
     def encode(self, examples: TextDataset) -> Dataset:
         """Token columns, and `labels` where the rows have some."""
-        return encode(examples, self.tokenizer, self.labels.targets(examples))
+        return encode(examples, self.tokenizer, self.labels.targets(examples, scored=True))
 
     def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
         """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from

@@ -66,3 +66,16 @@ def choose(
         chosen = calibrate(exit_logits, goal.policy, metric=metric, **goal.arguments())
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return chosen, measure(exit_logits, chosen, metric), notes
+
+
+def take_full_depth(
+    exit_logits: ExitLogits, goal: Goal, metric: str | None = None
+) -> tuple[EarlyExitConfig, dict[str, Any]]:
+    """As `choose`, for exits of which none is worth stopping at: the policy `never`, whatever the goal."""
+    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
+    found = measure(exit_logits, EarlyExitConfig(policy="never"), metric)
+    record = {name: found[name] for name in ("metric", "labels", "rows", "full_depth_score", "weights_hash")}
+    record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "layer_speedup")}
+    scores = {str(m): value for m, value in zip(found["exit_layers"], found["per_exit"], strict=True)}
+    record |= {"policy_asked_for": goal.policy, "exit_scores": scores}
+    return EarlyExitConfig(policy="never", calibration=record), found

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset
 
-from badge_peft.utils.paths import is_local
-from badge_peft.workflows.columns import Names, find_columns
+from badge_peft.workflows.columns import Names, find_columns, unused_texts
 from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.sources import read_source
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is read, the first that there is
 
 
@@ -38,6 +29,7 @@ class TextDataset:
         class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
         columns: `text`, `text_pair` and `label`: what they are called in the data.
         split: Which split was read.
+        numbers: Of the rows in the data, from 1 on; None where they are 1, 2, 3, ...
     """
 
     texts: list[str]
@@ -46,6 +38,7 @@ class TextDataset:
     class_names: list[str] | None = None
     columns: Names = field(default_factory=dict)
     split: str = "train"
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -58,7 +51,12 @@ class TextDataset:
             texts=[self.texts[i] for i in index],
             pairs=None if self.pairs is None else [self.pairs[i] for i in index],
             labels=labels if labels and any(label is not None for label in labels) else None,
+            numbers=[self.number(i) for i in index],
         )
+
+    def number(self, i: int) -> int:
+        """What row `i` is called in the data, in which rows count from 1."""
+        return i + 1 if self.numbers is None else self.numbers[i]
 
     def labeled(self) -> TextDataset:
         """The rows that have a label."""
@@ -115,55 +113,33 @@ def to_examples(
     rows = [i for i, row in enumerate(zip(texts, pairs or texts, strict=True)) if all(map(_has_text, row))]
     if not rows:
         raise ValueError(f"no row of {source} has a text in column {names['text']!r}.")
-    class_names = getattr(features[names["label"]], "names", None) if names["label"] else None
+    label = features[names["label"]] if names["label"] else None
     found = TextDataset(
         [str(text) for text in texts],
         None if pairs is None else [str(pair) for pair in pairs],
-        None if labels is None else [_clean_label(label) for label in labels],
-        class_names,
+        None if labels is None else _clean_labels(labels, isinstance(label, ClassLabel)),
+        getattr(label, "names", None),
         names,
         split,
     ).select(rows)
+    unused = unused_texts(data, strings, names)
+    for note in _notes(found, len(texts), unused):
+        warnings.warn(f"{source}, {split}: {note}", stacklevel=2)
     return found if found.labels else replace(found, class_names=None, columns={**names, "label": None})
 
 
-def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
-    """Every split of a data set, with every column; `name` is the configuration of one of the Hub.
-
-    Raises:
-        FileNotFoundError: `source` looks like a path and there is no such file.
-        ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
-    """
-    path, suffix = Path(source), suffix_of(source)
-    if path.is_dir():
-        return _read_local(path, str(path))
-    if not path.is_file():
-        if is_local(source) or suffix in FORMATS:
-            raise FileNotFoundError(f"there is no file {path}.")
-        return load_dataset(str(source), name)
-    if suffix not in FORMATS:
-        raise ValueError(f"{path} is in no format that can be read: its name must end in {', '.join(FORMATS)}.")
-    options: dict[str, Any] = {}
-    if FORMATS[suffix] == "csv":  # "None", "NA" and "null" are texts, too
-        options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffix == ".tsv" else ","}
-    return _read_local(path, FORMATS[suffix], data_files=str(path), **options)
-
-
-def suffix_of(path: str | Path) -> str:
-    """The ending that says a file's format, in lower case, before one that says how it is compressed."""
-    return next((s.lower() for s in reversed(Path(path).suffixes) if s.lower() not in _COMPRESSED), "")
-
-
-def _read_local(path: Path, *args: Any, **options: Any) -> dict[str, Dataset]:
-    """Streams files into memory: the user's cache is left alone, and a changed file is never missed."""
-    try:
-        splits = load_dataset(*args, streaming=True, **options)
-        found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
-    if not all(map(len, found.values())):
-        raise ValueError(f"{path} cannot be read: it has no rows.")
-    return found
+def _notes(found: TextDataset, total: int, unused: list[str]) -> Iterator[str]:
+    """What a user would want to know of rows and columns that are not used."""
+    if len(found) < total:
+        yield f"{total - len(found)} of {total} rows have no text and are left out."
+    hidden = sum(label is None for label in found.labels or [])
+    if found.columns["label"] and found.labels is None:
+        yield f"no row has a label in column {found.columns['label']!r}: they are missing or hidden."
+    if hidden:
+        yield f"{hidden} of {len(found)} rows have no label, and are left out where labels are needed."
+    if unused:
+        remedy = "" if found.pairs else f" For pairs of texts, add --text-pair-column {unused[0]}."
+        yield f"not used, though it seems to hold texts: column {', '.join(map(repr, unused))}.{remedy}"
 
 
 def _choose_split(splits: Mapping[str, Any], wanted: str | None, usual: tuple[str, ...], source: Any) -> str:
@@ -180,10 +156,19 @@ def _has_text(value: Any) -> bool:
     return value is not None and bool(str(value).strip())
 
 
+def _clean_labels(values: list[Any], are_classes: bool) -> list[Any]:
+    """None for a missing label: empty or not a number; and -1, which stands for a hidden label of a `ClassLabel`, and
+    where no row has another."""
+    if all(value is None or (isinstance(value, list) and len(value) == 1) for value in values):
+        values = [value and value[0] for value in values]
+    found = [_clean_label(value) for value in values]
+    hides = are_classes or all(label in (None, -1) for label in found)
+    return [None if hides and label == -1 else label for label in found]
+
+
 def _clean_label(value: Any) -> Any:
-    """None for a missing label: empty, not a number, or -1, which stands for a hidden label on the Hub."""
     if isinstance(value, float):
         if math.isnan(value):
             return None
         value = int(value) if value.is_integer() else value
-    return None if value in ("", -1) else value
+    return None if value == "" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.latency import measure_latency
-from badge_peft.evaluation.metrics import exit_scores
+from badge_peft.evaluation.metrics import exit_scores, score
 from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
 from badge_peft.workflows.adapter_dir import Adapter, open_adapter, stored_logits
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.settings import Columns
@@ -90,9 +91,13 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
     stops = build_policy(config).replay(exit_logits)
     stopped = Counter(stops.tolist())
     answers, full_depth = exit_logits.answers(stops), exit_logits.logits[:, -1]
+    unknown = 0
+    if exit_logits.labels is not None and problem_of(exit_logits.kind).gives_labels:
+        unknown = int(torch.eq(exit_logits.labels, UNKNOWN_LABEL).sum())
     return {
         "rows": len(exit_logits),
         "weights_hash": exit_logits.weights_hash,
+        "rows_of_unknown_label": unknown,
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
         "metric": metric,
         "num_blocks": exit_logits.depth,
@@ -112,6 +117,31 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
     }
 
 
+def constant_answer(exit_logits: ExitLogits, metric: str | None, names: Sequence[str]) -> dict[str, Any]:
+    """The `answer` that is right most often, of values the mean, what it would `score` as that of every row, and
+    whether it is `beaten` by an exit.
+
+    Args:
+        exit_logits: With labels.
+        metric: None is that of the problem type.
+        names: Of the labels.
+    """
+    problem, labels = problem_of(exit_logits.kind), exit_logits.labels
+    if labels is None:
+        raise ValueError("the exit logits have no labels, so no answer is right.")
+    metric = metric or problem.default_metric
+    if problem.gives_labels:
+        known, counts = labels.unique(dim=0, return_counts=True)
+        common = known[(counts * (known != UNKNOWN_LABEL).reshape(len(known), -1)[:, 0]).argmax()]
+        logits = common - 0.5 if problem.many_labels else torch.arange(len(names)) == common
+    else:
+        logits = labels.float().mean(dim=0)
+    logits = logits.float().reshape(-1)
+    value = score(exit_logits, logits.expand(len(exit_logits), -1), metric)
+    answer = next(iter(problem.format_prediction(logits.numpy(), names).values()))
+    return {"answer": answer, "score": value, "beaten": exit_scores(exit_logits, metric).best > value}
+
+
 def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
     """The config without what it was fitted with."""
     return {k: v for k, v in config.to_dict().items() if k not in ("calibration", "parameters")}
@@ -127,7 +157,7 @@ def resolve_metric(metric: str | None, problem_type: str, num_labels: int) -> st
     if metric is None:
         return problem.default_metric
     each = torch.eye(num_labels)[:, None]  # [K, 1, K]: every label is predicted once
-    labels = torch.zeros(problem.label_shape(num_labels, num_labels))
+    labels = torch.zeros(problem.label_shape(num_labels, num_labels), dtype=torch.long)
     exit_scores(ExitLogits(each, labels, problem_type=problem_type), metric)
     return metric
 

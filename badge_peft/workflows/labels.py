@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from badge_peft.utils.problem import UNKNOWN_LABEL
 from badge_peft.workflows.data import TextDataset
 
 _MOST_LABELS = 1000
@@ -60,25 +63,38 @@ class LabelSet:
             )
         return cls(names, "single_label_classification")
 
-    def targets(self, rows: TextDataset) -> list[Any] | None:
+    def targets(self, rows: TextDataset, scored: bool = False) -> list[Any] | None:
         """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one.
 
+        Args:
+            rows: As read.
+            scored: They are not trained on. Beside labels that the model knows, others are then `UNKNOWN_LABEL`, which
+                is counted as wrong, with a warning.
+
         Raises:
-            ValueError: a label that is not the model's.
+            ValueError: a label that is not the model's, or no finite number for regression.
         """
         if rows.labels is None:
             return None
         if self.problem_type == "regression":
-            return [None if value is None else _number(value, rows) for value in rows.labels]
+            return [None if v is None else self._values(v, rows, i) for i, v in enumerate(rows.labels)]
         several = self.problem_type == "multi_label_classification"
         per_row = [[] if v is None else list(v) if isinstance(v, (list, tuple)) else [v] for v in rows.labels]
         if not several and any(len(values) > 1 for values in per_row):
             raise ValueError(f"column {rows.columns.get('label')!r} has several labels in a row, the model gives one.")
-        if several and all(len(v) == len(self.names) and set(v) <= {0, 1} for v in per_row if v):
+        if several and self._are_flags([v for v in per_row if v], rows):
             return [[float(x) for x in v] if v else None for v in per_row]
-        numbers = self._numbers({value for values in per_row for value in values}, rows)
+        numbers = self._numbers({value for values in per_row for value in values}, rows, scored and not several)
         found = [[numbers[value] for value in values] for values in per_row]
         if not several:
+            unknown = sum(values == [UNKNOWN_LABEL] for values in found)
+            if unknown:
+                others = [repr(self._spelled(v, rows)) for v, number in numbers.items() if number == UNKNOWN_LABEL]
+                warnings.warn(
+                    f"{unknown} of {len(rows)} rows to score have a label that the model does not know "
+                    f"({', '.join(sorted(others)[:5])}): every answer to them counts as wrong.",
+                    stacklevel=2,
+                )
             return [values[0] if values else None for values in found]
         every = range(len(self.names))
         return [
@@ -86,33 +102,57 @@ class LabelSet:
             for raw, values in zip(rows.labels, found, strict=True)
         ]
 
-    def _numbers(self, values: set[Any], rows: TextDataset) -> dict[Any, int]:
-        """The number of each raw value, by name; numbers that are no names are taken as they are."""
+    def _are_flags(self, per_row: list[list[Any]], rows: TextDataset) -> bool:
+        """Whether each row has a 0 or 1 for every label, and not the labels that it has."""
+        if not all(len(v) == len(self.names) and set(v) <= {0, 1} for v in per_row):
+            return False
+        if len(self.names) == 2 and per_row and all(set(v) == {0, 1} and type(v[0]) is int for v in per_row):
+            raise ValueError(
+                f"column {rows.columns.get('label')!r} can be read in two ways: [0, 1] may be both labels or the "
+                f"second alone. Give names ({', '.join(map(repr, self.names))}), or 0.0 and 1.0 for each label."
+            )
+        return True
+
+    @staticmethod
+    def _spelled(value: Any, rows: TextDataset) -> str:
+        return rows.class_names[value] if rows.class_names and isinstance(value, int) else str(value)
+
+    def _numbers(self, values: set[Any], rows: TextDataset, scored: bool) -> dict[Any, int]:
+        """The number of each raw value: by name or, where none is a name, by place; never a mixture."""
         folded = {name.casefold() for name in self.names}
         # names that differ in case alone have to be spelled as they are
         fold = str.casefold if len(folded) == len(set(self.names)) else str
         known = {fold(name): i for i, name in enumerate(self.names)}
-        spelled = {v: rows.class_names[v] if rows.class_names and isinstance(v, int) else str(v) for v in values}
+        spelled = {v: self._spelled(v, rows) for v in values}
         found = {v: known[fold(name)] for v, name in spelled.items() if fold(name) in known}
         if len(found) == len(values):
             return found
-        whole = all(isinstance(value, int) and 0 <= value < len(self.names) for value in values)
+        places = all(isinstance(value, int) and 0 <= value < len(self.names) for value in values)
         unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in self.names)
-        if whole and (rows.class_names is None or (unnamed and len(rows.class_names) == len(self.names))):
+        own_names = rows.class_names is not None and not (unnamed and len(rows.class_names) == len(self.names))
+        if places and not found and not own_names:
             return {value: int(value) for value in values}
+        if scored and found and (own_names or not places):
+            return {value: found.get(value, UNKNOWN_LABEL) for value in values}
         wrong = sorted(spelled[value] for value in values - found.keys())
         raise ValueError(
             f"the model does not know the labels {', '.join(map(repr, wrong[:5]))}{', ...' if len(wrong) > 5 else ''} "
             f"of column {rows.columns.get('label')!r}; it knows {', '.join(map(repr, self.names[:20]))}. Rename them "
-            f"in the data (the model's names, or numbers from 0 to {len(self.names) - 1}), {_LEAVE_OUT}."
+            f"in the data (the model's names, or numbers from 0 to {len(self.names) - 1} alone), {_LEAVE_OUT}."
         )
 
-
-def _number(value: Any, rows: TextDataset) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
+    def _values(self, value: Any, rows: TextDataset, i: int) -> Any:
+        """The target of row `i`, a number, or a list of one for each output."""
+        several = len(self.names) > 1
+        try:
+            numbers = [float(x) for x in (value if several else [value])]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) == len(self.names) and all(map(math.isfinite, numbers)):
+            return numbers if several else numbers[0]
+        needed = f"a list of {len(self.names)} finite numbers" if several else "a finite number"
         raise ValueError(
-            f"column {rows.columns.get('label')!r} holds {value!r}, but the model does regression and needs numbers. "
-            f"Name another with --label-column, {_LEAVE_OUT}."
-        ) from None
+            f"column {rows.columns.get('label')!r} holds {value!r} in row {rows.number(i)}, but the model does "
+            f"regression and needs {needed}. Mend or leave out the row, name another column with --label-column, "
+            f"{_LEAVE_OUT}."
+        )

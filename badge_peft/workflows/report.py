@@ -51,9 +51,25 @@ def summary(report: dict[str, Any]) -> str:
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
         f"{early['layer_speedup']:.1%} of the blocks saved",
     ]
+    unknown = report["rows_of_unknown_label"]
+    if unknown:
+        lines.append(f"  {unknown} of the rows have a label that the model does not know, and count as wrong")
     if same is not None and report["labels"] == "given":
         lines.append(f"  {same:.1%} of the rows get the answer that full depth gives")
     return "\n".join(lines)
+
+
+def warning(report: dict[str, Any]) -> str:
+    """What comes before all results of a training whose exits are good for nothing; else nothing."""
+    constant = report["constant_answer"]
+    if constant is None or constant["beaten"]:
+        return ""
+    columns = ", ".join(repr(name) for name in report["columns"].values() if name)
+    return (
+        f"WARNING: no exit is better than always answering {constant['answer']!r} (which scores "
+        f"{show(constant['score'], report['metric'])}), so full depth is chosen. Are {columns} the right columns? "
+        "Else train on more rows, longer, or with another --adapter-lr.\n\n"
+    )
 
 
 def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:

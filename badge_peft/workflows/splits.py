@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from badge_peft.workflows.settings import TrainColumns
 
 SPLITS = ("train", "validation", "test")
 _EVAL_FRACTION = 0.16  # of a source that has not been split, for each of validation and test
+Key = tuple[str, ...]  # of a text, or a pair of them: see `TextDataset.keys`
 _VALIDATION = ("validation", "dev", "valid", "val")
 
 
@@ -28,14 +30,21 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
         return hold_out(examples, columns.eval_share, seed)
     held_out = read_examples(columns.eval_data or data, replace(columns, split=columns.eval_split))
     known = set(held_out.keys())
-    examples = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
-    if not len(examples):
+    others = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
+    if not len(others):
         raise ValueError(f"every text of {data} is among the evaluation texts too: nothing is left to train.")
-    return examples, held_out
+    if len(others) < len(examples):
+        warnings.warn(
+            f"{len(examples) - len(others)} of {len(examples)} rows are not trained on: their texts are among the "
+            "evaluation texts, too.",
+            stacklevel=2,
+        )
+    return others, held_out
 
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training rows, and a `fraction` in (0, 1) of the texts for evaluation; no text is in both.
+    """Training rows, and a `fraction` in (0, 1) of the texts for evaluation; no text is in both, and no class is in
+    the second alone.
 
     Raises:
         ValueError: too few different texts.
@@ -50,10 +59,20 @@ def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDat
             "for the calibration with --eval-data."
         )
     held_out = set(different[:count])
+    held_out -= _needed(examples, keys, held_out)
     parts: tuple[list[int], list[int]] = ([], [])
     for i, key in enumerate(keys):
         parts[key in held_out].append(i)
     return examples.select(parts[0]), examples.select(parts[1])
+
+
+def _needed(examples: TextDataset, keys: list[Key], held_out: set[Key]) -> set[Key]:
+    """Of the texts in `held_out` the first of each class that no other text has. Values on a scale are no classes:
+    where that would take half of the texts, none."""
+    rows = [(str(y), key) for y, key in zip(examples.labels or [], keys, strict=False) if y is not None]
+    trained = {label for label, key in rows if key not in held_out}
+    needed = {label: key for label, key in reversed(rows) if label not in trained}
+    return set(needed.values()) if 2 * len(needed) <= len(held_out) else set()
 
 
 def split_in_three(
@@ -78,6 +97,9 @@ def split_in_three(
     named = _named(source)
     seen: set[tuple[str, ...]] = set()
     parts = {split: _unique(named[split], seen) for split in reversed(SPLITS) if split in named}
+    total, left = (sum(map(len, rows.values())) for rows in (named, parts))
+    if left < total:
+        warnings.warn(f"{total - left} of {total} rows are left out: their texts are there twice.", stacklevel=2)
     rng = random.Random(seed)
     shuffled = {split: part.select(rng.sample(range(len(part)), len(part))) for split, part in parts.items()}
     for split in ("test", "validation"):

@@ -6,18 +6,20 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-import fsspec
 from pyarrow import ArrowInvalid
 from pyarrow.parquet import ParquetFile
 
 from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.columns import find_columns
-from badge_peft.workflows.data import suffix_of
+from badge_peft.workflows.encode import whole
 from badge_peft.workflows.settings import TextColumns
+from badge_peft.workflows.sources import delimiter_of, lines_of, open_text, suffix_of
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _CHUNK = 1024  # rows of a parquet file in memory at once
@@ -72,7 +74,7 @@ def _pairs(
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
-        yield str(row[str(text)]), None if pair is None else str(row[pair])
+        yield whole(str(row[str(text)])), None if pair is None else whole(str(row[pair]))
 
 
 def _rows(source: str, format: str) -> Iterator[dict[str, Any]]:
@@ -82,18 +84,30 @@ def _rows(source: str, format: str) -> Iterator[dict[str, Any]]:
                 for batch in table.iter_batches(_CHUNK):
                     yield from batch.to_pylist()
             return
-        read = {"encoding": "utf-8-sig", "newline": "", "compression": "infer"}
-        with nullcontext(sys.stdin) if source == "-" else fsspec.open(source, "rt", **read) as file:
+        newline = "\n" if format == "text" else ""
+        with _standard_input(newline) if source == "-" else open_text(source, newline) as file:
             if format == "text":
-                yield from ({"text": line.rstrip("\r\n")} for line in file)
+                yield from ({"text": line} for line in lines_of(file))
             elif format == "jsonl":
                 yield from _json_lines(file)
             else:
-                yield from csv.DictReader(file, delimiter="\t" if format == "tsv" else ",")
+                yield from _csv_rows(file, format == "tsv")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not in UTF-8: {error}.") from error
     except (ArrowInvalid, csv.Error) as error:
         raise ValueError(f"{source} cannot be read as {format}: {error}.") from error
+
+
+def _standard_input(newline: str) -> AbstractContextManager[TextIO]:
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(newline=newline)
+    return nullcontext(sys.stdin)
+
+
+def _csv_rows(file: TextIO, tabs: bool) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # training takes longer texts than 131,072 characters
+    header = file.readline()
+    yield from csv.DictReader(chain([header], file), delimiter=delimiter_of(header, tabs))
 
 
 def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
@@ -102,7 +116,7 @@ def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is no JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f'line {number} is no JSON object: each line must be one, such as {{"text": "..."}}.')

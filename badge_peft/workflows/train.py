@@ -26,11 +26,11 @@ from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
 from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
-from badge_peft.workflows.calibrate import choose
+from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode, load_tokenizer
-from badge_peft.workflows.evaluate import compare_with_checkpoint, time_rows
-from badge_peft.workflows.report import draw, latency_line, measured_table, summary
+from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, time_rows
+from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
 from badge_peft.workflows.settings import TrainingOptions, TrainSettings
 from badge_peft.workflows.splits import read_training_data
 from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
@@ -61,7 +61,7 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
     examples, eval_examples = read_training_data(data, settings.columns, settings.training.seed)
     report = train_on(model, examples, eval_examples, settings, data=data)
     if report is not None:
-        print(f"\n{measured_table(report)}\n\n{summary(report)}\n{_checks(report)}")
+        print(f"\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{_checks(report)}")
     return report
 
 
@@ -81,7 +81,7 @@ def train_on(
     set_seed(training.seed)
     base = load_base(model_name, settings, examples, new_head)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
-    eval_rows = encode(eval_examples, tokenizer, base.labels.targets(eval_examples))
+    eval_rows = encode(eval_examples, tokenizer, base.labels.targets(eval_examples, scored=True))
     targets = base.labels.targets(examples)
     learns_labels = check_training(settings, base, any(t is not None for t in targets or []), len(eval_rows))
     train_rows = encode(examples, tokenizer, targets if learns_labels else None)
@@ -99,9 +99,12 @@ def train_on(
     )
 
     def save() -> dict[str, Any]:
-        trouble = None
+        trouble, constant = None, None
+        if exit_logits.labels is not None:
+            constant = constant_answer(exit_logits, settings.metric, base.labels.names)
         try:
-            chosen, measured, _ = choose(exit_logits, settings.goal, settings.metric)
+            find = choose if constant is None or constant["beaten"] else take_full_depth
+            chosen, measured = find(exit_logits, settings.goal, settings.metric)[:2]
             model.set_early_exit_config(chosen)
         except ValueError as error:
             trouble, measured = error, {}
@@ -117,6 +120,7 @@ def train_on(
             "evaluation": settings.columns.eval_data or f"held out of {data}",
             "weights_hash": exit_logits.weights_hash,
             **measured,
+            "constant_answer": constant,
             "calibration": badge.get_early_exit_config().calibration,
             "processes": distributed.rank_world()[1],
             "trainable_parameters": trainable,
@@ -220,8 +224,11 @@ def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextData
     what = f"{len(names)} labels ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
     what = "values" if base.labels.problem_type == "regression" else what
     source = f"column {examples.columns.get('label')!r}" if learns_labels else "the model's answers"
+    pair = examples.columns.get("text_pair")
+    texts = "" if pair is None else f"; pairs of texts from columns {examples.columns['text']!r} and {pair!r}"
     return (
         f"{len(train)} rows to train on, {len(held_out)} to evaluate and calibrate on; {what}, learning from {source}"
+        f"{texts}"
     )
 
 

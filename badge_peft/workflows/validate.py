@@ -32,6 +32,11 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.problem_type is not None:
         check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
     settings.goal.arguments()
+    if training.depth is not None and training.objective != "single_exit":
+        raise ValueError(
+            f"depth={training.depth} is the exit of objective='single_exit', and objective={training.objective!r} "
+            "trains them all: leave one of them out."
+        )
     if training.objective == "two_stage" and exits.backbone == "frozen" and exits.keep_head:
         raise ValueError(
             "objective='two_stage' first trains the backbone and the final exit, and backbone='frozen' with "

@@ -73,7 +73,7 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, tmp_path: Path) -> No
     one_line(cli("evaluate", trained, tmp_path / "no.csv", fails=True), "no file")
     one_line(cli("evaluate", trained, rows, "--metric", "f2", fails=True), "metric='f2'", "macro_f1")
     one_line(cli("evaluate", trained, rows, "--device", "moon", fails=True), "device='moon'")
-    wrong = write_csv(tmp_path / "wrong.csv", [("a film", "maybe"), ("a plot", "good")])
+    wrong = write_csv(tmp_path / "wrong.csv", [("a film", "maybe"), ("a plot", "never")])
     one_line(cli("evaluate", trained, wrong, fails=True), "'maybe'", "'bad', 'good'")
 
 

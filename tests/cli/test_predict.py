@@ -98,6 +98,21 @@ def test_long_texts_are_cut(trained: Path, cli: Cli) -> None:
     assert [answer["text"] for answer in answers(cli("predict", trained, input=long))] == [long]
 
 
+def test_texts_that_training_takes_are_answered(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("text\na film\n" + "a " * 70_000 + "\nthe plot\n")
+    assert [len(answer["text"]) for answer in answers(cli("predict", trained, tmp_path / "long.csv"))] == [
+        6,
+        140_000,
+        8,
+    ]
+    cli("evaluate", trained, tmp_path / "long.csv")
+    lines = '{"text": "a film"}\n{"text": "half a pair: \\ud800"}\n{"text": "the plot"}\n'
+    found = answers(cli("predict", trained, "--format", "jsonl", "--batch-size", 1, input=lines))
+    assert [answer["text"] for answer in found] == ["a film", "half a pair: \ufffd", "the plot"]
+    deep = '{"text": "a film"}\n' + "[" * 100_000
+    one_line(cli("predict", trained, "--format", "jsonl", input=deep, fails=True), "line 2 is no JSON")
+
+
 def test_several_labels(cli: Cli, tmp_path: Path) -> None:
     model = save_classifier(tmp_path / "m", ("a", "b", "c"), problem_type="multi_label_classification")
     lines = [json.dumps({"text": text, "label": ["a", "c"] if i % 2 else []}) for i, text in enumerate(TEXTS[:60])]

@@ -182,6 +182,37 @@ def test_regression_on_pairs_of_texts(cli: Cli, tmp_path: Path) -> None:
     one_line(cli("predict", out, input="a film\n", fails=True), "pairs")
 
 
+def test_exits_that_have_learned_nothing_are_told_first_and_not_used(place: Path, cli: Cli, tmp_path: Path) -> None:
+    odd = write_csv(tmp_path / "odd.csv", [(f"{text} {i}", "bad") for i, (text, _) in enumerate(ROWS * 2)][:200])
+    with open(odd, "a") as file:
+        file.write("".join(f"{text},{label}\n" for text, label in ROWS))
+    out = tmp_path / "a"
+    train = ("train", place / "model", odd, "--output-dir", out, "--keep-head", "--adapter-lr", 1e-9)
+    told = cli(*train, *FAST).stdout.split("\n\n")
+    assert told[1].startswith("WARNING: no exit is better than always answering 'bad' (which scores")
+    report = json.loads((out / "report.json").read_text())
+    assert report["constant_answer"]["beaten"] is False and report["early_exit"]["layer_speedup"] == 0
+    assert json.loads((out / "adapter_config.json").read_text())["early_exit"]["policy"] == "never"
+    assert "| exit after block | accuracy |" in (out / "README.md").read_text()
+
+
+def test_a_label_of_the_evaluation_rows_alone_counts_as_wrong(place: Path, cli: Cli, tmp_path: Path) -> None:
+    encoder, out = tmp_path / "encoder", tmp_path / "a"
+    AutoModel.from_pretrained(place / "model").save_pretrained(encoder)
+    make_tokenizer().save_pretrained(encoder)
+    other = write_csv(tmp_path / "other.csv", [*ROWS[:20], ("odd film", "odd"), ("odd plot", "odd")])
+    told = cli("train", encoder, place / "rows.csv", "--eval-data", other, "--output-dir", out, *FAST).output
+    assert "2 of 22 rows to score have a label that the model does not know ('odd')" in told
+    report = json.loads((out / "report.json").read_text())
+    assert (report["rows"], report["rows_of_unknown_label"]) == (22, 2) and max(report["per_exit"]) <= 20 / 22
+
+
+def test_a_training_that_is_not_finite_saves_nothing(place: Path, cli: Cli, tmp_path: Path) -> None:
+    train = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", *FAST)
+    one_line(cli(*train, "--adapter-lr", 1e38, fails=True), "training stopped: the loss of step 2 is nan")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_separate_file_is_calibrated_on(place: Path, cli: Cli, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS[:20]]
     (tmp_path / "eval.jsonl").write_text("\n".join(lines))
@@ -239,6 +270,7 @@ def test_a_goal_out_of_reach_keeps_the_adapter(place: Path, cli: Cli, tmp_path: 
         (("{model}", "{csv}", "--split", "test"), ("'test'", "train")),
         (("{model}", "{csv}", "--max-score-drop", "0.1", "--target-speedup", "0.5"), ("one of them",)),
         (("{model}", "{csv}", "--keep-head", "--final-exit", "exit"), ("final_exit='exit'",)),
+        (("{model}", "{csv}", "--keep-head", "--depth", "2"), ("depth=2", "single_exit")),
     ],
 )
 def test_wrong_input_is_told_in_a_line_and_writes_nothing(

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from badge_peft.workflows import data
-from badge_peft.workflows.data import TextDataset, read_examples, read_source, to_examples
+from badge_peft.workflows import sources
+from badge_peft.workflows.columns import PAIR_NAMES
+from badge_peft.workflows.data import TextDataset, read_examples, to_examples
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.sources import read_source
+from badge_peft.workflows.stream import read_texts
 from tests.texts import write_csv
 
 ROWS = [("a good film", "good"), ("a bad film", "bad"), ("a dull plot, and\nlong", "bad")]
@@ -111,7 +114,7 @@ def test_texts_that_look_like_missing_values_are_texts(tmp_path: Path) -> None:
         (["1", "", "0"], ["0", "1"], [1, 0]),  # a hole makes the column a float one
         (["True", "False", "True"], ["False", "True"], [1, 0, 1]),
         (["b", "a", "b"], ["a", "b"], [1, 0, 1]),
-        (["-1", "1", "0"], ["0", "1"], [1, 0]),  # -1 is a hidden label
+        (["-1", "1", "0"], ["-1", "0", "1"], [0, 2, 1]),  # -1 is a label like any other
     ],
 )
 def test_labels_of_every_kind(tmp_path: Path, labels: list[str], names: list[str], expected: list[int]) -> None:
@@ -120,6 +123,71 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[str], names: list[str
     found = LabelSet.of_data(examples)
     assert found.names == names
     assert found.targets(examples) == expected
+
+
+def test_minus_one_is_a_hidden_label_where_no_row_has_another(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "f.csv", [("a film", "-1"), ("a plot", "-1")])
+    with pytest.warns(UserWarning, match="no row has a label in column 'label'"):
+        assert read_examples(path).labels is None
+
+
+@pytest.mark.parametrize("name", ["rows[1].csv", "rows*.csv", "rows?.jsonl", "rows::1.csv", "a::b/rows.txt"])
+def test_a_file_is_opened_by_its_exact_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for file in (name, "rows1.csv", "rowsx.csv", "rowsx.jsonl"):
+        write(tmp_path / file, [("the file that was named" if file == name else "another", "good")])
+    if name.endswith("txt"):
+        (tmp_path / name).write_text("the file that was named\n")
+    assert read_examples(tmp_path / name).texts == ["the file that was named"]
+    assert [text for text, _ in read_texts(str(tmp_path / name))] == ["the file that was named"]
+
+
+def test_a_folder_is_opened_by_its_exact_name(tmp_path: Path) -> None:
+    for folder in ("rows[1]", "rows1"):
+        (tmp_path / folder).mkdir()
+        write_csv(tmp_path / folder / "train.csv", [(folder, "good")])
+    assert read_examples(tmp_path / "rows[1]").texts == ["rows[1]"]
+
+
+def test_lines_and_columns_are_told_apart_alike_for_training_and_for_answering(tmp_path: Path) -> None:
+    lines = ["a\x0cb", "c\x1cd\x85e", "f\u2028g", "h\ri", "j"]
+    (tmp_path / "t.txt").write_bytes("".join(f"{line}\r\n" for line in lines[:3]).encode())
+    with (tmp_path / "t.txt").open("ab") as file:
+        file.write("\n".join(lines[3:]).encode())
+    assert read_examples(tmp_path / "t.txt").texts == lines
+    assert [text for text, _ in read_texts(str(tmp_path / "t.txt"))] == lines
+    for name, between in (("s.csv", ";"), ("t.csv", "\t"), ("t.tsv", "\t")):
+        (tmp_path / name).write_text(f"text{between}label\na, b{between}good\n")
+        assert texts_and_labels(read_examples(tmp_path / name)) == [("a, b", "good")]
+        assert [text for text, _ in read_texts(str(tmp_path / name))] == ["a, b"]
+
+
+@pytest.mark.parametrize("names", PAIR_NAMES)
+def test_pairs_are_found_by_their_usual_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    first, second = names[0].title(), names[1]
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"idx": "7", second: "two", first: "one", "label": "good"}))
+    assert (read_examples(path).texts, read_examples(path).pairs) == (["one"], ["two"])
+    assert list(read_texts(str(path))) == [("one", "two")]
+    alone = read_examples(path, recorded={"text": first, "text_pair": None})  # of an adapter that reads one text
+    assert (alone.texts, alone.pairs) == (["one"], None)
+
+
+def test_a_column_of_texts_that_is_not_used_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    rows = [{"id": f"n{i}", "text": f"film {i}", "summary": f"it is {i}", "label": "good one"} for i in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"column 'summary'\..*--text-pair-column summary") as told:
+        read_examples(path)
+    assert len(told) == 1
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "f.csv", [*ROWS, ("", "bad"), ("no label", "")])
+    with pytest.warns(UserWarning) as told:
+        found = read_examples(path)
+    assert "1 of 5 rows have no text" in str(told[0].message) and "1 of 4 rows have no label" in str(told[1].message)
+    assert [found.select([2, 0]).number(i) for i in (0, 1)] == [3, 1]
 
 
 def test_a_hub_data_set_keeps_its_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +207,13 @@ def test_a_hub_data_set_keeps_its_class_names(monkeypatch: pytest.MonkeyPatch) -
         asked.append(args)
         return hub
 
-    monkeypatch.setattr(data, "load_dataset", fake)
+    monkeypatch.setattr(sources, "load_dataset", fake)
     splits = read_source("glue", "sst2")
     assert asked == [("glue", "sst2")]
     train = to_examples(splits["train"], "train", Columns())
     assert train.class_names == ["neg", "pos"] and train.labels == [1, 1]
-    hidden = to_examples(splits["test"], "test", Columns())
+    with pytest.warns(UserWarning, match="missing or hidden"):
+        hidden = to_examples(splits["test"], "test", Columns())
     assert hidden.labels is None and hidden.columns["label"] is None and len(hidden.labeled()) == 0
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.splits import split_in_three
+from badge_peft.workflows.settings import TrainColumns
+from badge_peft.workflows.splits import hold_out, read_training_data, split_in_three
+from tests.texts import write_csv
 
 
 def dataset(texts: list[str]) -> TextDataset:
@@ -107,3 +111,24 @@ def test_refusals() -> None:
     one_good = TextDataset(numbered(50), labels=[0] * 50, class_names=["bad", "good"])
     with pytest.raises(ValueError, match="no training row has the label 'good'"):
         split_in_three({"train": one_good, "test": dataset(["x", "y"])})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rare_class_is_not_held_out(seed: int) -> None:
+    labels = ["rare", "odd", "odd", *["good", "bad"] * 20]
+    train, held_out = hold_out(TextDataset(numbered(43), labels=labels), 0.3, seed)
+    assert set(held_out.labels or []) <= set(train.labels or []) == {"rare", "odd", "good", "bad"}
+    assert len(held_out) >= 11
+
+
+def test_values_on_a_scale_are_held_out_though_no_other_row_has_them() -> None:
+    train, held_out = hold_out(TextDataset(numbered(50), labels=list(range(50))), 0.2, 0)
+    assert (len(train), len(held_out)) == (40, 10)
+
+
+def test_training_rows_that_are_evaluation_rows_are_counted(tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "a.csv", [(f"film {i}", "good") for i in range(5)])
+    other = write_csv(tmp_path / "b.csv", [("Film 1", "good"), ("film  3", "good")])
+    with pytest.warns(UserWarning, match="2 of 5 rows are not trained on"):
+        train, held_out = read_training_data(data, TrainColumns(eval_data=other), seed=0)
+    assert (len(train), len(held_out)) == (3, 2)

@@ -1,0 +1,118 @@
+"""Data sets with all their columns: files, each opened by its exact name, folders of them, and the Hub's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from fsspec.core import OpenFile
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
+
+from badge_peft.utils.paths import is_local
+
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
+    """Every split of a data set, with every column; `name` is the configuration of one of the Hub.
+
+    Raises:
+        FileNotFoundError: `source` looks like a path and there is no such file.
+        ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
+    """
+    path, suffix = Path(source), suffix_of(source)
+    if path.is_dir():
+        return _read_local(path)
+    if not path.is_file():
+        if is_local(source) or suffix in FORMATS:
+            raise FileNotFoundError(f"there is no file {path}.")
+        return load_dataset(str(source), name)
+    if suffix not in FORMATS:
+        raise ValueError(f"{path} is in no format that can be read: its name must end in {', '.join(FORMATS)}.")
+    return _read_local(path, FORMATS[suffix])
+
+
+def suffix_of(path: str | Path) -> str:
+    """The ending that says a file's format, in lower case, before one that says how it is compressed."""
+    return next((s.lower() for s in reversed(Path(path).suffixes) if s.lower() not in _COMPRESSED), "")
+
+
+def open_text(path: str | Path, newline: str) -> Any:
+    """A text file, compressed or not, by its exact name; a mark at its start that says UTF-8 is no part of it."""
+    packed = infer_compression(str(path))
+    return OpenFile(LocalFileSystem(), str(path), "rt", packed, encoding="utf-8-sig", newline=newline)
+
+
+def lines_of(file: Iterable[str]) -> Iterator[str]:
+    """The texts of a file with a text per line, opened with `newline="\\n"`: a line ends at \\n or \\r\\n, and nowhere
+    else."""
+    return (line.removesuffix("\n").removesuffix("\r") for line in file)
+
+
+def delimiter_of(header: str, tabs: bool = False) -> str:
+    """What stands between the columns of a csv file with this first line: a comma, but for a header that has none and
+    has semicolons or tabs."""
+    if tabs:
+        return "\t"
+    plain = re.sub(r'"[^"]*"', "", header)
+    return next((d for d in (",", ";", "\t") if d in plain), ",")
+
+
+def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
+    """Streams files into memory: the user's cache is left alone, and a changed file is never missed."""
+    options: dict[str, Any] = {}
+    try:
+        if format == "text":
+            with open_text(path, "\n") as file:
+                found = {"train": Dataset.from_dict({"text": list(lines_of(file))})}
+        else:
+            if format == "csv":  # "None", "NA" and "null" are texts, too
+                with open_text(path, "") as file:
+                    sep = delimiter_of(file.readline(), suffix_of(path) == ".tsv")
+                options = {"keep_default_na": False, "na_values": [""], "sep": sep}
+            with _plainly_named(path) as there:
+                arguments = {"path": there} if format is None else {"path": format, "data_files": there}
+                splits = load_dataset(**arguments, streaming=True, **options)
+                found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    if not all(map(len, found.values())):
+        raise ValueError(f"{path} cannot be read: it has no rows.")
+    return found
+
+
+@contextmanager
+def _plainly_named(path: Path) -> Iterator[str]:
+    """Another name of `path`, in which `load_dataset` finds no pattern: it takes [ ] * ? and :: for one."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        packed = path.suffix if path.suffix.lower() in _COMPRESSED else ""
+        there = Path(folder, "data" if path.is_dir() else f"data{suffix_of(path)}{packed}")
+        if path.is_dir():
+            shutil.copytree(path, there, copy_function=_link, ignore_dangling_symlinks=True)
+        else:
+            _link(path, there)
+        yield str(there)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.symlink(os.path.abspath(source), target)
+    except OSError:  # Windows asks for rights
+        shutil.copyfile(source, target)
