@@ -41,7 +41,7 @@ def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Probl
     if not labels:
         return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
     if len(labels) < len(rows):
-        warnings.warn(f"{len(rows) - len(labels)} of {len(rows)} rows have no label and are left out.", stacklevel=3)
+        warnings.warn(f"{len(rows) - len(labels)} of {len(rows)} rows have no label and are left out.", stacklevel=4)
     if len({label.shape for label in labels.values()}) > 1:
         raise ValueError("labels must have the same shape in every row.")
     problem.scored_labels(torch.stack([*labels.values()]), num_labels, len(labels))

@@ -127,7 +127,7 @@ class OnnxExporter:
             here = Path(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(here)
-            metadata = self._metadata(int8, compact) | {"tokenizer_files": digests(here, os.listdir(here))}
+            metadata = self._metadata(int8, compact, tokenizer) | {"tokenizer_files": digests(here, os.listdir(here))}
             stored = graph.SerializeToString()
             metadata["id"] = hashlib.sha256(stored + json.dumps(metadata).encode()).hexdigest()[:16]
             entry = onnx.StringStringEntryProto(key=CONFIG, value=json.dumps(metadata))
@@ -159,10 +159,12 @@ class OnnxExporter:
             )
         return difference
 
-    def _metadata(self, int8: bool, compact: bool) -> dict[str, Any]:
+    def _metadata(self, int8: bool, compact: bool, tokenizer: Any) -> dict[str, Any]:
         """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
         decision, policy = self.decision, self.decision.policy
         config: Any = self.badge.model.config
+        cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
+        limits = (max_positions(self.badge.model), cut if cut and cut < 10**9 else None)
         return {
             "format": 1,
             "inputs": self.pieces.inputs,
@@ -171,7 +173,8 @@ class OnnxExporter:
             "labels": [str(config.id2label[i]) for i in range(decision.num_labels)] if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
-            "max_length": max_positions(self.badge.model),
+            "max_length": min((limit for limit in limits if limit is not None), default=None),
+            "max_positions": limits[0],
             "weights_hash": self.weights_hash,
             "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),
             "threshold": decision.threshold,

@@ -112,7 +112,7 @@ class OnnxEarlyExitModel:
         ids = np.asarray(input_ids, dtype=np.int64)
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"input_ids must be [batch, sequence] and not empty, got shape {list(ids.shape)}.")
-        longest = self.config["max_length"]
+        longest = self.config.get("max_positions", self.config["max_length"])
         if longest is not None and ids.shape[1] > longest:
             raise ValueError(
                 f"the input has {ids.shape[1]} positions, and the model has {longest}: truncate to {longest} tokens."

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from badge_peft import load_pretrained
+from badge_peft.cli.answering import _changes
 from badge_peft.export import OnnxEarlyExitModel
+from badge_peft.export.report import ParityReport
 from tests.cli.conftest import one_cut
 from tests.texts import make_tokenizer
 
@@ -29,6 +31,12 @@ def test_folder_and_report(exported):
     assert report["changes"]["same_exit"] == report["changes"]["same_answer"] == 1.0
     assert report["changes"]["score"] == report["changes"]["score_before"] > 0.4
     assert "same exit 100.0%" in said and "model.onnx" in said
+
+
+def test_values_are_not_told_as_a_share():
+    found = ParityReport(rows=9, same_answer=0.0004, same_exit=1.0, mean_exit=2.0, mean_exit_before=2.0)
+    assert "values differ by 0.0004 in the mean, same exit 100.0%" in _changes(found, "regression")
+    assert "same answer 0.0%" in _changes(found, "single_label_classification")
 
 
 def test_the_rule_and_the_labels_of_the_adapter(exported, trained):

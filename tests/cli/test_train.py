@@ -209,7 +209,7 @@ def test_a_label_of_the_evaluation_rows_alone_counts_as_wrong(place: Path, cli: 
 
 def test_a_training_that_is_not_finite_saves_nothing(place: Path, cli: Cli, tmp_path: Path) -> None:
     train = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", *FAST)
-    one_line(cli(*train, "--adapter-lr", 1e38, fails=True), "training stopped: the loss of step 2 is nan")
+    one_line(cli(*train, "--adapter-lr", 1e38, fails=True), "training stopped: the loss of step", "learning rate")
     assert not (tmp_path / "a").exists()
 
 

@@ -332,6 +332,27 @@ def test_a_folder_that_is_no_export(tmp_path):
         OnnxEarlyExitModel.from_pretrained(tmp_path)
 
 
+def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 5  # as training with --max-length 5 leaves it
+    exporter.write(tmp_path, tokenizer=tokenizer)
+    session = OnnxEarlyExitModel.from_pretrained(tmp_path)
+    assert session.config["max_length"] == 5
+    text = "the film was very dull and the plot was poor"
+    cut = tokenizer(text, truncation=True, return_tensors="np")
+    assert cut["input_ids"].shape == (1, 5)
+    whole = make_tokenizer()(text, return_tensors="np")  # may still be asked, as token numbers
+    confidence = [
+        float(np.exp(x - x.max()).max() / np.exp(x - x.max()).sum())
+        for x in (
+            session(**{name: row[name] for name in session.config["inputs"] if name in row}).logits
+            for row in (cut, whole)
+        )
+    ]
+    answer = session.predict(text)[0]["confidence"]
+    assert answer == pytest.approx(confidence[0], abs=1e-5) != pytest.approx(confidence[1], abs=1e-5)
+
+
 def test_no_tokenizer_says_so(exporter, tmp_path):
     exporter.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):
