@@ -214,8 +214,13 @@ def _train_exits(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar())
-        trainer.train()
+        bar = ProgressBar()
+        trainer.add_callback(bar)
+        try:
+            trainer.train()
+        finally:
+            if bar.training_bar is not None:  # an error has a line of its own
+                bar.training_bar.close()
     model.eval()
 
 
