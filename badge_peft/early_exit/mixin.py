@@ -26,6 +26,12 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
+_NO_LABELS = (
+    "no labels reach the model in training, so it gives no loss, and one of `logits`, those of the last block, trains no "
+    "exit. That is what transformers' Trainer does with label_smoothing_factor or compute_loss_func: use "
+    "MultiExitTrainer, which honors both at every exit, or a loss of `exit_logits`."
+)
+
 
 class EarlyExitMixin:
     """Full depth with every exit, and early exit, on top of what `BadgeModel` knows of its adapters."""
@@ -45,14 +51,15 @@ class EarlyExitMixin:
 
     # ------------------------------------------------------------------------------------------------------ full depth
 
-    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] = EarlyExitPass, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] | None = None, **kwargs: Any) -> Any:
         """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
 
         With adapters disabled it is the base model, output and all.
 
         Args:
             *args: Of the base model.
-            exit_pass: The class of the pass; a training objective may change what goes on between the blocks.
+            exit_pass: The class of the pass; a training objective, which scores all exits by itself, may change what
+                goes on between the blocks.
             **kwargs: Of the base model, `labels` among them: then the output has the loss (Eq. 8).
         """
         if not self.adapters_enabled:
@@ -68,12 +75,14 @@ class EarlyExitMixin:
             self.check_labels(labels, batch_size)
         mask = kwargs.get("attention_mask")
         reader = FullDepthReader(self.adapter_exits(adapter), batch_size, mask)
-        running = self._pass(exit_pass, [reader], batch_size, mask)
+        running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, mask)
         with running:
             base = self.model(*args, return_dict=True, **kwargs)
         output = full_depth_output(
             reader, base, self.config_of(adapter), labels, num_items, running.training_outputs()
         )
+        if labels is None and exit_pass is None and self.training and output.exit_logits.requires_grad:
+            warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
 
     def check_labels(self, labels: Tensor, batch_size: int) -> str:

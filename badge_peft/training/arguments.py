@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.model import get_badge_model
+from badge_peft.training.criterion import check_class_weights
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
 from badge_peft.tuner.losses import check_weights
@@ -38,6 +39,9 @@ class MultiExitTrainingArguments(TrainingArguments):
     depth: int | None = option(None, "The exit of `single_exit`: a block number.")
     exit_weights: list[float] | str | None = option(  # in this order HfArgumentParser takes it for a string
         None, "Of the exits' losses: `uniform`, `linear` or a list, also as JSON; None = the adapter's."
+    )
+    class_weights: list[float] | None = option(
+        None, "Weight of each class in the loss, K numbers (a tensor will do); None = all alike."
     )
     distillation: float = option(
         0.0, "Share of the loss of exits below M that follows exit M; with 1 no labels are needed."
@@ -78,6 +82,8 @@ class MultiExitTrainingArguments(TrainingArguments):
             check_choice("exit_metric", self.exit_metric, tuple(METRICS))
         if self.exit_weights is not None:
             self.exit_weights = check_weights(_from_json(self.exit_weights))
+        if self.class_weights is not None:
+            self.class_weights = check_class_weights(_from_json(self.class_weights))
 
     @classmethod
     def of(cls, args: TrainingArguments | None = None, **overrides: Any) -> MultiExitTrainingArguments:

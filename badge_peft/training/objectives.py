@@ -12,10 +12,11 @@ from torch import Tensor
 from badge_peft.early_exit.full_depth import sum_losses
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
+from badge_peft.training.criterion import Criterion
 from badge_peft.training.equilibrium import GradientEquilibriumPass
 from badge_peft.training.imitation import NEEDS, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
-from badge_peft.tuner.losses import exit_loss, loss_weights
+from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number
 from badge_peft.utils.problem import problem_of
 
@@ -31,6 +32,7 @@ class Step:
         problem_type: As transformers has it.
         number: Optimizer steps done before this one.
         output: Of the pass.
+        criterion: The loss of one exit against labels.
     """
 
     exits: list[int]
@@ -39,12 +41,13 @@ class Step:
     problem_type: str
     number: int
     output: MultiExitOutput
+    criterion: Criterion = field(default_factory=Criterion)
 
     def loss(self, index: int) -> Tensor:
         """Loss of one exit against the labels."""
         if self.labels is None:
             raise ValueError("this objective needs labels; without them, distil: MultiExitTrainer(distillation=1.0).")
-        return exit_loss(self.logits[index], self.labels, self.problem_type)
+        return self.criterion(self.logits[index], self.labels, self.problem_type)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import EarlyStopping
+from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
 from badge_peft.training.objectives import Objective, Step
 from badge_peft.training.parameters import parameter_groups
@@ -44,7 +45,8 @@ class MultiExitTrainer(Trainer):
             `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`).
         **kwargs: Of `transformers.Trainer`, and the other fields that `MultiExitTrainingArguments` adds to
             `TrainingArguments` (`depth`, `exit_weights`, `distillation`, `adapter_learning_rate`, ...), in place of
-            those of `args`; None leaves what `args` have.
+            those of `args`; None leaves what `args` have. `label_smoothing_factor`, `class_weights` and
+            `compute_loss_func` are those of every exit's loss.
 
     `self.args` is a copy of `args` with all of these in it, read anew by each training.
 
@@ -130,7 +132,8 @@ class MultiExitTrainer(Trainer):
         config, exits, objective = self.badge.config_of(), self.exits, self.exit_objective
         problem_type = config.resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
-        loss = objective(Step(exits, logits, labels, problem_type, self.state.global_step, outputs))
+        number, criterion = self.state.global_step, self._criterion()
+        loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion))
         if model.training:
             check_loss(loss, self.state.global_step + 1)
         if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
@@ -140,6 +143,22 @@ class MultiExitTrainer(Trainer):
                 own_logits = {m: logits[exits.index(m)] for m in taught}
                 loss = loss + uncertainty_loss(uncertainty, own_logits, labels, problem_type)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def compute_loss_func(self) -> None:
+        """None: Trainer would leave the mean over accumulated batches to it. `Criterion` has the function."""
+        return None
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Any) -> None:
+        self._loss_function = function
+
+    def _criterion(self) -> Criterion:
+        """The loss of one exit against labels, once it is known that the objective honors all that was asked for."""
+        config = self.badge.config_of()
+        criterion = Criterion(self.args.label_smoothing_factor, self.args.class_weights, self._loss_function)
+        criterion.check(config.resolved_problem_type, config.resolved_labels, self.args.distillation)
+        return criterion
 
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
@@ -173,8 +192,9 @@ class MultiExitTrainer(Trainer):
         With `resume_from_checkpoint=True` it goes on in the stage that was interrupted.
 
         Raises:
-            ValueError: steps without a gradient lie ahead, or evaluations without labels, or several processes that do
-                not know of one another; or a trial of a search has set a field to a value that is not allowed.
+            ValueError: steps without a gradient lie ahead, or evaluations without labels, label smoothing, class
+                weights or a loss function that nothing would read, or several processes that do not know of one
+                another; or a trial of a search has set a field to a value that is not allowed.
         """
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
         self.args.check()
@@ -183,6 +203,7 @@ class MultiExitTrainer(Trainer):
         if self.model_init is not None:
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
+        self._criterion()
         check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(

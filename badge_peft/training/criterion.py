@@ -1,0 +1,88 @@
+"""`Criterion`: the loss of one exit against labels, as the arguments of a training want it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from badge_peft.outputs import MultiExitOutput
+from badge_peft.tuner.losses import exit_loss
+from badge_peft.utils.checks import is_number
+from badge_peft.utils.problem import Problem
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The loss of the problem type, with label smoothing and class weights, or a function in its place.
+
+    Args:
+        label_smoothing: Share of the label that all classes get (`label_smoothing_factor`).
+        class_weights: K numbers, one for each class, or None; the mean is a weighted one, as torch's.
+        function: Trainer's `compute_loss_func`, called for each exit with an output whose `logits` are those of the
+            exit, the labels, and `num_items_in_batch`, how many labels of these rows count.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
+    function: Callable[..., Tensor] | None = None
+
+    def __call__(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        """Scalar: of logits [B, K] and labels as `exit_loss` takes them."""
+        if self.function is not None:
+            return self.function(MultiExitOutput(logits=logits), labels, num_items_in_batch=(labels != -100).sum())
+        if not self.label_smoothing and self.class_weights is None:
+            return exit_loss(logits, labels, problem_type)
+        weight = None if self.class_weights is None else torch.tensor(self.class_weights, device=logits.device)
+        return F.cross_entropy(logits.float(), labels.view(-1), weight, label_smoothing=self.label_smoothing)
+
+    def check(self, problem_type: str, num_labels: int, distillation: float) -> None:
+        """Refuses what would be left out without a word.
+
+        Args:
+            problem_type: As transformers has it.
+            num_labels: K.
+            distillation: Share of the loss that needs no labels.
+
+        Raises:
+            ValueError: label smoothing or class weights without classes, or beside a function; weights of another
+                number of classes; or no loss reads a label.
+        """
+        given = [f"label_smoothing_factor={self.label_smoothing}"] if self.label_smoothing else []
+        given += [] if self.class_weights is None else [f"class_weights={self.class_weights}"]
+        if given and problem_type != Problem.name:
+            raise ValueError(
+                f"{given[0]} is not allowed for {problem_type}: it needs one class per row. Leave it out, or write "
+                "the loss as compute_loss_func."
+            )
+        if given and self.function is not None:
+            raise ValueError(f"{given[0]} would be ignored beside compute_loss_func: make it a part of that function.")
+        if self.class_weights is not None and len(self.class_weights) != num_labels:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} numbers, but the model has {num_labels} classes: give "
+                "one for each."
+            )
+        if distillation == 1 and (given or self.function is not None):
+            raise ValueError(
+                f"{given[0] if given else 'compute_loss_func'} would be ignored: with distillation=1 the loss reads "
+                "no label. Use a smaller share."
+            )
+
+
+def check_class_weights(weights: Any) -> list[float]:
+    """What `class_weights` may be, a list, an array or a tensor, as a list.
+
+    Raises:
+        ValueError: anything but numbers of at least 0, not all of them 0.
+    """
+    numbers = weights.tolist() if hasattr(weights, "tolist") else weights
+    if not isinstance(numbers, (list, tuple)) or not all(is_number(w) and w >= 0 for w in numbers) or not any(numbers):
+        raise ValueError(
+            f"class_weights={weights!r} is not allowed: it must be a list or tensor of one number per class, all at "
+            "least 0 and not all 0."
+        )
+    return [float(w) for w in numbers]

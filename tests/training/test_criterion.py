@@ -1,0 +1,113 @@
+"""Label smoothing, class weights and `compute_loss_func` in the loss of every exit; what has no meaning is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+from transformers.trainer_pt_utils import LabelSmoother
+
+from tests.models import exits_of
+
+from .runs import MULTI, PROBLEMS, REGRESSION, ROWS, Rows, arguments, close, make, make_trainer, moved, weights
+
+WEIGHTS = [1.0, 2.0, 0.5]
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, torch.tensor(WEIGHTS), reduction="sum") / num_items_in_batch
+
+
+def loss_of(trainer):
+    return trainer.compute_loss(trainer.model.eval(), trainer.data_collator([*trainer.train_dataset])).item()
+
+
+def test_label_smoothing_is_that_of_trainer(tmp_path) -> None:
+    data, model = Rows(), make()
+    logits = exits_of(model.eval(), data.batch).unbind(1)
+    expected = sum(LabelSmoother(0.3)({"logits": x}, data.labels).item() for x in logits)
+    assert loss_of(make_trainer(tmp_path, model, data, label_smoothing_factor=0.3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_class_weights(kind, tmp_path) -> None:
+    data, model = Rows(), make()
+    logits = exits_of(model.eval(), data.batch).unbind(1)
+    trainer = make_trainer(tmp_path, model, data)
+    trainer.args.class_weights = kind(WEIGHTS)  # as a search sets it
+    trainer.args.check()
+    expected = sum(F.cross_entropy(x, data.labels, torch.tensor(WEIGHTS)).item() for x in logits)
+    assert loss_of(trainer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("objective", ["joint", "two_stage", "alternating", "gradient_equilibrium", "single_exit"])
+def test_objectives_train_by_the_function(objective, tmp_path) -> None:
+    """An equal function gives equal weights, with accumulated batches, too."""
+    trained = []
+    for function in (None, lambda o, y, num_items_in_batch: F.cross_entropy(o.logits, y)):
+        model = make(final_exit="exit")
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            objective=objective,
+            depth=2 if objective == "single_exit" else None,
+            per_device_train_batch_size=ROWS // 4,
+            gradient_accumulation_steps=2,
+        )
+        trainer.compute_loss_func = function
+        before = weights(model)
+        trainer.train()
+        trained.append(weights(model))
+        assert moved(before, trained[-1])
+    close(*trained)
+
+
+def test_function_knows_how_many_labels_count(tmp_path) -> None:
+    data, model = Rows(), make()
+    data.labels[0] = -100
+    trainer = make_trainer(tmp_path, model, data)
+    trainer.compute_loss_func = weighted
+    logits, kept = exits_of(model.eval(), data.batch)[1:].unbind(1), data.labels[1:]
+    expected = sum(F.cross_entropy(x, kept, torch.tensor(WEIGHTS), reduction="sum").item() for x in logits)
+    assert loss_of(trainer) == pytest.approx(expected / (ROWS - 1))
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p[0] in (MULTI, REGRESSION)], ids=str)
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "class_weights"])
+def test_refused_without_classes(name, problem, tmp_path) -> None:
+    trainer = make_trainer(tmp_path, make(*problem), Rows(*problem))
+    setattr(trainer.args, name, 0.1 if name == "label_smoothing_factor" else [1.0] * problem[1])
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed for {problem[0]}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_refused_where_nothing_would_read_them(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, make(), label_smoothing_factor=0.1)
+    trainer.args.distillation = 1.0
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: with distillation=1"):
+        trainer.train()
+    trainer.args.distillation, trainer.compute_loss_func = 0.0, weighted
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored beside compute_loss_func"):
+        trainer.train()
+    trainer.args.label_smoothing_factor, trainer.compute_loss_func = 0.0, None
+    trainer.args.class_weights = [1.0, 2.0]
+    with pytest.raises(ValueError, match="class_weights has 2 numbers, but the model has 3 classes"):
+        trainer.train()
+    for wrong in ([0, 0, 0], [1, -1, 1], "1", [float("nan"), 1, 1], torch.eye(3)):
+        trainer.args.class_weights = wrong
+        with pytest.raises(ValueError, match="class_weights=.* is not allowed: it must be a list or tensor"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("smoothing", [True, False])
+def test_plain_trainer_warns_that_no_exit_learns(smoothing, tmp_path) -> None:
+    model = make().train()
+    options = {} if smoothing else {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}
+    args = arguments(tmp_path, label_smoothing_factor=0.1 if smoothing else 0.0)
+    before = weights(model)
+    with pytest.warns(UserWarning, match="no labels reach the model .* trains no exit.*use MultiExitTrainer"):
+        Trainer(model=model, args=args, train_dataset=Rows(), **options).train()
+    assert not [name for name in moved(before, weights(model)) if ".badge_" in name]
