@@ -41,12 +41,15 @@ class EarlyExitOutput(ModelOutput):
     Args:
         logits: [B, K], of the exit at which the row stopped.
         exit_layer: [B], the number of the block that answered, 1 to M; 0 for the exit on the embeddings.
+        non_finite: [B] bool, the rows that had NaN or infinite logits at an exit. They did not stop there, unless it
+            was the last that could answer: then `logits` are what it gave.
         num_labels: [B], with `adapter_names`: the K of each row's adapter. Its logits behind that are -inf, so that a
             softmax or an argmax needs no knowledge of it.
     """
 
     logits: Tensor | None = None
     exit_layer: Tensor | None = None
+    non_finite: Tensor | None = None
     num_labels: Tensor | None = None
 
 

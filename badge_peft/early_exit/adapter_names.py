@@ -57,8 +57,9 @@ class RowOrder:
             for name, value in inputs.items()
         }
 
-    def output(self, answers: list[Tensor], exit_layers: list[Array]) -> EarlyExitOutput:
-        """The output of all rows as they came, from the answers [n, K] and the exits [n] of each adapter."""
+    def output(self, answers: list[Tensor], exit_layers: list[Array], non_finite: list[Array]) -> EarlyExitOutput:
+        """The output of all rows as they came, from the answers [n, K], the exits [n], and which rows [n] had logits
+        that are not finite, of each adapter."""
         labels = [answer.shape[1] for answer in answers]
         dtype = reduce(torch.promote_types, (answer.dtype for answer in answers))
         wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[1]), value=-torch.inf) for x in answers]
@@ -66,6 +67,7 @@ class RowOrder:
         return EarlyExitOutput(
             logits=torch.cat(wide)[back.to(device)],
             exit_layer=torch.from_numpy(np.concatenate(exit_layers))[back].to(device),
+            non_finite=torch.from_numpy(np.concatenate(non_finite))[back].to(device),
             num_labels=torch.tensor(labels)[torch.from_numpy(self._which)].to(device),
         )
 

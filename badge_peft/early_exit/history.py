@@ -2,8 +2,9 @@
 
 It lives on the host, in numpy: a decision needs the logits there anyway (on CUDA that copy is the only
 synchronisation), and numpy's calls cost a third of torch's on such small arrays. All maths is float32 in log-space, so
-no logit, however large, gives a NaN. Arrays are exit-major, [E, n, K], so that one exit's numbers lie side by side and
-a row's results do not depend on the other rows.
+no logit, however large, gives a NaN. Rows whose logits are NaN or infinite themselves are noted in `finite`, and zeros
+stand in for these logits. Arrays are exit-major, [E, n, K], so that one exit's numbers lie side by side and a row's
+results do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class ExitHistory:
         self.num_labels = num_labels
         self.seen = 0
         self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
+        self.finite: Array | None = None  # [E, n] bool, whether all logits are; None: so far they are, in all rows
         self.uncertainty: Array | None = None  # [E, n], what a learned exit layer predicts; NaN where it has not
         self._log_probs = np.empty_like(self.logits)
         self._log_others = np.empty_like(self.logits) if self.problem.many_labels else None
@@ -58,6 +60,12 @@ class ExitHistory:
         j = self.seen
         self.logits[j] = logits
         x = self.logits[j]
+        finite = np.isfinite(x)
+        if not np.logical_and.reduce(finite, axis=None):
+            if self.finite is None:
+                self.finite = np.ones(self.logits.shape[:2], dtype=bool)
+            self.finite[j] = finite.all(axis=-1)
+            x[~self.finite[j]] = 0
         if self._log_others is not None:
             div.log_sigmoid(x, out=self._log_probs[j], out_other=self._log_others[j])
         elif self.problem.gives_labels:
@@ -65,7 +73,7 @@ class ExitHistory:
         if uncertainty is not None:
             if self.uncertainty is None:
                 self.uncertainty = np.full(self.logits.shape[:2], np.nan, dtype=np.float32)
-            self.uncertainty[j] = uncertainty
+            self.uncertainty[j] = np.where(np.isnan(uncertainty), np.float32(np.inf), uncertainty)
         self.seen = j + 1
 
     def skip(self) -> None:
@@ -75,6 +83,8 @@ class ExitHistory:
     def keep(self, rows: Array) -> None:
         """Forgets all rows but those that the boolean array `rows` [n] marks."""
         self.logits = self.logits[:, rows]
+        if self.finite is not None:
+            self.finite = self.finite[:, rows]
         if self.uncertainty is not None:
             self.uncertainty = self.uncertainty[:, rows]
         self._log_probs = self._log_probs[:, rows]
@@ -118,6 +128,8 @@ class ExitHistory:
         label above its complement."""
         if self._log_others is not None:
             return 2 * self.confidence(j) - 1
+        if self.num_labels == 1:
+            return self.confidence(j)
         top = np.partition(self._log_probs[j], -2, axis=-1)[:, -2:]
         return np.exp(top[:, 1]) - np.exp(top[:, 0])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ from badge_peft.tuner.exits import AdapterExits
 from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
 _NO_LABELS = (
-    "no labels reach the model in training, so it gives no loss, and one of `logits`, those of the last block, trains no "
-    "exit. That is what transformers' Trainer does with label_smoothing_factor or compute_loss_func: use "
+    "no labels reach the model in training, so it gives no loss, and one of `logits`, those of the last block, trains "
+    "no exit. That is what transformers' Trainer does with label_smoothing_factor or compute_loss_func: use "
     "MultiExitTrainer, which honors both at every exit, or a loss of `exit_logits`."
 )
 
@@ -124,7 +125,8 @@ class EarlyExitMixin:
                 over the config: `policy="divergence", threshold=0.2, patience=3`.
 
         Returns:
-            `logits` [B, K] and `exit_layer` [B]; with `adapter_names` also `num_labels` [B], and K is the largest.
+            `logits` [B, K], `exit_layer` [B] and `non_finite` [B]; with `adapter_names` also `num_labels` [B],
+            and K is the largest.
 
         Raises:
             ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` that do
@@ -168,10 +170,21 @@ class EarlyExitMixin:
                 reader.finish(base.logits[reader.first : reader.first + reader.rows])
             assert reader.answer is not None  # every row has its answer
             answers.append(reader.answer)
+        non_finite = [reader.check_answer() for reader in readers]
+        found = sum(np.count_nonzero(rows) for rows in non_finite)
+        if found:
+            warnings.warn(
+                f"{found} of {batch_size} rows had logits that are NaN or infinite at an exit. They did not stop "
+                "there; the output's `non_finite` says which rows. Check the precision and the weights of the model.",
+                stacklevel=4,
+            )
         if order is not None:
-            return order.output(answers, [reader.exit_layer for reader in readers])
+            return order.output(answers, [reader.exit_layer for reader in readers], non_finite)
+        device = answers[0].device
         return EarlyExitOutput(
-            logits=answers[0], exit_layer=torch.from_numpy(readers[0].exit_layer).to(answers[0].device)
+            logits=answers[0],
+            exit_layer=torch.from_numpy(readers[0].exit_layer).to(device),
+            non_finite=torch.from_numpy(non_finite[0]).to(device),
         )
 
     def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:

@@ -99,6 +99,7 @@ class PolicyReader(ExitReader):
     Attributes:
         answer: [n, K], logits of the rows that have stopped.
         exit_layer: [n], the block each row stopped at; -1 while it has not.
+        non_finite: [n] bool, the rows of which a decision has seen logits that are NaN or infinite.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class PolicyReader(ExitReader):
         self.history = ExitHistory(exits.numbers, rows, exits.num_labels, exits.problem_type)
         self.answer: Tensor | None = None
         self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
+        self.non_finite: Array = np.zeros(rows, dtype=bool)
         self.reads_uncertainty = policy.reads_uncertainty
         self._places: Array = np.arange(rows)  # of the rows in the states among all rows
         self._position = 0  # of the next exit among all exits
@@ -127,6 +129,14 @@ class PolicyReader(ExitReader):
                 self._answer_all(logits.to(dtype), self.exits.numbers[-1])
             else:
                 self._store(_take(logits, rows).to(dtype), rows, self.exits.numbers[-1])
+
+    def check_answer(self) -> Array:
+        """`non_finite`, with the rows whose answer is."""
+        assert self.answer is not None  # every row has its answer
+        finite = np.isfinite(on_host([self.answer])[0])
+        if not finite.all():
+            self.non_finite |= ~finite.all(axis=-1)
+        return self.non_finite
 
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number` where a decision may depend on it, and lets rows stop there."""
@@ -152,6 +162,8 @@ class PolicyReader(ExitReader):
         if self.policy.can_exit(exits, j):
             self._bring_up_to_date()
             stops = self.policy.stops(self.history, j)
+            if self.history.finite is not None:
+                self.non_finite[self.exit_layer < 0] |= ~self.history.finite.all(axis=0)
             if np.count_nonzero(stops):
                 self._stop(logits, active, stops, number)
                 if self.num_active:

@@ -102,7 +102,10 @@ def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
     rows = []
     for j in range(len(history.exits) - 1):
         decides = policy.can_exit(history.exits, j)
-        rows.append(sign * policy.score(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32))
+        score = sign * policy.score(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32)
+        rows.append(
+            score if history.finite is None else np.where(policy.trusts(history, j), score, np.float32(np.inf))
+        )
     if not rows:
         return np.empty((0, history.rows), dtype=np.float32)
     return np.minimum.accumulate(np.stack(rows), axis=0)

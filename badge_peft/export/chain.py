@@ -145,19 +145,21 @@ class Chain:
             return False
         stops, last = None, policy.is_final(decision.exits, index)
         if not last:
-            stops = policy.nodes(
-                ExitNodes(
-                    g,
-                    index,
-                    made["logits"],
-                    made.get("uncertainty"),
-                    self.carried,
-                    self.limit if decision.uses_threshold else g.floats(decision.threshold),
-                    self.patience,
-                    decision.num_labels,
-                    decision.problem_type,
-                )
+            at = ExitNodes(
+                g,
+                index,
+                made["logits"],
+                made.get("uncertainty"),
+                self.carried,
+                self.limit if decision.uses_threshold else g.floats(decision.threshold),
+                self.patience,
+                decision.num_labels,
+                decision.problem_type,
             )
+            stops = policy.nodes(at)
+            seen = sum(decision.reads(i) for i in range(index + 1))
+            trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
+            stops = None if stops is None else g.op("And", stops, trusted)
         if last or (stops is not None and policy.can_exit(decision.exits, index)):
             store = self._store_rows if self.compact else self._store_all
             store(g, number, made["logits"], stops)

@@ -80,12 +80,22 @@ class ExitPolicy(PolicyText):
         return first is not None and not self.is_final(exits, first)
 
     def stops(self, history: ExitHistory, j: int) -> Array:
-        """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers."""
+        """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers,
+        whatever its logits are."""
         if self.is_final(history.exits, j):
             return np.ones(history.rows, dtype=bool)
         if not self.can_exit(history.exits, j):
             return np.zeros(history.rows, dtype=bool)
-        return self.should_exit(history, j)
+        stops = self.should_exit(history, j)
+        return stops if history.finite is None else stops & self.trusts(history, j)
+
+    def trusts(self, history: ExitHistory, j: int) -> Array:
+        """[n] bool: the rows whose logits are finite at all exits that `should_exit` looks at, exit j (index) among
+        them. No other row stops: NaN and infinity say nothing."""
+        back = self.lookback()
+        first = 0 if back is None else max(0, j - back)
+        finite = history.finite
+        return np.ones(history.rows, dtype=bool) if finite is None else finite[first : j + 1].all(axis=0)
 
     def replay(
         self,

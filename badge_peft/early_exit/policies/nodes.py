@@ -111,6 +111,8 @@ class ExitNodes:
         """[n]: how far the largest probability lies above the next; multi-label: of the least sure label."""
         if self.many_labels:
             return self.op("Sub", self.op("Mul", self.floats(2), confidence), self.floats(1))
+        if self.num_labels == 1:
+            return confidence
         top = self.op("Exp", self.op("TopK", log_p, self.ints([2]), axis=-1, outputs=2))  # [n, 2]
         first, second = (self.op("Gather", top, self.ints([i]), axis=1) for i in (0, 1))
         return self.op("Squeeze", self.op("Sub", first, second), self.ints([1]))
@@ -165,9 +167,34 @@ class ExitNodes:
 
     def run_of(self, agrees: Value) -> Value:
         """[n] bool: whether as many exits in a row as `patience` agree, with this one."""
-        count = self.as_int(agrees)
-        before = self.kept("run")
-        if before is not None:  # one more where this exit agrees, and back to 0 where not
+        return self.op("GreaterOrEqual", self._run("run", agrees), self.patience)
+
+    def trusts(self, lookback: int | None, patience: int | None, seen: int) -> Value:
+        """[n] bool: `ExitPolicy.trusts`.
+
+        Args:
+            lookback: The policy's.
+            patience: With which the lookback grows, as the policy has it; None: with none.
+            seen: Exits so far, with this one.
+        """
+        # 0 times NaN or infinity is NaN, which equals nothing
+        finite = self.op("Equal", self.total(self.op("Mul", self.logits, self.floats(0))), self.floats(0))
+        if patience is None and lookback == 0:
+            return finite
+        run = self._run("finite", finite)
+        if lookback is None:
+            needed = self.ints(seen)
+        elif patience is None:
+            needed = self.ints(min(lookback + 1, seen))
+        else:
+            needed = self.op("Add", self.patience, self.ints(lookback - patience + 1))
+        return self.op("GreaterOrEqual", run, needed)
+
+    def _run(self, name: str, holds: Value) -> Value:
+        """[n] int64: at how many exits in a row, up to this one, something [n] bool holds."""
+        count = self.as_int(holds)
+        before = self.kept(name)
+        if before is not None:  # one more where it holds here, and back to 0 where not
             count = self.op("Mul", count, self.op("Add", before, self.ints(1)))
-        self.keep("run", count, axes=1)
-        return self.op("GreaterOrEqual", count, self.patience)
+        self.keep(name, count, axes=1)
+        return count
