@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForSequenceClassification
 
+from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
 
@@ -90,8 +91,7 @@ def load_pretrained(
         base_model, path_or_repo, adapter_name=adapter_name, is_trainable=is_trainable, revision=revision, **hub
     )
     if config.label_names is not None:
-        base_model.config.id2label = dict(enumerate(config.label_names))
-        base_model.config.label2id = {name: i for i, name in enumerate(config.label_names)}
+        get_badge_model(model).name_labels(config.label_names)
     return model if is_trainable else model.eval()
 
 

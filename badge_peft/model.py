@@ -48,6 +48,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         check_no_other_tuner(model)  # PEFT would put our config among those of another tuner, and fail later
         super().__init__(model, *args, **kwargs)
+        self._own_labels: dict[str, Any] = {}  # of the model's config, before `name_labels`
         self.peft_config = BadgeConfigs(self.peft_config)
         self.model.peft_config = self.peft_config  # where a tuner on top would look
 
@@ -229,6 +230,13 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
 
     # ------------------------------------------------------------------------------------------------------- leaving
 
+    def name_labels(self, names: list[str]) -> None:
+        """Makes `names` the labels in the model's config, until `unload`."""
+        config: Any = self.model.config
+        self._own_labels = self._own_labels or {"id2label": config.id2label, "label2id": config.label2id}
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+
     def unload(self) -> nn.Module:
         """The base model without bypasses and exits, working as before; the trained one after `backbone="full"`."""
         full = self._owner(self.peft_config) is not None
@@ -238,6 +246,9 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             elif isinstance(module, AuxiliaryTrainingWrapper) and not full:
                 module.set_adapter([])  # PEFT would leave the adapter's trained head in the base model
         restore_output_keys(self.model)
+        if not full:
+            for name, value in self._own_labels.items():
+                setattr(self.model.config, name, value)
         for handle in self.extension_hooks:
             handle.remove()
         super().unload()

@@ -55,6 +55,20 @@ def test_it_loads_the_base_that_the_adapter_names(saved: tuple[str, PeftModel]) 
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_labels_are_those_of_the_adapter_until_it_is_taken_off(tmp_path: Path) -> None:
+    save(tmp_path, label_names=["a", "b", "c"])
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    before = base.config.to_dict()
+    model = load_pretrained(str(tmp_path / "adapter"), base_model=base)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.unload().config.to_dict() == before
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    trained = [parameter.requires_grad_() for parameter in base.parameters()]
+    with pytest.raises(ValueError, match="holds no weights of an adapter"):
+        load_pretrained(str(tmp_path / "adapter"), base_model=base)
+    assert base.config.to_dict() == before and all(parameter.requires_grad for parameter in trained)
+
+
 def test_it_is_ready_to_exit_early(saved: tuple[str, PeftModel]) -> None:
     path, before = saved
     out, expected = (m.early_exit_forward(**make_batch()) for m in (load_pretrained(path), before))

@@ -133,10 +133,7 @@ class PolicyReader(ExitReader):
     def check_answer(self) -> Array:
         """`non_finite`, with the rows whose answer is."""
         assert self.answer is not None  # every row has its answer
-        finite = np.isfinite(on_host([self.answer])[0])
-        if not finite.all():
-            self.non_finite |= ~finite.all(axis=-1)
-        return self.non_finite
+        return self.non_finite | ~finite_rows(self.answer)
 
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number` where a decision may depend on it, and lets rows stop there."""
@@ -218,6 +215,13 @@ def logits_dtype(exit_: Exit) -> torch.dtype:
     """The precision in which an exit would answer."""
     device = exit_.linear.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exit_.linear.weight.dtype
+
+
+def finite_rows(logits: Tensor) -> Array:
+    """[n, K] -> [n] bool, which rows have no NaN and no infinity."""
+    if logits.is_cpu:
+        return np.isfinite(logits.float().numpy()).all(axis=-1)
+    return logits.isfinite().all(dim=-1).cpu().numpy()
 
 
 def on_host(values: Sequence[Tensor]) -> list[Array]:

@@ -91,7 +91,7 @@ class BadgeConfig(PeftConfig):
     modules_to_save: list[str] | None = option(None, "More modules to train and save, as everywhere in PEFT.")
     hidden_size: int | None = option(None, "Filled in: d, checked when an adapter is loaded.")
     num_blocks: int | None = option(None, "Filled in: M, checked when an adapter is loaded.")
-    base_fingerprint: dict[str, list[float]] | None = option(
+    base_fingerprint: dict[str, list[Any]] | None = option(
         None, "Filled in: a sample of the base weights, checked when an adapter is loaded."
     )
     badge_version: str | None = option(None, "Filled in: the badge_peft that made this.")
@@ -145,8 +145,7 @@ class BadgeConfig(PeftConfig):
             raise ValueError(
                 f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
             )
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r} is not allowed: it must be None or a list.")
+        self._check_from_a_file()
         if self.block_layout is not None:
             self.block_layout = BlockLayout.of(self.block_layout)
 
@@ -222,6 +221,24 @@ class BadgeConfig(PeftConfig):
                 "is the first block and 0 the embeddings."
             )
         self.exit_layers = sorted(layers)
+
+    def _check_from_a_file(self) -> None:
+        """What nobody writes by hand, but a damaged file may hold."""
+        names = self.modules_to_save
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")
+        if self.target_modules is not None and not isinstance(self.target_modules, (str, list, set, tuple)):
+            raise ValueError(f"target_modules={self.target_modules!r} is not allowed: leave it None.")
+        sample = self.base_fingerprint
+        if sample is not None and not (
+            isinstance(sample, dict)
+            and all(isinstance(values, list) and values for values in sample.values())
+            and all(is_number(v) or name.startswith("config.") for name, values in sample.items() for v in values)
+        ):
+            raise ValueError(
+                f"base_fingerprint={sample!r} is not allowed: it must be None (nothing is compared then) or lists of "
+                "numbers by name, as it was saved."
+            )
 
     def _check_label_names(self) -> None:
         names = self.label_names

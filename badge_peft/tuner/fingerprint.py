@@ -1,13 +1,14 @@
 """A small sample of the base model's weights, stored with an adapter: exits mean nothing on another backbone.
 
-The sample survives a change of precision (it is compared with a tolerance) and weights that are stored quantized (they
-are left out), and it costs a few microseconds and a few hundred bytes.
+The sample survives a change of precision (it is compared with a tolerance), weights that are stored quantized (they
+are left out) and a vocabulary that has grown, and it costs a few microseconds and some two thousand bytes.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +18,25 @@ from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.lora import is_lora
 from badge_peft.tuner.preconditions import is_quantized
 
-VALUES = 4  # values per parameter
-PARAMETERS = 8  # parameters, spread over the depth of the model; and the last of each kind
+VALUES = {2: 4, 1: 2}  # dimensions of a parameter -> values of it
+PARAMETERS = 8  # matrices, spread over the depth of the model; and the last of each kind
 TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weights further than that.
+#: What of the model's config changes what its weights give, where it has such a field.
+FIELDS = ("hidden_act", "hidden_activation", "activation", "layer_norm_eps", "norm_eps")
+_ROWS = "input_embeddings.rows"
+
+Sample = dict[str, list[Any]]
 
 
-def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[float]]:
-    """Sampled values by parameter name, as the base model names it; parameters under `skip` are left out, and those
-    that are not part of a pass."""
+def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> Sample:
+    """Sampled values by parameter name, as the base model names it, and `FIELDS` of its config; parameters under
+    `skip` are left out, and those that are not part of a pass."""
     takes_part = extension_of(model).takes_part(model)
     named = [
         (base_name(name), p)
         for name, p in model.named_parameters()
         if not is_quantized(p)
-        and p.dim() == 2
+        and p.dim() in VALUES
         and p.device.type != "meta"
         and ".badge_" not in name
         and not is_lora(name)
@@ -40,25 +46,46 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> dict[str, list[
     ]
     # The last two are always among them: pooler and head, which transformers draws at random where a checkpoint has
     # none.
-    last = len(named) - 1
+    matrices = [(name, p) for name, p in named if p.dim() == 2]
+    last = len(matrices) - 1
     chosen = {last - 1, *(round(i * last / (PARAMETERS - 2)) for i in range(PARAMETERS - 1))}
-    # A LoRA that has been merged is in some kinds of matrices and in no other, queries and values as a rule.
-    chosen |= set({re.sub(r"\.\d+(?=\.)", ".*", name): i for i, (name, _) in enumerate(named)}.values())
-    return {named[i][0]: _sample(named[i][1]) for i in sorted(chosen) if 0 <= i <= last}
+    sampled = {matrices[i][0] for i in chosen if 0 <= i <= last}
+    # A LoRA that has been merged is in some kinds of matrices and in no other, queries and values as a rule; BitFit
+    # trains biases alone.
+    sampled |= set({re.sub(r"\.\d+(?=\.)", ".*", name): name for name, _ in named}.values())
+    found: Sample = {name: _sample(p, VALUES[p.dim()]) for name, p in named if name in sampled}
+    if not found:
+        return {}
+    config: Any = getattr(model, "config", None)
+    found.update({f"config.{name}": [getattr(config, name)] for name in FIELDS if hasattr(config, name)})
+    embeddings = _input_embeddings(model)
+    return found if embeddings is None else {**found, _ROWS: [embeddings.shape[0]]}
 
 
-def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> None:
+def check_fingerprint(model: nn.Module, expected: Sample) -> None:
     """Compares `model` with the sample stored with an adapter.
 
     Raises:
-        ValueError: a sampled weight differs by more than rounding.
+        ValueError: a sampled weight differs by more than rounding, or a field of the config.
     """
+    for name in FIELDS:
+        here = getattr(getattr(model, "config", None), name, None)
+        for there in expected.get(f"config.{name}", []):
+            if here is not None and here != there:
+                raise ValueError(
+                    f"this adapter was made for another backbone: its config has {name}={here!r} here and {there!r} "
+                    "where the adapter was trained. Load the base model that adapter_config.json names "
+                    "(base_model_name_or_path), with its own config."
+                )
+    embeddings, (rows,) = _input_embeddings(model), expected.get(_ROWS, [None])
     parameters = {base_name(name): p for name, p in model.named_parameters() if ".modules_to_save." not in name}
     for name, values in expected.items():
         parameter = parameters.get(name)
         if parameter is None or is_quantized(parameter) or parameter.device.type == "meta":
             continue
-        found = _sample(parameter)
+        if parameter is embeddings:  # tokens may have been added since
+            parameter = parameter[:rows]
+        found = _sample(parameter, len(values))
         if len(found) != len(values) or not all(
             math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in zip(found, values, strict=True)
         ):
@@ -72,8 +99,15 @@ def check_fingerprint(model: nn.Module, expected: dict[str, list[float]]) -> Non
             )
 
 
-def _sample(parameter: torch.Tensor) -> list[float]:
+def _input_embeddings(model: Any) -> torch.Tensor | None:
+    try:
+        return getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # a model that does not say
+        return None
+
+
+def _sample(parameter: torch.Tensor, count: int) -> list[float]:
     flat = parameter.detach().flatten()
     last = flat.numel() - 1
-    index = [i * last // (VALUES - 1) for i in range(VALUES)]  # a float32 linspace would overshoot beyond 2^24
+    index = [i * last // max(1, count - 1) for i in range(count)]  # a float32 linspace would overshoot beyond 2^24
     return [float(f"{v:.6g}") for v in flat[index].float().tolist()]

@@ -154,7 +154,7 @@ def test_no_logit_however_large_gives_a_nan_or_an_infinity(kind, problem_type):
             assert np.isfinite(history.entropy(1)).all()
 
 
-@pytest.mark.parametrize("confident", [(95.0, -5.0), (60.0, -60.0), (12.0, -3.0), (1e4, -1e4), (np.inf, -np.inf)])
+@pytest.mark.parametrize("confident", [(95.0, -5.0), (60.0, -60.0), (12.0, -3.0), (1e4, -1e4), (1e38, -1e38)])
 @pytest.mark.parametrize("kind", [*KINDS, "label"])
 def test_two_confident_exits_that_agree_are_close(kind, confident):
     """Entropies of exp(x) overflow here in some implementations, and the most confident rows then never stop."""

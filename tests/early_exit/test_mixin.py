@@ -225,7 +225,7 @@ def test_training_mode_warns(model, rule):
 
 def test_the_output(model, rule):
     out = model.early_exit_forward(**make_batch(ROWS), **rule)
-    assert list(out) == ["logits", "exit_layer"]
+    assert list(out) == ["logits", "exit_layer", "non_finite"]
     assert out.logits.shape == (ROWS, 3) and out.exit_layer.shape == (ROWS,)
     assert out.logits.dtype == torch.float32 and out.exit_layer.dtype == torch.long
     assert not out.logits.requires_grad

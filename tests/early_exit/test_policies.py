@@ -399,7 +399,9 @@ def test_half_precision_is_read_as_it_is(problem_type, name, dtype):
         stops = policy.replay(logits, problem_type=problem_type)
     assert stops.tolist() == policy.replay(logits.float(), problem_type=problem_type).tolist()
     if name in ("divergence", "patience") and problem_type == SINGLE:
-        assert stops[0] <= 3 and stops[2] <= 3  # equal and certain exits, however large
+        assert stops[0] <= 3  # equal and certain exits, however large
+    if name != "fixed_depth":
+        assert stops[2] == EXITS  # infinity says nothing
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)

@@ -18,6 +18,7 @@ OWN = {
     "objective": "two_stage",
     "depth": 2,
     "exit_weights": [0.5, 1.0, 2.0],
+    "class_weights": [1.0, 2.0, 0.5],
     "distillation": 0.25,
     "distillation_temperature": 2.0,
     "adapter_learning_rate": 0.3,
@@ -120,7 +121,11 @@ def test_every_checkpoint_has_them(tmp_path) -> None:
 def test_parsed_from_a_command_line(text, expected, tmp_path) -> None:
     parser = HfArgumentParser(MultiExitTrainingArguments)
     values = {**OWN, "exit_weights": text}
-    line = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    line = [
+        part
+        for name, value in values.items()
+        for part in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))
+    ]
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *line])
     assert own_fields(args) == {**OWN, "exit_weights": expected}
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])

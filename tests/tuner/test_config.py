@@ -119,6 +119,9 @@ def test_every_field_says_what_it_is():
         ("block_layout", {"blocks": "h"}, "attention_norm"),
         ("block_layout", {**LAYOUT, "layers": "h"}, "'layers'.*attention_norm"),
         *(("modules_to_save", value, "None or a list") for value in ("classifier", ("classifier",))),
+        *(("modules_to_save", value, "None or a list of names") for value in ([1], [None, {}])),
+        *(("target_modules", value, "leave it None") for value in (3, {"a": 1})),
+        *(("base_fingerprint", value, "numbers by name") for value in ([1], {"w": 3}, {"w": ["a"]}, {"w": []}, "w")),
         *(("exclude_modules", value, "exit_layers") for value in ("encoder.layer.0", ["encoder.layer.0"])),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from badge_peft.tuner.fingerprint import _sample, base_name, check_fingerprint, fingerprint
+from badge_peft.tuner.fingerprint import FIELDS, _sample, base_name, check_fingerprint, fingerprint
 from tests.models import CASES, make_badge, make_model
 
 
@@ -18,11 +18,13 @@ def test_names_and_values_are_those_of_the_base_model(case):
     base = make_model(case)
     parameters = dict(base.named_parameters())
     found = fingerprint(base)
-    kinds = {re.sub(r"\d+", "#", name) for name, p in parameters.items() if p.dim() == 2}
-    assert {re.sub(r"\d+", "#", name) for name in found} == kinds
-    assert len(found) <= 8 + len(kinds)
-    for name, values in found.items():
-        assert len(values) == 4
+    kinds = {re.sub(r"\d+", "#", name) for name, p in parameters.items() if p.dim() in (1, 2)}
+    sampled = {name: values for name, values in found.items() if name in parameters}
+    assert {re.sub(r"\d+", "#", name) for name in sampled} == kinds
+    assert len(sampled) <= 8 + len(kinds)
+    assert found.keys() - sampled.keys() <= {*(f"config.{name}" for name in FIELDS), "input_embeddings.rows"}
+    for name, values in sampled.items():
+        assert len(values) == (4 if parameters[name].dim() == 2 else 2)
         flat = parameters[name].detach().flatten()
         assert (values[0], values[-1]) == pytest.approx((flat[0].item(), flat[-1].item()), rel=1e-5)
     assert json.loads(json.dumps(found)) == found
@@ -135,9 +137,47 @@ def test_base_name(wrapped, base):
 
 
 def test_small_whatever_the_model():
-    assert len(json.dumps(fingerprint(make_model(num_hidden_layers=12)))) < 1500
+    assert len(json.dumps(fingerprint(make_model(num_hidden_layers=12)))) < 2500
+
+
+@pytest.mark.parametrize("kind", ["bias", "LayerNorm.weight", "query.bias"])
+def test_biases_and_norms_make_another_model(kind) -> None:
+    """As BitFit trains them."""
+    base = make_model()
+    found = fingerprint(base)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if parameter.dim() == 1 and name.endswith(kind):
+                parameter.add_(0.05)
+    with pytest.raises(ValueError, match=f"another backbone: the weight .*{kind}"):
+        check_fingerprint(base, found)
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden_act", "relu"), ("layer_norm_eps", 1e-5)])
+def test_another_activation_or_epsilon_makes_another_model(name, value) -> None:
+    found = fingerprint(make_model())
+    with pytest.raises(ValueError, match=f"its config has {name}={value!r} here and"):
+        check_fingerprint(make_model(**{name: value}), found)
+
+
+def test_a_vocabulary_that_has_grown_is_the_same_model() -> None:
+    base = make_model()
+    found = fingerprint(base)
+    base.resize_token_embeddings(107, mean_resizing=False)
+    check_fingerprint(base, found)
+    base.resize_token_embeddings(90)
+    with pytest.raises(ValueError, match=r"the weight bert\.embeddings\.word_embeddings\.weight"):
+        check_fingerprint(base, found)
+
+
+def test_a_sample_of_an_earlier_version_is_compared_as_it_was_made() -> None:
+    base = make_model()
+    found = {name: values for name, values in fingerprint(base).items() if len(values) == 4}
+    check_fingerprint(base, found)
+    with pytest.raises(ValueError, match="another backbone"):
+        check_fingerprint(make_model(seed=1), found)
 
 
 def test_a_very_large_weight_is_sampled_to_its_last_value() -> None:
     # 250,037 words of 384 numbers: a float32 cannot count that far
-    assert _sample(torch.ones(1).expand(250_037 * 384)) == [1.0] * 4
+    assert _sample(torch.ones(1).expand(250_037 * 384), 4) == [1.0] * 4
