@@ -82,7 +82,7 @@ class EarlyExitMixin:
         output = full_depth_output(
             reader, base, self.config_of(adapter), labels, num_items, running.training_outputs()
         )
-        if labels is None and exit_pass is None and self.training and output.exit_logits.requires_grad:
+        if labels is None and exit_pass is None and self.training and _has_gradient(output.exit_logits):
             warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
 
@@ -214,6 +214,10 @@ class EarlyExitMixin:
             return PolicyReader(exits, rows, mask, first, build_policy(policy="never"))
         policy = build_policy(self.config_of(name).early_exit if config is None else config, **overrides)
         return PolicyReader(self.adapter_exits(name), rows, mask, first, policy)
+
+
+def _has_gradient(logits: Tensor | None) -> bool:
+    return logits is not None and logits.requires_grad
 
 
 def early_exit_forward(model: nn.Module, **kwargs: Any) -> EarlyExitOutput:

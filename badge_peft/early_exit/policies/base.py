@@ -94,8 +94,9 @@ class ExitPolicy(PolicyText):
         them. No other row stops: NaN and infinity say nothing."""
         back = self.lookback()
         first = 0 if back is None else max(0, j - back)
-        finite = history.finite
-        return np.ones(history.rows, dtype=bool) if finite is None else finite[first : j + 1].all(axis=0)
+        if history.finite is None:
+            return np.ones(history.rows, dtype=bool)
+        return np.logical_and.reduce(history.finite[first : j + 1], axis=0)
 
     def replay(
         self,
