@@ -295,6 +295,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         named = {names.get(name, name): value for name, value in state_dict.items() if name != CONFIG_TENSOR}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checkpoint.check_weights(model, config, adapter_name, mapped)
+        checkpoint.materialize(model, mapped)
         config.source = None
         return mapped
 

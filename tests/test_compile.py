@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from badge_peft import compile_blocks
 from badge_peft.compile import longest_sequence
 
-from .models import CASES, PAD, exits_of, make_badge, make_batch, make_model, one_of_each_kind
+from .models import CASES, PAD, exits_of, make_badge, make_batch, make_labels, make_model, one_of_each_kind
 
 BATCHES = [make_batch(4, 8), make_batch(3, 5, seed=3), make_batch(1, 7), make_batch(6, 7)]
 RULE = {"policy": "entropy", "threshold": 0.6}
@@ -202,3 +202,24 @@ def test_hooks_that_break_the_graph_of_a_block():
     compile_blocks(model, buckets=[8], backend="eager")
     for depth, want in zip((2, 4, 2), plain, strict=True):
         close(model.early_exit_forward(**BATCHES[0], policy="fixed_depth", depth=depth).logits, want)
+
+
+@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
+@pytest.mark.parametrize("placement", ["block", "ffn", "mhsa"])
+def test_torch_compile_of_the_whole_model(placement, case) -> None:
+    """Not faster, as a pass stays Python, but neither an error nor another answer."""
+    torch._dynamo.reset()
+    model = make_badge(case, placement=placement, exit_dropout=0.0, backbone="full")
+    batch, labels = make_batch(), make_labels()
+    expected = model(**batch, labels=labels)
+    compiled = torch.compile(model, backend="eager")
+    found = compiled(**batch, labels=labels)
+    torch.testing.assert_close(found.exit_logits, expected.exit_logits, rtol=0, atol=0)
+    found.loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".badge_" in name)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).exit_logits, expected.exit_logits, rtol=1e-5, atol=1e-5)
+    rule = {"policy": "entropy", "threshold": 0.7}
+    wanted = model.early_exit_forward(**batch, **rule).exit_layer
+    assert torch.equal(compiled.early_exit_forward(**batch, **rule).exit_layer, wanted)
+    torch._dynamo.reset()

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from badge_peft import parameter_groups
 from tests import reference
-from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, needs_safe_torch_load
+from tests.models import checkpoint, exits_of, make_badge, make_batch, make_labels, make_model, needs_safe_torch_load
 
 KINDS = [("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 1)]
 ROWS = 12
@@ -229,3 +229,13 @@ def test_two_learning_rates(tmp_path):
     after = trained_weights(model)
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if ".badge_" in name or ".modules_to_save." in name} == before.keys() - still
+
+
+def test_reentrant_checkpointing_of_a_lora_is_refused():
+    """transformers 4.57 takes it by default, and no LoRA tensor would move."""
+    model = make_badge(backbone="lora").train()
+    checkpoint(model.get_base_model(), {"use_reentrant": True})
+    for parameter in model.get_input_embeddings().parameters():
+        assert not parameter.requires_grad  # so no input of a block has a gradient
+    with pytest.raises(RuntimeError, match="re-entrant gradient checkpointing hides what a block computes"):
+        model(**make_batch(), labels=make_labels())

@@ -65,6 +65,10 @@ class EarlyExitMixin:
         """
         if not self.adapters_enabled:
             return self.model(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            # A pass is found by its thread, and hooks tell it what blocks compute: compiled code has neither. So a
+            # compiled model runs this part as it is; `compile_blocks` compiles the blocks themselves.
+            return torch.compiler.disable(self.forward)(*args, exit_pass=exit_pass, **kwargs)
         labels = kwargs.pop("labels", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         return_dict = kwargs.pop("return_dict", None)

@@ -52,6 +52,24 @@ def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: 
     )
 
 
+def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
+    """Refuses to load, at the end, the weights of another adapter.
+
+    Args:
+        args: Say whether the best checkpoint is loaded.
+        adapter_name: The adapter that is trained.
+
+    Raises:
+        ValueError: it is loaded, and its folder holds no weights of this adapter.
+    """
+    if args.load_best_model_at_end and adapter_name != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
+            "the weights in the checkpoint's own folder, which are those of the adapter 'default'. Call the adapter "
+            "that is trained 'default', or set load_best_model_at_end=False."
+        )
+
+
 def check_evaluation(
     args: TrainingArguments,
     eval_dataset: Any,

@@ -22,7 +22,7 @@ from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
 from badge_peft.training.objectives import Objective, Step
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import check_evaluation, check_final_exit, check_processes
+from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.tuner.block_pass import count_rows
@@ -193,7 +193,8 @@ class MultiExitTrainer(Trainer):
 
         Raises:
             ValueError: steps without a gradient lie ahead, or evaluations without labels, label smoothing, class
-                weights or a loss function that nothing would read, or several processes that do not know of one
+                weights or a loss function that nothing would read, a best checkpoint that holds no weights of the
+                adapter, or several processes that do not know of one
                 another; or a trial of a search has set a field to a value that is not allowed.
         """
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
@@ -204,6 +205,7 @@ class MultiExitTrainer(Trainer):
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
         self._criterion()
+        check_best_model(self.args, self.badge.single_active_adapter())
         check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(

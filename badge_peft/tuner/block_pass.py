@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.context import Frame, PassContext
@@ -62,18 +62,21 @@ class BlockPass(PassContext):
         finally:
             self.frame = None
         frame.output = result[0] if isinstance(result, tuple) else result
-        if torch.is_grad_enabled() and frame.output.requires_grad:
-            self._check_gradient(frame)
+        if torch.is_grad_enabled():
+            self._check_gradient(layer, frame)
         return result, frame
 
-    def _check_gradient(self, frame: Frame) -> None:
-        for name in ("attention_sum", "attention", "ffn_sum"):
-            value = getattr(frame, name)
-            if value is not None and not value.requires_grad and self.trains_backbone():
-                raise RuntimeError(
-                    "re-entrant gradient checkpointing hides what a block computes, so its exit could not send "
-                    "gradients into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
+    def _check_gradient(self, layer: nn.Module, frame: Frame) -> None:
+        if frame.output.requires_grad:
+            inner = (getattr(frame, name) for name in ("attention_sum", "attention", "ffn_sum"))
+            hidden = any(x is not None and not x.requires_grad for x in inner) and self.trains_backbone()
+        else:  # where the block's input has no gradient, its output has none either, whatever is trained inside
+            hidden = any(parameter.requires_grad for parameter in layer.parameters())
+        if hidden:
+            raise RuntimeError(
+                "re-entrant gradient checkpointing hides what a block computes, so its exit could not send gradients "
+                "into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
 
 
 def states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ over the base model, in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,18 @@ def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weig
     expected = adapter_state_dict(config, adapter_name, here)
     expected.update({name: here[name] for name in saved_names(model, adapter_name).values()})
     _compare(expected, weights, _embeddings(model))
+
+
+def materialize(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives tensors of `model` that are on "meta" (`low_cpu_mem_usage`) a place beside the model's own weights. PEFT
+    copies what it loads into the tensors that there are, which on "meta" would change nothing."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    for name in names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        found = module._parameters.get(name.rpartition(".")[2])
+        if found is not None and found.device.type == "meta":
+            empty = torch.empty_like(found, device=device)
+            module._parameters[name.rpartition(".")[2]] = nn.Parameter(empty, found.requires_grad)
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: Mapping[str, Tensor]) -> None:

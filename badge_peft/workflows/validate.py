@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from badge_peft.early_exit.registry import check_policy_name
+from badge_peft.early_exit.registry import POLICIES, check_policy_name
 from badge_peft.evaluation.calibration import rows_needed
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.model_card import read_card
 from badge_peft.training.objectives import OBJECTIVES
-from badge_peft.tuner.config import PROBLEM_TYPES
+from badge_peft.tuner.architectures import block_names, get_layout
+from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.base_model import Base, badge_config
@@ -26,7 +28,16 @@ def check_settings(settings: TrainSettings) -> None:
     """
     exits, training = settings.exits, settings.training
     check_choice("objective", training.objective, OBJECTIVES)
-    check_policy_name(settings.goal.policy, "auto")
+    policy = settings.goal.policy
+    check_policy_name(policy, "auto")
+    kind = POLICIES.get(policy)
+    if kind is not None and kind.takes_depth:
+        raise ValueError(
+            f"policy={policy!r} needs a depth, which is known once the exits are trained: use policy='auto', which "
+            "tries every depth as well."
+        )
+    if kind is not None and kind.reads_uncertainty and not exits.learn_to_exit:
+        raise ValueError(f"policy={policy!r} needs learn_to_exit: a layer that learns when an exit is wrong.")
     if settings.metric is not None:
         check_choice("metric", settings.metric, tuple(METRICS))
     if settings.problem_type is not None:
@@ -58,7 +69,8 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
     and this number of evaluation rows.
 
     Raises:
-        ValueError: labels are needed and missing, or there are too few rows for the confidence asked for.
+        ValueError: labels are needed and missing, the policy cannot work with such labels or be as fast as it shall
+            be, or there are too few rows for the confidence asked for.
     """
     exits, training, labels = settings.exits, settings.training, base.labels
     learns_labels = labeled and training.distillation != 1
@@ -73,6 +85,22 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
             raise ValueError(f"objective={training.objective!r} needs labels; without them it is 'joint'.")
         if exits.learn_to_exit:
             raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
+    policy, speedup = POLICIES.get(settings.goal.policy), settings.goal.target_speedup
+    if policy is not None and not policy.suits(labels.problem_type):
+        able = ", ".join(name for name, other in POLICIES.items() if other.suits(labels.problem_type))
+        raise ValueError(
+            f"policy={settings.goal.policy!r} is not allowed for {labels.problem_type}, which has no probabilities: "
+            f"it must be one of {able}."
+        )
+    if speedup is not None:
+        blocks = len(block_names(base.model, get_layout(base.model)))
+        first = exit_numbers(badge_config(exits, base.has_head, blocks), blocks)[0]
+        if speedup > 1 - first / blocks:
+            raise ValueError(
+                f"target_speedup={speedup} cannot be reached: the first exit is at block {first} of {blocks}, so at "
+                f"most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give earlier exits with "
+                "exit_layers."
+            )
     metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names))
     goal = settings.goal.arguments()
     drop, confidence = goal["max_score_drop"], goal["confidence"]
@@ -92,7 +120,8 @@ def check_output_dir(settings: TrainSettings) -> Path:
     """Where the adapter goes.
 
     Raises:
-        ValueError: it is the model's folder or a file, it is not empty, or has a README.md that cannot be read.
+        ValueError: it is the model's folder or a file, it is not empty, has a README.md that cannot be read, or
+            cannot be made or written.
     """
     out = settings.output_dir
     if out.is_file():
@@ -102,4 +131,10 @@ def check_output_dir(settings: TrainSettings) -> Path:
     if out.is_dir() and any(out.iterdir()) and not settings.overwrite:
         raise ValueError(f"output_dir={str(out)!r} is not empty: name another, or overwrite it with --overwrite.")
     read_card(out)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={str(out)!r} cannot be written: {error}. Name another folder.") from error
     return out

@@ -624,3 +624,13 @@ def test_adapter_trained_in_full_precision_serves_in_half(tmp_path):
     found, expected = exits_of(loaded, make_batch()), exits_of(model, make_batch())
     assert expected.std(dim=0).min() > 0.1
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_weights_for_an_adapter_on_meta(low_cpu_mem_usage, tmp_path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    loaded = get_peft_model(make_model(), BadgeConfig(r=4), low_cpu_mem_usage=True).eval()
+    loaded.load_adapter(str(tmp_path), "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not [name for name, p in loaded.named_parameters() if p.device.type == "meta"]
+    assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))

@@ -1,0 +1,59 @@
+"""What is refused before any time is spent on a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from badge_peft.workflows.base_model import Base
+from badge_peft.workflows.settings import ExitOptions, Goal, TrainSettings
+from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
+from tests.models import make_model
+
+SINGLE, REGRESSION = "single_label_classification", "regression"
+
+
+def settings(goal: dict[str, Any] | None = None, out: Path | str = "out", **exits: Any) -> TrainSettings:
+    return TrainSettings(output_dir=Path(out), goal=Goal(**(goal or {})), exits=ExitOptions(**exits))
+
+
+def check(problem_type: str = SINGLE, **goal_and_exits: Any) -> None:
+    labels: Any = SimpleNamespace(problem_type=problem_type, names=["a", "b", "c"])
+    base = Base(make_model(), labels, [])
+    assert check_training(settings(**goal_and_exits), base, labeled=True, eval_rows=100)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nobody can make a folder")
+@pytest.mark.parametrize("where", ["/proc/self/nope", "/proc/self/nope/deeper"])
+def test_a_folder_that_cannot_be_made(where, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"output_dir='{where}' cannot be written"):
+        check_output_dir(settings(out=where))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_output_dir(settings(out=tmp_path / "file" / "out"))
+    check_output_dir(settings(out=tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()  # nothing has been written
+
+
+def test_policies_that_cannot_work() -> None:
+    with pytest.raises(ValueError, match="policy='fixed_depth' needs a depth.*use policy='auto'"):
+        check_settings(settings({"policy": "fixed_depth"}))
+    with pytest.raises(ValueError, match="policy='learned' needs learn_to_exit"):
+        check_settings(settings({"policy": "learned"}))
+    check_settings(settings({"policy": "learned"}, learn_to_exit=True))
+    for name in ("max_prob", "entropy", "confident_patience"):
+        with pytest.raises(ValueError, match=f"policy='{name}' is not allowed for regression.*patience"):
+            check(REGRESSION, goal={"policy": name})
+        check(goal={"policy": name})
+
+
+def test_a_speed_that_no_policy_reaches() -> None:
+    check(goal={"target_speedup": 2 / 3})
+    check(goal={"target_speedup": 0.9}, exit_layers="0-3")
+    with pytest.raises(ValueError, match="target_speedup=0.7 cannot be reached: the first exit is at block 1 of 3"):
+        check(goal={"target_speedup": 0.7})
+    with pytest.raises(ValueError, match="the first exit is at block 2 of 3"):
+        check(goal={"target_speedup": 0.5}, exit_layers="2-")
