@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -34,12 +35,33 @@ def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
             raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
     known = _names(type(model).forward)
     unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, Tensor)]
+    for name in inputs.keys() - known - set(unknown):
+        meant = get_close_matches(name, known, 1, cutoff=0.8)
+        if meant:
+            raise ValueError(
+                f"{name} is no argument of {type(model).__name__}, which would leave it out: is {meant[0]} meant?"
+            )
     if known and unknown:
         raise ValueError(
             f"{', '.join(unknown)} is neither an argument of {type(model).__name__} nor a field of EarlyExitConfig; "
             f"its fields are {', '.join(EarlyExitConfig.__dataclass_fields__)}."
         )
     return overrides, inputs
+
+
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the base model with positional ones by their names, as far as its forward spells them out."""
+    names = _positions(type(model).forward)
+    if len(args) > len(names) or kwargs.keys() & names[: len(args)]:
+        return args, kwargs  # torch says what is wrong
+    return (), {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@cache
+def _positions(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
 
 @cache

@@ -55,6 +55,8 @@ class EarlyExitConfig:
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
             self._set(name, to_python(getattr(self, name)))
+        if hasattr(self.temperature, "tolist"):  # an array or a tensor
+            self._set("temperature", self.temperature.tolist())
         if isinstance(self.temperature, (list, tuple)):
             self._set("temperature", [to_python(t) for t in self.temperature])
         check_policy_name(self.policy)
@@ -115,7 +117,7 @@ class EarlyExitConfig:
         value = value or {}
         data = {**value, **overrides}
         allowed = [f.name for f in fields(cls)]
-        unknown = sorted(set(data) - set(allowed))
+        unknown = sorted(map(str, set(data) - set(allowed)))
         if unknown:
             raise ValueError(
                 f"EarlyExitConfig has no field {', '.join(unknown)}; its fields are {', '.join(allowed)}."

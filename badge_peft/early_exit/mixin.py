@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
-from badge_peft.early_exit.arguments import split_arguments
+from badge_peft.early_exit.arguments import by_name, split_arguments
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
 from badge_peft.early_exit.pass_ import EarlyExitPass
@@ -23,7 +23,7 @@ from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
-from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
@@ -69,6 +69,8 @@ class EarlyExitMixin:
             # A pass is found by its thread, and hooks tell it what blocks compute: compiled code has neither. So a
             # compiled model runs this part as it is; `compile_blocks` compiles the blocks themselves.
             return torch.compiler.disable(self.forward)(*args, exit_pass=exit_pass, **kwargs)
+        if args:
+            args, kwargs = by_name(self.model, args, kwargs)
         labels = kwargs.pop("labels", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         return_dict = kwargs.pop("return_dict", None)
@@ -198,9 +200,16 @@ class EarlyExitMixin:
     def set_early_exit_config(
         self, config: EarlyExitConfig | dict[str, Any] | None, adapter_name: str | None = None
     ) -> None:
-        """Stores how `adapter_name` (None: the active adapter) stops. It is saved with the adapter."""
+        """Stores how `adapter_name` (None: the active adapter) stops. It is saved with the adapter.
+
+        Raises:
+            ValueError: the config does not fit the adapter's exits.
+        """
+        own = self.config_of(adapter_name)
         new = None if config is None else EarlyExitConfig.of(config)
-        self.config_of(adapter_name).early_exit = new
+        if new is not None:
+            build_policy(new).check(exit_numbers(own, self.num_blocks), own.resolved_labels, own.resolved_problem_type)
+        own.early_exit = new
 
     # ------------------------------------------------------------------------------------------------- pass and reader
 

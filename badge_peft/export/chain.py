@@ -23,6 +23,7 @@ from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import FOLLOWING
 from badge_peft.export.policies import Decision
+from badge_peft.export.runtime import LARGEST_PATIENCE
 from badge_peft.export.trace import ExportedBlocks
 
 ANSWERS = ("answer", "exit_layer")
@@ -118,7 +119,7 @@ class Chain:
         RemoveUnusedNodesPass()(model)
         DeduplicateHashedInitializersPass()(model)
         self.threshold.const_value = ir.tensor(np.float32(self.decision.threshold))
-        self.patience.const_value = ir.tensor(np.int64(self.decision.policy.patience))
+        self.patience.const_value = ir.tensor(np.int64(min(self.decision.policy.patience, LARGEST_PATIENCE)))
         for value in (self.threshold, self.patience):
             g.body.register_initializer(value)
         return ir.to_proto(model)

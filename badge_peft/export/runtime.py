@@ -19,6 +19,7 @@ from badge_peft.utils.problem import problem_of
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"
+LARGEST_PATIENCE = 2**31  # more than any model has exits; int64 holds it, whatever is added
 
 
 @dataclass
@@ -112,6 +113,8 @@ class OnnxEarlyExitModel:
         ids = np.asarray(input_ids, dtype=np.int64)
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"input_ids must be [batch, sequence] and not empty, got shape {list(ids.shape)}.")
+        if (ids < 0).any():
+            raise ValueError(f"input_ids has the token number {ids.min()}, and the first is 0.")
         longest = self.config.get("max_positions", self.config["max_length"])
         if longest is not None and ids.shape[1] > longest:
             raise ValueError(
@@ -126,7 +129,7 @@ class OnnxEarlyExitModel:
             feed["threshold"] = np.asarray(threshold, dtype=np.float32)
         if patience is not None:
             check_int("patience", patience, at_least=1)
-            feed["patience"] = np.asarray(patience, dtype=np.int64)
+            feed["patience"] = np.asarray(min(patience, LARGEST_PATIENCE), dtype=np.int64)
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)
 

@@ -104,6 +104,11 @@ def count_rows(*args: Any, **kwargs: Any) -> int:
         inputs = args[0]
     if inputs is None:
         raise ValueError("the model needs input_ids or inputs_embeds.")
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"inputs are {type(inputs).__name__}, and the model needs tensors: torch.tensor(...), or a tokenizer's "
+            "return_tensors='pt'."
+        )
     if inputs.shape[0] == 0 or inputs.shape[1] == 0:
         raise ValueError(f"the batch is empty: its inputs have shape {list(inputs.shape)}.")
     return int(inputs.shape[0])

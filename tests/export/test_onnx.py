@@ -315,6 +315,7 @@ def test_what_has_no_onnx_form(tmp_path):
         ({"patience": 0}, "patience=0 is not allowed"),
         ({"patience": 1.5}, "patience=1.5 is not allowed"),
         ({"threshold": float("nan")}, "threshold=nan is not allowed"),
+        ({"input_ids": np.array([[5, -1]])}, "the token number -1, and the first is 0"),
         ({"input_ids": np.zeros((1, 41))}, "41 positions, and the model has 40: truncate"),
         ({"input_ids": np.zeros((0, 4))}, "not empty"),
         ({"input_ids": np.zeros(4)}, r"\[batch, sequence\]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from badge_peft.early_exit.policies.evidence import Evidence, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
+from badge_peft.utils.checks import is_number
 from badge_peft.utils.problem import Regression
+
+_NAMES = frozenset(("exits", "coefficients", "intercepts", "problem_type", "reference"))
 
 
 @register_policy
@@ -46,13 +50,33 @@ class AgreementPolicy(ThresholdPolicy):
                 "policy='agreement' has to be fitted first: use calibrate(exit_logits, policy='agreement', ...) "
                 "and pass on the config that it returns."
             )
-        missing = {"exits", "coefficients", "intercepts", "problem_type", "reference"} - set(fitted)
+        missing = _NAMES - set(fitted)
         if missing:
             raise ValueError(
                 f"the parameters of policy='agreement' lack {', '.join(sorted(missing))}: calibrate again."
             )
         self.fitted = fitted
         self.stops_above = fitted["problem_type"] != Regression.name
+
+    @classmethod
+    def check_config(cls, config: EarlyExitConfig) -> None:
+        """Refuses parameters that no `calibrate` has written."""
+        fitted = config.parameters or {}
+        if not _NAMES <= set(fitted):
+            return  # to be fitted, or refused when it is built
+        exits, rows = fitted["exits"], fitted["coefficients"]
+        whole = isinstance(exits, list) and isinstance(rows, list) and isinstance(fitted["intercepts"], list)
+        if (
+            not whole
+            or not len(exits) == len(rows) == len(fitted["intercepts"])
+            or not all(isinstance(row, list) and row for row in rows)
+            or not all(map(is_number, (*exits, *fitted["intercepts"], *chain.from_iterable(rows))))
+            or not is_number(fitted["reference"])
+        ):
+            raise ValueError(
+                "the parameters of policy='agreement' are not as calibrate writes them, numbers for each exit: "
+                "calibrate again."
+            )
 
     @property
     def max_exit(self) -> int | None:
