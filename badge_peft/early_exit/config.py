@@ -55,8 +55,9 @@ class EarlyExitConfig:
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
             self._set(name, to_python(getattr(self, name)))
-        if hasattr(self.temperature, "tolist"):  # an array or a tensor
-            self._set("temperature", self.temperature.tolist())
+        temperature: Any = self.temperature
+        if hasattr(temperature, "tolist"):  # an array or a tensor
+            self._set("temperature", temperature.tolist())
         if isinstance(self.temperature, (list, tuple)):
             self._set("temperature", [to_python(t) for t in self.temperature])
         check_policy_name(self.policy)

@@ -3,8 +3,8 @@
 At short lengths a block takes no longer than a few dozen Python calls, so what an exit costs is mostly calls of
 modules. The common exits (`linear` and `pooled`, with a bypass at `block` or `ffn` or none) are computed here on their
 weights: the same operations in the same order as the modules', to the last bit. Everything else is left to the
-modules: training, other exits and placements, mixed precisions, pre-LN models without a bypass, and modules that have
-a hook or have been replaced.
+modules: training, tracing, other exits and placements, mixed precisions, pre-LN models without a bypass, and modules
+that have a hook or have been replaced.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def fast_exit(
         frame: What the block has just computed.
         pooling: Of this call.
     """
-    if torch.is_grad_enabled() or frame.scale_weights is not None:
+    # a trace is made with gradients and checked without: both shall see the modules
+    if torch.is_grad_enabled() or frame.scale_weights is not None or torch.jit.is_tracing():
         return None
     parts: Any = exit_._modules
     kind = type(exit_)

@@ -634,3 +634,12 @@ def test_weights_for_an_adapter_on_meta(low_cpu_mem_usage, tmp_path) -> None:
     loaded.load_adapter(str(tmp_path), "default", low_cpu_mem_usage=low_cpu_mem_usage)
     assert not [name for name, p in loaded.named_parameters() if p.device.type == "meta"]
     assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))
+
+
+def test_a_vocabulary_that_grew_after_wrapping(tmp_path) -> None:
+    model, base = trained(), make_model()
+    for grown in (model, base):
+        grown.resize_token_embeddings(107, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))

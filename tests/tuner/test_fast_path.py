@@ -142,3 +142,12 @@ def test_weights_that_are_replaced_count_at_once():
         blocks_of(model)[0].own_exit("default", 1).linear = nn.Linear(32, 3)
         after = model(**batch).exit_logits
     assert not torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 1:], after[:, 1:])
+
+
+def test_a_trace_is_that_of_the_modules() -> None:
+    """torch traces with gradients and checks the trace without them."""
+    model, batch = make_badge(), make_batch()
+    traced = torch.jit.trace(model, (batch["input_ids"], batch["attention_mask"]), strict=False)
+    with torch.no_grad():
+        found, expected = traced(batch["input_ids"], batch["attention_mask"]), model(**batch)
+    torch.testing.assert_close(found["exit_logits"], expected.exit_logits)
