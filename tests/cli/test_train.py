@@ -238,10 +238,11 @@ def test_a_drop_with_confidence_needs_rows(place: Path, cli: Cli, tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
-def test_a_goal_out_of_reach_keeps_the_adapter(place: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_goal_out_of_reach_is_refused_before_the_training(place: Path, cli: Cli, tmp_path: Path) -> None:
     train = ("train", place / "model", place / "texts.txt", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
-    one_line(cli(*train, "--target-speedup", 0.99, fails=True), "0.99", "badge-peft calibrate")
-    cli("calibrate", tmp_path / "a", "--target-speedup", 0.5)
+    one_line(cli(*train, "--target-speedup", 0.99, fails=True), "0.99", "at most 0.667")
+    one_line(cli(*train, "--max-score-drop", 0.001, "--confidence", 0.95, fails=True), "24 evaluation rows", "7984")
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize(
