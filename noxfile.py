@@ -98,6 +98,14 @@ def audit(session: nox.Session) -> None:
 
 
 @nox.session
+def reliability(session: nox.Session) -> None:
+    """tests/reliability with counts that take hours: no leg of CI. See docs/testing.md."""
+    session.install("-e", ".[dev]")
+    counts = {"BADGE_PEFT_KILLS": "200", "BADGE_PEFT_REQUESTS": "5000", "BADGE_PEFT_CALLS": "50000"}
+    session.run("pytest", "tests/reliability", *session.posargs, env=counts)
+
+
+@nox.session
 def mutation(session: nox.Session) -> None:
     """Mutants of policies, pass and layer against their tests: no leg of CI. See docs/testing.md."""
     session.install("-e", ".[dev]", "cosmic-ray>=8.4")

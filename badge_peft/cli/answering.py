@@ -60,7 +60,7 @@ def predict(
     try:
         with closing(answer(opened, texts, config, batch_size)) as answers:
             for line in answers:
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+                print(f"{json.dumps(line, ensure_ascii=False)}\n", end="", flush=True)  # whole, should it be killed
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from badge_peft.training.arguments import MultiExitTrainingArguments
 from badge_peft.training.objectives import EarlierExits, Objective, make_objective
@@ -48,12 +50,23 @@ class Stage:
         return own
 
     def resume(self, args: MultiExitTrainingArguments, wanted: Any) -> Any:
-        """`wanted`, but None where a stage of several has no checkpoint to go on from yet."""
-        return None if self.folder and wanted is True and not self.has_checkpoint(args) else wanted
+        """`wanted`, but for True the newest whole checkpoint; None where a stage of several has none yet.
+
+        Raises:
+            ValueError: the only stage has none.
+        """
+        if wanted is not True:
+            return wanted
+        newest = newest_checkpoint(Path(self.path(args)))
+        if newest is None and not self.folder:
+            raise ValueError(
+                f"there is no whole checkpoint in {self.path(args)}: train without resume_from_checkpoint."
+            )
+        return newest
 
     def has_checkpoint(self, args: MultiExitTrainingArguments) -> bool:
         """Whether a training of this stage was interrupted, or has ended."""
-        return Path(self.path(args)).is_dir() and get_last_checkpoint(self.path(args)) is not None
+        return newest_checkpoint(Path(self.path(args))) is not None
 
     @contextmanager
     def selected(self, model: nn.Module, last: int) -> Iterator[None]:
@@ -79,6 +92,19 @@ class Stage:
         training = model.training
         for name, module in model.named_modules():
             module.training = training and ".badge_" in name
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in `folder` that was written whole: the state of the trainer, its last file, can be read.
+    None where there is none."""
+    numbers = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("*-*")}
+    for path in sorted((p for p, number in numbers.items() if number.isdecimal()), key=lambda p: -int(numbers[p])):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def make_stages(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from badge_peft.evaluation.exit_logits import ExitLogits
@@ -227,6 +228,13 @@ class MultiExitTrainer(Trainer):
                     self.save_model(str(Path(str(self.args.output_dir), "best")))
             resume_from_checkpoint = None
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. The state of a trainer, which is the last file of a checkpoint and says that the others are
+        whole, goes first where an older training left one."""
+        if _internal_call and output_dir is not None and self.args.should_save:
+            Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """While a training runs, the model that it began with."""

@@ -33,7 +33,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file to write beside `path`, which takes its place at the end: a reader sees the file that was there
+    """A new file, or folder, to write beside `path`, which takes its place at the end: a reader sees what was there
     before or the new one. Links are followed, and a file that is replaced keeps its mode.
 
     Raises:
@@ -46,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _finish(temporary, target)
         os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
@@ -64,7 +64,12 @@ def install(source: Path, folder: Path, last: Sequence[str] = ()) -> None:
     Raises:
         OSError: they cannot be put there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            install(source, temporary)
+        return
     names = sorted(path.name for path in source.iterdir() if path.is_file())
     names = [name for name in names if name not in last] + [name for name in last if name in names]
     places = {_beside(folder / name): folder / name for name in names}
@@ -84,13 +89,22 @@ def _beside(target: Path) -> Path:
     """A new name in the folder of `target`, with its suffix; what was left behind under such names is removed."""
     for file in target.parent.glob(f".{'[0-9a-f]' * 32}.{glob.escape(target.name)}"):
         if time.time() - file.stat().st_mtime > _LEFT_BEHIND:
-            file.unlink(missing_ok=True)
+            _remove(file)
     return target.with_name(f".{uuid4().hex}.{target.name}")
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, which need not be there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _finish(temporary: Path, target: Path) -> None:
     """Makes sure that `temporary` is on the disk, with the mode of the file whose place it takes."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    if temporary.is_file():
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
     if target.exists():
         shutil.copymode(target, temporary)

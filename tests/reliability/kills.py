@@ -27,6 +27,7 @@ def kill_at_random(
     state: Callable[[], str],
     times: int,
     seed: int = 0,
+    early: float = 3,
 ) -> Counter[str]:
     """Kills `work` `times` times.
 
@@ -35,7 +36,9 @@ def kill_at_random(
         work: What is killed: it brings the folder into its new state.
         state: What the folder is in afterwards: `old`, `new`, or what is wrong with it.
         times: How often.
-        seed: Of the moments, in the time that the work takes: more of them early, as weights are written before cards.
+        seed: Of the moments, in the time that the work takes.
+        early: With 1 all of them are alike; with more, more of them are early, as weights are written before cards,
+            and with less late, as they are written after a training.
 
     Returns:
         How often the folder was in which state.
@@ -48,7 +51,7 @@ def kill_at_random(
     found: Counter[str] = Counter()
     for _ in range(times):
         prepare()
-        _finishes(work, whole * draw.random() ** 3)
+        _finishes(work, whole * draw.random() ** early)
         found[state()] += 1
     return found
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 
 from . import concurrency
 from .requests import answer, differences, draw_requests, make_service
+
+REQUESTS = int(os.environ.get("BADGE_PEFT_REQUESTS", "150"))
 
 
 def test_requests_differ():
@@ -23,9 +26,9 @@ def test_requests_differ():
 
 @pytest.mark.parametrize("callers", ["threads", "event_loop", "nested", "interrupted"])
 def test_answers_are_those_of_calls_made_alone(callers):
-    assert getattr(concurrency, callers)(150) == 0
+    assert getattr(concurrency, callers)(REQUESTS) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_forked_workers():
-    assert concurrency.forked(60) == 0
+    assert concurrency.forked(REQUESTS // 2) == 0

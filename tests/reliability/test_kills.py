@@ -3,24 +3,72 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
+from badge_peft import load_pretrained
+from badge_peft.training.stages import newest_checkpoint
+from badge_peft.utils.files import install
+from badge_peft.workflows.adapter_dir import read_config, stored_logits
+from tests.cli.conftest import FAST, ROWS, invoke, save_classifier
 from tests.models import exits_of, make_batch, make_model, shake, trained
+from tests.texts import write_csv
+from tests.training.runs import make, make_trainer, weights
 
 from .kills import kill_at_random
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-TIMES = int(os.environ.get("BADGE_PEFT_KILLS", "15"))
+TIMES = int(os.environ.get("BADGE_PEFT_KILLS", "12"))
 
 
 def check(found: Counter[str]) -> None:
     assert set(found) <= {"old", "new"}, found
     assert found.total() == TIMES and found["old"] > 0  # some came in time
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier, texts, and two adapters that `badge-peft train` made of them: `old` and `new`."""
+    folder = tmp_path_factory.mktemp("place")
+    save_classifier(folder / "model")
+    write_csv(folder / "rows.csv", ROWS)
+    for name in ("old", "new"):
+        train(folder, folder / name, name)
+    return folder
+
+
+def train(place: Path, out: Path, name: str) -> None:
+    """The training that gives the adapter `name`, into a folder that may have another."""
+    settings = ("--overwrite", "--keep-head", *FAST, "--seed", 1 if name == "old" else 2)
+    result = invoke("train", place / "model", place / "rows.csv", "--output-dir", out, *settings)
+    assert result.exit_code == 0, result.output
+
+
+def adapter_state(folder: Path, place: Path) -> str:
+    """Which adapter of `place` a folder holds; what is measured must be of the same one, or refused."""
+    model = load_pretrained(str(folder))
+    for name in ("old", "new"):
+        if torch.equal(exits_of(model, BATCH), exits_of(load_pretrained(str(place / name)), BATCH)):
+            break
+    else:
+        return "a mixture of weights"
+    if read_config(folder)["early_exit"] != read_config(place / name)["early_exit"]:
+        return f"{name} with another rule"
+    try:
+        found = stored_logits(folder)
+    except ValueError:
+        return name  # said to be of other weights
+    return name if torch.equal(found.logits, stored_logits(place / name).logits) else f"{name} with other logits"
+
+
+BATCH = {name: value % 20 + 5 if name == "input_ids" else value for name, value in make_batch().items()}
 
 
 def test_save(tmp_path):
@@ -43,3 +91,107 @@ def test_save(tmp_path):
             TIMES,
         )
     )
+
+
+def restore(source: Path, target: Path) -> None:
+    """Makes `target` a copy of `source`."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+@pytest.mark.parametrize("over", ["an adapter", "nothing"])
+def test_train(over, place, tmp_path):
+    out = tmp_path / "out"
+
+    def state() -> str:
+        if over == "nothing" and not (out / "adapter_config.json").exists():
+            weights_alone = (out / "adapter_model.safetensors").exists()
+            return "weights without a config" if weights_alone else "old"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return adapter_state(out, place)
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if over == "an adapter":
+            shutil.copytree(place / "old", out)
+
+    check(kill_at_random(prepare, lambda: train(place, out, "new"), state, TIMES, early=0.5))
+
+
+def test_calibrate(place, tmp_path):
+    out, rules = tmp_path / "out", {"old": read_config(place / "old")["early_exit"]}
+    command = ("calibrate", out, "--policy", "entropy", "--target-speedup", 0.4)
+    restore(place / "old", out)
+    invoke(*command)
+    rules["new"] = read_config(out)["early_exit"]
+
+    def state() -> str:
+        load_pretrained(str(out))
+        found = read_config(out)["early_exit"]
+        return next((name for name, rule in rules.items() if rule == found), "a mixture")
+
+    check(kill_at_random(lambda: restore(place / "old", out), lambda: invoke(*command), state, TIMES, early=1))
+
+
+def test_predict(place, tmp_path):
+    """What the file holds are whole lines, the first of those that it was to hold."""
+    out = tmp_path / "answers.jsonl"
+    command = ("predict", place / "old", place / "rows.csv", "--batch-size", 4)
+    wanted = invoke(*command).stdout.splitlines(keepends=True)
+    assert len(wanted) == len(ROWS)
+
+    def work() -> None:
+        with out.open("w", encoding="utf-8") as file:
+            answers_to(file, command)
+
+    def state() -> str:
+        found = out.read_text(encoding="utf-8").splitlines(keepends=True)
+        if found != wanted[: len(found)]:
+            return "a line that is cut or wrong"
+        return "new" if len(found) == len(wanted) else "old"
+
+    check(kill_at_random(lambda: out.write_text(""), work, state, TIMES, early=1))
+
+
+def answers_to(file, command) -> None:
+    """Runs a command of `badge-peft` with `file` as its standard output."""
+    from badge_peft.cli.main import main
+
+    sys.stdout = file  # of a fork
+    main([str(word) for word in command])
+
+
+def test_export(place, tmp_path):
+    """An export puts its files into the folder at the end, when they have been tried elsewhere."""
+    names = ("old", "new")
+    out = tmp_path / "out"
+
+    def state() -> str:
+        found = {p.name: p.read_bytes() for p in out.iterdir() if not p.name.startswith(".")}
+        whole = {name: {p.name: p.read_bytes() for p in (place / name).iterdir()} for name in names}
+        return next((name for name in names if found == whole[name]), "a mixture")
+
+    check(kill_at_random(lambda: restore(place / "old", out), lambda: install(place / "new", out), state, TIMES))
+
+
+def test_a_training_resumes_from_the_newest_whole_checkpoint(tmp_path):
+    """To the weights of a training that nothing killed; `old` where it was killed before its first checkpoint."""
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    options |= {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    out, whole = tmp_path / "out", make()
+    make_trainer(tmp_path / "whole", whole, **options).train()
+
+    def state() -> str:
+        if newest_checkpoint(out) is None:
+            return "old"
+        model = make()
+        make_trainer(out, model, **options).train(resume_from_checkpoint=True)
+        found, wanted = weights(model), weights(whole)
+        return "new" if all(torch.equal(found[name], wanted[name]) for name in wanted) else "other weights"
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    check(kill_at_random(prepare, lambda: make_trainer(out, make(), **options).train(), state, TIMES, early=1))

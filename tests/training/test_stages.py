@@ -68,9 +68,17 @@ def test_what_a_stage_resumes_from(tmp_path) -> None:
     first, _ = make_stages(args, "uniform")
     assert first.resume(args, True) is None and not first.has_checkpoint(args)
     assert first.resume(args, "a folder") == "a folder"
-    assert Stage(Objective()).resume(args, True) is True  # Trainer says that there is none
-    (tmp_path / "stage1" / "checkpoint-3").mkdir(parents=True)
-    assert first.resume(args, True) is True and first.has_checkpoint(args)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        Stage(Objective()).resume(args, True)
+    place = tmp_path / "stage1" / "checkpoint-3"
+    place.mkdir(parents=True)
+    (place / "trainer_state.json").write_text("{}")
+    assert first.resume(args, True) == str(place) and first.has_checkpoint(args)
+    for name, state in (("checkpoint-4", '{"global_step":'), ("checkpoint-10", None), ("checkpoint-x", "{}")):
+        (place.parent / name).mkdir()  # which a process that was killed left half-written
+        if state is not None:
+            (place.parent / name / "trainer_state.json").write_text(state)
+    assert first.resume(args, True) == str(place)
 
 
 @pytest.mark.parametrize("fields", [{"backbone": "full"}, {"final_exit": "exit", "learn_to_exit": True}], ids=str)

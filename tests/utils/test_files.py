@@ -89,3 +89,16 @@ def test_what_a_killed_process_left_is_removed_later(tmp_path):
         os.utime(file, (0, 0))
     write_json(tmp_path / "x", {})
     assert {p.name for p in tmp_path.iterdir()} == {"x", new.name, other.name}
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    source, folder = tmp_path / "source", tmp_path / "new" / "folder"
+    source.mkdir()
+    (source / "a").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space"):
+            install(source, folder)
+    assert os.listdir(tmp_path / "new") == []
+    install(source, folder)
+    assert os.listdir(tmp_path / "new") == ["folder"] and (folder / "a").read_text() == "a"
