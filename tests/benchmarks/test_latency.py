@@ -103,7 +103,7 @@ def test_every_exit_is_forced(file: Path) -> None:
     for row in sections["batch/tiny/cpu"]["rows"]:
         assert (row["batch"], row["forced"], row["mean_exit"]) == (4, [2, 3, 4], 3.0)
     for row in sections["memory/tiny/cpu"]["rows"]:
-        assert row["peak_mb"] >= row["imports_mb"] > 0
+        assert row["peak_mb"] > 0 and row["imports_mb"] > 0  # of several processes, one of which has run other tests
 
 
 @pytest.mark.slow

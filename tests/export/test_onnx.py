@@ -387,9 +387,9 @@ def test_what_calibrate_recorded_of_other_weights_is_left_out(tmp_path):
     model = make_badge("bert", base=make_model(num_hidden_layers=1))
     rule = {"threshold": 1.0, "calibration": {"rows": 9, "weights_hash": model.base_model.weights_hash()}}
     exporter = OnnxExporter(model, rule)
-    assert exporter._metadata(False, True)["early_exit"]["calibration"] == rule["calibration"]
+    assert exporter._metadata(False, True, None)["early_exit"]["calibration"] == rule["calibration"]
     exporter.weights_hash = "of other weights"
-    assert exporter._metadata(False, True)["early_exit"]["calibration"] is None
+    assert exporter._metadata(False, True, None)["early_exit"]["calibration"] is None
 
 
 def test_an_export_that_ends_at_any_moment_leaves_the_old_one_or_the_new_one(exporter, folder, tmp_path, monkeypatch):
