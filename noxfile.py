@@ -101,8 +101,13 @@ def audit(session: nox.Session) -> None:
 def reliability(session: nox.Session) -> None:
     """tests/reliability with counts that take hours: no leg of CI. See docs/testing.md."""
     session.install("-e", ".[dev]")
-    counts = {"BADGE_PEFT_KILLS": "200", "BADGE_PEFT_REQUESTS": "5000", "BADGE_PEFT_CALLS": "50000"}
-    session.run("pytest", "tests/reliability", *session.posargs, env=counts)
+    counts = {"KILLS": 200, "REQUESTS": 5000, "CALLS": 50_000, "FUZZ": 10_000}
+    session.run(
+        "pytest",
+        "tests/reliability",
+        *session.posargs,
+        env={f"BADGE_PEFT_{name}": str(n) for name, n in counts.items()},
+    )
 
 
 @nox.session
