@@ -151,16 +151,14 @@ def _certified(
 ) -> tuple[TradeOffPoint, int]:
     """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
     the number of rows that tested it."""
-    if alpha is None or metric != "accuracy" or exit_logits.problem_type != "single_label_classification":
-        raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
-    check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
+    needed = rows_to_certify(alpha, confidence, metric, exit_logits.kind)
+    assert alpha is not None
     rows = torch.randperm(len(exit_logits), generator=torch.Generator().manual_seed(0))
     half = len(rows) // 2
-    needed = rows_needed(alpha, confidence)
-    if half < needed:
+    if len(rows) < needed:
         raise ValueError(
             f"the data is too small: to certify a drop of at most {alpha} with confidence {confidence} takes at least "
-            f"{2 * needed} rows even where no answer changes, and there are {len(rows)}. "
+            f"{needed} rows even where no answer changes, and there are {len(rows)}. "
             "Give more rows, or allow a larger drop."
         )
     search_half, test_half = exit_logits.select(rows[:half]), exit_logits.select(rows[half:])
@@ -180,6 +178,18 @@ def _certified(
             "give more rows, or allow more."
         )
     return evaluate_policy(exit_logits, best.config, metric), len(test_half)
+
+
+def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Metric, problem_type: str) -> int:
+    """How many rows a bound takes, those that find the settings among them, even where no answer changes.
+
+    Raises:
+        ValueError: there is no bound for such a goal, metric or problem type.
+    """
+    if max_score_drop is None or metric != "accuracy" or problem_type != "single_label_classification":
+        raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
+    check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
+    return 2 * rows_needed(max_score_drop, confidence)
 
 
 def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:

@@ -129,8 +129,9 @@ class MultiExitTrainer(Trainer):
             self.badge.check_labels(labels, count_rows(**features))
         if self._stage is not None:
             self._stage.set_modes(model)
-        outputs = model(**features, exit_pass=self.exit_objective.exit_pass)
-        config, exits, objective = self.badge.config_of(), self.exits, self.exit_objective
+        objective = self.exit_objective
+        outputs = model(**features, exit_pass=objective.exit_pass)
+        config, exits = self.badge.config_of(), self.exits
         problem_type = config.resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
         number, criterion = self.state.global_step, self._criterion()
@@ -195,8 +196,8 @@ class MultiExitTrainer(Trainer):
         Raises:
             ValueError: steps without a gradient lie ahead, or evaluations without labels, label smoothing, class
                 weights or a loss function that nothing would read, a best checkpoint that holds no weights of the
-                adapter, or several processes that do not know of one
-                another; or a trial of a search has set a field to a value that is not allowed.
+                adapter, or several processes that do not know of one another; or a trial of a search has set a field
+                to a value that is not allowed.
         """
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
         self.args.check()

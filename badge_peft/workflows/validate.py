@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.evaluation.calibration import rows_needed
+from badge_peft.evaluation.calibration import rows_to_certify
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.model_card import read_card
 from badge_peft.training.objectives import OBJECTIVES
@@ -105,9 +105,7 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
     goal = settings.goal.arguments()
     drop, confidence = goal["max_score_drop"], goal["confidence"]
     if confidence is not None:
-        if drop is None or metric != "accuracy" or labels.problem_type != "single_label_classification":
-            raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
-        needed = 2 * rows_needed(drop, confidence)
+        needed = rows_to_certify(drop, confidence, metric, labels.problem_type)
         if eval_rows < needed:
             raise ValueError(
                 f"there are {eval_rows} evaluation rows, and a drop of at most {drop} with confidence {confidence} "
