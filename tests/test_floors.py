@@ -19,6 +19,7 @@ FLOORS = [
     (
         "early_exit.config",
         "early_exit.divergences",
+        "early_exit.groups",
         "early_exit.history",
         "early_exit.policies",
         "early_exit.registry",

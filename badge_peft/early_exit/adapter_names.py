@@ -57,6 +57,10 @@ class RowOrder:
             for name, value in inputs.items()
         }
 
+    def sort_ids(self, ids: Array) -> Array:
+        """[B], one for each row, in the new order."""
+        return ids[self._order.numpy()]
+
     def output(self, answers: list[Tensor], exit_layers: list[Array], non_finite: list[Array]) -> EarlyExitOutput:
         """The output of all rows as they came, from the answers [n, K], the exits [n], and which rows [n] had logits
         that are not finite, of each adapter."""

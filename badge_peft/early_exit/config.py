@@ -40,6 +40,7 @@ class EarlyExitConfig:
     min_exit: int | None = option(None, "No row stops before this block.")
     max_exit: int | None = option(None, "No row goes past this block.")
     depth: int | None = option(None, "The block that answers, for `fixed_depth`.")
+    top_k: int | None = option(None, "How many candidates of a query count, for `top_k`. None: 10.")
     decide_every: int = option(
         1,
         "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
@@ -49,11 +50,14 @@ class EarlyExitConfig:
     temperature: list[float] | None = option(
         None, "One temperature per exit for `max_prob`; logits are divided by it."
     )
-    parameters: dict[str, Any] | None = option(None, "The fitted numbers of `agreement`, written by `calibrate`.")
+    parameters: dict[str, Any] | None = option(
+        None,
+        "The fitted numbers of `agreement`, by `calibrate`, and the margins of `top_k`, by `calibrate_ranking`.",
+    )
     calibration: dict[str, Any] | None = option(None, "What `calibrate` recorded: data size, score, speed-up, bound.")
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "normalize"):
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "normalize"):
             self._set(name, to_python(getattr(self, name)))
         temperature: Any = self.temperature
         if hasattr(temperature, "tolist"):  # an array or a tensor
@@ -67,6 +71,7 @@ class EarlyExitConfig:
         if self.threshold is not None:
             self._set("threshold", float(self.threshold))
         check_int("patience", self.patience, at_least=1)
+        check_int("top_k", self.top_k, at_least=1)
         for name in ("min_exit", "max_exit", "depth"):
             check_int(name, getattr(self, name), at_least=0)
         check_int("decide_every", self.decide_every, at_least=1, optional=False)

@@ -9,6 +9,7 @@ results do not depend on the other rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit import divergences as div
+from badge_peft.early_exit.groups import group_codes
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
 Array = np.ndarray
@@ -29,13 +31,17 @@ class ExitHistory:
         rows: n.
         num_labels: K.
         problem_type: As transformers has it; it says which divergence is meant.
+        groups: [n], a number for each row: rows of a query have the same. None: all rows are one group.
     """
 
-    def __init__(self, exits: Sequence[int], rows: int, num_labels: int, problem_type: str) -> None:
+    def __init__(
+        self, exits: Sequence[int], rows: int, num_labels: int, problem_type: str, groups: Array | None = None
+    ) -> None:
         self.exits = list(exits)
         self.problem_type = problem_type
         self.problem = problem_of(problem_type)
         self.num_labels = num_labels
+        self.groups = groups
         self.seen = 0
         self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
         self.finite: Array | None = None  # [E, n] bool, whether all logits are; None: so far they are, in all rows
@@ -46,11 +52,16 @@ class ExitHistory:
 
     @classmethod
     def of(
-        cls, exit_logits: Array, exits: Sequence[int], problem_type: str, uncertainty: Array | None = None
+        cls,
+        exit_logits: Array,
+        exits: Sequence[int],
+        problem_type: str,
+        uncertainty: Array | None = None,
+        groups: Array | None = None,
     ) -> ExitHistory:
         """The history of stored logits [N, E, K], with all exits seen."""
         n, e, k = exit_logits.shape
-        history = cls(exits, n, k, problem_type)
+        history = cls(exits, n, k, problem_type, groups)
         for j in range(e):
             history.append(exit_logits[:, j], None if uncertainty is None else uncertainty[:, j])
         return history
@@ -90,7 +101,21 @@ class ExitHistory:
         self._log_probs = self._log_probs[:, rows]
         if self._log_others is not None:
             self._log_others = self._log_others[:, rows]
-        self._cache.clear()
+        if self.groups is not None:
+            self.groups = self.groups[rows]
+        self._cache = {}
+
+    def of_rows(self, rows: Array) -> ExitHistory:
+        """A history of the rows that the boolean array `rows` [n] marks; this one stays as it is."""
+        part = copy.copy(self)
+        part.keep(rows)
+        return part
+
+    def in_groups(self, groups: Array | None) -> ExitHistory:
+        """The same rows in other groups [n]; what has been derived is shared."""
+        other = copy.copy(self)
+        other.groups = groups
+        return other
 
     @property
     def rows(self) -> int:
@@ -154,15 +179,20 @@ class ExitHistory:
 
 
 def as_history(
-    exit_logits: Any, exit_layers: Sequence[int] | None, problem_type: str | None, uncertainty: Any = None
+    exit_logits: Any,
+    exit_layers: Sequence[int] | None,
+    problem_type: str | None,
+    uncertainty: Any = None,
+    groups: Any = None,
 ) -> ExitHistory:
     """An `ExitHistory` from whatever `replay` accepts.
 
     Raises:
-        ValueError: the logits are not [N, E, K], or `exit_layers` does not match them.
+        ValueError: the logits are not [N, E, K], or `exit_layers` or `groups` do not match them.
     """
     if hasattr(exit_logits, "history"):  # ExitLogits
-        return exit_logits.history()
+        history = exit_logits.history()
+        return history if groups is None else history.in_groups(group_codes(groups, history.rows))
     logits = _numpy(exit_logits)
     if logits.ndim != 3:
         raise ValueError(f"exit_logits must be [N, E, K], got shape {list(logits.shape)}.")
@@ -171,7 +201,8 @@ def as_history(
         raise ValueError(f"exit_layers={exits} must be {logits.shape[1]} increasing block numbers.")
     if problem_type is None:
         problem_type = infer_problem_type(logits.shape[2])
-    return ExitHistory.of(logits, exits, problem_type, None if uncertainty is None else _numpy(uncertainty))
+    seen = None if uncertainty is None else _numpy(uncertainty)
+    return ExitHistory.of(logits, exits, problem_type, seen, group_codes(groups, len(logits)))
 
 
 def _numpy(values: Any) -> Array:

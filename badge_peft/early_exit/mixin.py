@@ -15,6 +15,7 @@ from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_na
 from badge_peft.early_exit.arguments import by_name, split_arguments
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
+from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import PolicyReader
@@ -114,11 +115,17 @@ class EarlyExitMixin:
 
     @torch.no_grad()
     def early_exit_forward(
-        self, *, early_exit_config: Any = None, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *,
+        early_exit_config: Any = None,
+        adapter_names: Sequence[str] | None = None,
+        groups: Any = None,
+        **kwargs: Any,
     ) -> EarlyExitOutput:
         """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
 
-        Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone. Switch the model to
+        Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone; with
+        `policy="top_k"` each query gives those that its candidates give without the other queries. Switch the model to
         `eval()` first, as for `generate`: dropout makes exits random.
 
         Args:
@@ -127,6 +134,8 @@ class EarlyExitMixin:
                 different tasks share one pass, each with its adapter's bypasses, exits, labels and early-exit config;
                 `"__base__"` stands for the base model without an adapter. Only adapters with `backbone="frozen"`,
                 which save no module but the model's head.
+            groups: [B], an id for each row, the same for the candidates of a query: what `policy="top_k"` reads. None:
+                the rows of each adapter are one query.
             **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win
                 over the config: `policy="divergence", threshold=0.2, patience=3`.
 
@@ -135,8 +144,8 @@ class EarlyExitMixin:
             and K is the largest.
 
         Raises:
-            ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` that do
-                not fit the rows or the model.
+            ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` or
+                `groups` that do not fit the rows or the model.
         """
         overrides, inputs = split_arguments(self.model, kwargs)
         if not self.adapters_enabled:
@@ -146,6 +155,7 @@ class EarlyExitMixin:
                 "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=4
             )
         batch_size = count_rows(**inputs)
+        ids = group_codes(groups, batch_size)
         order = None
         if adapter_names is not None:
             check_adapter_names(
@@ -153,21 +163,23 @@ class EarlyExitMixin:
             )
             order = RowOrder(adapter_names)
             inputs = order.sort(inputs)
-            groups = list(zip(order.names, order.firsts, order.counts, strict=True))
+            ids = None if ids is None else order.sort_ids(ids)
+            parts = list(zip(order.names, order.firsts, order.counts, strict=True))
         else:
-            groups = [(self.single_active_adapter(), 0, batch_size)]
+            parts = [(self.single_active_adapter(), 0, batch_size)]
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
         mask = inputs.get("attention_mask")
         readers = []
-        for name, first, rows in groups:
+        for name, first, rows in parts:
             own_mask = mask
             if mask is not None and rows < batch_size and mask.shape[0] == batch_size:
                 own_mask = mask[first : first + rows]
-            readers.append(self._reader(name, rows, own_mask, first, early_exit_config, overrides))
+            own_ids = None if ids is None else ids[first : first + rows]
+            readers.append(self._reader(name, rows, own_mask, first, early_exit_config, overrides, own_ids))
         running = self._pass(EarlyExitPass, readers, batch_size, mask)
         if order is not None:
-            running.adapter_rows = [(name, rows) for name, _, rows in groups]
+            running.adapter_rows = [(name, rows) for name, _, rows in parts]
         with running:
             base = self.model(return_dict=True, **inputs)
         answers = []
@@ -220,13 +232,20 @@ class EarlyExitMixin:
         return kind(readers, batch_size, mask, self.num_blocks, compiled=self.compiled, trains_backbone=trained)
 
     def _reader(
-        self, name: str, rows: int, mask: Tensor | None, first: int, config: Any, overrides: dict[str, Any]
+        self,
+        name: str,
+        rows: int,
+        mask: Tensor | None,
+        first: int,
+        config: Any,
+        overrides: dict[str, Any],
+        groups: Any = None,
     ) -> PolicyReader:
         if name == BASE:
             exits = AdapterExits(BASE, [self.num_blocks], "cls", self.model.config.num_labels, Problem.name, False)
             return PolicyReader(exits, rows, mask, first, build_policy(policy="never"))
         policy = build_policy(self.config_of(name).early_exit if config is None else config, **overrides)
-        return PolicyReader(self.adapter_exits(name), rows, mask, first, policy)
+        return PolicyReader(self.adapter_exits(name), rows, mask, first, policy, groups)
 
 
 def _has_gradient(logits: Tensor | None) -> bool:

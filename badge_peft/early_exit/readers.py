@@ -95,6 +95,7 @@ class PolicyReader(ExitReader):
         attention_mask: [n, S] or None.
         first: The first row in the batch.
         policy: Decides, on the host.
+        groups: [n], a number for each row, the same for the candidates of a query; None: all rows are one group.
 
     Attributes:
         answer: [n, K], logits of the rows that have stopped.
@@ -103,12 +104,18 @@ class PolicyReader(ExitReader):
     """
 
     def __init__(
-        self, exits: AdapterExits, rows: int, attention_mask: Tensor | None, first: int, policy: ExitPolicy
+        self,
+        exits: AdapterExits,
+        rows: int,
+        attention_mask: Tensor | None,
+        first: int,
+        policy: ExitPolicy,
+        groups: Array | None = None,
     ) -> None:
         super().__init__(exits, rows, attention_mask, first)
         policy.check(exits.numbers, exits.num_labels, exits.problem_type)
         self.policy = policy
-        self.history = ExitHistory(exits.numbers, rows, exits.num_labels, exits.problem_type)
+        self.history = ExitHistory(exits.numbers, rows, exits.num_labels, exits.problem_type, groups)
         self.answer: Tensor | None = None
         self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
         self.non_finite: Array = np.zeros(rows, dtype=bool)

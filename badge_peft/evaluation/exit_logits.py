@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.collate import labeled_features, pad_features, tensor_columns
 from badge_peft.model import get_badge_model
@@ -43,6 +44,7 @@ class ExitLogits:
         weights_hash: Of the adapter that gave them (`BadgeModel.weights_hash`); None where it is not known.
         deployed: Whether the last exit is the head of a model that was there before the exits, as it was: what these
             lose is then counted from it, and else from the best exit.
+        groups: [N], an id for each row, the same for the candidates of a query; kept as whole numbers. None: no query.
 
     Raises:
         ValueError: shapes that do not belong together, a row whose logits are not finite, or one without a label or
@@ -57,6 +59,7 @@ class ExitLogits:
     uncertainty: Tensor | None = None
     weights_hash: str | None = None
     deployed: bool = False
+    groups: Any = None
     _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class ExitLogits:
             if len(self.labels) != n:
                 raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
             self.labels = problem_of(self.problem_type).scored_labels(self.labels.detach().cpu(), k, n)
+        codes = group_codes(self.groups, n)
+        self.groups = None if codes is None else torch.from_numpy(codes)
         if self.num_blocks is None:
             self.num_blocks = self.exit_layers[-1]
 
@@ -114,8 +119,9 @@ class ExitLogits:
 
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks."""
-        labels, uncertainty = (None if x is None else x[rows] for x in (self.labels, self.uncertainty))
-        return replace(self, logits=self.logits[rows], labels=labels, uncertainty=uncertainty)
+        parts = (self.labels, self.uncertainty, self.groups)
+        labels, uncertainty, groups = (None if x is None else x[rows] for x in parts)
+        return replace(self, logits=self.logits[rows], labels=labels, uncertainty=uncertainty, groups=groups)
 
     def labeled(self) -> ExitLogits:
         """These rows; without labels, with full depth's own predictions as labels, so that a score is the agreement
@@ -128,7 +134,8 @@ class ExitLogits:
         """The rows as a policy sees them; made once, so that many replays share what they derive."""
         if self._history is None:
             uncertainty = None if self.uncertainty is None else self.uncertainty.numpy()
-            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.kind, uncertainty)
+            groups = None if self.groups is None else self.groups.numpy()
+            self._history = ExitHistory.of(self.logits.numpy(), self.exits, self.kind, uncertainty, groups)
         return self._history
 
     def answers(self, exit_layer: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ class ExitLogits:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all."""
-        tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty}
+        tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty, "groups": self.groups}
         names = ("exit_layers", "problem_type", "num_blocks", "weights_hash", "deployed")
         meta = {name: getattr(self, name) for name in names}
         with replacing(path) as temporary:
@@ -160,7 +167,7 @@ class ExitLogits:
             names = set(file.keys())
             if meta is None or "logits" not in names:
                 raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
-            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", _UNCERTAINTY}}
+            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", "groups", _UNCERTAINTY}}
         return cls(uncertainty=tensors.pop(_UNCERTAINTY, None), **tensors, **json.loads(meta))
 
 

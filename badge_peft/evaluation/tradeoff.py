@@ -39,7 +39,7 @@ class TradeOffPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: the numbers, and the fields of the config that are set."""
-        keep = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth")
+        keep = ("policy", "divergence", "threshold", "patience", "window", "top_k", "min_exit", "max_exit", "depth")
         config = {k: v for k, v in self.config.to_dict().items() if k in keep and v is not None}
         if self.config.decide_every > 1:
             config["decide_every"] = self.config.decide_every

@@ -36,6 +36,10 @@ def check_settings(settings: TrainSettings) -> None:
             f"policy={policy!r} needs a depth, which is known once the exits are trained: use policy='auto', which "
             "tries every depth as well."
         )
+    if kind is not None and kind.by_group:
+        raise ValueError(
+            f"policy={policy!r} ranks the candidates of a query, and this task has none: use policy='auto'."
+        )
     if kind is not None and kind.reads_uncertainty and not exits.learn_to_exit:
         raise ValueError(f"policy={policy!r} needs learn_to_exit: a layer that learns when an exit is wrong.")
     if settings.metric is not None:

@@ -85,6 +85,7 @@ class TestConfig:
             "min_exit": 2,
             "max_exit": 4,
             "depth": 1,
+            "top_k": 3,
             "decide_every": 2,
             "normalize": True,
             "temperature": [1.0] * 6,

@@ -442,7 +442,7 @@ def test_a_rows_signal_does_not_depend_on_the_rows_beside_it(name, problem_type)
 
 
 def test_every_name_is_built():
-    assert {*ON_LOGITS, "learned"} == set(POLICIES)
+    assert {*ON_LOGITS, "learned", "top_k"} == set(POLICIES)
     for name, policy in POLICIES.items():
         built = build_policy(fields_of(name, [1, 2], 3, SINGLE))
         assert type(built) is policy and built.name == built.config.policy == name

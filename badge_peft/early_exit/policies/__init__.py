@@ -16,6 +16,7 @@ from badge_peft.early_exit.policies.confidence import ConfidentPatiencePolicy, E
 from badge_peft.early_exit.policies.agreement import AgreementPolicy
 from badge_peft.early_exit.policies.learned import LearnedPolicy
 from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy
+from badge_peft.early_exit.policies.ranking import TopKPolicy
 # isort: on
 
 
@@ -52,6 +53,7 @@ __all__ = [
     "NeverPolicy",
     "PatiencePolicy",
     "ThresholdPolicy",
+    "TopKPolicy",
     "build_policy",
     "register_policy",
 ]

@@ -39,6 +39,8 @@ class ExitPolicy(PolicyText):
     default_patience: ClassVar[int] = 1
     #: Whether `fit` has to fill in `parameters` before the policy can be built.
     needs_fit: ClassVar[bool] = False
+    #: Whether rows of a group decide together, so that a row's exit depends on the others.
+    by_group: ClassVar[bool] = False
     #: Whether a sweep takes it where no policies are named.
     in_default_sweep: ClassVar[bool] = False
 
@@ -104,6 +106,7 @@ class ExitPolicy(PolicyText):
         exit_layers: Sequence[int] | None = None,
         problem_type: str | None = None,
         uncertainty: Any = None,
+        groups: Any = None,
     ) -> torch.Tensor:
         """The block at which each row stops, from stored logits: what the live pass would have done.
 
@@ -112,11 +115,13 @@ class ExitPolicy(PolicyText):
             exit_layers: Block numbers of the E exits; None means 1 to E.
             problem_type: None means regression for K = 1, else single-label classification.
             uncertainty: [N, E], what `learned` reads.
+            groups: [N], an id for each row, the same for the candidates of a query: what `top_k` reads. None means one
+                query.
 
         Returns:
             [N] long: block numbers, as in `EarlyExitOutput.exit_layer`.
         """
-        history = as_history(exit_logits, exit_layers, problem_type, uncertainty)
+        history = as_history(exit_logits, exit_layers, problem_type, uncertainty, groups)
         return torch.from_numpy(self.replay_history(history))
 
     def replay_history(self, history: ExitHistory) -> Array:

@@ -12,8 +12,19 @@ from badge_peft.early_exit.registry import POLICIES
 
 _DEFAULT = {name: field.default for name, field in EarlyExitConfig.__dataclass_fields__.items()}
 
-_IN_A_LINE = ("threshold", "patience", "depth", "min_exit", "max_exit")
-_IN_A_TABLE = ("policy", "divergence", "threshold", "patience", "window", "min_exit", "max_exit", "depth", "normalize")
+_IN_A_LINE = ("top_k", "threshold", "patience", "depth", "min_exit", "max_exit")
+_IN_A_TABLE = (
+    "policy",
+    "divergence",
+    "threshold",
+    "patience",
+    "window",
+    "top_k",
+    "min_exit",
+    "max_exit",
+    "depth",
+    "normalize",
+)
 
 
 class PolicyText:

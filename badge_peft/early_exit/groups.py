@@ -1,0 +1,51 @@
+"""Groups of rows that are decided on together: the candidates of a query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def group_codes(groups: Any, rows: int) -> Array | None:
+    """[n] whole numbers, the same for rows of one group; None stands for one group of all rows.
+
+    Args:
+        groups: [n], one id for each row: numbers or strings, a list, an array or a tensor.
+        rows: n.
+
+    Raises:
+        ValueError: not one id for each row.
+    """
+    if groups is None:
+        return None
+    ids = np.asarray(groups.tolist() if hasattr(groups, "tolist") else list(groups))
+    if ids.shape != (rows,):
+        raise ValueError(
+            f"groups has shape {list(ids.shape)} for {rows} rows: give one id for each row, such as the number of its "
+            "query."
+        )
+    return np.unique(ids, return_inverse=True)[1].reshape(rows)
+
+
+def kth_best(scores: Array, groups: Array | None, k: int) -> Array:
+    """[n]: for each row the k-th largest score of its group; -inf where the group has fewer than k rows.
+
+    Args:
+        scores: [n]; -inf counts as no score.
+        groups: [n], as `group_codes` gives them.
+        k: 1 or more.
+    """
+    n = len(scores)
+    if groups is None:
+        best = np.partition(scores, n - k)[n - k] if k <= n else -np.inf
+        return np.full(n, best, dtype=scores.dtype)
+    order = np.lexsort((-scores, groups))  # group by group, the best first
+    counts = np.bincount(groups)
+    place = np.cumsum(counts) - counts + k - 1  # of the k-th best of each group
+    enough = counts >= k
+    bars = np.full(len(counts), -np.inf, dtype=scores.dtype)
+    bars[enough] = scores[order[place[enough]]]
+    return bars[groups]
