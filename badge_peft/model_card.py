@@ -28,7 +28,7 @@ from badge_peft.utils.paths import is_local
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 START, END = "<!-- badge_peft:start -->", "<!-- badge_peft:end -->"
 #: Metrics that are read as per cent.
-PERCENTAGES = ("accuracy", "f1", "acc_and_f1", "macro_f1")
+PERCENTAGES = ("accuracy", "f1", "acc_and_f1", "macro_f1", "top_k_kept")
 CARD = "README.md"
 CONFIG = "adapter_config.json"
 REPORT = "report.json"

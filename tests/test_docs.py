@@ -29,7 +29,11 @@ from tests.texts import make_tokenizer, sentences, write_csv
 
 DOCS = ROOT / "docs"
 # Pages whose code another test runs.
-ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/serving.md": "tests/cli/test_serving_page.py"}
+ELSEWHERE = {
+    "README.md": "tests/test_readme.py",
+    "docs/serving.md": "tests/cli/test_serving_page.py",
+    "docs/ranking.md": "tests/ranking/test_page.py",
+}
 QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations")
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (
@@ -39,6 +43,7 @@ PUBLIC = (
     "badge_peft.evaluation",
     "badge_peft.export",
     "badge_peft.integrations",
+    "badge_peft.ranking",
     "badge_peft.training",
 )
 HUB = "google-bert/bert-base-uncased"

@@ -1,0 +1,54 @@
+"""Pairs of a query and a document as rows of tokens, and which of them had to be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from badge_peft.tuner.architectures import max_positions
+
+_NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
+
+
+def longest_pair(model: nn.Module, tokenizer: Any, max_length: int | None) -> int:
+    """Tokens of a pair at most: what is asked for, or what tokenizer and model can read, whichever is least."""
+    own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
+    return min(x for x in (own, max_positions(model), max_length) if x is not None)
+
+
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: Any, max_length: int
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of tokens, and how many of the pairs were longer than `max_length`.
+
+    As in `sentence_transformers.CrossEncoder` the longer text of a pair is cut, token by token.
+    """
+    queries, documents = (list(texts) for texts in zip(*pairs, strict=True))
+    columns = tokenizer(queries, documents, truncation=True, max_length=max_length)
+    full = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) >= max_length]  # cut, or just as long
+    cut = 0
+    if full:
+        whole = tokenizer([queries[i] for i in full], [documents[i] for i in full], truncation=False, verbose=False)
+        cut = sum(len(ids) > max_length for ids in whole["input_ids"])
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], cut
+
+
+def check_documents(query: Any, documents: Any) -> list[str]:
+    """The documents as a list.
+
+    Raises:
+        ValueError: no query, no documents, or something else than texts.
+    """
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"query={query!r} is empty or no text: give the question as a string.")
+    if isinstance(documents, str):
+        raise ValueError("documents is one string: give a list of texts.")
+    texts = list(documents)
+    if not texts:
+        raise ValueError("documents is empty: there is nothing to rank.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"document {i} is {type(text).__name__}, not a text.")
+    return texts

@@ -1,0 +1,236 @@
+"""`EarlyExitReranker`: ranks documents as `sentence_transformers.CrossEncoder` does, and exits early."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.model import get_badge_model
+from badge_peft.ranking.pairs import check_documents, encode_pairs, longest_pair
+from badge_peft.ranking.report import ExitReport
+from badge_peft.ranking.segments import CandidatePass
+from badge_peft.utils.checks import check_int
+
+Array = np.ndarray
+
+
+class EarlyExitReranker:
+    """A cross-encoder with exits, which ranks documents for a query.
+
+    Any number of candidates, from one to many thousands: at most `batch_size` of them are in a block at once, and
+    their states are kept without padding, beyond `max_state_bytes` in a temporary file.
+
+    Args:
+        model: A PEFT model with an active BADGE adapter and one output. It goes into eval mode.
+        tokenizer: Of the model.
+        max_length: Tokens of a pair at most; None is what tokenizer and model can read.
+        batch_size: Candidates in a block at once.
+        activation: Applied to the scores [n] that are returned; None returns the model's outputs as they are.
+        max_state_bytes: Memory for the states of one query's candidates.
+
+    Raises:
+        ValueError: the model has no adapter or more than one output, its exits need one another, or a number is not
+            allowed.
+
+    Example:
+
+    ```python
+    reranker = EarlyExitReranker.from_pretrained("my-adapter")
+    reranker.rank("how are glacier caves formed?", passages, top_k=3, return_documents=True)
+    # [{'corpus_id': 3, 'score': 4.1, 'text': 'A glacier cave is ...'}, ...]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        max_state_bytes: int = 2**30,
+    ) -> None:
+        check_int("max_length", max_length, at_least=4)
+        check_int("batch_size", batch_size, at_least=1, optional=False)
+        check_int("max_state_bytes", max_state_bytes, at_least=0, optional=False)
+        self.badge = get_badge_model(model)
+        exits = self.badge.adapter_exits(self.badge.single_active_adapter())
+        if exits.num_labels != 1:
+            raise ValueError(
+                f"the model has {exits.num_labels} outputs, and candidates are ranked by one score: load it with "
+                "num_labels=1."
+            )
+        if exits.past_future:
+            raise ValueError(
+                "exit_type='past_future' has exits that need one another, which are read in one call alone: rank with "
+                "model.early_exit_forward(**batch, groups=query_ids), or train with another exit_type."
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_length = longest_pair(self.badge.model, tokenizer, max_length)
+        self.batch_size = batch_size
+        self.activation = activation
+        self.max_state_bytes = max_state_bytes
+        if self.badge.model.config.pad_token_id is None:
+            self.badge.model.config.pad_token_id = tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        max_state_bytes: int = 2**30,
+        **kwargs: Any,
+    ) -> EarlyExitReranker:
+        """Loads an adapter on its base model.
+
+        Args:
+            adapter: A folder or Hub repository.
+            tokenizer: A tokenizer; None takes the one beside the adapter, else that of its base model.
+            max_length: As for the class.
+            batch_size: As for the class.
+            activation: As for the class.
+            max_state_bytes: As for the class.
+            **kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
+
+        Raises:
+            ValueError: as `load_pretrained` and the class; or there is no tokenizer.
+        """
+        model = load_pretrained(str(adapter), **kwargs)
+        if tokenizer is None:
+            base = get_badge_model(model).config_of().base_model_name_or_path
+            places = [place for place in (str(adapter), base) if place and has_tokenizer(place)]
+            if not places:
+                raise ValueError(f"there is no tokenizer in {adapter} or with its base model: pass tokenizer=...")
+            tokenizer = AutoTokenizer.from_pretrained(places[0])
+        return cls(
+            model,
+            tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            activation=activation,
+            max_state_bytes=max_state_bytes,
+        )
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = 10,
+        return_documents: bool = False,
+        *,
+        full_depth: bool = False,
+        return_report: bool = False,
+        **fields: Any,
+    ) -> Any:
+        """The best documents for a query, by the scores of the model's own head.
+
+        Args:
+            query: The question.
+            documents: Texts, in any number.
+            top_k: How many are returned. Fewer than the adapter's margins were calibrated for are the first of these;
+                with more the margins are used all the same, and a warning says so. None: all, at full depth.
+            return_documents: Put the texts into the answers.
+            full_depth: Run all blocks for all documents.
+            return_report: Return an `ExitReport` as well.
+            **fields: Of `EarlyExitConfig`, in place of the adapter's own: `threshold=1.5` makes its margins wider.
+
+        Returns:
+            A list of dicts with `corpus_id` (the document's place), `score` and, if asked for, `text`, best first;
+            with `return_report` a pair of it and the report. Equal scores are in the order of the documents.
+
+        Raises:
+            ValueError: an empty query or no documents, a number that is not allowed, or an adapter that was not
+                calibrated for ranking.
+        """
+        texts = check_documents(query, documents)
+        check_int("top_k", top_k, at_least=1)
+        config = self._config(len(texts) if top_k is None else top_k, full_depth or top_k is None, fields)
+        rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
+        policy = build_policy(config)
+        exits = self.badge.exit_layers()
+        policy.check(exits, 1, self.badge.config_of().resolved_problem_type)
+        found = CandidatePass(self.badge, rows, policy, self.batch_size, self.max_state_bytes).run()
+        if found.non_finite.any():
+            warnings.warn(
+                f"{found.non_finite.sum()} of {len(texts)} candidates had scores that are NaN or infinite at an exit. "
+                "They did not leave there. Check the precision and the weights of the model.",
+                stacklevel=2,
+            )
+        last = found.exit_layer == found.exit_layer.max()
+        best = np.flatnonzero(last)[np.argsort(-found.scores[last], kind="stable")]
+        scores = self._activated(found.scores[best[:top_k]])
+        answers: list[dict[str, Any]] = [
+            {"corpus_id": int(i), "score": float(score)} for i, score in zip(best[:top_k], scores, strict=True)
+        ]
+        if return_documents:
+            for answer in answers:
+                answer["text"] = texts[answer["corpus_id"]]
+        if not return_report:
+            return answers
+        run = int(found.exit_layer.sum())
+        report = ExitReport(len(texts), self.badge.num_blocks, run, found.left, cut, found.exit_layer)
+        return answers, report
+
+    def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
+        """Scores of pairs at full depth.
+
+        Args:
+            pairs: Pairs of a query and a document, or one pair.
+
+        Returns:
+            [n] float32; of one pair a number.
+
+        Raises:
+            ValueError: no pairs, or something else than pairs of texts.
+        """
+        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        given = [cast("tuple[str, str]", tuple(pair)) for pair in ([pairs] if single else pairs)]
+        if not given:
+            raise ValueError("pairs is empty: there is nothing to score.")
+        for i, pair in enumerate(given):
+            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise ValueError(f"pair {i} is {pair!r}: a pair is a query and a document, two texts.")
+        rows, _ = encode_pairs(given, self.tokenizer, self.max_length)
+        policy = build_policy(policy="never")
+        scores = CandidatePass(self.badge, rows, policy, self.batch_size, self.max_state_bytes).run().scores
+        found = self._activated(scores)
+        return float(found[0]) if single else found
+
+    def _config(self, top_k: int, full_depth: bool, fields: dict[str, Any]) -> EarlyExitConfig:
+        """How the candidates of a call leave."""
+        own = EarlyExitConfig.of(self.badge.get_early_exit_config(), **fields)
+        if full_depth:
+            return EarlyExitConfig(policy="never")
+        if own.policy != "top_k" or own.parameters is None:
+            raise ValueError(
+                "the adapter was not calibrated for ranking: pass the exits' scores of some queries to "
+                "badge_peft.ranking.calibrate_ranking and store what it returns with model.set_early_exit_config; or "
+                "ask for rank(..., full_depth=True)."
+            )
+        calibrated = 10 if own.top_k is None else own.top_k
+        if top_k <= calibrated:
+            return own
+        warnings.warn(
+            f"the margins were calibrated for top_k={calibrated}, and {top_k} are asked for: how often these are full "
+            f"depth's is not known. Calibrate with top_k={top_k}.",
+            stacklevel=3,
+        )
+        return EarlyExitConfig.of(own, top_k=top_k)
+
+    def _activated(self, scores: Array) -> Array:
+        return scores if self.activation is None else self.activation(torch.from_numpy(scores)).float().numpy()

@@ -1,0 +1,184 @@
+"""All candidates of a query, exit by exit, though no more than `batch_size` of them are ever in a block.
+
+The bar of an exit is that of the whole query, so no candidate may go past an exit before all have come to it. A
+*segment* is what lies between two decisions: the blocks behind one and up to the next. It runs slice by slice, the
+candidates sorted by length and each slice as long as its longest. Every slice is a call of the model as ever, so the
+Hugging Face layer loop stays in control: blocks outside of the segment hand their input on, and the first block inside
+gets the states that the segment before has left in the `StateStore`. What leaves is gone from all further slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.pass_ import as_result
+from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.early_exit.readers import ExitReader
+from badge_peft.evaluation.collate import pad_features
+from badge_peft.model import BadgeModel
+from badge_peft.ranking.states import StateStore
+from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
+from badge_peft.tuner.context import Frame
+from badge_peft.tuner.layer import BadgeBlock
+
+Array = np.ndarray
+
+
+@dataclass
+class RankedCandidates:
+    """What came of the candidates of a query.
+
+    Args:
+        scores: [N] float32, of the exit at which each stopped.
+        exit_layer: [N], the block that answered.
+        left: Block number of each exit at which candidates could leave -> how many went on behind it.
+        non_finite: [N] bool, the candidates with a score that was NaN or infinite where it was looked at.
+    """
+
+    scores: Array
+    exit_layer: Array
+    left: dict[int, int]
+    non_finite: Array
+
+
+class SegmentPass(BlockPass):
+    """One slice in the blocks of one segment.
+
+    Args:
+        reader: Of the slice.
+        blocks: Those that run, one after another; none in the segment of exit 0.
+        exits: Block numbers of the exits to read.
+        states: H of the block before the first, where that is not the model's own input.
+        tuple_length: Of what a block returns, 0 for a tensor; None: no block has run yet.
+
+    Attributes:
+        scores: Exit -> [b, 1].
+        states: H of the last of `blocks`, as the next one would get it.
+        tuple_length: The same, once it is known.
+    """
+
+    def __init__(
+        self, reader: ExitReader, blocks: range, exits: list[int], states: Tensor | None, tuple_length: int | None
+    ) -> None:
+        super().__init__()
+        self.reader = reader
+        self.blocks = blocks
+        self.exits = exits
+        self.states = states
+        self.tuple_length = tuple_length
+        self.scores: dict[int, Tensor] = {}
+
+    def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs `block` where it belongs to the segment."""
+        number = self.number_of(block)
+        hidden = states_of(args, kwargs)
+        if number == 1:
+            self._read(block, 0, Frame(hidden))
+        if number == self.blocks.stop:
+            self.states = hidden
+        if number not in self.blocks and self.tuple_length is not None:
+            return as_result(hidden, self.tuple_length)
+        if number == self.blocks.start and self.states is not None:
+            args, kwargs = with_states(self.states, args, kwargs)
+        result, frame = self.run_block(block, args, kwargs)
+        self.tuple_length = len(result) if isinstance(result, tuple) else 0
+        self._read(block, number, frame)
+        return result
+
+    def _read(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        if number in self.exits and block.has_exit(self.reader.exits.adapter, number):
+            self.scores[number], _ = self.reader.read(block, number, frame)
+
+
+class CandidatePass:
+    """The candidates of one query on their way through the model.
+
+    Args:
+        badge: In eval mode.
+        rows: Token columns of each candidate, N.
+        policy: Checked against the adapter.
+        batch_size: Rows in a block at once.
+        max_state_bytes: As for `StateStore`.
+    """
+
+    def __init__(
+        self,
+        badge: BadgeModel,
+        rows: list[dict[str, Any]],
+        policy: ExitPolicy,
+        batch_size: int,
+        max_state_bytes: int,
+    ) -> None:
+        self.badge = badge
+        self.rows = rows
+        self.policy = policy
+        self.batch_size = batch_size
+        self.max_state_bytes = max_state_bytes
+        self.exits = badge.adapter_exits(badge.single_active_adapter())
+        self.lengths: Array = np.array([len(row["input_ids"]) for row in rows])
+        self.device = next(badge.model.parameters()).device
+        self._store: StateStore | None = None
+        self._tuple_length: int | None = None
+
+    @torch.no_grad()
+    def run(self) -> RankedCandidates:
+        """Until every candidate has its answer."""
+        numbers, n = self.exits.numbers, len(self.rows)
+        history = ExitHistory(numbers, n, self.exits.num_labels, self.exits.problem_type)
+        found = RankedCandidates(np.zeros(n, np.float32), np.full(n, -1, np.int64), {}, np.zeros(n, bool))
+        active = np.argsort(-self.lengths, kind="stable")  # as in the history
+        block, first = 1, 0
+        for j in (j for j in range(len(numbers)) if self.policy.can_exit(numbers, j)):
+            read = [i for i in range(first, j + 1) if self.policy.needs_logits(numbers, i)]
+            final = self.policy.is_final(numbers, j)
+            scores = self._segment(active, range(block, numbers[j] + 1), [numbers[i] for i in read], final)
+            for i in range(first, j + 1):
+                history.append(scores[read.index(i)][:, None]) if i in read else history.skip()
+            stops = self.policy.stops(history, j)
+            if history.finite is not None:
+                found.non_finite[active] |= ~history.finite[first : j + 1].all(axis=0)
+            found.scores[active[stops]] = scores[-1][stops]
+            found.exit_layer[active[stops]] = numbers[j]
+            active = active[~stops]
+            found.left[numbers[j]] = len(active)
+            if not len(active):
+                break
+            history.keep(~stops)
+            block, first = numbers[j] + 1, j + 1
+        return found
+
+    def _segment(self, active: Array, blocks: range, exits: list[int], final: bool) -> Array:
+        """[R, n]: what the R `exits` say about the `active` candidates, behind these blocks."""
+        scores = np.empty((len(exits), len(active)), dtype=np.float32)
+        for place, rows in self._slices(active):
+            batch = {
+                k: v.to(self.device) for k, v in pad_features([self.rows[i] for i in rows], self.badge.model).items()
+            }
+            reader = ExitReader(self.exits, len(rows), batch["attention_mask"])
+            before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
+            running = SegmentPass(reader, blocks, exits, before, self._tuple_length)
+            with running:
+                base = self.badge.model(return_dict=True, **batch)
+            self._tuple_length = running.tuple_length
+            if exits[-1] not in running.scores:  # the model's own head
+                running.scores[exits[-1]] = base.logits
+            for r, number in enumerate(exits):
+                scores[r, place : place + len(rows)] = running.scores[number][:, 0].float().cpu().numpy()
+            if not final and len(blocks):
+                assert running.states is not None
+                if self._store is None:
+                    self._store = StateStore(self.lengths, active, running.states, self.max_state_bytes)
+                self._store.put(rows, running.states)
+        return scores
+
+    def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
+        """Where each slice begins, and its candidates."""
+        for place in range(0, len(active), self.batch_size):
+            yield place, active[place : place + self.batch_size].tolist()
