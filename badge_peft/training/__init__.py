@@ -5,6 +5,7 @@ from __future__ import annotations
 from badge_peft.training.arguments import MultiExitTrainingArguments, multi_exit_arguments
 from badge_peft.training.objectives import OBJECTIVES, Objective
 from badge_peft.training.parameters import make_optimizer, parameter_groups
+from badge_peft.training.ranking import QueryCollator, RankingDistillation, query_batches
 from badge_peft.training.trainer import MultiExitTrainer
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "MultiExitTrainer",
     "MultiExitTrainingArguments",
     "Objective",
+    "QueryCollator",
+    "RankingDistillation",
     "make_optimizer",
     "multi_exit_arguments",
     "parameter_groups",
+    "query_batches",
 ]

@@ -20,6 +20,8 @@ from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number
 from badge_peft.utils.problem import problem_of
 
+GROUPS = "groups"  # the name in a batch of the query that each row belongs to
+
 
 @dataclass
 class Step:
@@ -33,6 +35,7 @@ class Step:
         number: Optimizer steps done before this one.
         output: Of the pass.
         criterion: The loss of one exit against labels.
+        groups: [B], the query of each row, where the batch has it.
     """
 
     exits: list[int]
@@ -42,6 +45,7 @@ class Step:
     number: int
     output: MultiExitOutput
     criterion: Criterion = field(default_factory=Criterion)
+    groups: Tensor | None = None
 
     def loss(self, index: int) -> Tensor:
         """Loss of one exit against the labels."""

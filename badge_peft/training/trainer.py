@@ -21,7 +21,7 @@ from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import EarlyStopping
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
-from badge_peft.training.objectives import Objective, Step
+from badge_peft.training.objectives import GROUPS, Objective, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
@@ -123,7 +123,7 @@ class MultiExitTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's loss of one batch."""
-        features = {k: v for k, v in inputs.items() if k != "labels"}
+        features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS)}
         labels = inputs.get("labels")
         if labels is not None:
             self.badge.check_labels(labels, count_rows(**features))
@@ -135,7 +135,7 @@ class MultiExitTrainer(Trainer):
         problem_type = config.resolved_problem_type
         logits = list(outputs.exit_logits.unbind(dim=1))
         number, criterion = self.state.global_step, self._criterion()
-        loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion))
+        loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS)))
         if model.training:
             check_loss(loss, self.state.global_step + 1)
         if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
