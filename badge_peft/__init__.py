@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from badge_peft._version import package_version
+from badge_peft.bundle import save_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.hub import load_pretrained, push_to_hub
 from badge_peft.integrations.adapters import AdaptersLibrary
 from badge_peft.model import BadgeModel
-from badge_peft.outputs import EarlyExitOutput, MultiExitOutput
+from badge_peft.outputs import EarlyExitOutput, MultiExitOutput, MultiTaskOutput
 from badge_peft.registry import register
 from badge_peft.tuner.architectures import ARCHITECTURES, BlockLayout
 from badge_peft.tuner.bypass import Bypass
@@ -67,6 +68,7 @@ __all__ = [
     "MultiExitOutput",
     "MultiExitTrainer",
     "MultiExitTrainingArguments",
+    "MultiTaskOutput",
     "TradeOff",
     "TradeOffPoint",
     "calibrate",
@@ -83,6 +85,7 @@ __all__ = [
     "pipeline",
     "plot_tradeoff",
     "push_to_hub",
+    "save_tasks",
     "sweep",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from json import JSONDecodeError
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,9 +16,11 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForSequenceClassification
 
+from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
+from badge_peft.utils.paths import is_local
 
 _NO_CONFIG = (AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError)
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
@@ -38,7 +41,7 @@ PUSHED = (
 
 
 def load_pretrained(
-    path_or_repo: str,
+    path_or_repo: str | Mapping[str, str],
     *,
     revision: str | None = None,
     base_model: Any = None,
@@ -46,13 +49,14 @@ def load_pretrained(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
-    """Loads an adapter on its base model, ready for `early_exit_forward`.
+    """Loads an adapter on its base model, or those of many tasks, ready for `early_exit_forward`.
 
     Args:
-        path_or_repo: A folder that `save_pretrained` wrote, or a Hub repository.
+        path_or_repo: A folder that `save_pretrained` wrote, or a Hub repository. For many tasks a bundle, which
+            `save_tasks` wrote, or a dict from tasks to folders or repositories; the first is then the active one.
         revision: Of the adapter's repository.
         base_model: A loaded model, or the path or repository of one; None takes what the adapter's config names.
-        adapter_name: What the adapter is called in the model.
+        adapter_name: What the adapter is called in the model; those of many tasks are called as their tasks.
         is_trainable: Load it for more training.
         **kwargs: For `AutoModelForSequenceClassification.from_pretrained` (`dtype`, `device_map`, `token`, ...).
 
@@ -60,9 +64,14 @@ def load_pretrained(
         The PEFT model, in eval mode unless `is_trainable`.
 
     Raises:
-        ValueError: there is no adapter, it is not BADGE's, or it does not fit the base model.
+        ValueError: there is no adapter, it is not BADGE's, or it does not fit the base model; tasks that cannot share
+            a pass.
     """
     hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+    tasks = path_or_repo if isinstance(path_or_repo, Mapping) else find_tasks(path_or_repo)
+    if tasks is not None:
+        return _load_tasks(dict(tasks), base_model, is_trainable, hub, kwargs)
+    assert isinstance(path_or_repo, str)
     try:
         config = PeftConfig.from_pretrained(path_or_repo, revision=revision, **hub)
     except _NO_CONFIG as error:  # PEFT takes for granted that the file is a config
@@ -70,6 +79,12 @@ def load_pretrained(
             f"{path_or_repo}/{CONFIG} is no config of an adapter ({type(error).__name__}: {error}): it is damaged. "
             "Copy, download or save the adapter again."
         ) from error
+    except ValueError:  # no adapter: a bundle on the Hub?
+        downloaded = None if is_local(path_or_repo) else download_bundle(path_or_repo, revision, **hub)
+        tasks = find_tasks(downloaded) if downloaded else None
+        if tasks is None:
+            raise
+        return _load_tasks(tasks, base_model, is_trainable, hub, kwargs)
     if not is_badge(config):
         raise ValueError(
             f"{path_or_repo} holds a {config.peft_type} adapter, not a BADGE one: load it with PeftModel."
@@ -82,16 +97,40 @@ def load_pretrained(
         if config.revision:
             kwargs.setdefault("revision", config.revision)
     if isinstance(base_model, str):
-        if config.num_labels is not None:
-            kwargs.setdefault("num_labels", config.num_labels)
-        if config.final_exit == "exit":  # the base model's own head is not read, whatever its size
-            kwargs.setdefault("ignore_mismatched_sizes", True)
-        base_model = AutoModelForSequenceClassification.from_pretrained(base_model, **kwargs)
+        base_model = _load_base(base_model, config, kwargs)
     model = PeftModel.from_pretrained(
         base_model, path_or_repo, adapter_name=adapter_name, is_trainable=is_trainable, revision=revision, **hub
     )
     if config.label_names is not None:
         get_badge_model(model).name_labels(config.label_names)
+    return model if is_trainable else model.eval()
+
+
+def _load_base(name: str, config: BadgeConfig, kwargs: dict[str, Any]) -> Any:
+    """The base model, sized for an adapter."""
+    if config.num_labels is not None:
+        kwargs.setdefault("num_labels", config.num_labels)
+    if config.final_exit == "exit" or config.train_head:  # the base model's own head is not read, whatever its size
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+    return AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+
+
+def _load_tasks(
+    tasks: dict[str, str], base_model: Any, is_trainable: bool, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PeftModel:
+    """The adapters of these tasks on one base model."""
+    configs = read_configs(tasks, own_base=base_model is None, **hub)
+    # the base model's own head, where a task reads it, says how many labels the base model has
+    order = sorted(tasks, key=lambda name: (configs[name].final_exit == "exit", configs[name].train_head))
+    first = order[0]
+    model = load_pretrained(
+        tasks[first], base_model=base_model, adapter_name=first, is_trainable=is_trainable, **kwargs
+    )
+    for name in order[1:]:
+        model.load_adapter(tasks[name], adapter_name=name, is_trainable=is_trainable, **hub)
+    for name in tasks:  # in their own order from now on
+        model.peft_config[name] = model.peft_config.pop(name)
+    model.set_adapter(next(iter(tasks)), inference_mode=not is_trainable)
     return model if is_trainable else model.eval()
 
 

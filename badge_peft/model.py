@@ -27,7 +27,7 @@ from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
-from badge_peft.tuner.saved_modules import saved_names, watch_saved_modules
+from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names, watch_saved_modules
 
 
 class BadgeModel(EarlyExitMixin, BaseTuner):
@@ -112,6 +112,15 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             raise ValueError(f"there is no adapter {name!r}; the model has {', '.join(map(repr, self.peft_config))}.")
         return cast(BadgeConfig, self.peft_config[name])
 
+    def label_names(self, adapter_name: str | None = None) -> list[str]:
+        """Names of the labels of `adapter_name` (None: the active adapter): its own, else those of the base model
+        where it has as many, else transformers' `LABEL_0`, ..."""
+        config = self.config_of(adapter_name)
+        base = self._own_labels.get("id2label") or getattr(self.model.config, "id2label", None) or {}
+        count = config.resolved_labels
+        named = {**base} if len(base) == count else {}
+        return list(config.label_names or (str(named.get(i, f"LABEL_{i}")) for i in range(count)))
+
     def weights_hash(self) -> str:
         """Of the active adapter's weights as they are now: what `save_pretrained` records in `adapter_config.json`."""
         with warnings.catch_warnings():
@@ -162,6 +171,11 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter on the model; PEFT calls it for the first and for those that are added."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.config_of(adapter_name)
+        if has_own_labels(self.model, config, self.layout):
+            copies = getattr(self.model, self.layout.head[-1]).modules_to_save
+            std = getattr(self.model.config, "initializer_range", 0.02)
+            copies[adapter_name] = resized(copies[adapter_name], config.resolved_labels, std)
         watch_saved_modules(model)
 
     def _name_of(self, config: BadgeConfig) -> str:

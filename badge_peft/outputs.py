@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,29 @@ class EarlyExitOutput(ModelOutput):
     exit_layer: Tensor | None = None
     non_finite: Tensor | None = None
     num_labels: Tensor | None = None
+
+
+@dataclass(eq=False)
+class MultiTaskOutput(Mapping[str, EarlyExitOutput]):
+    """The answers of many tasks on the same rows: a mapping from adapter name to its `EarlyExitOutput`, each as a call
+    with that adapter alone gives it.
+
+    Args:
+        answers: By task, in the order of the call.
+        blocks_run: [B], the deepest block that each row went through: as deep as its slowest task. 0: none.
+    """
+
+    answers: dict[str, EarlyExitOutput]
+    blocks_run: Tensor
+
+    def __getitem__(self, task: str) -> EarlyExitOutput:
+        return self.answers[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.answers)
+
+    def __len__(self) -> int:
+        return len(self.answers)
 
 
 def ignore_exit_logits(model: nn.Module) -> None:

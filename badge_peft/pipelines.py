@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, TextClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
+from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.tasks import config_of_each
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
@@ -50,11 +54,14 @@ class EarlyExitPipeline(TextClassificationPipeline):
         self, early_exit_config: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         rule = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
-        EarlyExitConfig.of(early_exit_config, **rule)  # a wrong value is refused before any text is read
+        self._check_rule(early_exit_config, rule)  # a wrong value is refused before any text is read
         if early_exit_config is not None:
             rule["early_exit_config"] = early_exit_config
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         return preprocess, {**forward, **rule}, postprocess
+
+    def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
+        EarlyExitConfig.of(early_exit_config, **fields)
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]
         return early_exit_forward(self.model, **rule, **model_inputs)
@@ -71,6 +78,52 @@ class EarlyExitPipeline(TextClassificationPipeline):
         return said
 
 
+class MultiTaskPipeline(EarlyExitPipeline):
+    """As `EarlyExitPipeline`, for many tasks in one pass: each text's answer is a dict from tasks to what the pipeline
+    of that task alone would say.
+
+    Args:
+        tasks: Names of adapters.
+        **kwargs: As for `EarlyExitPipeline`; `early_exit_config` may also be a dict from tasks to configs.
+    """
+
+    def __init__(self, *args: Any, tasks: Sequence[str], **kwargs: Any) -> None:
+        self.tasks = list(tasks)
+        super().__init__(*args, **kwargs)
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Each task is an adapter of the model."""
+        for task in self.tasks:
+            get_badge_model(self.model).config_of(task)
+
+    def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
+        for config in config_of_each(early_exit_config, self.tasks).values():
+            EarlyExitConfig.of(config, **fields)
+
+    def _forward(self, model_inputs: Any, **rule: Any) -> Any:
+        output = early_exit_forward(self.model, tasks=self.tasks, **rule, **model_inputs)
+        # transformers takes a batch apart where all values are tensors
+        return {(task, name): value for task, own in output.items() for name, value in own.items()}
+
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[tuple[str, str], Tensor], function_to_apply: Any = None, **kwargs: Any
+    ) -> Any:
+        """The answers of one text, by task."""
+        badge = get_badge_model(self.model)
+        found = {}
+        for task in self.tasks:
+            names = dict(enumerate(badge.label_names(task)))
+            function = function_to_apply or _FUNCTIONS[badge.config_of(task).resolved_problem_type]
+            of_task: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label=names)))
+            said: Any = TextClassificationPipeline.postprocess(
+                of_task, {"logits": model_outputs[task, "logits"]}, function_to_apply=function, **kwargs
+            )
+            for answer in said if isinstance(said, list) else [said]:
+                answer["exit_layer"] = int(model_outputs[task, "exit_layer"][0])
+            found[task] = said
+        return found
+
+
 def pipeline(
     task: str = "text-classification",
     model: Any = None,
@@ -80,6 +133,7 @@ def pipeline(
     device: Any = None,
     revision: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    tasks: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> EarlyExitPipeline:
     """A text-classification pipeline that exits early, made as `transformers.pipeline` makes one.
@@ -87,12 +141,15 @@ def pipeline(
     Args:
         task: `text-classification` (or `sentiment-analysis`).
         model: An adapter's folder or Hub repository, or a PEFT model with a BADGE adapter, which goes into eval mode.
+            For many tasks a bundle, which `save_tasks` wrote, or a dict from tasks to folders or repositories.
         tokenizer: A tokenizer, or the folder or repository of one; None takes the one that lies beside the adapter,
             else that of its base model.
         batch_size: Texts per pass; None is 1.
         device: As for `transformers.pipeline`; None leaves a loaded model where it is.
         revision: Of the adapter's repository.
         model_kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
+        tasks: Names of adapters of the model that each answer every text, in one pass: then each answer is a dict from
+            tasks to answers. None: all of a bundle or a dict; else the active adapter alone.
         **kwargs: `top_k`, `function_to_apply`, arguments of the tokenizer, `early_exit_config`, and fields of
             `EarlyExitConfig`: how the pipeline answers when a call does not say.
 
@@ -110,9 +167,15 @@ def pipeline(
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not allowed: BADGE classifies sequences, so it must be {TASKS[0]!r}.")
     source = None
-    if isinstance(model, (str, PathLike)):
+    if isinstance(model, Mapping):
+        sources = [str(place) for place in model.values()]
+        model = load_pretrained(model, **(model_kwargs or {}))
+        source, tasks = sources[0], tasks or list(model.peft_config)
+    elif isinstance(model, (str, PathLike)):
         source = str(model)
         model = load_pretrained(source, revision=revision, **(model_kwargs or {}))
+        if tasks is None and (find_tasks(source) or len(model.peft_config) > 1):
+            tasks = list(model.peft_config)
     elif not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not allowed: give an adapter's folder or repository, or a loaded model.")
     elif device is None and getattr(model, "hf_device_map", None) is None:
@@ -122,9 +185,10 @@ def pipeline(
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
         tokenizer = _load_tokenizer([place for place in places if place], revision if source else None)
     model.eval()
-    return EarlyExitPipeline(
-        model=model, tokenizer=tokenizer, task=TASKS[0], device=device, batch_size=batch_size, **kwargs
-    )
+    made: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "batch_size": batch_size}
+    if tasks is not None:
+        return MultiTaskPipeline(task=TASKS[0], tasks=tasks, **made, **kwargs)
+    return EarlyExitPipeline(task=TASKS[0], **made, **kwargs)
 
 
 def _load_tokenizer(places: list[str], revision: str | None) -> Any:

@@ -34,7 +34,10 @@ ELSEWHERE = {
     "docs/serving.md": "tests/cli/test_serving_page.py",
     "docs/ranking.md": "tests/ranking/test_page.py",
 }
-QUICK = ("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations")
+QUICK = (
+    *("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations"),
+    "many-tasks",
+)
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (
     "badge_peft",

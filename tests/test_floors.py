@@ -28,7 +28,7 @@ FLOORS = [
     ("early_exit", "model_card"),
     ("model",),
     ("compile", "evaluation", "training", "integrations"),
-    ("hub", "pipelines", "ranking", "export", "serving"),
+    ("bundle", "hub", "pipelines", "ranking", "export", "serving"),
     ("workflows", "app"),
     ("cli",),
 ]

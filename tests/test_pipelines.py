@@ -168,3 +168,72 @@ def test_what_is_refused(adapter: Path) -> None:
     more = make_badge(num_labels=5, final_exit="exit")
     with pytest.raises(ValueError, match="have 5 outputs, but the model's config names 3 labels: set id2label"):
         badge_peft.pipeline(model=more, tokenizer=make_tokenizer())
+
+
+# ---------------------------------------------------------------------------------------------------------- many tasks
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Three adapters for one base model, with labels and problem types of their own."""
+    folder = tmp_path_factory.mktemp("tasks")
+    kinds: dict[str, dict[str, Any]] = {
+        "mood": {"label_names": ["bad", "good"]},
+        "topics": {"num_labels": 4, "final_exit": "exit", "problem_type": "multi_label_classification"},
+        "degree": {"num_labels": 1, "final_exit": "exit", "problem_type": "regression"},
+    }
+    path = save_base(folder / "base", num_labels=2)
+    for name, fields in kinds.items():
+        model: Any = get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(path), BadgeConfig(r=4, exit_layers=[0, 1, 2], **fields)
+        )
+        shake(model.eval())
+        rule = {"policy": "patience", "patience": 1, "threshold": 0.5}
+        model.set_early_exit_config({"policy": "fixed_depth", "depth": 2} if name == "topics" else rule)
+        model.save_pretrained(str(folder / name))
+    return {name: str(folder / name) for name in kinds}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": None}, {"top_k": 1}, {"function_to_apply": "none"}], ids=str)
+def test_many_tasks_are_the_pipelines_of_each(tasks: dict[str, str], options: dict[str, Any]) -> None:
+    together = badge_peft.pipeline("text-classification", model=tasks, batch_size=5, tokenizer=make_tokenizer())
+    found: Any = together(TEXTS, **options)
+    one: Any = together(TEXTS[0], **options)
+    assert (one[0] if isinstance(one, list) else one).keys() == tasks.keys()
+    for name, place in tasks.items():
+        alone: Any = badge_peft.pipeline(model=place, batch_size=5, tokenizer=make_tokenizer())(TEXTS, **options)
+        for answer, want in zip(found, alone, strict=True):
+            ours, theirs = answer[name], want
+            if isinstance(theirs, dict):
+                ours, theirs = [ours], [theirs]
+            for one_answer, wanted in zip(ours, theirs, strict=True):
+                assert one_answer == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-5)}
+
+
+def test_a_bundle_and_a_loaded_model(tasks: dict[str, str], tmp_path: Path) -> None:
+    model = badge_peft.load_pretrained(tasks)
+    badge_peft.save_tasks(model, tmp_path / "bundle", tokenizer=make_tokenizer())
+    found: list[Any] = [
+        badge_peft.pipeline(model=str(tmp_path / "bundle"))(TEXTS),
+        badge_peft.pipeline(model=model, tokenizer=make_tokenizer(), tasks=list(tasks))(TEXTS),
+    ]
+    assert list(found[0][0]) == list(tasks) and found[0] == found[1]
+    some: Any = badge_peft.pipeline(model=model, tokenizer=make_tokenizer(), tasks=["degree"])(TEXTS)
+    assert [list(answer) for answer in some] == [["degree"]] * len(TEXTS)
+    alone: Any = badge_peft.pipeline(model=model, tokenizer=make_tokenizer())(TEXTS[0])
+    assert alone[0].keys() == {"label", "score", "exit_layer"}  # the active adapter
+
+
+def test_rules_for_all_tasks_or_for_each(tasks: dict[str, str]) -> None:
+    classify = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer(), policy="fixed_depth", depth=1)
+    assert {a["exit_layer"] for a in classify(TEXTS[0])[0].values()} == {1}
+    each: Any = classify(TEXTS[0], early_exit_config={"mood": {"policy": "never"}}, depth=2)
+    assert {name: a["exit_layer"] for name, a in each[0].items()} == {"mood": 2, "topics": 2, "degree": 2}
+    each = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer())(
+        TEXTS[0], early_exit_config={"mood": {"policy": "never"}, "topics": {"policy": "fixed_depth", "depth": 1}}
+    )
+    assert each[0]["mood"]["exit_layer"] == 3 and each[0]["topics"]["exit_layer"] == 1
+    with pytest.raises(ValueError, match="'other', which is no task"):
+        classify(TEXTS[0], early_exit_config={"other": {"policy": "never"}})
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        badge_peft.pipeline(model=classify.model, tokenizer=make_tokenizer(), tasks=["other"])

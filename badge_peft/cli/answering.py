@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from badge_peft.export.report import ParityReport
 
 
-def _check_file(_: type, value: str) -> None:
-    if value.startswith("-") and value != "-":
+def _check_file(_: Any, value: str | None) -> None:
+    if value is not None and value.startswith("-") and value != "-":
         raise ValueError("There is no such option.")
 
 
 def predict(
-    adapter: shared.Adapter,
-    file: Annotated[str, Parameter(allow_leading_hyphen=True, validator=_check_file)] = "-",
+    adapter: shared.AdapterOrTasks = None,
+    file: Annotated[str | None, Parameter(allow_leading_hyphen=True, validator=_check_file)] = None,
     /,
     *,
+    task: shared.Task = None,
     format: str | None = None,
     columns: TextColumns = TextColumns(),
     batch_size: PositiveInt = 32,
@@ -40,25 +41,36 @@ def predict(
     """Answer texts with early exits: one line of JSON per text, in the order of the texts.
 
     Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
+    With --task each line has these for every task, from one pass: badge-peft predict --task intent=DIR --task pii=DIR
+    texts.txt
 
     Several processes, started with accelerate launch or torchrun, share the texts among them; the output is that of
     one.
 
     Args:
-        file: Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file; - is the standard
-            input.
+        file: Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file. Default: -, the
+            standard input.
         format: text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input.
         batch_size: Batch size: texts per pass, in each process; 1 answers each line as soon as it is there.
     """
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.predict import predict as answer
     from badge_peft.workflows.stream import read_texts
+    from badge_peft.workflows.tasks import open_tasks, predict_tasks, tasks_of
 
-    opened = open_adapter(adapter, base_model, device)
-    config = opened.early_exit_config(**vars(overrides))
-    texts = read_texts(file, format, columns, opened.columns)
+    adapter, file = shared.arguments(task, adapter, file, "FILE")
+    tasks = tasks_of(task or [], adapter)
+    if tasks is not None:
+        stack = open_tasks(tasks, base_model, device)
+        texts = read_texts(file or "-", format, columns, stack.shared.columns)
+        found = predict_tasks(stack, texts, stack.early_exit_configs(**vars(overrides)), batch_size)
+    else:
+        assert adapter is not None
+        opened = open_adapter(adapter, base_model, device)
+        config = opened.early_exit_config(**vars(overrides))
+        found = answer(opened, read_texts(file or "-", format, columns, opened.columns), config, batch_size)
     try:
-        with closing(answer(opened, texts, config, batch_size)) as answers:
+        with closing(found) as answers:
             for line in answers:
                 print(f"{json.dumps(line, ensure_ascii=False)}\n", end="", flush=True)  # whole, should it be killed
     except BrokenPipeError:  # the reader, `head` say, has seen enough

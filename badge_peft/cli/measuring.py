@@ -14,10 +14,11 @@ from badge_peft.workflows.settings import Columns, PolicyOverrides
 
 
 def evaluate(
-    adapter: shared.Adapter,
-    data: shared.Data,
+    adapter: shared.AdapterOrTasks = None,
+    data: Annotated[str | None, Parameter(help=shared.DATA)] = None,
     /,
     *,
+    task: shared.Task = None,
     columns: Columns = Columns(),
     metric: shared.Metric = None,
     batch_size: shared.BatchSize = 32,
@@ -29,7 +30,8 @@ def evaluate(
 ) -> None:
     """Measure an adapter: how good each exit is, and what its policy costs and saves.
 
-    With labels the scores are against them; without, against full depth's answers.
+    With labels the scores are against them; without, against full depth's answers. With --task each task's labels are
+    in the column of its name.
 
     Several processes, started with accelerate launch or torchrun, share the rows among them.
 
@@ -40,8 +42,24 @@ def evaluate(
     from badge_peft.utils.distributed import is_main
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.evaluate import evaluate_adapter
-    from badge_peft.workflows.report import latency_line, measured_table, summary
+    from badge_peft.workflows.report import latency_line, measured_table, summary, tasks_summary, tasks_table
+    from badge_peft.workflows.tasks import evaluate_tasks, open_tasks, tasks_of
 
+    adapter, data = shared.arguments(task, adapter, data, "DATA")
+    if data is None:
+        raise ValueError("there is no DATA to evaluate on: name a file, a folder or a data set.")
+    tasks = tasks_of(task or [], adapter)
+    if tasks is not None:
+        if latency or save_logits is not None:
+            raise ValueError("--latency and --save-logits are for one adapter: badge-peft bench times many tasks.")
+        stack = open_tasks(tasks, base_model, device)
+        shared.prepare_folder(json_file)
+        found = {"adapters": tasks, "data": data, **evaluate_tasks(stack, data, columns, metric, batch_size)}
+        if is_main():
+            print(f"\n{tasks_table(found)}\n\n{tasks_summary(found)}")
+            shared.write(found, json_file)
+        return
+    assert adapter is not None
     opened = open_adapter(adapter, base_model, device)
     rows = opened.read(data, columns)
     shared.prepare_folder(json_file, save_logits)

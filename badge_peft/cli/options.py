@@ -18,6 +18,18 @@ DATA = (
 
 Adapter = Annotated[str, Parameter(help="Folder of the adapter, or a repository of the Hub.")]
 Data = Annotated[str, Parameter(help=DATA)]
+AdapterOrTasks = Annotated[
+    str | None,
+    Parameter(help="Folder of the adapter, or a repository of the Hub; or a bundle of many. Left out with --task."),
+]
+Task = Annotated[
+    list[str] | None,
+    Parameter(
+        "--task",
+        negative="",
+        help="NAME=ADAPTER, once for each task: many adapters of one base model, which answer every text in one pass.",
+    ),
+]
 OtherData = Annotated[
     str | None,
     Parameter(
@@ -48,6 +60,27 @@ for panel, groups in (
 ):
     for group in groups:
         Parameter("*", group=panel)(group)
+
+
+def arguments(tasks: list[str] | None, adapter: str | None, other: str | None, name: str) -> tuple[str | None, Any]:
+    """The adapter, and the argument behind it, which comes first where the adapters are named with `--task`.
+
+    Args:
+        tasks: What `--task` was given.
+        adapter: The first argument.
+        other: The second.
+        name: What the second is called.
+
+    Raises:
+        ValueError: there is one too many, or none.
+    """
+    if tasks:
+        if other is not None:
+            raise ValueError(f"with --task there is no ADAPTER: give {name} alone, got {adapter} and {other}.")
+        return None, adapter
+    if adapter is None:
+        raise ValueError("there is no adapter: give its folder, or many with --task NAME=ADAPTER.")
+    return adapter, other
 
 
 def prepare_folder(*files: Path | None) -> None:

@@ -6,7 +6,7 @@ travel through them together, and each is read by the exits of its own adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from badge_peft.early_exit.calls import Question
+from badge_peft.early_exit.readers import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.prepare import NO_HEAD
-
-Array = np.ndarray
+from badge_peft.tuner.saved_modules import RowHeads
 
 #: PEFT's name for rows without an adapter: the base model answers them, at full depth.
 BASE = "__base__"
@@ -33,19 +34,21 @@ class RowOrder:
 
     Args:
         adapter_names: One for each row, B.
+        config: How to stop, as the call has it.
 
     Attributes:
-        names: The different ones, in the order of their first row.
-        counts: Rows of each.
-        firsts: The first row of each, in the new order.
+        questions: One for each of the different names, in the order of their first row.
     """
 
-    def __init__(self, adapter_names: Sequence[str]) -> None:
-        self.names = list(dict.fromkeys(adapter_names))
-        self._which = np.array([self.names.index(name) for name in adapter_names])
+    def __init__(self, adapter_names: Sequence[str], config: Any = None) -> None:
+        names = list(dict.fromkeys(adapter_names))
+        self._which = np.array([names.index(name) for name in adapter_names])
         self._order = torch.from_numpy(self._which.argsort(kind="stable"))
-        self.counts: list[int] = np.bincount(self._which).tolist()
-        self.firsts = [end - count for count, end in zip(self.counts, accumulate(self.counts), strict=True)]
+        counts: list[int] = np.bincount(self._which).tolist()
+        self.questions = [
+            Question(name, end - count, count, config)
+            for name, count, end in zip(names, counts, accumulate(counts), strict=True)
+        ]
 
     def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model's inputs with their rows in the new order; what all rows share stays as it is."""
@@ -57,21 +60,24 @@ class RowOrder:
             for name, value in inputs.items()
         }
 
-    def sort_ids(self, ids: Array) -> Array:
-        """[B], one for each row, in the new order."""
-        return ids[self._order.numpy()]
+    def heads(self, readers: Sequence[PolicyReader]) -> RowHeads:
+        """Each row goes through the copy of its own adapter."""
+        return RowHeads([(question.adapter, question.rows) for question in self.questions])
 
-    def output(self, answers: list[Tensor], exit_layers: list[Array], non_finite: list[Array]) -> EarlyExitOutput:
-        """The output of all rows as they came, from the answers [n, K], the exits [n], and which rows [n] had logits
-        that are not finite, of each adapter."""
+    def output(self, readers: Sequence[PolicyReader]) -> EarlyExitOutput:
+        """The output of all rows as they came, from the reader of each adapter."""
+        found = [reader.output() for reader in readers]
+        answers: list[Any] = [output.logits for output in found]
         labels = [answer.shape[1] for answer in answers]
         dtype = reduce(torch.promote_types, (answer.dtype for answer in answers))
         wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[1]), value=-torch.inf) for x in answers]
-        back, device = self._order.argsort(), wide[0].device
+        exits, non_finite = (torch.cat([output[name] for output in found]) for name in ("exit_layer", "non_finite"))
+        device = wide[0].device
+        back = self._order.argsort().to(device)
         return EarlyExitOutput(
-            logits=torch.cat(wide)[back.to(device)],
-            exit_layer=torch.from_numpy(np.concatenate(exit_layers))[back].to(device),
-            non_finite=torch.from_numpy(np.concatenate(non_finite))[back].to(device),
+            logits=torch.cat(wide)[back],
+            exit_layer=exits[back],
+            non_finite=non_finite[back],
             num_labels=torch.tensor(labels)[torch.from_numpy(self._which)].to(device),
         )
 
@@ -104,14 +110,47 @@ def check_adapter_names(
             "name of an adapter for each of its rows."
         )
     names = list(dict.fromkeys(adapter_names))
-    unknown = [name for name in names if name != BASE and name not in configs]
-    if unknown:
-        raise ValueError(f"there is no adapter {unknown[0]!r}; the model has {', '.join(map(repr, configs))}.")
+    check_known(names, configs, BASE)
     if BASE in names and layout.head and not hasattr(model, layout.head[-1]):
         raise ValueError(
             f"adapter_names has {BASE!r}, but {type(model).__name__} has no head that could answer: give these "
             "rows the name of an adapter."
         )
+    check_frozen("adapter_names", names, model, layout, configs, active)
+
+
+def check_known(names: Iterable[str], configs: dict[str, BadgeConfig], *others: str) -> None:
+    """Refuses names of adapters that the model does not have; `others` are allowed, too.
+
+    Raises:
+        ValueError: which one.
+    """
+    unknown = [name for name in names if name not in configs and name not in others]
+    if unknown:
+        raise ValueError(f"there is no adapter {unknown[0]!r}; the model has {', '.join(map(repr, configs))}.")
+
+
+def check_frozen(
+    argument: str,
+    names: Sequence[str],
+    model: nn.Module,
+    layout: BlockLayout,
+    configs: dict[str, BadgeConfig],
+    active: Sequence[str],
+) -> None:
+    """Refuses adapters that change what the others' rows pass through.
+
+    Args:
+        argument: What named them.
+        names: The adapters, each once.
+        model: The base model.
+        layout: Where its parts are.
+        configs: Of the named adapters and of the active ones.
+        active: Names of the active adapters, which every row passes through.
+
+    Raises:
+        ValueError: which one, what it changes, and the remedy.
+    """
     for name in (*names, *active):
         changes = None if name == BASE else _changes(model, layout, name, configs[name])
         if changes is None:
@@ -119,7 +158,7 @@ def check_adapter_names(
         if name in names:
             raise ValueError(
                 f"adapter {name!r} has {changes}, so its rows cannot share a pass with those of others: run them in a "
-                f"call of their own, after set_adapter({name!r}). adapter_names takes adapters with backbone='frozen' "
+                f"call of their own, after set_adapter({name!r}). {argument} takes adapters with backbone='frozen' "
                 "that save no module but the model's head."
             )
         raise ValueError(

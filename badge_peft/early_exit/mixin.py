@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
 from badge_peft.early_exit.arguments import by_name, split_arguments
+from badge_peft.early_exit.calls import Call, OneAdapter, Question
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import PolicyReader
-from badge_peft.outputs import EarlyExitOutput
+from badge_peft.early_exit.tasks import Tasks, check_tasks
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_rows
@@ -119,9 +120,10 @@ class EarlyExitMixin:
         *,
         early_exit_config: Any = None,
         adapter_names: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         groups: Any = None,
         **kwargs: Any,
-    ) -> EarlyExitOutput:
+    ) -> Any:
         """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
 
         Row by row, a batch gives the exits and (to rounding) the logits that each row gives alone; with
@@ -129,23 +131,27 @@ class EarlyExitMixin:
         `eval()` first, as for `generate`: dropout makes exits random.
 
         Args:
-            early_exit_config: `EarlyExitConfig` or dict; None takes the adapter's own.
+            early_exit_config: `EarlyExitConfig` or dict; None takes the adapter's own. With `tasks` it may also be a
+                dict from tasks to such configs.
             adapter_names: A list with the adapter of each row, whichever is active; None: the active one. Rows of
                 different tasks share one pass, each with its adapter's bypasses, exits, labels and early-exit config;
                 `"__base__"` stands for the base model without an adapter. Only adapters with `backbone="frozen"`,
                 which save no module but the model's head.
+            tasks: Names of adapters that each answer every row, whichever is active: one pass for many tasks. A row
+                leaves after its last task has answered. Only adapters as for `adapter_names`.
             groups: [B], an id for each row, the same for the candidates of a query: what `policy="top_k"` reads. None:
                 the rows of each adapter are one query.
             **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win
                 over the config: `policy="divergence", threshold=0.2, patience=3`.
 
         Returns:
-            `logits` [B, K], `exit_layer` [B] and `non_finite` [B]; with `adapter_names` also `num_labels` [B],
-            and K is the largest.
+            An `EarlyExitOutput`: `logits` [B, K], `exit_layer` [B] and `non_finite` [B]; with `adapter_names` also
+            `num_labels` [B], and K is the largest. With `tasks` a `MultiTaskOutput`: a mapping from each of them to
+            its `EarlyExitOutput`, and `blocks_run` [B].
 
         Raises:
             ValueError: an empty batch, a wrong field, an argument that has no meaning here, or `adapter_names` or
-                `groups` that do not fit the rows or the model.
+                `tasks` or `groups` that do not fit the rows or the model.
         """
         overrides, inputs = split_arguments(self.model, kwargs)
         if not self.adapters_enabled:
@@ -155,55 +161,35 @@ class EarlyExitMixin:
                 "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=4
             )
         batch_size = count_rows(**inputs)
+        call = self._call(batch_size, adapter_names, tasks, early_exit_config)
+        inputs = call.sort(inputs)
         ids = group_codes(groups, batch_size)
-        order = None
-        if adapter_names is not None:
-            check_adapter_names(
-                adapter_names, batch_size, self.model, self.layout, self.peft_config, self.active_adapters
-            )
-            order = RowOrder(adapter_names)
-            inputs = order.sort(inputs)
-            ids = None if ids is None else order.sort_ids(ids)
-            parts = list(zip(order.names, order.firsts, order.counts, strict=True))
-        else:
-            parts = [(self.single_active_adapter(), 0, batch_size)]
+        if ids is not None:
+            ids = call.sort({"groups": torch.from_numpy(ids)})["groups"].numpy()
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
         mask = inputs.get("attention_mask")
-        readers = []
-        for name, first, rows in parts:
-            own_mask = mask
-            if mask is not None and rows < batch_size and mask.shape[0] == batch_size:
-                own_mask = mask[first : first + rows]
-            own_ids = None if ids is None else ids[first : first + rows]
-            readers.append(self._reader(name, rows, own_mask, first, early_exit_config, overrides, own_ids))
+        readers = [self._reader(question, batch_size, mask, overrides, ids) for question in call.questions]
         running = self._pass(EarlyExitPass, readers, batch_size, mask)
-        if order is not None:
-            running.adapter_rows = [(name, rows) for name, _, rows in parts]
+        running.heads = call.heads(readers)
         with running:
             base = self.model(return_dict=True, **inputs)
-        answers = []
         for reader in readers:
             if not reader.exits.has_final_exit:
-                reader.finish(base.logits[reader.first : reader.first + reader.rows])
-            assert reader.answer is not None  # every row has its answer
-            answers.append(reader.answer)
-        non_finite = [reader.check_answer() for reader in readers]
-        found = sum(np.count_nonzero(rows) for rows in non_finite)
-        if found:
+                own = base.logits if running.heads is None else running.heads.logits(base.logits)[reader.exits.adapter]
+                reader.finish(own[:, : reader.exits.num_labels])
+        output = call.output(readers)
+        non_finite = np.zeros(batch_size, dtype=bool)
+        for reader in readers:
+            non_finite[reader.first : reader.first + reader.rows] |= reader.non_finite
+        if non_finite.any():
             warnings.warn(
-                f"{found} of {batch_size} rows had logits that are NaN or infinite at an exit. They did not stop "
-                "there; the output's `non_finite` says which rows. Check the precision and the weights of the model.",
+                f"{np.count_nonzero(non_finite)} of {batch_size} rows had logits that are NaN or infinite at an exit. "
+                "They did not stop there; the output's `non_finite` says which rows. Check the precision and the "
+                "weights of the model.",
                 stacklevel=4,
             )
-        if order is not None:
-            return order.output(answers, [reader.exit_layer for reader in readers], non_finite)
-        device = answers[0].device
-        return EarlyExitOutput(
-            logits=answers[0],
-            exit_layer=torch.from_numpy(readers[0].exit_layer).to(device),
-            non_finite=torch.from_numpy(non_finite[0]).to(device),
-        )
+        return output
 
     def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:
         """How `adapter_name` (None: the active adapter) stops; the default config when it has none of its own."""
@@ -231,28 +217,44 @@ class EarlyExitMixin:
         trained = partial(is_trained, self.model, self.layout)
         return kind(readers, batch_size, mask, self.num_blocks, compiled=self.compiled, trains_backbone=trained)
 
+    def _call(
+        self, batch_size: int, adapter_names: Sequence[str] | None, tasks: Sequence[str] | None, config: Any
+    ) -> Call:
+        """Which adapters are asked.
+
+        Raises:
+            ValueError: `adapter_names` or `tasks` do not fit.
+        """
+        if adapter_names is not None and tasks is not None:
+            raise ValueError("adapter_names has one adapter for each row, tasks has them all for every row: give one.")
+        if tasks is not None:
+            check_tasks(tasks, self.model, self.layout, self.peft_config, self.active_adapters)
+            last = getattr(self.model, self.layout.head[-1], None) if self.layout.head else None
+            return Tasks(tasks, batch_size, config, last)
+        if adapter_names is None:
+            return OneAdapter(self.single_active_adapter(), batch_size, config)
+        check_adapter_names(adapter_names, batch_size, self.model, self.layout, self.peft_config, self.active_adapters)
+        return RowOrder(adapter_names, config)
+
     def _reader(
-        self,
-        name: str,
-        rows: int,
-        mask: Tensor | None,
-        first: int,
-        config: Any,
-        overrides: dict[str, Any],
-        groups: Any = None,
+        self, asked: Question, batch_size: int, mask: Tensor | None, overrides: dict[str, Any], groups: Any
     ) -> PolicyReader:
+        name, first, rows = asked.adapter, asked.first, asked.rows
+        if mask is not None and rows < batch_size and mask.shape[0] == batch_size:
+            mask = mask[first : first + rows]
         if name == BASE:
             exits = AdapterExits(BASE, [self.num_blocks], "cls", self.model.config.num_labels, Problem.name, False)
             return PolicyReader(exits, rows, mask, first, build_policy(policy="never"))
-        policy = build_policy(self.config_of(name).early_exit if config is None else config, **overrides)
-        return PolicyReader(self.adapter_exits(name), rows, mask, first, policy, groups)
+        config = self.config_of(name).early_exit if asked.config is None else asked.config
+        own = None if groups is None else groups[first : first + rows]
+        return PolicyReader(self.adapter_exits(name), rows, mask, first, build_policy(config, **overrides), own)
 
 
 def _has_gradient(logits: Tensor | None) -> bool:
     return logits is not None and logits.requires_grad
 
 
-def early_exit_forward(model: nn.Module, **kwargs: Any) -> EarlyExitOutput:
+def early_exit_forward(model: nn.Module, **kwargs: Any) -> Any:
     """As the method of that name, for a PEFT model with an active BADGE adapter.
 
     Raises:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import AdapterExits, Exit, PastFutureState
 from badge_peft.tuner.layer import BadgeBlock
@@ -137,10 +138,16 @@ class PolicyReader(ExitReader):
             else:
                 self._store(_take(logits, rows).to(dtype), rows, self.exits.numbers[-1])
 
-    def check_answer(self) -> Array:
-        """`non_finite`, with the rows whose answer is."""
-        assert self.answer is not None  # every row has its answer
-        return self.non_finite | ~finite_rows(self.answer)
+    def output(self) -> EarlyExitOutput:
+        """The answers, once every row has its own; `non_finite` has the rows whose answer is, too."""
+        assert self.answer is not None
+        self.non_finite |= ~finite_rows(self.answer)
+        device = self.answer.device
+        return EarlyExitOutput(
+            logits=self.answer,
+            exit_layer=torch.from_numpy(self.exit_layer).to(device),
+            non_finite=torch.from_numpy(self.non_finite).to(device),
+        )
 
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number` where a decision may depend on it, and lets rows stop there."""

@@ -7,6 +7,7 @@ over the base model, in silence.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from badge_peft.tuner.identity import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config
-from badge_peft.tuner.saved_modules import saved_names
+from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names
 
 #: dtypes of the weights that an adapter is trained in. Others (float8, integers, complex) would be cast in silence.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -168,6 +169,8 @@ def _expected_tensors(model: nn.Module, config: BadgeConfig, layout: BlockLayout
     for name, module in model.named_modules():
         if any(name.endswith(saved) for saved in config.modules_to_save or ()):  # as PEFT looks for them
             module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            if has_own_labels(model, config, layout) and name == layout.head[-1]:
+                module = resized(copy.deepcopy(module).to("meta"), config.resolved_labels)
             tensors.update({base_name(f"{name}.{key}"): value for key, value in module.state_dict().items()})
     return tensors
 

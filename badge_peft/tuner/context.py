@@ -50,12 +50,11 @@ class PassContext:
 
     Attributes:
         frame: Of the block that runs now.
-        adapter_rows: Adapters and how many rows each has, in the order of the batch, where rows name their adapter;
-            a head that several adapters have trained reads it.
+        heads: Who answers at the model's own head, where several adapters do: `saved_modules.RowHeads`, `TaskHeads`.
     """
 
     frame: Frame | None = None
-    adapter_rows: list[tuple[str, int]] | None = None
+    heads: Any = None
 
     def __enter__(self) -> PassContext:
         self._token: Token[PassContext | None] = _CURRENT.set(self)

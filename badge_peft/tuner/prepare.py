@@ -51,7 +51,8 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     _check_saved("hidden_size", config.hidden_size, width)
     _check_head(model, config, layout)
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
-    num_labels, problem_type = _labels(model, config)
+    others = getattr(model, "peft_config", None) or {}
+    num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
     kind = pooling_kind(model, config, layout)
     if kind not in CHOICES["exit_pooling"][1:]:
         raise ValueError(
@@ -119,13 +120,15 @@ def _check_saved(name: str, expected: int | None, found: int) -> None:
         )
 
 
-def _labels(model: nn.Module, config: BadgeConfig) -> tuple[int, str | None]:
+def _labels(model: nn.Module, config: BadgeConfig, beside_others: bool) -> tuple[int, str | None]:
     head, head_type = extension_of(model).head_labels(model)
     model_labels = head if head is not None else getattr(model.config, "num_labels", None)
     num_labels = config.num_labels if config.num_labels is not None else model_labels
     if num_labels is None:
         raise ValueError("the model's config has no num_labels: pass BadgeConfig(num_labels=...).")
-    if config.final_exit == "base_head" and model_labels is not None and num_labels != model_labels:
+    # beside other tasks, an adapter that trains the head has a copy of it, which can have labels of its own
+    fits = num_labels == model_labels or (beside_others and config.train_head)
+    if config.final_exit == "base_head" and model_labels is not None and not fits:
         raise ValueError(
             f"the adapter has num_labels={num_labels}, but the model's head has {model_labels}: load the model with "
             f"num_labels={num_labels}, or use final_exit='exit', which does not read the model's head."

@@ -92,7 +92,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         ValueError: it is no BADGE adapter, or there is no tokenizer.
     """
     check_adapter(path)
-    where = _device(device)
+    where = choose_device(device)
     with quiet():
         model = load_pretrained(str(path), base_model=base_model).to(where)
     config = get_badge_model(model).config_of()
@@ -218,7 +218,12 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     write_json(Path(folder) / CONFIG, data)
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; None: a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -41,13 +42,19 @@ def predict(
     Raises:
         Exception: whatever reading the texts raises, in every process.
     """
+    return answer_in_turn(texts, batch_size, partial(_answer, adapter, config or adapter.early_exit_config()))
+
+
+def answer_in_turn(
+    texts: Iterable[Pair], batch_size: int, answer: Callable[[list[Pair]], list[dict[str, Any]]]
+) -> Generator[dict[str, Any], None, None]:
+    """What `answer` makes of the texts, batch by batch, as many at a time as there are processes; see `predict`."""
     check_int("batch_size", batch_size, at_least=1)
-    config = config or adapter.early_exit_config()
     rank, size = distributed.rank_world()
     source = iter(texts)
     while chunk := distributed.on_main(lambda: list(islice(source, size * batch_size))):
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        found = distributed.gather(_answer(adapter, mine, config) if mine else [])
+        found = distributed.gather(answer(mine) if mine else [])
         if rank == 0:
             try:
                 yield from found
@@ -56,7 +63,7 @@ def predict(
                 raise
 
 
-def _answer(adapter: Adapter, texts: list[Pair], config: EarlyExitConfig) -> list[dict[str, Any]]:
+def _answer(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[dict[str, Any]]:
     """The answers of one batch."""
     pairs = [pair for _, pair in texts if pair is not None]
     encoded = encode_texts([text for text, _ in texts], pairs or None, adapter.tokenizer)

@@ -59,6 +59,24 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tasks_table(report: dict[str, Any]) -> str:
+    """One line per task: its scores, and the blocks that it would run alone."""
+    lines = []
+    for task, own in report["tasks"].items():
+        early, metric = own["early_exit"], own["metric"]
+        score, full = (show(value, metric) for value in (early["score"], own["full_depth_score"]))
+        lines.append([task, str(own["rows"]), _metric_name(own), score, full, f"{early['mean_exit']:.2f}"])
+    return text_table(["task", "rows", "metric", "early exit", "full depth", "blocks, alone"], lines)
+
+
+def tasks_summary(report: dict[str, Any]) -> str:
+    """What one pass for all tasks runs."""
+    return (
+        f"one pass for {len(report['tasks'])} tasks: {report['mean_blocks']:.2f} of {report['num_blocks']} blocks per "
+        f"row on average, {report['blocks_saved']:.1%} less than a full pass for each task"
+    )
+
+
 def warning(report: dict[str, Any]) -> str:
     """What comes before all results of a training whose exits are good for nothing; else nothing."""
     constant = report["constant_answer"]

@@ -13,13 +13,13 @@ from torch import nn
 
 from badge_peft import BadgeConfig
 from badge_peft.tuner.context import PassContext
-from badge_peft.tuner.saved_modules import answer_by_rows
+from badge_peft.tuner.saved_modules import RowHeads, answer_by_adapters
 from tests.models import blocks_of, exits_of, make_badge, make_batch, make_model, shake
 
 
 def hooks(model: nn.Module) -> list[int]:
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return [list(wrapper._forward_hooks.values()).count(answer_by_rows) for wrapper in wrappers]
+    return [list(wrapper._forward_hooks.values()).count(answer_by_adapters) for wrapper in wrappers]
 
 
 def make_two(case: str = "bert", **fields: Any) -> Any:
@@ -45,7 +45,7 @@ def test_wrappers_stay_pefts_own_and_calls_of_one_adapter_are_theirs() -> None:
     wrapper = model.get_base_model().classifier
     assert type(wrapper) is ModulesToSaveWrapper
     states = torch.randn(4, 32)
-    assert answer_by_rows(wrapper, (states,), {}, None) is None  # outside of a call
+    assert answer_by_adapters(wrapper, (states,), {}, None) is None  # outside of a call
     with PassContext():
         assert torch.equal(wrapper(states), wrapper.modules_to_save["default"](states))
 
@@ -57,13 +57,13 @@ def test_rows_of_two_adapters_and_of_none(active: str) -> None:
     wrapper = model.get_base_model().classifier
     states = torch.randn(6, 32)
     run = PassContext()
-    run.adapter_rows = [("second", 1), ("__base__", 2), ("default", 3)]
+    run.heads = RowHeads([("second", 1), ("__base__", 2), ("default", 3)])
     with run:
         found = wrapper(states)
     heads = [wrapper.modules_to_save["second"], wrapper.original_module, wrapper.modules_to_save["default"]]
     expected = [head(part) for head, part in zip(heads, states.split([1, 2, 3]), strict=True)]
     assert torch.equal(found, torch.cat(expected))
-    run.adapter_rows = [("__base__", 6)]
+    run.heads = RowHeads([("__base__", 6)])
     with run:
         assert torch.equal(wrapper(states), make_model().classifier(states))
     assert exits_of(model, make_batch()).shape[0] == 4 and blocks_of(model)

@@ -1,0 +1,66 @@
+"""Which adapters a call of `early_exit_forward` asks, about which rows: one for all rows, one for each row, or many
+for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.outputs import EarlyExitOutput
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a call asks of one adapter.
+
+    Args:
+        adapter: Its name.
+        first: The first of its rows, which lie side by side.
+        rows: How many.
+        config: How to stop, as the call has it; None: the adapter's own.
+    """
+
+    adapter: str
+    first: int
+    rows: int
+    config: Any
+
+
+class Call(Protocol):
+    """One call.
+
+    Attributes:
+        questions: For each adapter.
+    """
+
+    questions: list[Question]
+
+    def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs with the rows of each adapter side by side."""
+
+    def heads(self, readers: Sequence[PolicyReader]) -> Any:
+        """Who answers at the model's own head; None: the active adapter."""
+
+    def output(self, readers: Sequence[PolicyReader]) -> Any:
+        """What the call returns, once every row has its answers."""
+
+
+class OneAdapter:
+    """A call of one adapter, which all rows are of."""
+
+    def __init__(self, adapter: str, batch_size: int, config: Any) -> None:
+        self.questions = [Question(adapter, 0, batch_size, config)]
+
+    def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As they are."""
+        return inputs
+
+    def heads(self, readers: Sequence[PolicyReader]) -> Any:
+        """The active adapter's."""
+        return None
+
+    def output(self, readers: Sequence[PolicyReader]) -> EarlyExitOutput:
+        """Its reader's."""
+        return readers[0].output()
