@@ -170,7 +170,7 @@ class EarlyExitMixin:
             inputs = self.compiled.pad(inputs)
         mask = inputs.get("attention_mask")
         readers = [self._reader(question, batch_size, mask, overrides, ids) for question in call.questions]
-        running = self._pass(EarlyExitPass, readers, batch_size, mask)
+        running = self._pass(EarlyExitPass, call.together(readers), batch_size, mask)
         running.heads = call.heads(readers)
         with running:
             base = self.model(return_dict=True, **inputs)

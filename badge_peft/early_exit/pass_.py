@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.early_exit.survivors import Survivors
+from badge_peft.early_exit.together import TaskReaders
 from badge_peft.tuner.block_pass import BlockPass, states_of
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
@@ -38,7 +39,7 @@ class EarlyExitPass(BlockPass):
 
     def __init__(
         self,
-        readers: Sequence[ExitReader],
+        readers: Sequence[ExitReader | TaskReaders],
         batch_size: int,
         attention_mask: Tensor | None,
         num_blocks: int,

@@ -54,6 +54,11 @@ class ExitReader:
         self.num_active = rows
         self.has_answered = False
 
+    @property
+    def adapters(self) -> list[str]:
+        """Whose exits are read."""
+        return [self.exits.adapter]
+
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Takes note of exit `number` of `block`, where the adapter has one.
 
@@ -151,22 +156,29 @@ class PolicyReader(ExitReader):
 
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number` where a decision may depend on it, and lets rows stop there."""
+        if self.asks(block, number):
+            self.take(number, *self.read(block, number, frame))
+
+    def asks(self, block: BadgeBlock, number: int) -> bool:
+        """Whether the logits of exit `number` are wanted, where there is one. Comes once at each block."""
         if not block.has_exit(self.exits.adapter, number):
-            return
+            return False
         exits, j = self.exits.numbers, self._position
         self._position += 1
         exit_ = block.own_exit(self.exits.adapter, number)
         if not (self.policy.needs_logits(exits, j) or exit_.feeds_later_exits):
             self._dtype = self._dtype or logits_dtype(exit_)
             self._undecided.append(None)
-            return
-        logits, uncertainty = self.read(block, number, frame)  # a row for each that is in the states
-        self._dtype = logits.dtype
-        active = None  # which of these have not stopped; None: all
-        if self.has_answered:
-            active = np.flatnonzero(self.is_active())
+            return False
+        return True
+
+    def take(self, number: int, logits: Tensor, uncertainty: Tensor | None) -> None:
+        """Takes what exit `number` says of each row in the states, and lets rows stop there."""
+        exits, j = self.exits.numbers, self._position - 1
+        self.note_dtype(logits.dtype)
+        active = self.active_rows()
         if self.policy.is_final(exits, j):
-            self._stop(logits, active, np.ones(self.num_active, dtype=bool), number)
+            self.stop(logits, active, np.ones(self.num_active, dtype=bool), number)
             return
         found = [logits] if uncertainty is None else [logits, uncertainty]
         self._undecided.append(found if active is None else [_take(x, active) for x in found])
@@ -176,13 +188,21 @@ class PolicyReader(ExitReader):
             if self.history.finite is not None:
                 self.non_finite[self.exit_layer < 0] |= ~self.history.finite.all(axis=0)
             if np.count_nonzero(stops):
-                self._stop(logits, active, stops, number)
+                self.stop(logits, active, stops, number)
                 if self.num_active:
                     self.history.keep(~stops)
+
+    def note_dtype(self, dtype: torch.dtype) -> None:
+        """Notes in which precision exits answer."""
+        self._dtype = dtype
 
     def is_active(self) -> Array:
         """[n] bool, of the reader's rows in the states: those that have no answer yet."""
         return self.exit_layer[self._places] < 0
+
+    def active_rows(self) -> Array | None:
+        """Places of the rows in the states that have no answer yet; None: all of them."""
+        return np.flatnonzero(self.is_active()) if self.has_answered else None
 
     def keep_rows(self, kept: Array, index: Tensor, length: int | None) -> None:
         """Goes on with some of its rows in the states; others may still ask about one that has its answer here."""
@@ -202,7 +222,7 @@ class PolicyReader(ExitReader):
                 self.history.append(*next(host))
         self._undecided.clear()
 
-    def _stop(self, logits: Tensor, active: Array | None, stops: Array, number: int) -> None:
+    def stop(self, logits: Tensor, active: Array | None, stops: Array, number: int) -> None:
         """Of the rows in the states those `active`, and of these the ones that `stops` marks, stop at `number`."""
         places = np.flatnonzero(stops) if active is None else active[stops]
         if len(places) == self.rows:

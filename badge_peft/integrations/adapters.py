@@ -144,9 +144,9 @@ def _check_call(model: nn.Module, args: tuple[Any, ...]) -> None:
     if not isinstance(running, EarlyExitPass):
         return
     configs: dict[str, BadgeConfig] = model.peft_config  # type: ignore[assignment]  # a module's attributes are untyped
-    for reader in running.readers:
-        if reader.exits.adapter in configs:  # rows may ask for the base model alone
-            AdaptersLibrary().check(model, configs[reader.exits.adapter])
+    for name in (name for reader in running.readers for name in reader.adapters):
+        if name in configs:  # rows may ask for the base model alone
+            AdaptersLibrary().check(model, configs[name])
 
 
 def _as_without_exits(block: BadgeBlock, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:

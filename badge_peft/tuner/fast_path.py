@@ -10,7 +10,7 @@ that have a hook or have been replaced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,28 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor] | None] = {
     nn.Tanh: torch.tanh,
     nn.Identity: None,
 }
+
+
+class PlainExit(NamedTuple):
+    """An exit and its bypass as the modules whose weights make all of it.
+
+    Args:
+        source: What the bypass reads: the name of a tensor in `Frame`; None: there is no bypass.
+        down: W_down.
+        activation: g1; None is the identity.
+        up: W_up.
+        norm: LN'.
+        dense: Of a `pooled` exit.
+        linear: Gives the logits.
+    """
+
+    source: str | None
+    down: Any
+    activation: Callable[[Tensor], Tensor] | None
+    up: Any
+    norm: Any
+    dense: Any
+    linear: Any
 
 
 def fast_exit(
@@ -53,6 +75,20 @@ def fast_exit(
         frame: What the block has just computed.
         pooling: Of this call.
     """
+    plain = plain_exit(exit_, bypass, placement, pre_norm, norm, frame)
+    if plain is None:
+        return None
+    vector = pooling.reduce(_states(plain, pre_norm, frame, pooling))
+    if plain.dense is not None:
+        vector = _linear(plain.dense, vector).tanh()
+    return vector, _linear(plain.linear, vector)
+
+
+def plain_exit(
+    exit_: nn.Module, bypass: nn.Module | None, placement: str, pre_norm: bool, norm: Any, frame: Frame
+) -> PlainExit | None:
+    """The parts of an exit that can be computed on their weights; None where it is the modules' work. Arguments are
+    those of `fast_exit`."""
     # a trace is made with gradients and checked without: both shall see the modules
     if torch.is_grad_enabled() or frame.scale_weights is not None or torch.jit.is_tracing():
         return None
@@ -64,26 +100,17 @@ def fast_exit(
         return None
     if not _plain(parts["linear"]) or kind is PooledExit and not _plain(parts["dense"]):
         return None
-    states = _states(bypass, placement, pre_norm, norm, frame, pooling)
-    if states is None or states.dtype != parts["linear"]._parameters["weight"].dtype:
-        return None
-    vector = pooling.reduce(states)
-    if kind is PooledExit:
-        vector = _linear(parts["dense"], vector).tanh()
-    return vector, _linear(parts["linear"], vector)
-
-
-def _states(
-    bypass: nn.Module | None, placement: str, pre_norm: bool, norm: Any, frame: Frame, pooling: Pooling
-) -> Tensor | None:
-    """H'_m at the position that the pooling picks (or at all): [B, d] or [B, S, d]."""
+    linear, dense = parts["linear"], parts["dense"] if kind is PooledExit else None
+    dtype = linear._parameters["weight"].dtype
     if bypass is None:
-        return None if pre_norm else pooling.pick(frame.output)
-    source = frame.block_input if placement == "block" else frame.attention if placement == "ffn" else None
+        fits = not pre_norm and frame.output.dtype == dtype
+        return PlainExit(None, None, None, None, None, dense, linear) if fits else None
+    name = "block_input" if placement == "block" else "attention" if placement == "ffn" else None
+    source = None if name is None else getattr(frame, name)
     residual = frame.output if pre_norm else frame.ffn_sum
     if source is None or residual is None or type(bypass) is not Bypass or _changed(bypass):
         return None
-    parts: Any = bypass._modules
+    parts = bypass._modules
     down, up, activation = parts["down"], parts["up"], parts["activation"]
     if not (_plain(down) and _plain(up) and type(activation) in _ACTIVATIONS) or _changed(activation):
         return None
@@ -93,13 +120,21 @@ def _states(
             return None
     if type(norm) is not nn.LayerNorm or norm.weight is None:
         return None
-    if not source.dtype == residual.dtype == norm.weight.dtype == down._parameters["weight"].dtype:
+    if not source.dtype == residual.dtype == norm.weight.dtype == down._parameters["weight"].dtype == dtype:
         return None
-    inner = _linear(down, pooling.pick(source))  # [B, r]
-    function = _ACTIVATIONS[type(activation)]
-    if function is not None:
-        inner = function(inner)
-    adjusted = _linear(up, inner).add_(pooling.pick(residual))  # B(.) + H_{m,F} (Eq. 1, 2)
+    return PlainExit(name, down, _ACTIVATIONS[type(activation)], up, norm, dense, linear)
+
+
+def _states(plain: PlainExit, pre_norm: bool, frame: Frame, pooling: Pooling) -> Tensor:
+    """H'_m at the position that the pooling picks (or at all): [B, d] or [B, S, d]."""
+    if plain.source is None:
+        return pooling.pick(frame.output)
+    inner = _linear(plain.down, pooling.pick(getattr(frame, plain.source)))  # [B, r]
+    if plain.activation is not None:
+        inner = plain.activation(inner)
+    residual: Any = frame.output if pre_norm else frame.ffn_sum
+    adjusted = _linear(plain.up, inner).add_(pooling.pick(residual))  # B(.) + H_{m,F} (Eq. 1, 2)
+    norm = plain.norm
     return F.layer_norm(adjusted, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 

@@ -95,10 +95,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             The vector [B, d] that the exit reads, and its logits [B, K].
         """
         exit_ = self.own_exit(exits.adapter, number)
-        bypasses: Any = self._adapters("badge_bypass").get(exits.adapter) if number > 0 else None
-        bypass = None if bypasses is None else bypasses._modules[str(number)]
-        has_norm = bypass is not None and bypass._modules.get("norm") is not None
-        norm = None if has_norm else self._exit_norm(exits.final_norm)
+        bypass, norm = self.bypass_of(exits, number)
         placement = self.badge_placement[exits.adapter]
         fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
         if fast is not None:
@@ -112,6 +109,13 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
                 states = apply_norm(self._exit_norm(exits.final_norm), states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
         return vector, exit_(vector, state)
+
+    def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:
+        """The bypass of exit `number`, where it has one, and LN' where it is not the bypass's own."""
+        bypasses: Any = self._adapters("badge_bypass").get(exits.adapter) if number > 0 else None
+        bypass = None if bypasses is None else bypasses._modules[str(number)]
+        has_norm = bypass is not None and bypass._modules.get("norm") is not None
+        return bypass, None if has_norm else self._exit_norm(exits.final_norm)
 
     def _exit_norm(self, final_norm: nn.Module | None) -> nn.Module:
         """The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN)."""

@@ -38,15 +38,16 @@ class Pooling:
         return states[torch.arange(states.shape[0], device=states.device), self._index]
 
     def reduce(self, states: Tensor) -> Tensor:
-        """[B, S, d] -> [B, d] for `mean`; what `pick` has picked stays as it is."""
+        """[..., B, S, d] -> [..., B, d] for `mean`; what `pick` has picked stays as it is."""
         if self.kind != "mean":
             return states
         if self.mask is None:
-            return states.mean(dim=1)
+            return states.mean(dim=-2)
         if self._weights is None:
             real = (self.mask != 0).to(states.dtype)
             self._weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)  # [B, 1, S]
-        return torch.bmm(self._weights.to(states.dtype), states).squeeze(1)
+        multiply = torch.bmm if states.dim() == 3 else torch.matmul
+        return multiply(self._weights.to(states.dtype), states).squeeze(-2)
 
     def rows(self, index: Tensor, length: int | None = None) -> Pooling:
         """The pooling of the rows `index` [b] alone, and of their first `length` positions (None: all)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -60,6 +60,12 @@ class ExitPolicy(PolicyText):
         last up to `max_exit`."""
         cap = self.max_exit
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
+
+    def company(self, num_labels: int) -> Hashable | None:
+        """What policies must have in common whose rows are decided in one array operation, beside the exits and the
+        problem type: `should_exit` is then `compare(score, thresholds)`, with a threshold for each row. None: this
+        policy decides by itself."""
+        return None
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""

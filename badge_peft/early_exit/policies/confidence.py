@@ -48,6 +48,7 @@ class EntropyPolicy(ConfidencePolicy):
 
     name = "entropy"
     in_default_sweep = True
+    counts_labels = False
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: nats."""
@@ -79,6 +80,7 @@ class MaxProbPolicy(ConfidencePolicy):
     name = "max_prob"
     stops_above = True
     in_default_sweep = True
+    counts_labels = False
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability."""

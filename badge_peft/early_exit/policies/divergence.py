@@ -40,6 +40,7 @@ class DivergencePolicy(ThresholdPolicy):
     counts_exits = True
     default_patience = 1
     in_default_sweep = True
+    counts_labels = False
 
     @property
     def kind(self) -> str:

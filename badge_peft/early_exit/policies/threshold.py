@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class ThresholdPolicy(ExitPolicy):
 
     #: Whether a row stops where the score is *at least* the threshold (a confidence), not *below* it (an uncertainty).
     stops_above: bool = False
+    #: Whether the score asks how many labels there are, and not only what the exits say of each.
+    counts_labels: ClassVar[bool] = True
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n] float32: how sure (or unsure) exit j (index) is of each row, from the exits up to j."""
@@ -34,9 +37,21 @@ class ThresholdPolicy(ExitPolicy):
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the score is on the right side of the threshold."""
-        tau = np.float32(self.threshold(history.num_labels, history.problem_type))
-        score = self.score(history, j)
+        return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type))
+
+    def compare(self, score: Array, threshold: float | Array) -> Array:
+        """[n] bool: which scores [n] lie on the right side of the threshold, one or [n]."""
+        tau = np.asarray(threshold, dtype=np.float32)
         return score >= tau if self.stops_above else score < tau
+
+    def company(self, num_labels: int) -> Hashable | None:
+        """All but the threshold; with scores that count labels, K too."""
+        own = type(self)
+        decides_by_score = own.should_exit is ThresholdPolicy.should_exit and own.stops is ExitPolicy.stops
+        if self.reads_uncertainty or not decides_by_score or own.compare is not ThresholdPolicy.compare:
+            return None
+        rest = replace(self.config, threshold=None, normalize=False, calibration=None)
+        return own, rest, num_labels if self.counts_labels else None
 
     def never_exits(self, history: ExitHistory) -> Array:
         """[n]: the score of an exit at which no row may stop."""
