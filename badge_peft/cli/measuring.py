@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -124,10 +125,11 @@ def sweep(
 
 
 def bench(
-    adapter: shared.Adapter,
-    data: shared.Data,
+    adapter: shared.AdapterOrTasks = None,
+    data: Annotated[str | None, Parameter(help=shared.DATA)] = None,
     /,
     *,
+    task: shared.Task = None,
     columns: Columns = Columns(),
     metric: shared.Metric = None,
     rows: PositiveInt = 200,
@@ -142,7 +144,8 @@ def bench(
     """Time an adapter on texts of yours beside what could be run instead.
 
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
-    in turn: milliseconds, texts per second, mean exit, and the score where the data has labels.
+    in turn: milliseconds, texts per second, mean exit, and the score where the data has labels. With --task: one pass
+    for all tasks, a call for each, and a full model for each, in PyTorch.
 
     Args:
         rows: How many texts to time: the first of the data.
@@ -153,8 +156,30 @@ def bench(
     from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.bench import bench_adapter
-    from badge_peft.workflows.report import bench_summary, bench_table
+    from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
+    from badge_peft.workflows.tasks import open_tasks, tasks_of
 
+    adapter, data = shared.arguments(task, adapter, data, "DATA")
+    if data is None:
+        raise ValueError("there is no DATA to time on: name a file, a folder or a data set.")
+    tasks = tasks_of(task or [], adapter)
+    if tasks is not None:
+        from badge_peft.workflows.bench_tasks import bench_tasks
+
+        stack = open_tasks(tasks, base_model, device)
+        configs = stack.early_exit_configs(**vars(overrides))
+        texts = stack.shared.read(data, replace(columns, label_column=None, unlabeled=True))
+        shared.prepare_folder(json_file)
+        found = {
+            "adapters": tasks,
+            "data": data,
+            "split": texts.split,
+            **bench_tasks(stack, texts, configs, rows, batch_size, threads),
+        }
+        print(f"\n{bench_tasks_table(found)}")
+        shared.write(found, json_file)
+        return
+    assert adapter is not None
     if onnx:
         require_onnx_exporter()
     opened = open_adapter(adapter, base_model, device)

@@ -41,7 +41,7 @@ class StackedExits:
         self.source: str = first.source or ""
         self.activation, self.norm = first.activation, first.norm
         self.labels = [e.linear.out_features for e in exits]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # plain tensors, for calls in either mode
             self.down = torch.stack([e.down.weight for e in exits])  # [T, r, d]
             self.down_bias = _stack([e.down.bias for e in exits])  # [T, r]
             self.up = torch.stack([e.up.weight.t() for e in exits])  # [T, r, d]
@@ -135,6 +135,8 @@ def _plain(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) ->
         return None
     bypass, norm = block.bypass_of(exits, number)
     placement, exit_ = block.badge_placement[exits.adapter], block.own_exit(exits.adapter, number)
+    if exit_.linear.weight.is_inference():  # such a weight does not tell when it changes
+        return None
     return plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
 
 

@@ -33,8 +33,8 @@ from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields, resolve_metric
 
 Batch = dict[str, Tensor]
-_WARMUP = 5  # batches, and the longest
-_PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
+WARMUP = 5  # batches, and the longest
+PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
 
 
 def bench_adapter(
@@ -81,13 +81,13 @@ def bench_adapter(
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
     batches = [pad_features(rows[start : start + batch_size], base) for start in range(0, len(rows), batch_size)]
     longest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    with _threads(threads) as used, tempfile.TemporaryDirectory() as folder:
+    with pinned_threads(threads) as used, tempfile.TemporaryDirectory() as folder:
         runners = _torch_runners(adapter, config)
         if onnx:
             runners |= _onnx_runners(adapter, config, Path(folder), used)
-        warmup = [longest, *batches[:_WARMUP]]
+        warmup = [longest, *batches[:WARMUP]]
         with torch.inference_mode():
-            timed = take_turns([*runners.values()], batches, warmup=warmup, pause=_PAUSE, progress="timing")
+            timed = take_turns([*runners.values()], batches, warmup=warmup, pause=PAUSE, progress="timing")
     found = zip(runners, timed, strict=True)
     return {
         "rows": len(rows),
@@ -117,7 +117,7 @@ def _torch_runners(adapter: Adapter, config: EarlyExitConfig) -> dict[str, Runne
         return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
 
     return {
-        "stock PyTorch": Runner(partial(_call, _stock_model(adapter)), move, read, adapter.device),
+        "stock PyTorch": Runner(partial(_call, stock_model(adapter)), move, read, adapter.device),
         "BADGE PyTorch": Runner(partial(_call, early), move, read, adapter.device),
     }
 
@@ -129,7 +129,7 @@ def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threa
     from badge_peft.export.plain import FullDepthExporter
     from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
 
-    plain = FullDepthExporter(_stock_model(adapter).cpu())
+    plain = FullDepthExporter(stock_model(adapter).cpu())
     early = OnnxExporter(adapter.model, config)
     found: dict[str, Runner] = {}
     for suffix in ("", " int8"):
@@ -148,7 +148,7 @@ def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threa
     return found
 
 
-def _stock_model(adapter: Adapter) -> Any:
+def stock_model(adapter: Adapter) -> Any:
     """A copy of the model with the adapter taken off."""
     return get_badge_model(copy.deepcopy(adapter.model)).unload().eval()
 
@@ -171,17 +171,24 @@ def _result(timed: Timed, own: ExitLogits, metric: str, stock_counts: bool) -> d
     comparable = bool(exits) or stock_counts
     same = problem_of(own.kind).same(logits, own.logits[:, -1])
     return {
-        "p50_ms": 1e3 * float(np.percentile(timed.seconds, 50)),
-        "p95_ms": 1e3 * float(np.percentile(timed.seconds, 95)),
-        "examples_per_s": len(logits) / sum(timed.seconds),
+        **times(timed, len(logits)),
         "mean_exit": float(np.concatenate(exits).mean()) if exits else float(own.depth),
         "score": score(own, logits, metric) if comparable and own.labels is not None else None,
         "answers_as_full_depth": same if comparable else None,
     }
 
 
+def times(timed: Timed, rows: int) -> dict[str, float]:
+    """What the clock says of one runner, which answered `rows` texts."""
+    return {
+        "p50_ms": 1e3 * float(np.percentile(timed.seconds, 50)),
+        "p95_ms": 1e3 * float(np.percentile(timed.seconds, 95)),
+        "examples_per_s": rows / sum(timed.seconds),
+    }
+
+
 @contextmanager
-def _threads(count: int | None) -> Iterator[int]:
+def pinned_threads(count: int | None) -> Iterator[int]:
     """Pins torch's threads, and says how many there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

@@ -163,6 +163,23 @@ def bench_summary(report: dict[str, Any]) -> str:
     )
 
 
+def bench_tasks_table(report: dict[str, Any]) -> str:
+    """One line per way to answer all tasks."""
+    unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
+    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "blocks per text"]
+    lines = [
+        [
+            row["name"],
+            f"{row['p50_ms']:.2f}",
+            f"{row['p95_ms']:.2f}",
+            f"{row['examples_per_s']:.1f}",
+            f"{row['blocks']:.2f}",
+        ]
+        for row in report["results"]
+    ]
+    return text_table(header, lines)
+
+
 def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Path, title: str) -> bool:
     """Draws the usual policies and, with a star, the chosen one; False where matplotlib is missing."""
     if find_spec("matplotlib") is None:

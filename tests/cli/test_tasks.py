@@ -134,3 +134,17 @@ def test_other_base_models_and_what_is_for_one_adapter(
     one_line(cli("evaluate", *options(tasks), rows, "--latency", 3, fails=True), "--latency", "for one adapter")
     one_line(cli("evaluate", *options(tasks), rows, "--label-column", "x", fails=True), "the column of its name")
     one_line(cli("evaluate", *options(tasks), fails=True), "there is no DATA")
+
+
+def test_bench_times_one_pass_beside_what_could_be_run_instead(
+    tasks: dict[str, str], place: Path, cli: Cli, tmp_path: Path
+) -> None:
+    result = cli(
+        "bench", *options(tasks), place / "texts.txt", "--rows", 3, "--threads", 1, "--json", tmp_path / "b.json"
+    )
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in report["results"]] == ["3 full models", "3 calls", "one pass"]
+    full, calls, together = (row["blocks"] for row in report["results"])
+    assert full == 9 and calls >= together and together <= 3
+    assert all(row["p50_ms"] > 0 for row in report["results"]) and list(report["rules"]) == list(tasks)
+    assert "blocks per text" in result.stdout

@@ -32,7 +32,7 @@ from tests.texts import make_tokenizer, save_base, sentences
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs" / "examples.md"
 Start = Callable[..., str]
-SCRIPTS = ("train_glue", "after_deployment", "ablate_placement", "swap_adapters")
+SCRIPTS = ("train_glue", "after_deployment", "ablate_placement", "swap_adapters", "guard_stack")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,41 @@ def test_swap_adapters(place: Path, tmp_path: Path, start: Start) -> None:
         names = kinds[answer["task"]].get("label_names")
         wanted = float(out.logits[0, 0]) if names is None else names[int(out.logits[0].argmax())]
         assert (answer["answer"], answer["exit_layer"]) == (wanted, int(out.exit_layer))
+
+
+@pytest.mark.slow
+def test_guard_stack(place: Path, tmp_path: Path, start: Start) -> None:
+    """Every text gets from each task what its adapter alone answers, and the bundle answers the same."""
+    kinds: dict[str, dict[str, Any]] = {
+        "mood": {"num_labels": 2, "label_names": ["bad", "good"], "early_exit": {"threshold": 1.0, "patience": 1}},
+        "topic": {"num_labels": 4, "label_names": list("abcd"), "early_exit": {"policy": "fixed_depth", "depth": 2}},
+        "score": {"num_labels": 1, "problem_type": "regression", "early_exit": {"policy": "never"}},
+    }
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    for seed, (name, fields) in enumerate(kinds.items()):
+        base = AutoModelForSequenceClassification.from_pretrained(place / "encoder", num_labels=2)
+        model = get_peft_model(base, badge_peft.BadgeConfig(r=4, final_exit="exit", **fields))
+        shake(model, seed=seed)
+        model.save_pretrained(str(tmp_path / name))
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = [text for text, _ in sentences(5)]
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
+    options = ("--texts", "texts.txt", "--bundle", "guards")
+    said = start(EXAMPLES / "guard_stack.py", "--tasks", *(f"{name}={name}" for name in kinds), *options)
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert [answer["text"] for answer in answers] == texts
+    bundle = badge_peft.load_pretrained(str(tmp_path / "guards"))
+    for name, fields in kinds.items():
+        alone = badge_peft.load_pretrained(str(tmp_path / name))
+        for answer in answers:
+            batch = tokenizer(answer["text"], return_tensors="pt")
+            out = alone.early_exit_forward(**batch)
+            names, best = fields.get("label_names"), int(out.logits[0].argmax())
+            wanted = pytest.approx(float(out.logits[0, 0]), abs=1e-4) if names is None else names[best]
+            assert (answer["answers"][name], answer["exits"][name]) == (wanted, int(out.exit_layer))
+            again = bundle.early_exit_forward(**batch, tasks=[name])[name]
+            assert int(again.exit_layer) == answer["exits"][name]
 
 
 @pytest.mark.slow

@@ -1,0 +1,105 @@
+"""`bench_tasks`: what one pass for many tasks takes on the user's own texts, beside what could be run instead."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.timing import Runner, take_turns
+from badge_peft.utils.checks import check_int
+from badge_peft.workflows.bench import PAUSE, WARMUP, pinned_threads, stock_model, times
+from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.evaluate import recorded_fields
+from badge_peft.workflows.tasks import TaskStack
+
+
+def bench_tasks(
+    stack: TaskStack,
+    examples: TextDataset,
+    configs: dict[str, EarlyExitConfig],
+    limit: int = 200,
+    batch_size: int = 1,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Times one pass for all tasks, a call for each of them, and a full model for each, in PyTorch, on the same texts.
+
+    All take turns batch by batch, in changing order, each with the same number of threads; times are those of the
+    model's calls alone, without the tokenizer.
+
+    Args:
+        stack: From `open_tasks`.
+        examples: The first `limit` are timed.
+        configs: How each task stops.
+        limit: Of rows.
+        batch_size: Texts at once; times are then those of a batch.
+        threads: Of torch; None leaves torch's own number.
+
+    Returns:
+        The settings, and under `results` one dict per way: `name`, `p50_ms`, `p95_ms`, `examples_per_s`, and `blocks`,
+        how many a text goes through on average.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
+        check_int(name, value, at_least=1)
+    shared, names = stack.shared, stack.names
+    encoded = shared.encode(examples.select(range(min(limit, len(examples)))))
+    base = shared.model.get_base_model()
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
+    batches = [pad_features(rows[start : start + batch_size], base) for start in range(0, len(rows), batch_size)]
+    longest = max(batches, key=lambda batch: batch["input_ids"].numel())
+    stock = stock_model(shared)
+    model = shared.model
+
+    def one_pass(batch: dict[str, torch.Tensor]) -> Any:
+        return early_exit_forward(model, tasks=names, early_exit_config=configs, **batch)
+
+    def a_call_each(batch: dict[str, torch.Tensor]) -> list[Any]:  # without switching, which would take its time, too
+        return [early_exit_forward(model, tasks=[t], early_exit_config={t: configs[t]}, **batch)[t] for t in names]
+
+    def full_models(batch: dict[str, torch.Tensor]) -> list[Any]:
+        return [stock(**batch) for _ in names]
+
+    def move(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(shared.device) for name, value in batch.items()}
+
+    depth = float(shared.badge.num_blocks)
+    ways: dict[str, Runner] = {
+        f"{len(names)} full models": Runner(full_models, move, partial(_full, depth), shared.device),
+        f"{len(names)} calls": Runner(a_call_each, move, _summed, shared.device),
+        "one pass": Runner(one_pass, move, _deepest, shared.device),
+    }
+    with pinned_threads(threads) as used, torch.inference_mode():
+        warmup = [longest, *batches[:WARMUP]]
+        timed = take_turns([*ways.values()], batches, warmup=warmup, pause=PAUSE, progress="timing")
+    return {
+        "rows": len(rows),
+        "batch_size": batch_size,
+        "threads": used,
+        "device": str(shared.device),
+        "num_blocks": int(depth),
+        "rules": {task: recorded_fields(config) for task, config in configs.items()},
+        "results": [
+            {"name": name, **times(each, len(rows)), "blocks": sum(sum(found) for found in each.outputs) / len(rows)}
+            for name, each in zip(ways, timed, strict=True)
+        ],
+    }
+
+
+def _full(depth: float, outputs: list[Any]) -> list[float]:
+    """[B], the blocks that each text went through."""
+    return [depth * len(outputs)] * len(outputs[0].logits)
+
+
+def _summed(outputs: list[Any]) -> list[float]:
+    return torch.stack([output.exit_layer for output in outputs]).sum(dim=0).tolist()
+
+
+def _deepest(output: Any) -> list[float]:
+    return output.blocks_run.tolist()
