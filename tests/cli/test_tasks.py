@@ -76,7 +76,7 @@ def test_a_bundle_and_standard_input(tasks: dict[str, str], place: Path, cli: Cl
 
 
 def test_overrides_hold_for_all_tasks(tasks: dict[str, str], place: Path, cli: Cli) -> None:
-    found = lines(cli("predict", *options(tasks), place / "texts.txt", "--max-exit", 1))
+    found = lines(cli("predict", *options(tasks), place / "texts.txt", "--policy", "fixed_depth", "--depth", 1))
     assert {line["blocks"] for line in found} == {1}
 
 
