@@ -103,10 +103,11 @@ def test_other_exits_are_read_one_by_one(fields: dict[str, Any], products: list[
 
 def test_many_rows_are_read_one_by_one(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    monkeypatch.setattr(stacked, "LARGEST", 3 * 32)
+    monkeypatch.setattr(stacked, "LARGEST", 32 - 1)  # below one row
     check(model, make_batch(4, LENGTH))
     assert products == []
-    check(model, make_batch(3, LENGTH))
+    monkeypatch.setattr(stacked, "LARGEST", 4 * 32)
+    check(model, make_batch(4, LENGTH))
     assert products
 
 
