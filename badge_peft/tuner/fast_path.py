@@ -78,7 +78,10 @@ def fast_exit(
     plain = plain_exit(exit_, bypass, placement, pre_norm, norm, frame)
     if plain is None:
         return None
-    vector = pooling.reduce(_states(plain, pre_norm, frame, pooling))
+    states = _states(plain, pre_norm, frame, pooling)
+    if states.dtype != plain.linear._parameters["weight"].dtype:  # under autocast
+        return None
+    vector = pooling.reduce(states)
     if plain.dense is not None:
         vector = _linear(plain.dense, vector).tanh()
     return vector, _linear(plain.linear, vector)

@@ -112,7 +112,7 @@ def read_stacked(
         pooling: Of all of them.
     """
     states = pooling.pick(frame.output)
-    if number == 0 or states.numel() > LARGEST:
+    if number == 0 or states.numel() > LARGEST or torch.is_autocast_enabled(states.device.type):
         return {}
     plain = {i: own for i in range(len(adapters)) if (own := _plain(block, number, frame, adapters[i])) is not None}
     alike: dict[Any, list[int]] = {}

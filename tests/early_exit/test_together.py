@@ -111,6 +111,17 @@ def test_many_rows_are_read_one_by_one(products: list[int], monkeypatch: pytest.
     assert products
 
 
+def test_under_autocast(products: list[int]) -> None:
+    model = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model.early_exit_forward(**make_batch(2, LENGTH), tasks=list(LABELS), policy="never")
+        for name in LABELS:
+            model.set_adapter(name)
+            want = model.early_exit_forward(**make_batch(2, LENGTH), policy="never")
+            assert torch.equal(out[name].logits, want.logits)
+    assert products == []
+
+
 def test_a_hook_on_an_exit_is_called(products: list[int]) -> None:
     model = make()
     called: list[int] = []
