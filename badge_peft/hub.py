@@ -67,7 +67,7 @@ def load_pretrained(
         ValueError: there is no adapter, it is not BADGE's, or it does not fit the base model; tasks that cannot share
             a pass.
     """
-    hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+    hub: Any = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
     tasks = path_or_repo if isinstance(path_or_repo, Mapping) else find_tasks(path_or_repo)
     if tasks is not None:
         return _load_tasks(dict(tasks), base_model, is_trainable, hub, kwargs)

@@ -100,7 +100,7 @@ class MultiTaskPipeline(EarlyExitPipeline):
         for config in config_of_each(early_exit_config, self.tasks).values():
             EarlyExitConfig.of(config, **fields)
 
-    def _forward(self, model_inputs: Any, **rule: Any) -> Any:
+    def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]
         output = early_exit_forward(self.model, tasks=self.tasks, **rule, **model_inputs)
         # transformers takes a batch apart where all values are tensors
         return {(task, name): value for task, own in output.items() for name, value in own.items()}

@@ -9,9 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import Tensor, nn
 
-from badge_peft.early_exit.readers import ExitReader
 from badge_peft.early_exit.survivors import Survivors
-from badge_peft.early_exit.together import TaskReaders
 from badge_peft.tuner.block_pass import BlockPass, states_of
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
@@ -30,7 +28,8 @@ class EarlyExitPass(BlockPass):
     block M the full batch is put together again for the model's own head. At full depth no row leaves.
 
     Args:
-        readers: Each asks about some of the rows; several may ask about the same.
+        readers: `ExitReader`s; each asks about some of the rows, and several may ask about the same. `TaskReaders` is
+            one that stands for several.
         batch_size: B.
         attention_mask: [B, S] or None.
         num_blocks: M.
@@ -39,7 +38,7 @@ class EarlyExitPass(BlockPass):
 
     def __init__(
         self,
-        readers: Sequence[ExitReader | TaskReaders],
+        readers: Sequence[Any],
         batch_size: int,
         attention_mask: Tensor | None,
         num_blocks: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,10 +127,10 @@ class JointDecision:
             return
         self._bring_up_to_date(j)
         history = self.history
-        stops = self.policy.compare(self.policy.score(history, j), self._thresholds)
+        stops = self.policy.should_exit_by(history, j, self._thresholds)
         if history.finite is not None:
-            stops = stops & self.policy.trusts(history, j)
-        doubtful = None if history.finite is None else ~history.finite.all(axis=0)
+            stops &= self.policy.trusts(history, j)
+        doubtful: Any = None if history.finite is None else ~history.finite.all(axis=0)
         end = 0
         for reader in asking:
             start, end = end, end + reader.num_active

@@ -63,9 +63,12 @@ class ExitPolicy(PolicyText):
 
     def company(self, num_labels: int) -> Hashable | None:
         """What policies must have in common whose rows are decided in one array operation, beside the exits and the
-        problem type: `should_exit` is then `compare(score, thresholds)`, with a threshold for each row. None: this
-        policy decides by itself."""
+        problem type; `should_exit_by` decides then. None: this policy decides by itself."""
         return None
+
+    def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
+        """[n] bool: as `should_exit`, with a threshold for each row [n], for policies that have `company`."""
+        raise NotImplementedError
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""

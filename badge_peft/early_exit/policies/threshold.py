@@ -44,6 +44,10 @@ class ThresholdPolicy(ExitPolicy):
         tau = np.asarray(threshold, dtype=np.float32)
         return score >= tau if self.stops_above else score < tau
 
+    def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
+        """[n] bool: the score of each row is on the right side of its own threshold."""
+        return self.compare(self.score(history, j), thresholds)
+
     def company(self, num_labels: int) -> Hashable | None:
         """All but the threshold; with scores that count labels, K too."""
         own = type(self)
