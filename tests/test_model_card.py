@@ -207,7 +207,7 @@ def test_a_regressions_scores_and_a_bound(tmp_path: Path) -> None:
     record = calibrate(
         plausible("regression", 1, exits=3), "divergence", target_speedup=0.3, metric="pearson"
     ).calibration
-    assert record is not None
+    assert record is not None and record.pop("settings")  # the adapter's own are others
     config["early_exit"]["calibration"] = {**record, "confidence": 0.95, "max_score_drop": 0.02}
     file.write_text(json.dumps(config))
     write_model_card(folder)

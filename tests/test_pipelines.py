@@ -165,6 +165,8 @@ def test_what_is_refused(adapter: Path) -> None:
     lora = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.raises(ValueError, match="carries no BADGE adapter"):
         badge_peft.pipeline(model=lora, tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match="no argument 'treshold': did you mean 'threshold'"):
+        badge_peft.pipeline(model=str(adapter))("a film", treshold=0.5)
     more = make_badge(num_labels=5, final_exit="exit")
     with pytest.raises(ValueError, match="have 5 outputs, but the model's config names 3 labels: set id2label"):
         badge_peft.pipeline(model=more, tokenizer=make_tokenizer())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,9 +18,8 @@ WINDOWS = ("all", "consecutive")
 
 @dataclass(frozen=True)
 class EarlyExitConfig:
-    """How an adapter stops: the policy and its parameters. It never changes: `of` makes another one, without
-    `calibration` where the rule is another; `dataclasses.replace` keeps it. Lists and dicts are copied on their way
-    in.
+    """How an adapter stops: the policy and its parameters. It never changes: `of` and `dataclasses.replace` make
+    another one, without `calibration` where the rule is another. Lists and dicts are copied on their way in.
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
     labels when the policy is built (see `badge_peft.early_exit.policies`); it never means "do not stop".
@@ -96,6 +97,10 @@ class EarlyExitConfig:
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
             self._set(name, copy.deepcopy(value))
+        if self.calibration is not None:
+            recorded = self.calibration.setdefault("settings", self._settings_hash())
+            if recorded != self._settings_hash():  # `dataclasses.replace` has changed what was measured
+                self._set("calibration", None)
         POLICIES[self.policy].check_config(self)
 
     def __hash__(self) -> int:
@@ -128,9 +133,14 @@ class EarlyExitConfig:
             raise ValueError(
                 f"EarlyExitConfig has no field {', '.join(unknown)}; its fields are {', '.join(allowed)}."
             )
-        made = cls(**data)
-        changed = any(getattr(made, name) != value.get(name) for name in overrides)
-        return replace(made, calibration=None) if changed and "calibration" not in overrides else made
+        return cls(**data)
+
+    def _settings_hash(self) -> str:
+        """Of the fields that differ from their defaults (a later version may have more), but `calibration`, which says
+        what was measured with them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "calibration"}
+        settings = {f.name: values[f.name] for f in fields(self) if values.get(f.name) != f.default}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
     def measured_on(self, weights_hash: str | None) -> EarlyExitConfig:
         """This config for an adapter with these weights: without `calibration` where that was recorded with others. A

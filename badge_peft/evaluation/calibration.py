@@ -189,6 +189,8 @@ def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Met
     if max_score_drop is None or metric != "accuracy" or problem_type != "single_label_classification":
         raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
     check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
+    share = "with confidence it is a share of the rows, below 1 (0.01 is a point of accuracy)"
+    check_number("max_score_drop", max_score_drop, lambda drop: drop < 1, share)
     return 2 * rows_needed(max_score_drop, confidence)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
 from badge_peft.export.pieces import EXAMPLE, FOLLOWING, OTHER, ModelPiece, example_inputs, tuple_lengths
+from badge_peft.export.structure import structure_of, with_weights
 from badge_peft.model import BadgeModel
 
 #: Of a tensor [B, S, ...].
@@ -64,6 +65,7 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
     result = ExportedBlocks(
         list(inputs), {}, {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])}
     )
+    known: dict[str, Any] = {}
     for piece in tqdm(pieces, desc="exporting blocks", disable=not progress):
         taken = ["inputs", "hidden", "shared"] if piece.number else ["inputs"]
         result.graphs[piece.number] = to_onnx(
@@ -72,6 +74,7 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
             {kind: shapes[kind] for kind in taken},
             [*inputs, "hidden", *shared] if piece.number else [*inputs],
             list(piece(**{kind: example[kind] for kind in taken})),
+            known,
         )
         result.graphs[piece.number].name = f"piece{piece.number}"
     return result
@@ -83,6 +86,7 @@ def to_onnx(
     dynamic_shapes: dict[str, Any],
     names: Sequence[str],
     output_names: Sequence[str],
+    known: dict[str, Any] | None = None,
 ) -> ir.Graph:
     """`module` as ONNX, without functions and without the exporter's notes on where everything comes from.
 
@@ -92,22 +96,32 @@ def to_onnx(
         dynamic_shapes: As `torch.export.export` takes it.
         names: Names of the tensors in `inputs`, in order.
         output_names: Names of what it returns.
+        known: What was exported before, with the same names, by its structure; what is exported now is added. A module
+            that computes the same with other weights, as most blocks of a model do, is not translated again.
 
     Raises:
         RuntimeError: torch cannot export it.
     """
     with _no_logging():
         exported = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic_shapes, strict=False)
-        program = torch.onnx.export(
-            exported,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=output_names,
-            verbose=False,
-        )
-    assert program is not None
+        structure, weights = structure_of(exported)
+        known = {} if known is None else known
+        if structure not in known:
+            translated = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=output_names,
+                optimize=False,  # folds weights into others, which then belong to this module alone
+                verbose=False,
+            )
+            assert translated is not None
+            known[structure] = translated, translated.model.clone(), list(weights)
+        program, model, own = known[structure]
+        program.model = with_weights(model.clone(), own, weights)
+        program.optimize()
     for change in (InlinePass(), ClearMetadataAndDocStringPass()):
         change(program.model)
     return ir.from_proto(ir.to_proto(program.model)).graph  # its weights apart from those of `module`

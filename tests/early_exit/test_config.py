@@ -32,6 +32,7 @@ FULL = {
     "parameters": {"weights": [0.5, 1.0]},
     "calibration": {"rows": 100, "score": 0.9},
 }
+FULL["calibration"] = EarlyExitConfig(**FULL).calibration  # with what says which settings it is of
 
 NOT_NUMBERS = (math.nan, math.inf, -math.inf, "0.2", True, [0.1])
 NOT_WHOLE = (-1, 1.5, 2.0, True, "2", math.nan)
@@ -218,7 +219,10 @@ def test_a_calibration_ends_with_the_rule_that_it_measured():
         assert EarlyExitConfig.of(config.to_dict(), **same).calibration == config.calibration
     for other in ({"threshold": 0.75}, {"min_exit": 2}, {"decide_every": 2}):
         assert EarlyExitConfig.of(config, **other).calibration is None
-        assert EarlyExitConfig.of(config, **other, calibration={"rows": 1}).calibration == {"rows": 1}
+        assert replace(config, **other).calibration is None
+        assert EarlyExitConfig.of(config, **other, calibration={"rows": 1}).calibration["rows"] == 1
+    edited = {**config.to_dict(), "threshold": 0.75}  # as somebody may in adapter_config.json
+    assert EarlyExitConfig.of(edited).calibration is None
 
 
 def test_a_calibration_ends_with_the_weights_that_it_measured():

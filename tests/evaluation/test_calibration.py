@@ -241,6 +241,7 @@ def test_without_labels_the_score_is_agreement_with_full_depth():
         ({"target_speedup": 0.5, "policy": "guess"}, "policy='guess' is not allowed"),
         ({"target_speedup": 0.5, "metric": "pearson"}, "metric='pearson' does not suit"),
         ({"target_speedup": 0.5, "policy": "learned"}, "LTE layer"),
+        ({"max_score_drop": 1, "confidence": 0.9}, "max_score_drop=1 is not allowed: with confidence it is a share"),
     ],
     ids=str,
 )
