@@ -21,7 +21,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
 
 TASKS = ("text-classification", "sentiment-analysis")
-_FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__)
+_FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__) - {"top_k"}  # which is transformers' own here
 _FUNCTIONS = {
     "regression": ClassificationFunction.NONE,
     "multi_label_classification": ClassificationFunction.SIGMOID,

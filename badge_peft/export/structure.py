@@ -40,7 +40,7 @@ def structure_of(exported: ExportedProgram) -> tuple[str, dict[str, Tensor]]:
             continue
         if node.op == "get_attr":  # a graph in the graph, which would have to be compared as well
             lines.append(f"of its own: {id(exported)}")
-        arguments = map_arg((node.args, node.kwargs), name_of)  # type: ignore[arg-type]
+        arguments = map_arg((node.args, node.kwargs), name_of)
         names[node] = f"value_{number}"
         lines.append(f"{names[node]} = {node.op} {node.target} {arguments}")
     return "\n".join(lines), weights
