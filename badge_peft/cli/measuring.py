@@ -83,6 +83,7 @@ def sweep(
     *,
     policies: str | None = None,
     points: Annotated[int, Parameter(validator=Number(gte=2))] = 20,
+    top_k: PositiveInt = 10,
     metric: shared.Metric = None,
     plot: Path | None = None,
     json_file: shared.JsonFile = None,
@@ -100,10 +101,12 @@ def sweep(
         adapter_or_logits: An adapter's folder (or repository), or a file of exit logits.
         policies: Policies to compare, with commas. Default: divergence,patience,entropy,max_prob.
         points: Settings of each policy.
+        top_k: For ranking: how many candidates of a query count.
         plot: Draw the curves into this file (png, svg or pdf).
     """
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
+    from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
     from badge_peft.workflows.evaluate import logits_of, resolve_metric
     from badge_peft.workflows.report import tradeoff_table
@@ -112,10 +115,14 @@ def sweep(
     for name in names or []:
         check_choice("policies", name, tuple(POLICIES))
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
-    scored = exit_logits.labeled()
     shared.prepare_folder(plot, json_file)
-    found = evaluation.sweep(scored, names, points, resolve_metric(metric, scored.kind, scored.logits.shape[-1]))
-    print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))
+    if exit_logits.groups is not None:
+        found = sweep_ranking(exit_logits, top_k, points)
+        print(tradeoff_table(found, against_full_depth=True))
+    else:
+        scored = exit_logits.labeled()
+        found = evaluation.sweep(scored, names, points, resolve_metric(metric, scored.kind, scored.logits.shape[-1]))
+        print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))
     if json_file is not None:
         found.save(json_file)
     if plot is not None:
@@ -133,7 +140,7 @@ def bench(
     columns: Columns = Columns(),
     metric: shared.Metric = None,
     rows: PositiveInt = 200,
-    batch_size: PositiveInt = 1,
+    batch_size: PositiveInt | None = None,
     threads: PositiveInt | None = None,
     onnx: Annotated[bool, Parameter(negative="--no-onnx")] = True,
     overrides: PolicyOverrides = PolicyOverrides(),
@@ -145,17 +152,20 @@ def bench(
 
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels. With --task: one pass
-    for all tasks, a call for each, and a full model for each, in PyTorch.
+    for all tasks, a call for each, and a full model for each, in PyTorch. Of an adapter that ranks: a query's
+    candidates in stock PyTorch, and in PyTorch with early exits.
 
     Args:
         rows: How many texts to time: the first of the data.
-        batch_size: Batch size: texts per call; times are then those of a batch.
+        batch_size: Batch size: texts per call; times are then those of a batch. Default: 1. For ranking, candidates in
+            a block at once; default 32.
         threads: Of torch and of each ONNX Runtime session. Default: torch's own number.
         onnx: Also export to ONNX and time ONNX Runtime, fp32 and int8.
     """
     from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.bench import bench_adapter
+    from badge_peft.workflows.bench_ranking import bench_rankings
     from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
@@ -174,19 +184,22 @@ def bench(
             "adapters": tasks,
             "data": data,
             "split": texts.split,
-            **bench_tasks(stack, texts, configs, rows, batch_size, threads),
+            **bench_tasks(stack, texts, configs, rows, batch_size or 1, threads),
         }
         print(f"\n{bench_tasks_table(found)}")
         shared.write(found, json_file)
         return
     assert adapter is not None
-    if onnx:
-        require_onnx_exporter()
     opened = open_adapter(adapter, base_model, device)
+    if onnx and opened.task != "ranking":
+        require_onnx_exporter()
     config = opened.early_exit_config(**vars(overrides))
     examples = opened.read(data, columns)
     shared.prepare_folder(json_file)
-    report = bench_adapter(opened, examples, config, rows, batch_size, threads, onnx, metric)
+    if opened.task == "ranking":
+        report = bench_rankings(opened, examples, config, rows, batch_size or 32, threads)
+    else:
+        report = bench_adapter(opened, examples, config, rows, batch_size or 1, threads, onnx, metric)
     report = {"adapter": adapter, "data": data, "split": examples.split, **report}
     print(f"\n{bench_table(report)}\n\n{bench_summary(report)}")
     shared.write(report, json_file)

@@ -28,11 +28,21 @@ def train(
     the tokenizer beside it; report.json and tradeoff.png, with what was measured; and exit_logits.safetensors, from
     which badge-peft sweep and badge-peft calibrate can run again. Then badge-peft predict answers with it.
 
+    With --task ranking the model is a cross-encoder and the data pairs of a query and a document, the candidates of
+    each query as they will come; labels are not needed, and full depth stays as it is:
+
+        badge-peft train my-cross-encoder pairs.jsonl --task ranking --output-dir my-reranker --top-k 10
+
     Several processes, started with accelerate launch or torchrun, share each batch among them.
 
     Args:
         model: Your model: a folder, or a repository of the Hub. A fine-tuned classifier, or an encoder to make one of.
     """
+    if settings.task == "ranking":
+        from badge_peft.workflows.train_ranking import train_ranker
+
+        train_ranker(model, data, settings)
+        return
     from badge_peft.workflows.train import train_adapter
 
     train_adapter(model, data, settings)

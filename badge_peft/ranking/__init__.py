@@ -6,5 +6,13 @@ from badge_peft.ranking.calibration import calibrate_ranking
 from badge_peft.ranking.metrics import RankingScores, ranking_scores
 from badge_peft.ranking.report import ExitReport
 from badge_peft.ranking.reranker import EarlyExitReranker
+from badge_peft.ranking.tradeoff import sweep_ranking
 
-__all__ = ["EarlyExitReranker", "ExitReport", "RankingScores", "calibrate_ranking", "ranking_scores"]
+__all__ = [
+    "EarlyExitReranker",
+    "ExitReport",
+    "RankingScores",
+    "calibrate_ranking",
+    "ranking_scores",
+    "sweep_ranking",
+]

@@ -158,10 +158,9 @@ def evaluate_ranking(exit_logits: ExitLogits, config: EarlyExitConfig, ordered: 
     """What a config of `top_k` keeps and saves on stored scores that have `groups`, by replay."""
     stops = build_policy(config).replay_history(exit_logits.history())
     answers = exit_logits.answers(torch.from_numpy(stops))[:, 0].numpy()
-    last = max(m for m in exit_logits.exits if config.max_exit is None or m <= config.max_exit)
     k = 10 if config.top_k is None else config.top_k
     full, codes = exit_logits.logits[:, -1, 0].numpy(), exit_logits.groups.numpy()
-    kept = top_k_kept(full, answers, stops == last, codes, k, ordered)
+    kept = top_k_kept(full, answers, stops == stops.max(), codes, k, ordered)
     mean = float(stops.mean())
     return RankingPoint("top_k", config, mean, 1 - mean / exit_logits.depth, float(kept.mean()), kept, stops)
 
@@ -182,6 +181,11 @@ def _points(stored: ExitLogits, asked: EarlyExitConfig, ordered: bool) -> list[R
     k = 10 if asked.top_k is None else asked.top_k
     settings = margin_settings(scores, codes, stored.exits, asked, k)
     return [evaluate_ranking(stored, config, ordered) for config in settings]
+
+
+def ranking_front(stored: ExitLogits, asked: EarlyExitConfig, ordered: bool = False) -> list[TradeOffPoint]:
+    """The settings that no other beats in both queries kept and blocks saved, from slow to fast."""
+    return pareto([*_points(stored, asked, ordered)])
 
 
 def _fastest(points: list[RankingPoint], keep: float) -> RankingPoint:
@@ -208,17 +212,11 @@ def _certified(
 ) -> tuple[EarlyExitConfig, int]:
     """The fastest setting of one half that passes its test on the other, and the number of queries that tested it."""
     order = np.random.default_rng(0).permutation(_count(stored))
-    tested = len(order) - len(order) // 2
-    needed = queries_needed(keep, confidence)
-    if tested < needed:
-        raise ValueError(
-            f"there are {len(order)} queries: to show with confidence {confidence} that {keep} of new ones keep their "
-            f"top k takes at least {2 * needed}, even where none changes. Give more queries, or ask for less."
-        )
+    tested = check_queries(len(order), keep, confidence)
     search = np.isin(stored.groups.numpy(), order[: len(order) // 2])
     halves = [stored.select(torch.from_numpy(rows)) for rows in (search, ~search)]
     best = None
-    for point in pareto([*_points(halves[0], asked, ordered)]):
+    for point in ranking_front(halves[0], asked, ordered):
         losses = int((~evaluate_ranking(halves[1], point.config, ordered).kept).sum())
         if not is_rare(losses, tested, 1 - keep, confidence):
             break
@@ -229,6 +227,21 @@ def _certified(
             f"{tested} queries: give more queries, or ask for less."
         )
     return best, tested
+
+
+def check_queries(queries: int, keep: float, confidence: float) -> int:
+    """How many of these queries test the margins.
+
+    Raises:
+        ValueError: too few for the confidence.
+    """
+    tested, needed = queries - queries // 2, queries_needed(keep, confidence)
+    if tested < needed:
+        raise ValueError(
+            f"there are {queries} queries: to show with confidence {confidence} that {keep} of new ones keep their "
+            f"top k takes at least {2 * needed}, even where none changes. Give more queries, or ask for less."
+        )
+    return tested
 
 
 def is_rare(losses: int, n: int, alpha: float, confidence: float) -> bool:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import LOGITS, has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
@@ -39,12 +39,14 @@ class Adapter:
         tokenizer: Of its base model, with its limit set.
         labels: What the model answers with.
         columns: What `train_adapter` recorded of its data's columns.
+        task: `classification` or `ranking`.
     """
 
     model: PeftModel
     tokenizer: Any
     labels: LabelSet
     columns: Names = field(default_factory=dict)
+    task: str = "classification"
 
     @property
     def badge(self) -> BadgeModel:
@@ -61,7 +63,9 @@ class Adapter:
         return read_examples(data, columns, recorded=self.columns)
 
     def encode(self, examples: TextDataset) -> Dataset:
-        """Token columns, and `labels` where the rows have some."""
+        """Token columns, and `labels` where the rows have some; candidates have their relevance elsewhere."""
+        if self.task == "ranking":
+            return encode(examples, self.tokenizer)
         return encode(examples, self.tokenizer, self.labels.targets(examples, scored=True))
 
     def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
@@ -104,6 +108,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         load_tokenizer(str(named), base),
         LabelSet(names, config.resolved_problem_type),
         recorded_columns(path),
+        recorded_task(path, config.early_exit),
     )
 
 
@@ -179,6 +184,12 @@ def recorded_columns(folder: str | Path) -> Names:
     if not isinstance(found, dict) or not all(isinstance(name, str | None) for name in found.values()):
         return {}
     return found
+
+
+def recorded_task(folder: str | Path, policy: Any = None) -> str:
+    """`ranking` where the training says so, or a `policy` that is for queries; else `classification`."""
+    by_query = policy is not None and policy_class(EarlyExitConfig.of(policy)).by_group
+    return "ranking" if by_query or read_report(folder).get("task") == "ranking" else "classification"
 
 
 def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:

@@ -10,7 +10,8 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.model_card import CARD, write_model_card
-from badge_peft.workflows.adapter_dir import read_config, write_early_exit
+from badge_peft.ranking import calibrate_ranking
+from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, resolve_metric
 from badge_peft.workflows.settings import Columns, Goal
 
@@ -43,8 +44,11 @@ def calibrate_adapter(
         ValueError: something is not what it should be; nothing has been written then.
     """
     check_policy_name(goal.policy, "auto")
-    goal.arguments()
     read_config(folder)
+    if recorded_task(folder) == "ranking":
+        goal.ranking_arguments()
+    else:
+        goal.arguments()
     chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
@@ -55,11 +59,15 @@ def calibrate_adapter(
 def choose(
     exit_logits: ExitLogits, goal: Goal, metric: str | None = None
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
-    """The config that `calibrate` chooses, what `measure` says of it, and what the calibration warned of.
+    """The config that `calibrate` chooses (of rows with queries, `calibrate_ranking`), what `measure` says of it, and
+    what the calibration warned of.
 
     Raises:
         ValueError: the goal is out of reach, or does not suit the data.
     """
+    if exit_logits.groups is not None:
+        chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
+        return chosen, measure(exit_logits, chosen), []
     metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -23,12 +23,15 @@ PAIR_NAMES = (
     ("question", "passage"),
     ("query", "document"),
     ("query", "passage"),
+    ("question", "document"),
+    ("question", "answer"),
 )
+QUERY_ID_NAMES = ("query_id", "qid", "query-id", "question_id")
 LABEL_NAMES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "coarse_label", "y")
 
 _SAMPLE = 200  # rows by which a column is judged
 
-Names = dict[str, str | None]  # `text`, `text_pair` and `label`: what they are called in the data
+Names = dict[str, str | None]  # `text`, `text_pair`, `label` (and `query_id`): what they are called in the data
 
 
 def find_columns(
@@ -53,6 +56,8 @@ def find_columns(
     known = {key: column for key, column in recorded.items() if column in columns}
     label = _named(columns, wanted.label_column, "label") if isinstance(wanted, Columns) else None
     label = label or known.get("label")
+    query_id = _named(columns, wanted.query_id_column, "query-id") if isinstance(wanted, Columns) else None
+    query_id = query_id or known.get("query_id")
     text = _named(columns, wanted.text_column, "text") or known.get("text")
     pair = _named(columns, wanted.text_pair_column, "text-pair") or known.get("text_pair")
     if text is None and pair is None and (not recorded.get("text") or recorded.get("text_pair")):
@@ -72,7 +77,10 @@ def find_columns(
         label = None
     elif label is None:
         label = _usual(columns, LABEL_NAMES, text, pair)
-    return {"text": text, "text_pair": pair, "label": label}
+    if pair is not None and query_id is None:
+        query_id = _usual(columns, QUERY_ID_NAMES, text, pair, label)
+    found = {"text": text, "text_pair": pair, "label": label}
+    return found if query_id is None else {**found, "query_id": query_id}
 
 
 def unused_texts(data: Dataset, strings: Iterable[str], used: Names) -> list[str]:

@@ -29,6 +29,7 @@ class TextDataset:
         class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
         columns: `text`, `text_pair` and `label`: what they are called in the data.
         split: Which split was read.
+        query_ids: The same for the candidates of a query; None where no column says so.
         numbers: Of the rows in the data, from 1 on; None where they are 1, 2, 3, ...
     """
 
@@ -38,6 +39,7 @@ class TextDataset:
     class_names: list[str] | None = None
     columns: Names = field(default_factory=dict)
     split: str = "train"
+    query_ids: list[Any] | None = None
     numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -51,6 +53,7 @@ class TextDataset:
             texts=[self.texts[i] for i in index],
             pairs=None if self.pairs is None else [self.pairs[i] for i in index],
             labels=labels if labels and any(label is not None for label in labels) else None,
+            query_ids=None if self.query_ids is None else [self.query_ids[i] for i in index],
             numbers=[self.number(i) for i in index],
         )
 
@@ -61,6 +64,10 @@ class TextDataset:
     def labeled(self) -> TextDataset:
         """The rows that have a label."""
         return self.select([i for i, label in enumerate(self.labels or []) if label is not None])
+
+    def queries(self) -> list[str]:
+        """An id of each row's query: what its column says, else its text."""
+        return self.texts if self.query_ids is None else [str(query) for query in self.query_ids]
 
     def keys(self) -> list[tuple[str, ...]]:
         """One per row. Two rows are the same when their texts differ in case and white space at most."""
@@ -121,6 +128,7 @@ def to_examples(
         getattr(label, "names", None),
         names,
         split,
+        data[names["query_id"]][:] if names.get("query_id") else None,
     ).select(rows)
     unused = unused_texts(data, strings, names)
     for note in _notes(found, len(texts), unused):

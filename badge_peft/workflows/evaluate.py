@@ -25,6 +25,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
 from badge_peft.workflows.adapter_dir import Adapter, open_adapter, stored_logits
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.rankings import measure_ranking, with_queries
 from badge_peft.workflows.settings import Columns
 
 COMPARED = 512  # rows that are compared with the checkpoint, at most
@@ -47,6 +48,8 @@ def evaluate_adapter(
     metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = adapter.encode(examples)
     exit_logits = collect_exit_logits(adapter.model, encoded, batch_size, progress=True, split_between_processes=True)
+    if adapter.task == "ranking":
+        exit_logits = with_queries(exit_logits, examples)
     report = {**measure(exit_logits, adapter.badge.get_early_exit_config(), metric), "split": examples.split}
     if latency and distributed.is_main():
         report["latency"] = time_rows(adapter.model, encoded, latency)
@@ -79,12 +82,17 @@ def logits_of(
     if Path(path).is_file():
         raise ValueError(f"{path} holds exit logits, so no data is needed: leave {data} out, or give an adapter.")
     adapter = open_adapter(path, base_model, device)
-    return collect_exit_logits(adapter.model, adapter.encode(adapter.read(data, columns)), batch_size, progress=True)
+    examples = adapter.read(data, columns)
+    found = collect_exit_logits(adapter.model, adapter.encode(examples), batch_size, progress=True)
+    return with_queries(found, examples) if adapter.task == "ranking" else found
 
 
 def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "accuracy") -> dict[str, Any]:
     """Scores per exit, and what `config` costs and saves, by replay; without labels every score is the agreement with
-    full depth."""
+    full depth, and of rows with queries it is that of their top k."""
+    if exit_logits.groups is not None:
+        ranked = measure_ranking(exit_logits, config)
+        return {**ranked, "early_exit": {"config": recorded_fields(config), **ranked["early_exit"]}}
     scored = exit_logits.labeled()
     scores = exit_scores(scored, metric)
     point = evaluate_policy(scored, config, metric)

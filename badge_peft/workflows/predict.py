@@ -9,12 +9,14 @@ from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import policy_class
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.encode import encode_texts
+from badge_peft.workflows.rankings import queries_of, rank_queries
 
 Pair = tuple[str, str | None]
 
@@ -37,16 +39,20 @@ def predict(
     Returns:
         One dict per text: `text` (and `text_pair`), `label`, `exit` (the block that answered), and `confidence` (the
         label's probability). Regression gives `value` in the place of label and confidence; a model that gives several
-        labels gives `labels`, and the confidence of the least sure decision.
+        labels gives `labels`, and the confidence of the least sure decision. A policy of queries takes the rows that
+        follow one another with the same text for the candidates of one, and gives their `rank`: see `rank_queries`.
 
     Raises:
         Exception: whatever reading the texts raises, in every process.
     """
-    return answer_in_turn(texts, batch_size, partial(_answer, adapter, config or adapter.early_exit_config()))
+    config = config or adapter.early_exit_config()
+    if policy_class(config).by_group:
+        return answer_in_turn(queries_of(texts), 1, partial(rank_queries, adapter, config, batch_size))
+    return answer_in_turn(texts, batch_size, partial(_answer, adapter, config))
 
 
 def answer_in_turn(
-    texts: Iterable[Pair], batch_size: int, answer: Callable[[list[Pair]], list[dict[str, Any]]]
+    texts: Iterable[Any], batch_size: int, answer: Callable[[list[Any]], list[dict[str, Any]]]
 ) -> Generator[dict[str, Any], None, None]:
     """What `answer` makes of the texts, batch by batch, as many at a time as there are processes; see `predict`."""
     check_int("batch_size", batch_size, at_least=1)

@@ -51,6 +51,14 @@ def summary(report: dict[str, Any]) -> str:
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
         f"{early['layer_speedup']:.1%} of the blocks saved",
     ]
+    relevance = report.get("relevance")
+    if relevance is not None:
+        k = relevance["top_k"]
+        lines += [
+            f"  {name.upper().replace('NDCG', 'nDCG')}@{k} {relevance[name]:.3f}; at full depth "
+            f"{relevance['full_depth_' + name]:.3f} ({relevance['queries']} queries with a relevant candidate)"
+            for name in ("ndcg", "mrr")
+        ]
     unknown = report["rows_of_unknown_label"]
     if unknown:
         lines.append(f"  {unknown} of the rows have a label that the model does not know, and count as wrong")
@@ -137,6 +145,8 @@ def bench_table(report: dict[str, Any]) -> str:
     """One line per runner."""
     metric = report["metric"]
     unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
+    if "queries" in report:
+        unit = "query"
     header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "mean exit", metric.replace("_", " "), "as full depth"]
     lines = [
         [
@@ -156,9 +166,10 @@ def bench_table(report: dict[str, Any]) -> str:
 def bench_summary(report: dict[str, Any]) -> str:
     """How it was measured, in a few lines."""
     where = report["device"] if report["device"] != "cpu" else "the CPU"
+    texts = "texts" if "queries" not in report else f"candidates of {report['queries']} queries"
     return (
         f"exit rule: {describe(EarlyExitConfig.of(report['rule']))}\n"
-        f"{report['rows']} texts, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
+        f"{report['rows']} {texts}, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
         f"PyTorch on {where}, ONNX Runtime on the CPU without spinning; the tokenizer's time is not in it"
     )
 

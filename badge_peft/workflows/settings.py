@@ -11,12 +11,13 @@ from badge_peft.utils.checks import check_int, check_number
 # a name has the same range wherever it stands
 _AT_LEAST = {
     0: ("depth", "latency", "seed"),
-    1: ("batch_size", "epochs", "max_eval", "max_rows", "max_train", "patience", "r"),
+    1: ("batch_size", "epochs", "max_eval", "max_rows", "max_train", "patience", "r", "top_k"),
     4: ("max_length",),
 }
 _RANGES = (
     (("adapter_lr", "backbone_lr", "learning_rate"), lambda x: x > 0, "it must be a number above 0"),
     (("confidence", "eval_share"), lambda x: 0 < x < 1, "it must lie between 0 and 1"),
+    (("keep",), lambda x: 0 < x <= 1, "it is a share of the queries, in (0, 1]"),
     (("distillation",), lambda x: 0 <= x <= 1, "it is a fraction, in [0, 1]"),
     (("max_score_drop",), lambda x: x >= 0, "it must be 0 or more"),
     (("target_speedup",), lambda x: 0 <= x < 1, "it is the share of blocks saved, in [0, 1)"),
@@ -58,12 +59,15 @@ class Columns(TextColumns):
 
     Args:
         label_column: Column of the labels. Default: found by its name (label, category, ...); there may be none.
+        query_id_column: For ranking: column that says which rows are candidates of one query. Default: query_id where
+            there is one, else the query's text.
         unlabeled: Labels are ignored.
         split: Split of the data set, where it has several.
         dataset_config: Configuration of a data set of the Hub.
     """
 
     label_column: str | None = None
+    query_id_column: str | None = None
     unlabeled: bool = False
     split: str | None = None
     dataset_config: str | None = None
@@ -158,24 +162,44 @@ class Goal(Settings):
             is taken.
         confidence: Such as 0.95: choose so that with this probability the drop holds on new data of the same kind,
             too. Takes more rows.
+        top_k: For ranking: how many candidates of a query count. Default: 10.
+        keep: For ranking, in the place of a largest drop: share of the queries whose top k is to be full depth's.
+            Default: 0.95.
     """
 
     policy: str = "auto"
     max_score_drop: float | None = None
     target_speedup: float | None = None
     confidence: float | None = None
+    top_k: int | None = None
+    keep: float | None = None
 
     def arguments(self) -> dict[str, float | None]:
         """What `calibrate` takes besides the policy; without a goal, a drop of 0.01.
 
         Raises:
-            ValueError: there are two goals.
+            ValueError: there are two goals, or those of ranking.
         """
+        if self.top_k is not None or self.keep is not None:
+            raise ValueError("top_k and keep are for ranking: name the task with --task ranking when you train.")
         drop, speedup = self.max_score_drop, self.target_speedup
         if drop is not None and speedup is not None:
             raise ValueError("max_score_drop and target_speedup are two goals: give exactly one of them.")
         drop = 0.01 if drop is None and speedup is None else drop
         return {"max_score_drop": drop, "target_speedup": speedup, "confidence": self.confidence}
+
+    def ranking_arguments(self) -> dict[str, Any]:
+        """What `calibrate_ranking` takes.
+
+        Raises:
+            ValueError: another policy than `top_k`, or a goal of classification.
+        """
+        if self.policy not in ("auto", "top_k"):
+            raise ValueError(f"policy={self.policy!r} is not allowed for ranking: it is 'top_k'.")
+        if self.max_score_drop is not None or self.target_speedup is not None:
+            raise ValueError("max_score_drop and target_speedup are not for ranking: say with keep what may be lost.")
+        keep = 0.95 if self.keep is None else self.keep
+        return {"top_k": 10 if self.top_k is None else self.top_k, "keep": keep, "confidence": self.confidence}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +226,7 @@ class TrainSettings(Settings):
 
     Args:
         output_dir: Folder for the adapter and all that is measured.
+        task: classification, or ranking: pairs of a query and a document, with one score each.
         overwrite: Write into a folder that is not empty.
         tokenizer: Where the tokenizer is, if not with the model: a folder or a repository.
         max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
@@ -216,6 +241,7 @@ class TrainSettings(Settings):
     """
 
     output_dir: Path
+    task: str = "classification"
     overwrite: bool = False
     tokenizer: str | None = None
     max_length: int | None = None

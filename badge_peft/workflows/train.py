@@ -58,10 +58,12 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
         OSError: there is no such model or data.
     """
     check_settings(settings)
+    if settings.task == "ranking":
+        raise ValueError("task='ranking' is trained by train_ranker, which asks other things of model and data.")
     examples, eval_examples = read_training_data(data, settings.columns, settings.training.seed)
     report = train_on(model, examples, eval_examples, settings, data=data)
     if report is not None:
-        print(f"\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{_checks(report)}")
+        print(f"\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
     return report
 
 
@@ -127,7 +129,7 @@ def train_on(
             "settings": settings.to_dict(),
             "versions": {"badge_peft": package_version(), "torch": torch.__version__},
         }
-        _install(model, tokenizer, exit_logits, report, out)
+        install_adapter(model, tokenizer, exit_logits, report, out)
         if trouble is not None:
             raise ValueError(
                 f"{trouble} The exits are trained and saved in {out}, with a default policy: choose one with "
@@ -157,7 +159,9 @@ def train_on(
     return report
 
 
-def _install(model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path) -> None:
+def install_adapter(
+    model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path
+) -> None:
     """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends.
 
     Raises:
@@ -237,7 +241,8 @@ def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextData
     )
 
 
-def _checks(report: dict[str, Any]) -> str:
+def checks(report: dict[str, Any]) -> str:
+    """What was checked and timed after the training, as lines."""
     lines = []
     same, latency = report["full_depth_is_checkpoint"], report["latency"]
     if latency is not None:

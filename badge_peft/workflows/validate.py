@@ -18,6 +18,8 @@ from badge_peft.workflows.base_model import Base, badge_config
 from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.settings import TrainSettings
 
+TASKS = ("classification", "ranking")
+
 
 def check_settings(settings: TrainSettings) -> None:
     """Refuses what no model and no data could make right, before anything is read.
@@ -31,12 +33,14 @@ def check_settings(settings: TrainSettings) -> None:
     policy = settings.goal.policy
     check_policy_name(policy, "auto")
     kind = POLICIES.get(policy)
+    check_choice("task", settings.task, TASKS)
+    ranks = settings.task == "ranking"
     if kind is not None and kind.takes_depth:
         raise ValueError(
             f"policy={policy!r} needs a depth, which is known once the exits are trained: use policy='auto', which "
             "tries every depth as well."
         )
-    if kind is not None and kind.by_group:
+    if kind is not None and kind.by_group and not ranks:
         raise ValueError(
             f"policy={policy!r} ranks the candidates of a query, and this task has none: use policy='auto'."
         )
@@ -46,7 +50,8 @@ def check_settings(settings: TrainSettings) -> None:
         check_choice("metric", settings.metric, tuple(METRICS))
     if settings.problem_type is not None:
         check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
-    settings.goal.arguments()
+    if not ranks:
+        settings.goal.arguments()
     if training.depth is not None and training.objective != "single_exit":
         raise ValueError(
             f"depth={training.depth} is the exit of objective='single_exit', and objective={training.objective!r} "
@@ -66,6 +71,30 @@ def check_settings(settings: TrainSettings) -> None:
             f"batch_size={training.batch_size} is not allowed with {size} processes, which share each batch evenly: "
             f"it must be a multiple of {size}."
         )
+
+
+def check_ranking(settings: TrainSettings) -> None:
+    """Refuses what a ranking adapter cannot have, before anything is read.
+
+    Raises:
+        ValueError: a backbone, a head, an objective or a goal of another task.
+    """
+    exits, training = settings.exits, settings.training
+    if exits.backbone != "frozen" or exits.final_exit == "exit":
+        raise ValueError(
+            "ranking exits follow the scores of the model as it is: use backbone='frozen' and final_exit='base_head'."
+        )
+    if training.objective != "joint" or training.distillation not in (None, 1) or exits.learn_to_exit:
+        raise ValueError(
+            "ranking exits learn from full depth's scores: leave out objective, distillation, learn_to_exit."
+        )
+    if exits.exit_type == "past_future":
+        raise ValueError(
+            "exit_type='past_future' is not allowed for ranking, whose candidates are read slice by slice."
+        )
+    if settings.metric is not None or settings.problem_type is not None:
+        raise ValueError("metric and problem_type are not for ranking, which is measured by the top k that it keeps.")
+    settings.goal.ranking_arguments()
 
 
 def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows: int) -> bool:

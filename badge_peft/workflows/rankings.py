@@ -1,0 +1,146 @@
+"""What the workflows know of ranking: the queries of rows, what a policy keeps of their top k, and their answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation import ExitLogits
+from badge_peft.ranking.calibration import METRIC, evaluate_ranking, final_ranks
+from badge_peft.ranking.metrics import ranking_scores
+from badge_peft.ranking.segments import CandidatePass
+from badge_peft.workflows.adapter_dir import Adapter
+from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.encode import encode_texts
+
+Pair = tuple[str, str | None]
+
+STATE_BYTES = 2**30  # for the states of one query's candidates
+
+
+def with_queries(exit_logits: ExitLogits, examples: TextDataset) -> ExitLogits:
+    """The exit logits of `examples`, in their order, with their queries, and relevance where the rows have labels; a
+    row without one is not relevant.
+
+    Raises:
+        ValueError: a label that is no number of 0 or more.
+    """
+    labels = None
+    if examples.labels is not None:
+        values = [0.0 if label is None else _relevance(label, examples, i) for i, label in enumerate(examples.labels)]
+        labels = torch.tensor(values)
+    return replace(exit_logits, groups=examples.queries(), labels=labels, problem_type="regression")
+
+
+def _relevance(label: Any, examples: TextDataset, i: int) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"column {examples.columns.get('label')!r} holds {label!r} in row {examples.number(i)}: relevance is a "
+            "number, 0 for none. Mend the row, name another column with --label-column, or leave the labels out "
+            "(--unlabeled)."
+        )
+    return value
+
+
+def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[str, Any]:
+    """As `workflows.evaluate.measure`, of rows with queries: scores are the share of queries whose top k is that of
+    full depth; with labels, nDCG@k and MRR@k are in `relevance`."""
+    k = 10 if config.top_k is None else config.top_k
+    depths = [EarlyExitConfig(policy="fixed_depth", depth=m, top_k=k) for m in exit_logits.exits]
+    per_exit = [evaluate_ranking(exit_logits, fixed).score for fixed in depths]
+    point = evaluate_ranking(exit_logits, config)
+    stopped = Counter(point.exit_layer.tolist())
+    found: dict[str, Any] = {
+        "rows": len(exit_logits),
+        "queries": len(point.kept),
+        "weights_hash": exit_logits.weights_hash,
+        "rows_of_unknown_label": 0,
+        "labels": "full depth's own answers",
+        "metric": METRIC,
+        "num_blocks": exit_logits.depth,
+        "exit_layers": exit_logits.exits,
+        "per_exit": per_exit,
+        "s_avg": float(np.mean(per_exit)),
+        "s_best": max(per_exit),
+        "full_depth_score": 1.0,
+        "early_exit": {
+            "score": point.score,
+            "mean_exit": point.mean_exit,
+            "layer_speedup": point.layer_speedup,
+            "answers_as_full_depth": None,
+            "rows_stopped": [stopped[m] for m in exit_logits.exits],
+        },
+    }
+    if exit_logits.labels is not None and exit_logits.labels.any():
+        assert exit_logits.groups is not None
+        full = ranking_scores(exit_logits.logits[:, -1, 0], exit_logits.labels, exit_logits.groups, k)
+        early = ranking_scores(final_ranks(exit_logits, point.exit_layer), exit_logits.labels, exit_logits.groups, k)
+        found["relevance"] = {
+            "top_k": k,
+            "queries": full.queries,
+            "full_depth_ndcg": full.ndcg,
+            "ndcg": early.ndcg,
+            "full_depth_mrr": full.mrr,
+            "mrr": early.mrr,
+        }
+    return found
+
+
+def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """The candidates of one query after another: rows that follow one another and have the same query."""
+    return (list(rows) for _, rows in groupby(pairs, key=lambda pair: pair[0]))
+
+
+def rank_queries(
+    adapter: Adapter, config: EarlyExitConfig, batch_size: int, queries: Iterable[list[Pair]]
+) -> list[dict[str, Any]]:
+    """Ranks the candidates of each query.
+
+    Args:
+        adapter: With one output.
+        config: How candidates leave.
+        batch_size: Candidates in a block at once.
+        queries: Of each its candidates.
+
+    Returns:
+        One dict per row: `text`, `text_pair`, `value`, `exit`, and `rank` among its query's candidates, 1 for the
+        best; None for a candidate that left early.
+
+    Raises:
+        ValueError: a row without a document.
+    """
+    return [answer for pairs in queries for answer in _rank(adapter, config, batch_size, pairs)]
+
+
+def _rank(adapter: Adapter, config: EarlyExitConfig, batch_size: int, pairs: list[Pair]) -> list[dict[str, Any]]:
+    documents = [document for _, document in pairs if document is not None]
+    if len(documents) < len(pairs):
+        raise ValueError("ranking takes pairs of a query and a document: name the documents with --text-pair-column.")
+    columns = encode_texts([query for query, _ in pairs], documents, adapter.tokenizer)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    found = CandidatePass(adapter.badge, rows, build_policy(config), batch_size, STATE_BYTES).run()
+    last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
+    order = last[np.argsort(-found.scores[last], kind="stable")]
+    places = dict(zip(order.tolist(), range(1, len(order) + 1), strict=True))
+    return [
+        {
+            "text": query,
+            "text_pair": document,
+            "value": round(float(score), 6) if np.isfinite(score) else None,
+            "exit": int(number),
+            "rank": places.get(i),
+        }
+        for i, ((query, document), score, number) in enumerate(zip(pairs, found.scores, found.exit_layer, strict=True))
+    ]

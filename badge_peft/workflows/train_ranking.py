@@ -1,0 +1,247 @@
+"""`train_ranker`: from a cross-encoder and a file of pairs to an adapter that ranks. What `badge-peft train --task
+ranking` does."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+
+from badge_peft._version import package_version
+from badge_peft.early_exit.policies.text import describe
+from badge_peft.evaluation import collect_exit_logits
+from badge_peft.model import get_badge_model
+from badge_peft.model_card import REPORT, write_model_card
+from badge_peft.ranking.calibration import check_queries
+from badge_peft.training import (
+    MultiExitTrainer,
+    QueryCollator,
+    RankingDistillation,
+    multi_exit_arguments,
+    query_batches,
+)
+from badge_peft.training.callbacks import ProgressBar
+from badge_peft.utils import distributed
+from badge_peft.utils.files import write_json
+from badge_peft.workflows.base_model import add_exits, load_base, local_path
+from badge_peft.workflows.calibrate import choose
+from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.encode import encode, load_tokenizer
+from badge_peft.workflows.evaluate import compare_with_checkpoint
+from badge_peft.workflows.rankings import with_queries
+from badge_peft.workflows.report import measured_table, summary
+from badge_peft.workflows.settings import TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.train import checks, install_adapter
+from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings
+
+
+def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[str, Any] | None:
+    """Trains exits on the scores that the model itself gives to pairs of a query and a document, saves them as an
+    adapter, and chooses margins on queries that did not train. No labels are needed; full depth stays the model's own.
+
+    Args:
+        model_name: Folder or Hub repository of a cross-encoder: a model with one output.
+        data: Pairs, the candidates of each query as the reranker will see them: see `read_examples`.
+        settings: As for `train_adapter`.
+
+    Returns:
+        What `report.json` holds; None in a process that is not the first.
+
+    Raises:
+        ValueError: settings, model and data do not fit one another; nothing has been written then.
+        OSError: there is no such model or data.
+    """
+    start = time.perf_counter()
+    settings = replace(settings, exits=replace(settings.exits, keep_head=True))
+    check_ranking(settings)
+    check_settings(settings)
+    out, options = check_output_dir(settings), settings.training
+    examples, eval_examples = read_rankings(data, settings.columns, options.seed)
+    counts = [len(set(part.queries())) for part in (examples, eval_examples)]
+    if settings.goal.confidence is not None:
+        check_queries(counts[1], settings.goal.ranking_arguments()["keep"], settings.goal.confidence)
+    set_seed(options.seed)
+    base = load_base(model_name, settings, examples)
+    if len(base.labels.names) != 1:
+        raise ValueError(
+            f"{model_name} has {len(base.labels.names)} outputs, and candidates are ranked by one score: give a "
+            "cross-encoder, a model with num_labels=1."
+        )
+    tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
+    rows, eval_rows = encode(examples, tokenizer), encode(eval_examples, tokenizer)
+    print(
+        f"1. data: {len(rows)} candidates of {counts[0]} queries to train on, {len(eval_rows)} of {counts[1]} to "
+        "evaluate and calibrate on; learning from the model's scores"
+    )
+    model = add_exits(base, settings.exits)
+    badge = get_badge_model(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained")
+    print(f"3. training, {options.epochs} epochs over {len(rows)} candidates")
+    _train(model, rows, examples.queries(), tokenizer, options)
+    exit_logits = collect_exit_logits(
+        model, eval_rows, options.batch_size, progress=True, split_between_processes=True
+    )
+    exit_logits = with_queries(exit_logits, eval_examples)
+
+    def save() -> dict[str, Any]:
+        trouble: ValueError | None = None
+        measured: dict[str, Any] = {}
+        try:
+            chosen, measured = choose(exit_logits, settings.goal)[:2]
+            model.set_early_exit_config(chosen)
+        except ValueError as error:
+            trouble = error
+        report = {
+            "task": "ranking",
+            "model": model_name,
+            "data": data,
+            "columns": examples.columns,
+            "max_length": tokenizer.model_max_length,
+            "label_names": base.labels.names,
+            "problem_type": base.labels.problem_type,
+            "train_rows": len(rows),
+            "train_queries": counts[0],
+            "learned_from": "the model's own scores",
+            "evaluation": settings.columns.eval_data or f"held out of {data}",
+            **measured,
+            "constant_answer": None,
+            "calibration": badge.get_early_exit_config().calibration,
+            "processes": distributed.rank_world()[1],
+            "trainable_parameters": trainable,
+            "settings": settings.to_dict(),
+            "versions": {"badge_peft": package_version(), "torch": torch.__version__},
+        }
+        install_adapter(model, tokenizer, exit_logits, report, out)
+        if trouble is not None:
+            raise ValueError(
+                f"{trouble} The exits are trained and saved in {out}, without margins: find some with "
+                f"`badge-peft calibrate {out}`."
+            ) from trouble
+        return report
+
+    report = distributed.on_main(save)
+    if not distributed.is_main():
+        return None
+    print(f"4. saved to {out}; policy, calibrated on {counts[1]} queries: {describe(badge.get_early_exit_config())}")
+    report |= {
+        "full_depth_is_checkpoint": compare_with_checkpoint(
+            model, local_path(model_name), eval_rows, options.batch_size
+        ),
+        "latency": None,
+        "adapter_bytes": (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+        "seconds": time.perf_counter() - start,
+    }
+    write_json(Path(out) / REPORT, report)
+    write_model_card(out)
+    print(f"\n{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
+    return report
+
+
+def read_rankings(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
+    """Candidates that train and candidates that do not, with no query in both.
+
+    Raises:
+        OSError: no such data.
+        ValueError: a column or split that is not there, no pairs, or too few queries.
+    """
+    examples = _pairs(read_examples(data, columns, training=True), data)
+    draw = random.Random(seed)
+    if columns.max_rows is not None and len(examples) > columns.max_rows:
+        examples = _some(examples, draw, lambda rows: rows <= columns.max_rows)
+    if columns.eval_data is None and columns.eval_split is None:
+        queries = sorted(set(examples.queries()))
+        draw.shuffle(queries)
+        held = set(queries[: max(1, round(columns.eval_share * len(queries)))])
+        parts = [[i for i, q in enumerate(examples.queries()) if (q in held) == wanted] for wanted in (False, True)]
+        if not parts[0]:
+            raise ValueError(
+                f"there are too few queries to hold some out: {len(queries)}. Give more, or a file of their own for "
+                "the calibration with --eval-data."
+            )
+        return examples.select(parts[0]), examples.select(parts[1])
+    source = columns.eval_data or data
+    held_out = _pairs(read_examples(source, replace(columns, split=columns.eval_split)), source)
+    known = {" ".join(query.split()).casefold() for query in held_out.texts}
+    kept = [i for i, query in enumerate(examples.texts) if " ".join(query.split()).casefold() not in known]
+    if not kept:
+        raise ValueError(f"every query of {data} is among the evaluation queries too: nothing is left to train.")
+    return examples.select(kept), held_out
+
+
+def _pairs(examples: TextDataset, source: str) -> TextDataset:
+    if examples.pairs is None:
+        raise ValueError(
+            f"ranking takes pairs of a query and a document, and {source} has one text per row: name the documents "
+            "with --text-pair-column."
+        )
+    return examples
+
+
+def _some(examples: TextDataset, draw: random.Random, fits: Any) -> TextDataset:
+    """Whole queries, drawn at random, as long as their rows fit."""
+    queries = examples.queries()
+    order = sorted(set(queries))
+    draw.shuffle(order)
+    rows: dict[str, list[int]] = {}
+    for i, query in enumerate(queries):
+        rows.setdefault(query, []).append(i)
+    chosen: list[int] = []
+    for query in order:
+        if fits(len(chosen) + len(rows[query])) or not chosen:
+            chosen += rows[query]
+    return examples.select(sorted(chosen))
+
+
+def _train(model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: Any, options: TrainingOptions) -> None:
+    """Trains for `options.epochs`, in batches of whole queries as far as they fit."""
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
+    items = [
+        [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
+        for batch in query_batches(queries, options.batch_size, options.seed)
+    ]
+    at_random: dict[str, Any] = {"group_by_length": False}
+    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
+        at_random = {"train_sampling_strategy": "random"}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        arguments = multi_exit_arguments(
+            model,
+            folder,
+            adapter_learning_rate=options.adapter_lr,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=1,
+            seed=options.seed,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            logging_steps=max(1, options.epochs * len(items) // 50),
+            remove_unused_columns=False,
+            **at_random,
+        )
+        trainer = MultiExitTrainer(
+            model=model,
+            args=arguments,
+            objective=RankingDistillation(),
+            train_dataset=items,
+            data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        bar = ProgressBar()
+        trainer.add_callback(bar)
+        try:
+            trainer.train()
+        finally:
+            if bar.training_bar is not None:  # an error has a line of its own
+                bar.training_bar.close()
+    model.eval()

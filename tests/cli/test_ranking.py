@@ -1,0 +1,240 @@
+"""`badge-peft train --task ranking`, and the other commands on the adapter that it makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from badge_peft import ExitLogits, load_pretrained
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
+from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainSettings
+from badge_peft.workflows.train import train_adapter
+from badge_peft.workflows.train_ranking import read_rankings
+from tests.cli.conftest import Cli, one_line, save_classifier
+from tests.models import make_model
+from tests.ranking.pairs import make_documents, pair_tokenizer
+
+QUERIES, CANDIDATES = 15, 12
+WORDS = ("film", "plot", "story", "cast", "end")
+
+
+def write_pairs(path: Path, first: int = 0, queries: int = QUERIES, **more: Any) -> Path:
+    """Candidates of queries from number `first` on; the queries' texts are not all different, their ids are."""
+    lines = []
+    for query in range(first, first + queries):
+        text = f"was the {WORDS[query % 5]} {WORDS[query // 5 % 5]}"
+        for i, document in enumerate(make_documents(CANDIDATES, seed=query)):
+            lines.append(
+                {"query_id": f"q{query}", "query": text, "document": document, "label": int(i % 5 == 0), **more}
+            )
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
+    """`model`, `pairs.jsonl`, `other.jsonl` and the adapter `reranker` that the command made. Do not change them."""
+    folder = tmp_path_factory.mktemp("ranking")
+    make_model(num_labels=1).save_pretrained(folder / "model")
+    pair_tokenizer().save_pretrained(folder / "model")
+    write_pairs(folder / "pairs.jsonl")
+    write_pairs(folder / "other.jsonl", 20, 4)
+    told = cli(
+        *("train", folder / "model", folder / "pairs.jsonl", "--task", "ranking", "--output-dir", folder / "reranker"),
+        *("--top-k", 3, "--keep", 0.6, "--epochs", 2, "--exit-layers", "0-", "--batch-size", 16),
+    ).output
+    (folder / "told.txt").write_text(told)
+    return folder
+
+
+def test_the_report(ranked: Path) -> None:
+    report = json.loads((ranked / "reranker" / "report.json").read_text())
+    assert (report["task"], report["queries"], report["train_queries"]) == ("ranking", 3, 12)
+    assert (report["rows"], report["train_rows"]) == (3 * CANDIDATES, 12 * CANDIDATES)
+    assert report["full_depth_is_checkpoint"]["equal"] and report["per_exit"][-1] == 1.0
+    assert report["early_exit"]["score"] >= 0.6 and 0 < report["early_exit"]["layer_speedup"] < 1
+    assert report["columns"] == {"text": "query", "text_pair": "document", "label": "label", "query_id": "query_id"}
+    assert set(report["relevance"]) >= {"ndcg", "full_depth_ndcg", "mrr", "full_depth_mrr"}
+    told = (ranked / "told.txt").read_text()
+    for part in (f"{12 * CANDIDATES} candidates of 12 queries", "exit rule: top_k, top_k=3", "nDCG@3", "MRR@3"):
+        assert part in told
+    assert "top k kept against full depth" in told and "full depth answers as the checkpoint, bit for bit" in told
+
+
+def test_the_adapter_ranks_and_full_depth_is_the_models(ranked: Path) -> None:
+    model = load_pretrained(str(ranked / "reranker"))
+    config = model.get_early_exit_config()
+    assert (config.policy, config.top_k) == ("top_k", 3) and config.calibration["keep"] == 0.6
+    stored = ExitLogits.load(ranked / "reranker" / "exit_logits.safetensors")
+    assert stored.groups is not None and stored.exits == [0, 1, 2, 3]
+    again = calibrate_ranking(stored, top_k=3, keep=0.6)
+    assert again.parameters == config.parameters
+    tokenizer, documents = pair_tokenizer(), make_documents(7)
+    found = EarlyExitReranker.from_pretrained(ranked / "reranker").rank("was the film", documents, 7, full_depth=True)
+    stock = AutoModelForSequenceClassification.from_pretrained(ranked / "model").eval()
+    with torch.no_grad():
+        for answer in found:
+            batch = tokenizer("was the film", documents[answer["corpus_id"]], return_tensors="pt")
+            assert answer["score"] == pytest.approx(stock(**batch).logits.item(), abs=1e-5)
+
+
+def test_the_card(ranked: Path) -> None:
+    card = (ranked / "reranker" / "README.md").read_text()
+    assert "EarlyExitReranker.from_pretrained" in card and "top_k=3" in card and "pipeline(" not in card
+    assert f"Chosen on {3 * CANDIDATES} rows, the candidates of 3 queries: top k kept against full depth" in card
+    assert "On queries that did not choose the margins" in card and "nDCG" in card
+
+
+def test_a_card_with_a_bound(ranked: Path, tmp_path: Path) -> None:
+    model = load_pretrained(str(ranked / "reranker"))
+    stored = ExitLogits.load(ranked / "reranker" / "exit_logits.safetensors")
+    stored = replace(stored, labels=None)
+    config = calibrate_ranking(stored, top_k=3, keep=0.2, confidence=0.5)
+    model.set_early_exit_config(config)
+    model.save_pretrained(tmp_path)
+    assert "With a confidence of 0.5, at least 20.0% of new queries" in (tmp_path / "README.md").read_text()
+
+
+def test_calibrate(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    adapter = Path(shutil.copytree(ranked / "reranker", tmp_path / "reranker"))
+    told = cli("calibrate", adapter, "--top-k", 1, "--keep", 1.0).output
+    config = load_pretrained(str(adapter)).get_early_exit_config()
+    assert (config.top_k, config.calibration["keep"], config.calibration["queries"]) == (1, 1.0, 3)
+    assert "exit rule: top_k, top_k=1" in told
+    cli("calibrate", adapter, ranked / "other.jsonl", "--top-k", 2)
+    config = load_pretrained(str(adapter)).get_early_exit_config()
+    assert (config.top_k, config.calibration["queries"], config.calibration["keep"]) == (2, 4, 0.95)
+    before = (adapter / "adapter_config.json").read_bytes()
+    one_line(cli("calibrate", adapter, "--max-score-drop", 0.1, fails=True), "not for ranking", "keep")
+    one_line(
+        cli("calibrate", adapter, "--policy", "entropy", fails=True), "policy='entropy' is not allowed for ranking"
+    )
+    assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+def test_evaluate_and_sweep(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    cli(
+        "evaluate",
+        ranked / "reranker",
+        ranked / "other.jsonl",
+        "--json",
+        tmp_path / "e.json",
+        "--save-logits",
+        tmp_path / "l",
+    )
+    report = json.loads((tmp_path / "e.json").read_text())
+    stored = ExitLogits.load(tmp_path / "l")
+    stops = build_policy(load_pretrained(str(ranked / "reranker")).get_early_exit_config()).replay(stored)
+    assert report["early_exit"]["mean_exit"] == pytest.approx(stops.double().mean().item())
+    assert report["queries"] == 4 and sum(report["early_exit"]["rows_stopped"]) == 4 * CANDIDATES
+    told = cli("sweep", ranked / "reranker", "--top-k", 2, "--points", 5, "--json", tmp_path / "s.json").output
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["metric"] == "top_k_kept" and {p["name"] for p in found["points"]} == {"fixed_depth", "top_k"}
+    points = [p for p in found["points"] if p["name"] == "top_k"]
+    assert all(p["top_k"] == 2 for p in points) and len(points) <= 5
+    assert points[0]["layer_speedup"] <= points[-1]["layer_speedup"] and "top_k=2" in told
+
+
+def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:
+    lines = cli("predict", ranked / "reranker", ranked / "other.jsonl").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert len(answers) == 4 * CANDIDATES
+    reranker = EarlyExitReranker.from_pretrained(ranked / "reranker")
+    for start in range(0, len(answers), CANDIDATES):
+        part = answers[start : start + CANDIDATES]
+        best = reranker.rank(part[0]["text"], [a["text_pair"] for a in part], 3)
+        for place, wanted in enumerate(best, start=1):
+            answer = part[wanted["corpus_id"]]
+            assert answer["rank"] == place and answer["value"] == pytest.approx(wanted["score"], abs=1e-4)
+        assert all((a["rank"] is None) == (a["exit"] < 3) for a in part)
+    wide = cli("predict", ranked / "reranker", ranked / "other.jsonl", "--policy", "never").stdout.splitlines()
+    assert all("rank" not in json.loads(line) for line in wide)
+    one_line(cli("predict", ranked / "reranker", "-", input="was the film\n", fails=True), "pairs of texts")
+
+
+def test_bench(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    arguments = ("--rows", 20, "--threads", 1, "--json", tmp_path / "b.json")
+    told = cli("bench", ranked / "reranker", ranked / "other.jsonl", *arguments).output
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert (report["queries"], report["rows"], report["batch_size"]) == (2, 2 * CANDIDATES, 32)
+    stock, early = report["results"]
+    assert stock["score"] == 1.0 and stock["mean_exit"] == 3.0 and early["mean_exit"] < 3.0
+    assert "p50 ms per query" in told and "candidates of 2 queries" in told
+
+
+def test_queries_are_in_one_part_alone(tmp_path: Path) -> None:
+    path = str(write_pairs(tmp_path / "pairs.jsonl"))
+    for share, max_rows in ((0.2, None), (0.5, 100)):
+        train, held = read_rankings(path, TrainColumns(eval_share=share, max_rows=max_rows), seed=1)
+        assert not set(train.queries()) & set(held.queries())
+        for part in (train, held):  # whole queries
+            assert all(part.queries().count(query) == CANDIDATES for query in set(part.queries()))
+    other = str(write_pairs(tmp_path / "other.jsonl", 3, 2))
+    train, held = read_rankings(path, TrainColumns(eval_data=other), seed=0)
+    assert set(held.queries()) == {"q3", "q4"} and not set(train.texts) & set(held.texts)
+    plain = read_examples(path, Columns(query_id_column="label"))
+    assert set(plain.queries()) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--backbone", "lora"), ("backbone='frozen'",)),
+        (("--final-exit", "exit"), ("final_exit",)),
+        (("--objective", "two_stage"), ("leave out objective",)),
+        (("--exit-type", "past_future"), ("past_future",)),
+        (("--metric", "pearson"), ("metric and problem_type are not for ranking",)),
+        (("--target-speedup", 0.5), ("not for ranking", "keep")),
+        (("--confidence", 0.95), ("there are 3 queries", "takes at least")),
+        (("--text-pair-column", "nothing"), ("no text-pair column 'nothing'",)),
+    ],
+)
+def test_what_is_refused(
+    ranked: Path, tmp_path: Path, cli: Cli, options: tuple[Any, ...], words: tuple[str, ...]
+) -> None:
+    train = ("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", tmp_path / "x")
+    one_line(cli(*train, "--epochs", 1, *options, fails=True), *words)
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_models_data_and_tasks_are_refused(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    two = save_classifier(tmp_path / "two")
+    pair_tokenizer().save_pretrained(two)
+    out = ("--task", "ranking", "--output-dir", tmp_path / "x")
+    one_line(cli("train", two, ranked / "pairs.jsonl", *out, fails=True), "has 2 outputs", "num_labels=1")
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    one_line(cli("train", ranked / "model", tmp_path / "texts.txt", *out, fails=True), "one text per row")
+    plain = ("train", ranked / "model", ranked / "pairs.jsonl", "--output-dir", tmp_path / "x")
+    one_line(cli(*plain, "--top-k", 3, fails=True), "top_k and keep are for ranking")
+    one_line(cli(*plain, "--policy", "top_k", fails=True), "policy='top_k' ranks the candidates of a query")
+    one_line(cli(*plain, "--task", "sorting", fails=True), "task='sorting' is not allowed")
+    with pytest.raises(ValueError, match="task='ranking' is trained by train_ranker"):
+        train_adapter(str(two), "x", TrainSettings(output_dir=tmp_path / "x", task="ranking"))
+    with pytest.raises(ValueError, match=r"keep=2\.0 is not allowed: it is a share of the queries"):
+        Goal(keep=2.0)
+    wrong = write_pairs(tmp_path / "wrong.jsonl", 0, 5, label=-2)
+    one_line(cli("evaluate", ranked / "reranker", wrong, fails=True), "holds -2 in row 1", "0 for none")
+
+
+def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(
+    ranked: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("no margins could be shown.")
+
+    out = tmp_path / "reranker"
+    with monkeypatch.context() as patch:
+        patch.setattr("badge_peft.workflows.calibrate.calibrate_ranking", none)
+        train = ("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", out)
+        one_line(cli(*train, "--epochs", 1, fails=True), "saved in", "without margins", "badge-peft calibrate")
+    cli("calibrate", out, "--top-k", 1)
+    assert load_pretrained(str(out)).get_early_exit_config().policy == "top_k"
