@@ -117,7 +117,7 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         own_base: Whether they are loaded on the base models that they name.
 
     Raises:
-        ValueError: one is not frozen, or they name different base models.
+        ValueError: one is not frozen, they name different base models, or they end in heads of different kinds.
     """
     for name, config in configs.items():
         if config.backbone != "frozen":
@@ -125,6 +125,12 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
                 f"task {name!r} has backbone={config.backbone!r}, so its blocks compute something else than those of "
                 "the other tasks: train it with backbone='frozen', or run it in a call of its own."
             )
+    heads = {config.reads_tokens: name for name, config in configs.items() if config.final_exit == "base_head"}
+    if len(heads) > 1:
+        raise ValueError(
+            f"task {heads[True]!r} ends in a head for tokens and {heads[False]!r} in one for texts, and a base model "
+            "has one head: train one of them with final_exit='exit'."
+        )
     first, *others = configs
     for name in others:
         here, there = (_base(configs[task]) for task in (first, name))

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
@@ -58,7 +58,8 @@ def load_pretrained(
         base_model: A loaded model, or the path or repository of one; None takes what the adapter's config names.
         adapter_name: What the adapter is called in the model; those of many tasks are called as their tasks.
         is_trainable: Load it for more training.
-        **kwargs: For `AutoModelForSequenceClassification.from_pretrained` (`dtype`, `device_map`, `token`, ...).
+        **kwargs: For `AutoModelForSequenceClassification.from_pretrained`, for tokens that of
+            `AutoModelForTokenClassification` (`dtype`, `device_map`, `token`, ...).
 
     Returns:
         The PEFT model, in eval mode unless `is_trainable`.
@@ -112,7 +113,8 @@ def _load_base(name: str, config: BadgeConfig, kwargs: dict[str, Any]) -> Any:
         kwargs.setdefault("num_labels", config.num_labels)
     if config.final_exit == "exit" or config.train_head:  # the base model's own head is not read, whatever its size
         kwargs.setdefault("ignore_mismatched_sizes", True)
-    return AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+    auto: Any = AutoModelForTokenClassification if config.reads_tokens else AutoModelForSequenceClassification
+    return auto.from_pretrained(name, **kwargs)
 
 
 def _load_tasks(

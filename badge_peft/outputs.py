@@ -19,7 +19,8 @@ class MultiExitOutput(ModelOutput):
     Args:
         loss: Scalar, when labels were given: the weighted sum of the losses of all exits (Eq. 8).
         logits: [B, K], of exit M.
-        exit_logits: [B, E, K], of all exits, shallow to deep; the last is `logits`.
+        exit_logits: [B, E, K], of all exits, shallow to deep; the last is `logits`. Of token classification
+            [B, E, S, K], and `logits` is [B, S, K].
         exit_uncertainty: [B, E], what learning to exit (LTE) predicts and `policy="learned"` reads, where there is it.
         imitation_loss: [B], what Global Past-Future adds to the loss, where its objective asks for it.
         hidden_states: As the base model gives them, when asked for.
@@ -44,6 +45,9 @@ class EarlyExitOutput(ModelOutput):
         exit_layer: [B], the number of the block that answered, 1 to M; 0 for the exit on the embeddings.
         non_finite: [B] bool, the rows that had NaN or infinite logits at an exit. They did not stop there, unless it
             was the last that could answer: then `logits` are what it gave.
+        token_exit_layer: [B, S], of token classification: the block that answered each token; 0 also for padding and
+            for special tokens, which nobody asks about. `logits` is [B, S, K] then, zeros for these, and `exit_layer`
+            is where the row left, with its last token.
         num_labels: [B], with `adapter_names`: the K of each row's adapter. Its logits behind that are -inf, so that a
             softmax or an argmax needs no knowledge of it.
     """
@@ -51,6 +55,7 @@ class EarlyExitOutput(ModelOutput):
     logits: Tensor | None = None
     exit_layer: Tensor | None = None
     non_finite: Tensor | None = None
+    token_exit_layer: Tensor | None = None
     num_labels: Tensor | None = None
 
 

@@ -1,4 +1,4 @@
-"""`pipeline`: transformers' text-classification pipeline, on a model that exits early."""
+"""`pipeline`: transformers' pipelines for text and token classification, on a model that exits early."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TextClassificationPipeline
+from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from badge_peft.bundle import find_tasks
@@ -21,6 +21,8 @@ from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
 
 TASKS = ("text-classification", "sentiment-analysis")
+TOKEN_TASKS = ("token-classification", "ner")
+_BESIDE = ("offset_mapping", "sentence", "is_last", "word_ids", "word_to_chars_map")  # what the model does not read
 _FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__) - {"top_k"}  # which is transformers' own here
 _FUNCTIONS = {
     "regression": ClassificationFunction.NONE,
@@ -29,16 +31,10 @@ _FUNCTIONS = {
 }
 
 
-class EarlyExitPipeline(TextClassificationPipeline):
-    """transformers' pipeline, in which each text goes as deep as it must.
+class _ExitRules:
+    """What the pipelines of models that exit early have in common: the arguments that say how they stop."""
 
-    Batches, text pairs, `top_k`, `function_to_apply` and the tokenizer's arguments (`truncation=True`) are as there.
-    Each answer also holds `exit_layer`, the block that gave it (0: the embeddings). `early_exit_config` and fields of
-    `EarlyExitConfig` may be given when the pipeline is made and with each call; those of the call win.
-
-    Raises:
-        ValueError: the model carries no BADGE adapter or has no name for a label, or a field is wrong.
-    """
+    model: Any
 
     def check_model_type(self, supported_models: Any) -> None:
         """A PEFT model is none of the classes that transformers lists here: what counts is the adapter."""
@@ -50,8 +46,7 @@ class EarlyExitPipeline(TextClassificationPipeline):
                 "set id2label in model.config, or BadgeConfig(label_names=...) before training."
             )
 
-    # transformers types these methods for every kind of pipeline: hence `ignore[override]`
-    def _sanitize_parameters(  # type: ignore[override]
+    def _sanitize_parameters(
         self, early_exit_config: Any = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         rule = {name: kwargs.pop(name) for name in _FIELDS & kwargs.keys()}
@@ -62,11 +57,24 @@ class EarlyExitPipeline(TextClassificationPipeline):
         self._check_rule(early_exit_config, rule)  # a wrong value is refused before any text is read
         if early_exit_config is not None:
             rule["early_exit_config"] = early_exit_config
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        super_: Any = super()
+        preprocess, forward, postprocess = super_._sanitize_parameters(**kwargs)
         return preprocess, {**forward, **rule}, postprocess
 
     def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
         EarlyExitConfig.of(early_exit_config, **fields)
+
+
+class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore[misc]  # typed for every pipeline
+    """transformers' pipeline, in which each text goes as deep as it must.
+
+    Batches, text pairs, `top_k`, `function_to_apply` and the tokenizer's arguments (`truncation=True`) are as there.
+    Each answer also holds `exit_layer`, the block that gave it (0: the embeddings). `early_exit_config` and fields of
+    `EarlyExitConfig` may be given when the pipeline is made and with each call; those of the call win.
+
+    Raises:
+        ValueError: the model carries no BADGE adapter or has no name for a label, or a field is wrong.
+    """
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]
         return early_exit_forward(self.model, **rule, **model_inputs)
@@ -81,6 +89,35 @@ class EarlyExitPipeline(TextClassificationPipeline):
         for answer in said if isinstance(said, list) else [said]:
             answer["exit_layer"] = int(model_outputs["exit_layer"][0])
         return said
+
+
+class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: ignore[misc]
+    """transformers' token-classification pipeline, in which each token stops alone and a text leaves with its last.
+
+    `aggregation_strategy`, `stride`, words and batches are as there. Each entity also holds `exit_layer`: the block
+    that answered its token; where tokens are aggregated, the one at which the text left. Rules are given as for
+    `EarlyExitPipeline`.
+
+    Raises:
+        ValueError: as `EarlyExitPipeline`.
+    """
+
+    def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]
+        inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
+        output = early_exit_forward(self.model, **rule, **inputs)
+        exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
+        return {**dict.fromkeys(_BESIDE), **model_inputs, "logits": output.logits, **exits}
+
+    def postprocess(self, all_outputs: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The entities of one text."""
+        all_outputs = list(all_outputs)
+        found = super().postprocess(all_outputs, *args, **kwargs)
+        deepest = max(int(outputs["exit_layer"][0]) for outputs in all_outputs)
+        for entity in found:
+            place = entity.get("index") if len(all_outputs) == 1 else None
+            own = deepest if place is None else int(all_outputs[0]["token_exit_layer"][0, place])
+            entity["exit_layer"] = own
+        return found
 
 
 class MultiTaskPipeline(EarlyExitPipeline):
@@ -99,7 +136,11 @@ class MultiTaskPipeline(EarlyExitPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Each task is an adapter of the model."""
         for task in self.tasks:
-            get_badge_model(self.model).config_of(task)
+            if get_badge_model(self.model).config_of(task).reads_tokens:
+                raise ValueError(
+                    f"task {task!r} classifies tokens, which this pipeline does not: call "
+                    "model.early_exit_forward(**batch, tasks=[...]), or leave it out of tasks."
+                )
 
     def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
         for config in config_of_each(early_exit_config, self.tasks).values():
@@ -140,11 +181,11 @@ def pipeline(
     model_kwargs: dict[str, Any] | None = None,
     tasks: Sequence[str] | None = None,
     **kwargs: Any,
-) -> EarlyExitPipeline:
-    """A text-classification pipeline that exits early, made as `transformers.pipeline` makes one.
+) -> Any:
+    """A pipeline for text or token classification that exits early, made as `transformers.pipeline` makes one.
 
     Args:
-        task: `text-classification` (or `sentiment-analysis`).
+        task: `text-classification` (or `sentiment-analysis`), `token-classification` (or `ner`).
         model: An adapter's folder or Hub repository, or a PEFT model with a BADGE adapter, which goes into eval mode.
             For many tasks a bundle, which `save_tasks` wrote, or a dict from tasks to folders or repositories.
         tokenizer: A tokenizer, or the folder or repository of one; None takes the one that lies beside the adapter,
@@ -169,8 +210,11 @@ def pipeline(
     # [{'label': 'positive', 'score': 0.98, 'exit_layer': 2}, {'label': 'negative', 'score': 0.91, 'exit_layer': 4}]
     ```
     """
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not allowed: BADGE classifies sequences, so it must be {TASKS[0]!r}.")
+    if task not in (*TASKS, *TOKEN_TASKS):
+        raise ValueError(
+            f"task={task!r} is not allowed: BADGE classifies sequences and tokens, so it must be {TASKS[0]!r} or "
+            f"{TOKEN_TASKS[0]!r}."
+        )
     source = None
     if isinstance(model, Mapping):
         sources = [str(place) for place in model.values()]
@@ -190,10 +234,16 @@ def pipeline(
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
         tokenizer = _load_tokenizer([place for place in places if place], revision if source else None)
     model.eval()
+    if tasks is None and config.reads_tokens != (task in TOKEN_TASKS):
+        wanted = TOKEN_TASKS[0] if config.reads_tokens else TASKS[0]
+        raise ValueError(
+            f"task={task!r} is not allowed for this adapter, whose task_type is {config.task_type}: {wanted!r}."
+        )
     made: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "batch_size": batch_size}
     if tasks is not None:
         return MultiTaskPipeline(task=TASKS[0], tasks=tasks, **made, **kwargs)
-    return EarlyExitPipeline(task=TASKS[0], **made, **kwargs)
+    kind = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
+    return kind(task=TOKEN_TASKS[0] if config.reads_tokens else TASKS[0], **made, **kwargs)
 
 
 def _load_tokenizer(places: list[str], revision: str | None) -> Any:

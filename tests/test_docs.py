@@ -36,7 +36,7 @@ ELSEWHERE = {
 }
 QUICK = (
     *("index", "after-deployment", "choosing", "policies", "calibration", "hub", "faq", "app", "integrations"),
-    "many-tasks",
+    *("many-tasks", "tokens"),
 )
 SLOW = ("quickstart", "training", "ablations")  # they train
 PUBLIC = (

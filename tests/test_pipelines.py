@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TextClassificationPipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    TextClassificationPipeline,
+    TokenClassificationPipeline,
+)
 
 import badge_peft
 from badge_peft import BadgeConfig
@@ -158,6 +164,8 @@ def test_where_the_tokenizer_comes_from(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(adapter: Path) -> None:
+    with pytest.raises(ValueError, match="task='ner' is not allowed for this adapter.*'text-classification'"):
+        badge_peft.pipeline("ner", model=str(adapter))
     with pytest.raises(ValueError, match="task='fill-mask' is not allowed"):
         badge_peft.pipeline("fill-mask", model=str(adapter))
     with pytest.raises(ValueError, match="model=None is not allowed: give an adapter's folder"):
@@ -239,3 +247,54 @@ def test_rules_for_all_tasks_or_for_each(tasks: dict[str, str]) -> None:
         classify(TEXTS[0], early_exit_config={"other": {"policy": "never"}})
     with pytest.raises(ValueError, match="no adapter 'other'"):
         badge_peft.pipeline(model=classify.model, tokenizer=make_tokenizer(), tasks=["other"])
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.fixture(scope="module")
+def token_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that labels tokens, for a base model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tokens")
+    names = dict(enumerate(("O", "B-x", "I-x", "B-y")))
+    torch.manual_seed(0)
+    base = AutoModelForTokenClassification.from_config(
+        make_model(num_labels=4, id2label=names, label2id={name: i for i, name in names.items()}).config
+    )
+    base.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    base = AutoModelForTokenClassification.from_pretrained(folder / "base")
+    model = get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS", r=4, train_head=False)).eval()
+    shake(model)
+    model.save_pretrained(str(folder / "adapter"))
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "first", "average"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tokens_at_full_depth_are_transformers_own(token_adapter: Path, strategy: str, batch_size: int) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    base: Any = AutoModelForTokenClassification.from_pretrained(token_adapter.parent / "base").eval()
+    options: Any = {"aggregation_strategy": strategy, "batch_size": batch_size}
+    theirs: Any = TokenClassificationPipeline(model=base, tokenizer=tokenizer, device=-1, **options)(TEXTS)
+    ours: Any = badge_peft.pipeline(
+        "token-classification", model=str(token_adapter), tokenizer=tokenizer, policy="never", device=-1, **options
+    )(TEXTS)
+    assert sum(map(len, ours)) > 0
+    for found, expected in zip(ours, theirs, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert one.pop("exit_layer") == 3
+            assert one == {**other, "score": pytest.approx(other["score"], abs=1e-5)}
+
+
+def test_tokens_stop_by_themselves(token_adapter: Path) -> None:
+    classify = badge_peft.pipeline("ner", model=str(token_adapter), ignore_labels=[], policy="entropy", threshold=1.0)
+    tokenizer = make_tokenizer()
+    for text in TEXTS[:4]:
+        batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False, return_special_tokens_mask=True)
+        out = classify.model.early_exit_forward(**batch, policy="entropy", threshold=1.0)
+        found: Any = classify(text)
+        assert [entity["exit_layer"] for entity in found] == out.token_exit_layer[0, 1:-1].tolist()
+    with pytest.raises(ValueError, match="task='text-classification' is not allowed for this adapter.*'token-class"):
+        badge_peft.pipeline(model=str(token_adapter))

@@ -72,16 +72,18 @@ class RowOrder:
         """The output of all rows as they came, from the reader of each adapter."""
         found = [reader.output() for reader in readers]
         answers: list[Any] = [output.logits for output in found]
-        labels = [answer.shape[1] for answer in answers]
+        labels = [answer.shape[-1] for answer in answers]
         dtype = reduce(torch.promote_types, (answer.dtype for answer in answers))
-        wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[1]), value=-torch.inf) for x in answers]
+        wide = [F.pad(x.to(dtype), (0, max(labels) - x.shape[-1]), value=-torch.inf) for x in answers]
         exits, non_finite = (torch.cat([output[name] for output in found]) for name in ("exit_layer", "non_finite"))
+        tokens: Any = found[0].token_exit_layer  # such an adapter has all rows
         device = wide[0].device
         back = self._order.argsort().to(device)
         return EarlyExitOutput(
             logits=torch.cat(wide)[back],
             exit_layer=exits[back],
             non_finite=non_finite[back],
+            token_exit_layer=None if tokens is None else tokens[back],
             num_labels=torch.tensor(labels)[torch.from_numpy(self._which)].to(device),
         )
 
@@ -119,6 +121,12 @@ def check_adapter_names(
         raise ValueError(
             f"adapter_names has {BASE!r}, but {type(model).__name__} has no head that could answer: give these "
             "rows the name of an adapter."
+        )
+    tokens = [name for name in names if name != BASE and configs[name].reads_tokens]
+    if tokens and len(names) > 1:
+        raise ValueError(
+            f"adapter {tokens[0]!r} classifies tokens, so its rows have answers of another shape than those of "
+            "others: run them in a call of their own, or give tasks=[...] in place of adapter_names."
         )
     check_frozen("adapter_names", names, model, layout, configs, active)
 

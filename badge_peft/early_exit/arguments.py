@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -47,6 +48,23 @@ def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
             f"its fields are {', '.join(EarlyExitConfig.__dataclass_fields__)}."
         )
     return overrides, inputs
+
+
+def split_special(mask: Any, batch_size: int, length: int) -> Tensor:
+    """[B, S], the tokens that need no answer; without a mask there are none.
+
+    Raises:
+        ValueError: the mask has another shape.
+    """
+    if mask is None:
+        return torch.zeros(batch_size, length, dtype=torch.long)
+    if not isinstance(mask, Tensor) or mask.shape != (batch_size, length):
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"special_tokens_mask must be a tensor [{batch_size}, {length}], as the inputs, got {found}: a tokenizer "
+            "makes it with return_special_tokens_mask=True."
+        )
+    return mask
 
 
 def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from badge_peft.early_exit.readers import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 
@@ -26,6 +28,33 @@ class Question:
     first: int
     rows: int
     config: Any
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What a call knows of its rows beside the model's inputs.
+
+    Args:
+        rows: B.
+        length: S.
+        mask: [B, S], the attention mask, or None. One of another first dimension holds for all rows.
+        special: [B, S'], 1 for tokens that need no answer.
+        groups: [B], a number for each row, the same for the candidates of a query, or None.
+    """
+
+    rows: int
+    length: int
+    mask: Tensor | None
+    special: Tensor
+    groups: Tensor | None = None
+
+    def part(self, first: int, rows: int) -> RowFacts:
+        """The same of some rows, which lie side by side."""
+        if rows == self.rows:
+            return self
+        own = slice(first, first + rows)
+        mask = self.mask[own] if self.mask is not None and self.mask.shape[0] == self.rows else self.mask
+        return RowFacts(rows, self.length, mask, self.special[own], None if self.groups is None else self.groups[own])
 
 
 class Call(Protocol):

@@ -48,6 +48,7 @@ def full_depth_output(
     labels: Tensor | None,
     num_items: Any,
     more: dict[str, Tensor],
+    length: int | None = None,
 ) -> MultiExitOutput:
     """The output of a full-depth pass.
 
@@ -58,20 +59,26 @@ def full_depth_output(
         labels: As `exit_loss` takes them, or None.
         num_items: As for `exit_loss`.
         more: Further fields.
+        length: S, where exits answer each token: what compiled blocks have padded behind that is cut off.
     """
-    exits = reader.exits.numbers
+    exits, tokens = reader.exits.numbers, reader.exits.reads_tokens
     if config.final_exit == "base_head":
         reader.exit_logits[exits[-1]] = base.logits
+    if tokens:
+        reader.exit_logits = {m: x[:, :length] for m, x in reader.exit_logits.items()}
+        reader.exit_uncertainty = {m: x[:, :length] for m, x in reader.exit_uncertainty.items()}
     logits = [reader.exit_logits[m] for m in exits]
     loss = None
     if labels is not None:
         labels = labels.to(logits[-1].device)
-        losses = [exit_loss(x, labels, config.resolved_problem_type, num_items) for x in logits]
+        flat = torch.Tensor.flatten if tokens else _same  # a loss is one of tokens, then
+        labels = flat(labels)
+        each = {m: x.flatten(0, 1) if tokens else x for m, x in reader.exit_logits.items()}
+        losses = [exit_loss(each[m], labels, config.resolved_problem_type, num_items) for m in exits]
         loss = sum_losses(losses, loss_weights(config.exit_weights, exits))
         if reader.exit_uncertainty:
-            loss = loss + uncertainty_loss(
-                reader.exit_uncertainty, reader.exit_logits, labels, config.resolved_problem_type
-            )
+            doubts = {m: flat(x) for m, x in reader.exit_uncertainty.items()}
+            loss = loss + uncertainty_loss(doubts, each, labels, config.resolved_problem_type)
     return MultiExitOutput(
         loss=loss,
         logits=logits[-1],
@@ -81,6 +88,10 @@ def full_depth_output(
         attentions=base.get("attentions"),
         **more,
     )
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def sum_losses(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
-from badge_peft.early_exit.arguments import by_name, split_arguments
-from badge_peft.early_exit.calls import Call, OneAdapter, Question
+from badge_peft.early_exit.arguments import by_name, split_arguments, split_special
+from badge_peft.early_exit.calls import Call, OneAdapter, Question, RowFacts
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
 from badge_peft.early_exit.groups import group_codes
@@ -21,9 +21,10 @@ from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import PolicyReader
 from badge_peft.early_exit.tasks import Tasks, check_tasks
+from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
-from badge_peft.tuner.block_pass import count_rows
+from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.exits import AdapterExits
@@ -77,28 +78,34 @@ class EarlyExitMixin:
         num_items = kwargs.pop("num_items_in_batch", None)
         return_dict = kwargs.pop("return_dict", None)
         batch_size = count_rows(*args, **kwargs)
+        length = count_positions(*args, **kwargs)
         if self.compiled is not None:
             kwargs = self.compiled.pad(kwargs)
         adapter = self.single_active_adapter()
         if labels is not None:
-            self.check_labels(labels, batch_size)
+            self.check_labels(labels, batch_size, count_positions(*args, **kwargs))
         mask = kwargs.get("attention_mask")
         reader = FullDepthReader(self.adapter_exits(adapter), batch_size, mask)
         running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, mask)
         with running:
             base = self.model(*args, return_dict=True, **kwargs)
         output = full_depth_output(
-            reader, base, self.config_of(adapter), labels, num_items, running.training_outputs()
+            reader, base, self.config_of(adapter), labels, num_items, running.training_outputs(), length
         )
         if labels is None and exit_pass is None and self.training and _has_gradient(output.exit_logits):
             warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
 
-    def check_labels(self, labels: Tensor, batch_size: int) -> str:
+    def check_labels(self, labels: Tensor, batch_size: int, length: int = 0) -> str:
         """Checks labels of the active adapter's task.
 
         The problem type of an adapter that nothing has told it yet (K > 1, and the model's config is silent) is read
         off the first labels, as transformers does it, and is saved with the adapter.
+
+        Args:
+            labels: Of a batch.
+            batch_size: B.
+            length: S, which token classification needs: its labels are [B, S], -100 for tokens that do not count.
 
         Returns:
             The problem type.
@@ -107,6 +114,13 @@ class EarlyExitMixin:
             ValueError: labels of another shape, or outside of 0..K-1.
         """
         config = self.config_of()
+        if config.reads_tokens:
+            if labels.shape != (batch_size, length):
+                raise ValueError(
+                    f"labels have shape {list(labels.shape)}, but token classification needs one for each token, "
+                    f"[{batch_size}, {length}], -100 for those that do not count."
+                )
+            labels, batch_size = labels.flatten(), labels.numel()
         problem_type = config.problem_type or infer_problem_type(config.resolved_labels, labels)
         problem_of(problem_type).check_labels(labels, config.resolved_labels, batch_size)
         config.problem_type = problem_type
@@ -122,6 +136,7 @@ class EarlyExitMixin:
         adapter_names: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
         groups: Any = None,
+        special_tokens_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answers each row at the exit that the policy chooses; the rest of the blocks are not computed for it.
@@ -141,12 +156,15 @@ class EarlyExitMixin:
                 leaves after its last task has answered. Only adapters as for `adapter_names`.
             groups: [B], an id for each row, the same for the candidates of a query: what `policy="top_k"` reads. None:
                 the rows of each adapter are one query.
+            special_tokens_mask: [B, S], of token classification: 1 for tokens that need no answer and hold no row, as
+                tokenizers have it (`return_special_tokens_mask=True`).
             **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win
                 over the config: `policy="divergence", threshold=0.2, patience=3`.
 
         Returns:
             An `EarlyExitOutput`: `logits` [B, K], `exit_layer` [B] and `non_finite` [B]; with `adapter_names` also
-            `num_labels` [B], and K is the largest. With `tasks` a `MultiTaskOutput`: a mapping from each of them to
+            `num_labels` [B], and K is the largest. Of token classification `logits` [B, S, K] and `token_exit_layer`
+            [B, S]. With `tasks` a `MultiTaskOutput`: a mapping from each of them to
             its `EarlyExitOutput`, and `blocks_run` [B].
 
         Raises:
@@ -162,14 +180,19 @@ class EarlyExitMixin:
             )
         batch_size = count_rows(**inputs)
         call = self._call(batch_size, adapter_names, tasks, early_exit_config)
-        inputs = call.sort(inputs)
-        ids = group_codes(groups, batch_size)
-        if ids is not None:
-            ids = call.sort({"groups": torch.from_numpy(ids)})["groups"].numpy()
+        of_rows: Any = {
+            "groups": group_codes(groups, batch_size),
+            "special": split_special(special_tokens_mask, batch_size, count_positions(**inputs)),
+        }
+        inputs, of_rows = (
+            call.sort(inputs),
+            call.sort({k: torch.as_tensor(v) for k, v in of_rows.items() if v is not None}),
+        )
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
         mask = inputs.get("attention_mask")
-        readers = [self._reader(question, batch_size, mask, overrides, ids) for question in call.questions]
+        about = RowFacts(batch_size, count_positions(**inputs), mask, **of_rows)
+        readers = [self._reader(question, about, overrides) for question in call.questions]
         running = self._pass(EarlyExitPass, call.together(readers), batch_size, mask)
         running.heads = call.heads(readers)
         with running:
@@ -177,11 +200,11 @@ class EarlyExitMixin:
         for reader in readers:
             if not reader.exits.has_final_exit:
                 own = base.logits if running.heads is None else running.heads.logits(base.logits)[reader.exits.adapter]
-                reader.finish(own[:, : reader.exits.num_labels])
+                reader.finish(own[..., : reader.exits.num_labels])
         output = call.output(readers)
         non_finite = np.zeros(batch_size, dtype=bool)
         for reader in readers:
-            non_finite[reader.first : reader.first + reader.rows] |= reader.non_finite
+            non_finite[reader.first : reader.first + reader.rows] |= reader.rows_non_finite()
         if non_finite.any():
             warnings.warn(
                 f"{np.count_nonzero(non_finite)} of {batch_size} rows had logits that are NaN or infinite at an exit. "
@@ -236,18 +259,18 @@ class EarlyExitMixin:
         check_adapter_names(adapter_names, batch_size, self.model, self.layout, self.peft_config, self.active_adapters)
         return RowOrder(adapter_names, config)
 
-    def _reader(
-        self, asked: Question, batch_size: int, mask: Tensor | None, overrides: dict[str, Any], groups: Any
-    ) -> PolicyReader:
+    def _reader(self, asked: Question, about: RowFacts, overrides: dict[str, Any]) -> PolicyReader:
         name, first, rows = asked.adapter, asked.first, asked.rows
-        if mask is not None and rows < batch_size and mask.shape[0] == batch_size:
-            mask = mask[first : first + rows]
+        own = about.part(first, rows)
         if name == BASE:
             exits = AdapterExits(BASE, [self.num_blocks], "cls", self.model.config.num_labels, Problem.name, False)
-            return PolicyReader(exits, rows, mask, first, build_policy(policy="never"))
+            return PolicyReader(exits, rows, own.mask, first, build_policy(policy="never"))
         config = self.config_of(name).early_exit if asked.config is None else asked.config
-        own = None if groups is None else groups[first : first + rows]
-        return PolicyReader(self.adapter_exits(name), rows, mask, first, build_policy(config, **overrides), own)
+        exits, policy = self.adapter_exits(name), build_policy(config, **overrides)
+        if exits.reads_tokens:
+            return TokenReader(exits, rows, own.mask, first, policy, own.length, own.special)
+        groups = None if own.groups is None else own.groups.numpy()
+        return PolicyReader(exits, rows, own.mask, first, policy, groups)
 
 
 def _has_gradient(logits: Tensor | None) -> bool:

@@ -95,6 +95,8 @@ class ExitReader:
 class PolicyReader(ExitReader):
     """Each row stops at the exit that the policy chooses. Exits on whose logits no decision depends are not computed.
 
+    What stops is a *unit*: here a row, in a `TokenReader` a token.
+
     Args:
         exits: Of the adapter.
         rows: n.
@@ -138,7 +140,7 @@ class PolicyReader(ExitReader):
             self.answer = self.answer.to(dtype)
         if self.num_active:
             rows = np.flatnonzero(self.exit_layer < 0)
-            if len(rows) == self.rows:
+            if len(rows) == len(self.exit_layer):
                 self._answer_all(logits.to(dtype), self.exits.numbers[-1])
             else:
                 self._store(_take(logits, rows).to(dtype), rows, self.exits.numbers[-1])
@@ -176,7 +178,7 @@ class PolicyReader(ExitReader):
         """Takes what exit `number` says of each row in the states, and lets rows stop there."""
         exits, j = self.exits.numbers, self._position - 1
         self.note_dtype(logits.dtype)
-        active = self.active_rows()
+        active = self.active_units()
         if self.policy.is_final(exits, j):
             self.stop(logits, active, np.ones(self.num_active, dtype=bool), number)
             return
@@ -200,9 +202,13 @@ class PolicyReader(ExitReader):
         """[n] bool, of the reader's rows in the states: those that have no answer yet."""
         return self.exit_layer[self._places] < 0
 
-    def active_rows(self) -> Array | None:
+    def active_units(self) -> Array | None:
         """Places of the rows in the states that have no answer yet; None: all of them."""
         return np.flatnonzero(self.is_active()) if self.has_answered else None
+
+    def rows_non_finite(self) -> Array:
+        """[n] bool: `non_finite` of each row."""
+        return self.non_finite
 
     def keep_rows(self, kept: Array, index: Tensor, length: int | None) -> None:
         """Goes on with some of its rows in the states; others may still ask about one that has its answer here."""
@@ -225,7 +231,7 @@ class PolicyReader(ExitReader):
     def stop(self, logits: Tensor, active: Array | None, stops: Array, number: int) -> None:
         """Of the rows in the states those `active`, and of these the ones that `stops` marks, stop at `number`."""
         places = np.flatnonzero(stops) if active is None else active[stops]
-        if len(places) == self.rows:
+        if len(places) == len(self.exit_layer):
             self._answer_all(logits, number)
             return
         self._store(_take(logits, places), self._places[places], number)
@@ -239,7 +245,7 @@ class PolicyReader(ExitReader):
     def _store(self, logits: Tensor, rows: Array, number: int) -> None:
         """Keeps `logits`, whose rows are the `rows` among all rows, as their answer."""
         if self.answer is None:
-            self.answer = logits.new_zeros(self.rows, logits.shape[-1])
+            self.answer = logits.new_zeros(len(self.exit_layer), logits.shape[-1])
         self.answer[torch.from_numpy(rows).to(self.answer.device)] = logits.to(self.answer)
         self.exit_layer[rows] = number
         self.num_active -= len(rows)

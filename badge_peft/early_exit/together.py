@@ -36,7 +36,7 @@ class TaskReaders:
         pools: dict[str, list[PolicyReader]] = {}
         alike: dict[Hashable, list[PolicyReader]] = {}
         for reader in readers:
-            if not reader.reads_uncertainty:
+            if not reader.reads_uncertainty and not reader.exits.reads_tokens:
                 pools.setdefault(reader.exits.pooling, []).append(reader)
             key = reader.policy.company(reader.exits.num_labels)
             own: Hashable = id(reader) if key is None or reader.exits.past_future else None
@@ -105,10 +105,10 @@ class JointDecision:
         self.readers = list(readers)
         self.policy, exits = readers[0].policy, readers[0].exits
         self._labels = max(reader.exits.num_labels for reader in readers)
-        rows = sum(reader.rows for reader in readers)
+        rows = sum(reader.num_active for reader in readers)
         self.history = ExitHistory(exits.numbers, rows, self._labels, exits.problem_type)
         own = [reader.policy.threshold(reader.exits.num_labels, exits.problem_type) for reader in readers]
-        self._thresholds = np.repeat(np.array(own, dtype=np.float32), [reader.rows for reader in readers])
+        self._thresholds = np.repeat(np.array(own, dtype=np.float32), [reader.num_active for reader in readers])
         self._undecided: dict[int, Tensor] = {}  # index of an exit -> logits, of the exits since the last decision
 
     def take(self, number: int, found: Found) -> None:
@@ -137,7 +137,7 @@ class JointDecision:
             if doubtful is not None:
                 reader.non_finite[reader.exit_layer < 0] |= doubtful[start:end]
             if stops[start:end].any():
-                reader.stop(found[reader][0], reader.active_rows(), stops[start:end], number)
+                reader.stop(found[reader][0], reader.active_units(), stops[start:end], number)
         if stops.any() and not stops.all():
             history.keep(~stops)
             self._thresholds = self._thresholds[~stops]
@@ -150,7 +150,7 @@ class JointDecision:
         end = 0
         for reader in readers:
             start, end = end, end + reader.num_active
-            logits, active = found[reader][0], reader.active_rows()
+            logits, active = found[reader][0], reader.active_units()
             if active is not None:
                 logits = logits[torch.from_numpy(active).to(logits.device)]
             wide[start:end, : logits.shape[1]] = logits

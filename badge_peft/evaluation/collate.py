@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from badge_peft.utils.problem import Problem
+from badge_peft.utils.problem import NO_LABEL, Problem
 
-_PADS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+_PADS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": NO_LABEL}
 
 
 def tensor_columns(model: nn.Module, dataset: Any) -> list[dict[str, Any]]:
@@ -48,12 +48,36 @@ def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Probl
     return [rows[i] for i in labels]
 
 
-def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
+def labeled_tokens(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
+    """As `labeled_features`, for rows with a label for each token: all rows, with labels where one has any.
+
+    Raises:
+        ValueError: a row without labels beside rows with them, another number of them than tokens, or a label that is
+            not allowed.
+    """
+    labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each [S]
+    if not any(problem.has_label(label).any() for label in labels.values()):
+        return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    for i, row in enumerate(rows):
+        if i not in labels or labels[i].shape != (len(row["input_ids"]),):
+            found = "none" if i not in labels else str(list(labels[i].shape))
+            raise ValueError(
+                f"row {i} has {len(row['input_ids'])} tokens and labels of shape {found}: each token needs one, "
+                f"{NO_LABEL} where it does not count."
+            )
+    every = torch.cat([*labels.values()])
+    every = every[problem.has_label(every)]
+    problem.scored_labels(every, num_labels, len(every))
+    return rows
+
+
+def pad_features(rows: list[dict[str, Any]], model: nn.Module, tokens: bool = False) -> dict[str, Tensor]:
     """A batch: sequences padded on the right to the longest, an attention mask where the rows have none.
 
     Args:
         rows: Features of each row, lists or 1-d tensors.
         model: Its config says what the padding token is.
+        tokens: Whether `labels` are those of tokens, and are padded, too.
     """
     pad_token = getattr(model.config, "pad_token_id", None)
     longest = max(len(row["input_ids"]) for row in rows)
@@ -67,7 +91,7 @@ def pad_features(rows: list[dict[str, Any]], model: nn.Module) -> dict[str, Tens
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         values = [torch.as_tensor(row[name]) for row in rows]
-        if values[0].dim() == 0 or name == "labels":
+        if values[0].dim() == 0 or (name == "labels" and not tokens):
             batch[name] = torch.stack(values)
             continue
         padded = values[0].new_full((len(rows), longest), pad_token if name == "input_ids" else _PADS.get(name, 0))

@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.evaluation.collate import labeled_features, pad_features, tensor_columns
+from badge_peft.evaluation.collate import labeled_features, labeled_tokens, pad_features, tensor_columns
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
-from badge_peft.utils.problem import infer_problem_type, problem_of
+from badge_peft.utils.problem import NO_LABEL, infer_problem_type, problem_of
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
+_LONGEST = 2**20  # tokens of a text, which number them
 
 
 @dataclass
@@ -183,7 +184,9 @@ def collect_exit_logits(
     """Runs every row through all blocks once and keeps the logits of every exit.
 
     Rows are batched by length, so that little is padded; the result is in the order of the data set. Where some rows
-    have a label, those without one (none, or -100) are left out, with a warning that counts them.
+    have a label, those without one (none, or -100) are left out, with a warning that counts them. Of token
+    classification the rows of the result are tokens, text by text: those with a label, or where none has any all that
+    are no padding.
 
     Args:
         model: A PEFT model with an active BADGE adapter. Its training mode is restored afterwards.
@@ -204,8 +207,10 @@ def collect_exit_logits(
         raise ValueError("the data set is empty: there is nothing to collect.")
     config = badge.config_of()
     problem = problem_of(config.resolved_problem_type)
-    rows = labeled_features(tensor_columns(badge.model, dataset), config.resolved_labels, problem)
-    collate = data_collator or (lambda batch: pad_features(batch, badge.model))
+    tokens = config.reads_tokens
+    check = labeled_tokens if tokens else labeled_features
+    rows = check(tensor_columns(badge.model, dataset), config.resolved_labels, problem)
+    collate = data_collator or (lambda batch: pad_features(batch, badge.model, tokens))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -219,6 +224,9 @@ def collect_exit_logits(
             labels = batch.pop("labels", None)
             output = badge(**batch)
             kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
+            if tokens:
+                real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                kept, numbers = _by_token(kept, real, numbers)
             found.append((numbers, *(None if x is None else x.cpu() for x in kept)))
     finally:
         model.train(was_training)
@@ -239,3 +247,16 @@ def collect_exit_logits(
         badge.weights_hash(),
         deployed,
     )
+
+
+def _by_token(
+    kept: tuple[Tensor, Tensor | None, Tensor | None], mask: Tensor, numbers: list[int]
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], list[int]]:
+    """Logits [B, E, S, K], labels [B, S] and uncertainty [B, E, S] of a batch with tokens as rows, and a number for
+    each, by which they are in the order of the texts and of their tokens."""
+    logits, labels, uncertainty = kept
+    counts = mask != 0 if labels is None else (labels != NO_LABEL) & (mask != 0)
+    row, position = counts.nonzero(as_tuple=True)
+    tokens = [numbers[i] * _LONGEST + j for i, j in zip(row.tolist(), position.tolist(), strict=True)]
+    doubts = None if uncertainty is None else uncertainty.transpose(1, 2)[counts]
+    return (logits.transpose(1, 2)[counts], None if labels is None else labels[counts], doubts), tokens

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ class OnnxExporter:
         from badge_peft.export.trace import export_blocks
 
         badge = get_badge_model(model)
-        _check(badge)
+        check_model(badge, [badge.single_active_adapter()])
         config = badge.config_of()
         given = badge.get_early_exit_config() if early_exit_config is None else early_exit_config
         policy = build_policy(EarlyExitConfig.of(given))
@@ -101,7 +102,7 @@ class OnnxExporter:
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
         self.weights_hash = badge.weights_hash()
-        self.badge = _own_copy(badge)
+        self.badge = own_copy(badge)
         self.pieces = export_blocks(self.badge, read, self.exits[-1], progress)
 
     def write(
@@ -170,7 +171,7 @@ class OnnxExporter:
             "inputs": self.pieces.inputs,
             "num_labels": decision.num_labels,
             "problem_type": decision.problem_type,
-            "labels": [str(config.id2label[i]) for i in range(decision.num_labels)] if config.id2label else None,
+            "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "max_length": min((limit for limit in limits if limit is not None), default=None),
@@ -187,11 +188,18 @@ class OnnxExporter:
         }
 
 
-def _check(badge: BadgeModel) -> None:
+def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:
+    """Refuses a model that has no ONNX form with these adapters.
+
+    Raises:
+        ValueError: why, and the remedy.
+    """
     extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    if badge.config_of().exit_type == "past_future":
+    if any(badge.config_of(name).reads_tokens for name in adapters):
+        raise ValueError("task_type='TOKEN_CLS' has no ONNX form here: run it in PyTorch.")
+    if any(badge.config_of(name).exit_type == "past_future" for name in adapters):
         raise ValueError(
             "exit_type='past_future' has no ONNX form here: its exits read one another's states. Allowed are linear, "
             "pooled and mha."
@@ -204,7 +212,7 @@ def _check(badge: BadgeModel) -> None:
         )
 
 
-def _own_copy(badge: BadgeModel) -> BadgeModel:
+def own_copy(badge: BadgeModel) -> BadgeModel:
     """A copy on the CPU in eval mode, with the active LoRA of the adapter folded into the weights."""
     copied = copy.deepcopy(badge).cpu().eval()
     copied.compiled = None

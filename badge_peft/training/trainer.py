@@ -26,7 +26,7 @@ from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
-from badge_peft.tuner.block_pass import count_rows
+from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
 from badge_peft.utils.problem import problem_of
@@ -126,22 +126,29 @@ class MultiExitTrainer(Trainer):
         features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS)}
         labels = inputs.get("labels")
         if labels is not None:
-            self.badge.check_labels(labels, count_rows(**features))
+            self.badge.check_labels(labels, count_rows(**features), count_positions(**features))
         if self._stage is not None:
             self._stage.set_modes(model)
         objective = self.exit_objective
         outputs = model(**features, exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits
         problem_type = config.resolved_problem_type
+        uncertainties = outputs.exit_uncertainty
         logits = list(outputs.exit_logits.unbind(dim=1))
+        if config.reads_tokens:  # whose rows are the tokens that are no padding
+            mask = features.get("attention_mask")
+            real = slice(None) if mask is None else mask.flatten() != 0
+            logits = [x.flatten(0, 1)[real] for x in logits]
+            labels = None if labels is None else labels.flatten()[real]
+            uncertainties = None if uncertainties is None else uncertainties.transpose(1, 2).flatten(0, 1)[real]
         number, criterion = self.state.global_step, self._criterion()
         loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS)))
         if model.training:
             check_loss(loss, self.state.global_step + 1)
-        if labels is not None and outputs.exit_uncertainty is not None and self._trains_uncertainty():
+        if labels is not None and uncertainties is not None and self._trains_uncertainty():
             taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]
             if taught:
-                uncertainty = {m: outputs.exit_uncertainty[:, exits.index(m)] for m in taught}
+                uncertainty = {m: uncertainties[:, exits.index(m)] for m in taught}
                 own_logits = {m: logits[exits.index(m)] for m in taught}
                 loss = loss + uncertainty_loss(uncertainty, own_logits, labels, problem_type)
         return (loss, outputs) if return_outputs else loss
@@ -266,9 +273,19 @@ class MultiExitTrainer(Trainer):
         output = super().predict(test_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
         return output._replace(predictions=output.predictions[0])
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As Trainer's. Logits of tokens come as [B, S, E, K]: Trainer fills up the second dimension, and no other."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        found: Any = logits  # whatever Trainer types it as, of several outputs it is a tuple
+        if found is not None and self.badge.config_of().reads_tokens:
+            found = (found[0], found[1].transpose(1, 2), *found[2:])
+        return loss, found, labels
+
     def _scores(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
         logits, exit_logits = cast(tuple[np.ndarray, ...], prediction.predictions)[:2]
         labels = torch.from_numpy(np.asarray(prediction.label_ids))
+        if self.badge.config_of().reads_tokens:
+            exit_logits, labels = exit_logits.reshape(-1, *exit_logits.shape[2:]), labels.flatten()
         problem = problem_of(self.badge.config_of().resolved_problem_type)
         counts = problem.has_label(labels)
         stored = ExitLogits(torch.from_numpy(exit_logits)[counts], labels[counts], self.exits, problem.name)

@@ -91,6 +91,14 @@ def with_states(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return (), {**kwargs, "hidden_states": states}
 
 
+def count_positions(*args: Any, **kwargs: Any) -> int:
+    """S, from whatever the base model is called with, once `count_rows` has seen it."""
+    inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    return int((args[0] if inputs is None else inputs).shape[1])
+
+
 def count_rows(*args: Any, **kwargs: Any) -> int:
     """B, from whatever the base model is called with.
 

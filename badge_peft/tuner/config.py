@@ -23,7 +23,7 @@ from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, is_number
 from badge_peft.utils.files import write_text
 from badge_peft.utils.options import option
-from badge_peft.utils.problem import PROBLEM_TYPES, infer_problem_type
+from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "placement": ("block", "ffn", "mhsa", "none"),
@@ -42,7 +42,7 @@ class BadgeConfig(PeftConfig):
     """Configuration of BADGE: block-wise bypasses and early exits on an encoder.
 
     Source: "BADGE: Speeding Up BERT Inference after Deployment via Block-wise Bypasses and Divergence-Based Early
-    Exiting", ACL 2023 industry track. `task_type` is `SEQ_CLS`, also when it is not given.
+    Exiting", ACL 2023 industry track. `task_type` is `SEQ_CLS`, also when it is not given, or `TOKEN_CLS`.
 
     A model gets a copy, in which the fields that depend on it are filled in: `model.peft_config[name]`. One config may
     be put on any number of models.
@@ -113,8 +113,11 @@ class BadgeConfig(PeftConfig):
         self.peft_type = add_peft_type(NAME)
         if self.task_type is None:
             self.task_type = TaskType.SEQ_CLS
-        if self.task_type != TaskType.SEQ_CLS:
-            raise ValueError(f"task_type={self.task_type!r} is not allowed: BADGE classifies sequences, 'SEQ_CLS'.")
+        if self.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            raise ValueError(
+                f"task_type={self.task_type!r} is not allowed: BADGE classifies sequences, 'SEQ_CLS', and tokens, "
+                "'TOKEN_CLS'."
+            )
         check_int("r", self.r, at_least=1, optional=False)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
@@ -135,6 +138,7 @@ class BadgeConfig(PeftConfig):
         self._check_label_names()
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
+        self._check_tokens()
         if self.lora is not None and self.backbone != "lora":
             raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
         if self.backbone == "lora":
@@ -196,6 +200,11 @@ class BadgeConfig(PeftConfig):
             self.after_saving(save_directory)
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether the exits answer each token."""
+        return self.task_type == TaskType.TOKEN_CLS
+
+    @property
     def resolved_labels(self) -> int:
         """K, once the config is on a model."""
         assert self.num_labels is not None
@@ -204,7 +213,25 @@ class BadgeConfig(PeftConfig):
     @property
     def resolved_problem_type(self) -> str:
         """The problem type; a model that was never given labels has one output per row or per class."""
+        if self.reads_tokens:
+            return Problem.name
         return self.problem_type or infer_problem_type(self.num_labels or 0)
+
+    def _check_tokens(self) -> None:
+        """What has no meaning where each token has an answer."""
+        if not self.reads_tokens:
+            return
+        allowed = {
+            "exit_pooling": (self.exit_pooling, ("auto",)),
+            "exit_type": (self.exit_type, ("linear", "pooled", "mha")),
+            "problem_type": (self.problem_type, (None, Problem.name)),
+        }
+        for name, (value, values) in allowed.items():
+            if value not in values:
+                raise ValueError(
+                    f"{name}={value!r} is not allowed with task_type='TOKEN_CLS', where each token has an answer of "
+                    f"one label: it must be {' or '.join(map(repr, values))}."
+                )
 
     def _check_exit_layers(self) -> None:
         layers = self.exit_layers

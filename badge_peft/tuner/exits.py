@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.pooling import TOKENS, Pooling
 
 
 class PastFutureState:
@@ -203,7 +203,7 @@ class AdapterExits:
     Args:
         adapter: Its name.
         numbers: Block numbers of its exits, shallow to deep; the last is M.
-        pooling: `cls`, `mean` or `last`.
+        pooling: `cls`, `mean`, `last`, or `tokens`.
         num_labels: K.
         problem_type: As transformers has it.
         has_final_exit: Whether exit M is one of its own; otherwise the model's own head answers there.
@@ -221,3 +221,8 @@ class AdapterExits:
     final_norm: nn.Module | None = None
     past_future: list[nn.Module] = field(default_factory=list)
     uncertainty: nn.Module | None = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the exits answer each token: [B, S, K] in place of [B, K]."""
+        return self.pooling == TOKENS

@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: The kind of pooling that does not pool.
+TOKENS = "tokens"
+
 
 class Pooling:
     """One call's pooling: `pick` before the position-wise maths, `reduce` after it.
 
     Args:
-        kind: `cls` (position 0), `mean` (over the attention mask) or `last` (the last position of the mask).
+        kind: `cls` (position 0), `mean` (over the attention mask) or `last` (the last position of the mask); `tokens`
+            leaves all positions as they are, for exits that answer each token.
         attention_mask: [B, S], 1 for real tokens, or None when every position is real.
     """
 
@@ -25,10 +29,10 @@ class Pooling:
         self._weights: Tensor | None = None
 
     def pick(self, states: Tensor) -> Tensor:
-        """[B, S, d] -> [B, d] for `cls` and `last`; unchanged for `mean`."""
+        """[B, S, d] -> [B, d] for `cls` and `last`; unchanged for `mean` and `tokens`."""
         if self.kind == "cls":
             return states.select(1, 0)  # as [:, 0], in half the time
-        if self.kind == "mean":
+        if self.kind in ("mean", TOKENS):
             return states
         if self.mask is None:
             return states[:, -1]

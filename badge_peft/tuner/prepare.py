@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -13,12 +14,22 @@ from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
+from badge_peft.tuner.pooling import TOKENS
 from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
 
 # PEFT adds these to every SEQ_CLS config, whatever the model calls its head.
 _PEFT_HEADS = ("classifier", "score")
 # PEFT cannot do with an empty list; no module ends in this name.
 NO_HEAD = "no_head_is_saved"
+
+
+class _OwnNames(list[str]):
+    """The caller's `modules_to_save`: PEFT's model for tokens adds heads when the tuner is in place, and would train
+    them, whatever the config says. This list takes none."""
+
+    def extend(self, names: Iterable[str]) -> None:
+        """Takes all names but the heads that PEFT adds."""
+        super().extend(name for name in names if name not in _PEFT_HEADS)
 
 
 def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> BadgeConfig:
@@ -39,7 +50,9 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     names = config.modules_to_save
     if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
         config.modules_to_save = names[: -len(_PEFT_HEADS)] or None
-    config = copy.deepcopy(config)
+    caller, config = config, copy.deepcopy(config)
+    if config.reads_tokens:
+        caller.modules_to_save = _OwnNames(config.modules_to_save or [NO_HEAD])
     check_name(model, adapter_name)
     check_devices(model)
     extension = extension_of(model)
@@ -54,7 +67,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     others = getattr(model, "peft_config", None) or {}
     num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
     kind = pooling_kind(model, config, layout)
-    if kind not in CHOICES["exit_pooling"][1:]:
+    if kind != TOKENS and kind not in CHOICES["exit_pooling"][1:]:
         raise ValueError(
             f"the model's own pooling {layout.pooling}={kind!r} is not one of {', '.join(CHOICES['exit_pooling'][1:])}"
             ": set exit_pooling in BadgeConfig."
@@ -72,7 +85,8 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
             f"target_modules={config.target_modules!r} is not allowed: BADGE wraps whole blocks. Say which blocks "
             "have an exit with exit_layers, and where the blocks are with block_layout."
         )
-    head = layout.head if config.train_head and config.final_exit == "base_head" else ()
+    own_head = config.train_head and config.final_exit == "base_head"
+    head = tuple(name for name in layout.head if hasattr(model, name) or not config.reads_tokens) if own_head else ()
     if config.base_fingerprint is not None:
         extension.check_saved(model, config.base_fingerprint)
         if config.backbone != "full":
@@ -92,21 +106,32 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
 
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    """Exit M needs a head for whole sequences, when it is the model's own."""
+    """Exit M needs a head of the right kind, for whole sequences or for tokens, when it is the model's own."""
     if config.final_exit != "base_head" or not layout.head or extension_of(model).head_labels(model)[0] is not None:
         return
     kind = type(model).__name__
     missing = not hasattr(model, layout.head[-1])
+    if config.reads_tokens:
+        if missing or not kind.endswith("ForTokenClassification"):
+            raise ValueError(
+                f"task_type='TOKEN_CLS' is not allowed on {kind}, whose head does not classify tokens: load the model "
+                "with AutoModelForTokenClassification, or use final_exit='exit' and num_labels=..., which needs no "
+                "head."
+            )
+        return
     if missing or kind.endswith(("ForTokenClassification", "ForMultipleChoice")):
         why = f"has no module {layout.head[-1]!r}" if missing else "does not classify sequences"
         raise ValueError(
             f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
-            "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head."
+            "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head. "
+            "For a label for each token: task_type='TOKEN_CLS' on AutoModelForTokenClassification."
         )
 
 
 def pooling_kind(model: nn.Module, config: BadgeConfig, layout: BlockLayout | None = None) -> str:
-    """`cls`, `mean` or `last`: what the exits of `config` read on `model`, whose `layout` may be known already."""
+    """`cls`, `mean`, `last` or `tokens`: what the exits of `config` read on `model`, whose `layout` may be known."""
+    if config.reads_tokens:
+        return TOKENS
     if config.exit_pooling != "auto":
         return config.exit_pooling
     return head_pooling(model, layout or get_layout(model, config.block_layout))

@@ -176,7 +176,7 @@ WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], Any], str]] = {
     "task_type": (
         make_model,
         lambda base, path: get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS")),
-        "task_type='TOKEN_CLS' is not allowed: BADGE classifies sequences, 'SEQ_CLS'",
+        "task_type='TOKEN_CLS' is not allowed on BertForSequenceClassification, whose head does not classify tokens",
     ),
     "an-encoder": (
         kind(AutoModel),
