@@ -23,8 +23,11 @@ from badge_peft.tuner.pooling import Pooling
 
 #: Rows times d (with mean pooling, times positions) above which exits are read one by one.
 LARGEST = 16384
-_KEPT = 64  # stacks of one block module
-_STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, StackedExits]] = WeakKeyDictionary()
+_KEPT = 64  # sets of stacks of one block module
+#: The stack that an adapter's exit is in, None where no other is like it, and its place in that.
+_Place = tuple["StackedExits | None", int]
+#: Block -> (its number, adapters that may be asked) -> by the place of an adapter, where it is.
+_STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, dict[int, _Place]]] = WeakKeyDictionary()
 
 
 class StackedExits:
@@ -35,8 +38,9 @@ class StackedExits:
     """
 
     def __init__(self, exits: Sequence[PlainExit]) -> None:
-        self.parameters = _parameters(exits)
-        self._versions = [p._version for p in self.parameters]
+        self._parameters = [_parameters(e) for e in exits]
+        self._versions = [[p._version for p in own] for own in self._parameters]
+        self._kind = _kind(exits[0])
         first = exits[0]
         self.source: str = first.source or ""
         self.activation, self.norm = first.activation, first.norm
@@ -54,18 +58,19 @@ class StackedExits:
             self.bias = torch.stack([F.pad(e.linear.bias, p[2:]) for e, p in zip(exits, padded, strict=True)])
             self.weight = self.weight.transpose(1, 2).contiguous()  # [T, d, K]
 
-    def fits(self, exits: Sequence[PlainExit]) -> bool:
-        """Whether these are still the weights of `exits`."""
-        now = _parameters(exits)
-        same = len(now) == len(self.parameters) and all(a is b for a, b in zip(now, self.parameters, strict=True))
-        return same and [p._version for p in now] == self._versions
+    def fits(self, place: int, own: PlainExit) -> bool:
+        """Whether the exit in this place is still `own`, with the same weights."""
+        now, before = _parameters(own), self._parameters[place]
+        same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+        return same and [p._version for p in now] == self._versions[place] and _kind(own) == self._kind
 
     def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> list[Tensor]:
         """Logits [n, K] of the exits `which`, in ascending order."""
-        take = None if len(which) == len(self.labels) else torch.tensor(which, device=self.down.device)
+        run = slice(which[0], which[-1] + 1)  # a view, where they lie side by side
+        index = None if run.stop - run.start == len(which) else torch.tensor(which, device=self.down.device)
 
         def chosen(values: Any) -> Any:
-            return values if take is None or values is None else values.index_select(0, take)
+            return None if values is None else values[run] if index is None else values.index_select(0, index)
 
         source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
         residual: Any = frame.output if pre_norm else frame.ffn_sum
@@ -114,30 +119,55 @@ def read_stacked(
     states = pooling.pick(frame.output)
     if number == 0 or states.numel() > LARGEST or torch.is_autocast_enabled(states.device.type):
         return {}
-    plain = {i: own for i in range(len(adapters)) if (own := _plain(block, number, frame, adapters[i])) is not None}
+    plain = {i: own for i in asking if (own := _stackable(block, number, frame, adapters[i])) is not None}
+    key = (number, *(exits.adapter for exits in adapters))
+    stacks = _STACKS.setdefault(block, {})
+    found = stacks.get(key)
+    if found is None or not all(i in found and _fits(found[i], own) for i, own in plain.items()):
+        if len(stacks) >= _KEPT:
+            stacks.clear()
+        every = (_stackable(block, number, frame, exits) for exits in adapters)
+        found = stacks[key] = _stack_alike({i: own for i, own in enumerate(every) if own is not None})
+    together: dict[StackedExits, list[int]] = {}  # the adapters that are asked, in the order of their stack
+    for i in plain:
+        stack = found[i][0]
+        if stack is not None:
+            together.setdefault(stack, []).append(i)
+    answers: dict[int, Tensor] = {}
+    for stack, places in together.items():
+        if len(places) > 1:
+            logits = stack.logits(frame, block.layout.pre_norm, pooling, [found[i][1] for i in places])
+            answers.update(zip(places, logits, strict=True))
+    return answers
+
+
+def _stack_alike(plain: dict[int, PlainExit]) -> dict[int, _Place]:
+    """By the place of an adapter, where it is."""
     alike: dict[Any, list[int]] = {}
     for i, own in plain.items():
-        if own.source is not None and own.dense is None:
-            alike.setdefault(_shape(own), []).append(i)
-    found: dict[int, Tensor] = {}
+        alike.setdefault(_shape(own), []).append(i)
+    found: dict[int, _Place] = {}
     for places in alike.values():
-        which = [n for n, i in enumerate(places) if i in asking]
-        if len(which) > 1:
-            key = (number, *(adapters[i].adapter for i in places))
-            stack = _stack_of(block, key, [plain[i] for i in places])
-            logits = stack.logits(frame, block.layout.pre_norm, pooling, which)
-            found |= {places[n]: x for n, x in zip(which, logits, strict=True)}
+        stack = StackedExits([plain[i] for i in places]) if len(places) > 1 else None
+        found.update({i: (stack, n) for n, i in enumerate(places)})
     return found
 
 
-def _plain(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
+def _fits(place: _Place, own: PlainExit) -> bool:
+    """Whether a stack still has the weights of the exit that is in this place of it."""
+    stack, n = place
+    return stack is None or stack.fits(n, own)
+
+
+def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
     if exits.past_future or not block.has_exit(exits.adapter, number):
         return None
     bypass, norm = block.bypass_of(exits, number)
     placement, exit_ = block.badge_placement[exits.adapter], block.own_exit(exits.adapter, number)
     if exit_.linear.weight.is_inference():  # such a weight does not tell when it changes
         return None
-    return plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
+    plain = plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
+    return None if plain is None or plain.source is None or plain.dense is not None else plain
 
 
 def _shape(plain: PlainExit) -> tuple[Any, ...]:
@@ -147,24 +177,13 @@ def _shape(plain: PlainExit) -> tuple[Any, ...]:
     return (plain.source, plain.activation, *parts, linear.bias is None, linear.weight.dtype)
 
 
-def _stack_of(block: BadgeBlock, key: Any, exits: Sequence[PlainExit]) -> StackedExits:
-    stacks = _STACKS.setdefault(block, {})
-    found = stacks.get(key)
-    if found is None or not found.fits(exits):
-        if len(stacks) >= _KEPT:
-            stacks.clear()
-        found = stacks[key] = StackedExits(exits)
-    return found
+def _kind(plain: PlainExit) -> tuple[Any, ...]:
+    return plain.source, plain.activation, plain.norm.eps
 
 
-def _parameters(exits: Sequence[PlainExit]) -> list[Tensor]:
-    return [
-        p
-        for e in exits
-        for module in (e.down, e.up, e.norm, e.linear)
-        for p in module._parameters.values()
-        if p is not None
-    ]
+def _parameters(own: PlainExit) -> list[Tensor]:
+    modules = (own.down, own.up, own.norm, own.linear)
+    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
