@@ -28,7 +28,7 @@ FLOORS = [
     ("early_exit", "model_card"),
     ("model",),
     ("compile", "evaluation", "training", "integrations"),
-    ("bundle", "hub", "pipelines", "ranking", "export", "serving"),
+    ("bundle", "hub", "pipelines", "ranking", "integrations.sentence_transformers", "export", "serving"),
     ("workflows", "app"),
     ("cli",),
 ]
@@ -36,6 +36,7 @@ FLOORS = [
 #: Libraries that are extras, and where they may be imported.
 OPTIONAL = {
     "adapters": ("integrations",),
+    "bm25s": ("integrations",),
     "gradio": ("app",),
     "matplotlib": ("evaluation.plots", "app", "workflows"),
     "onnx": ("export",),

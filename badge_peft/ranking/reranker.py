@@ -135,6 +135,8 @@ class EarlyExitReranker:
         *,
         full_depth: bool = False,
         return_report: bool = False,
+        batch_size: int | None = None,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **fields: Any,
     ) -> Any:
         """The best documents for a query, by the scores of the model's own head.
@@ -147,6 +149,8 @@ class EarlyExitReranker:
             return_documents: Put the texts into the answers.
             full_depth: Run all blocks for all documents.
             return_report: Return an `ExitReport` as well.
+            batch_size: In place of the reranker's own.
+            activation: In place of the reranker's own.
             **fields: Of `EarlyExitConfig`, in place of the adapter's own: `threshold=1.5` makes its margins wider.
 
         Returns:
@@ -159,12 +163,13 @@ class EarlyExitReranker:
         """
         texts = check_documents(query, documents)
         check_int("top_k", top_k, at_least=1)
+        check_int("batch_size", batch_size, at_least=1)
         config = self._config(len(texts) if top_k is None else top_k, full_depth or top_k is None, fields)
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
         policy = build_policy(config)
         exits = self.badge.exit_layers()
         policy.check(exits, 1, self.badge.config_of().resolved_problem_type)
-        found = CandidatePass(self.badge, rows, policy, self.batch_size, self.max_state_bytes).run()
+        found = CandidatePass(self.badge, rows, policy, batch_size or self.batch_size, self.max_state_bytes).run()
         if found.non_finite.any():
             warnings.warn(
                 f"{found.non_finite.sum()} of {len(texts)} candidates had scores that are NaN or infinite at an exit. "
@@ -173,7 +178,7 @@ class EarlyExitReranker:
             )
         last = found.exit_layer == found.exit_layer.max()
         best = np.flatnonzero(last)[np.argsort(-found.scores[last], kind="stable")]
-        scores = self._activated(found.scores[best[:top_k]])
+        scores = _activated(found.scores[best[:top_k]], activation or self.activation)
         answers: list[dict[str, Any]] = [
             {"corpus_id": int(i), "score": float(score)} for i, score in zip(best[:top_k], scores, strict=True)
         ]
@@ -208,20 +213,32 @@ class EarlyExitReranker:
         rows, _ = encode_pairs(given, self.tokenizer, self.max_length)
         policy = build_policy(policy="never")
         scores = CandidatePass(self.badge, rows, policy, self.batch_size, self.max_state_bytes).run().scores
-        found = self._activated(scores)
+        found = _activated(scores, self.activation)
         return float(found[0]) if single else found
 
-    def _config(self, top_k: int, full_depth: bool, fields: dict[str, Any]) -> EarlyExitConfig:
-        """How the candidates of a call leave."""
-        own = EarlyExitConfig.of(self.badge.get_early_exit_config(), **fields)
-        if full_depth:
-            return EarlyExitConfig(policy="never")
-        if own.policy != "top_k" or own.parameters is None:
+    def check_calibrated(self, config: EarlyExitConfig | None = None) -> None:
+        """Refuses an adapter whose candidates cannot leave.
+
+        Args:
+            config: None takes the adapter's own.
+
+        Raises:
+            ValueError: it has no margins.
+        """
+        config = config or self.badge.get_early_exit_config()
+        if config.policy != "top_k" or config.parameters is None:
             raise ValueError(
                 "the adapter was not calibrated for ranking: pass the exits' scores of some queries to "
                 "badge_peft.ranking.calibrate_ranking and store what it returns with model.set_early_exit_config; or "
                 "ask for rank(..., full_depth=True)."
             )
+
+    def _config(self, top_k: int, full_depth: bool, fields: dict[str, Any]) -> EarlyExitConfig:
+        """How the candidates of a call leave."""
+        if full_depth:
+            return EarlyExitConfig(policy="never")
+        own = EarlyExitConfig.of(self.badge.get_early_exit_config(), **fields)
+        self.check_calibrated(own)
         calibrated = 10 if own.top_k is None else own.top_k
         if top_k <= calibrated:
             return own
@@ -232,5 +249,6 @@ class EarlyExitReranker:
         )
         return EarlyExitConfig.of(own, top_k=top_k)
 
-    def _activated(self, scores: Array) -> Array:
-        return scores if self.activation is None else self.activation(torch.from_numpy(scores)).float().numpy()
+
+def _activated(scores: Array, activation: Callable[[torch.Tensor], torch.Tensor] | None) -> Array:
+    return scores if activation is None else activation(torch.from_numpy(scores)).float().numpy()

@@ -27,12 +27,13 @@ import badge_peft
 from badge_peft.export import export_onnx
 from tests.models import make_model, shake
 from tests.pages import ROOT, blocks
-from tests.texts import make_tokenizer, save_base, sentences
+from tests.ranking.pairs import make_documents, pair_tokenizer
+from tests.texts import WORDS, make_tokenizer, save_base, sentences
 
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs" / "examples.md"
 Start = Callable[..., str]
-SCRIPTS = ("train_glue", "after_deployment", "ablate_placement", "swap_adapters", "guard_stack")
+SCRIPTS = ("train_glue", "after_deployment", "ablate_placement", "swap_adapters", "guard_stack", "rerank")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,21 @@ def test_swap_adapters(place: Path, tmp_path: Path, start: Start) -> None:
 
 
 @pytest.mark.slow
+def test_rerank(tmp_path: Path, start: Start) -> None:
+    make_model(num_labels=1).save_pretrained(tmp_path / "cross-encoder")
+    pair_tokenizer().save_pretrained(tmp_path / "cross-encoder")
+    weights = (tmp_path / "cross-encoder" / "model.safetensors").read_bytes()
+    lines = [{"query": f"was the {word}", "document": d} for i, word in enumerate(WORDS) for d in make_documents(6, i)]
+    write_lines(tmp_path / "pairs.jsonl", lines)
+    command = ("--model", "cross-encoder", "--pairs", "pairs.jsonl", "--output-dir", "out", "--epochs", 1)
+    said = start(EXAMPLES / "rerank.py", *command, "--top_k", 2, "--keep", 0.6, "--max_length", 40)
+    config = badge_peft.load_pretrained(str(tmp_path / "out")).get_early_exit_config()
+    assert (config.policy, config.top_k, config.calibration["queries"]) == ("top_k", 2, 3)
+    assert f"{config.calibration['score']:.1%} of 3 queries keep their top 2" in said
+    assert said.count("of the blocks saved, behind each exit: {") == 2
+    assert (tmp_path / "cross-encoder" / "model.safetensors").read_bytes() == weights
+
+
 def test_guard_stack(place: Path, tmp_path: Path, start: Start) -> None:
     """Every text gets from each task what its adapter alone answers, and the bundle answers the same."""
     kinds: dict[str, dict[str, Any]] = {

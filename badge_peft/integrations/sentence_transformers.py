@@ -1,0 +1,86 @@
+"""Early exits for a `sentence_transformers.CrossEncoder` that is in service: its `rank` stays, and gets faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from badge_peft.hub import load_pretrained
+from badge_peft.ranking.reranker import EarlyExitReranker
+from badge_peft.utils.extras import require
+
+
+def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyExitReranker:
+    """Puts a ranking adapter on a `CrossEncoder`, so that `cross_encoder.rank` exits early.
+
+    `rank` takes and returns what it did, and scores are those of before, with the encoder's own activation. `predict`,
+    `rank` without a `top_k`, and calls with prompts, pools, devices or documents that are no texts run at full depth,
+    as ever.
+
+    Args:
+        cross_encoder: With one output, on the model that the adapter was made for.
+        adapter: Folder or Hub repository of a calibrated ranking adapter.
+        **kwargs: For `load_pretrained` (`revision`, `token`, ...).
+
+    Returns:
+        The reranker behind it, whose own `rank` gives an `ExitReport` if asked for.
+
+    Raises:
+        ModuleNotFoundError: sentence-transformers is not installed.
+        ValueError: something else than a CrossEncoder, more than one output, or an adapter that is not one for
+            ranking, was not calibrated, or does not fit the model.
+    """
+    require("sentence-transformers", "sentence_transformers")
+    from sentence_transformers import CrossEncoder
+
+    if not isinstance(cross_encoder, CrossEncoder) or cross_encoder.model is None:
+        raise ValueError(
+            f"cross_encoder is a {type(cross_encoder).__name__}: give a sentence_transformers.CrossEncoder that runs "
+            "in PyTorch."
+        )
+    model = load_pretrained(str(adapter), base_model=cross_encoder.model, **kwargs)
+    reranker = EarlyExitReranker(
+        model, cross_encoder.tokenizer, max_length=cross_encoder.max_length, activation=cross_encoder.activation_fn
+    )
+    reranker.check_calibrated()
+    full_depth: Callable[..., Any] = type(cross_encoder).rank.__get__(cross_encoder)
+
+    def rank(
+        query: Any,
+        documents: Sequence[Any],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *others: Any,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[..., Any] | None = None,
+        **more: Any,
+    ) -> list[dict[str, Any]]:
+        texts = isinstance(query, str) and all(isinstance(document, str) for document in documents)
+        prompt = getattr(cross_encoder, "default_prompt_name", None)
+        asks_more = bool(others or prompt or any(value is not None for value in more.values()))
+        if top_k is None or asks_more or not texts or not len(documents):
+            return full_depth(
+                query,
+                documents,
+                top_k,
+                return_documents,
+                *others,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                activation_fn=activation_fn,
+                **more,
+            )
+        found: list[dict[str, Any]] = reranker.rank(
+            query,
+            documents,
+            top_k,
+            return_documents,
+            batch_size=batch_size,
+            activation=activation_fn or cross_encoder.activation_fn,
+        )
+        return found
+
+    cross_encoder.rank = rank
+    return reranker
