@@ -82,6 +82,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             self.model.get_submodule(final_norm_name(self.model, self.layout)) if self.layout.final_norm else None,
             past_future,
             self.wrapped[0].badge_doubt[adapter_name] if config.learn_to_exit else None,
+            config.carry,
         )
 
     @property

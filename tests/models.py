@@ -33,6 +33,9 @@ _SIZES: dict[str, Any] = {
     "classifier_dropout": 0.0,
 }
 
+#: How exits may build on one another.
+LINKS: list[dict[str, Any]] = [{"carry": "logits"}]
+
 # name -> (model_type, what differs from _SIZES; None leaves an entry out)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
@@ -205,6 +208,11 @@ def exits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Logits of every exit, [B, E, K]."""
     with torch.no_grad():
         return model(**batch).exit_logits
+
+
+def link(turn: int) -> dict[str, Any]:
+    """Exits that stand alone, or one of `LINKS`."""
+    return [{}, *LINKS][turn % (len(LINKS) + 1)]
 
 
 def blocks_of(model: nn.Module) -> list[BadgeBlock]:

@@ -228,13 +228,16 @@ def all_logits(
 ) -> list[Tensor]:
     """Logits of every exit, shallow to deep; of all M blocks unless `config.exit_layers` says otherwise."""
     states, own = trace(model, batch)
-    numbers = config.exit_layers or list(range(1, len(states) + 1))
-    logits = []
+    numbers = sorted({*config.exit_layers, len(states)}) if config.exit_layers else range(1, len(states) + 1)
+    logits: list[Tensor] = []
     for number in numbers:
         if number == len(states) and config.final_exit == "base_head":
             logits.append(own)
-        else:
-            logits.append(exit_logits(model, config, weights, states, number, batch["attention_mask"], kind))
+            continue
+        found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind)
+        if config.carry == "logits" and logits:  # the exit before, whose logits take no gradient
+            found = found + weights[f"exit.{number}.carry.weight"] * logits[-1].detach()
+        logits.append(found)
     return logits
 
 

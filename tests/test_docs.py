@@ -330,6 +330,10 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
     both = trained(bert, exit_type="past_future", placement="none", final_exit="exit", **one)
     assert both == 2 * exits["past_future"]  # exits 1 and M
     assert said["`bias=True` adds"] == r + d == trained(bert, bias=True, **one) - trained(bert, **one)
+    two = {"exit_layers": [1, 2], "train_head": False}
+    assert said['`carry="logits"` adds, but for the first exit'] == trained(bert, carry="logits", **two) - trained(
+        bert, **two
+    )
     assert said["exit 0"] == exits["linear"] == trained(bert, exit_layers=[0], train_head=False)
     assert trained(bert, learn_to_exit=True, **one) - trained(bert, **one) == d + 1
     assert trained(bert, backbone="lora", **one) - trained(bert, **one) == 12 * 2 * 8 * 2 * d

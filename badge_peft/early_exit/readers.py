@@ -15,7 +15,8 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.exits import AdapterExits, Exit, PastFutureState
+from badge_peft.tuner.exit_state import ExitState
+from badge_peft.tuner.exits import AdapterExits, Exit
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
 
@@ -49,7 +50,7 @@ class ExitReader:
         self.rows = rows
         self.first = first
         self.pooling = Pooling(exits.pooling, attention_mask)
-        self.state = PastFutureState(exits.past_future)
+        self.state = ExitState(exits.past_future)
         self.reads_uncertainty = exits.uncertainty is not None
         self.num_active = rows
         self.has_answered = False
@@ -89,7 +90,7 @@ class ExitReader:
             length: Positions of each row that are left; None: all.
         """
         self.pooling = self.pooling.rows(index, length)
-        self.state.keep_rows(index)
+        self.state.keep_rows(index, length)
 
 
 class PolicyReader(ExitReader):
@@ -132,6 +133,8 @@ class PolicyReader(ExitReader):
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._dtype: torch.dtype | None = None  # of the exits' logits
+        # linked exits are computed up to the last one on which a decision may depend
+        self._last_read = last_read(policy, exits) if exits.are_linked else -1
 
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are active the answer of the model's own head, [n, K]."""
@@ -167,9 +170,8 @@ class PolicyReader(ExitReader):
             return False
         exits, j = self.exits.numbers, self._position
         self._position += 1
-        exit_ = block.own_exit(self.exits.adapter, number)
-        if not (self.policy.needs_logits(exits, j) or exit_.feeds_later_exits):
-            self._dtype = self._dtype or logits_dtype(exit_)
+        if not self.policy.needs_logits(exits, j) and j > self._last_read:
+            self._dtype = self._dtype or logits_dtype(block.own_exit(self.exits.adapter, number))
             self._undecided.append(None)
             return False
         return True
@@ -181,6 +183,9 @@ class PolicyReader(ExitReader):
         active = self.active_units()
         if self.policy.is_final(exits, j):
             self.stop(logits, active, np.ones(self.num_active, dtype=bool), number)
+            return
+        if j <= self._last_read and not self.policy.needs_logits(exits, j):  # a deeper exit builds on this one
+            self._undecided.append(None)
             return
         found = [logits] if uncertainty is None else [logits, uncertainty]
         self._undecided.append(found if active is None else [_take(x, active) for x in found])
@@ -249,6 +254,13 @@ class PolicyReader(ExitReader):
         self.answer[torch.from_numpy(rows).to(self.answer.device)] = logits.to(self.answer)
         self.exit_layer[rows] = number
         self.num_active -= len(rows)
+
+
+def last_read(policy: ExitPolicy, exits: AdapterExits) -> int:
+    """The last exit of the adapter's own (index) on which a decision may depend; -1 where there is none."""
+    end = next(j for j in range(len(exits.numbers)) if policy.is_final(exits.numbers, j))
+    own = min(end + 1, len(exits.numbers) - (not exits.has_final_exit))
+    return max((j for j in range(own) if policy.needs_logits(exits.numbers, j)), default=-1)
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:

@@ -39,7 +39,7 @@ class TaskReaders:
             if not reader.reads_uncertainty and not reader.exits.reads_tokens:
                 pools.setdefault(reader.exits.pooling, []).append(reader)
             key = reader.policy.company(reader.exits.num_labels)
-            own: Hashable = id(reader) if key is None or reader.exits.past_future else None
+            own: Hashable = id(reader) if key is None or reader.exits.are_linked else None
             exits = reader.exits
             alike.setdefault((key, own, tuple(exits.numbers), exits.problem_type), []).append(reader)
         self._pools = [pool for pool in pools.values() if len(pool) > 1]

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import DeduplicateHashedInitializersPass, RemoveUnuse
 
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
-from badge_peft.export.pieces import FOLLOWING
+from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
 from badge_peft.export.policies import Decision
 from badge_peft.export.runtime import LARGEST_PATIENCE
 from badge_peft.export.trace import ExportedBlocks
@@ -71,7 +71,7 @@ class Chain:
         rows = g.op("Shape", inputs[0], start=0, end=1)
         shape = g.op("Concat", rows, g.ints([decision.num_labels]), axis=0)
         #: What goes from block to block: the answers [B, K] and [B], the states, the numbers of the rows that still go
-        #: on, whether there are none (from the first exit on), and what the policy keeps.
+        #: on, whether there are none (from the first exit on), what the policy keeps, and what exits leave for others.
         self.carried = {"answer": g.op("Expand", g.floats(0), shape), "exit_layer": g.op("Expand", g.ints(-1), rows)}
         if compact:
             numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
@@ -134,12 +134,15 @@ class Chain:
         if self.compact and "done" in self.carried:
             for name in sorted(self.per_row & given.keys()):
                 given[name] = g.op("Gather", given[name], self.carried["rows"], axis=0)
+        left = {name: value for name, value in self.carried.items() if name.startswith(LEFT)}
+        given |= {BEFORE + name.removeprefix(LEFT): value for name, value in left.items()}
         made: dict[str, ir.Value] = {}
         for part in parts:
             made |= g.insert(part, given | made)
-        if FOLLOWING in made:
-            dims = next(value.shape for value in parts[0].outputs if value.name == FOLLOWING)
-            self.carried["hidden"] = g.shaped(made[FOLLOWING], dims)
+        dims = {str(value.name): value.shape for part in parts for value in part.outputs}
+        for name, value in made.items():
+            if name == FOLLOWING or name.startswith(LEFT):
+                self.carried["hidden" if name == FOLLOWING else name] = g.shaped(value, dims[name])
         self.outer |= {name: value for name, value in made.items() if name.startswith("shared_")}
         decision, policy = self.decision, self.decision.policy
         if number not in decision.exits or not decision.reads(index := decision.exits.index(number)):

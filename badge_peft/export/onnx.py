@@ -68,8 +68,8 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
         ImportError: torch is older than 2.8.
-        ValueError: no BADGE adapter, not in float32, an exit type, policy or adapter underneath that has no ONNX form,
-            or a file above 2 GB.
+        ValueError: no BADGE adapter, not in float32, a policy or adapter underneath that has no ONNX form, or a file
+            above 2 GB.
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
     exporter = OnnxExporter(model, early_exit_config, progress=progress)
@@ -101,6 +101,10 @@ class OnnxExporter:
         self.decision.check_exportable(learned=config.learn_to_exit)
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
+        own = badge.adapter_exits(badge.single_active_adapter())
+        if own.are_linked:  # each needs those before it
+            last = max((m for m in read if own.has_final_exit or m < exits[-1]), default=-1)
+            read |= {m for m in self.exits if m <= last}
         self.weights_hash = badge.weights_hash()
         self.badge = own_copy(badge)
         self.pieces = export_blocks(self.badge, read, self.exits[-1], progress)
@@ -199,10 +203,9 @@ def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
     if any(badge.config_of(name).reads_tokens for name in adapters):
         raise ValueError("task_type='TOKEN_CLS' has no ONNX form here: run it in PyTorch.")
-    if any(badge.config_of(name).exit_type == "past_future" for name in adapters):
+    if len(adapters) > 1 and any(badge.adapter_exits(name).are_linked for name in adapters):
         raise ValueError(
-            "exit_type='past_future' has no ONNX form here: its exits read one another's states. Allowed are linear, "
-            "pooled and mha."
+            "an adapter whose exits need one another (exit_type='past_future' or carry) is exported alone."
         )
     other = sorted({str(p.dtype) for p in badge.model.parameters() if p.dtype != torch.float32})
     if other:

@@ -27,6 +27,8 @@ EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second
 OTHER = (3, 9)
 #: What a piece calls the states that go into the next block; those that come in are its input `hidden`.
 FOLLOWING = "following"
+#: Begin the names of what an exit leaves for the deeper ones (`ExitState.left`), and of what those before it left.
+LEFT, BEFORE = "left_", "before_"
 
 
 def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
@@ -116,7 +118,11 @@ class ModelPiece(nn.Module):
         self.badge, self.number, self.lengths, self.read = badge, number, lengths, read
 
     def forward(
-        self, inputs: dict[str, Tensor], hidden: Tensor | None = None, shared: dict[str, Tensor] | None = None
+        self,
+        inputs: dict[str, Tensor],
+        hidden: Tensor | None = None,
+        shared: dict[str, Tensor] | None = None,
+        before: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Runs the piece.
 
@@ -124,13 +130,17 @@ class ModelPiece(nn.Module):
             inputs: Of the model.
             hidden: [B, S, d], the states before the block.
             shared: `shared_0`, ..., as the embeddings' piece gives them.
+            before: `before_logits`, ..., what the exits before have left, [B, ...] or [B, S, ...].
 
         Returns:
-            `following` [B, S, d] (not where the model's own head answers), `logits` [B, K] and `uncertainty` [B] of
-            the exit; of the embeddings also `shared_0`, ..., what the model computes before its blocks for them.
+            `following` [B, S, d] (not where the model's own head answers), `logits` [B, K], `uncertainty` [B] and
+            `left_...` of the exit; of the embeddings also `shared_0`, ..., what the model computes before its blocks
+            for them.
         """
         exits = self.badge.adapter_exits(self.badge.single_active_adapter())
         reader = ExitReader(exits, inputs["input_ids"].shape[0], inputs["attention_mask"]) if self.read else None
+        if reader is not None:
+            reader.state.left = {name.removeprefix(BEFORE): tensor for name, tensor in (before or {}).items()}
         run = PiecePass(reader, self.number, hidden, list((shared or {}).values()), self.lengths)
         with run:
             base = self.badge.model(return_dict=True, **inputs)
@@ -142,6 +152,8 @@ class ModelPiece(nn.Module):
             named["logits"] = logits
             if uncertainty is not None:
                 named["uncertainty"] = uncertainty
+        if reader is not None and run.answer is not None:
+            named |= {LEFT + name: tensor.clone() for name, tensor in reader.state.left.items()}
         return named
 
 

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
 from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.pieces import EXAMPLE, FOLLOWING, OTHER, ModelPiece, example_inputs, tuple_lengths
+from badge_peft.export.pieces import BEFORE, EXAMPLE, FOLLOWING, LEFT, OTHER, ModelPiece, example_inputs, tuple_lengths
 from badge_peft.export.structure import structure_of, with_weights
 from badge_peft.model import BadgeModel
 
@@ -56,8 +56,8 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
     pieces = [ModelPiece(badge, number, lengths, number in read) for number in range(depth + 1)]
     made, made_of_others = (pieces[0](x) for x in (inputs, others))
     shared = {name: tensor for name, tensor in made.items() if name.startswith("shared_")}
-    example = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}
-    shapes = {
+    example: dict[str, Any] = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}
+    shapes: dict[str, Any] = {
         "inputs": dict.fromkeys(inputs, DYNAMIC),
         "hidden": DYNAMIC,
         "shared": {name: _moving(tensor, made_of_others[name]) for name, tensor in shared.items()},
@@ -66,17 +66,28 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
         list(inputs), {}, {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])}
     )
     known: dict[str, Any] = {}
+    before: dict[str, Tensor] = {}  # what the exits so far have left for the deeper ones
     for piece in tqdm(pieces, desc="exporting blocks", disable=not progress):
+        example["before"] = before
+        shapes["before"] = {
+            name: dict.fromkeys(range(min(tensor.dim() - 1, 2)), torch.export.Dim.DYNAMIC)
+            for name, tensor in before.items()
+        }
         taken = ["inputs", "hidden", "shared"] if piece.number else ["inputs"]
+        if before and piece.read:
+            taken.append("before")
+        given = {kind: example[kind] for kind in taken}
+        made = piece(**given)
         result.graphs[piece.number] = to_onnx(
             piece,
-            {kind: example[kind] for kind in taken},
+            given,
             {kind: shapes[kind] for kind in taken},
-            [*inputs, "hidden", *shared] if piece.number else [*inputs],
-            list(piece(**{kind: example[kind] for kind in taken})),
+            [name for kind in taken for name in (["hidden"] if kind == "hidden" else example[kind])],
+            list(made),
             known,
         )
         result.graphs[piece.number].name = f"piece{piece.number}"
+        before |= {BEFORE + name.removeprefix(LEFT): x for name, x in made.items() if name.startswith(LEFT)}
     return result
 
 
@@ -96,8 +107,8 @@ def to_onnx(
         dynamic_shapes: As `torch.export.export` takes it.
         names: Names of the tensors in `inputs`, in order.
         output_names: Names of what it returns.
-        known: What was exported before, with the same names, by its structure; what is exported now is added. A module
-            that computes the same with other weights, as most blocks of a model do, is not translated again.
+        known: What was exported before, by its structure and names; what is exported now is added. A module that
+            computes the same with other weights, as most blocks of a model do, is not translated again.
 
     Raises:
         RuntimeError: torch cannot export it.
@@ -106,6 +117,7 @@ def to_onnx(
         exported = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic_shapes, strict=False)
         structure, weights = structure_of(exported)
         known = {} if known is None else known
+        structure = "\n".join([structure, *names, *output_names])  # inputs that are not used among them
         if structure not in known:
             translated = torch.onnx.export(
                 exported,

@@ -70,10 +70,10 @@ class EarlyExitReranker:
                 f"the model has {exits.num_labels} outputs, and candidates are ranked by one score: load it with "
                 "num_labels=1."
             )
-        if exits.past_future:
+        if exits.are_linked:
             raise ValueError(
-                "exit_type='past_future' has exits that need one another, which are read in one call alone: rank with "
-                "model.early_exit_forward(**batch, groups=query_ids), or train with another exit_type."
+                "the adapter has exits that need one another (exit_type='past_future' or carry), which are read in "
+                "one call alone: rank with model.early_exit_forward(**batch, groups=query_ids), or train without."
             )
         self.model = model.eval()
         self.tokenizer = tokenizer

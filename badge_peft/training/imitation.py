@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.tuner.exits import PastFutureState
+from badge_peft.tuner.exit_state import ExitState
 
 NEEDS = "objective='past_future' needs BadgeConfig(exit_type='past_future', final_exit='exit')."
 
@@ -28,7 +28,7 @@ class ImitationPass(EarlyExitPass):
         return {"imitation_loss": imitation_loss(reader.state)}
 
 
-def imitation_loss(state: PastFutureState) -> Tensor:
+def imitation_loss(state: ExitState) -> Tensor:
     """[B]: mean over exits i of the mean over j > i of 1 - cos(prediction_ij, v_j), v_j without gradient.
 
     Raises:

@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "final_exit": ("base_head", "exit"),
     "backbone": ("frozen", "lora", "full"),
 }
+CARRIES = ("logits",)
 _AT_RUN_TIME: dict[str, Any] = {"init": False, "repr": False, "compare": False}
 
 
@@ -72,6 +73,10 @@ class BadgeConfig(PeftConfig):
         None, "1-based blocks with an exit; None = all. 0 is an exit on the embeddings. Block M always is."
     )
     final_exit: str = option("base_head", "Exit M: the model's own head, `base_head`, or an `exit` like the others.")
+    carry: str | None = option(
+        None,
+        "What an exit adds of the exit before it: `logits`, times a learned number that starts at 0; None: nothing.",
+    )
     train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
     backbone: str = option("frozen", "`frozen`, `lora` or `full` (the paper).")
     lora: Any = option(None, "LoraConfig or dict for backbone='lora'.")
@@ -121,6 +126,8 @@ class BadgeConfig(PeftConfig):
         check_int("r", self.r, at_least=1, optional=False)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
+        if self.carry is not None and self.carry not in CARRIES:
+            raise ValueError(f"carry={self.carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
         for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):

@@ -12,35 +12,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.pooling import TOKENS, Pooling
-
-
-class PastFutureState:
-    """What the exits of one call leave for the deeper ones (Global Past-Future), and for its objective.
-
-    Args:
-        exits: The exits of the call, shallow to deep.
-
-    Attributes:
-        keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
-    """
-
-    def __init__(self, exits: list[nn.Module]) -> None:
-        self.exits = exits
-        self.keeps_vectors = False
-        self.sums: dict[str, Tensor] = {}  # over the exits so far, per row
-        self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
-        self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
-
-    def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
-        """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
-        before = self.sums.get(name)
-        self.sums[name] = for_later if before is None else before + for_later
-        return value if before is None else before + value
-
-    def keep_rows(self, index: Tensor) -> None:
-        """Goes on with the rows `index` alone."""
-        self.sums = {name: torch.index_select(value, 0, index) for name, value in self.sums.items()}
 
 
 class Exit(nn.Module):
@@ -55,19 +28,17 @@ class Exit(nn.Module):
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False
 
-    #: Whether deeper exits need what this one leaves in the `PastFutureState`.
-    feeds_later_exits: ClassVar[bool] = False
-
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, num_labels)
+        self.register_module("carry", None)  # of an exit that builds on the one before it (`tuner/carry.py`)
 
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
         """What `pooling.pick` left of the states (or all of them, for `reads_sequence`) -> [B, d]."""
         return pooling.reduce(states)
 
-    def forward(self, vector: Tensor, state: PastFutureState | None = None) -> Tensor:
+    def forward(self, vector: Tensor, state: ExitState | None = None) -> Tensor:
         """[B, d] -> [B, K]."""
         return self.linear(self.dropout(vector))
 
@@ -136,7 +107,6 @@ class PastFutureExit(Exit):
     """
 
     GATE: ClassVar[int] = 32
-    feeds_later_exits: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
@@ -149,7 +119,7 @@ class PastFutureExit(Exit):
         """v_i: [B, d]."""
         return self.dense(pooling.reduce(states)).tanh()
 
-    def forward(self, vector: Tensor, state: PastFutureState | None = None) -> Tensor:
+    def forward(self, vector: Tensor, state: ExitState | None = None) -> Tensor:
         """[B, d] -> [B, K], with what `state` has of the exits before and after this one."""
         assert state is not None
         i = state.exits.index(self)
@@ -208,8 +178,9 @@ class AdapterExits:
         problem_type: As transformers has it.
         has_final_exit: Whether exit M is one of its own; otherwise the model's own head answers there.
         final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
-        past_future: Its exits, shallow to deep, where they need one another; else empty.
+        past_future: Its exits, shallow to deep, where each needs all others; else empty.
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
+        carry: What exit m adds of the exit before it: `logits`, or None for nothing.
     """
 
     adapter: str
@@ -221,6 +192,12 @@ class AdapterExits:
     final_norm: nn.Module | None = None
     past_future: list[nn.Module] = field(default_factory=list)
     uncertainty: nn.Module | None = None
+    carry: str | None = None
+
+    @property
+    def are_linked(self) -> bool:
+        """Whether exits need what those before them have left in the call's `ExitState`."""
+        return bool(self.past_future) or self.carry is not None
 
     @property
     def reads_tokens(self) -> bool:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
+from badge_peft.tuner.carry import CarriedLogits, carry_logits
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
-from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead, PastFutureState
+from badge_peft.tuner.exit_state import ExitState
+from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
 from badge_peft.tuner.fast_path import fast_exit
 from badge_peft.tuner.pooling import Pooling
 
@@ -80,7 +82,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         return cast(Exit, self._adapters("badge_exit")[adapter]._modules[str(number)])
 
     def read_exit(
-        self, exits: AdapterExits, number: int, frame: Frame, pooling: Pooling, state: PastFutureState
+        self, exits: AdapterExits, number: int, frame: Frame, pooling: Pooling, state: ExitState
     ) -> tuple[Tensor, Tensor]:
         """What exit `number` makes of what the block has just computed.
 
@@ -99,7 +101,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         placement = self.badge_placement[exits.adapter]
         fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
         if fast is not None:
-            return fast
+            vector, logits = fast
+            return vector, logits if exits.carry is None else carry_logits(exit_, logits, state)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
             states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm)
@@ -108,7 +111,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
                 states = apply_norm(self._exit_norm(exits.final_norm), states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
-        return vector, exit_(vector, state)
+        logits = exit_(vector, state)
+        return vector, logits if exits.carry is None else carry_logits(exit_, logits, state)
 
     def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:
         """The bypass of exit `number`, where it has one, and LN' where it is not the bypass's own."""
@@ -179,9 +183,12 @@ def adapter_modules(
     parts: dict[str, nn.Module] = {}
     own = [m for m in exits if m in numbers or (m == 0 and 1 in numbers)]
     if own:
-        parts["badge_exit"] = MultiExitHead(
+        parts["badge_exit"] = head = MultiExitHead(
             own, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
         )
+        for m in own:
+            if config.carry == "logits" and m > exits[0]:
+                head.exit(m).carry = CarriedLogits()
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
         norm = exit_norm if config.norm == "own" else None

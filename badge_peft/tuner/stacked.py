@@ -160,7 +160,7 @@ def _fits(place: _Place, own: PlainExit) -> bool:
 
 
 def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
-    if exits.past_future or not block.has_exit(exits.adapter, number):
+    if exits.are_linked or not block.has_exit(exits.adapter, number):
         return None
     bypass, norm = block.bypass_of(exits, number)
     placement, exit_ = block.badge_placement[exits.adapter], block.own_exit(exits.adapter, number)

@@ -108,6 +108,7 @@ class ExitOptions(Settings):
             on. Default: all blocks.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
+        carry: What an exit adds of the exit before it: logits. Default: nothing.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """
 
@@ -120,6 +121,7 @@ class ExitOptions(Settings):
     exit_pooling: str = "auto"
     exit_layers: str | None = None
     final_exit: str | None = None
+    carry: str | None = None
     learn_to_exit: bool = False
 
 

@@ -88,6 +88,7 @@ def table_model(
     returns_tuple: bool = False,
     by_keyword: bool = False,
     full_rows_until: int = 0,
+    carry: str | None = None,
 ) -> Any:
     """A PEFT model whose exits are at `exits` (the last is `num_blocks`) and read the table."""
     config = TableConfig(num_labels=num_labels, problem_type=problem_type)
@@ -100,6 +101,7 @@ def table_model(
         exit_pooling="cls",
         exit_dropout=0.0,
         train_head=False,
+        carry=carry,
     )
     base = TableModel(config)
     model = get_peft_model(base, badge).eval()

@@ -14,7 +14,7 @@ import torch
 
 from badge_peft.early_exit.policies import build_policy
 from tests.design import pairs
-from tests.models import CASES, LABELS, exits_of, make_badge, make_batch, make_model
+from tests.models import CASES, LABELS, exits_of, link, make_badge, make_batch, make_model
 
 from .rules import MARGIN, RULES, answers, labels_are_safe, mixed_rule, with_threshold
 
@@ -94,6 +94,7 @@ def test_live_is_replay(case, placement, pooling, final_exit):
         final_exit=final_exit,
         exit_type=exit_type,
         exit_layers=EXIT_LAYERS[turn % len(EXIT_LAYERS)] if case != "albert-inner" else None,
+        **link(turn),
     )
     exits = model.base_model.exit_layers()
     batch, logits, doubts = safe_batch(model, 1 + turn % 17, seed=turn, side="left" if turn % 3 == 0 else "right")
@@ -123,10 +124,10 @@ def test_a_batch_is_each_row_alone(case, placement, pooling, final_exit, exit_ty
     """In float64, so that a difference that is no rounding has nowhere to hide. Each row is asked with its padding and
     without it."""
     kind = {"placement": placement, "exit_pooling": pooling, "final_exit": final_exit, "exit_type": exit_type}
-    model = make(case, torch.float64, **kind)
+    turn = sorted(CASES).index(case)
+    model = make(case, torch.float64, **kind, **link(turn))
     if attention and not case.startswith("modernbert"):  # whose eager attention gives NaN in float64
         model.base_model.model.set_attn_implementation(attention)
-    turn = sorted(CASES).index(case)
     batch, logits, doubts = safe_batch(model, 7, seed=turn)
     depths = set()
     for rule in (*rules_for(model, logits, doubts, turn, every=5), {"policy": "never"}):

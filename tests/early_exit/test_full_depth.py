@@ -19,6 +19,7 @@ from tests.design import pairs
 from tests.models import (
     CASES,
     HIDDEN,
+    LINKS,
     blocks_of,
     checkpoint,
     exits_of,
@@ -303,6 +304,12 @@ def test_gradients_with_a_frozen_backbone(case, placement, checkpointing):
 @pytest.mark.parametrize("fields", [{"norm": "shared"}, {"exit_type": "pooled"}, {"exit_type": "mha", "bias": True}])
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
 def test_gradients_of_other_exits(case, fields):
+    compare_gradients(case, None if case == "albert" else NOT_REENTRANT, backbone="full", **fields)
+
+
+@pytest.mark.parametrize("fields", [*LINKS, {**LINKS[0], "exit_layers": [0, 2], "final_exit": "exit"}], ids=str)
+@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
+def test_gradients_of_exits_that_build_on_one_another(case, fields):
     compare_gradients(case, None if case == "albert" else NOT_REENTRANT, backbone="full", **fields)
 
 

@@ -112,6 +112,41 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
     assert computed == [m for m in read if m <= want.max()]
 
 
+@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(data=st.data())
+def test_exits_that_carry_logits(problem_type, num_labels, data):
+    """Live is the replay of what full depth gives, and computed are the exits up to the last that a decision reads."""
+    exits = data.draw(st.sampled_from(EXITS))
+    final_exit = data.draw(st.sampled_from(["exit", "base_head"]))
+    config = data.draw(configs(exits, num_labels, problem_type))
+    table = logits_of(data.draw(st.integers(0, 999)), 7, num_labels, data.draw(st.sampled_from(KINDS)))
+    model = table_model(num_labels, problem_type, exits, BLOCKS, final_exit, carry="logits")
+    heads = [item for block in model.base_model.wrapped for head in block.badge_exit.values() for item in head.items()]
+    shares = data.draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 0.3]), min_size=len(heads), max_size=len(heads)))
+    computed, handles = [], []
+    for (number, exit_), share in zip(heads, shares, strict=True):
+        handles.append(exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number)))
+        if exit_.carry is not None:
+            exit_.carry.weight.data.fill_(share)
+    inputs = as_inputs(table)
+    with torch.no_grad():
+        logits = model(**inputs).exit_logits
+    policy = build_policy(config)
+    want = policy.replay(logits, exits, problem_type)
+    computed.clear()
+    out = model.early_exit_forward(**inputs, early_exit_config=config)
+    for handle in handles:
+        handle.remove()
+    assert out.exit_layer.tolist() == want.tolist()
+    found = logits[torch.arange(7), torch.tensor([exits.index(m) for m in want.tolist()])]
+    assert torch.equal(out.logits, found)
+    end = next(j for j in range(len(exits)) if policy.is_final(exits, j))
+    own = [m for m in exits if final_exit == "exit" or m < BLOCKS]
+    read = [m for j, m in enumerate(exits[: end + 1]) if policy.needs_logits(exits, j) and m in own]
+    assert computed == [m for m in own if m <= max(read, default=-1) and m <= want.max()]
+
+
 @pytest.mark.parametrize(
     ("config", "read"),
     [

@@ -13,7 +13,7 @@ from torch import Tensor
 from badge_peft import BadgeConfig, EarlyExitConfig, EarlyExitOutput, MultiTaskOutput
 from badge_peft.compile import compile_blocks
 from badge_peft.early_exit.tasks import config_of_each
-from tests.models import CASES, blocks_of, make_badge, make_batch, make_model, shake
+from tests.models import CASES, LINKS, blocks_of, make_badge, make_batch, make_model, shake
 
 from .rules import RULES, with_threshold
 from .test_adapter_names import ADAPTERS, LENGTH, ROWS, make
@@ -64,6 +64,22 @@ def test_adapters_of_all_kinds_on_the_same_rows(model: Any, side: str) -> None:
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_every_backbone(case: str) -> None:
     check(make(case, ("default", "wide", "stock", "doubts")), make_batch(ROWS, LENGTH), ["stock", "wide", "default"])
+
+
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_exits_that_build_on_one_another(link: dict[str, Any]) -> None:
+    """Of adapters that are alike, so that their exits would be read in one product if they stood alone."""
+    model = make_badge(base=make_model(num_hidden_layers=4), adapter_name="a", **link)
+    model.add_adapter("b", BadgeConfig(r=4, **link))
+    shake(model, seed=5, only=".b.")
+    batch = make_batch(ROWS, LENGTH)
+    for rule in ({"policy": "max_prob"}, {"policy": "fixed_depth", "depth": 3}, {"divergence": "js"}):
+        for name in ("a", "b"):
+            model.set_adapter(name)
+            with torch.no_grad():
+                logits = model(**batch).exit_logits
+            model.set_early_exit_config(with_threshold(rule, logits, model.exit_layers(), 0.5), name)
+        check(model.eval(), batch, ["a", "b"])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification
 from badge_peft import BadgeConfig, EarlyExitOutput, calibrate, collect_exit_logits
 from badge_peft.compile import compile_blocks
 from badge_peft.early_exit.policies import build_policy
-from tests.models import CASES, blocks_of, make_batch, make_model, shake
+from tests.models import CASES, LINKS, blocks_of, make_batch, make_model, shake
 
 from .rules import RULES, with_threshold
 
@@ -117,6 +117,7 @@ def test_every_policy(rule: dict[str, Any]) -> None:
         {"exit_layers": [2], "final_exit": "exit", "num_labels": 7},
         {"backbone": "lora"},
         {"backbone": "full"},
+        *LINKS,
     ],
     ids=str,
 )

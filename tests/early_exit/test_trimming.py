@@ -9,7 +9,7 @@ import transformers
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.architectures import ARCHITECTURES
 from tests.design import pairs
-from tests.models import CASES, PAD, VOCAB, exits_of, make_badge, make_model
+from tests.models import CASES, PAD, VOCAB, exits_of, link, make_badge, make_model
 
 from .rules import answers, mixed_rule
 
@@ -79,9 +79,10 @@ def cases_with_mixed_exits(model, lengths, wanted=3):
     ("case", "pooling", "attention"), pairs(sorted(CASES), ("cls", "mean", "last"), ("sdpa", "eager"))
 )
 def test_the_same_answers_from_shorter_states(case, pooling, attention):
-    kind = ("linear", "mha", "past_future")[(sorted(CASES).index(case) + len(pooling)) % 3]
+    turn = sorted(CASES).index(case)
+    kind = ("linear", "mha", "past_future")[(turn + len(pooling)) % 3]
     final = "exit" if kind == "past_future" else "base_head"
-    model = make(case, exit_pooling=pooling, exit_type=kind, final_exit=final)
+    model = make(case, exit_pooling=pooling, exit_type=kind, final_exit=final, **link(turn))
     if case.startswith("modernbert") and attention == "eager":  # it gives NaN in float64
         model = model.float()
     model.base_model.model.set_attn_implementation(attention)

@@ -293,8 +293,6 @@ def test_full_depth_alone(model, tmp_path):
 
 def test_what_has_no_onnx_form(tmp_path):
     target = tmp_path / "never"
-    with pytest.raises(ValueError, match="exit_type='past_future'"):
-        export_onnx(make_badge("bert", exit_type="past_future"), target)
     with pytest.raises(ValueError, match="needs an adapter with an LTE layer"):
         export_onnx(make_badge("bert"), target, early_exit_config={"policy": "learned"})
     with pytest.raises(ValueError, match="depth=7 is not allowed"):

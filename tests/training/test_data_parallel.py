@@ -86,6 +86,7 @@ CASES = {
     "equilibrium": ({"backbone": "full", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "past_future": ({"exit_type": "past_future", "final_exit": "exit"}, {"objective": "past_future"}),
     "learn_to_exit": ({"learn_to_exit": True}, {}),
+    "carry": ({"carry": "logits", "final_exit": "exit"}, {"objective": "alternating"}),
     "shared_norm": ({"norm": "shared", "placement": "ffn"}, {"objective": "alternating"}),
     "lora": ({"backbone": "lora", "lora": {"r": 2, "lora_dropout": 0.0}}, {}),
 }
@@ -108,7 +109,7 @@ def test_it_trains_what_one_device_trains(name, two_devices, tmp_path):
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean", "deberta-v2"])
 @pytest.mark.parametrize("exit_type", ["linear", "mha", "past_future"])
 def test_replicas_answer_as_the_model(case, exit_type):
-    model = make_badge(case, exit_type=exit_type, final_exit="exit", learn_to_exit=True, norm="shared")
+    model = make_badge(case, exit_type=exit_type, final_exit="exit", learn_to_exit=True, norm="shared", carry="logits")
     batch = make_batch(rows=6)
     with torch.no_grad():
         want, found = model(**batch), DataParallel(model)(**batch)
@@ -119,7 +120,7 @@ def test_replicas_answer_as_the_model(case, exit_type):
 
 def test_a_replica_reads_its_own_weights():
     """Not those of the model that it is a copy of, which are on another device."""
-    model = make_badge(exit_type="past_future", final_exit="exit", learn_to_exit=True, norm="shared")
+    model = make_badge(exit_type="past_future", final_exit="exit", learn_to_exit=True, norm="shared", carry="logits")
     batch = make_batch()
     with torch.no_grad():
         want = model(**batch)

@@ -56,14 +56,8 @@ def expected_gradients(plain, model, numbers):
     plain.requires_grad_(True)
     parameters = {**dict(plain.named_parameters()), **own}
     layout = ARCHITECTURES[plain.config.model_type]
-    states, last = reference.trace(plain, BATCH)
     total = dict.fromkeys(parameters, 0.0)
-    for m in numbers:
-        if m == len(states) and config.final_exit == "base_head":
-            logits = last
-        else:
-            kind = head_pooling(plain, layout)
-            logits = reference.exit_logits(plain, config, own, states, m, BATCH["attention_mask"], kind)
+    for logits in reference.all_logits(plain, config, own, BATCH, head_pooling(plain, layout)):
         loss = reference.cross_entropy(logits, TARGET)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
         for name, gradient in zip(parameters, gradients, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from badge_peft.training.imitation import ImitationPass, imitation_loss
-from badge_peft.tuner.exits import PastFutureState
+from badge_peft.tuner.exit_state import ExitState
 from tests import reference
 from tests.models import make_badge, make_batch
 from tests.passes import full_depth
@@ -78,7 +78,7 @@ def test_training_on_it_brings_the_predictions_closer():
 
 def test_exits_that_make_no_predictions():
     with pytest.raises(ValueError, match=r"objective='past_future' needs BadgeConfig\(exit_type='past_future'"):
-        imitation_loss(PastFutureState([]))
+        imitation_loss(ExitState([]))
     with pytest.raises(ValueError, match="objective='past_future' needs"):
         make_badge()(**make_batch(), exit_pass=ImitationPass)
 

@@ -31,7 +31,8 @@ from badge_peft.training.objectives import (
 )
 from badge_peft.tuner.losses import exit_loss
 from tests import reference
-from tests.models import exits_of, make_model
+from tests.design import pairs
+from tests.models import LINKS, exits_of, make_batch, make_model
 
 from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, Stop, close, kl, make, make_trainer, moved, weights
 
@@ -233,6 +234,18 @@ def test_a_run_is_this_loop(name, backbone, placement, tmp_path):
         assert any(".badge_" in n for n in moved(before, expected))
 
 
+@pytest.mark.parametrize(
+    ("name", "link", "backbone", "final_exit"), pairs(RUNS, LINKS, ("frozen", "full"), ("base_head", "exit"))
+)
+def test_a_run_of_exits_that_build_on_one_another(name, link, backbone, final_exit, tmp_path):
+    options, total, run = RUNS[name]
+    data, fields = Rows(), {"backbone": backbone, "final_exit": final_exit, **link}
+    model = make(**fields)
+    make_trainer(tmp_path, model, data, **options).train()
+    each = losses(data, SINGLE)
+    close(weights(model), by_hand(make(**fields), data, lambda exits, n, _: total(each(exits), n), run=run))
+
+
 @pytest.mark.parametrize("name", ["joint", "alternating"])
 def test_accumulation_does_not_change_it(name, tmp_path):
     """`alternating` goes by optimizer steps: the two halves of a batch have the same loss."""
@@ -370,6 +383,25 @@ def test_two_stages(fields, distillation, tmp_path):
     if fields["backbone"] != "frozen":
         assert any(".badge_" not in name and ".modules_to_save." not in name for name in first)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable  # all of it, as before
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0])
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_exits_that_build_on_one_another_do_not_move_the_last_one_in_stage_2(link, distillation, tmp_path):
+    """It is their teacher. What it would take of them stays at its start, as if it stood alone."""
+    fields = {"r": 4, "final_exit": "exit", "exit_dropout": 0.0}
+    plain = get_peft_model(make_model(), BadgeConfig(**fields))
+    model = get_peft_model(make_model(), BadgeConfig(**fields, **link))
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for each, name in ((plain, "plain"), (model, "linked")):
+        options = {"objective": "two_stage", "distillation": distillation}
+        make_trainer(tmp_path / name, each, Rows(), **options).train()
+    found, alone = (exits_of(each.eval(), make_batch()) for each in (model, plain))
+    torch.testing.assert_close(found[:, -1], alone[:, -1])
+    shares = {
+        name: p.any() for name, p in reference.own_weights(model).items() if ".carry." in name or ".ladder." in name
+    }
+    assert shares and all(learned == (".2." in name) for name, learned in shares.items())
 
 
 def test_both_stages_are_these_loops(tmp_path):

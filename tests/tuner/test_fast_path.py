@@ -24,13 +24,14 @@ class Compared(FullDepthReader):
         self.counts = [0, 0]
 
     def read(self, block, number, frame):
-        found = []
+        found, left = [], dict(self.state.left)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layer, "fast_exit", lambda *args: found.append(fast_exit(*args)) or found[0])
             vector, logits = block.read_exit(self.exits, number, frame, self.pooling, self.state)
             fast = found[0] is not None
             if fast:
                 patch.setattr(layer, "fast_exit", lambda *args: None)
+                self.state.left = left  # both build on what the exits before have left
                 by_modules = block.read_exit(self.exits, number, frame, self.pooling, self.state)
                 assert torch.equal(vector, by_modules[0]) and torch.equal(logits, by_modules[1])
         self.counts[fast] += 1
@@ -60,6 +61,7 @@ def test_it_is_the_modules_to_the_last_bit(case, placement, exit_type, pooling):
         norm=("own", "shared")[turn % 3 == 0],
         activation=sorted(ACTIVATION_MODULES)[turn % len(ACTIVATION_MODULES)],
         exit_layers=[0, 1, 2],
+        carry=(None, "logits")[turn % 2],
     )
     by_modules, fused = count(model, make_batch())
     exits = len(model.base_model.exit_layers())

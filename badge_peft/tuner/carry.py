@@ -1,0 +1,38 @@
+"""Exits that build on the one before them: what exit m adds to its own logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from badge_peft.tuner.exit_state import ExitState
+
+
+class CarriedLogits(nn.Module):
+    """z_m + c_m z_{m-1}: the logits of the exit before, times one learned number.
+
+    c_m starts at 0, so that the exit starts as one that stands alone. z_{m-1} takes no gradient: each exit corrects
+    the one before it, as in boosting, and trains it for nobody else. Source: the cascade connections of Wolczyk et
+    al., "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks", NeurIPS 2021, which concatenate the
+    logits in place of adding them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))  # c_m
+
+    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Both [B, K], the result too. NaN and infinity before count as 0: they say nothing, and would spread."""
+        carried = before.to(logits).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return logits + self.weight.to(logits.dtype) * carried
+
+
+def carry_logits(exit_: Any, logits: Tensor, state: ExitState) -> Tensor:
+    """What exit m answers, [B, K], given its own `logits`; leaves that for the next exit."""
+    before = state.left.get("logits")
+    if before is not None:
+        logits = exit_.carry(logits, before)
+    state.left["logits"] = logits.detach()
+    return logits
