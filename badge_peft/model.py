@@ -83,6 +83,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             past_future,
             self.wrapped[0].badge_doubt[adapter_name] if config.learn_to_exit else None,
             config.carry,
+            config.ladder,
         )
 
     @property

@@ -34,7 +34,7 @@ _SIZES: dict[str, Any] = {
 }
 
 #: How exits may build on one another.
-LINKS: list[dict[str, Any]] = [{"carry": "logits"}]
+LINKS: list[dict[str, Any]] = [{"carry": "logits"}, {"ladder": True}, {"carry": "logits", "ladder": True}]
 
 # name -> (model_type, what differs from _SIZES; None leaves an entry out)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -210,9 +210,10 @@ def exits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).exit_logits
 
 
-def link(turn: int) -> dict[str, Any]:
-    """Exits that stand alone, or one of `LINKS`."""
-    return [{}, *LINKS][turn % (len(LINKS) + 1)]
+def link(turn: int, placement: str = "block") -> dict[str, Any]:
+    """Exits that stand alone, or one of `LINKS`; a ladder where there are bypasses."""
+    fields = [{}, *LINKS][turn % (len(LINKS) + 1)]
+    return {**fields, "ladder": False} if placement == "none" else fields
 
 
 def blocks_of(model: nn.Module) -> list[BadgeBlock]:

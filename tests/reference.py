@@ -161,6 +161,7 @@ def exit_logits(
     number: int,
     mask: Tensor,
     kind: str,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Logits of exit `number` at the states that `trace` has found, [B, K].
 
@@ -172,6 +173,7 @@ def exit_logits(
         number: 1 to M, or 0 for the embeddings.
         mask: [B, S].
         kind: The pooling.
+        before: What the bypass before has in its bottleneck, [B, S, r], where there is a ladder.
     """
     block = states[max(number - 1, 0)]
     parts, norm = PARTS[model.config.model_type], exit_norm(model, block.block)
@@ -183,8 +185,7 @@ def exit_logits(
         if parts.last_norm is None:
             state = layer_norm(state, norm.weight, norm.bias, norm.eps)
     else:
-        source = block.attention if config.placement == "ffn" else block.block_input
-        inner = ACTIVATIONS[config.activation](source @ w["down.weight"].T + w.get("down.bias", 0))
+        inner = bottleneck(config, weights, block, number, before)
         adjustment = inner @ w["up.weight"].T + w.get("up.bias", 0)  # B, Eq. 1
         if config.placement != "mhsa":
             state = adjustment + block.ffn_sum
@@ -210,6 +211,18 @@ def exit_logits(
     return pooled @ w["linear.weight"].T + w["linear.bias"]
 
 
+def bottleneck(
+    config: Any, weights: dict[str, Tensor], block: States, number: int, before: Tensor | None = None
+) -> Tensor:
+    """s_m [B, S, r] of the bypass at block `number`."""
+    w = {name.removeprefix(f"bypass.{number}."): p for name, p in weights.items() if f"bypass.{number}." in name}
+    source = block.attention if config.placement == "ffn" else block.block_input
+    inner = source @ w["down.weight"].T + w.get("down.bias", 0)
+    if config.ladder and before is not None:
+        inner = inner + before @ w["ladder.weight"].T
+    return ACTIVATIONS[config.activation](inner)
+
+
 def attend(states: Tensor, mask: Tensor, w: dict[str, Tensor], heads: int = 2) -> Tensor:
     """Multi-head attention over the real positions, [B, S, d] -> [B, S, d]."""
     rows = []
@@ -230,11 +243,14 @@ def all_logits(
     states, own = trace(model, batch)
     numbers = sorted({*config.exit_layers, len(states)}) if config.exit_layers else range(1, len(states) + 1)
     logits: list[Tensor] = []
+    s: Tensor | None = None  # of the bypass before
     for number in numbers:
         if number == len(states) and config.final_exit == "base_head":
             logits.append(own)
             continue
-        found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind)
+        found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind, s)
+        if config.ladder and number > 0:
+            s = bottleneck(config, weights, states[number - 1], number, s)
         if config.carry == "logits" and logits:  # the exit before, whose logits take no gradient
             found = found + weights[f"exit.{number}.carry.weight"] * logits[-1].detach()
         logits.append(found)

@@ -334,6 +334,8 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
     assert said['`carry="logits"` adds, but for the first exit'] == trained(bert, carry="logits", **two) - trained(
         bert, **two
     )
+    ladder = trained(bert, ladder=True, **two) - trained(bert, **two)
+    assert said["`ladder=True` adds, but for the first bypass"] == ladder
     assert said["exit 0"] == exits["linear"] == trained(bert, exit_layers=[0], train_head=False)
     assert trained(bert, learn_to_exit=True, **one) - trained(bert, **one) == d + 1
     assert trained(bert, backbone="lora", **one) - trained(bert, **one) == 12 * 2 * 8 * 2 * d

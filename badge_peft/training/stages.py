@@ -134,6 +134,6 @@ def make_stages(
 
 def is_earlier_exit(name: str, last: int) -> bool:
     """Whether a parameter belongs to a bypass or an exit below M, which is `last` (or judges them, as LTE does), or
-    weighs them in exit M: trained without them, that would make of M's answer what they happen to start with."""
+    brings them into exit M: trained without them, that would make of M's answer what they happen to start with."""
     rest = name.partition(".badge_")[2]
-    return bool(rest) and (f".{last}." not in rest or ".carry." in rest)
+    return bool(rest) and (f".{last}." not in rest or ".carry." in rest or ".ladder." in rest)

@@ -24,15 +24,13 @@ class CarriedLogits(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))  # c_m
 
     def forward(self, logits: Tensor, before: Tensor) -> Tensor:
-        """Both [B, K], the result too. NaN and infinity before count as 0: they say nothing, and would spread."""
-        carried = before.to(logits).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return logits + self.weight.to(logits.dtype) * carried
+        """Both [B, K], the result too."""
+        return logits + self.weight.to(logits.dtype) * before
 
 
 def carry_logits(exit_: Any, logits: Tensor, state: ExitState) -> Tensor:
     """What exit m answers, [B, K], given its own `logits`; leaves that for the next exit."""
-    before = state.left.get("logits")
-    if before is not None:
-        logits = exit_.carry(logits, before)
+    if "logits" in state.left:
+        logits = exit_.carry(logits, state.from_before("logits", logits))
     state.left["logits"] = logits.detach()
     return logits

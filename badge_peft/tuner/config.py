@@ -77,6 +77,7 @@ class BadgeConfig(PeftConfig):
         None,
         "What an exit adds of the exit before it: `logits`, times a learned number that starts at 0; None: nothing.",
     )
+    ladder: bool = option(False, "A bypass also reads the bottleneck of the one before it.")
     train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
     backbone: str = option("frozen", "`frozen`, `lora` or `full` (the paper).")
     lora: Any = option(None, "LoraConfig or dict for backbone='lora'.")
@@ -130,7 +131,9 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"carry={self.carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-        for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):
+        if self.ladder is True and self.placement == "none":
+            raise ValueError("ladder=True needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
+        for name in ("bias", "ladder", "train_head", "learn_to_exit", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
         for name in ("base_model_name_or_path", "revision", "weights_hash"):

@@ -14,18 +14,25 @@ class ExitState:
 
     Args:
         exits: Of the call, shallow to deep, where each needs all others (Global Past-Future); else empty.
+        keeps_bottleneck: Whether a bypass leaves the states of its bottleneck.
 
     Attributes:
         left: What the exits so far have left, by name: [n, ...], or [n, S, ...] where each position has its own.
         keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
     """
 
-    def __init__(self, exits: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, exits: Sequence[nn.Module] = (), keeps_bottleneck: bool = False) -> None:
         self.exits = list(exits)
+        self.keeps_bottleneck = keeps_bottleneck
         self.left: dict[str, Tensor] = {}
         self.keeps_vectors = False
         self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
         self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
+
+    def from_before(self, name: str, like: Tensor) -> Tensor:
+        """What the exit before has left, where `like` is and in its precision. NaN and infinity count as 0: they say
+        nothing, and would spread to all deeper exits."""
+        return self.left[name].to(like).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
         """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""

@@ -181,6 +181,7 @@ class AdapterExits:
         past_future: Its exits, shallow to deep, where each needs all others; else empty.
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
         carry: What exit m adds of the exit before it: `logits`, or None for nothing.
+        ladder: Whether a bypass reads the bottleneck of the one before.
     """
 
     adapter: str
@@ -193,11 +194,12 @@ class AdapterExits:
     past_future: list[nn.Module] = field(default_factory=list)
     uncertainty: nn.Module | None = None
     carry: str | None = None
+    ladder: bool = False
 
     @property
     def are_linked(self) -> bool:
         """Whether exits need what those before them have left in the call's `ExitState`."""
-        return bool(self.past_future) or self.carry is not None
+        return bool(self.past_future) or self.carry is not None or self.ladder
 
     @property
     def reads_tokens(self) -> bool:

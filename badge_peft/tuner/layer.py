@@ -99,13 +99,15 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         exit_ = self.own_exit(exits.adapter, number)
         bypass, norm = self.bypass_of(exits, number)
         placement = self.badge_placement[exits.adapter]
-        fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
+        fast = None
+        if bypass is None or not state.keeps_bottleneck:
+            fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
         if fast is not None:
             vector, logits = fast
             return vector, logits if exits.carry is None else carry_logits(exit_, logits, state)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
-            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm)
+            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm, state)
         else:
             states = picking.pick(frame.output)
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
@@ -192,9 +194,9 @@ def adapter_modules(
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
         norm = exit_norm if config.norm == "own" else None
-        parts["badge_bypass"] = nn.ModuleDict(
-            {str(m): Bypass(config.hidden_size, config.r, config.activation, config.bias, norm) for m in bypassed}
-        )
+        size = (config.hidden_size, config.r, config.activation, config.bias, norm)
+        first = min(m for m in exits if m > 0)
+        parts["badge_bypass"] = nn.ModuleDict({str(m): Bypass(*size, config.ladder and m > first) for m in bypassed})
     if config.learn_to_exit and 1 in numbers:
         parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
     return parts

@@ -20,7 +20,7 @@ from badge_peft.tuner.config import is_badge
 # Names inside of our modules and of PEFT's wrappers, but for the block numbers.
 _NAMES = frozenset(
     "badge_bypass down up activation norm badge_exit linear dropout dense query key value output imitate gate balance "
-    "carry badge_doubt lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "carry ladder badge_doubt lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
     "base_model model base_layer modules_to_save original_module".split()
 )
 _MERGE = (

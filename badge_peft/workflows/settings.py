@@ -109,6 +109,7 @@ class ExitOptions(Settings):
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
         carry: What an exit adds of the exit before it: logits. Default: nothing.
+        ladder: A bypass also reads the bottleneck of the one before it.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """
 
@@ -122,6 +123,7 @@ class ExitOptions(Settings):
     exit_layers: str | None = None
     final_exit: str | None = None
     carry: str | None = None
+    ladder: bool = False
     learn_to_exit: bool = False
 
 

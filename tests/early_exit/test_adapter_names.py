@@ -36,7 +36,10 @@ ADAPTERS = {
         {"policy": "entropy", "threshold": 0.9},
     ),
     "stock": ({"train_head": False, "exit_type": "pooled"}, {"policy": "max_prob", "min_exit": 2}),
-    "cascade": ({**EXIT, "num_labels": 3, "carry": "logits", "exit_layers": [1, 3]}, {"policy": "entropy"}),
+    "cascade": (
+        {**EXIT, "num_labels": 3, "carry": "logits", "ladder": True, "exit_layers": [1, 3]},
+        {"policy": "entropy"},
+    ),
     "doubts": ({"learn_to_exit": True, "exit_pooling": "mean"}, {"policy": "learned"}),
     "recall": (
         {**EXIT, "num_labels": 2, "placement": "none", "exit_type": "past_future"},

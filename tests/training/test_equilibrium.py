@@ -14,7 +14,7 @@ from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.training.equilibrium import GradientEquilibriumPass, scale_gradient
 from badge_peft.tuner.architectures import head_pooling
 from tests import reference
-from tests.models import CASES, blocks_of, checkpoint, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import CASES, LINKS, blocks_of, checkpoint, exits_of, make_badge, make_batch, make_labels, make_model
 from tests.passes import full_depth
 
 BATCH, TARGET = make_batch(), make_labels()
@@ -112,6 +112,12 @@ def compare(case, exit_pass=GradientEquilibriumPass, checkpointing=None, **field
 @pytest.mark.parametrize("case", CASES)
 def test_every_backbone(case, placement):
     compare(case, placement=placement)
+
+
+@pytest.mark.parametrize("link", LINKS, ids=str)
+@pytest.mark.parametrize(("case", "placement"), [("bert", "block"), ("albert", "mhsa"), ("modernbert-mean", "ffn")])
+def test_exits_that_build_on_one_another(case, placement, link):
+    compare(case, placement=placement, exit_layers=[0, 1, 3], final_exit="exit", **link)
 
 
 @pytest.mark.parametrize("exit_layers", [[0, 1, 2, 3], [0, 2], [2], [1, 3], [0, 3], [3]], ids=str)

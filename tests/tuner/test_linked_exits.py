@@ -30,6 +30,8 @@ EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
     ),
 )
 def test_formulas(case, placement, pooling, final_exit, exit_type, exit_layers, link):
+    if placement == "none":
+        link = {**link, "ladder": False}
     base = make_model(case).double()
     model = make_badge(
         base=copy.deepcopy(base),
@@ -62,6 +64,22 @@ def test_the_models_own_head_stays_as_it_is(link):
     with torch.no_grad():
         expected = base(**batch).logits
         assert torch.equal(make_badge(base=base, train_head=False, **link)(**batch).logits, expected)
+
+
+@pytest.mark.parametrize(("exit_layers", "numbers"), [(None, 2), ([0, 1, 2, 3], 2), ([0, 2], 1), ([2], 1), ([3], 0)])
+@pytest.mark.parametrize("case", ["bert", "albert"])
+def test_one_matrix_for_each_bypass_but_the_first(case, exit_layers, numbers):
+    config = {"exit_layers": exit_layers, "final_exit": "exit", "r": 4}
+    sizes = [
+        get_peft_model(make_model(case), BadgeConfig(ladder=ladder, **config)).get_nb_trainable_parameters()[0]
+        for ladder in (False, True)
+    ]
+    assert sizes[1] - sizes[0] == 16 * numbers
+
+
+def test_a_ladder_needs_bypasses():
+    with pytest.raises(ValueError, match="ladder=True needs a bypass at each exit: placement='block'"):
+        BadgeConfig(ladder=True, placement="none")
 
 
 # ------------------------------------------------------------------------------------------------------ carried logits
