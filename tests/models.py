@@ -34,7 +34,13 @@ _SIZES: dict[str, Any] = {
 }
 
 #: How exits may build on one another.
-LINKS: list[dict[str, Any]] = [{"carry": "logits"}, {"ladder": True}, {"carry": "logits", "ladder": True}]
+LINKS: list[dict[str, Any]] = [
+    {"carry": "logits"},
+    {"ladder": True},
+    {"carry": "states"},
+    {"carry": "logits", "ladder": True},
+    {"carry": "states", "ladder": True},
+]
 
 # name -> (model_type, what differs from _SIZES; None leaves an entry out)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -211,9 +217,13 @@ def exits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def link(turn: int, placement: str = "block") -> dict[str, Any]:
-    """Exits that stand alone, or one of `LINKS`; a ladder where there are bypasses."""
-    fields = [{}, *LINKS][turn % (len(LINKS) + 1)]
-    return {**fields, "ladder": False} if placement == "none" else fields
+    """Exits that stand alone, or one of `LINKS`."""
+    return linked([{}, *LINKS][turn % (len(LINKS) + 1)], placement)
+
+
+def linked(fields: dict[str, Any], placement: str) -> dict[str, Any]:
+    """`fields` as far as exits of this placement may have them: a ladder and states need bypasses."""
+    return {"carry": "logits" if fields.get("carry") else None} if placement == "none" else fields
 
 
 def blocks_of(model: nn.Module) -> list[BadgeBlock]:

@@ -244,13 +244,17 @@ def all_logits(
     numbers = sorted({*config.exit_layers, len(states)}) if config.exit_layers else range(1, len(states) + 1)
     logits: list[Tensor] = []
     s: Tensor | None = None  # of the bypass before
+    total: Tensor | float = 0.0  # of all before, pooled
     for number in numbers:
         if number == len(states) and config.final_exit == "base_head":
             logits.append(own)
             continue
         found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind, s)
-        if config.ladder and number > 0:
+        if config.carry == "states" and s is not None:
+            found = found + total @ weights[f"exit.{number}.carry.weight"].T
+        if number > 0 and config.placement != "none":
             s = bottleneck(config, weights, states[number - 1], number, s)
+            total = total + pool(s, batch["attention_mask"], kind)
         if config.carry == "logits" and logits:  # the exit before, whose logits take no gradient
             found = found + weights[f"exit.{number}.carry.weight"] * logits[-1].detach()
         logits.append(found)

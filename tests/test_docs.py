@@ -334,6 +334,8 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
     assert said['`carry="logits"` adds, but for the first exit'] == trained(bert, carry="logits", **two) - trained(
         bert, **two
     )
+    states = trained(bert, carry="states", **two) - trained(bert, **two)
+    assert said['`carry="states"` adds, but for the first bypass'] == states
     ladder = trained(bert, ladder=True, **two) - trained(bert, **two)
     assert said["`ladder=True` adds, but for the first bypass"] == ladder
     assert said["exit 0"] == exits["linear"] == trained(bert, exit_layers=[0], train_head=False)

@@ -50,7 +50,7 @@ class ExitReader:
         self.rows = rows
         self.first = first
         self.pooling = Pooling(exits.pooling, attention_mask)
-        self.state = ExitState(exits.past_future, exits.ladder)
+        self.state = ExitState(exits.past_future, exits.keep_bottlenecks)
         self.reads_uncertainty = exits.uncertainty is not None
         self.num_active = rows
         self.has_answered = False

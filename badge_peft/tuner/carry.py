@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from badge_peft.tuner.exit_state import ExitState
+from badge_peft.tuner.exits import AdapterExits, Exit
+from badge_peft.tuner.pooling import Pooling
+
+CARRIES = ("logits", "states")
 
 
 class CarriedLogits(nn.Module):
@@ -28,9 +33,51 @@ class CarriedLogits(nn.Module):
         return logits + self.weight.to(logits.dtype) * before
 
 
-def carry_logits(exit_: Any, logits: Tensor, state: ExitState) -> Tensor:
-    """What exit m answers, [B, K], given its own `logits`; leaves that for the next exit."""
-    if "logits" in state.left:
+class CarriedStates(nn.Module):
+    """z_m + V_m sum_{j < m} s_j: what the bottlenecks of the bypasses before have found, pooled as the exit pools.
+
+    V_m starts at 0, so that the exit starts as one that stands alone. The states take gradients: a bypass learns what
+    helps its own exit and all deeper ones.
+
+    Args:
+        r: Width of a bottleneck.
+        num_labels: K.
+    """
+
+    def __init__(self, r: int, num_labels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_labels, r))  # V_m
+
+    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
+        """[B, K], and the sum of the states [B, r] -> [B, K]."""
+        return logits + F.linear(before, self.weight).to(logits.dtype)
+
+
+def build_on(exits: AdapterExits, exit_: Exit, logits: Tensor, state: ExitState, pooling: Pooling) -> Tensor:
+    """What exit m answers, [B, K], given its own `logits`; leaves for the deeper ones what they need."""
+    if exits.carry == "logits":
+        return _carry_logits(exit_, logits, state)
+    if exits.carry == "states":
+        return _carry_states(exit_, logits, state, pooling, exits.ladder)
+    return logits
+
+
+def _carry_logits(exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
+    """z_m + c_m z_{m-1}, which is what exit m + 1 sees of it."""
+    if exit_.carry is not None:
         logits = exit_.carry(logits, state.from_before("logits", logits))
     state.left["logits"] = logits.detach()
+    return logits
+
+
+def _carry_states(exit_: Exit, logits: Tensor, state: ExitState, pooling: Pooling, ladder: bool) -> Tensor:
+    """z_m + V_m sum_{j < m} s_j. An exit without a bypass, on the embeddings, has nothing to add to the sum."""
+    if exit_.carry is not None:
+        carry = cast(CarriedStates, exit_.carry)
+        logits = carry(logits, state.from_before("states", carry.weight))
+    # [B, r], or [B, S, r] where all positions have one; a ladder goes on from there
+    own = state.left.get("bottleneck") if ladder else state.left.pop("bottleneck", None)
+    if own is not None:
+        pooled = pooling.reduce(pooling.pick(own)) if own.dim() > 2 else own
+        state.add("states", pooled, pooled)
     return logits

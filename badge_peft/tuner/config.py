@@ -17,6 +17,7 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
+from badge_peft.tuner.carry import CARRIES
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
@@ -34,7 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "final_exit": ("base_head", "exit"),
     "backbone": ("frozen", "lora", "full"),
 }
-CARRIES = ("logits",)
 _AT_RUN_TIME: dict[str, Any] = {"init": False, "repr": False, "compare": False}
 
 
@@ -75,7 +75,8 @@ class BadgeConfig(PeftConfig):
     final_exit: str = option("base_head", "Exit M: the model's own head, `base_head`, or an `exit` like the others.")
     carry: str | None = option(
         None,
-        "What an exit adds of the exit before it: `logits`, times a learned number that starts at 0; None: nothing.",
+        "What an exit adds of those before it: the `logits` of the last one, times a learned number; the `states` of "
+        "their bottlenecks, times a learned matrix; None: nothing.",
     )
     ladder: bool = option(False, "A bypass also reads the bottleneck of the one before it.")
     train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
@@ -131,8 +132,9 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"carry={self.carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
         if self.exit_type == "past_future" and self.final_exit != "exit":
             raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-        if self.ladder is True and self.placement == "none":
-            raise ValueError("ladder=True needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
+        if self.placement == "none" and (self.ladder is True or self.carry == "states"):
+            field = "ladder=True" if self.ladder is True else "carry='states'"
+            raise ValueError(f"{field} needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
         for name in ("bias", "ladder", "train_head", "learn_to_exit", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")

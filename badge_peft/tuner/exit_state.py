@@ -37,6 +37,7 @@ class ExitState:
     def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
         """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
         before = self.left.get(name)
+        before = before if before is None else before.to(value.device)
         self.left[name] = for_later if before is None else before + for_later
         return value if before is None else before + value
 

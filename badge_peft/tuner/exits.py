@@ -32,7 +32,7 @@ class Exit(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, num_labels)
-        self.register_module("carry", None)  # of an exit that builds on the one before it (`tuner/carry.py`)
+        self.carry: nn.Module | None = None  # of an exit that builds on those before it (`tuner/carry.py`)
 
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
         """What `pooling.pick` left of the states (or all of them, for `reads_sequence`) -> [B, d]."""
@@ -180,7 +180,7 @@ class AdapterExits:
         final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
         past_future: Its exits, shallow to deep, where each needs all others; else empty.
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
-        carry: What exit m adds of the exit before it: `logits`, or None for nothing.
+        carry: What exit m adds of those before it: `logits`, `states`, or None for nothing.
         ladder: Whether a bypass reads the bottleneck of the one before.
     """
 
@@ -195,6 +195,11 @@ class AdapterExits:
     uncertainty: nn.Module | None = None
     carry: str | None = None
     ladder: bool = False
+
+    @property
+    def keep_bottlenecks(self) -> bool:
+        """Whether deeper exits read the states of a bottleneck."""
+        return self.ladder or self.carry == "states"
 
     @property
     def are_linked(self) -> bool:

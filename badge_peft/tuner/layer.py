@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
-from badge_peft.tuner.carry import CarriedLogits, carry_logits
+from badge_peft.tuner.carry import CarriedLogits, CarriedStates, build_on
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
 from badge_peft.tuner.exit_state import ExitState
@@ -103,8 +103,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         if bypass is None or not state.keeps_bottleneck:
             fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
         if fast is not None:
-            vector, logits = fast
-            return vector, logits if exits.carry is None else carry_logits(exit_, logits, state)
+            return fast[0], build_on(exits, exit_, fast[1], state, pooling)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
             states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm, state)
@@ -113,8 +112,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
                 states = apply_norm(self._exit_norm(exits.final_norm), states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
-        logits = exit_(vector, state)
-        return vector, logits if exits.carry is None else carry_logits(exit_, logits, state)
+        return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
 
     def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:
         """The bypass of exit `number`, where it has one, and LN' where it is not the bypass's own."""
@@ -188,9 +186,11 @@ def adapter_modules(
         parts["badge_exit"] = head = MultiExitHead(
             own, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
         )
+        first = min(exits) if config.carry == "logits" else min((m for m in exits if m > 0), default=0)
         for m in own:
-            if config.carry == "logits" and m > exits[0]:
-                head.exit(m).carry = CarriedLogits()
+            if config.carry is not None and m > first:
+                logits = config.carry == "logits"
+                head.exit(m).carry = CarriedLogits() if logits else CarriedStates(config.r, config.resolved_labels)
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
         norm = exit_norm if config.norm == "own" else None

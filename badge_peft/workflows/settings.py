@@ -108,7 +108,8 @@ class ExitOptions(Settings):
             on. Default: all blocks.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
-        carry: What an exit adds of the exit before it: logits. Default: nothing.
+        carry: What an exit adds of those before it: logits, of the last one, or states, of their bottlenecks. Default:
+            nothing.
         ladder: A bypass also reads the bottleneck of the one before it.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """

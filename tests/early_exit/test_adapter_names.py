@@ -35,6 +35,7 @@ ADAPTERS = {
         {**EXIT, "num_labels": 4, "problem_type": "multi_label_classification", "placement": "mhsa"},
         {"policy": "entropy", "threshold": 0.9},
     ),
+    "steps": ({"carry": "states", "exit_pooling": "mean"}, {"policy": "entropy"}),
     "stock": ({"train_head": False, "exit_type": "pooled"}, {"policy": "max_prob", "min_exit": 2}),
     "cascade": (
         {**EXIT, "num_labels": 3, "carry": "logits", "ladder": True, "exit_layers": [1, 3]},

@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "few exits": {"exit_layers": [0, 2], "exit_pooling": "mean"},
     "past_future": {"exit_type": "past_future", "final_exit": "exit"},
     "carry": {"carry": "logits", "exit_layers": [0, 2], "final_exit": "exit"},
-    "ladder": {"ladder": True, "placement": "ffn", "exit_pooling": "mean"},
+    "ladder": {"ladder": True, "carry": "states", "placement": "ffn", "exit_pooling": "mean"},
     "learn_to_exit": {"learn_to_exit": True},
     "lora": {"backbone": "lora"},
     "full": {"backbone": "full"},

@@ -86,7 +86,7 @@ CASES = {
     "equilibrium": ({"backbone": "full", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "past_future": ({"exit_type": "past_future", "final_exit": "exit"}, {"objective": "past_future"}),
     "learn_to_exit": ({"learn_to_exit": True}, {}),
-    "ladder": ({"ladder": True, "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
+    "ladder": ({"ladder": True, "carry": "states", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "carry": ({"carry": "logits", "final_exit": "exit"}, {"objective": "alternating"}),
     "shared_norm": ({"norm": "shared", "placement": "ffn"}, {"objective": "alternating"}),
     "lora": ({"backbone": "lora", "lora": {"r": 2, "lora_dropout": 0.0}}, {}),

@@ -109,7 +109,7 @@ def test_every_field_says_what_it_is():
         *(("exit_dropout", value, r"\[0, 1\)") for value in (1, 1.0, -0.1, "0.1", None, True, math.nan, math.inf)),
         *(("exit_layers", value, "distinct block numbers") for value in ([], [1, 1], [-1], [1.0], [True], "12", 3)),
         *(("final_exit", value, "base_head, exit") for value in ("head", None)),
-        *(("carry", value, "None or logits") for value in ("states", True, [], 1)),
+        *(("carry", value, "None or logits or states") for value in ("state", True, [], 1)),
         *(("ladder", value, "True or False") for value in (1, None)),
         *(("train_head", value, "True or False") for value in (0, "yes", None)),
         *(("learn_to_exit", value, "True or False") for value in (1, None)),
