@@ -38,8 +38,7 @@ class EarlyExitReranker:
         max_state_bytes: Memory for the states of one query's candidates.
 
     Raises:
-        ValueError: the model has no adapter or more than one output, its exits need one another, or a number is not
-            allowed.
+        ValueError: the model has no adapter or more than one output, or a number is not allowed.
 
     Example:
 
@@ -69,11 +68,6 @@ class EarlyExitReranker:
             raise ValueError(
                 f"the model has {exits.num_labels} outputs, and candidates are ranked by one score: load it with "
                 "num_labels=1."
-            )
-        if exits.are_linked:
-            raise ValueError(
-                "the adapter has exits that need one another (exit_type='past_future' or carry), which are read in "
-                "one call alone: rank with model.early_exit_forward(**batch, groups=query_ids), or train without."
             )
         self.model = model.eval()
         self.tokenizer = tokenizer

@@ -20,10 +20,10 @@ from torch import Tensor
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.readers import ExitReader
+from badge_peft.early_exit.readers import ExitReader, last_read
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
-from badge_peft.ranking.states import StateStore
+from badge_peft.ranking.states import LeftStates, StateStore
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
@@ -125,6 +125,8 @@ class CandidatePass:
         self.lengths: Array = np.array([len(row["input_ids"]) for row in rows])
         self.device = next(badge.model.parameters()).device
         self._store: StateStore | None = None
+        self._left = LeftStates(self.lengths, max_state_bytes)
+        self._last_read = last_read(policy, self.exits) if self.exits.are_linked else -1
         self._tuple_length: int | None = None
 
     @torch.no_grad()
@@ -138,7 +140,8 @@ class CandidatePass:
         for j in (j for j in range(len(numbers)) if self.policy.can_exit(numbers, j)):
             read = [i for i in range(first, j + 1) if self.policy.needs_logits(numbers, i)]
             final = self.policy.is_final(numbers, j)
-            scores = self._segment(active, range(block, numbers[j] + 1), [numbers[i] for i in read], final)
+            linked = [numbers[i] for i in range(first, j + 1) if i <= self._last_read]
+            scores = self._segment(active, range(block, numbers[j] + 1), [numbers[i] for i in read], linked, final)
             for i in range(first, j + 1):
                 history.append(scores[read.index(i)][:, None]) if i in read else history.skip()
             stops = self.policy.stops(history, j)
@@ -154,16 +157,18 @@ class CandidatePass:
             block, first = numbers[j] + 1, j + 1
         return found
 
-    def _segment(self, active: Array, blocks: range, exits: list[int], final: bool) -> Array:
-        """[R, n]: what the R `exits` say about the `active` candidates, behind these blocks."""
+    def _segment(self, active: Array, blocks: range, exits: list[int], linked: list[int], final: bool) -> Array:
+        """[R, n]: what the R `exits` say about the `active` candidates, behind these blocks. The `linked` ones are
+        computed, too, as deeper exits build on them."""
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         for place, rows in self._slices(active):
             batch = {
                 k: v.to(self.device) for k, v in pad_features([self.rows[i] for i in rows], self.badge.model).items()
             }
             reader = ExitReader(self.exits, len(rows), batch["attention_mask"])
+            reader.state.left = self._left.get(rows)
             before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
-            running = SegmentPass(reader, blocks, exits, before, self._tuple_length)
+            running = SegmentPass(reader, blocks, [*exits, *linked], before, self._tuple_length)
             with running:
                 base = self.badge.model(return_dict=True, **batch)
             self._tuple_length = running.tuple_length
@@ -171,6 +176,8 @@ class CandidatePass:
                 running.scores[exits[-1]] = base.logits
             for r, number in enumerate(exits):
                 scores[r, place : place + len(rows)] = running.scores[number][:, 0].float().cpu().numpy()
+            if not final:
+                self._left.put(rows, reader.state.left)
             if not final and len(blocks):
                 assert running.states is not None
                 if self._store is None:

@@ -13,6 +13,39 @@ from torch.nn.utils.rnn import pad_sequence
 Array = np.ndarray
 
 
+class LeftStates:
+    """What exits leave for the deeper ones (`ExitState.left`), of each candidate, between two segments.
+
+    Args:
+        lengths: [N], positions of each candidate.
+        max_bytes: As for `StateStore`.
+    """
+
+    def __init__(self, lengths: Array, max_bytes: int) -> None:
+        self.lengths = lengths
+        self.max_bytes = max_bytes
+        self._of_rows: dict[str, Tensor] = {}  # [N, ...]
+        self._of_positions: dict[str, StateStore] = {}
+
+    def put(self, rows: Sequence[int], left: dict[str, Tensor]) -> None:
+        """Keeps `left`, [b, ...] or [b, S, ...] each, of `rows`, b of them."""
+        for name, value in left.items():
+            if value.dim() > 2:
+                if name not in self._of_positions:
+                    everyone = np.arange(len(self.lengths))
+                    self._of_positions[name] = StateStore(self.lengths, everyone, value, self.max_bytes)
+                self._of_positions[name].put(rows, value)
+                continue
+            if name not in self._of_rows:
+                self._of_rows[name] = value.new_zeros(len(self.lengths), *value.shape[1:])
+            self._of_rows[name][torch.tensor(rows, device=value.device)] = value
+
+    def get(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Those of `rows`."""
+        found = {name: x[torch.tensor(rows, device=x.device)] for name, x in self._of_rows.items()}
+        return found | {name: store.get(rows) for name, store in self._of_positions.items()}
+
+
 class StateStore:
     """H_m [S_c, d] of each candidate c, side by side in one buffer that every segment overwrites in place.
 

@@ -68,6 +68,10 @@ def test_a_ranking_is_the_replay_of_full_depth(case: str, batch_size: int) -> No
         {"exit_pooling": "mean"},
         {"exit_type": "mha", "exit_layers": (0, 2, 3)},
         {"placement": "mhsa", "exit_pooling": "mean"},
+        {"exit_type": "past_future", "final_exit": "exit"},
+        {"carry": "logits", "exit_layers": (0, 1, 2, 3)},
+        {"ladder": True, "exit_pooling": "mean"},
+        {"carry": "states", "ladder": True, "exit_layers": (1, 2, 3), "final_exit": "exit", "exit_pooling": "mean"},
     ],
     ids=str,
 )
@@ -139,8 +143,8 @@ def test_no_more_rows_than_asked_for_are_ever_in_a_block() -> None:
 
 
 def test_states_in_a_file_change_nothing() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        model = copy.deepcopy(ranker()).to(dtype)
+    for dtype, fields in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"ladder": True})):
+        model = copy.deepcopy(ranker(exit_pooling="mean", **fields)).to(dtype)
         config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS).float())
         model.set_early_exit_config(config)
         rankings = [
@@ -252,8 +256,6 @@ def test_models_that_cannot_rank() -> None:
         EarlyExitReranker(make_model(num_labels=1), tokenizer)
     with pytest.raises(ValueError, match="the model has 2 outputs"):
         EarlyExitReranker(make_badge_of_two(), tokenizer)
-    with pytest.raises(ValueError, match="exits that need one another"):
-        EarlyExitReranker(make_ranker(exit_type="past_future", final_exit="exit"), tokenizer)
     for name in ("batch_size", "max_length"):
         with pytest.raises(ValueError, match=f"{name}=0 is not allowed"):
             EarlyExitReranker(ranker(), tokenizer, **{name: 0})
