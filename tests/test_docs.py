@@ -47,6 +47,7 @@ PUBLIC = (
     "badge_peft.export",
     "badge_peft.integrations",
     "badge_peft.ranking",
+    "badge_peft.serving",
     "badge_peft.training",
 )
 HUB = "google-bert/bert-base-uncased"

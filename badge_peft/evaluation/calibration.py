@@ -22,6 +22,7 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within
+from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
 from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
@@ -63,8 +64,8 @@ def calibrate(
         metric: As for `exit_scores`.
 
     Returns:
-        The config; its `calibration` records what was measured here: `score` on all of these rows, and `drop`, of rows
-        that did not choose the setting, with a 90% interval.
+        The config; its `calibration` records what was measured here: `score` on all of these rows, `drop`, of rows
+        that did not choose the setting, with a 90% interval, and as `curve` what other thresholds would cost and give.
 
     Raises:
         ValueError: not exactly one of the two goals, a goal out of range or out of reach, or too few rows for the
@@ -105,6 +106,7 @@ def calibrate(
         "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
         "mean_exit": best.mean_exit,
         "layer_speedup": best.layer_speedup,
+        "curve": curve_record(scored, setting_curve(scored, best.config, metric)),
         **bound,
     }
     return EarlyExitConfig.of(best.config, calibration=record)

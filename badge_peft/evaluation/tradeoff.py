@@ -121,7 +121,7 @@ def sweep(
         policies = default_policies(exit_logits.kind)
     asked = [{"policy": p} if isinstance(p, str) else p for p in policies if p != "fixed_depth"]
     fixed = EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)
-    found = _points(exit_logits, [fixed, *(fitted(p, exit_logits) for p in asked)], points, metric)
+    found = curve_points(exit_logits, [fixed, *(fitted(p, exit_logits) for p in asked)], points, metric)
     return TradeOff(found, metric_name(metric), exit_logits.depth)
 
 
@@ -134,7 +134,7 @@ def search(
     fixed = EarlyExitConfig(
         policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
     )
-    return _points(exit_logits, [fixed, *families(policy, exit_logits)], count, metric)
+    return curve_points(exit_logits, [fixed, *families(policy, exit_logits)], count, metric)
 
 
 def default_policies(problem_type: str) -> list[str]:
@@ -142,7 +142,7 @@ def default_policies(problem_type: str) -> list[str]:
     return [name for name, policy in POLICIES.items() if policy.in_default_sweep and policy.suits(problem_type)]
 
 
-def _points(
+def curve_points(
     exit_logits: ExitLogits, families: Iterable[EarlyExitConfig], count: int, metric: Metric
 ) -> list[TradeOffPoint]:
     """The settings of each family, at most `count` of one."""

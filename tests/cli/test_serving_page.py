@@ -27,3 +27,11 @@ def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
     careful, hurried = space["careful"], space["hurried"]
     assert careful.policy == hurried.policy == "max_prob"
     assert careful.calibration["mean_exit"] >= hurried.calibration["mean_exit"]
+    controller = space["controller"]
+    assert (
+        space["each_second"]([0.2, 0.3])
+        == controller.config
+        == controller.points[min(1, len(controller.points) - 1)].config
+    )
+    assert space["shadow"](space["batch"]) == space["config"]
+    assert space["monitor"].rows == 2

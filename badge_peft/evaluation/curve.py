@@ -1,0 +1,88 @@
+"""The curve of one setting: what its policy costs and gives where only the threshold moves (else the patience, or the
+depth).
+
+`calibrate` stores a few of its points with the setting that it chooses, so that whoever serves the adapter knows what
+the next faster or more careful setting costs, without the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.evaluation.metrics import Metric
+from badge_peft.evaluation.promise import ExitPromise
+from badge_peft.evaluation.tradeoff import TradeOffPoint, curve_points, evaluate_policy
+
+POINTS = 12  # a few more lines in adapter_config.json; neighbors are about a twelfth of the range apart
+_VARIED = ("threshold", "patience", "depth")
+
+
+def setting_curve(
+    exit_logits: ExitLogits, config: EarlyExitConfig, metric: Metric = "accuracy", points: int = POINTS
+) -> list[TradeOffPoint]:
+    """`config` and other settings of its policy, slow to fast, with all but the threshold (patience, depth) as it is.
+    Of settings that are equally fast there is one.
+
+    Args:
+        exit_logits: With labels.
+        config: A setting, of which `max_exit`, `min_exit` and the like are kept.
+        metric: As for `exit_scores`.
+        points: At most so many beside `config`, evenly spread over the speed-ups that the policy can give.
+    """
+    own = evaluate_policy(exit_logits, EarlyExitConfig.of(config, calibration=None), metric)
+    family = build_policy(config).opened(exit_logits.kind) or own.config
+    found = {point.layer_speedup: point for point in curve_points(exit_logits, [family], points, metric)}
+    found[own.layer_speedup] = own
+    return [found[speedup] for speedup in sorted(found)]
+
+
+def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[dict[str, Any]]:
+    """The points as they stand in `EarlyExitConfig.calibration["curve"]`: what varies, what was measured, and the
+    counts of an `ExitPromise`."""
+    record = []
+    for point in points:
+        varied = {name: getattr(point.config, name) for name in _VARIED}
+        measured = {name: getattr(point, name) for name in ("mean_exit", "layer_speedup", "score")}
+        promise = ExitPromise.of(exit_logits, point.config)
+        counts = {"rows_stopped": list(promise.rows_stopped), "disagreements": promise.disagreements}
+        record.append({**{name: value for name, value in varied.items() if value is not None}, **measured, **counts})
+    return record
+
+
+def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
+    """The curve that `calibrate` stored with this setting, slow to fast.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return [
+        TradeOffPoint(config.policy, setting, entry["mean_exit"], entry["layer_speedup"], entry["score"])
+        for setting, entry in _entries(config)
+    ]
+
+
+def stored_promises(config: EarlyExitConfig) -> dict[EarlyExitConfig, ExitPromise]:
+    """What is promised of each point of the stored curve.
+
+    Raises:
+        ValueError: there is none.
+    """
+    entries = _entries(config)
+    exits = tuple(int(number) for number in (config.calibration or {})["exit_scores"])
+    return {
+        setting: ExitPromise(exits, tuple(entry["rows_stopped"]), entry["disagreements"]) for setting, entry in entries
+    }
+
+
+def _entries(config: EarlyExitConfig) -> list[tuple[EarlyExitConfig, dict[str, Any]]]:
+    """The points of the record, each with its setting."""
+    record = (config.calibration or {}).get("curve")
+    if not record:
+        raise ValueError(
+            f"no trade-off curve is stored with policy={config.policy!r}: calibrate the adapter again "
+            "(`badge-peft calibrate ADAPTER`), or give the points of sweep(...).curve(name)."
+        )
+    return [(EarlyExitConfig.of(config, **{n: e[n] for n in _VARIED if n in e}, calibration=None), e) for e in record]
