@@ -97,11 +97,11 @@ def plain_exit(
         return None
     parts: Any = exit_._modules
     kind = type(exit_)
-    if kind is not LinearExit and kind is not PooledExit or _changed(exit_):
+    if kind is not LinearExit and kind is not PooledExit or is_changed(exit_):
         return None
-    if type(parts["dropout"]) is not nn.Dropout or parts["dropout"].training or _changed(parts["dropout"]):
+    if type(parts["dropout"]) is not nn.Dropout or parts["dropout"].training or is_changed(parts["dropout"]):
         return None
-    if not _plain(parts["linear"]) or kind is PooledExit and not _plain(parts["dense"]):
+    if not is_plain(parts["linear"]) or kind is PooledExit and not is_plain(parts["dense"]):
         return None
     linear, dense = parts["linear"], parts["dense"] if kind is PooledExit else None
     dtype = linear._parameters["weight"].dtype
@@ -111,15 +111,15 @@ def plain_exit(
     name = "block_input" if placement == "block" else "attention" if placement == "ffn" else None
     source = None if name is None else getattr(frame, name)
     residual = frame.output if pre_norm else frame.ffn_sum
-    if source is None or residual is None or type(bypass) is not Bypass or _changed(bypass):
+    if source is None or residual is None or type(bypass) is not Bypass or is_changed(bypass):
         return None
     parts = bypass._modules
     down, up, activation = parts["down"], parts["up"], parts["activation"]
-    if not (_plain(down) and _plain(up) and type(activation) in _ACTIVATIONS) or _changed(activation):
+    if not (is_plain(down) and is_plain(up) and type(activation) in _ACTIVATIONS) or is_changed(activation):
         return None
     if parts.get("norm") is not None:
         norm = parts["norm"]
-        if _changed(norm):
+        if is_changed(norm):
             return None
     if type(norm) is not nn.LayerNorm or norm.weight is None:
         return None
@@ -146,12 +146,12 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return F.linear(x, parameters["weight"], parameters["bias"])
 
 
-def _plain(module: Any) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether `module` is a linear layer and nothing more."""
-    return type(module) is nn.Linear and not _changed(module)
+    return type(module) is nn.Linear and not is_changed(module)
 
 
-def _changed(module: Any) -> bool:
+def is_changed(module: Any) -> bool:
     """Whether a call of `module` does more than its class says (hooks, or a forward of its own, as offloading sets
     it), or its parameters are elsewhere (a replica of `nn.DataParallel`)."""
     state = module.__dict__

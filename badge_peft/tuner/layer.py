@@ -16,6 +16,7 @@ from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
 from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
 from badge_peft.tuner.fast_path import fast_exit
+from badge_peft.tuner.mean_bypass import mean_of_bypassed
 from badge_peft.tuner.pooling import Pooling
 
 
@@ -104,6 +105,11 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
         if fast is not None:
             return fast[0], build_on(exits, exit_, fast[1], state, pooling)
+        if not exit_.reads_sequence and not state.keeps_bottleneck:
+            mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, norm, frame, pooling)
+            if mean is not None:
+                vector = exit_.represent(mean, Pooling("cls", None))  # nothing is left to be reduced
+                return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
             states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm, state)

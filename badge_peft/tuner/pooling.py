@@ -47,11 +47,17 @@ class Pooling:
             return states
         if self.mask is None:
             return states.mean(dim=-2)
+        multiply = torch.bmm if states.dim() == 3 else torch.matmul
+        return multiply(self.weights(states).unsqueeze(1), states).squeeze(-2)
+
+    def weights(self, states: Tensor) -> Tensor:
+        """[B, S], for the mean over the positions of `states` [B, S, d]: 0 at padding, else they add up to 1."""
+        if self.mask is None:
+            return states.new_full(states.shape[:2], 1 / states.shape[1])
         if self._weights is None:
             real = (self.mask != 0).to(states.dtype)
-            self._weights = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)  # [B, 1, S]
-        multiply = torch.bmm if states.dim() == 3 else torch.matmul
-        return multiply(self._weights.to(states.dtype), states).squeeze(-2)
+            self._weights = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+        return self._weights.to(states.dtype)
 
     def rows(self, index: Tensor, length: int | None = None) -> Pooling:
         """The pooling of the rows `index` [b] alone, and of their first `length` positions (None: all)."""
