@@ -43,8 +43,10 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     )
     from badge_peft.pipelines import pipeline
     from badge_peft.training import (
+        CachedStates,
         MultiExitTrainer,
         MultiExitTrainingArguments,
+        cache_states,
         make_optimizer,
         multi_exit_arguments,
         parameter_groups,
@@ -59,6 +61,7 @@ __all__ = [
     "BadgeModel",
     "BlockLayout",
     "Bypass",
+    "CachedStates",
     "EarlyExitConfig",
     "EarlyExitOutput",
     "ExitLogits",
@@ -71,6 +74,7 @@ __all__ = [
     "MultiTaskOutput",
     "TradeOff",
     "TradeOffPoint",
+    "cache_states",
     "calibrate",
     "collect_exit_logits",
     "compile_blocks",
@@ -108,8 +112,10 @@ _LAZY = {
     ),
     "pipelines": ("pipeline",),
     "training": (
+        "CachedStates",
         "MultiExitTrainer",
         "MultiExitTrainingArguments",
+        "cache_states",
         "make_optimizer",
         "multi_exit_arguments",
         "parameter_groups",

@@ -92,6 +92,10 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         blocks = (self.model.get_submodule(name) for name in self.block_names)
         return list(dict.fromkeys(block for block in blocks if isinstance(block, BadgeBlock)))
 
+    def block_at(self, number: int) -> BadgeBlock:
+        """The block that has exit `number`; the first one has exit 0, too."""
+        return cast(BadgeBlock, self.model.get_submodule(self.block_names[max(number, 1) - 1]))
+
     @property
     def num_blocks(self) -> int:
         """M."""

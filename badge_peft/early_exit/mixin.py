@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
 from badge_peft.early_exit.arguments import by_name, split_arguments, split_special
+from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.calls import Call, OneAdapter, Question, RowFacts
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
@@ -55,7 +56,14 @@ class EarlyExitMixin:
 
     # ------------------------------------------------------------------------------------------------------ full depth
 
-    def forward(self, *args: Any, exit_pass: type[EarlyExitPass] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        exit_pass: type[EarlyExitPass] | None = None,
+        cached_states: CachedStates | None = None,
+        cached_rows: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Full depth with every exit: the base model's arguments in, a `MultiExitOutput` out.
 
         With adapters disabled it is the base model, output and all.
@@ -64,6 +72,8 @@ class EarlyExitMixin:
             *args: Of the base model.
             exit_pass: The class of the pass; a training objective, which scores all exits by itself, may change what
                 goes on between the blocks.
+            cached_states: What a full-depth pass gave before: no block runs then.
+            cached_rows: [B], which of these rows the batch has.
             **kwargs: Of the base model, `labels` among them: then the output has the loss (Eq. 8).
         """
         if not self.adapters_enabled:
@@ -71,7 +81,8 @@ class EarlyExitMixin:
         if torch.compiler.is_dynamo_compiling():
             # A pass is found by its thread, and hooks tell it what blocks compute: compiled code has neither. So a
             # compiled model runs this part as it is; `compile_blocks` compiles the blocks themselves.
-            return torch.compiler.disable(self.forward)(*args, exit_pass=exit_pass, **kwargs)
+            kwargs |= {"exit_pass": exit_pass, "cached_states": cached_states, "cached_rows": cached_rows}
+            return torch.compiler.disable(self.forward)(*args, **kwargs)
         if args:
             args, kwargs = by_name(self.model, args, kwargs)
         labels = kwargs.pop("labels", None)
@@ -87,8 +98,11 @@ class EarlyExitMixin:
         mask = kwargs.get("attention_mask")
         reader = FullDepthReader(self.adapter_exits(adapter), batch_size, mask)
         running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, mask)
-        with running:
-            base = self.model(*args, return_dict=True, **kwargs)
+        if cached_states is not None and cached_rows is not None:
+            base = cached_states.answer(self, self.config_of(adapter), running, cached_rows, kwargs)
+        else:
+            with running:
+                base = self.model(*args, return_dict=True, **kwargs)
         output = full_depth_output(
             reader, base, self.config_of(adapter), labels, num_items, running.training_outputs(), length
         )

@@ -59,7 +59,7 @@ class EarlyExitPass(BlockPass):
         hidden = states_of(args, kwargs)
         if number == 1:
             self._check_rows(hidden)
-            self._read(block, 0, hidden, Frame(hidden))
+            self.read(block, 0, hidden, Frame(hidden))
         if not self._has_active:
             if number == 1:
                 self._tuple_length = _TUPLE_LENGTHS.get(block.base_layer)
@@ -74,7 +74,7 @@ class EarlyExitPass(BlockPass):
         self._tuple_length = len(result) if isinstance(result, tuple) else 0
         if number == 1 and _TUPLE_LENGTHS.get(block.base_layer) != self._tuple_length:
             _TUPLE_LENGTHS[block.base_layer] = self._tuple_length
-        self._read(block, number, hidden, frame)
+        self.read(block, number, hidden, frame)
         if number == self.num_blocks and not self.survivors.complete:
             full = self.survivors.restore(frame.output)
             return (full, *result[1:]) if isinstance(result, tuple) else full
@@ -94,7 +94,7 @@ class EarlyExitPass(BlockPass):
         """Further fields of `MultiExitOutput` that a training objective reads, with a row for each of the batch."""
         return {}
 
-    def _read(self, block: BadgeBlock, number: int, block_input: Tensor, frame: Frame) -> None:
+    def read(self, block: BadgeBlock, number: int, block_input: Tensor, frame: Frame) -> None:
         """Hands exit `number` of `block` to the readers that still ask."""
         frame = self.before_exit(number, block_input, frame)
         rows = len(self.survivors.rows)

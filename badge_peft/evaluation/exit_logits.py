@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.collate import labeled_features, labeled_tokens, pad_features, tensor_columns
@@ -26,6 +27,7 @@ from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
 from badge_peft.utils.problem import NO_LABEL, infer_problem_type, problem_of
 
+_NUMBER = "number"  # of a row
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
 _LONGEST = 2**20  # tokens of a text, which number them
 
@@ -180,6 +182,7 @@ def collect_exit_logits(
     data_collator: Callable[[list[Any]], Any] | None = None,
     progress: bool = False,
     split_between_processes: bool = False,
+    cached_states: CachedStates | None = None,
 ) -> ExitLogits:
     """Runs every row through all blocks once and keeps the logits of every exit.
 
@@ -198,18 +201,23 @@ def collect_exit_logits(
         split_between_processes: Under `accelerate launch` or `torchrun`, run a part of the batches in each process and
             give all of them to each; every process has to make the call, with the same data. False: each call runs all
             rows by itself.
+        cached_states: Of these rows, by `cache_states`: no block runs then.
 
     Raises:
-        ValueError: the data set is empty, or what `ExitLogits` refuses.
+        ValueError: the data set is empty, `cached_states` are those of other texts, or what `ExitLogits` refuses.
     """
     badge = get_badge_model(model)
     if not len(dataset):
         raise ValueError("the data set is empty: there is nothing to collect.")
     config = badge.config_of()
     problem = problem_of(config.resolved_problem_type)
+    rows = [{**row, _NUMBER: i} for i, row in enumerate(tensor_columns(badge.model, dataset))]
+    if cached_states is not None and cached_states.texts != texts_of(rows):
+        raise ValueError("cached_states are those of other texts: make them with cache_states(model, dataset).")
     tokens = config.reads_tokens
     check = labeled_tokens if tokens else labeled_features
-    rows = check(tensor_columns(badge.model, dataset), config.resolved_labels, problem)
+    rows = check(rows, config.resolved_labels, problem)
+    places = torch.tensor([row.pop(_NUMBER) for row in rows])  # among all rows, of which those with a label are left
     collate = data_collator or (lambda batch: pad_features(batch, badge.model, tokens))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -222,6 +230,8 @@ def collect_exit_logits(
         for numbers in tqdm(batches[rank::size], desc="exit logits", disable=not (progress and distributed.is_main())):
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
             labels = batch.pop("labels", None)
+            if cached_states is not None:
+                batch |= {"cached_states": cached_states, "cached_rows": places[numbers].to(device)}
             output = badge(**batch)
             kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
             if tokens:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.model import get_badge_model
+from badge_peft.training.caching import CACHE_DTYPES, MEMORY_GB
 from badge_peft.training.criterion import check_class_weights
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
@@ -60,6 +61,14 @@ class MultiExitTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = option(
         None, "Evaluations without improvement before training stops; None = never."
     )
+    cache_states: str = option(
+        "auto",
+        "Frozen backbone: compute what exits read once, and train on it. True, False, or `auto`: where it can be.",
+    )
+    cache_dtype: str = option("float16", "As what these states are stored.", choices=tuple(CACHE_DTYPES))
+    cache_memory_gb: float = option(
+        MEMORY_GB, "Up to how many GB of them stay in memory; more go into a mapped file in `output_dir`."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,12 +87,15 @@ class MultiExitTrainingArguments(TrainingArguments):
         check_number("distillation_temperature", self.distillation_temperature, lambda t: t > 0, "it must be positive")
         for name in ("adapter_learning_rate", "head_learning_rate"):
             check_number(name, getattr(self, name), lambda rate: rate >= 0, "it must be a number of at least 0")
+        self.cache_states = _flag("cache_states", self.cache_states)
+        check_choice("cache_dtype", self.cache_dtype, tuple(CACHE_DTYPES))
+        check_number("cache_memory_gb", self.cache_memory_gb, lambda size: size >= 0, "it must be at least 0")
         if self.exit_metric is not None:
             check_choice("exit_metric", self.exit_metric, tuple(METRICS))
         if self.exit_weights is not None:
-            self.exit_weights = check_weights(_from_json(self.exit_weights))
+            self.exit_weights = check_weights(from_json(self.exit_weights))
         if self.class_weights is not None:
-            self.class_weights = check_class_weights(_from_json(self.class_weights))
+            self.class_weights = check_class_weights(from_json(self.class_weights))
 
     @classmethod
     def of(cls, args: TrainingArguments | None = None, **overrides: Any) -> MultiExitTrainingArguments:
@@ -137,8 +149,17 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
     return MultiExitTrainingArguments(output_dir=output_dir, **{**options, **overrides})
 
 
-def _from_json(weights: Any) -> Any:
-    """A list that came as a string, from a command line."""
+def _flag(name: str, value: Any) -> Any:
+    """True, False or "auto"; the first two also as words, from a command line."""
+    words = {"true": True, "false": False, "auto": "auto"}
+    found = words.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be True, False or 'auto'.")
+    return found
+
+
+def from_json(weights: Any) -> Any:
+    """A list that came as a string, from a command line; anything else as it is."""
     if isinstance(weights, str) and weights.startswith("["):
         with suppress(json.JSONDecodeError):
             return json.loads(weights)

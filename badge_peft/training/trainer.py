@@ -10,22 +10,25 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
+from badge_peft.training.cached_trainer import CachingTrainer
 from badge_peft.training.callbacks import EarlyStopping
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
+from badge_peft.training.numbered import ROWS
 from badge_peft.training.objectives import GROUPS, Objective, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
-from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
+from badge_peft.training.state_cache import StateCache
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
@@ -34,7 +37,7 @@ from badge_peft.utils.problem import problem_of
 _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
 
 
-class MultiExitTrainer(Trainer):
+class MultiExitTrainer(CachingTrainer):
     """Trains a BADGE adapter. Everything that `transformers.Trainer` takes, where `args` may be
     `MultiExitTrainingArguments` or plain ones.
 
@@ -44,6 +47,9 @@ class MultiExitTrainer(Trainer):
         metric: Of each exit, as for `exit_scores` (`args.exit_metric`, or a function); by default accuracy, for
             regression Pearson. The evaluation reports `eval_s_avg`, `eval_s_best`, `eval_final` and `eval_exit_<m>`;
             `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`).
+        cache_states: With a frozen backbone in evaluation mode, what exits read of a row is the same in every epoch:
+            it is computed once and kept. "auto", where it can be; True; False; or the states of these rows, as
+            `badge_peft.cache_states` makes them, for one more adapter on the same texts.
         **kwargs: Of `transformers.Trainer`, and the other fields that `MultiExitTrainingArguments` adds to
             `TrainingArguments` (`depth`, `exit_weights`, `distillation`, `adapter_learning_rate`, ...), in place of
             those of `args`; None leaves what `args` have. `label_smoothing_factor`, `class_weights` and
@@ -65,6 +71,7 @@ class MultiExitTrainer(Trainer):
         *others: Any,
         objective: str | Objective | None = None,
         metric: Metric | None = None,
+        cache_states: str | bool | CachedStates | None = None,
         **kwargs: Any,
     ) -> None:
         self._own_objective = objective if isinstance(objective, Objective) else None
@@ -74,6 +81,9 @@ class MultiExitTrainer(Trainer):
             fields["objective"] = objective
         if isinstance(metric, str):
             fields["exit_metric"] = metric
+        given = cache_states if isinstance(cache_states, CachedStates) else None
+        fields["cache_states"] = cache_states if given is None else True
+        self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
@@ -123,14 +133,14 @@ class MultiExitTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's loss of one batch."""
-        features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS)}
+        features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS, ROWS)}
         labels = inputs.get("labels")
         if labels is not None:
             self.badge.check_labels(labels, count_rows(**features), count_positions(**features))
         if self._stage is not None:
             self._stage.set_modes(model)
         objective = self.exit_objective
-        outputs = model(**features, exit_pass=objective.exit_pass)
+        outputs = model(**features, **self.cached(model, inputs), exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits
         problem_type = config.resolved_problem_type
         uncertainties = outputs.exit_uncertainty
@@ -189,9 +199,6 @@ class MultiExitTrainer(Trainer):
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return same_order(super()._get_train_sampler(*args, **kwargs), self.args)
-
     # ---------------------------------------------------------------------------------------------------------- stages
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -227,14 +234,18 @@ class MultiExitTrainer(Trainer):
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
-        for stage in stages:
-            resume = stage.resume(self.args, resume_from_checkpoint)
-            with self._running(stage):
-                output = super().train(resume, trial, *args, **kwargs)
-                check_parameters(self._module, self.state.global_step)
-                if stage is not stages[-1]:
-                    self.save_model(str(Path(str(self.args.output_dir), "best")))
-            resume_from_checkpoint = None
+        self.num_stages = len(stages)
+        try:
+            for stage in stages:
+                resume = stage.resume(self.args, resume_from_checkpoint)
+                with self._running(stage):
+                    output = super().train(resume, trial, *args, **kwargs)
+                    check_parameters(self._module, self.state.global_step)
+                    if stage is not stages[-1]:
+                        self.save_model(str(Path(str(self.args.output_dir), "best")))
+                resume_from_checkpoint = None
+        finally:
+            self._cache.close()
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -135,6 +135,15 @@ def bypassed_states(
     return bypass(source, pooling.pick(residual), exit_norm, scale_last, state)
 
 
+def states_read(placement: str, pre_norm: bool) -> tuple[str, ...]:
+    """The names in `Frame` of what an exit with this placement reads of its block."""
+    if placement == "none":
+        return ("output",)
+    if placement == "mhsa":
+        return "block_input", ("attention" if pre_norm else "attention_sum")
+    return ("attention" if placement == "ffn" else "block_input"), ("output" if pre_norm else "ffn_sum")
+
+
 def apply_norm(norm: nn.Module, states: Tensor, scale_weights: Scale | None = None) -> Tensor:
     """Applies a norm of the model in its own precision, past its hooks (ours would record the call)."""
     weight = getattr(norm, "weight", None)

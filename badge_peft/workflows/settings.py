@@ -141,6 +141,8 @@ class TrainingOptions(Settings):
         adapter_lr: Learning rate of bypasses and exits. Default: 0.01.
         backbone_lr: Learning rate of the backbone (default 5e-5) or its LoRA (default 1e-3).
         batch_size: Batch size: texts per training step; several processes share them.
+        no_cache_states: Run the blocks for every step. With a frozen backbone, what the exits read of a text is
+            otherwise computed once.
         seed: Random seed: the same seed gives the same run on the same machine.
     """
 
@@ -151,6 +153,7 @@ class TrainingOptions(Settings):
     adapter_lr: float | None = None
     backbone_lr: float | None = None
     batch_size: int = 32
+    no_cache_states: bool = False
     seed: int = 0
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, set_seed
+from transformers import set_seed
 
 from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
@@ -21,8 +21,6 @@ from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, write_model_card
-from badge_peft.training import MultiExitTrainer, multi_exit_arguments
-from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
 from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
@@ -30,8 +28,9 @@ from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, time_rows
+from badge_peft.workflows.fit import train_exits
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
-from badge_peft.workflows.settings import TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
 from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
 
@@ -95,7 +94,7 @@ def train_on(
     pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
     print(f"3. training, {training.epochs} epochs over {len(train_rows)} rows")
-    _train_exits(model, train_rows, tokenizer, training, learns_labels)
+    measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels)
     exit_logits = collect_exit_logits(
         model, eval_rows, training.batch_size, progress=True, split_between_processes=True
     )
@@ -125,6 +124,7 @@ def train_on(
             "constant_answer": constant,
             "calibration": badge.get_early_exit_config().calibration,
             "processes": distributed.rank_world()[1],
+            **measured_training,
             "trainable_parameters": trainable,
             "settings": settings.to_dict(),
             "versions": {"badge_peft": package_version(), "torch": torch.__version__},
@@ -180,52 +180,6 @@ def install_adapter(
         write_json(staged / REPORT, report)
         # PEFT takes the config inside of the weights where it finds that of another adapter beside them
         install(staged, out, last=(SAFETENSORS_WEIGHTS_NAME, CONFIG, LOGITS, REPORT, CARD))
-
-
-def _train_exits(
-    model: PeftModel, rows: Dataset, tokenizer: Any, options: TrainingOptions, learns_labels: bool
-) -> None:
-    """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the policy.
-    Without labels the exits follow exit M.
-    """
-    distillation = options.distillation
-    if distillation is None:
-        distillation = 0.0 if learns_labels else 1.0
-    steps = options.epochs * -(-len(rows) // options.batch_size)
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        arguments = multi_exit_arguments(
-            model,
-            folder,
-            objective=options.objective,
-            depth=options.depth,
-            distillation=distillation,
-            adapter_learning_rate=options.adapter_lr,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
-            seed=options.seed,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            logging_steps=max(1, steps // 50),
-            label_names=["labels"],
-            **({} if options.backbone_lr is None else {"learning_rate": options.backbone_lr}),
-        )
-        trainer = MultiExitTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        bar = ProgressBar()
-        trainer.add_callback(bar)
-        try:
-            trainer.train()
-        finally:
-            if bar.training_bar is not None:  # an error has a line of its own
-                bar.training_bar.close()
-    model.eval()
 
 
 def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextDataset, learns_labels: bool) -> str:

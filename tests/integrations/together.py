@@ -53,6 +53,8 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "joint, the last exit its own": ({"backbone": "full", "final_exit": "exit"}, {}),
     "joint, accumulated": ({"backbone": "full"}, {"gradient_accumulation_steps": 2}),
     "joint, checkpointed": ({"backbone": "full"}, {"checkpoint": True}),
+    "joint, cached": ({"exit_pooling": "mean"}, {"cache_states": True, "cache_dtype": "float32"}),
+    "two stages, cached": ({}, {"objective": "two_stage", "cache_states": True, "cache_dtype": "float32"}),
     "two stages, frozen": ({}, {"objective": "two_stage", **EACH_EPOCH}),
     "two stages, lora": ({"backbone": "lora", "lora": LORA}, {"objective": "two_stage", "distillation": 1.0}),
     "two stages, full": ({"backbone": "full"}, {"objective": "two_stage", **EACH_EPOCH}),

@@ -75,9 +75,14 @@ def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> Mu
         "early_stopping_patience",
         "compute_metrics",
         "model_init",
+        "cache_states",
+        "cache_dtype",
+        "cache_memory_gb",
+        "data_collator",
     )
     own = {name: options.pop(name) for name in names if name in options}
     own.setdefault("adapter_learning_rate", 0.1)
+    own.setdefault("cache_states", False)  # float16 would round; test_caching.py has the others
     return MultiExitTrainer(
         model=model,
         args=arguments(path, **options),

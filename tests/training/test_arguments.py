@@ -25,6 +25,9 @@ OWN = {
     "head_learning_rate": 0.04,
     "exit_metric": "macro_f1",
     "early_stopping_patience": 4,
+    "cache_states": False,
+    "cache_dtype": "bfloat16",
+    "cache_memory_gb": 0.5,
 }
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -184,7 +187,7 @@ def test_arguments_and_keywords_give_the_same_training(own, tmp_path) -> None:
     make_trainer(tmp_path, by_keyword, **own).train()
     plain = arguments(tmp_path)
     args = MultiExitTrainingArguments.of(plain, adapter_learning_rate=0.1, **own)
-    MultiExitTrainer(by_argument, args, train_dataset=Rows()).train()
+    MultiExitTrainer(by_argument, args, train_dataset=Rows(), cache_states=False).train()
     found, expected = weights(by_argument), weights(by_keyword)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

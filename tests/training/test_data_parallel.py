@@ -89,6 +89,7 @@ CASES = {
     "ladder": ({"ladder": True, "carry": "states", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "carry": ({"carry": "logits", "final_exit": "exit"}, {"objective": "alternating"}),
     "shared_norm": ({"norm": "shared", "placement": "ffn"}, {"objective": "alternating"}),
+    "cached": ({"exit_pooling": "mean"}, {"cache_states": True, "cache_dtype": "float32"}),
     "lora": ({"backbone": "lora", "lora": {"r": 2, "lora_dropout": 0.0}}, {}),
 }
 

@@ -1,0 +1,172 @@
+"""`CachedStates`: what exits read of every row of a data set, so that they train without the blocks.
+
+A row is kept as a full-depth pass of the frozen backbone has it. A call of the model with `cached_states` and
+`cached_rows` then runs no block: the readers are handed what is kept, and the model's own head, where it is trained,
+gets the last block's output by the model's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.state_passes import HeadPass, RecordingPass
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.state_plan import frame_of, reads_of
+from badge_peft.utils.ragged import RaggedRows
+
+
+class CachedStates:
+    """The states of N rows. `cache_states` makes them; `close()`, or the end of a `with`, gives their place back.
+
+    Args:
+        counts: Positions of each row.
+        dtype: As which the states are stored.
+        example: A pass over some rows, which shows their sizes and types.
+        logits: [b, K] of the model's own head in that pass, where the plan has them.
+
+    Attributes:
+        plan: What of each row there is.
+        texts: What tells each row's text from others.
+        backbone: What tells the backbone from others.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], dtype: torch.dtype, example: RecordingPass, logits: Tensor | None
+    ) -> None:
+        self.plan = example.plan
+        self.texts: list[bytes] = []
+        self.backbone: Any = None
+        self._numbers: Sequence[int] | None = None  # of the rows in the storage, where these are a part of them
+        self._tuple_length = example.tuple_length
+        self._types = {state: value.dtype for state, value in example.states.items()}
+        self._states = self._head = None
+        once = [1] * len(counts)
+        if example.states:
+            width = next(iter(example.states.values())).shape[-1]
+            places = counts if self.plan.positions == "all" else once
+            self._states = RaggedRows(places, len(self.plan.states), width, dtype)
+        head = example.head_of(logits)
+        if head is not None:
+            places = counts if self.plan.head == "all" else once
+            stored = torch.float32 if self.plan.head == "logits" else dtype
+            self._head, self._head_type = RaggedRows(places, 1, head.shape[-1], stored), head.dtype
+
+    def __enter__(self) -> CachedStates:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """What the states take, in memory or on the disk."""
+        return sum(part.nbytes for part in self._parts())
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether they are in files."""
+        return any(part.is_mapped for part in self._parts())
+
+    def select(self, rows: Sequence[int]) -> CachedStates:
+        """The given rows alone, in this order. They stay where they are, until all of them are closed."""
+        part = copy.copy(self)
+        part.texts = [self.texts[i] for i in rows]
+        part._numbers = [self._number(i) for i in rows]
+        return part
+
+    def allocate(self, folder: Path | None = None) -> None:
+        """Makes room for them: in memory, or in memory-mapped files in `folder`."""
+        for part in self._parts():
+            part.allocate(folder)
+
+    def close(self) -> None:
+        """Gives memory and files back; of selected rows, nothing."""
+        if self._numbers is None:
+            for part in self._parts():
+                part.close()
+
+    def _number(self, row: int) -> int:
+        return row if self._numbers is None else self._numbers[row]
+
+    def _parts(self) -> list[RaggedRows]:
+        return [part for part in (self._states, self._head) if part is not None]
+
+    def put(self, rows: Sequence[int], found: RecordingPass, logits: Tensor | None) -> None:
+        """Stores a batch.
+
+        Args:
+            rows: The numbers of its rows.
+            found: Their pass.
+            logits: [B, K] of the model's own head, where the plan has them.
+
+        Raises:
+            OverflowError: a number does not fit the type in which it is to be stored.
+        """
+        states = [found.states[state] for state in self.plan.states]
+        head = [value for value in (found.head_of(logits),) if value is not None]
+        for part, values in ((self._states, states), (self._head, head)):
+            if part is not None:
+                kept = torch.stack([value.to("cpu", part.dtype) for value in values])  # [C, B, n, d]
+                if not kept.isfinite().all():
+                    raise OverflowError(f"states are not finite in {str(part.dtype).removeprefix('torch.')}")
+                for b, row in enumerate(rows):
+                    part.put(row, kept[:, b, : part.counts[row]])
+
+    def answer(
+        self,
+        model: Any,
+        config: BadgeConfig,
+        running: EarlyExitPass,
+        rows: Tensor,
+        inputs: dict[str, Any],
+    ) -> SequenceClassifierOutput:
+        """Hands the readers of `running` what a pass over these rows would, and gives what the base model returns.
+
+        Args:
+            model: The `BadgeModel`.
+            config: Of the adapter that asks.
+            running: A pass that has not begun.
+            rows: [B], their numbers.
+            inputs: The model's inputs, with which the head is called.
+        """
+        numbers = [self._number(row) for row in rows.tolist()]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        (reader,) = running.readers
+        length = mask.shape[1]
+        if self.plan.positions != "all":
+            length, reader.pooling = 1, Pooling("cls", None)
+        if self._states is not None:
+            # on a GPU the states travel as they are stored, and become wide there
+            wide = torch.float32 if ids.device.type == "cpu" else self._states.dtype
+            kept = self._states.batch(numbers, length, wide).to(ids.device)
+            states = dict(zip(self.plan.states, kept, strict=True))
+            for m, fields in reads_of(config, model.layout, model.num_blocks).items():
+                frame = frame_of({name: states[state].to(self._types[state]) for name, state in fields.items()})
+                running.read(model.block_at(m), m, frame.block_input, frame)
+        if config.final_exit == "exit" or self._head is None:
+            return SequenceClassifierOutput()
+        length = mask.shape[1] if self.plan.head == "all" else 1
+        kept = self._head.batch(numbers, length, self._head_type)[0].to(ids.device)
+        if self.plan.head == "logits":
+            return SequenceClassifierOutput(logits=kept[:, 0])
+        if self.plan.head == "first":  # the head sees no other position, so there are no others
+            inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, :1]}
+        with HeadPass(kept, model.num_blocks, self._tuple_length):
+            return model.model(return_dict=True, **inputs)
+
+
+def texts_of(rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """What tells the text of each row from others."""
+    tokens = (np.asarray(row["input_ids"], dtype=np.int64).tobytes() for row in rows)
+    return [hashlib.blake2b(text, digest_size=12).digest() for text in tokens]
