@@ -50,13 +50,16 @@ Metric = Annotated[
 ]
 JsonFile = Annotated[Path | None, Parameter("--json", help="Also write the result to this JSON file.")]
 
+settings.SearchOptions.__annotations__["search_for"] = Annotated[str, Parameter("--for")]  # no name in Python
+
 # the groups of options, whose annotations stay free of this library: each class has its panel
 for panel, groups in (
     (Group("Options", sort_key=1), (settings.TrainSettings, settings.DemoSettings)),
     (Group("Data", sort_key=2), (settings.TextColumns, settings.Columns, settings.TrainColumns)),
     (Group("Exits", sort_key=3), (settings.ExitOptions,)),
     (Group("Training", sort_key=4), (settings.TrainingOptions,)),
-    (Group("How to stop", sort_key=5), (settings.Goal, settings.PolicyOverrides)),
+    (Group("Search", sort_key=5), (settings.SearchOptions,)),
+    (Group("How to stop", sort_key=6), (settings.Goal, settings.PolicyOverrides)),
 ):
     for group in groups:
         Parameter("*", group=panel)(group)

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 _REMEDY = "Train with a smaller learning rate or in float32, and look for rows of unusual length or values."
 
 
+class TrainingStopped(ValueError):
+    """A training has run into numbers that are not finite."""
+
+
 def check_loss(loss: Tensor, step: int) -> None:
     """Refuses a loss that is not finite. Trainer would count it as zero, and go on.
 
@@ -15,18 +19,18 @@ def check_loss(loss: Tensor, step: int) -> None:
         step: The optimizer's step that the batch is for, from 1 on.
 
     Raises:
-        ValueError: NaN or infinite.
+        TrainingStopped: NaN or infinite.
     """
     if not loss.isfinite():
-        raise ValueError(f"training stopped: the loss of step {step} is {loss.item()}. {_REMEDY}")
+        raise TrainingStopped(f"training stopped: the loss of step {step} is {loss.item()}. {_REMEDY}")
 
 
 def check_parameters(model: nn.Module, step: int) -> None:
     """Refuses a trained model with weights that are not finite.
 
     Raises:
-        ValueError: some are NaN or infinite, after this `step`.
+        TrainingStopped: some are NaN or infinite, after this `step`.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise ValueError(f"training stopped: after step {step}, {name} is not finite. {_REMEDY}")
+            raise TrainingStopped(f"training stopped: after step {step}, {name} is not finite. {_REMEDY}")

@@ -53,6 +53,7 @@ def train_exits(
             objective=options.objective,
             depth=options.depth,
             distillation=distillation,
+            exit_weights=options.exit_weights,
             adapter_learning_rate=options.adapter_lr,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],

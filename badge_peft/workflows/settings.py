@@ -8,9 +8,12 @@ from typing import Any
 
 from badge_peft.utils.checks import check_int, check_number
 
+STUDY = "trials.journal"  # the file of a search
+SEARCH_GOALS = ("score", "speed")
+
 # a name has the same range wherever it stands
 _AT_LEAST = {
-    0: ("depth", "latency", "seed"),
+    0: ("depth", "latency", "seed", "trials"),
     1: ("batch_size", "epochs", "max_eval", "max_rows", "max_train", "patience", "r", "top_k"),
     4: ("max_length",),
 }
@@ -101,6 +104,7 @@ class ExitOptions(Settings):
         placement: Where a bypass reads: block, ffn, mhsa, or none.
         r: Bottleneck dimension of the bypasses.
         activation: Of the bypasses: gelu, relu, leaky_relu, silu, tanh, identity.
+        norm: LayerNorm of the bypasses: own (weights of their own) or shared (the block's).
         exit_type: linear, pooled, mha, or past_future.
         exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its
             embedding.
@@ -119,6 +123,7 @@ class ExitOptions(Settings):
     placement: str = "block"
     r: int = 16
     activation: str = "gelu"
+    norm: str = "own"
     exit_type: str = "linear"
     exit_pooling: str = "auto"
     exit_layers: str | None = None
@@ -137,6 +142,7 @@ class TrainingOptions(Settings):
         depth: The exit of objective single_exit.
         distillation: Fraction of the loss that follows the model's own predictions, 0 to 1. Default: 0 with labels, 1
             without.
+        exit_weights: Weights of the exits in the loss: uniform, linear (by depth), or a list, such as [1,1,2].
         epochs: Number of epochs: passes over the texts.
         adapter_lr: Learning rate of bypasses and exits. Default: 0.01.
         backbone_lr: Learning rate of the backbone (default 5e-5) or its LoRA (default 1e-3).
@@ -149,12 +155,29 @@ class TrainingOptions(Settings):
     objective: str = "joint"
     depth: int | None = None
     distillation: float | None = None
+    exit_weights: str | None = None
     epochs: int = 3
     adapter_lr: float | None = None
     backbone_lr: float | None = None
     batch_size: int = 32
     no_cache_states: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Settings):
+    """A search for settings, with a frozen backbone: adapters that differ in learning rate, r, activation, norm, exit
+    weights and objective are trained and compared; then the exits are trained with the best.
+
+    Args:
+        trials: Number of adapters that are tried. The search is stored in OUTPUT_DIR, and the same command goes on
+            with it. Default: none, the options say how to train.
+        search_for: What the best is: score (the mean score of all exits on a fifth of the training rows) or speed (the
+            blocks saved there by exiting, within the drop that is allowed).
+    """
+
+    trials: int = 0
+    search_for: str = "score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +268,7 @@ class TrainSettings(Settings):
         columns: What is read of the data.
         exits: The adapter.
         training: How it is trained.
+        search: How the best settings are found.
         goal: What its policy is calibrated for.
     """
 
@@ -259,6 +283,7 @@ class TrainSettings(Settings):
     columns: TrainColumns = TrainColumns()
     exits: ExitOptions = ExitOptions()
     training: TrainingOptions = TrainingOptions()
+    search: SearchOptions = SearchOptions()
     goal: Goal = Goal()
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, time_rows
 from badge_peft.workflows.fit import train_exits
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
+from badge_peft.workflows.search import Search
 from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
 from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
@@ -88,13 +89,22 @@ def train_on(
     train_rows = encode(examples, tokenizer, targets if learns_labels else None)
     print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
 
+    states, search = None, None
+    if settings.search.trials:
+        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
+        wanted = Search(base, train_rows, tokenizer, settings, learns_labels, model_name)
+        settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
+        training = settings.training
+        set_seed(training.seed)
     model = add_exits(base, settings.exits)
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
     pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
     print(f"3. training, {training.epochs} epochs over {len(train_rows)} rows")
-    measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels)
+    measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
+    if states is not None:
+        states.close()
     exit_logits = collect_exit_logits(
         model, eval_rows, training.batch_size, progress=True, split_between_processes=True
     )
@@ -125,6 +135,7 @@ def train_on(
             "calibration": badge.get_early_exit_config().calibration,
             "processes": distributed.rank_world()[1],
             **measured_training,
+            "search": search,
             "trainable_parameters": trainable,
             "settings": settings.to_dict(),
             "versions": {"badge_peft": package_version(), "torch": torch.__version__},

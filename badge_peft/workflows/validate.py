@@ -9,14 +9,18 @@ from badge_peft.early_exit.registry import POLICIES, check_policy_name
 from badge_peft.evaluation.calibration import rows_to_certify
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.model_card import read_card
+from badge_peft.training.arguments import from_json
 from badge_peft.training.objectives import OBJECTIVES
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
+from badge_peft.tuner.losses import check_weights
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
+from badge_peft.utils.extras import require
 from badge_peft.workflows.base_model import Base, badge_config
 from badge_peft.workflows.evaluate import resolve_metric
-from badge_peft.workflows.settings import TrainSettings
+from badge_peft.workflows.search_picture import SEARCH_PICTURE
+from badge_peft.workflows.settings import SEARCH_GOALS, STUDY, TrainSettings
 
 TASKS = ("classification", "ranking")
 
@@ -65,6 +69,10 @@ def check_settings(settings: TrainSettings) -> None:
     if exits.keep_head and exits.final_exit == "exit":
         raise ValueError("final_exit='exit' puts an exit in the place of the model's head: leave out keep_head.")
     badge_config(exits)
+    if training.exit_weights is not None:
+        check_weights(from_json(training.exit_weights))
+    if settings.search.trials:
+        _check_search(settings)
     size = distributed.rank_world()[1]
     if training.batch_size % size:
         raise ValueError(
@@ -94,7 +102,26 @@ def check_ranking(settings: TrainSettings) -> None:
         )
     if settings.metric is not None or settings.problem_type is not None:
         raise ValueError("metric and problem_type are not for ranking, which is measured by the top k that it keeps.")
+    if settings.search.trials or training.exit_weights is not None:
+        raise ValueError("trials and exit_weights are not for ranking: leave them out.")
     settings.goal.ranking_arguments()
+
+
+def _check_search(settings: TrainSettings) -> None:
+    require("train", "optuna")
+    check_choice("for", settings.search.search_for, SEARCH_GOALS)
+    if settings.exits.backbone != "frozen":
+        raise ValueError(
+            f"trials={settings.search.trials} is not allowed with backbone={settings.exits.backbone!r}: all trials "
+            "train on the same states, which takes a frozen backbone."
+        )
+    if settings.search.search_for == "speed" and settings.goal.target_speedup is not None:
+        raise ValueError(
+            "for='speed' looks for the most blocks saved within max_score_drop, and target_speedup says how many: "
+            "leave one of them out."
+        )
+    if distributed.rank_world()[1] > 1:
+        raise ValueError(f"trials={settings.search.trials} is for one process: search first, with 1.")
 
 
 def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows: int) -> bool:
@@ -159,7 +186,8 @@ def check_output_dir(settings: TrainSettings) -> Path:
         raise ValueError(f"output_dir={str(out)!r} is a file: name a folder.")
     if (out / "config.json").exists():
         raise ValueError(f"output_dir={str(out)!r} holds a model: an adapter goes into a folder of its own.")
-    if out.is_dir() and any(out.iterdir()) and not settings.overwrite:
+    searched = (STUDY, SEARCH_PICTURE) if settings.search.trials else ()  # a search that goes on
+    if out.is_dir() and any(file.name not in searched for file in out.iterdir()) and not settings.overwrite:
         raise ValueError(f"output_dir={str(out)!r} is not empty: name another, or overwrite it with --overwrite.")
     read_card(out)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
