@@ -1,4 +1,4 @@
-"""BADGE for Hugging Face PEFT: block-wise bypasses and divergence-based early exiting for encoders.
+"""BADGE for Hugging Face PEFT: block-wise bypasses and divergence-based early exiting for transformers that classify.
 
 Importing this package makes BADGE known to PEFT. What loads a model and answers early is imported at once; evaluation,
 training, pipelines and compilation, and the libraries that they need, when one of their names is first asked for.
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         plot_tradeoff,
         sweep,
     )
+    from badge_peft.integrations.causal_lm import from_causal_lm
     from badge_peft.pipelines import pipeline
     from badge_peft.training import (
         CachedStates,
@@ -81,6 +82,7 @@ __all__ = [
     "early_exit_forward",
     "evaluate_policy",
     "exit_scores",
+    "from_causal_lm",
     "load_pretrained",
     "make_optimizer",
     "measure_latency",
@@ -110,6 +112,7 @@ _LAZY = {
         "plot_tradeoff",
         "sweep",
     ),
+    "integrations.causal_lm": ("from_causal_lm",),
     "pipelines": ("pipeline",),
     "training": (
         "CachedStates",
@@ -141,4 +144,4 @@ if not TYPE_CHECKING:  # a type checker that sees a `__getattr__` takes any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF, *_LAZY})
+    return sorted({*globals(), *_MODULE_OF, *(module for module in _LAZY if "." not in module)})

@@ -38,6 +38,7 @@ class RowFacts:
         rows: B.
         length: S.
         mask: [B, S], the attention mask, or None. One of another first dimension holds for all rows.
+        ends: [B, S], whose last position that is not 0 is a row's last token; the mask but for decoders.
         special: [B, S'], 1 for tokens that need no answer.
         groups: [B], a number for each row, the same for the candidates of a query, or None.
     """
@@ -45,6 +46,7 @@ class RowFacts:
     rows: int
     length: int
     mask: Tensor | None
+    ends: Tensor | None
     special: Tensor
     groups: Tensor | None = None
 
@@ -53,8 +55,9 @@ class RowFacts:
         if rows == self.rows:
             return self
         own = slice(first, first + rows)
-        mask = self.mask[own] if self.mask is not None and self.mask.shape[0] == self.rows else self.mask
-        return RowFacts(rows, self.length, mask, self.special[own], None if self.groups is None else self.groups[own])
+        mask, ends = (x[own] if x is not None and x.shape[0] == self.rows else x for x in (self.mask, self.ends))
+        groups = None if self.groups is None else self.groups[own]
+        return RowFacts(rows, self.length, mask, ends, self.special[own], groups)
 
 
 class Call(Protocol):

@@ -28,6 +28,7 @@ from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig, exit_numbers
+from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
@@ -90,14 +91,15 @@ class EarlyExitMixin:
         return_dict = kwargs.pop("return_dict", None)
         batch_size = count_rows(*args, **kwargs)
         length = count_positions(*args, **kwargs)
+        kwargs = decoder_arguments(self.model, kwargs, batch_size)
         if self.compiled is not None:
             kwargs = self.compiled.pad(kwargs)
         adapter = self.single_active_adapter()
         if labels is not None:
             self.check_labels(labels, batch_size, count_positions(*args, **kwargs))
-        mask = kwargs.get("attention_mask")
-        reader = FullDepthReader(self.adapter_exits(adapter), batch_size, mask)
-        running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, mask)
+        exits = self.adapter_exits(adapter)
+        reader = FullDepthReader(exits, batch_size, read_mask(self.model, self.layout, exits.pooling, kwargs))
+        running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, kwargs.get("attention_mask"))
         if cached_states is not None and cached_rows is not None:
             base = cached_states.answer(self, self.config_of(adapter), running, cached_rows, kwargs)
         else:
@@ -193,6 +195,7 @@ class EarlyExitMixin:
                 "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=4
             )
         batch_size = count_rows(**inputs)
+        inputs = decoder_arguments(self.model, inputs, batch_size)
         call = self._call(batch_size, adapter_names, tasks, early_exit_config)
         of_rows: Any = {
             "groups": group_codes(groups, batch_size),
@@ -204,8 +207,8 @@ class EarlyExitMixin:
         )
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
-        mask = inputs.get("attention_mask")
-        about = RowFacts(batch_size, count_positions(**inputs), mask, **of_rows)
+        mask, ends = (read_mask(self.model, self.layout, kind, inputs) for kind in ("mean", "last"))
+        about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
         readers = [self._reader(question, about, overrides) for question in call.questions]
         running = self._pass(EarlyExitPass, call.together(readers), batch_size, mask)
         running.heads = call.heads(readers)
@@ -284,7 +287,8 @@ class EarlyExitMixin:
         if exits.reads_tokens:
             return TokenReader(exits, rows, own.mask, first, policy, own.length, own.special)
         groups = None if own.groups is None else own.groups.numpy()
-        return PolicyReader(exits, rows, own.mask, first, policy, groups)
+        mask = own.ends if exits.pooling == "last" else own.mask
+        return PolicyReader(exits, rows, mask, first, policy, groups)
 
 
 def _has_gradient(logits: Tensor | None) -> bool:

@@ -1,84 +1,19 @@
-"""What differs between backbones, as one table: a new backbone is a new row, or a row of the user's own."""
+"""What differs between backbones, as one table: a new backbone is a new row, or a row of the user's own.
+
+Decoders that are built as Llama is are found by their parts (`decoders.py`)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from badge_peft.tuner.decoders import decoder_layout
+from badge_peft.tuner.layout import BlockLayout
+
 # What PEFT's wrappers put into a name. (One saved module inside of another leaves an adapter's name in a file.)
 _WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where the parts of an encoder are. All names are relative: `blocks` and `final_norm` to the backbone (the module
-    that `base_model_prefix` names), `head` to the model, the rest to one block.
-
-    Args:
-        blocks: Path of the `ModuleList` of transformer blocks.
-        attention_norm: The LayerNorm whose *output* is H_{m,MHA} (post-LN), or whose *input* it is (pre-LN).
-        ffn: Submodules that, applied in order, are FFN(.) without its residual.
-        last_norm: The LayerNorm that ends a block; its input is H_{m,F}. `None` for pre-LN blocks, where the block's
-            output is H_{m,F}.
-        final_norm: Pre-LN only: the norm after the last block; LN' starts as its copy.
-        pooling: What the model's own head reads: `cls`, `mean`, `last`, or the config attribute that says it.
-        head: Modules of the model's own head that carry weights, for `train_head=True`.
-        inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
-        shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
-        mask_arguments: Arguments of a block that have positions in their last two dimensions ([B, 1, S, S] or
-            [B, 1, 1, S] or [B, S]). Without any, rows that survive an early exit keep the padding of those that left.
-        position_arguments: Arguments of a block that have positions in dimension 1 ([B, S] or [1, S, ...]).
-        lora_targets: Modules of a block that `backbone="lora"` adapts when its LoraConfig does not say.
-        full_rows_until: The model mixes the output of this block with other full-size tensors, so rows may leave only
-            after it.
-    """
-
-    blocks: str
-    attention_norm: str
-    ffn: tuple[str, ...]
-    last_norm: str | None = None
-    final_norm: str | None = None
-    pooling: str = "cls"
-    head: tuple[str, ...] = ("classifier",)
-    inner_blocks: str | None = None
-    shared_arguments: tuple[str, ...] = ()
-    mask_arguments: tuple[str, ...] = ()
-    position_arguments: tuple[str, ...] = ()
-    lora_targets: tuple[str, ...] = ("query", "value")
-    full_rows_until: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.last_norm is None) == (self.final_norm is None):
-            raise ValueError(
-                f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
-                f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
-            )
-        for name, value in vars(self).copy().items():
-            if isinstance(value, list):  # from JSON
-                object.__setattr__(self, name, tuple(value))
-
-    @classmethod
-    def of(cls, value: Any) -> BlockLayout:
-        """A layout from one, or from a dict of its fields.
-
-        Raises:
-            ValueError: `value` is neither, or a field is missing or unknown.
-        """
-        if not isinstance(value, (dict, BlockLayout)):
-            raise ValueError(f"block_layout={value!r} is not allowed: it must be a BlockLayout or a dict.")
-        try:
-            return cls(**value) if isinstance(value, dict) else value
-        except TypeError as error:
-            allowed = ", ".join(cls.__dataclass_fields__)
-            raise ValueError(f"block_layout={value!r} is not allowed: {error}; its fields are {allowed}.") from error
-
-    @property
-    def pre_norm(self) -> bool:
-        """Whether blocks normalize their inputs (ModernBERT) and not their output (BERT)."""
-        return self.last_norm is None
 
 
 _BERT = BlockLayout(
@@ -142,6 +77,28 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         mask_arguments=("attention_mask", "sliding_window_mask"),
         position_arguments=("position_embeddings", "position_ids"),
     ),
+    "gpt2": BlockLayout(
+        blocks="h",
+        attention_norm="ln_2",
+        ffn=("ln_2", "mlp"),
+        final_norm="ln_f",
+        pooling="last",
+        head=("score",),
+        lora_targets=("c_attn",),
+        mask_arguments=("attention_mask",),
+        position_arguments=("position_ids",),
+    ),
+    "opt": BlockLayout(
+        blocks="decoder.layers",
+        attention_norm="",  # its blocks flatten rows and positions there
+        ffn=(),
+        final_norm="decoder.final_layer_norm",
+        pooling="last",
+        head=("score",),
+        lora_targets=("q_proj", "v_proj"),
+        mask_arguments=("attention_mask",),
+        position_arguments=("position_ids",),
+    ),
 }
 
 
@@ -153,12 +110,13 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if layout is None:
-        if model_type not in ARCHITECTURES:
+        layout = ARCHITECTURES.get(str(model_type)) or decoder_layout(model)
+        if layout is None:
             raise ValueError(
                 f"badge_peft does not know where the blocks of model_type={model_type!r} are; it knows "
-                f"{', '.join(ARCHITECTURES)}. For another encoder pass BadgeConfig(block_layout=BlockLayout(...))."
+                f"{', '.join(ARCHITECTURES)}, and decoders whose blocks are built as Llama's, Gemma's or OLMo 2's. "
+                "For another backbone pass BadgeConfig(block_layout=BlockLayout(...))."
             )
-        layout = ARCHITECTURES[model_type]
     layout = BlockLayout.of(layout)
     _check(model, layout)
     return layout
@@ -221,16 +179,16 @@ def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
 def max_positions(model: nn.Module) -> int | None:
     """How many tokens the model's table of positions has room for; None where it has no table."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and MPNet count positions from the one after the padding token's
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if name.endswith(("position_embeddings", ".wpe", ".embed_positions")) and isinstance(module, nn.Embedding):
+            # RoBERTa and MPNet count positions from the one after the padding token's, OPT from 2
+            unused = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - unused
     return None
 
 
 def hidden_size(model: nn.Module, layout: BlockLayout, block: str) -> int:
     """d: the width of the states of the block called `block`."""
-    norm = inner_block(model, block).get_submodule(layout.last_norm or layout.attention_norm)
-    return int(cast(nn.Parameter, norm.weight).shape[-1])
+    return int(cast(nn.Parameter, exit_norm(model, block, layout).weight).shape[-1])
 
 
 def _length(model: nn.Module, path: str) -> int:

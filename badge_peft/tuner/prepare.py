@@ -63,6 +63,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     width = hidden_size(model, layout, blocks[0])
     _check_saved("hidden_size", config.hidden_size, width)
     _check_head(model, config, layout)
+    _check_placement(model, config, layout)
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
     others = getattr(model, "peft_config", None) or {}
     num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
@@ -125,6 +126,17 @@ def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> N
             f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
             "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head. "
             "For a label for each token: task_type='TOKEN_CLS' on AutoModelForTokenClassification."
+        )
+
+
+def _check_placement(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
+    allowed = ["block", "none"]
+    if layout.attention_norm:
+        allowed += ["ffn", "mhsa"] if layout.ffn else ["ffn"]
+    if config.placement not in allowed:
+        raise ValueError(
+            f"placement={config.placement!r} is not allowed on {type(model).__name__}, whose blocks do not show what "
+            f"it reads: allowed are {', '.join(map(repr, allowed))}."
         )
 
 

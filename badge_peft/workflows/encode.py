@@ -35,6 +35,11 @@ def load_tokenizer(path: str, model: Any, max_length: int | None = None) -> Any:
         raise ValueError(f"the tokenizer in {path} cannot be loaded. {remedy} ({error})") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"the tokenizer in {path} has no vocabulary. {remedy}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {path} has no padding token, and texts of different lengths need one. Set "
+            "tokenizer.pad_token = tokenizer.eos_token (or another token that no text has), and save it."
+        )
     own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
     tokenizer.model_max_length = min(x for x in (own, max_positions(model), max_length) if x is not None)
     if model.config.pad_token_id is None:

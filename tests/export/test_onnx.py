@@ -27,6 +27,7 @@ from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.policies import Decision
 from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
+from tests.decoders import make_decoder
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, with_threshold
 from tests.models import CASES, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
@@ -437,3 +438,16 @@ def test_parts_of_two_exports_are_noticed(folder, tmp_path):
         OnnxEarlyExitModel.from_pretrained(target).predict("a film")
     (target / "early_exit.json").write_text(json.dumps({**facts, "tokenizer_files": None}))
     assert OnnxEarlyExitModel.from_pretrained(target).predict("a film")
+
+
+def test_a_decoder(tmp_path):
+    """Causal masks, rotary positions, and the last token."""
+    model = make_badge(base=make_decoder("llama", num_hidden_layers=2))
+    export_onnx(model, tmp_path, early_exit_config={"policy": "max_prob", "threshold": 0.6})
+    session = OnnxEarlyExitModel.from_pretrained(tmp_path)
+    for side in ("right", "left"):
+        batch = make_batch(5, 9, side=side)
+        out = session(**{name: tensor.numpy() for name, tensor in batch.items()})
+        wanted = early_exit_forward(model, **batch, policy="max_prob", threshold=0.6)
+        assert out.exit_layer.tolist() == wanted.exit_layer.tolist() and len(set(out.exit_layer.tolist())) == 2
+        np.testing.assert_allclose(out.logits, wanted.logits.numpy(), atol=1e-4)

@@ -1,0 +1,158 @@
+"""Classification on decoders: the base model bit for bit, rows alone and together, live and replayed."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import badge_peft
+from badge_peft import BadgeConfig
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.tuner.decoders import decoder_layout
+from tests.decoders import FAMILIES, make_decoder
+from tests.design import pairs
+from tests.models import LABELS, PAD, make_batch, shake
+from tests.texts import make_tokenizer
+
+RULE = {"policy": "max_prob", "threshold": 0.6}
+PLACEMENTS = ("block", "ffn", "mhsa", "none")
+
+
+def badge(family: str, **fields):
+    fields = {**({"final_exit": "exit", "num_labels": LABELS} if family == "granite" else {}), **fields}
+    base = make_decoder(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, BadgeConfig(task_type="SEQ_CLS", r=4, **fields)).eval()
+    shake(model)
+    return model
+
+
+def states_of(family, base, batch):
+    with torch.no_grad():
+        out = base(**batch)
+    return out.last_hidden_state if family == "granite" else out.logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laws(family):
+    model = badge(family, exit_layers=[0, 1, 2, 3])
+    base = make_decoder(family)
+    for side in ("right", "left"):
+        batch = make_batch(5, 9, side=side)
+        with torch.no_grad():
+            full = model(**batch)
+        if family != "granite":
+            assert torch.equal(full.logits, base(**batch).logits)
+        out = model.early_exit_forward(**batch, **RULE)
+        assert torch.equal(build_policy(**RULE).replay(full.exit_logits, exit_layers=[0, 1, 2, 3]), out.exit_layer)
+        assert len(set(out.exit_layer.tolist())) > 1
+        for row in range(5):
+            kept = slice(None) if side == "left" else batch["attention_mask"][row].bool()  # positions count from left
+            alone = model.early_exit_forward(**{k: v[row : row + 1, kept] for k, v in batch.items()}, **RULE)
+            assert alone.exit_layer == out.exit_layer[row]
+            torch.testing.assert_close(alone.logits[0], out.logits[row], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "placement"), [tuple(row) for row in pairs(list(FAMILIES), list(PLACEMENTS))])
+def test_an_adapter_starts_at_the_blocks_own_output(family, placement):
+    """W_up is zero then, so every placement reads what `none` reads. What a family cannot do is refused."""
+    refused = {"opt": ("ffn", "mhsa"), "granite": ("mhsa",)}.get(family, ())
+    base = make_decoder(family)
+    fields = {"final_exit": "exit", "num_labels": LABELS} if family == "granite" else {}
+    config = BadgeConfig(task_type="SEQ_CLS", r=4, placement=placement, **fields)
+    if placement in refused:
+        with pytest.raises(
+            ValueError, match=f"placement='{placement}' is not allowed on .*: allowed are 'block', 'none'"
+        ):
+            get_peft_model(base, config)
+        return
+    found = {}
+    for kind in ("none", placement):
+        torch.manual_seed(0)
+        model = get_peft_model(make_decoder(family), BadgeConfig(**{**config.to_dict(), "placement": kind})).eval()
+        heads = {name: p for name, p in model.named_parameters() if ".badge_exit." in name}
+        generator = torch.Generator().manual_seed(1)
+        for _, parameter in sorted(heads.items()):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        with torch.no_grad():
+            found[kind] = model(**make_batch()).exit_logits
+    torch.testing.assert_close(found[placement], found["none"], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_saved_and_loaded_and_trained(family, tmp_path):
+    model = badge(family, backbone="lora")
+    batch, labels = make_batch(), torch.tensor([0, 1, 2, 0])
+    model.train()
+    model(**batch, labels=labels).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_decoder(family), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).exit_logits, model(**batch).exit_logits)
+
+
+def test_the_head_and_the_exits_read_the_last_token_that_is_not_padding():
+    """A text that ends with the padding token, as where it is the end of a text as well."""
+    model = badge("llama", final_exit="exit")
+    batch = {"input_ids": torch.tensor([[5, 6, 7, PAD], [5, 6, 7, 8]]), "attention_mask": torch.ones(2, 4).long()}
+    with torch.no_grad():
+        both = model(**batch).exit_logits
+        short = model(input_ids=torch.tensor([[5, 6, 7]])).exit_logits
+    torch.testing.assert_close(both[0], short[0], atol=1e-5, rtol=1e-5)
+
+
+def test_refusals():
+    model, batch = badge("llama"), make_batch()
+    for call in (model, model.early_exit_forward):
+        with pytest.raises(ValueError, match="use_cache is not allowed: a classifier reads each text once"):
+            call(**batch, use_cache=True)
+    model.config.pad_token_id = model.base_model.model.config.pad_token_id = None
+    with pytest.raises(ValueError, match=r"4 rows need a padding token.*pad_token_id = tokenizer\.pad_token_id"):
+        model.early_exit_forward(**batch)
+    assert model.early_exit_forward(input_ids=batch["input_ids"][:1]).exit_layer.shape == (1,)
+    assert decoder_layout(torch.nn.Linear(2, 2)) is None
+
+
+class TestFromCausalLM:
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+    def test_the_logits_are_the_language_models(self, family):
+        lm = make_decoder(family, AutoModelForCausalLM)
+        classifier = badge_peft.from_causal_lm(lm, ["good", "bad"], make_tokenizer())
+        numbers = [make_tokenizer().convert_tokens_to_ids(word) for word in ("good", "bad")]
+        batch = make_batch()
+        with torch.no_grad():
+            ends = batch["attention_mask"].sum(1) - 1
+            wanted = lm(**batch).logits[torch.arange(4), ends][:, numbers]
+            torch.testing.assert_close(classifier(**batch).logits, wanted)
+        assert classifier.config.id2label == {0: "good", 1: "bad"}
+        model = get_peft_model(classifier, BadgeConfig(task_type="SEQ_CLS", train_head=False)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).logits, wanted)
+
+    def test_it_is_saved_as_a_classifier(self, tmp_path):
+        classifier = badge_peft.from_causal_lm(make_decoder("llama", AutoModelForCausalLM), [5, 6])
+        classifier.save_pretrained(tmp_path)
+        again = type(classifier).from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(**make_batch()).logits, classifier(**make_batch()).logits)
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (["good film", "bad"], "'good film', which is not one token"),
+            (["good"], "two or more different tokens"),
+            (["good", "good"], "two or more different tokens"),
+            ([5, 10**6], "1000000, which is not one token"),
+        ],
+    )
+    def test_what_is_refused(self, tokens, message):
+        with pytest.raises(ValueError, match=message):
+            badge_peft.from_causal_lm(make_decoder("llama", AutoModelForCausalLM), tokens, make_tokenizer())
+        with pytest.raises(ValueError, match="has no classifier in transformers"):
+            badge_peft.from_causal_lm(make_decoder("granite", AutoModelForCausalLM), tokens, make_tokenizer())
