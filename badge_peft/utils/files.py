@@ -22,13 +22,13 @@ def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` in UTF-8, as `replacing` does.
+    """Writes `text` in UTF-8, as `replacing` does; what UTF-8 cannot hold is a question mark.
 
     Raises:
         OSError: it cannot be written; what was there is as before.
     """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
 
 
 @contextmanager

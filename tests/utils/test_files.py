@@ -9,7 +9,7 @@ import stat
 
 import pytest
 
-from badge_peft.utils.files import install, write_json
+from badge_peft.utils.files import install, write_json, write_text
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -17,6 +17,12 @@ def test_what_is_written_is_read(tmp_path):
     write_json(path, {"b": [1, None, "ä"]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"b": [1, None, "ä"]}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_half_of_a_surrogate_pair_is_a_question_mark(tmp_path):
+    """JSON can hold one, in a name that a hostile config has, and UTF-8 cannot."""
+    write_text(tmp_path / "README.md", "a\ud800b")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "a?b"
 
 
 def test_a_new_file_has_the_usual_mode(tmp_path):
