@@ -9,6 +9,7 @@ from torch import Tensor
 from badge_peft.early_exit.pass_ import as_result
 from badge_peft.tuner.block_pass import BlockPass, states_of
 from badge_peft.tuner.context import Frame, PassContext
+from badge_peft.tuner.decoders import read_mask
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
 from badge_peft.tuner.state_plan import State, StatePlan, plan_states
@@ -38,12 +39,13 @@ class RecordingPass(BlockPass):
         self.tuple_length = 0
 
     @classmethod
-    def of(cls, model: Any, attention_mask: Tensor | None) -> RecordingPass:
-        """A pass of `model`, a `BadgeModel`, for what its active adapter reads, over rows with this mask [B, S]"""
+    def of(cls, model: Any, inputs: dict[str, Any]) -> RecordingPass:
+        """A pass of `model`, a `BadgeModel`, for what its active adapter reads, over rows with these inputs."""
         name = model.single_active_adapter()
         exits = model.adapter_exits(name)
         plan = plan_states(model.config_of(name), exits, model.layout, model.num_blocks, model.model)
-        return cls(plan, model.num_blocks, Pooling(exits.pooling, attention_mask))
+        mask = read_mask(model.model, model.layout, exits.pooling, inputs)
+        return cls(plan, model.num_blocks, Pooling(exits.pooling, mask))
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `block`."""

@@ -19,6 +19,7 @@ from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.backbone import is_trained
+from badge_peft.tuner.decoders import decoder_arguments
 from badge_peft.tuner.fingerprint import fingerprint
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
@@ -154,7 +155,8 @@ class StatePasses:
             raise CannotCache(
                 "rows are not padded on the right, with an attention_mask [batch, sequence] that says where they end"
             )
-        recording = RecordingPass.of(self.badge, mask)
+        inputs = decoder_arguments(self.badge.model, inputs, len(numbers))
+        recording = RecordingPass.of(self.badge, inputs)
         with recording:
             base = self.badge.model(return_dict=True, **inputs)
         return inputs, recording, base.get("logits")

@@ -150,7 +150,7 @@ class StateCache:
 
 def _misfit(states: CachedStates, trainer: Any) -> str | None:
     """Why states are not those that the model reads."""
-    wanted = RecordingPass.of(trainer.badge, None).plan
+    wanted = RecordingPass.of(trainer.badge, {}).plan
     if not states.plan.serves(wanted):
         return f"the adapter reads {wanted}, and the states are {states.plan}"
     if states.backbone != backbone_of(trainer.badge):
