@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from badge_peft.export.onnx import OnnxExportReport, export_onnx
 from badge_peft.export.plain import export_full_depth
+from badge_peft.export.ranking import OnnxReranker
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 
-__all__ = ["OnnxEarlyExitModel", "OnnxExportReport", "OnnxOutput", "export_full_depth", "export_onnx"]
+__all__ = [
+    "OnnxEarlyExitModel",
+    "OnnxExportReport",
+    "OnnxOutput",
+    "OnnxReranker",
+    "export_full_depth",
+    "export_onnx",
+]

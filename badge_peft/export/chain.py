@@ -61,7 +61,7 @@ class Chain:
     def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool) -> None:
         self.decision, self.per_row, self.compact = decision, per_row, compact
         self.graph = g = Graph("main")
-        self.threshold, self.patience = ir.val("threshold", FLOAT, []), ir.val("patience", INT64, [])
+        self.threshold, self.patience = ir.val("threshold", FLOAT, []), ir.val(decision.count_name, INT64, [])
         g.body.inputs.extend([*inputs, self.threshold, self.patience])
         unit = decision.unit
         #: The threshold in the unit of the policy's score.
@@ -119,7 +119,7 @@ class Chain:
         RemoveUnusedNodesPass()(model)
         DeduplicateHashedInitializersPass()(model)
         self.threshold.const_value = ir.tensor(np.float32(self.decision.threshold))
-        self.patience.const_value = ir.tensor(np.int64(min(self.decision.policy.patience, LARGEST_PATIENCE)))
+        self.patience.const_value = ir.tensor(np.int64(min(self.decision.count, LARGEST_PATIENCE)))
         for value in (self.threshold, self.patience):
             g.body.register_initializer(value)
         return ir.to_proto(model)

@@ -47,7 +47,8 @@ def export_onnx(
 
     The graph takes `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), [B, S] int64, and
     the scalars `threshold` (float32) and `patience` (int64), which have the config's values as defaults: a service
-    changes its speed from call to call. It gives `logits` [B, K] and `exit_layer` [B]. Rows that have answered keep
+    changes its speed from call to call. With `policy="top_k"` a call is one query, and `top_k` (int64) takes the place
+    of `patience`. It gives `logits` [B, K] and `exit_layer` [B]. Rows that have answered keep
     their answer; the graph ends when all have.
 
     Args:
@@ -123,6 +124,12 @@ class OnnxExporter:
 
         from badge_peft.export.chain import assemble
 
+        if self.decision.policy.by_group and not compact:
+            raise ValueError(
+                f"policy={self.decision.policy.name!r} compares the rows that are left, so compact=False is not "
+                "allowed."
+            )
+
         graph = assemble(self.pieces, self.decision, int8=int8, compact=compact)
         if graph.ByteSize() > LARGEST:
             raise ValueError(
@@ -184,6 +191,7 @@ class OnnxExporter:
             "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),
             "threshold": decision.threshold,
             "patience": policy.patience,
+            **({"top_k": policy.group_size} if policy.by_group else {}),
             "uses_threshold": decision.uses_threshold,
             "uses_patience": policy.counts_exits,
             "int8": int8,

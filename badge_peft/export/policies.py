@@ -56,6 +56,16 @@ class Decision:
         return self.policy.counts_exits or self.policy.needs_logits(self.exits, index)
 
     @property
+    def count_name(self) -> str:
+        """What the whole number is called that comes with a call."""
+        return "top_k" if self.policy.by_group else "patience"
+
+    @property
+    def count(self) -> int:
+        """The config's own: t, or k where rows are the candidates of a query."""
+        return self.policy.group_size if self.policy.by_group else self.policy.patience
+
+    @property
     def uses_threshold(self) -> bool:
         """Whether the policy compares a number with a threshold."""
         return self.policy.uses_threshold(self.problem_type)

@@ -96,6 +96,7 @@ class OnnxEarlyExitModel:
         *,
         threshold: float | None = None,
         patience: int | None = None,
+        top_k: int | None = None,
     ) -> OnnxOutput:
         """Answers a batch.
 
@@ -105,11 +106,18 @@ class OnnxEarlyExitModel:
             token_type_ids: [B, S]; None means zeros. Ignored where the model has none.
             threshold: In place of the file's own, for this call.
             patience: In place of the file's own, for this call.
+            top_k: The same, in a file that ranks: the rows are then the candidates of one query.
 
         Raises:
-            ValueError: an empty batch, more positions than the model has, or a threshold or patience that is not
-                allowed.
+            ValueError: an empty batch, more positions than the model has, or a threshold, patience or top_k that is
+                not allowed.
         """
+        counts = {"patience": patience, "top_k": top_k}
+        own = "top_k" if "top_k" in self.config else "patience"
+        for name, count in counts.items():
+            check_int(name, count, at_least=1)
+            if count is not None and name != own:
+                raise ValueError(f"{name}={count} is not allowed: the rule in the file reads {own}.")
         ids = np.asarray(input_ids, dtype=np.int64)
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"input_ids must be [batch, sequence] and not empty, got shape {list(ids.shape)}.")
@@ -127,9 +135,8 @@ class OnnxEarlyExitModel:
             if not is_number(threshold):
                 raise ValueError(f"threshold={threshold!r} is not allowed: it must be a finite number or None.")
             feed["threshold"] = np.asarray(threshold, dtype=np.float32)
-        if patience is not None:
-            check_int("patience", patience, at_least=1)
-            feed["patience"] = np.asarray(min(patience, LARGEST_PATIENCE), dtype=np.int64)
+        if (given := counts[own]) is not None:
+            feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)
 
@@ -176,6 +183,8 @@ class OnnxEarlyExitModel:
             Per text `label`, `confidence` and `exit_layer`; `labels` where a text may have several, `value` for
             regression.
         """
+        if "top_k" in self.config:
+            raise ValueError("the rule in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
         if isinstance(texts, str):
             texts = [texts]
         problem = problem_of(self.config["problem_type"])

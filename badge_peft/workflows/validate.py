@@ -98,7 +98,7 @@ def check_ranking(settings: TrainSettings) -> None:
         )
     if exits.exit_type == "past_future":
         raise ValueError(
-            "exit_type='past_future' is not allowed for ranking, whose candidates are read slice by slice."
+            "exit_type='past_future' is not allowed for ranking: it puts an exit in the place of the model's own head."
         )
     if settings.metric is not None or settings.problem_type is not None:
         raise ValueError("metric and problem_type are not for ranking, which is measured by the top k that it keeps.")

@@ -22,6 +22,7 @@ class TableGraph:
     def __init__(self, rule: dict[str, Any], exits: int, num_labels: int, problem_type: str, compact: bool) -> None:
         decision = Decision(build_policy(rule), list(range(1, exits + 1)), num_labels, problem_type)
         self.default = decision.threshold
+        self.count_name = decision.count_name
         inputs = [ir.val("table", FLOAT, ["b", exits, num_labels]), ir.val("doubts", FLOAT, ["b", exits])]
         chain = Chain(decision, inputs, {"table", "doubts"}, compact=compact)
         chain.add(0, [self._piece(None, exits, num_labels)])
@@ -64,7 +65,7 @@ class TableGraph:
             "table": logits,
             "doubts": np.zeros(logits.shape[:2], np.float32) if doubts is None else doubts,
             "threshold": np.asarray(self.default if threshold is None else threshold, dtype=np.float32),
-            "patience": np.asarray(patience, dtype=np.int64),
+            self.count_name: np.asarray(patience, dtype=np.int64),
         }
         answers, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return answers, exit_layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_what_only_full_depth_knows_is_left_to_it(place: Path) -> None:
     full = encoder.rank(QUERY, DOCUMENTS)
     reranker = accelerate(encoder, place / "adapter")
     assert encoder.rank(QUERY, DOCUMENTS) == full
-    assert encoder.rank(QUERY, DOCUMENTS, top_k=3, device="cpu") == full[:3]
+    if "device" in inspect.signature(type(encoder).rank).parameters:  # sentence-transformers 6
+        assert encoder.rank(QUERY, DOCUMENTS, top_k=3, device="cpu") == full[:3]
     assert encoder.rank(QUERY, [], top_k=3) == []
     raw = encoder.rank(QUERY, DOCUMENTS, top_k=3, activation_fn=torch.nn.Identity(), batch_size=5)
     again = reranker.rank(QUERY, DOCUMENTS, 3, activation=torch.nn.Identity())

@@ -184,6 +184,11 @@ class ExitPolicy(PolicyText):
             return 1
         return self.config.patience if self.config.patience is not None else self.default_patience
 
+    @property
+    def group_size(self) -> int:
+        """How many rows of a group count, where rows decide `by_group`."""
+        return 1
+
     def uses_threshold(self, problem_type: str) -> bool:
         """Whether the field `threshold` changes anything."""
         return False

@@ -12,6 +12,7 @@ from badge_peft.early_exit.groups import kth_best
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.checks import is_number
@@ -42,8 +43,8 @@ class TopKPolicy(ThresholdPolicy):
     by_group = True
 
     @property
-    def k(self) -> int:
-        """How many candidates of a query count."""
+    def group_size(self) -> int:
+        """k: how many candidates of a query count."""
         return 10 if self.config.top_k is None else self.config.top_k
 
     def score(self, history: ExitHistory, j: int) -> Array:
@@ -51,7 +52,7 @@ class TopKPolicy(ThresholdPolicy):
         is no k-th best."""
         found = history.logits[j][:, 0]
         counted = found if history.finite is None else np.where(history.finite[j], found, np.float32(-np.inf))
-        return kth_best(counted, history.groups, self.k) - found
+        return kth_best(counted, history.groups, self.group_size) - found
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: more than the margin below."""
@@ -126,6 +127,21 @@ class TopKPolicy(ThresholdPolicy):
 
     def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
         return FACTORS[0]
+
+    def nodes(self, at: ExitNodes) -> Value | None:
+        """The comparison with the k-th best of all rows; k comes with the call. Rows that have left must not be there
+        any more."""
+        if np.isinf(self.limit(at.index, 1.0)):
+            return None
+        scores = at.op("Squeeze", at.logits, at.ints([1]))  # [n]
+        # 0 times NaN or infinity is NaN, which equals nothing
+        finite = at.op("Equal", at.op("Mul", scores, at.floats(0)), at.floats(0))
+        counted = at.op("Where", finite, scores, at.floats(-np.inf))
+        rows, k = at.op("Shape", scores), at.op("Unsqueeze", at.patience, at.ints([0]))  # [1]
+        best = at.op("TopK", counted, at.op("Min", rows, k), outputs=2, axis=0)
+        kth = at.op("ReduceMin", best, at.ints([0]), keepdims=0)
+        limit = at.op("Mul", at.floats(self.limit(at.index, 1.0)), at.threshold)
+        return at.op("And", at.op("Greater", at.op("Sub", kth, scores), limit), at.op("GreaterOrEqual", rows, k))
 
     @classmethod
     def templates(cls, problem_type: str) -> list[EarlyExitConfig]:

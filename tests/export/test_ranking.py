@@ -1,0 +1,122 @@
+"""A query in one ONNX file: the graph against `replay`, and `OnnxReranker` against `EarlyExitReranker`."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.ranking import EarlyExitReranker
+from tests.early_exit.reference import REGRESSION
+from tests.ranking.pairs import QUERY, all_scores, make_documents, make_ranker, pair_tokenizer
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+EXITS = 5
+RULES: list[dict[str, Any]] = [
+    {"parameters": {"margins": [0.5, 0.4, 0.25, 0.125, 0.0]}},
+    {"parameters": {"margins": [1.0, None, 0.0, 0.5, 0.0]}, "min_exit": 2},
+    {"parameters": {"margins": [0.5] * 5}, "max_exit": 4, "decide_every": 2},
+]
+
+
+@cache
+def graph(number: int) -> Any:
+    from .table import TableGraph
+
+    return TableGraph({"policy": "top_k", "top_k": 3, **RULES[number]}, EXITS, 1, REGRESSION, True)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    st.sampled_from(range(len(RULES))),
+    st.integers(1, 30),
+    st.integers(0, 10**6),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    st.sampled_from([None, np.nan, np.inf, -np.inf]),
+    st.booleans(),
+)
+def test_the_graph_is_replay(
+    number: int, rows: int, seed: int, top_k: int, factor: float, odd: float | None, ties: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(rows, 1, 1)) + rng.normal(size=(rows, EXITS, 1)) * np.linspace(1, 0.1, EXITS)[:, None]
+    scores = (scores.round() if ties else scores).astype(np.float32)
+    if odd is not None:
+        scores[rng.random(scores.shape) < 0.15] = odd
+    rule = {"policy": "top_k", **RULES[number], "top_k": top_k, "threshold": factor}
+    wanted = build_policy(rule).replay(scores).numpy()
+    answers, exits = graph(number)(scores, factor, top_k)
+    np.testing.assert_array_equal(exits, wanted)
+    np.testing.assert_array_equal(answers[:, 0], scores[np.arange(rows), exits - 1, 0])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A calibrated ranker, and the folder with its graph."""
+    from badge_peft.export import export_onnx
+
+    folder = tmp_path_factory.mktemp("onnx")
+    model, tokenizer = make_ranker(exit_layers=[0, 1, 2, 3]), pair_tokenizer()
+    spread = all_scores(model, tokenizer, QUERY, make_documents(20))[:, :, 0].std(dim=0) * 0.5
+    model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": spread.tolist()}})
+    export_onnx(model, folder, tokenizer=tokenizer)
+    return model, folder
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 25])
+def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
+    from badge_peft.export import OnnxReranker
+
+    model, folder = exported
+    early, file = EarlyExitReranker(model, pair_tokenizer()), OnnxReranker.from_pretrained(folder, threads=1)
+    documents = make_documents(count, seed=count)
+    for threshold in (None, 0.0, 3.0):
+        fields = {} if threshold is None else {"threshold": threshold}
+        wanted = early.rank(QUERY, documents, 3, True, **fields)
+        found = file.rank(QUERY, documents, 3, True, threshold=threshold)
+        assert [a["corpus_id"] for a in found] == [a["corpus_id"] for a in wanted]
+        assert [a["text"] for a in found] == [a["text"] for a in wanted]
+        assert [a["score"] for a in found] == pytest.approx([a["score"] for a in wanted], abs=1e-4)
+    assert file.rank(QUERY, documents) == file.rank(QUERY, documents, 3)
+    assert file.rank(QUERY, documents, 1) == file.rank(QUERY, documents, 3)[:1]
+    assert len(file.rank(QUERY, documents, 10)) == min(10, count)
+
+
+def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:
+    from badge_peft.export import OnnxEarlyExitModel
+
+    _, folder = exported
+    model = OnnxEarlyExitModel.from_pretrained(folder, threads=1)
+    assert model.config["top_k"] == 3
+    names = {entry.name for entry in model.session.get_inputs() + model.session.get_overridable_initializers()}
+    assert {"top_k", "threshold"} <= names and "patience" not in names
+    card = (folder / "README.md").read_text()
+    assert "| `top_k` | int64 scalar" in card and "OnnxReranker" in card and "patience" not in card
+
+
+def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker, export_onnx
+
+    model, folder = exported
+    file = OnnxReranker.from_pretrained(folder, threads=1)
+    with pytest.raises(ValueError, match="documents is empty"):
+        file.rank(QUERY, [])
+    with pytest.raises(ValueError, match="top_k=0 is not allowed"):
+        file.rank(QUERY, ["a"], 0)
+    with pytest.raises(ValueError, match=r"patience=2 is not allowed: the rule in the file reads top_k"):
+        file.model(np.ones((2, 5)), patience=2)
+    with pytest.raises(ValueError, match="ranks the candidates of a query: use OnnxReranker"):
+        file.model.predict(["a"])
+    with pytest.raises(ValueError, match="compact=False is not allowed"):
+        export_onnx(model, tmp_path, compact=False)
+    plain = OnnxEarlyExitModel(folder, None, {"early_exit": {"policy": "never"}})
+    with pytest.raises(ValueError, match="exported with policy='never', which ranks nothing"):
+        OnnxReranker(plain)
