@@ -52,7 +52,7 @@ def controls_of(
         return [Control("depth", "the block that answers", rule.depth, exits[0], exits[-1], choices=tuple(exits))]
     found = []
     between = policy.threshold_range(num_labels, problem_type, widest)
-    if between is not None and rule.threshold is not None:
+    if between is not None and isinstance(rule.threshold, float):  # one for each exit stays as it is
         high = max(between[1], 1.25 * rule.threshold)
         step = 10.0 ** math.floor(math.log10(high / 200))
         high = round(math.ceil(high / step) * step, 10)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.utils.checks import check_choice, check_int, check_number, is_number, to_python
+from badge_peft.utils.checks import check_choice, check_int, is_number, to_python
 from badge_peft.utils.options import option
 
 DIVERGENCES = ("ce", "kl", "js", "label")
@@ -31,8 +31,10 @@ class EarlyExitConfig:
 
     policy: str = option("divergence", "The exit policy, by its name in `POLICIES`.")
     divergence: str = option("ce", "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`.")
-    threshold: float | None = option(
-        None, "tau of Eq. 3, or the bound of the other rules. None: the policy's default."
+    threshold: float | list[float] | None = option(
+        None,
+        "tau of Eq. 3, or the bound of the other rules; a list has one for each exit, the last among them. None: the "
+        "policy's default.",
     )
     patience: int | None = option(None, "t of Eq. 3: how many exits must agree. None: the policy's default.")
     window: str = option(
@@ -60,17 +62,15 @@ class EarlyExitConfig:
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "normalize"):
             self._set(name, to_python(getattr(self, name)))
-        temperature: Any = self.temperature
-        if hasattr(temperature, "tolist"):  # an array or a tensor
-            self._set("temperature", temperature.tolist())
-        if isinstance(self.temperature, (list, tuple)):
-            self._set("temperature", [to_python(t) for t in self.temperature])
+        for name in ("threshold", "temperature"):
+            value: Any = getattr(self, name)
+            if hasattr(value, "tolist"):  # an array or a tensor
+                value = value.tolist()
+            self._set(name, [to_python(x) for x in value] if isinstance(value, (list, tuple)) else value)
         check_policy_name(self.policy)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("window", self.window, WINDOWS)
-        check_number("threshold", self.threshold, lambda tau: True, "it must be a finite number or None")
-        if self.threshold is not None:
-            self._set("threshold", float(self.threshold))
+        self._check_threshold()
         check_int("patience", self.patience, at_least=1)
         check_int("top_k", self.top_k, at_least=1)
         for name in ("min_exit", "max_exit", "depth"):
@@ -105,7 +105,19 @@ class EarlyExitConfig:
 
     def __hash__(self) -> int:
         # of what tells configs apart as a rule; `==` compares all fields, which a dict among them keeps out of a hash
-        return hash((self.policy, self.divergence, self.threshold, self.patience, self.window, self.depth))
+        taus = tuple(self.threshold) if isinstance(self.threshold, list) else self.threshold
+        return hash((self.policy, self.divergence, taus, self.patience, self.window, self.depth))
+
+    def _check_threshold(self) -> None:
+        given = self.threshold
+        if given is None:
+            return
+        if not all(map(is_number, given)) if isinstance(given, list) and given else not is_number(given):
+            raise ValueError(
+                f"threshold={given!r} is not allowed: it must be a finite number or None, or a list with a number for "
+                "each exit."
+            )
+        self._set("threshold", [float(tau) for tau in given] if isinstance(given, list) else float(given))
 
     def _set(self, name: str, value: Any) -> None:
         """For `__post_init__` alone: a frozen dataclass has no other way to store what it made of a value."""

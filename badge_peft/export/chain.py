@@ -30,7 +30,8 @@ ANSWERS = ("answer", "exit_layer")
 
 
 def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact: bool) -> onnx.ModelProto:
-    """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` and `patience` to the answers.
+    """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` (a scalar, or [E] where each
+    exit has its own) and `patience` to the answers.
 
     The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
     file.
@@ -61,10 +62,12 @@ class Chain:
     def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool) -> None:
         self.decision, self.per_row, self.compact = decision, per_row, compact
         self.graph = g = Graph("main")
-        self.threshold, self.patience = ir.val("threshold", FLOAT, []), ir.val(decision.count_name, INT64, [])
+        taus = decision.threshold
+        self.threshold = ir.val("threshold", FLOAT, [len(taus)] if isinstance(taus, list) else [])
+        self.patience = ir.val(decision.count_name, INT64, [])
         g.body.inputs.extend([*inputs, self.threshold, self.patience])
         unit = decision.unit
-        #: The threshold in the unit of the policy's score.
+        #: The thresholds, one or one for each exit, in the unit of the policy's score.
         self.limit = g.op("Mul", self.threshold, g.floats(unit)) if unit != 1 else self.threshold
         #: What pieces may read, beside the states.
         self.outer = {str(value.name): value for value in inputs}
@@ -118,7 +121,7 @@ class Chain:
         model = ir.Model(g.body, ir_version=IR_VERSION, producer_name="badge_peft")
         RemoveUnusedNodesPass()(model)
         DeduplicateHashedInitializersPass()(model)
-        self.threshold.const_value = ir.tensor(np.float32(self.decision.threshold))
+        self.threshold.const_value = ir.tensor(np.asarray(self.decision.threshold, dtype=np.float32))
         self.patience.const_value = ir.tensor(np.int64(min(self.decision.count, LARGEST_PATIENCE)))
         for value in (self.threshold, self.patience):
             g.body.register_initializer(value)
@@ -155,7 +158,7 @@ class Chain:
                 made["logits"],
                 made.get("uncertainty"),
                 self.carried,
-                self.limit if decision.uses_threshold else g.floats(decision.threshold),
+                self._limit(g, index) if decision.uses_threshold else g.floats(decision.threshold),
                 self.patience,
                 decision.num_labels,
                 decision.problem_type,
@@ -168,6 +171,11 @@ class Chain:
             store = self._store_rows if self.compact else self._store_all
             store(g, number, made["logits"], stops)
         return last
+
+    def _limit(self, g: Graph, index: int) -> ir.Value:
+        """The threshold of an exit, a scalar."""
+        each = isinstance(self.decision.threshold, list)
+        return g.op("Gather", self.limit, g.ints(index), axis=0) if each else self.limit
 
     def _store_all(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
         """Notes the answers of the rows that stop, None: all, and had none."""

@@ -46,10 +46,10 @@ def export_onnx(
     """Writes `model.onnx` and what belongs to it: tokenizer, configs and a model card.
 
     The graph takes `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), [B, S] int64, and
-    the scalars `threshold` (float32) and `patience` (int64), which have the config's values as defaults: a service
-    changes its speed from call to call. With `policy="top_k"` a call is one query, and `top_k` (int64) takes the place
-    of `patience`. It gives `logits` [B, K] and `exit_layer` [B]. Rows that have answered keep
-    their answer; the graph ends when all have.
+    the scalars `threshold` (float32; [E] where the config has one for each exit) and `patience` (int64), which have
+    the config's values as defaults: a service changes its speed from call to call. With `policy="top_k"` a call is one
+    query, and `top_k` (int64) takes the place of `patience`. It gives `logits` [B, K] and `exit_layer` [B]. Rows that
+    have answered keep their answer; the graph ends when all have.
 
     Args:
         model: A PEFT model with an active BADGE adapter, in float32. It is copied, and stays as it is.

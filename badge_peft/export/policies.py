@@ -71,8 +71,9 @@ class Decision:
         return self.policy.uses_threshold(self.problem_type)
 
     @property
-    def threshold(self) -> float:
-        """The config's own, in its own unit; where there is none to choose, the number that takes its place."""
+    def threshold(self) -> float | list[float]:
+        """The config's own, in its own unit, one or one for each exit; where there is none to choose, the number that
+        takes its place."""
         given = self.policy.resolve(self.num_labels, self.problem_type).threshold
         if given is None or not self.uses_threshold:
             return self.policy.threshold(self.num_labels, self.problem_type)

@@ -53,7 +53,7 @@ class OnnxExportReport:
         size_bytes: Of `model.onnx`.
         int8: Whether the blocks are quantized.
         policy: The exit policy that is in the file.
-        threshold: Its default for the input `threshold`.
+        threshold: Its default for the input `threshold`; a list where each exit has its own.
         patience: Its default for the input `patience`.
         exit_layers: Block numbers at which rows can answer.
         max_difference: Largest difference of logits from PyTorch's on random rows (float32 files).
@@ -64,7 +64,7 @@ class OnnxExportReport:
     size_bytes: int
     int8: bool
     policy: str
-    threshold: float
+    threshold: float | list[float]
     patience: int
     exit_layers: list[int]
     max_difference: float | None = None
@@ -138,7 +138,18 @@ def onnx_card(report: OnnxExportReport, metadata: dict[str, Any], has_tokenizer:
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
-    return template.render(**metadata, report=report, changes=report.changes, has_tokenizer=has_tokenizer)
+    return template.render(
+        **metadata,
+        tau=_text(metadata["threshold"]),
+        report=report,
+        changes=report.changes,
+        has_tokenizer=has_tokenizer,
+    )
+
+
+def _text(threshold: float | list[float]) -> str:
+    """As Python takes it."""
+    return f"[{', '.join(map(_text, threshold))}]" if isinstance(threshold, list) else f"{threshold:g}"
 
 
 def _both(

@@ -94,7 +94,7 @@ class OnnxEarlyExitModel:
         attention_mask: Any = None,
         token_type_ids: Any = None,
         *,
-        threshold: float | None = None,
+        threshold: float | Sequence[float] | None = None,
         patience: int | None = None,
         top_k: int | None = None,
     ) -> OnnxOutput:
@@ -104,7 +104,8 @@ class OnnxEarlyExitModel:
             input_ids: [B, S], anything that numpy takes.
             attention_mask: [B, S]; None means that every position is real.
             token_type_ids: [B, S]; None means zeros. Ignored where the model has none.
-            threshold: In place of the file's own, for this call.
+            threshold: In place of the file's own, for this call; where the file has one for each exit, a list of as
+                many, or a number for all.
             patience: In place of the file's own, for this call.
             top_k: The same, in a file that ranks: the rows are then the candidates of one query.
 
@@ -132,13 +133,22 @@ class OnnxEarlyExitModel:
         if "token_type_ids" in self.config["inputs"]:
             feed["token_type_ids"] = _like(ids, token_type_ids, "token_type_ids", 0)
         if threshold is not None:
-            if not is_number(threshold):
-                raise ValueError(f"threshold={threshold!r} is not allowed: it must be a finite number or None.")
-            feed["threshold"] = np.asarray(threshold, dtype=np.float32)
+            feed["threshold"] = self._threshold(threshold)
         if (given := counts[own]) is not None:
             feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)
+
+    def _threshold(self, given: Any) -> np.ndarray:
+        """In the shape that the file takes: a scalar, or [E]."""
+        own = self.config["threshold"]
+        if is_number(given):
+            return np.full(np.shape(own), given, dtype=np.float32)
+        count = len(own) if isinstance(own, list) else 0
+        if not count or np.shape(given) != (count,) or not all(map(is_number, given)):
+            also = f", a list of {count}, one for each exit" if count else ""
+            raise ValueError(f"threshold={given!r} is not allowed: it must be a finite number{also} or None.")
+        return np.asarray(given, dtype=np.float32)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -174,7 +184,7 @@ class OnnxEarlyExitModel:
         text_pairs: Sequence[str] | None = None,
         *,
         batch_size: int = 32,
-        threshold: float | None = None,
+        threshold: float | Sequence[float] | None = None,
         patience: int | None = None,
     ) -> list[dict[str, Any]]:
         """Answers texts, or pairs of texts.

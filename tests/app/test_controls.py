@@ -52,6 +52,12 @@ def test_the_same_label_or_another_leaves_no_threshold() -> None:
     assert [control.field for control in opened_controls(MULTI, divergence="label")[1]] == ["threshold", "patience"]
 
 
+def test_thresholds_of_each_exit_stay_as_they_are() -> None:
+    rule, found = opened_controls(policy="confident_patience", threshold=[0.5, 0.25, 0.1, 0.2, 0.0], patience=2)
+    assert [control.field for control in found] == ["patience"]
+    assert apply(rule, found, [1]) == EarlyExitConfig.of(rule, patience=1)
+
+
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
 @pytest.mark.parametrize("name", NAMES)
 def test_spelling_out_changes_no_exit(name: str, kind: str) -> None:

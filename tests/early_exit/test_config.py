@@ -34,14 +34,14 @@ FULL = {
 }
 FULL["calibration"] = EarlyExitConfig(**FULL).calibration  # with what says which settings it is of
 
-NOT_NUMBERS = (math.nan, math.inf, -math.inf, "0.2", True, [0.1])
+NOT_NUMBERS = (math.nan, math.inf, -math.inf, "0.2", True)
 NOT_WHOLE = (-1, 1.5, 2.0, True, "2", math.nan)
 
 WRONG = [
     *(("policy", v) for v in ("dge", "Divergence", "", None, 1, ["never"])),
     *(("divergence", v) for v in ("jsd", "CE", None)),
     *(("window", v) for v in ("any", 2, None)),
-    *(("threshold", v) for v in NOT_NUMBERS),
+    *(("threshold", v) for v in (*NOT_NUMBERS, [], [0.1, None], [0.1, math.nan], [True], ["a"], {})),
     *(("patience", v) for v in (0, *NOT_WHOLE)),
     *(("min_exit", v) for v in NOT_WHOLE),
     *(("max_exit", v) for v in NOT_WHOLE),
@@ -124,6 +124,19 @@ def test_fixed_depth_needs_a_depth():
     with pytest.raises(ValueError, match=r"fixed_depth.*needs depth"):
         EarlyExitConfig(policy="fixed_depth")
     assert EarlyExitConfig(policy="fixed_depth", depth=0).depth == 0
+
+
+def test_a_threshold_for_each_exit():
+    given = [0.5, 1]
+    config = EarlyExitConfig(threshold=given)
+    given[0] = 7
+    assert config.threshold == [0.5, 1.0] and all(type(tau) is float for tau in config.threshold)
+    assert config == EarlyExitConfig(threshold=np.array([0.5, 1], np.float32)) == EarlyExitConfig(threshold=(0.5, 1.0))
+    assert hash(config) == hash(EarlyExitConfig.of(json.loads(json.dumps(config.to_dict()))))
+    assert (
+        EarlyExitConfig.of(EarlyExitConfig(threshold=[0.5, 1], calibration={"rows": 1}), threshold=0.5).calibration
+        is None
+    )
 
 
 def test_whole_thresholds_and_tuples_become_what_json_gives():

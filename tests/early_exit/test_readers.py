@@ -32,6 +32,9 @@ def logits_of(seed: int, rows: int, num_labels: int, kind: str) -> torch.Tensor:
     return {"whole": logits.round(), "huge": logits * 1e4}.get(kind, logits)
 
 
+TAUS = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 2.0, 1e4])
+
+
 @st.composite
 def configs(draw, exits, num_labels, problem_type):
     """Any config but those that `check` refuses."""
@@ -43,7 +46,7 @@ def configs(draw, exits, num_labels, problem_type):
         **fields_of(name, exits, num_labels, problem_type),
         "divergence": draw(st.sampled_from(["ce", "kl", "js", "label"])),
         "window": draw(st.sampled_from(["all", "consecutive"])),
-        "threshold": draw(st.sampled_from([None, 0.0, 0.01, 0.1, 0.5, 0.7, 1.0, 2.0, 1e4])),
+        "threshold": draw(st.none() | TAUS | st.lists(TAUS, min_size=len(exits), max_size=len(exits))),
         "patience": draw(st.none() | st.integers(1, 4)),
         "normalize": draw(st.booleans()),
         "decide_every": draw(st.sampled_from([1, 1, 2, 3, 4, 9])),

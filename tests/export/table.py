@@ -58,7 +58,7 @@ class TableGraph:
         return g.body
 
     def __call__(
-        self, logits: np.ndarray, threshold: float | None, patience: int, doubts: np.ndarray | None = None
+        self, logits: np.ndarray, threshold: Any, patience: int, doubts: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(answers [B, K], exit_layer [B])."""
         feed = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from badge_peft.early_exit.history import as_history
 from badge_peft.early_exit.policies import ThresholdPolicy, build_policy
 from badge_peft.export.policies import Decision
+from badge_peft.export.runtime import OnnxEarlyExitModel
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
 from tests.early_exit.rules import NO_REGRESSION, fields_of
 from tests.labels import label
@@ -91,6 +92,35 @@ def test_as_replay(rule, problem, compact):
             np.testing.assert_array_equal(answers, logits[np.arange(ROWS), exits - 1])
             seen |= set(exits.tolist())
     assert len(seen) > 2  # rows did stop at different blocks
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
+@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+def test_a_threshold_for_each_exit(rule, problem, compact):
+    """Those of the file, and others with the call."""
+    from .table import TableGraph
+
+    logits = logits_of(problem)
+    rule = full_rule(rule, problem, logits)
+    found = thresholds(rule, problem, logits)
+    taus = [found[j % len(found)] for j in range(EXITS)]
+    graph = TableGraph({**rule, "threshold": taus}, EXITS, logits.shape[2], problem, compact)
+    counts = build_policy(rule).counts_exits
+    takes = build_policy(rule).uses_threshold(problem)
+    for own, t in ((None, 1), (taus[::-1], 2), ([found[0]] * EXITS, 1)):
+        t = t if counts else 1
+        chosen = {**rule, "threshold": taus if own is None else own, "patience": t}
+        _, exits = graph(logits, own if takes else None, t, doubts_of())
+        np.testing.assert_array_equal(exits, build_policy(chosen).replay(logits, None, problem, doubts_of()).numpy())
+
+
+def test_what_an_exported_file_takes():
+    one, many = (OnnxEarlyExitModel(None, None, {"threshold": own}) for own in (0.5, [0.5, 0.25, 1.0]))
+    assert one._threshold(2) == 2 and one._threshold(2).shape == ()
+    assert many._threshold(2).tolist() == [2, 2, 2] and many._threshold([1, 2, 3]).tolist() == [1, 2, 3]
+    for model, taus in ((one, [1.0]), (one, "a"), (many, [1.0]), (many, [1, 2, float("nan")]), (many, [[1, 2, 3]])):
+        with pytest.raises(ValueError, match="is not allowed: it must be a finite number"):
+            model._threshold(taus)
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])

@@ -171,6 +171,12 @@ class ExitPolicy(PolicyText):
                 raise ValueError(f"{name}={value} is not allowed: the model has {last} blocks.")
         if cap is not None and cap < exits[0]:
             raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
+        taus = self.config.threshold
+        if isinstance(taus, list) and len(taus) != len(exits):
+            raise ValueError(
+                f"threshold has {len(taus)} numbers, but there are {len(exits)} exits, at blocks {list(exits)}: give "
+                "one for each, or a single number for all."
+            )
 
     @property
     def max_exit(self) -> int | None:
@@ -193,8 +199,8 @@ class ExitPolicy(PolicyText):
         """Whether the field `threshold` changes anything."""
         return False
 
-    def threshold(self, num_labels: int, problem_type: str) -> float:
-        """The threshold in force, in the unit of what it is compared with; 0 where nothing is."""
+    def threshold(self, num_labels: int, problem_type: str, j: int = 0) -> float:
+        """The threshold in force at exit j (index), in the unit of what it is compared with; 0 where nothing is."""
         return 0.0
 
     def unit(self, num_labels: int, problem_type: str) -> float:

@@ -116,7 +116,8 @@ class MaxProbPolicy(ConfidencePolicy):
 class ConfidentPatiencePolicy(ConfidencePolicy):
     """PCEE: stop when t exits in a row have an entropy below the threshold, a share of ln K.
 
-    The score is the largest of the last t entropies, divided by ln K. Source: Zhang et al., "PCEE-BERT", 2022.
+    The score is the largest of the last t entropies, divided by ln K. Where each exit has a threshold of its own, each
+    of the t is compared with its own. Source: Zhang et al., "PCEE-BERT", 2022.
     Defaults: t = 2, threshold 0.4.
     """
 
@@ -138,6 +139,14 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
             worst = np.maximum(worst, history.entropy(j - k))
         return self._share(history, worst)
 
+    def should_exit_each(self, history: ExitHistory, j: int) -> Array:
+        """[n] bool: t exits in a row are sure enough, each by its own threshold."""
+        if j + 1 < self.patience:
+            return np.zeros(history.rows, dtype=bool)
+        return self._all_below(
+            history, [self._share(history, history.entropy(j - k)) for k in range(self.patience)], j
+        )
+
     def nodes(self, at: ExitNodes) -> Value | None:
         """The run of exits that are sure enough."""
         share = at.op("Div", at.entropy(), at.floats(at.scale))
@@ -153,9 +162,9 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
         """The exit's own entropy, and how many exits in a row, up to this one, were sure enough."""
         shares = [float(self._share(history, history.entropy(i))[0]) for i in range(j + 1)]
         count = 0
-        while count <= j and self._passes(history, shares[j - count]):
+        while count <= j and self._passes(history, shares[j - count], j - count):
             count += 1
-        return self._evidence(history, (Measured(history.exits[j], shares[j], count > 0),), count, in_a_row=True)
+        return self._evidence(history, j, (Measured(history.exits[j], shares[j], count > 0),), count, in_a_row=True)
 
     def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
         """The exits that were sure."""

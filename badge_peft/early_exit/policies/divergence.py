@@ -28,7 +28,9 @@ class DivergencePolicy(ThresholdPolicy):
 
     `window="all"` is Eq. 3. `window="consecutive"` counts the unbroken run of adjacent agreements
     S(p_j, p_{j-1}) < tau that ends at m. The score is the t-th smallest divergence (`all`), or the largest of the
-    last t (`consecutive`): it lies below tau exactly where the count reaches t. Source: BADGE, section 3.2.
+    last t (`consecutive`): it lies below tau exactly where the count reaches t. Where each exit has a threshold of its
+    own, it is that of the exit that decides (`all`), and of each exit of the run (`consecutive`). Source: BADGE,
+    section 3.2.
 
     Defaults: t = 1; tau = 0.3 ln K for `ce` (which has to exceed the entropy of the prediction itself), 0.05 ln K for
     `kl`, 0.02 ln K for `js`, 0.5 for `label`; K independent labels count K ln 2 in place of ln K; 0.1 for regression,
@@ -68,6 +70,14 @@ class DivergencePolicy(ThresholdPolicy):
         for k in range(1, t):
             run = np.maximum(run, history.to_previous(kind, j - k))
         return run
+
+    def should_exit_each(self, history: ExitHistory, j: int) -> Array:
+        """[n] bool: in a run of exits, each is compared with its own threshold."""
+        if not self.consecutive:
+            return super().should_exit_each(history, j)
+        if j < self.patience:
+            return np.zeros(history.rows, dtype=bool)
+        return self._all_below(history, [history.to_previous(self.kind, j - k) for k in range(self.patience)], j)
 
     def nodes(self, at: ExitNodes) -> Value | None:
         """The count of Eq. 3, or the run of adjacent agreements: patience is an input of the graph."""
@@ -137,14 +147,14 @@ class DivergencePolicy(ThresholdPolicy):
         first = max(0, j - 1) if consecutive else 0
         values = (float(history.to(kind, j, i)[0]) for i in range(first, j))
         measured = tuple(
-            Measured(history.exits[i], value, self._passes(history, value)) for i, value in enumerate(values, first)
+            Measured(history.exits[i], value, self._passes(history, value, j)) for i, value in enumerate(values, first)
         )
         count = sum(m.passes for m in measured)
         if consecutive:
             count = 0
-            while count < j and self._passes(history, float(history.to_previous(kind, j - count)[0])):
+            while count < j and self._passes(history, float(history.to_previous(kind, j - count)[0]), j - count):
                 count += 1
-        return self._evidence(history, measured, count, in_a_row=consecutive, of_pairs=True)
+        return self._evidence(history, j, measured, count, in_a_row=consecutive, of_pairs=True)
 
     def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
         """The exits that are near."""

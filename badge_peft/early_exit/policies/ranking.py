@@ -43,6 +43,11 @@ class TopKPolicy(ThresholdPolicy):
     by_group = True
 
     @property
+    def decides_alone(self) -> bool:
+        """Whether the k-th best is reached depends on who has left before."""
+        return False
+
+    @property
     def group_size(self) -> int:
         """k: how many candidates of a query count."""
         return 10 if self.config.top_k is None else self.config.top_k
@@ -56,7 +61,7 @@ class TopKPolicy(ThresholdPolicy):
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: more than the margin below."""
-        return self.score(history, j) > self.limit(j, self.threshold(1, history.problem_type))
+        return self.score(history, j) > self.limit(j, self.threshold(1, history.problem_type, j))
 
     def limit(self, j: int, factor: float) -> np.float32:
         """margin_m of exit j (index), times a factor."""
@@ -90,7 +95,8 @@ class TopKPolicy(ThresholdPolicy):
     @classmethod
     def check_config(cls, config: EarlyExitConfig) -> None:
         """Refuses margins and a factor with which fewer than k would stay."""
-        if config.threshold is not None and config.threshold < 0:
+        taus = config.threshold if isinstance(config.threshold, list) else [config.threshold]
+        if any(tau is not None and tau < 0 for tau in taus):
             raise ValueError(
                 f"threshold={config.threshold} is not allowed: with policy='top_k' it is a factor on the margins, 0 "
                 "or more."

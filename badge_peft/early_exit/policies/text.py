@@ -76,10 +76,16 @@ class PolicyText:
 
 def describe(config: EarlyExitConfig) -> str:
     """The policy and what is set: `divergence (ce), threshold=0.2, patience=1`."""
-    shown = [f"{name}={getattr(config, name):.4g}" for name in _IN_A_LINE if getattr(config, name) is not None]
+    set_ = ((name, getattr(config, name)) for name in _IN_A_LINE)
+    shown = [f"{name}={short(value)}" for name, value in set_ if value is not None]
     if config.decide_every > 1:
         shown.append(f"decide_every={config.decide_every}")
     return ", ".join([POLICIES[config.policy].title(config), *shown])
+
+
+def short(value: float | list[float]) -> str:
+    """Four digits, also of each number of a list."""
+    return f"[{', '.join(map(short, value))}]" if isinstance(value, list) else f"{value:.4g}"
 
 
 def policy_label(config: EarlyExitConfig) -> str:

@@ -37,7 +37,13 @@ class ThresholdPolicy(ExitPolicy):
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the score is on the right side of the threshold."""
+        if isinstance(self.config.threshold, list):
+            return self.should_exit_each(history, j)
         return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type))
+
+    def should_exit_each(self, history: ExitHistory, j: int) -> Array:
+        """[n] bool: as `should_exit`, where each exit has a threshold of its own."""
+        return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type, j))
 
     def compare(self, score: Array, threshold: float | Array) -> Array:
         """[n] bool: which scores [n] lie on the right side of the threshold, one or [n]."""
@@ -49,10 +55,12 @@ class ThresholdPolicy(ExitPolicy):
         return self.compare(self.score(history, j), thresholds)
 
     def company(self, num_labels: int) -> Hashable | None:
-        """All but the threshold; with scores that count labels, K too."""
+        """All but the threshold, where there is one for all exits; with scores that count labels, K too."""
         own = type(self)
         decides_by_score = own.should_exit is ThresholdPolicy.should_exit and own.stops is ExitPolicy.stops
         if self.reads_uncertainty or not decides_by_score or own.compare is not ThresholdPolicy.compare:
+            return None
+        if isinstance(self.config.threshold, list):
             return None
         rest = replace(self.config, threshold=None, normalize=False, calibration=None)
         return own, rest, num_labels if self.counts_labels else None
@@ -66,12 +74,20 @@ class ThresholdPolicy(ExitPolicy):
     def uses_threshold(self, problem_type: str) -> bool:
         return True
 
-    def threshold(self, num_labels: int, problem_type: str) -> float:
-        """The config's, or the default."""
+    def threshold(self, num_labels: int, problem_type: str, j: int = 0) -> float:
+        """The config's at exit j (index), or the default."""
         given = self.config.threshold
         if given is None or not self.uses_threshold(problem_type):
             return self.default_threshold(num_labels, problem_type)
-        return given * self.unit(num_labels, problem_type)
+        return (given[j] if isinstance(given, list) else given) * self.unit(num_labels, problem_type)
+
+    def _tau(self, history: ExitHistory, j: int) -> np.float32:
+        return np.float32(self.threshold(history.num_labels, history.problem_type, j))
+
+    def _all_below(self, history: ExitHistory, values: Sequence[Array], j: int) -> Array:
+        """[n] bool: whether each of the `values` [n] of exits in a row, exit j the first and from there upwards, lies
+        below the threshold of its own exit."""
+        return np.logical_and.reduce([x < self._tau(history, j - k) for k, x in enumerate(values)])
 
     def in_nats(self, problem_type: str) -> bool:
         """Whether the score grows with ln K."""
@@ -120,26 +136,27 @@ class ThresholdPolicy(ExitPolicy):
         """The score, compared with the threshold."""
         value = float(self.score(history, j)[0])
         passes = bool(self.should_exit(history, j)[0])
-        return self._evidence(history, (Measured(history.exits[j], value, passes),))
+        return self._evidence(history, j, (Measured(history.exits[j], value, passes),))
 
     def _evidence(
         self,
         history: ExitHistory,
+        j: int,
         measured: tuple[Measured, ...],
         count: int | None = None,
         in_a_row: bool = False,
         of_pairs: bool = False,
     ) -> Evidence:
         kind = history.problem_type
-        limit = float(self.threshold(history.num_labels, kind)) if self.uses_threshold(kind) else None
+        limit = float(self.threshold(history.num_labels, kind, j)) if self.uses_threshold(kind) else None
         patience = None if count is None else self.patience
         return Evidence(
             *self.quantity(kind), limit, self.stops_above, measured, count, patience, in_a_row, of_pairs=of_pairs
         )
 
-    def _passes(self, history: ExitHistory, value: float) -> bool:
-        """Whether a score counts as close or sure: compared as `should_exit` does, in float32."""
-        return bool(np.float32(value) < np.float32(self.threshold(history.num_labels, history.problem_type)))
+    def _passes(self, history: ExitHistory, value: float, j: int) -> bool:
+        """Whether a score of exit j counts as close or sure: compared as `should_exit` does, in float32."""
+        return bool(np.float32(value) < self._tau(history, j))
 
     def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: `score` as nodes."""
