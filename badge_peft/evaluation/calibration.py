@@ -25,7 +25,7 @@ from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest
 from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
-from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, search
+from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, pareto, search
 from badge_peft.utils.checks import check_number
 from badge_peft.utils.problem import problem_of
 
@@ -41,6 +41,7 @@ def calibrate(
     target_speedup: float | None = None,
     confidence: float | None = None,
     metric: Metric = "accuracy",
+    per_exit: bool = False,
 ) -> EarlyExitConfig:
     """Chooses threshold and patience on stored exit logits.
 
@@ -62,6 +63,9 @@ def calibrate(
             below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
             them).
         metric: As for `exit_scores`.
+        per_exit: Also try settings that differ from exit to exit: a threshold for each, and for `max_prob` a
+            temperature for each, fitted on the labels. They are taken where they save more, or at a `target_speedup`
+            lose less, on rows that did not choose them. Not tried where a policy counts exits in a row.
 
     Returns:
         The config; its `calibration` records what was measured here: `score` on all of these rows, `drop`, of rows
@@ -83,10 +87,20 @@ def calibrate(
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     bound: dict[str, Any] = {}
     if confidence is not None:
-        best, rows = _certified(scored, policy, max_score_drop, confidence, metric)
+        best, rows = _certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
         best, held = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup)
+        if per_exit:
+            each = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup, per_exit=True)
+            if _wins(each[1], held, target_speedup):
+                best, held = each
+        if held is None and max_score_drop is not None:
+            warnings.warn(
+                f"{len(scored)} rows cannot show that any setting loses at most {max_score_drop}: the setting with "
+                "the best score is returned, of equal ones the slowest. Give more rows, or allow more.",
+                stacklevel=2,
+            )
         if held is not None:
             bound = {"drop": held.drop, "drop_interval": [held.low, held.high], "drop_from": reference}
     if best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
@@ -119,15 +133,16 @@ def _cross_fitted(
     reference: str,
     max_score_drop: float | None,
     target_speedup: float | None,
+    per_exit: bool = False,
 ) -> tuple[TradeOffPoint, HeldOut | None]:
     """The setting, and what its speed-up costs on rows that did not choose it; None where that cannot be told."""
-    points = search(exit_logits, policy, SETTINGS, metric)
+    points = search(exit_logits, policy, SETTINGS, metric, per_exit)
     most, fastest = max(p.score for p in points), max(p.layer_speedup for p in points)
     if max_score_drop is None:
         assert target_speedup is not None
         if fastest < target_speedup - 1e-12:
             raise ValueError(f"target_speedup={target_speedup} cannot be reached: {fastest:.3f} is the most here.")
-        found = cross_fit(exit_logits, policy, metric, reference, [target_speedup])
+        found = cross_fit(exit_logits, policy, metric, reference, [target_speedup], per_exit=per_exit)
         return best_at(points, target_speedup), next(iter(found), None)
     scores = exit_scores(exit_logits, metric)
     wanted = scores.best if reference == "best" else scores.per_exit[-1]
@@ -137,19 +152,21 @@ def _cross_fitted(
             f"max_score_drop={max_score_drop} cannot be reached below max_exit: {name} scores {wanted:.4f} and "
             f"{most:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
         )
-    held = fastest_within(cross_fit(exit_logits, policy, metric, reference), max_score_drop)
+    held = fastest_within(cross_fit(exit_logits, policy, metric, reference, per_exit=per_exit), max_score_drop)
     if held is not None:
         return best_at(points, held.goal), held
-    warnings.warn(
-        f"{len(exit_logits)} rows cannot show that any setting loses at most {max_score_drop}: the setting with the "
-        "best score is returned, of equal ones the slowest. Give more rows, or allow more.",
-        stacklevel=3,
-    )
     return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
 
 
+def _wins(held: HeldOut | None, other: HeldOut | None, target_speedup: float | None) -> bool:
+    """Whether what `held` was measured of is better than `other` on rows that chose neither."""
+    if held is None or other is None:
+        return held is not None
+    return held.drop < other.drop if target_speedup is not None else held.goal > other.goal
+
+
 def _certified(
-    exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric
+    exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric, per_exit: bool
 ) -> tuple[TradeOffPoint, int]:
     """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
     the number of rows that tested it."""
@@ -168,7 +185,7 @@ def _certified(
     error = problem_of(test_half.kind).error  # [n], 1 where the answer is wrong
     full_depth = error(test_half.logits[:, -1], test_half.labels)
     best = None
-    for point in pareto(search(search_half, policy, CERTIFIED_SETTINGS, metric)):
+    for point in pareto(search(search_half, policy, CERTIFIED_SETTINGS, metric, per_exit)):
         stops = torch.from_numpy(build_policy(point.config).replay_history(test_half.history()))
         losses = error(test_half.answers(stops), test_half.labels) - full_depth
         if not _is_certified(losses.numpy(), alpha, confidence):
@@ -194,15 +211,6 @@ def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Met
     share = "with confidence it is a share of the rows, below 1 (0.01 is a point of accuracy)"
     check_number("max_score_drop", max_score_drop, lambda drop: drop < 1, share)
     return 2 * rows_needed(max_score_drop, confidence)
-
-
-def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
-    """The points that no other beats in both score and speed-up, from slow to fast."""
-    front: list[TradeOffPoint] = []
-    for point in sorted(points, key=lambda p: (-p.layer_speedup, -p.score)):
-        if not front or point.score > front[-1].score:
-            front.append(point)
-    return front[::-1]
 
 
 def rows_needed(alpha: float, confidence: float) -> int:

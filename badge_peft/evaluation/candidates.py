@@ -18,18 +18,21 @@ Array = np.ndarray
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
 
 
-def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> list[EarlyExitConfig]:
+def families(
+    policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits, per_exit: bool = False
+) -> list[EarlyExitConfig]:
     """The variants of `policy` worth searching for these exits, each without its threshold.
 
     A name leaves the patience open; `auto` stands for every policy in all its forms, with and without a cap at the
-    exit that is best on this data. Policies that have to be fitted are fitted here.
+    exit that is best on this data. Policies that have to be fitted are fitted here; with `per_exit` also what else a
+    policy may fit for each exit.
     """
     if policy == "auto":
         seen = exit_logits.history()
         learned = seen.uncertainty is not None
         known = [policy for policy in POLICIES.values() if learned or not policy.reads_uncertainty]
         templates = [template for policy in known for template in policy.templates(seen.problem_type)]
-        found = [config for template in templates for config in families(template, exit_logits)]
+        found = [config for template in templates for config in families(template, exit_logits, per_exit)]
         best = best_exit(exit_logits)
         if best == exit_logits.exits[-1]:
             return found
@@ -37,7 +40,9 @@ def families(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLo
     history = exit_logits.history()
     built = build_policy(fitted({"policy": policy} if isinstance(policy, str) else policy, exit_logits))
     most = max(1, min(MAX_PATIENCE, len(history.exits) - 1))
-    return built.variants(range(1, most + 1), history.problem_type)
+    more = built.per_exit_forms(history, exit_logits.labels) if per_exit else []
+    forms = [built, *map(build_policy, more)]
+    return [config for form in forms for config in form.variants(range(1, most + 1), history.problem_type)]
 
 
 def fitted(config: EarlyExitConfig | dict[str, Any], exit_logits: ExitLogits) -> EarlyExitConfig:
@@ -98,6 +103,12 @@ def _thresholds(scores: Array, stops_above: bool, history: ExitHistory, count: i
 def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
     """[E-1, N]: the smallest score of a row up to each exit but the last, so that a row has stopped by exit j
     exactly where this lies below the threshold. A confidence counts as its negative."""
+    return np.minimum.accumulate(decided_scores(policy, history), axis=0)
+
+
+def decided_scores(policy: ThresholdPolicy, history: ExitHistory) -> Array:
+    """[E-1, N]: the score of a row at each exit but the last; infinity where it cannot stop. A confidence counts as
+    its negative."""
     sign = np.float32(-1.0 if policy.stops_above else 1.0)
     rows = []
     for j in range(len(history.exits) - 1):
@@ -108,7 +119,7 @@ def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
         )
     if not rows:
         return np.empty((0, history.rows), dtype=np.float32)
-    return np.minimum.accumulate(np.stack(rows), axis=0)
+    return np.stack(rows)
 
 
 def _stops(policy: ThresholdPolicy, scores: Array, history: ExitHistory) -> Array:

@@ -63,6 +63,7 @@ def cross_fit(
     reference: str,
     goals: Sequence[float] | None = None,
     seed: int = 0,
+    per_exit: bool = False,
 ) -> list[HeldOut]:
     """Speed-ups, slow to fast, with the drop that each costs on rows that did not choose the settings.
 
@@ -73,6 +74,7 @@ def cross_fit(
         reference: What a drop is counted from: the `last` exit, or the `best`.
         goals: Layer speed-ups, increasing; None spreads `SPEEDUPS` of them.
         seed: Of the division into folds and of the bootstrap.
+        per_exit: As for `search`.
 
     Returns:
         One entry for each goal that every fold reaches; none where there are fewer than two rows.
@@ -88,7 +90,7 @@ def cross_fit(
         tested = exit_logits.select(torch.from_numpy(held)).history()
         if reference == "best":
             full[held] = exit_scores(chosen_on, metric).best_exit
-        points = search(chosen_on, policy, SETTINGS, metric)
+        points = search(chosen_on, policy, SETTINGS, metric, per_exit)
         fastest = max(p.layer_speedup for p in points)
         best = None
         for g in np.flatnonzero(speedups <= fastest + 1e-12):

@@ -17,6 +17,7 @@ from badge_peft.early_exit.policies.text import policy_label
 from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, score
+from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,32 @@ def sweep(
 
 
 def search(
-    exit_logits: ExitLogits, policy: str | dict[str, Any] | EarlyExitConfig, count: int, metric: Metric
+    exit_logits: ExitLogits,
+    policy: str | dict[str, Any] | EarlyExitConfig,
+    count: int,
+    metric: Metric,
+    per_exit: bool = False,
 ) -> list[TradeOffPoint]:
     """Every setting of every variant of `policy` that a calibration considers, and the fixed depths between the
-    `min_exit` and `max_exit` that it asks for."""
+    `min_exit` and `max_exit` that it asks for; with `per_exit` also settings that differ from exit to exit."""
     asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
     fixed = EarlyExitConfig(
         policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
     )
-    return curve_points(exit_logits, [fixed, *families(policy, exit_logits)], count, metric)
+    points = curve_points(exit_logits, [fixed, *families(policy, exit_logits, per_exit)], count, metric)
+    if per_exit:
+        more = settings_per_exit([point.config for point in pareto(points)], exit_logits)
+        points += [evaluate_policy(exit_logits, config, metric) for config in more]
+    return points
+
+
+def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
+    """The points that no other beats in both score and speed-up, from slow to fast."""
+    front: list[TradeOffPoint] = []
+    for point in sorted(points, key=lambda p: (-p.layer_speedup, -p.score)):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front[::-1]
 
 
 def default_policies(problem_type: str) -> list[str]:

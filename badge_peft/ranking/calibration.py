@@ -18,9 +18,8 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation.calibration import pareto
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.tradeoff import TradeOffPoint
+from badge_peft.evaluation.tradeoff import TradeOffPoint, pareto
 from badge_peft.ranking.margins import margin_settings
 from badge_peft.ranking.metrics import ranking_scores, top_k_kept
 from badge_peft.utils.checks import check_int, check_number

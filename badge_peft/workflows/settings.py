@@ -196,6 +196,8 @@ class Goal(Settings):
         top_k: For ranking: how many candidates of a query count. Default: 10.
         keep: For ranking, in the place of a largest drop: share of the queries whose top k is to be full depth's.
             Default: 0.95.
+        per_exit: Also try a threshold, and for max_prob a temperature, for each exit; they are taken where they are
+            better on rows that did not choose them.
     """
 
     policy: str = "auto"
@@ -204,8 +206,9 @@ class Goal(Settings):
     confidence: float | None = None
     top_k: int | None = None
     keep: float | None = None
+    per_exit: bool = False
 
-    def arguments(self) -> dict[str, float | None]:
+    def arguments(self) -> dict[str, Any]:
         """What `calibrate` takes besides the policy; without a goal, a drop of 0.01.
 
         Raises:
@@ -217,7 +220,8 @@ class Goal(Settings):
         if drop is not None and speedup is not None:
             raise ValueError("max_score_drop and target_speedup are two goals: give exactly one of them.")
         drop = 0.01 if drop is None and speedup is None else drop
-        return {"max_score_drop": drop, "target_speedup": speedup, "confidence": self.confidence}
+        goal = {"max_score_drop": drop, "target_speedup": speedup, "confidence": self.confidence}
+        return {**goal, "per_exit": self.per_exit}
 
     def ranking_arguments(self) -> dict[str, Any]:
         """What `calibrate_ranking` takes.
@@ -229,6 +233,8 @@ class Goal(Settings):
             raise ValueError(f"policy={self.policy!r} is not allowed for ranking: it is 'top_k'.")
         if self.max_score_drop is not None or self.target_speedup is not None:
             raise ValueError("max_score_drop and target_speedup are not for ranking: say with keep what may be lost.")
+        if self.per_exit:
+            raise ValueError("per_exit is not for ranking: leave it out, its margins are one for each exit already.")
         keep = 0.95 if self.keep is None else self.keep
         return {"top_k": 10 if self.top_k is None else self.top_k, "keep": keep, "confidence": self.confidence}
 

@@ -171,12 +171,6 @@ class ExitPolicy(PolicyText):
                 raise ValueError(f"{name}={value} is not allowed: the model has {last} blocks.")
         if cap is not None and cap < exits[0]:
             raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
-        taus = self.config.threshold
-        if isinstance(taus, list) and len(taus) != len(exits):
-            raise ValueError(
-                f"threshold has {len(taus)} numbers, but there are {len(exits)} exits, at blocks {list(exits)}: give "
-                "one for each, or a single number for all."
-            )
 
     @property
     def max_exit(self) -> int | None:
@@ -243,6 +237,10 @@ class ExitPolicy(PolicyText):
             reference: Block number of the exit that is best on these rows.
         """
         return config
+
+    def per_exit_forms(self, history: ExitHistory, labels: torch.Tensor | None) -> list[EarlyExitConfig]:
+        """The config with numbers fitted for each exit, other than thresholds, where it leaves them open."""
+        return []
 
     # A sweep varies the threshold; of a policy that counts exits and has no threshold, the patience.
 

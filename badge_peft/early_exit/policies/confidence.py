@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words
 from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.early_exit.policies.temperature import fitted_temperatures
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import problem_of
@@ -96,6 +100,12 @@ class MaxProbPolicy(ConfidencePolicy):
             logits = at.op("Div", logits, at.floats(self.config.temperature[at.index]))
         return at.confidence(at.log_probs(logits))
 
+    def per_exit_forms(self, history: ExitHistory, labels: Tensor | None) -> list[EarlyExitConfig]:
+        """With the temperatures that make the probabilities of each exit right on average."""
+        if labels is None or self.config.temperature is not None:
+            return []
+        return [replace(self.config, temperature=fitted_temperatures(history, labels.numpy()))]
+
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         return 0.9 if problem_of(problem_type).many_labels else 0.5 + 0.8 / max(num_labels, 2)
 
@@ -124,6 +134,11 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
     name = "confident_patience"
     counts_exits = True
     default_patience = 2
+
+    @property
+    def decides_alone(self) -> bool:
+        """A run of exits counts."""
+        return False
 
     def lookback(self) -> int:
         """t - 1."""

@@ -54,6 +54,11 @@ class DivergencePolicy(ThresholdPolicy):
         """Whether only the unbroken run of adjacent agreements counts."""
         return self.config.window == "consecutive"
 
+    @property
+    def decides_alone(self) -> bool:
+        """Where no run of exits counts."""
+        return not self.consecutive
+
     def lookback(self) -> int | None:
         """All exits, or t of them."""
         return self.patience if self.consecutive else None

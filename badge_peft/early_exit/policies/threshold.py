@@ -27,6 +27,11 @@ class ThresholdPolicy(ExitPolicy):
     #: Whether the score asks how many labels there are, and not only what the exits say of each.
     counts_labels: ClassVar[bool] = True
 
+    @property
+    def decides_alone(self) -> bool:
+        """Whether a decision at an exit depends on no other exit's threshold."""
+        return True
+
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n] float32: how sure (or unsure) exit j (index) is of each row, from the exits up to j."""
         raise NotImplementedError
@@ -70,6 +75,16 @@ class ThresholdPolicy(ExitPolicy):
         return np.full(history.rows, -np.inf if self.stops_above else np.inf, dtype=np.float32)
 
     # -------------------------------------------------------------------------------------------------- the threshold
+
+    def check(self, exits: Sequence[int], num_labels: int, problem_type: str) -> None:
+        """Refuses thresholds that are not one per exit, too."""
+        super().check(exits, num_labels, problem_type)
+        taus = self.config.threshold
+        if isinstance(taus, list) and len(taus) != len(exits):
+            raise ValueError(
+                f"threshold has {len(taus)} numbers, but there are {len(exits)} exits, at blocks {list(exits)}: give "
+                "one for each, or a single number for all."
+            )
 
     def uses_threshold(self, problem_type: str) -> bool:
         return True
