@@ -120,7 +120,7 @@ def test_every_field_says_what_it_is():
         *(("num_labels", value, "at least 1") for value in (0, 2.5, "2", True)),
         *(("problem_type", value, "single_label_classification, multi_label_classification") for value in ("x", 1)),
         *(("label_names", value, "list of different strings") for value in ("ab", ("a", "b"), ["a", "a"], [0, 1])),
-        *(("task_type", value, "SEQ_CLS") for value in ("TOKEN_CLS", TaskType.CAUSAL_LM)),
+        *(("task_type", value, "SEQ_CLS") for value in ("QUESTION_ANS", TaskType.CAUSAL_LM)),
         ("block_layout", "bert", "a BlockLayout or a dict"),
         ("block_layout", {"blocks": "h"}, "attention_norm"),
         ("block_layout", {**LAYOUT, "layers": "h"}, "'layers'.*attention_norm"),
