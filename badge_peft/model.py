@@ -25,6 +25,7 @@ from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.identity import CONFIG_TENSOR, weights_hash
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
+from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
 from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names, watch_saved_modules
@@ -84,6 +85,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             self.wrapped[0].badge_doubt[adapter_name] if config.learn_to_exit else None,
             config.carry,
             config.ladder,
+            own_pooler(self.model, self.layout, adapter_name) if config.exit_type == "shared_pooled" else None,
         )
 
     @property
@@ -207,7 +209,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             self._replace_module(parent, target_name, block, target)
             target = block
         norm = exit_norm(self.model, current_key, self.layout)
-        target.update_layer(adapter_name, peft_config, own_exits(peft_config, self.num_blocks), norm)
+        exits = own_exits(peft_config, self.num_blocks)
+        target.update_layer(adapter_name, peft_config, exits, norm, own_pooler(self.model, self.layout))
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, requires_grad=False)
 

@@ -52,6 +52,10 @@ PARTS: dict[str, Parts] = {
     "modernbert": Parts("layers.*", "mlp_norm", None, "final_norm", lambda block, x: block.mlp(block.mlp_norm(x))),
 }
 
+#: The dense layer in front of the tanh that the model's own head reads.
+POOLERS = {"bert": "bert.pooler.dense", "albert": "albert.pooler"}
+POOLERS |= dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), "classifier.dense")
+
 ACTIVATIONS: dict[str, Any] = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
     "relu": lambda x: x.clamp(min=0),
@@ -208,6 +212,9 @@ def exit_logits(
     pooled = pool(state, mask, kind)
     if config.exit_type == "pooled":
         pooled = torch.tanh(pooled @ w["dense.weight"].T + w["dense.bias"])
+    if config.exit_type == "shared_pooled":
+        dense = model.get_submodule(POOLERS[model.config.model_type])
+        pooled = torch.tanh(pooled @ dense.weight.T + dense.bias)
     return pooled @ w["linear.weight"].T + w["linear.bias"]
 
 

@@ -318,6 +318,7 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
     exits = {
         "linear": k * (d + 1),
         "pooled": d * (d + 1) + k * (d + 1),
+        "shared_pooled": k * (d + 1),
         "mha": 4 * 32 * d + k * (d + 1),
         "past_future": 2 * d * (d + 1) + 32 * (d + 1) + 33 * k + k * (d + 1),
     }

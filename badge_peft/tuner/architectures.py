@@ -5,6 +5,7 @@ Decoders that are built as Llama is are found by their parts (`decoders.py`)."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -25,10 +26,8 @@ _BERT = BlockLayout(
 )
 
 ARCHITECTURES: dict[str, BlockLayout] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
+    "bert": replace(_BERT, pooler="pooler.dense"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), replace(_BERT, pooler="classifier.dense")),
     "electra": _BERT,
     "albert": BlockLayout(
         blocks="encoder.albert_layer_groups",
@@ -36,6 +35,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         attention_norm="attention.LayerNorm",
         ffn=("ffn", "activation", "ffn_output"),
         last_norm="full_layer_layer_norm",
+        pooler="pooler",
         mask_arguments=("attention_mask",),
     ),
     "distilbert": BlockLayout(
@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         attention_norm="attention.LayerNorm",
         ffn=("intermediate", "output.dense", "output.dropout"),
         last_norm="output.LayerNorm",
+        pooler="classifier.dense",
         lora_targets=("attn.q", "attn.v"),
         mask_arguments=("attention_mask", "position_bias"),
     ),

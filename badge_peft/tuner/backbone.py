@@ -8,6 +8,7 @@ from badge_peft.registry import PREFIX
 from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.lora import is_lora
+from badge_peft.tuner.poolers import own_pooler
 
 
 def is_own_weight(name: str) -> bool:
@@ -40,6 +41,9 @@ def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
         return ()
     layout = get_layout(model, config.block_layout)
     names = [name for name, _ in model.named_modules() if name.split(".")[-1] in (*layout.head, "pooler")]
+    if config.exit_type == "shared_pooled":  # all exits read the pooler
+        pooler = own_pooler(model, layout)
+        names = [name for name in names if all(part is not pooler for part in model.get_submodule(name).modules())]
     blocks = block_names(model, layout)
     if config.norm == "own" and config.placement != "none":
         if layout.pre_norm:

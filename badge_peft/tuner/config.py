@@ -66,7 +66,10 @@ class BadgeConfig(PeftConfig):
     activation: str = option("gelu", f"g1 of Eq. 1: {', '.join(ACTIVATION_MODULES)}.")
     bias: bool = option(False, "Biases in the two projections of a bypass (Eq. 1 has none).")
     norm: str = option("own", "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`.")
-    exit_type: str = option("linear", "`linear`, `pooled` (dense + tanh + linear), `mha` or `past_future`.")
+    exit_type: str = option(
+        "linear",
+        "`linear`, `pooled` (dense + tanh + linear), `shared_pooled` (the model's pooler), `mha` or `past_future`.",
+    )
     exit_pooling: str = option("auto", "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head.")
     exit_dropout: float = option(0.1, "Dropout before each exit's linear layer, in training.")
     exit_layers: list[int] | None = option(

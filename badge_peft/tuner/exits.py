@@ -48,7 +48,8 @@ class LinearExit(Exit):
 
 
 class PooledExit(Exit):
-    """Dense, tanh, dropout, linear: as PABEE's exits and BERT's own pooler and head."""
+    """Dense, tanh, dropout, linear: as BERT's own pooler and head, each exit with its own. The dense layer starts as a
+    copy of the model's, where it has one."""
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
@@ -57,6 +58,14 @@ class PooledExit(Exit):
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
         """[B, d], after the tanh."""
         return self.dense(pooling.reduce(states)).tanh()
+
+
+class SharedPooledExit(Exit):
+    """Dropout and one linear layer behind the model's own pooler, which all exits share. K * (d + 1) parameters.
+
+    The pooler is the model's: it is trained with `backbone="full"`, or where it is part of a head that is trained.
+    Source: Zhou et al., "BERT Loses Patience", 2020 (PABEE), whose exits have this form.
+    """
 
 
 class AttentionExit(Exit):
@@ -141,6 +150,7 @@ class PastFutureExit(Exit):
 EXITS: dict[str, type[Exit]] = {
     "linear": LinearExit,
     "pooled": PooledExit,
+    "shared_pooled": SharedPooledExit,
     "mha": AttentionExit,
     "past_future": PastFutureExit,
 }
@@ -182,6 +192,7 @@ class AdapterExits:
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
         carry: What exit m adds of those before it: `logits`, `states`, or None for nothing.
         ladder: Whether a bypass reads the bottleneck of the one before.
+        pooler: The model's own, where all exits share it.
     """
 
     adapter: str
@@ -195,6 +206,7 @@ class AdapterExits:
     uncertainty: nn.Module | None = None
     carry: str | None = None
     ladder: bool = False
+    pooler: nn.Module | None = None
 
     @property
     def keep_bottlenecks(self) -> bool:

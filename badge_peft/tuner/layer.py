@@ -17,6 +17,7 @@ from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
 from badge_peft.tuner.fast_path import fast_exit
 from badge_peft.tuner.mean_bypass import mean_of_bypassed
+from badge_peft.tuner.poolers import pool_by, start_from_pooler
 from badge_peft.tuner.pooling import Pooling
 
 
@@ -47,7 +48,14 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str, config: BadgeConfig, exits: list[int], exit_norm: nn.Module) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: BadgeConfig,
+        exits: list[int],
+        exit_norm: nn.Module,
+        pooler: nn.Module | None = None,
+    ) -> None:
         """Adds the bypasses and exits of `adapter_name`: those of `exits` that belong to this block.
 
         Args:
@@ -55,11 +63,13 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             config: Its config, with `num_labels` and `hidden_size` filled in.
             exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
             exit_norm: The norm that LN' copies or shares.
+            pooler: The model's own dense layer, which that of a `pooled` exit copies.
         """
         self.badge_placement[adapter_name] = config.placement
         for kind, part in adapter_modules(config, self.numbers, exits, exit_norm).items():
             part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
             cast(nn.ModuleDict, getattr(self, kind))[adapter_name] = part
+        start_from_pooler(self._adapters("badge_exit").get(adapter_name), pooler)
         if adapter_name in self.badge_bypass:
             watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -109,6 +119,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, norm, frame, pooling)
             if mean is not None:
                 vector = exit_.represent(mean, Pooling("cls", None))  # nothing is left to be reduced
+                if exits.pooler is not None:
+                    vector = pool_by(exits.pooler, vector)
                 return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
@@ -118,6 +130,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
                 states = apply_norm(self._exit_norm(exits.final_norm), states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
+        if exits.pooler is not None:
+            vector = pool_by(exits.pooler, vector)
         return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
 
     def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:

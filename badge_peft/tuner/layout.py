@@ -22,6 +22,8 @@ class BlockLayout:
         final_norm: Pre-LN only: the norm after the last block; LN' starts as its copy.
         pooling: What the model's own head reads: `cls`, `mean`, `last`, or the config attribute that says it.
         head: Modules of the model's own head that carry weights, for `train_head=True`.
+        pooler: The dense layer, in front of a tanh, that the model's own head reads: in the backbone or in the model.
+            None where its pooler is of another form.
         inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
         shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
         mask_arguments: Arguments of a block that have positions in their last two dimensions ([B, 1, S, S] or
@@ -39,6 +41,7 @@ class BlockLayout:
     final_norm: str | None = None
     pooling: str = "cls"
     head: tuple[str, ...] = ("classifier",)
+    pooler: str | None = None
     inner_blocks: str | None = None
     shared_arguments: tuple[str, ...] = ()
     mask_arguments: tuple[str, ...] = ()

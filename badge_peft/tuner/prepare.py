@@ -14,6 +14,7 @@ from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
+from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.pooling import TOKENS
 from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
 
@@ -64,6 +65,12 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     _check_saved("hidden_size", config.hidden_size, width)
     _check_head(model, config, layout)
     _check_placement(model, config, layout)
+    shares_pooler = config.exit_type == "shared_pooled"
+    if shares_pooler and own_pooler(model, layout) is None:
+        raise ValueError(
+            f"exit_type='shared_pooled' is not allowed on this {type(model).__name__}, which has no pooler of its own "
+            "(a dense layer and a tanh before its head): use 'pooled', which gives each exit one, or 'linear'."
+        )
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
     others = getattr(model, "peft_config", None) or {}
     num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
@@ -97,7 +104,9 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     extra = [name for name in config.modules_to_save or [] if name not in ours]
     check_trainable(model, [*extra, *head], config.backbone)
     if config.base_fingerprint is None:
-        unread = () if config.final_exit == "base_head" else (*layout.head, "pooler")
+        unread: tuple[str, ...] = () if config.final_exit == "base_head" else (*layout.head, "pooler")
+        if shares_pooler:
+            unread = tuple(name for name in unread if name not in ("pooler", str(layout.pooler).partition(".")[0]))
         config.base_fingerprint = fingerprint(model, skip=(*unread, *head, *extra))
     config.num_blocks, config.hidden_size, config.target_modules = len(blocks), width, target
     config.num_labels, config.problem_type = num_labels, problem_type

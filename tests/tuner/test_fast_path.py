@@ -28,7 +28,7 @@ class Compared(FullDepthReader):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layer, "fast_exit", lambda *args: found.append(fast_exit(*args)) or found[0])
             vector, logits = block.read_exit(self.exits, number, frame, self.pooling, self.state)
-            fast = found[0] is not None
+            fast = bool(found) and found[0] is not None
             if fast:
                 patch.setattr(layer, "fast_exit", lambda *args: None)
                 self.state.left = left  # both build on what the exits before have left
@@ -74,7 +74,17 @@ def test_every_activation(activation):
     assert count(make_badge(activation=activation), make_batch()) == [0, 2]
 
 
-@pytest.mark.parametrize("fields", [{"placement": "mhsa"}, {"exit_type": "mha"}, {"exit_type": "past_future"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"placement": "mhsa"},
+        {"exit_type": "mha"},
+        {"exit_type": "past_future"},
+        {"exit_type": "shared_pooled"},
+        {"ladder": True},
+        {"carry": "states"},
+    ],
+)
 def test_what_it_leaves_to_the_modules(fields):
     kind = {"final_exit": "exit"} if fields.get("exit_type") == "past_future" else {}
     fused = count(make_badge(**fields, **kind), make_batch())[1]
