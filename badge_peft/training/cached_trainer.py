@@ -42,6 +42,10 @@ class CachingTrainer(Trainer):
         states = self._cache.training if model.training else self._cache.evaluation
         return {} if states is None or ROWS not in inputs else {"cached_states": states, ROWS: inputs[ROWS]}
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer's, which counts those of the whole model; where states are kept no block runs, and it is 0."""
+        return 0 if self._cache.training is not None else super().floating_point_ops(inputs)
+
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer's; in a training whose states are kept, each batch says which rows it has."""
         if self._stage is None:

@@ -483,3 +483,7 @@ def test_arguments_of_a_plain_trainer_are_not_needed(tmp_path):
     trainer = MultiExitTrainer(model=make(), args=arguments(tmp_path, **HALF), train_dataset=Rows())
     trainer.train()
     assert trainer.args.cache_states == "auto" and trainer.state_cache["kept"]
+    assert trainer.state.total_flos == 0  # of blocks that do not run
+    other = make_trainer(tmp_path, make(), **HALF)
+    other.train()
+    assert other.state.total_flos > 0
