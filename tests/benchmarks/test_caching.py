@@ -36,6 +36,11 @@ def test_the_page() -> None:
     assert "| reviews | whole command, processor | 48.0 s (47.0-49.0) | 10.0 s (9.0-11.0) | 4.9x (4.3-5.4) |" in text
     assert "| reviews | training alone, clock | 24.5 s (24.0-25.0) | 5.5 s (5.0-6.0) | 4.5x (4.0-5.0) |" in text
     assert "50.0 (50.0-50.0); 2.34 GB" in text and "8,000 texts" in text and "Medians of 2 runs" in text
+    assert "4 times faster, by the processor's time: reached." in text
+    slow = [run("cached", 0, 30.0), run("uncached", 0, 50.0)]
+    text = caching.page({**stored, "runs": slow})
+    assert "missed, it is 1.7 times" in text and "One run of each." in text
+    text = caching.page({**stored, "runs": [run(*each) for each in times]})
     assert "load of the machine before a run 1.5 to 2.5" in text and "torch 2.9" in text
 
 
