@@ -1,6 +1,6 @@
 """Many tasks on the same rows, in one pass: against a stock model for each, and a call for each.
 
-    python benchmarks/tasks.py --docs docs/results/tasks.md     # about 15 minutes on 2 free cores
+    python benchmarks/tasks.py --docs docs/results/tasks.md     # about half an hour on 2 free cores
     python benchmarks/tasks.py --sizes h384 --tasks 4 --rows 1 --lengths 16 --rounds 20
 
 The adapters have the same random weights under different names, and each its own block before which it does not stop
@@ -131,7 +131,9 @@ def gain(other: Timing, shared: Timing) -> str:
 def page(rows: list[list[str]], environment: dict[str, Any], options: argparse.Namespace) -> str:
     """Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    command = f"python benchmarks/tasks.py --rounds {options.rounds} --threads {options.threads}"
+    lists = {name: " ".join(map(str, getattr(options, name))) for name in ("sizes", "tasks", "rows", "lengths")}
+    shapes = " ".join(f"--{name} {values}" for name, values in lists.items())
+    command = f"python benchmarks/tasks.py {shapes} \\\n    --rounds {options.rounds} --threads {options.threads}"
     heads = [
         *("model", "rows", "tokens", "tasks", "deepest task alone, ms", "one pass, ms", "a call each, ms"),
         *("stock models, ms", "one pass / deepest alone", "a call each / one pass", "stock models / one pass"),

@@ -36,4 +36,5 @@ def test_the_page(tmp_path: Path) -> None:
     assert tasks.main([*arguments, str(page)]) == 0
     lines = [line for line in page.read_text().splitlines() if line.startswith("| tiny")]
     assert [line.split(" | ")[:4] for line in lines] == [["| tiny", "1", "8", "1"], ["| tiny", "1", "8", "2"]]
-    assert "python benchmarks/tasks.py --rounds 1 --threads 1 --docs" in page.read_text()
+    command = "python benchmarks/tasks.py --sizes tiny --tasks 1 2 --rows 1 --lengths 8 \\\n    --rounds 1 --threads 1"
+    assert command in page.read_text()
