@@ -36,6 +36,7 @@ FLOORS = [
 #: Libraries that are extras, and where they may be imported.
 OPTIONAL = {
     "adapters": ("integrations",),
+    "fastapi": ("serving",),
     "bm25s": ("integrations",),
     "gradio": ("app",),
     "matplotlib": ("evaluation.plots", "app", "workflows"),
@@ -44,6 +45,8 @@ OPTIONAL = {
     "onnxruntime": ("export",),
     "onnxscript": ("export",),
     "optuna": ("training", "workflows"),
+    "prometheus_client": ("serving",),
+    "pydantic": ("serving",),
     "ray": ("integrations", "serving"),
     "sentence_transformers": ("integrations",),
 }

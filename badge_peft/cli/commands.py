@@ -11,9 +11,21 @@ from badge_peft._version import package_version
 from badge_peft.cli.answering import app as page
 from badge_peft.cli.answering import export, predict
 from badge_peft.cli.measuring import bench, evaluate, sweep
+from badge_peft.cli.serving import serve
 from badge_peft.cli.training import calibrate, demo, train
 
-COMMANDS: tuple[Callable[..., Any], ...] = (train, evaluate, sweep, calibrate, predict, export, bench, page, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    train,
+    evaluate,
+    sweep,
+    calibrate,
+    predict,
+    export,
+    serve,
+    bench,
+    page,
+    demo,
+)
 
 
 def _shown_default(value: Any) -> str | None:

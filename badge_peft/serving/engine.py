@@ -1,0 +1,162 @@
+"""`Engine`: answers the rows of many requests together. It knows models, and no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.model import get_badge_model
+from badge_peft.pipelines import EarlyExitPipeline, MultiTaskPipeline, pipeline
+from badge_peft.ranking import EarlyExitReranker
+from badge_peft.serving.requests import RequestError, Row
+from badge_peft.utils.logs import quiet
+
+MAIN = "default"  # what the one adapter of a service without tasks is called
+
+
+@dataclass(frozen=True)
+class SettingCheck:
+    """Refuses settings that do not suit an adapter.
+
+    Args:
+        exits: For each task its exits, and how many labels they have.
+        problems: For each task its problem type.
+    """
+
+    exits: dict[str, tuple[list[int], int]]
+    problems: dict[str, str]
+
+    def __call__(self, task: str, config: EarlyExitConfig) -> None:
+        """Raises a ValueError where `config` does not suit `task`."""
+        build_policy(config).check(*self.exits[task], self.problems[task])
+
+
+class Engine:
+    """A loaded adapter, or a bundle of many.
+
+    Args:
+        adapter: A folder or repository, or a dict from tasks to such.
+        base_model: As for `load_pretrained`.
+        threads: Of torch; None leaves it as it is.
+        batch_size: Rows per pass.
+
+    Attributes:
+        tasks: Names of the tasks; empty for one adapter.
+        configs: For each task (or `default`) the adapter's own setting.
+        ranks: Whether the model has one output, and ranks pairs.
+    """
+
+    def __init__(
+        self, adapter: Any, base_model: str | None = None, threads: int | None = None, batch_size: int = 32
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.batch_size = batch_size
+        with quiet():
+            made = pipeline(model=adapter, model_kwargs={"base_model": base_model} if base_model else None)
+        self._pipelines: dict[tuple[str, ...] | None, EarlyExitPipeline] = {}
+        self.tasks: list[str] = list(made.tasks) if isinstance(made, MultiTaskPipeline) else []
+        self._pipelines[tuple(self.tasks) or None] = made
+        self.model, self.tokenizer, self.badge = made.model, made.tokenizer, get_badge_model(made.model)
+        names: list[str | None] = [*self.tasks] or [None]
+        self.configs = {name or MAIN: self.badge.get_early_exit_config(name) for name in names}
+        self.problems = {name or MAIN: self.badge.config_of(name).resolved_problem_type for name in names}
+        self.ranks = not self.tasks and self.badge.config_of().resolved_labels == 1
+        self._reranker = EarlyExitReranker(self.model, self.tokenizer, batch_size=batch_size) if self.ranks else None
+
+    def checks(self) -> SettingCheck:
+        """What refuses settings that do not suit the adapter; another process can have it."""
+        return SettingCheck({task: self._exits_of(task) for task in self.configs}, dict(self.problems))
+
+    def _exits_of(self, task: str) -> tuple[list[int], int]:
+        adapter = None if task == MAIN else task
+        return self.badge.exit_layers(adapter), self.badge.config_of(adapter).resolved_labels
+
+    def predict(
+        self,
+        rows: Sequence[Row],
+        configs: dict[str, EarlyExitConfig],
+        tasks: tuple[str, ...] | None = None,
+        max_exit: int | None = None,
+    ) -> list[Any]:
+        """What the pipeline answers to each row: a dict, or with tasks a dict of dicts.
+
+        Args:
+            rows: Texts, each with its second text or None.
+            configs: For each task (or `default`) the setting to answer at.
+            tasks: Some of `tasks`; None where there are none.
+            max_exit: No row goes past this block.
+
+        Raises:
+            RequestError: 400 for a `max_exit` below the first exit that may answer.
+        """
+        asked = tasks or (MAIN,)
+        chosen = {task: self._bounded(configs[task], max_exit) for task in asked}
+        inputs = [{"text": text} if pair is None else {"text": text, "text_pair": pair} for text, pair in rows]
+        return self._pipeline(tasks)(
+            inputs,
+            batch_size=self.batch_size,
+            truncation=True,
+            early_exit_config=chosen if tasks else chosen[MAIN],
+        )
+
+    def rerank(
+        self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
+    ) -> list[dict[str, Any]]:
+        """`index` and `score`, best first; with `config` of another policy than `top_k` at full depth.
+
+        Raises:
+            RequestError: 400 where the model does not rank, or the query is empty.
+        """
+        if self._reranker is None:
+            raise RequestError(400, "this service does not rank: its model has several outputs. Use /predict.")
+        full_depth = config.policy != "top_k"
+        fields: dict[str, Any] = {} if full_depth or config.threshold is None else {"threshold": config.threshold}
+        try:
+            found = self._reranker.rank(query, list(texts), top_k=top_k, full_depth=full_depth, **fields)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+        return [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
+
+    def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any]:
+        """Answers rows early and at full depth: what `ExitMonitor.observe` takes, as lists."""
+        pairs = [pair for _, pair in rows if pair is not None] or None
+        encoded = self.tokenizer(
+            [text for text, _ in rows], pairs, padding=True, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        names: Any = {} if task == MAIN else {"adapter_names": [task] * len(rows)}
+        early = early_exit_forward(self.model, early_exit_config=config, **encoded, **names)
+        full = early_exit_forward(self.model, policy="never", **encoded, **names)
+        assert early.logits is not None and full.logits is not None and early.exit_layer is not None
+        return {
+            "config": config.to_dict(),
+            "exit_layer": early.exit_layer.tolist(),
+            "logits": np.asarray(early.logits.float().cpu()).tolist(),
+            "full_logits": np.asarray(full.logits.float().cpu()).tolist(),
+        }
+
+    def _bounded(self, config: EarlyExitConfig, max_exit: int | None) -> EarlyExitConfig:
+        if max_exit is None or (config.max_exit is not None and config.max_exit <= max_exit):
+            return config
+        if max_exit < min(self.badge.exit_layers()):
+            first = min(self.badge.exit_layers())
+            raise RequestError(400, f"max_exit={max_exit} lies before the first exit, after block {first}.")
+        try:
+            return EarlyExitConfig.of(config, max_exit=max_exit)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+
+    def _pipeline(self, tasks: tuple[str, ...] | None) -> EarlyExitPipeline:
+        if tasks not in self._pipelines:
+            assert tasks is not None
+            self._pipelines[tasks] = MultiTaskPipeline(
+                task="text-classification", model=self.model, tokenizer=self.tokenizer, tasks=tasks
+            )
+        return self._pipelines[tasks]

@@ -1,0 +1,151 @@
+"""What clients may send to the service, and what is refused, with the status and the remedy. No server is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+Row = tuple[str, str | None]
+
+
+class RequestError(Exception):
+    """A request that is refused.
+
+    Args:
+        status: Of the answer, 4xx.
+        message: What is wrong, and the remedy.
+        retry_after: Seconds, for 429.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.retry_after = status, message, retry_after
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one request, and all that wait, may hold.
+
+    Args:
+        rows: Texts (or pairs, or candidates) of one request.
+        characters: Of one text, or of the two of a pair.
+        body_bytes: Of one request.
+        waiting_rows: Rows that a replica has accepted and not answered; beyond it requests are refused with 429.
+    """
+
+    rows: int = 1000
+    characters: int = 100_000
+    body_bytes: int = 4 * 2**20
+    waiting_rows: int = 2000
+
+
+class PredictRequest(BaseModel):
+    """`POST /predict`."""
+
+    model_config = ConfigDict(extra="forbid")
+    inputs: StrictStr | list[StrictStr] | list[tuple[StrictStr, StrictStr]] = Field(
+        description="A text, several, or pairs of texts."
+    )
+    tasks: list[StrictStr] | None = Field(None, description="Of a service of many tasks: which. None: all.")
+    max_exit: StrictInt | None = Field(None, ge=0, description="No text of this request goes past this block.")
+
+    def rows(self) -> list[Row]:
+        """The texts, each with its second text or None."""
+        inputs: Sequence[Any] = [self.inputs] if isinstance(self.inputs, str) else self.inputs
+        return [(item, None) if isinstance(item, str) else (item[0], item[1]) for item in inputs]
+
+
+class RerankRequest(BaseModel):
+    """`POST /rerank`, in the shape of text-embeddings-inference."""
+
+    model_config = ConfigDict(extra="forbid")
+    query: StrictStr
+    texts: list[StrictStr]
+    top_k: StrictInt | None = Field(None, ge=1, description="How many to return, best first. None: all.")
+    return_text: StrictBool = False
+
+    def rows(self) -> list[Row]:
+        """The pairs."""
+        return [(self.query, text) for text in self.texts]
+
+
+class PolicyUpdate(BaseModel):
+    """`PUT /policy`: what is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+    early_exit: dict[str, Any] | None = Field(None, description="Fields of EarlyExitConfig, for all tasks.")
+    tasks: dict[StrictStr, dict[str, Any]] | None = Field(None, description="The same, for single tasks.")
+    target: float | None = Field(None, description="For the controller; 0 switches it off.", ge=0)
+    max_score_drop: float | None = Field(None, description="The controller's floor, from full depth.", ge=0)
+    reset_drift: StrictBool = Field(False, description="Take the alarm back, and watch anew.")
+
+
+def check_rows(rows: Sequence[Row], limits: Limits) -> None:
+    """Refuses a request without texts, or with too much of them.
+
+    Raises:
+        RequestError: 422 for no text, 413 for too many or too long ones.
+    """
+    if not rows:
+        raise RequestError(422, "there is no text in this request: give at least one.")
+    if len(rows) > limits.rows:
+        raise RequestError(413, f"{len(rows)} texts are more than the {limits.rows} of one request: send parts.")
+    for number, (text, pair) in enumerate(rows):
+        length = len(text) + len(pair or "")
+        if length > limits.characters:
+            raise RequestError(
+                413, f"text {number} has {length} characters, and {limits.characters} are allowed: shorten it."
+            )
+
+
+def check_tasks(tasks: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
+    """The tasks that a request asks for; None where the service has one adapter and no tasks.
+
+    Args:
+        tasks: Of the request.
+        known: Of the service; empty where it has no tasks.
+
+    Raises:
+        RequestError: 400 for a task that is not there, none, or one twice.
+    """
+    if tasks is None:
+        return tuple(known) or None
+    if not known:
+        raise RequestError(400, "this service has one adapter and no tasks: leave `tasks` out.")
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks or len(set(tasks)) < len(tasks):
+        raise RequestError(400, f"tasks={list(tasks)} is not allowed: name some of {', '.join(known)}, each once.")
+    return tuple(tasks)
+
+
+def check_room(waiting: int, rows: int, limits: Limits) -> None:
+    """Refuses what a replica could not answer soon.
+
+    Raises:
+        RequestError: 429 with the seconds after which to try again.
+    """
+    if waiting and waiting + rows > limits.waiting_rows:
+        raise RequestError(
+            429, f"{waiting} texts are waiting, and {limits.waiting_rows} may: try again in a second.", retry_after=1
+        )
+
+
+def check_token(header: str | None, token: str | None) -> None:
+    """Lets those pass who may change the policy.
+
+    Args:
+        header: `Authorization` of the request.
+        token: The service's; None: nobody may.
+
+    Raises:
+        RequestError: 403 where the service has no token, 401 for another one.
+    """
+    from secrets import compare_digest
+
+    if not token:
+        raise RequestError(403, "this service takes no changes: start it with BADGE_PEFT_TOKEN in its environment.")
+    if header is None or not compare_digest(header.encode(), f"Bearer {token}".encode()):
+        raise RequestError(401, "the bearer token is missing or wrong: send `Authorization: Bearer TOKEN`.")

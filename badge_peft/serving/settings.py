@@ -1,0 +1,44 @@
+"""What a service is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from badge_peft.serving.requests import Limits
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What `badge-peft serve` was told.
+
+    Args:
+        adapter: A folder or repository, or a dict from tasks to such.
+        base_model: As for `load_pretrained`.
+        threads: Of torch, in each replica.
+        replicas: How many.
+        batch_size: Requests in a batch, and rows in a pass.
+        batch_wait: Seconds that a request waits for others.
+        target: Seconds that the p95 latency is kept below; None: off.
+        max_score_drop: The floor of the controller.
+        shadow_share: Share of the rows that also run at full depth.
+        careful: Go to full depth after an alarm of drift.
+        report_every: Seconds between two reports of a replica.
+        limits: Of requests.
+        governor: Name of the actor that all replicas report to; of this service alone.
+    """
+
+    adapter: Any
+    base_model: str | None = None
+    threads: int = 1
+    replicas: int = 1
+    batch_size: int = 32
+    batch_wait: float = 0.002
+    target: float | None = None
+    max_score_drop: float = 0.01
+    shadow_share: float = 0.01
+    careful: bool = False
+    report_every: float = 1.0
+    limits: Limits = field(default_factory=Limits)
+    governor: str = field(default_factory=lambda: f"badge-peft-governor-{uuid4().hex}")

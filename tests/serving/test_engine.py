@@ -1,0 +1,99 @@
+"""`Engine` and batches: each request gets what the pipeline answers to it alone."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
+
+from badge_peft import pipeline  # noqa: E402
+from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
+from badge_peft.serving import ExitMonitor  # noqa: E402
+from badge_peft.serving.batching import Work, answer_together  # noqa: E402
+from badge_peft.serving.engine import MAIN, Engine  # noqa: E402
+from badge_peft.serving.requests import RequestError  # noqa: E402
+from tests.serving.adapters import save_adapter  # noqa: E402
+from tests.texts import sentences  # noqa: E402
+
+TEXTS = [text for text, _ in sentences(12, seed=5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(str(folder), threads=1, batch_size=4)
+
+
+def close(found, expected):
+    assert [(a["label"], a["exit_layer"]) for a in found] == [(a["label"], a["exit_layer"]) for a in expected]
+    assert [a["score"] for a in found] == pytest.approx([a["score"] for a in expected], abs=1e-5)
+
+
+def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
+    works = [
+        Work([(text, None) for text in TEXTS[:5]]),
+        Work([(TEXTS[5], TEXTS[6])]),
+        Work([(TEXTS[7], None)], None, 1),
+    ]
+    batch = answer_together(engine, works, engine.configs, lambda: True)
+    alone = pipeline(model=str(folder))
+    close(batch.results[0], alone(TEXTS[:5]))
+    close(batch.results[1], [alone({"text": TEXTS[5], "text_pair": TEXTS[6]})])
+    close(batch.results[2], alone([TEXTS[7]], max_exit=1))
+    assert sum(batch.answered.values()) == 7 and batch.results[2][0]["exit_layer"] <= 1
+    assert [row for _, row in batch.sampled] == works[0].rows + works[1].rows  # a bound of its own is not sampled
+
+
+def test_a_group_that_fails_leaves_the_others(engine):
+    works = [Work([(TEXTS[0], None)], None, 0), Work([(TEXTS[1], None)])]
+    batch = answer_together(engine, works, engine.configs, lambda: False)
+    assert isinstance(batch.results[0], RequestError) and batch.results[0].status == 400
+    assert "before the first exit" in batch.results[0].message
+    assert len(batch.results[1]) == 1 and batch.sampled == []
+
+
+def test_the_setting_of_the_call_counts(engine):
+    rows = [(text, None) for text in TEXTS]
+    for depth in (1, 3):
+        found = engine.predict(rows, {MAIN: EarlyExitConfig(policy="fixed_depth", depth=depth)})
+        assert {answer["exit_layer"] for answer in found} == {depth}
+
+
+def test_shadow_runs_are_what_the_monitor_takes(engine):
+    config = engine.configs[MAIN]
+    monitor = ExitMonitor.for_adapter(config)
+    found = engine.shadow(MAIN, [(text, None) for text in TEXTS], config)
+    monitor.observe(EarlyExitConfig.of(found["config"]), found["exit_layer"], found["logits"], found["full_logits"])
+    assert monitor.rows == len(TEXTS)
+    exits = [answer["exit_layer"] for answer in engine.predict([(text, None) for text in TEXTS], engine.configs)]
+    assert found["exit_layer"] == exits
+
+
+def test_a_setting_that_does_not_suit_is_refused(engine):
+    with pytest.raises(ValueError, match="depth=9"):
+        engine.checks()(MAIN, EarlyExitConfig(policy="fixed_depth", depth=9))
+
+
+def test_many_tasks(folder):
+    engine = Engine({"one": str(folder), "two": str(folder)}, batch_size=4)
+    rows = [(text, None) for text in TEXTS[:3]]
+    both = engine.predict(rows, engine.configs, ("one", "two"))
+    assert [set(answer) for answer in both] == [{"one", "two"}] * 3
+    close([a["two"] for a in both], [a["two"] for a in engine.predict(rows, engine.configs, ("two",))])
+    assert engine.shadow("two", rows, engine.configs["two"])["exit_layer"] == [a["two"]["exit_layer"] for a in both]
+
+
+def test_rerank(tmp_path, engine):
+    ranks = Engine(str(save_adapter(tmp_path, num_labels=1)))
+    found = ranks.rerank(TEXTS[0], TEXTS[1:6], 3, ranks.configs[MAIN])
+    scores = [item["score"] for item in found]
+    assert len(found) == 3 and scores == sorted(scores, reverse=True)
+    assert {item["index"] for item in found} <= set(range(5))
+    with pytest.raises(RequestError, match="several outputs"):
+        engine.rerank("q", ["a"], None, engine.configs[MAIN])
+    with pytest.raises(RequestError, match="query"):
+        ranks.rerank("", ["a"], None, ranks.configs[MAIN])

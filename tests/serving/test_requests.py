@@ -1,0 +1,133 @@
+"""What the service refuses, with which status, and that the message has the remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+pydantic = pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
+
+from badge_peft.serving.body import BodyLimit, set_body_limit  # noqa: E402
+from badge_peft.serving.requests import (  # noqa: E402
+    Limits,
+    PolicyUpdate,
+    PredictRequest,
+    RequestError,
+    RerankRequest,
+    check_room,
+    check_rows,
+    check_tasks,
+    check_token,
+)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rows"),
+    [
+        ("a text", [("a text", None)]),
+        (["a", "b"], [("a", None), ("b", None)]),
+        ([["a", "b"], ["c", "d"]], [("a", "b"), ("c", "d")]),
+        ([], []),
+    ],
+)
+def test_texts_and_pairs(inputs, rows):
+    assert PredictRequest(inputs=inputs).rows() == rows
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"inputs": 3},
+        {"inputs": [["a", "b", "c"]]},
+        {"inputs": ["a", ["b", "c"]]},
+        {"inputs": "a", "max_exit": -1},
+        {"inputs": "a", "task": "x"},
+    ],
+)
+def test_a_body_of_another_shape_is_refused(body):
+    with pytest.raises(pydantic.ValidationError):
+        PredictRequest.model_validate(body)
+
+
+def test_rerank_pairs_the_query_with_each_text():
+    assert RerankRequest(query="q", texts=["a", "b"]).rows() == [("q", "a"), ("q", "b")]
+    with pytest.raises(pydantic.ValidationError):
+        RerankRequest(query="q", texts=["a"], top_k=0)
+    with pytest.raises(pydantic.ValidationError):
+        PolicyUpdate.model_validate({"threshold": 1})
+
+
+@pytest.mark.parametrize(
+    ("check", "status", "message"),
+    [
+        (lambda: check_rows([], Limits()), 422, "at least one"),
+        (lambda: check_rows([("a", None)] * 3, Limits(rows=2)), 413, "3 texts.*2.*send parts"),
+        (lambda: check_rows([("a", None), ("abc", "de")], Limits(characters=4)), 413, "text 1 has 5 characters"),
+        (lambda: check_tasks(["x"], ["a", "b"]), 400, "a, b"),
+        (lambda: check_tasks([], ["a"]), 400, "name some of a"),
+        (lambda: check_tasks(["a", "a"], ["a"]), 400, "each once"),
+        (lambda: check_tasks(["a"], []), 400, "leave `tasks` out"),
+        (lambda: check_room(9, 2, Limits(waiting_rows=10)), 429, "try again"),
+        (lambda: check_token("Bearer x", None), 403, "BADGE_PEFT_TOKEN"),
+        (lambda: check_token(None, "x"), 401, "bearer token"),
+        (lambda: check_token("Bearer y", "x"), 401, "Authorization"),
+    ],
+)
+def test_what_is_refused(check, status, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        check()
+    assert caught.value.status == status and (caught.value.retry_after is not None) == (status == 429)
+
+
+def test_what_is_not():
+    limits = Limits(rows=2, characters=4, waiting_rows=10)
+    check_rows([("abcd", None), ("ab", "cd")], limits)
+    check_room(0, 11, limits)  # one large request alone is not refused for ever
+    check_room(8, 2, limits)
+    check_token("Bearer x", "x")
+    assert check_tasks(None, []) is None and check_tasks(None, ["a", "b"]) == ("a", "b")
+    assert check_tasks(["b"], ["a", "b"]) == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("headers", "parts", "status"),
+    [
+        ([], [b"12345"], 200),
+        ([], [b"123", b"456"], 413),
+        ([(b"content-length", b"6")], [b""], 413),
+        ([(b"content-length", b"x")], [b""], 413),
+        ([(b"content-length", b"5")], [b"12", b"345"], 200),
+    ],
+)
+def test_a_body_that_is_too_large_never_reaches_the_application(headers, parts, status):
+    sent, read = [], []
+
+    async def application(scope, receive, send):
+        read.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def run():
+        waiting = [
+            {"type": "http.request", "body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)
+        ]
+
+        async def receive():
+            return waiting.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        await BodyLimit(application)({"type": "http", "headers": headers}, receive, send)
+
+    set_body_limit(5)
+    try:
+        asyncio.run(run())
+    finally:
+        set_body_limit(4 * 2**20)
+    assert sent[0]["status"] == status
+    assert read == ([b"".join(parts)] if status == 200 else [])
+    if status == 413:
+        assert "5 bytes" in json.loads(sent[1]["body"])["detail"]
