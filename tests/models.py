@@ -156,7 +156,7 @@ def make_model(case: str = "bert", seed: int = 0, num_labels: int = LABELS, **ch
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval().to(DEVICE)
+    return model.eval() if model.device.type == "meta" else model.eval().to(DEVICE)
 
 
 def make_batch(rows: int = 4, length: int = 8, seed: int = 1, side: str = "right") -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +48,7 @@ class CarriedStates(nn.Module):
 
     def forward(self, logits: Tensor, before: Tensor) -> Tensor:
         """[B, K], and the sum of the states [B, r] -> [B, K]."""
-        return logits + F.linear(before, self.weight).to(logits.dtype)
+        return logits + F.linear(before.to(self.weight.dtype), self.weight).to(logits.dtype)
 
 
 def build_on(exits: AdapterExits, exit_: Exit, logits: Tensor, state: ExitState, pooling: Pooling) -> Tensor:
@@ -73,8 +71,9 @@ def _carry_logits(exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
 def _carry_states(exit_: Exit, logits: Tensor, state: ExitState, pooling: Pooling, ladder: bool) -> Tensor:
     """z_m + V_m sum_{j < m} s_j. An exit without a bypass, on the embeddings, has nothing to add to the sum."""
     if exit_.carry is not None:
-        carry = cast(CarriedStates, exit_.carry)
-        logits = carry(logits, state.from_before("states", carry.weight))
+        # in its own precision: the weights of a model that is offloaded are there inside of the module's call alone
+        before = state.from_before("states", state.left["states"].to(logits.device))
+        logits = exit_.carry(logits, before)
     # [B, r], or [B, S, r] where all positions have one; a ladder goes on from there
     own = state.left.get("bottleneck") if ladder else state.left.pop("bottleneck", None)
     if own is not None:

@@ -13,7 +13,15 @@ from badge_peft import __version__
 from badge_peft.cli import main as cli
 from badge_peft.cli.commands import COMMANDS
 from badge_peft.workflows import demo
-from badge_peft.workflows.settings import DemoSettings, ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import (
+    DemoSettings,
+    ExitOptions,
+    Goal,
+    SearchOptions,
+    TrainColumns,
+    TrainingOptions,
+    TrainSettings,
+)
 from tests.cli.conftest import invoke
 from tests.texts import sentences, write_csv
 
@@ -95,9 +103,10 @@ def test_without_cyclopts_the_extra_is_named(
 
 def test_every_field_of_the_settings_is_an_option() -> None:
     """And its help is its line of the docstring."""
-    names = {field.name for field in fields(TrainSettings)} - {"columns", "exits", "training", "goal"}
-    for group in (TrainColumns, ExitOptions, TrainingOptions, Goal):
+    names = {field.name for field in fields(TrainSettings)} - {"columns", "exits", "training", "goal", "search"}
+    for group in (TrainColumns, ExitOptions, TrainingOptions, SearchOptions, Goal):
         names |= {field.name for field in fields(group)}
+    names = {"for" if name == "search_for" else name for name in names}  # `for` is no name in Python
     shown = invoke("train", "--help").stdout
     without = [name for name in names if not re.search(rf"--{name.replace('_', '-')}( [A-Z]+)?  +[\w]", shown)]
     assert without == []

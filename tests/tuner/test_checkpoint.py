@@ -294,7 +294,8 @@ def refused(model_or_base: Any, load: Any, message: str) -> None:
         (lambda: other_base(num_hidden_layers=4), "num_blocks=3, but the model has num_blocks=4"),
         (
             lambda: other_base(num_labels=2),
-            "num_labels=3, but the model's head has 2: load the model with num_labels=3",
+            # beside other tasks it may have labels of its own, but these models have other weights as well
+            "num_labels=3, but the model's head has 2: load the model with num_labels=3|made for another backbone",
         ),
         (lambda: make_model("roberta"), "another architecture: the blocks .* this RobertaForSequenceClassification"),
         (lambda: make_model("modernbert-cls"), "made for another architecture"),
