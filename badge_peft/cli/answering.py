@@ -78,10 +78,11 @@ def predict(
 
 
 def export(
-    adapter: shared.Adapter,
-    dir: Path,
+    adapter: shared.AdapterOrTasks = None,
+    dir: str | None = None,
     /,
     *,
+    task: shared.Task = None,
     data: Annotated[
         str | None, Parameter(help=f"Compare the file with the PyTorch model on these rows. {shared.DATA}")
     ] = None,
@@ -95,18 +96,44 @@ def export(
     """Write an adapter with its model as one ONNX file that computes no block behind the exit.
 
     Threshold and patience stay inputs of the graph, so a service changes its speed from call to call. The folder also
-    gets the tokenizer, the configs and a card. Needs the extra onnx: pip install 'badge-peft[onnx]'.
+    gets the tokenizer, the configs and a card. With --task one file answers all tasks, with threshold and patience of
+    each. Needs the extra onnx: pip install 'badge-peft[onnx]'.
 
     Args:
         dir: Folder to write; it is made.
         int8: Quantize the blocks: several times smaller and faster on a CPU.
         compact: Take rows that have answered out of the batch, or let them go along.
     """
-    from badge_peft.export import export_onnx
+    from badge_peft.export import export_onnx, export_tasks_onnx
     from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.tasks import open_tasks, tasks_of
 
     require_onnx_exporter()
+    adapter, dir = shared.arguments(task, adapter, dir, "DIR")
+    if dir is None:
+        raise ValueError("there is no DIR to write to: name a folder.")
+    tasks = tasks_of(task or [], adapter)
+    if tasks is not None:
+        if data is not None:
+            raise ValueError("--data is for one adapter: the file of many tasks is compared on random rows alone.")
+        stack = open_tasks(tasks, base_model, "cpu")
+        shared.prepare_folder(json_file)
+        written = export_tasks_onnx(
+            stack.shared.model,
+            dir,
+            tasks=stack.names,
+            tokenizer=stack.shared.tokenizer,
+            early_exit_config=stack.early_exit_configs(**vars(overrides)),
+            int8=int8,
+            compact=compact,
+            progress=True,
+        )
+        exits = ", ".join(f"{name} {own['exit_layers']}" for name, own in written["tasks"].items())
+        print(f"{Path(dir) / 'model.onnx'}: {written['size_bytes'] / 1e6:.1f} MB, exits at {exits}")
+        shared.write(written, json_file)
+        return
+    assert adapter is not None
     opened = open_adapter(adapter, base_model, "cpu")
     config = opened.early_exit_config(**vars(overrides))
     examples = None if data is None else opened.encode(opened.read(data, columns))
@@ -121,7 +148,7 @@ def export(
         examples=examples,
         progress=True,
     )
-    print(f"{dir / 'model.onnx'}: {report.size_bytes / 1e6:.1f} MB, exits at {report.exit_layers}")
+    print(f"{Path(dir) / 'model.onnx'}: {report.size_bytes / 1e6:.1f} MB, exits at {report.exit_layers}")
     if report.changes is not None:
         found = report.changes
         print(_changes(found, opened.labels.problem_type))

@@ -6,12 +6,15 @@ from badge_peft.export.onnx import OnnxExportReport, export_onnx
 from badge_peft.export.plain import export_full_depth
 from badge_peft.export.ranking import OnnxReranker
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+from badge_peft.export.tasks import OnnxTasksModel, export_tasks_onnx
 
 __all__ = [
     "OnnxEarlyExitModel",
     "OnnxExportReport",
     "OnnxOutput",
     "OnnxReranker",
+    "OnnxTasksModel",
     "export_full_depth",
     "export_onnx",
+    "export_tasks_onnx",
 ]

@@ -12,6 +12,7 @@ without, they go along until all have answered, and their answers stay as they a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,7 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
     inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
     chain = Chain(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
     for number, piece in pieces.graphs.items():
-        chain.add(number, _in_int8(piece) if int8 else [piece])
+        chain.add(number, in_int8(piece) if int8 else [piece])
     return chain.model()
 
 
@@ -79,6 +80,8 @@ class Chain:
         if compact:
             numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
             self.carried["rows"] = g.shaped(numbers, [None])
+        #: Of what is carried, what the graph gives in the end.
+        self.answers: tuple[str, ...] = ANSWERS
 
     def add(self, number: int, parts: Sequence[ir.Graph]) -> None:
         """One more block, or first of all the embeddings, as number 0.
@@ -97,11 +100,11 @@ class Chain:
         last = self._block(block, number, parts)
         changed = {name: value for name, value in self.carried.items() if value is not before.get(name)}
         if last:  # nobody reads anything else
-            changed = {name: changed[name] for name in ANSWERS}
+            changed = {name: changed[name] for name in self.answers if name in changed}
         block.body.outputs.extend(changed.values())
         # when all have answered: the answers as they are, and something empty in place of all else
         skip.body.outputs.extend(
-            skip.op("Identity", before[name] if name in (*ANSWERS, "done") else skip.empty(value))
+            skip.op("Identity", before[name] if name in (*self.answers, "done") else skip.empty(value))
             for name, value in changed.items()
         )
         branches = {"then_branch": skip.body, "else_branch": block.body}
@@ -113,19 +116,30 @@ class Chain:
     def model(self) -> onnx.ModelProto:
         """The file, with all weights in the main graph, equal ones once (ALBERT runs one block M times)."""
         g = self.graph
-        dims = ir.Shape(["batch", self.decision.num_labels]), ir.Shape(["batch"])
-        for kind, name, shape in zip(ANSWERS, ("logits", "exit_layer"), dims, strict=True):
+        for kind, name, shape in self.outputs():
             output = g.op("Identity", self.carried[kind])
             output.name, output.shape = name, shape
             g.body.outputs.append(output)
         model = ir.Model(g.body, ir_version=IR_VERSION, producer_name="badge_peft")
         RemoveUnusedNodesPass()(model)
         DeduplicateHashedInitializersPass()(model)
-        self.threshold.const_value = ir.tensor(np.asarray(self.decision.threshold, dtype=np.float32))
-        self.patience.const_value = ir.tensor(np.int64(min(self.decision.count, LARGEST_PATIENCE)))
-        for value in (self.threshold, self.patience):
+        for value, default in self.defaults():
+            value.const_value = ir.tensor(default)
             g.body.register_initializer(value)
         return ir.to_proto(model)
+
+    def outputs(self) -> list[tuple[str, str, Any]]:
+        """What is carried, the name that it has as an output, and its dimensions."""
+        dims = ir.Shape(["batch", self.decision.num_labels]), ir.Shape(["batch"])
+        return list(zip(ANSWERS, ("logits", "exit_layer"), dims, strict=True))
+
+    def defaults(self) -> list[tuple[ir.Value, Any]]:
+        """Inputs that may be left out, with their values."""
+        patience = min(self.decision.count, LARGEST_PATIENCE)
+        return [
+            (self.threshold, np.asarray(self.decision.threshold, dtype=np.float32)),
+            (self.patience, np.int64(patience)),
+        ]
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -147,6 +161,10 @@ class Chain:
             if name == FOLLOWING or name.startswith(LEFT):
                 self.carried["hidden" if name == FOLLOWING else name] = g.shaped(value, dims[name])
         self.outer |= {name: value for name, value in made.items() if name.startswith("shared_")}
+        return self.decide(g, number, made)
+
+    def decide(self, g: Graph, number: int, made: dict[str, ir.Value]) -> bool:
+        """The decision at block `number`, of whose piece this was `made`; returns whether all rows answer here."""
         decision, policy = self.decision, self.decision.policy
         if number not in decision.exits or not decision.reads(index := decision.exits.index(number)):
             return False
@@ -206,7 +224,7 @@ class Chain:
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
 
 
-def _in_int8(piece: ir.Graph) -> list[ir.Graph]:
+def in_int8(piece: ir.Graph) -> list[ir.Graph]:
     """What leads to the states of a piece in int8, and its exit, which reads values of the first part, in float32:
     there int8 would save little and change decisions. The last piece, which has no states, is quantized whole."""
     ends = [value for value in piece.outputs if value.name == FOLLOWING]

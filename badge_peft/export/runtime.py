@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,9 @@ class OnnxEarlyExitModel:
         config: What `early_exit.json` says: labels, exits, the rule and its defaults.
     """
 
+    #: Whether the files that this runs are of many tasks.
+    has_tasks: ClassVar[bool] = False
+
     def __init__(self, directory: Path, session: Any, config: dict[str, Any]) -> None:
         self.directory = directory
         self.session = session
@@ -68,6 +71,7 @@ class OnnxEarlyExitModel:
         Raises:
             ModuleNotFoundError: onnxruntime is not installed.
             FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
+            ValueError: the file is of many tasks, which `OnnxTasksModel` runs, or the reverse.
         """
         require("onnx", "onnxruntime")
         folder = Path(directory)
@@ -86,6 +90,9 @@ class OnnxEarlyExitModel:
                 stacklevel=2,
             )
             config = inside
+        if ("tasks" in config) != cls.has_tasks:
+            other = "one task: OnnxEarlyExitModel" if cls.has_tasks else "many tasks: OnnxTasksModel"
+            raise ValueError(f"{directory} holds a file of {other} runs it.")
         return cls(folder, session, config)
 
     def __call__(
@@ -119,6 +126,16 @@ class OnnxEarlyExitModel:
             check_int(name, count, at_least=1)
             if count is not None and name != own:
                 raise ValueError(f"{name}={count} is not allowed: the rule in the file reads {own}.")
+        feed = self.inputs(input_ids, attention_mask, token_type_ids)
+        if threshold is not None:
+            feed["threshold"] = self._threshold(threshold)
+        if (given := counts[own]) is not None:
+            feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
+        logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
+        return OnnxOutput(logits, exit_layer)
+
+    def inputs(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> dict[str, np.ndarray]:
+        """What the graph takes of the model's inputs, checked; as in a call."""
         ids = np.asarray(input_ids, dtype=np.int64)
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"input_ids must be [batch, sequence] and not empty, got shape {list(ids.shape)}.")
@@ -132,12 +149,19 @@ class OnnxEarlyExitModel:
         feed = {"input_ids": ids, "attention_mask": _like(ids, attention_mask, "attention_mask", 1)}
         if "token_type_ids" in self.config["inputs"]:
             feed["token_type_ids"] = _like(ids, token_type_ids, "token_type_ids", 0)
-        if threshold is not None:
-            feed["threshold"] = self._threshold(threshold)
-        if (given := counts[own]) is not None:
-            feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
-        logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
-        return OnnxOutput(logits, exit_layer)
+        return feed
+
+    def tokenize(self, texts: Sequence[str], text_pairs: Sequence[str] | None) -> dict[str, Any]:
+        """Texts, or pairs of texts, as inputs of the graph."""
+        encoded = self.tokenizer(
+            list(texts),
+            None if text_pairs is None else list(text_pairs),
+            padding=True,
+            truncation=True,
+            max_length=self.config["max_length"],
+            return_tensors="np",
+        )
+        return {name: encoded[name] for name in self.config["inputs"] if name in encoded}
 
     def _threshold(self, given: Any) -> np.ndarray:
         """In the shape that the file takes: a scalar, or [E]."""
@@ -201,15 +225,7 @@ class OnnxEarlyExitModel:
         answers: list[dict[str, Any]] = []
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
-            encoded = self.tokenizer(
-                list(texts[part]),
-                None if text_pairs is None else list(text_pairs[part]),
-                padding=True,
-                truncation=True,
-                max_length=self.config["max_length"],
-                return_tensors="np",
-            )
-            fields = {name: encoded[name] for name in self.config["inputs"] if name in encoded}
+            fields = self.tokenize(texts[part], None if text_pairs is None else text_pairs[part])
             output = self(**fields, threshold=threshold, patience=patience)
             for row, number in zip(output.logits, output.exit_layer, strict=True):
                 answers.append({**problem.format_prediction(row, self.labels), "exit_layer": int(number)})

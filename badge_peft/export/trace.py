@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from badge_peft.export.graph import OPSET
 from badge_peft.export.pieces import BEFORE, EXAMPLE, FOLLOWING, LEFT, OTHER, ModelPiece, example_inputs, tuple_lengths
 from badge_peft.export.structure import structure_of, with_weights
+from badge_peft.export.task_pieces import TaskPiece
 from badge_peft.model import BadgeModel
 
 #: Of a tensor [B, S, ...].
@@ -40,12 +41,14 @@ class ExportedBlocks:
 
 
 @torch.no_grad()
-def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool = False) -> ExportedBlocks:
+def export_blocks(
+    badge: BadgeModel, read: set[int] | dict[str, set[int]], depth: int, progress: bool = False
+) -> ExportedBlocks:
     """Exports the embeddings and the blocks 1..depth, one by one.
 
     Args:
         badge: In eval mode.
-        read: Block numbers at which an answer is wanted.
+        read: Block numbers at which an answer is wanted; for many tasks, those of each.
         depth: The last block that is wanted.
         progress: Show a progress bar.
     """
@@ -53,7 +56,12 @@ def export_blocks(badge: BadgeModel, read: set[int], depth: int, progress: bool 
 
     inputs, others = (example_inputs(badge.model, size) for size in (EXAMPLE, OTHER))
     lengths = tuple_lengths(badge, inputs)
-    pieces = [ModelPiece(badge, number, lengths, number in read) for number in range(depth + 1)]
+    pieces = [
+        TaskPiece(badge, number, lengths, read)
+        if isinstance(read, dict)
+        else ModelPiece(badge, number, lengths, number in read)
+        for number in range(depth + 1)
+    ]
     made, made_of_others = (pieces[0](x) for x in (inputs, others))
     shared = {name: tensor for name, tensor in made.items() if name.startswith("shared_")}
     example: dict[str, Any] = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}

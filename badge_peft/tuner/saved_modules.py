@@ -4,6 +4,7 @@ several adapters: each row, or each task, goes through the copy of its own adapt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class TaskHeads:
         if not any(task in wrapper.modules_to_save for task in self.tasks):
             return wrapper.original_module(*args, **kwargs)
         (states,) = args
-        parts = states.chunk(len(self.tasks)) if self._apart else [states] * len(self.tasks)
+        parts = self._by_rows(states)
         heads = [_copy(wrapper, task) for task in self.tasks]
         if wrapper is not self.last:
             self._apart = True
@@ -133,10 +134,18 @@ class TaskHeads:
 
     def logits(self, logits: Tensor) -> dict[str, Tensor]:
         """Of the model's logits those of each task, [B, K]; without meaning where a task does not ask any more."""
+        parts = self._by_rows(logits)
         if self._labels is not None:
-            return dict(zip(self.tasks, logits.split(self._labels, dim=-1), strict=True))
-        parts = logits.chunk(len(self.tasks)) if self._apart else [logits] * len(self.tasks)
+            ends = list(accumulate(self._labels))
+            parts = [logits[..., end - k : end] for end, k in zip(ends, self._labels, strict=True)]
         return dict(zip(self.tasks, parts, strict=True))
+
+    def _by_rows(self, values: Tensor) -> list[Tensor]:
+        """[T B, *] by task, or for each [B, *]; in slices, which have an ONNX form for any B."""
+        if not self._apart:
+            return [values] * len(self.tasks)
+        rows = values.shape[0] // len(self.tasks)
+        return [values[i * rows : (i + 1) * rows] for i in range(len(self.tasks))]
 
 
 def answer_by_adapters(
@@ -146,7 +155,7 @@ def answer_by_adapters(
 
     In a call of several adapters the module is a head, whose one argument has a row for each of the batch.
     """
-    run = None if torch.compiler.is_compiling() else current_pass()
+    run = None if torch.compiler.is_dynamo_compiling() else current_pass()  # an export is traced as it runs
     return None if run is None or run.heads is None else run.heads.answer(wrapper, args, kwargs)
 
 

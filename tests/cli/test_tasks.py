@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, load_pretrained, save_tasks
+from badge_peft.export import OnnxTasksModel
 from tests.cli.conftest import ROWS, Cli, one_line, save_classifier
 from tests.models import shake
 from tests.texts import make_tokenizer
@@ -148,3 +149,19 @@ def test_bench_times_one_pass_beside_what_could_be_run_instead(
     assert full == 9 and calls >= together and together <= 3
     assert all(row["p50_ms"] > 0 for row in report["results"]) and list(report["rules"]) == list(tasks)
     assert "blocks per text" in result.stdout
+
+
+def test_export_writes_one_file_for_all_tasks(tasks: dict[str, str], place: Path, cli: Cli, tmp_path: Path) -> None:
+    some = {name: tasks[name] for name in ("mood", "degree")}
+    result = cli("export", *options(some), tmp_path / "onnx", "--json", tmp_path / "e.json")
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert list(report["tasks"]) == list(some) and report["max_difference"] < 1e-4 and "exits at mood" in result.stdout
+    found = OnnxTasksModel.from_pretrained(tmp_path / "onnx", threads=1).predict(TEXTS)
+    said = lines(cli("predict", *options(some), place / "texts.txt"))
+    for line, answer in zip(said, found, strict=True):
+        assert {name: own["exit"] for name, own in line["tasks"].items()} == {
+            name: own["exit_layer"] for name, own in answer.items()
+        }
+    one_line(cli("export", *options(some), fails=True), "there is no DIR")
+    data = ("--data", place / "rows.csv")
+    one_line(cli("export", *options(some), tmp_path / "x", *data, fails=True), "--data is for one adapter")

@@ -115,6 +115,8 @@ def test_every_policy(rule: dict[str, Any]) -> None:
         {"placement": "ffn", "exit_type": "pooled"},
         {"placement": "mhsa", "exit_type": "mha"},
         {"exit_layers": [2], "final_exit": "exit", "num_labels": 7},
+        {"carry": "logits"},
+        {"carry": "states", "ladder": True},
         {"backbone": "lora"},
         {"backbone": "full"},
         *LINKS,

@@ -1,0 +1,148 @@
+"""Many tasks in one ONNX file: each answers as in a call of the PyTorch model, with a threshold of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from badge_peft import BadgeConfig
+from badge_peft.export import OnnxEarlyExitModel, OnnxTasksModel, export_onnx, export_tasks_onnx
+from tests.early_exit.rules import with_threshold
+from tests.models import make_badge, make_batch, make_model, shake
+from tests.texts import make_tokenizer, sentences
+
+ROWS, LENGTH = 7, 9
+# name -> (fields of BadgeConfig, rule)
+TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "stock": ({"train_head": False}, {"policy": "entropy"}),
+    "many": ({"num_labels": 5, "exit_pooling": "mean"}, {"policy": "divergence", "patience": 1}),
+    "score": (
+        {"num_labels": 1, "final_exit": "exit", "problem_type": "regression", "exit_layers": [0, 2]},
+        {"policy": "patience", "patience": 1, "threshold": 0.3},
+    ),
+    "early": ({"num_labels": 2, "final_exit": "exit"}, {"policy": "fixed_depth", "depth": 1}),
+    "doubts": ({"final_exit": "exit", "learn_to_exit": True, "placement": "ffn"}, {"policy": "learned"}),
+}
+
+
+def make(case: str = "bert", **changes: Any) -> Any:
+    base = make_model(case, **changes)
+    model = make_badge(case, base=base, adapter_name="stock", **TASKS["stock"][0])
+    for seed, (name, (fields, _)) in enumerate(TASKS.items()):
+        if name != "stock":
+            model.add_adapter(name, BadgeConfig(r=4, **fields))
+            shake(model, seed=seed, only=f".{name}.")
+    model.eval()
+    for name, (_, rule) in TASKS.items():
+        model.set_adapter(name)
+        if rule["policy"] in ("entropy", "divergence", "learned"):
+            with torch.no_grad():
+                out = model(**make_batch(ROWS, LENGTH))
+            rule = with_threshold(rule, out.exit_logits, model.exit_layers(), 0.5, out.exit_uncertainty)
+        model.set_early_exit_config(rule)
+    model.set_adapter("stock")
+    return model
+
+
+def check(model: Any, session: OnnxTasksModel, batch: dict[str, torch.Tensor], names: list[str], **rule: Any) -> None:
+    want = model.early_exit_forward(**batch, tasks=names)
+    found = session(**{name: value.numpy() for name, value in batch.items()}, **rule)
+    assert list(found) == names
+    for name in names:
+        assert found[name].exit_layer.tolist() == want[name].exit_layer.tolist(), name
+        np.testing.assert_allclose(found[name].logits, want[name].logits.numpy(), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("tasks")
+    model = make()
+    return model, folder, export_tasks_onnx(model, folder, tokenizer=make_tokenizer())
+
+
+def test_each_task_answers_as_in_pytorch(written: tuple[Any, Path, dict[str, Any]]) -> None:
+    model, folder, report = written
+    session = OnnxTasksModel.from_pretrained(folder, threads=1)
+    assert report["max_difference"] < 1e-4 and list(report["tasks"]) == list(TASKS)
+    names = {info.name for info in session.session.get_inputs()}
+    assert names == {"input_ids", "attention_mask", "token_type_ids"}  # thresholds have defaults
+    assert [info.name for info in session.session.get_outputs()] == [
+        f"{task}.{kind}" for task in TASKS for kind in ("logits", "exit_layer")
+    ]
+    for batch in (make_batch(ROWS, LENGTH), make_batch(1, 5), make_batch(3, LENGTH, side="left")):
+        check(model, session, batch, list(TASKS))
+
+
+def test_thresholds_come_with_the_call(written: tuple[Any, Path, dict[str, Any]]) -> None:
+    model, folder, _ = written
+    session, batch = OnnxTasksModel.from_pretrained(folder, threads=1), make_batch(ROWS, LENGTH)
+    ids = {name: value.numpy() for name, value in batch.items()}
+    never = session(**ids, threshold={"stock": 0.0, "many": 0.0})
+    assert never["stock"].exit_layer.tolist() == never["many"].exit_layer.tolist() == [3] * ROWS
+    plain = session(**ids)
+    assert never["score"].exit_layer.tolist() == plain["score"].exit_layer.tolist()
+    patient = session(**ids, patience=3)
+    assert patient["many"].exit_layer.tolist() == [3] * ROWS
+    with pytest.raises(ValueError, match="threshold has 'other', which is no task of this file; they are stock, many"):
+        session(**ids, threshold={"other": 1.0})
+    with pytest.raises(ValueError, match="threshold='x' is not allowed"):
+        session(**ids, threshold="x")  # type: ignore[arg-type]
+
+
+def test_texts(written: tuple[Any, Path, dict[str, Any]]) -> None:
+    model, folder, _ = written
+    texts = [text for text, _ in sentences(5)]
+    found = OnnxTasksModel.from_pretrained(folder, threads=1).predict(texts, batch_size=2)
+    batch = make_tokenizer()(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    out = model.early_exit_forward(**batch, tasks=list(TASKS))
+    for name in TASKS:
+        assert [answer[name]["exit_layer"] for answer in found] == out[name].exit_layer.tolist()
+    assert found[0]["many"]["label"] == f"LABEL_{int(out['many'].logits[0].argmax())}" and "value" in found[0]["score"]
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_int8_and_rows_that_go_along(compact: bool, tmp_path: Path) -> None:
+    model, names = make(), ["many", "early"]
+    report = export_tasks_onnx(model, tmp_path / "int8", tasks=names, int8=True, compact=compact)
+    assert report["max_difference"] is None and report["int8"]
+    out = OnnxTasksModel.from_pretrained(tmp_path / "int8", threads=1)(**numpy(make_batch(ROWS, LENGTH)))
+    assert out["early"].exit_layer.tolist() == [1] * ROWS and out["many"].logits.shape == (ROWS, 5)
+    if not compact:
+        export_tasks_onnx(model, tmp_path / "all", tasks=names, compact=False)
+        check(model, OnnxTasksModel.from_pretrained(tmp_path / "all"), make_batch(ROWS, LENGTH), names)
+
+
+def numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("case", ["distilbert", "deberta-v2", "modernbert-mean"])
+def test_heads_of_other_backbones(case: str, tmp_path: Path) -> None:
+    layers = "n_layers" if case == "distilbert" else "num_hidden_layers"
+    base = make_model(case, **{layers: 1})
+    model = make_badge(case, base=base, adapter_name="stock", train_head=False)
+    model.add_adapter("many", BadgeConfig(r=4, num_labels=5))
+    shake(model, seed=4, only=".many.")
+    model.eval()
+    names = ["many", "stock"]
+    export_tasks_onnx(model, tmp_path, tasks=names, early_exit_config={"policy": "never"})
+    session = OnnxTasksModel.from_pretrained(tmp_path)
+    want = model.early_exit_forward(**make_batch(ROWS, LENGTH), tasks=names, policy="never")
+    found = session(**numpy(make_batch(ROWS, LENGTH)))
+    for name in names:
+        np.testing.assert_allclose(found[name].logits, want[name].logits.numpy(), atol=1e-4)
+
+
+def test_what_is_refused(written: tuple[Any, Path, dict[str, Any]], tmp_path: Path) -> None:
+    model, folder, _ = written
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        export_tasks_onnx(model, tmp_path, tasks=["other"])
+    with pytest.raises(ValueError, match="holds a file of many tasks: OnnxTasksModel runs it"):
+        OnnxEarlyExitModel.from_pretrained(folder)
+    export_onnx(make_badge(base=make_model(num_hidden_layers=1)), tmp_path / "one")
+    with pytest.raises(ValueError, match="holds a file of one task: OnnxEarlyExitModel runs it"):
+        OnnxTasksModel.from_pretrained(tmp_path / "one")
