@@ -116,7 +116,7 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, ALBERT itself fa
 
 
 #: Backbones of which another one runs the same kind of code: exported and compiled in `nox -s exhaustive` alone.
-KIN = ("roberta", "electra", "mpnet", "distilbert", "albert-groups", "albert-inner")
+KIN = ("roberta", "electra", "mpnet", "distilbert", "albert-groups", "albert-inner", "modernbert-mean")
 
 
 def one_of_each_kind(cases: Iterable[str]) -> list[Any]:
