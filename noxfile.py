@@ -17,7 +17,7 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")
 os.environ.setdefault("UV_SYSTEM_CERTS", "1")
 
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["tests", "exhaustive", "adapters", "oldest", "oldest_onnx", "int8"]
+nox.options.sessions = ["tests", "exhaustive", "adapters", "oldest", "oldest_onnx", "int8", "serve"]
 
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
@@ -87,6 +87,13 @@ def int8(session: nox.Session) -> None:
     """Base models in int8, by torchao and by bitsandbytes."""
     session.install("-e", ".", "torchao", "bitsandbytes", *TOOLS)
     session.run("pytest", "tests/peft_verbs/test_int8.py", *session.posargs)
+
+
+@nox.session
+def serve(session: nox.Session) -> None:
+    """The service as it is started, on Ray, which `make test` does without."""
+    session.install("-e", ".[dev,serve]")
+    session.run("pytest", "tests/serving", *session.posargs)
 
 
 @nox.session
