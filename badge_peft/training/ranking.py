@@ -29,7 +29,8 @@ class RankingDistillation(Objective):
     Args:
         squared: Weight of the squared difference; 0 leaves it out.
         listwise: Weight of the listwise term; 0 leaves it out.
-        (and `weights` and `temperature`, of the listwise term, as for `Objective`)
+        weights: As for `Objective`.
+        temperature: Of the listwise term; as for `Objective`.
     """
 
     squared: float = 1.0
