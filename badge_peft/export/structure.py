@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from uuid import uuid4
 
 import onnx_ir as ir
 from torch import Tensor
@@ -39,7 +40,7 @@ def structure_of(exported: ExportedProgram) -> tuple[str, dict[str, Tensor]]:
                 names[node] = node.name
             continue
         if node.op == "get_attr":  # a graph in the graph, which would have to be compared as well
-            lines.append(f"of its own: {id(exported)}")
+            lines.append(f"like no other: {uuid4()}")
         arguments = map_arg((node.args, node.kwargs), name_of)
         names[node] = f"value_{number}"
         lines.append(f"{names[node]} = {node.op} {node.target} {arguments}")
