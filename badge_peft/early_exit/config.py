@@ -96,11 +96,13 @@ class EarlyExitConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
-            self._set(name, copy.deepcopy(value))
         if self.calibration is not None:
-            recorded = self.calibration.setdefault("settings", self._settings_hash())
-            if recorded != self._settings_hash():  # `dataclasses.replace` has changed what was measured
+            settings = self._settings_hash()
+            if self.calibration.get("settings", settings) == settings:
+                self._set("calibration", copy.deepcopy({**self.calibration, "settings": settings}))
+            else:  # `dataclasses.replace` or a call's override has changed what was measured
                 self._set("calibration", None)
+        self._set("parameters", copy.deepcopy(self.parameters))
         POLICIES[self.policy].check_config(self)
 
     def __hash__(self) -> int:

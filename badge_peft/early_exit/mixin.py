@@ -96,7 +96,7 @@ class EarlyExitMixin:
             kwargs = self.compiled.pad(kwargs)
         adapter = self.single_active_adapter()
         if labels is not None:
-            self.check_labels(labels, batch_size, count_positions(*args, **kwargs))
+            self.check_labels(labels, batch_size, length)
         exits = self.adapter_exits(adapter)
         reader = FullDepthReader(exits, batch_size, read_mask(self.model, self.layout, exits.pooling, kwargs))
         running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, kwargs.get("attention_mask"))
@@ -207,7 +207,7 @@ class EarlyExitMixin:
         )
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
-        mask, ends = (read_mask(self.model, self.layout, kind, inputs) for kind in ("mean", "last"))
+        mask, ends = inputs.get("attention_mask"), read_mask(self.model, self.layout, "last", inputs)
         about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
         readers = [self._reader(question, about, overrides) for question in call.questions]
         running = self._pass(EarlyExitPass, call.together(readers), batch_size, mask)
