@@ -73,16 +73,21 @@ def train_exits(
             data_collator=DataCollatorWithPadding(tokenizer),
             cache_states=(False if options.no_cache_states else "auto") if states is None else states,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        bar = ProgressBar()
-        if progress:
-            trainer.add_callback(bar)
-        try:
-            trainer.train()
-        finally:
-            if bar.training_bar is not None:  # an error has a line of its own
-                bar.training_bar.close()
+        run(trainer, progress)
     model.eval()
     kept = {name: value for name, value in trainer.state_cache.items() if name != "where"}
     return {"training_seconds": time.perf_counter() - start, "states": kept}
+
+
+def run(trainer: MultiExitTrainer, progress: bool = True) -> None:
+    """Trains with one progress bar, or none, in place of what transformers prints."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    bar = ProgressBar()
+    if progress:
+        trainer.add_callback(bar)
+    try:
+        trainer.train()
+    finally:
+        if bar.training_bar is not None:  # an error has a line of its own
+            bar.training_bar.close()

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
@@ -30,7 +30,6 @@ from badge_peft.training import (
     multi_exit_arguments,
     query_batches,
 )
-from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.workflows.base_model import add_exits, load_base, local_path
@@ -38,6 +37,7 @@ from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint
+from badge_peft.workflows.fit import run
 from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
 from badge_peft.workflows.settings import TrainColumns, TrainingOptions, TrainSettings
@@ -235,13 +235,5 @@ def _train(model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: A
             train_dataset=items,
             data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        bar = ProgressBar()
-        trainer.add_callback(bar)
-        try:
-            trainer.train()
-        finally:
-            if bar.training_bar is not None:  # an error has a line of its own
-                bar.training_bar.close()
+        run(trainer)
     model.eval()
