@@ -120,8 +120,6 @@ class OnnxExporter:
         examples: Any = None,
     ) -> OnnxExportReport:
         """Writes the folder, once the file answers as the model does."""
-        import onnx
-
         from badge_peft.export.chain import assemble
 
         if self.decision.policy.by_group and not compact:
@@ -131,22 +129,10 @@ class OnnxExporter:
             )
 
         graph = assemble(self.pieces, self.decision, int8=int8, compact=compact)
-        if graph.ByteSize() > LARGEST:
-            raise ValueError(
-                f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
-            )
+        check_size(graph)
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(here)
-            metadata = self._metadata(int8, compact, tokenizer) | {"tokenizer_files": digests(here, os.listdir(here))}
-            stored = graph.SerializeToString()
-            metadata["id"] = hashlib.sha256(stored + json.dumps(metadata).encode()).hexdigest()[:16]
-            entry = onnx.StringStringEntryProto(key=CONFIG, value=json.dumps(metadata))
-            # two messages of protobuf, one after the other, are one
-            (here / MODEL).write_bytes(stored + onnx.ModelProto(metadata_props=[entry]).SerializeToString())
-            write_json(here / CONFIG, metadata)
-            self.badge.model.config.save_pretrained(here)
+            metadata = stage(here, graph, self._metadata(int8, compact, tokenizer), self.badge, tokenizer)
             session = OnnxEarlyExitModel.from_pretrained(here, threads=torch.get_num_threads())
             policy_config = self.decision.policy.config
             report = OnnxExportReport(
@@ -163,20 +149,12 @@ class OnnxExporter:
 
     def _difference(self, session: OnnxEarlyExitModel) -> float:
         inputs = example_inputs(self.badge.model, OTHER)
-        difference = largest_difference(self.badge, session, self.decision.policy.config, inputs)
-        if not difference < TOLERANCE:
-            raise RuntimeError(
-                f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
-                "report the model's architecture and the versions of torch, onnx and onnxruntime."
-            )
-        return difference
+        return check_difference(largest_difference(self.badge, session, self.decision.policy.config, inputs))
 
     def _metadata(self, int8: bool, compact: bool, tokenizer: Any) -> dict[str, Any]:
         """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
         decision, policy = self.decision, self.decision.policy
         config: Any = self.badge.model.config
-        cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
-        limits = (max_positions(self.badge.model), cut if cut and cut < 10**9 else None)
         return {
             "format": 1,
             "inputs": self.pieces.inputs,
@@ -185,8 +163,7 @@ class OnnxExporter:
             "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
-            "max_length": min((limit for limit in limits if limit is not None), default=None),
-            "max_positions": limits[0],
+            **input_limits(self.badge, tokenizer),
             "weights_hash": self.weights_hash,
             "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),
             "threshold": decision.threshold,
@@ -198,6 +175,63 @@ class OnnxExporter:
             "compact": compact,
             "badge_peft": package_version(),
         }
+
+
+def stage(here: Path, graph: Any, metadata: dict[str, Any], badge: BadgeModel, tokenizer: Any) -> dict[str, Any]:
+    """Writes a graph, what belongs to it and the tokenizer, where there is one, into a temporary folder.
+
+    Returns:
+        The metadata with the digests of the tokenizer's files, and an id of it all.
+    """
+    import onnx
+
+    if tokenizer is not None:
+        tokenizer.save_pretrained(here)
+    metadata = metadata | {"tokenizer_files": digests(here, os.listdir(here))}
+    stored = graph.SerializeToString()
+    metadata["id"] = hashlib.sha256(stored + json.dumps(metadata).encode()).hexdigest()[:16]
+    entry = onnx.StringStringEntryProto(key=CONFIG, value=json.dumps(metadata))
+    # two messages of protobuf, one after the other, are one
+    (here / MODEL).write_bytes(stored + onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+    write_json(here / CONFIG, metadata)
+    badge.model.config.save_pretrained(here)
+    return metadata
+
+
+def input_limits(badge: BadgeModel, tokenizer: Any) -> dict[str, int | None]:
+    """`max_length`, tokens to which texts are cut, and `max_positions`, those that the model can read."""
+    cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
+    limits = (max_positions(badge.model), cut if cut and cut < 10**9 else None)
+    return {
+        "max_length": min((limit for limit in limits if limit is not None), default=None),
+        "max_positions": limits[0],
+    }
+
+
+def check_size(graph: Any) -> None:
+    """Refuses a graph that no file holds.
+
+    Raises:
+        ValueError: it takes more than 2 GB.
+    """
+    if graph.ByteSize() > LARGEST:
+        raise ValueError(
+            f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
+        )
+
+
+def check_difference(difference: float) -> float:
+    """Refuses a file whose logits differ from PyTorch's by more than rounding.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    if not difference < TOLERANCE:
+        raise RuntimeError(
+            f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
+            "report the model's architecture and the versions of torch, onnx and onnxruntime."
+        )
+    return difference
 
 
 def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +16,13 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.tasks import check_tasks, config_of_each
-from badge_peft.export.onnx import LARGEST, TOLERANCE, check_model, own_copy
+from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
 from badge_peft.export.pieces import OTHER, example_inputs
-from badge_peft.export.runtime import CONFIG, LARGEST_PATIENCE, MODEL, OnnxEarlyExitModel, OnnxOutput, digests
+from badge_peft.export.runtime import CONFIG, LARGEST_PATIENCE, MODEL, OnnxEarlyExitModel, OnnxOutput
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.tuner.architectures import max_positions
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require_onnx_exporter
-from badge_peft.utils.files import install, write_json
+from badge_peft.utils.files import install
 from badge_peft.utils.problem import problem_of
 
 
@@ -69,8 +65,6 @@ def export_tasks_onnx(
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
     require_onnx_exporter()
-    import onnx
-
     from badge_peft.export.policies import Decision
     from badge_peft.export.task_chain import assemble_tasks
     from badge_peft.export.trace import export_blocks
@@ -100,23 +94,11 @@ def export_tasks_onnx(
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
     graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)
-    if graph.ByteSize() > LARGEST:
-        raise ValueError(
-            f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
-        )
+    check_size(graph)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(here)
-        metadata = _metadata(copied, decisions, read, pieces.inputs, tokenizer) | {"int8": int8, "compact": compact}
-        metadata["tokenizer_files"] = digests(here, os.listdir(here))
-        stored = graph.SerializeToString()
-        metadata["id"] = hashlib.sha256(stored + json.dumps(metadata).encode()).hexdigest()[:16]
-        entry = onnx.StringStringEntryProto(key=CONFIG, value=json.dumps(metadata))
-        # two messages of protobuf, one after the other, are one
-        (here / MODEL).write_bytes(stored + onnx.ModelProto(metadata_props=[entry]).SerializeToString())
-        write_json(here / CONFIG, metadata)
-        copied.model.config.save_pretrained(here)
+        facts = _metadata(copied, decisions, read, pieces.inputs, tokenizer) | {"int8": int8, "compact": compact}
+        metadata = stage(here, graph, facts, copied, tokenizer)
         session: Any = OnnxTasksModel.from_pretrained(here, threads=torch.get_num_threads())
         configs = {task: decision.policy.config for task, decision in decisions.items()}
         difference = None if int8 else _difference(copied, session, configs)
@@ -213,14 +195,11 @@ def _metadata(
     badge: BadgeModel, decisions: Mapping[str, Any], read: Mapping[str, set[int]], inputs: list[str], tokenizer: Any
 ) -> dict[str, Any]:
     """What `OnnxTasksModel` has to know, as JSON-able values."""
-    cut = getattr(tokenizer, "model_max_length", None)  # one without a limit says 10^30
-    limits = (max_positions(badge.model), cut if cut and cut < 10**9 else None)
     return {
         "format": 1,
         "inputs": inputs,
         "num_blocks": badge.num_blocks,
-        "max_length": min((limit for limit in limits if limit is not None), default=None),
-        "max_positions": limits[0],
+        **input_limits(badge, tokenizer),
         "badge_peft": package_version(),
         "tasks": {
             task: {
@@ -251,10 +230,4 @@ def _difference(badge: BadgeModel, session: Any, configs: dict[str, EarlyExitCon
             same = own.exit_layer.numpy() == found.exit_layer
             differences.append(np.abs(own.logits.numpy() - found.logits)[same].ravel())
     values = np.concatenate(differences)
-    difference = float(values.max()) if values.size else float("nan")
-    if not difference < TOLERANCE:
-        raise RuntimeError(
-            f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please report the "
-            "model's architecture and the versions of torch, onnx and onnxruntime."
-        )
-    return difference
+    return check_difference(float(values.max()) if values.size else float("nan"))
