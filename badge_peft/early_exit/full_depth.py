@@ -15,6 +15,7 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.losses import exit_loss, loss_weights, uncertainty_loss
+from badge_peft.utils.problem import infer_problem_type, problem_of
 
 
 class FullDepthReader(ExitReader):
@@ -39,6 +40,33 @@ class FullDepthReader(ExitReader):
             self.exit_logits[number], uncertainty = self.read(block, number, frame)
             if uncertainty is not None:
                 self.exit_uncertainty[number] = uncertainty
+
+
+def check_labels(config: BadgeConfig, labels: Tensor, batch_size: int, length: int = 0) -> None:
+    """Checks labels of an adapter's task.
+
+    The problem type of an adapter that nothing has told it yet (K > 1, and the model's config is silent) is read off
+    the first labels, as transformers does it, and is saved with the adapter.
+
+    Args:
+        config: Of the adapter.
+        labels: Of a batch.
+        batch_size: B.
+        length: S, which token classification needs: its labels are [B, S], -100 for tokens that do not count.
+
+    Raises:
+        ValueError: labels of another shape, or outside of 0..K-1.
+    """
+    if config.reads_tokens:
+        if labels.shape != (batch_size, length):
+            raise ValueError(
+                f"labels have shape {list(labels.shape)}, but token classification needs one for each token, "
+                f"[{batch_size}, {length}], -100 for those that do not count."
+            )
+        labels, batch_size = labels.flatten(), labels.numel()
+    problem_type = config.problem_type or infer_problem_type(config.resolved_labels, labels)
+    problem_of(problem_type).check_labels(labels, config.resolved_labels, batch_size)
+    config.problem_type = problem_type
 
 
 def full_depth_output(

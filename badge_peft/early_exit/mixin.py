@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
+from badge_peft.early_exit.adapter_names import BASE
 from badge_peft.early_exit.arguments import by_name, split_arguments, split_special
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.calls import Call, OneAdapter, Question, RowFacts
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.full_depth import FullDepthReader, full_depth_output
+from badge_peft.early_exit.dispatch import base_reader, call_of_several, reader_of
+from badge_peft.early_exit.full_depth import FullDepthReader, check_labels, full_depth_output
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.readers import PolicyReader
-from badge_peft.early_exit.tasks import Tasks, check_tasks
-from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
@@ -30,7 +29,6 @@ from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.exits import AdapterExits
-from badge_peft.utils.problem import Problem, infer_problem_type, problem_of
 
 _NO_LABELS = (
     "no labels reach the model in training, so it gives no loss, and one of `logits`, those of the last block, trains "
@@ -96,7 +94,7 @@ class EarlyExitMixin:
             kwargs = self.compiled.pad(kwargs)
         adapter = self.single_active_adapter()
         if labels is not None:
-            self.check_labels(labels, batch_size, length)
+            check_labels(self.config_of(adapter), labels, batch_size, length)
         exits = self.adapter_exits(adapter)
         reader = FullDepthReader(exits, batch_size, read_mask(self.model, self.layout, exits.pooling, kwargs))
         running = self._pass(exit_pass or EarlyExitPass, [reader], batch_size, kwargs.get("attention_mask"))
@@ -111,36 +109,6 @@ class EarlyExitMixin:
         if labels is None and exit_pass is None and self.training and _has_gradient(output.exit_logits):
             warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
-
-    def check_labels(self, labels: Tensor, batch_size: int, length: int = 0) -> str:
-        """Checks labels of the active adapter's task.
-
-        The problem type of an adapter that nothing has told it yet (K > 1, and the model's config is silent) is read
-        off the first labels, as transformers does it, and is saved with the adapter.
-
-        Args:
-            labels: Of a batch.
-            batch_size: B.
-            length: S, which token classification needs: its labels are [B, S], -100 for tokens that do not count.
-
-        Returns:
-            The problem type.
-
-        Raises:
-            ValueError: labels of another shape, or outside of 0..K-1.
-        """
-        config = self.config_of()
-        if config.reads_tokens:
-            if labels.shape != (batch_size, length):
-                raise ValueError(
-                    f"labels have shape {list(labels.shape)}, but token classification needs one for each token, "
-                    f"[{batch_size}, {length}], -100 for those that do not count."
-                )
-            labels, batch_size = labels.flatten(), labels.numel()
-        problem_type = config.problem_type or infer_problem_type(config.resolved_labels, labels)
-        problem_of(problem_type).check_labels(labels, config.resolved_labels, batch_size)
-        config.problem_type = problem_type
-        return problem_type
 
     # ------------------------------------------------------------------------------------------------------ early exit
 
@@ -196,7 +164,12 @@ class EarlyExitMixin:
             )
         batch_size = count_rows(**inputs)
         inputs = decoder_arguments(self.model, inputs, batch_size)
-        call = self._call(batch_size, adapter_names, tasks, early_exit_config)
+        call: Call
+        if adapter_names is None and tasks is None:
+            call = OneAdapter(self.single_active_adapter(), batch_size, early_exit_config)
+        else:
+            on = self.model, self.layout, self.peft_config, self.active_adapters
+            call = call_of_several(batch_size, adapter_names, tasks, early_exit_config, *on)
         of_rows: Any = {
             "groups": group_codes(groups, batch_size),
             "special": split_special(special_tokens_mask, batch_size, count_positions(**inputs)),
@@ -257,38 +230,11 @@ class EarlyExitMixin:
         trained = partial(is_trained, self.model, self.layout)
         return kind(readers, batch_size, mask, self.num_blocks, compiled=self.compiled, trains_backbone=trained)
 
-    def _call(
-        self, batch_size: int, adapter_names: Sequence[str] | None, tasks: Sequence[str] | None, config: Any
-    ) -> Call:
-        """Which adapters are asked.
-
-        Raises:
-            ValueError: `adapter_names` or `tasks` do not fit.
-        """
-        if adapter_names is not None and tasks is not None:
-            raise ValueError("adapter_names has one adapter for each row, tasks has them all for every row: give one.")
-        if tasks is not None:
-            check_tasks(tasks, self.model, self.layout, self.peft_config, self.active_adapters)
-            last = getattr(self.model, self.layout.head[-1], None) if self.layout.head else None
-            return Tasks(tasks, batch_size, config, last)
-        if adapter_names is None:
-            return OneAdapter(self.single_active_adapter(), batch_size, config)
-        check_adapter_names(adapter_names, batch_size, self.model, self.layout, self.peft_config, self.active_adapters)
-        return RowOrder(adapter_names, config)
-
     def _reader(self, asked: Question, about: RowFacts, overrides: dict[str, Any]) -> PolicyReader:
-        name, first, rows = asked.adapter, asked.first, asked.rows
-        own = about.part(first, rows)
+        name = asked.adapter
         if name == BASE:
-            exits = AdapterExits(BASE, [self.num_blocks], "cls", self.model.config.num_labels, Problem.name, False)
-            return PolicyReader(exits, rows, own.mask, first, build_policy(policy="never"))
-        config = self.config_of(name).early_exit if asked.config is None else asked.config
-        exits, policy = self.adapter_exits(name), build_policy(config, **overrides)
-        if exits.reads_tokens:
-            return TokenReader(exits, rows, own.mask, first, policy, own.length, own.special)
-        groups = None if own.groups is None else own.groups.numpy()
-        mask = own.ends if exits.pooling == "last" else own.mask
-        return PolicyReader(exits, rows, mask, first, policy, groups)
+            return base_reader(asked, about, self.num_blocks, self.model.config.num_labels)
+        return reader_of(asked, about, self.adapter_exits(name), self.config_of(name).early_exit, overrides)
 
 
 def _has_gradient(logits: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from badge_peft.early_exit.cached_states import CachedStates
+from badge_peft.early_exit.full_depth import check_labels
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
@@ -136,7 +137,7 @@ class MultiExitTrainer(CachingTrainer):
         features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS, ROWS)}
         labels = inputs.get("labels")
         if labels is not None:
-            self.badge.check_labels(labels, count_rows(**features), count_positions(**features))
+            check_labels(self.badge.config_of(), labels, count_rows(**features), count_positions(**features))
         if self._stage is not None:
             self._stage.set_modes(model)
         objective = self.exit_objective

@@ -17,7 +17,7 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.carry import CARRIES
+from badge_peft.tuner.config_rules import check_filled_in, check_label_names, check_links, check_tokens, sorted_layers
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
@@ -131,13 +131,7 @@ class BadgeConfig(PeftConfig):
         check_int("r", self.r, at_least=1, optional=False)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        if self.carry is not None and self.carry not in CARRIES:
-            raise ValueError(f"carry={self.carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
-        if self.exit_type == "past_future" and self.final_exit != "exit":
-            raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-        if self.placement == "none" and (self.ladder is True or self.carry == "states"):
-            field = "ladder=True" if self.ladder is True else "carry='states'"
-            raise ValueError(f"{field} needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
+        check_links(self.carry, self.ladder, self.exit_type, self.final_exit, self.placement)
         for name in ("bias", "ladder", "train_head", "learn_to_exit", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
@@ -147,13 +141,14 @@ class BadgeConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a string that can be printed, or None.")
         if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
-        self._check_exit_layers()
+        self.exit_layers = sorted_layers(self.exit_layers)
         self.exit_weights = check_weights(self.exit_weights)
         check_int("num_labels", self.num_labels, at_least=1)
-        self._check_label_names()
+        check_label_names(self.label_names, self.num_labels)
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        self._check_tokens()
+        if self.reads_tokens:
+            check_tokens(vars(self))
         if self.lora is not None and self.backbone != "lora":
             raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
         if self.backbone == "lora":
@@ -164,7 +159,7 @@ class BadgeConfig(PeftConfig):
             raise ValueError(
                 f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
             )
-        self._check_from_a_file()
+        check_filled_in(self.modules_to_save, self.target_modules, self.base_fingerprint)
         if self.block_layout is not None:
             self.block_layout = BlockLayout.of(self.block_layout)
 
@@ -231,65 +226,6 @@ class BadgeConfig(PeftConfig):
         if self.reads_tokens:
             return Problem.name
         return self.problem_type or infer_problem_type(self.num_labels or 0)
-
-    def _check_tokens(self) -> None:
-        """What has no meaning where each token has an answer."""
-        if not self.reads_tokens:
-            return
-        allowed = {
-            "exit_pooling": (self.exit_pooling, ("auto",)),
-            "exit_type": (self.exit_type, ("linear", "pooled", "mha")),
-            "problem_type": (self.problem_type, (None, Problem.name)),
-        }
-        for name, (value, values) in allowed.items():
-            if value not in values:
-                raise ValueError(
-                    f"{name}={value!r} is not allowed with task_type='TOKEN_CLS', where each token has an answer of "
-                    f"one label: it must be {' or '.join(map(repr, values))}."
-                )
-
-    def _check_exit_layers(self) -> None:
-        layers = self.exit_layers
-        if layers is None:
-            return
-        if (
-            not isinstance(layers, (list, tuple))
-            or not layers
-            or any(not isinstance(m, int) or isinstance(m, bool) or m < 0 for m in layers)
-            or len(set(layers)) != len(layers)
-        ):
-            raise ValueError(
-                f"exit_layers={layers!r} is not allowed: it must be None or a list of distinct block numbers, where 1 "
-                "is the first block and 0 the embeddings."
-            )
-        self.exit_layers = sorted(layers)
-
-    def _check_from_a_file(self) -> None:
-        """What nobody writes by hand, but a damaged file may hold."""
-        names = self.modules_to_save
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")
-        if self.target_modules is not None and not isinstance(self.target_modules, (str, list, set, tuple)):
-            raise ValueError(f"target_modules={self.target_modules!r} is not allowed: leave it None.")
-        sample = self.base_fingerprint
-        if sample is not None and not (
-            isinstance(sample, dict)
-            and all(isinstance(values, list) and values for values in sample.values())
-            and all(is_number(v) or name.startswith("config.") for name, values in sample.items() for v in values)
-        ):
-            raise ValueError(
-                f"base_fingerprint={sample!r} is not allowed: it must be None (nothing is compared then) or lists of "
-                "numbers by name, as it was saved."
-            )
-
-    def _check_label_names(self) -> None:
-        names = self.label_names
-        if names is None:
-            return
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
-            raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
-        if self.num_labels is not None and len(names) != self.num_labels:
-            raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={self.num_labels}.")
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:

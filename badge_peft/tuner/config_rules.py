@@ -1,0 +1,103 @@
+"""What the fields of a `BadgeConfig` may be, where more than a list of choices says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from badge_peft.tuner.carry import CARRIES
+from badge_peft.utils.checks import is_number
+from badge_peft.utils.problem import Problem
+
+#: What has a meaning where each token has an answer.
+TOKEN_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "exit_pooling": ("auto",),
+    "exit_type": ("linear", "pooled", "mha"),
+    "problem_type": (None, Problem.name),
+}
+
+
+def sorted_layers(layers: Any) -> list[int] | None:
+    """`exit_layers`, in order.
+
+    Raises:
+        ValueError: they are not distinct block numbers.
+    """
+    if layers is None:
+        return None
+    numbers = isinstance(layers, (list, tuple)) and all(
+        isinstance(m, int) and not isinstance(m, bool) and m >= 0 for m in layers
+    )
+    if not numbers or not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"exit_layers={layers!r} is not allowed: it must be None or a list of distinct block numbers, where 1 is "
+            "the first block and 0 the embeddings."
+        )
+    return sorted(layers)
+
+
+def check_links(carry: Any, ladder: bool, exit_type: str, final_exit: str, placement: str) -> None:
+    """Checks what exits read of one another.
+
+    Raises:
+        ValueError: which field, and what it needs.
+    """
+    if carry is not None and carry not in CARRIES:
+        raise ValueError(f"carry={carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
+    if exit_type == "past_future" and final_exit != "exit":
+        raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
+    if placement == "none" and (ladder is True or carry == "states"):
+        field = "ladder=True" if ladder is True else "carry='states'"
+        raise ValueError(f"{field} needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
+
+
+def check_label_names(names: Any, num_labels: int | None) -> None:
+    """Checks that there is a different name for each label.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
+    if num_labels is not None and len(names) != num_labels:
+        raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={num_labels}.")
+
+
+def check_tokens(fields: dict[str, Any]) -> None:
+    """Checks the fields that have fewer choices where each token has an answer.
+
+    Args:
+        fields: At least those of `TOKEN_CHOICES`.
+
+    Raises:
+        ValueError: which field, and its choices.
+    """
+    for name, allowed in TOKEN_CHOICES.items():
+        if fields[name] not in allowed:
+            raise ValueError(
+                f"{name}={fields[name]!r} is not allowed with task_type='TOKEN_CLS', where each token has an answer "
+                f"of one label: it must be {' or '.join(map(repr, allowed))}."
+            )
+
+
+def check_filled_in(modules_to_save: Any, target_modules: Any, base_fingerprint: Any) -> None:
+    """Checks what nobody writes by hand, but a damaged file may hold.
+
+    Raises:
+        ValueError: which field, and what it must be.
+    """
+    names, sample = modules_to_save, base_fingerprint
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")
+    if target_modules is not None and not isinstance(target_modules, (str, list, set, tuple)):
+        raise ValueError(f"target_modules={target_modules!r} is not allowed: leave it None.")
+    if sample is not None and not (
+        isinstance(sample, dict)
+        and all(isinstance(values, list) and values for values in sample.values())
+        and all(is_number(v) or name.startswith("config.") for name, values in sample.items() for v in values)
+    ):
+        raise ValueError(
+            f"base_fingerprint={sample!r} is not allowed: it must be None (nothing is compared then) or lists of "
+            "numbers by name, as it was saved."
+        )
