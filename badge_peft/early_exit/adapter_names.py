@@ -18,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from badge_peft.early_exit.calls import Question
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.config import BadgeConfig

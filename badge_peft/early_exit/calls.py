@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
 from badge_peft.early_exit.calls import Call, Question, RowFacts
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.early_exit.tasks import Tasks, check_tasks
 from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout

@@ -21,7 +21,7 @@ from badge_peft.early_exit.full_depth import FullDepthReader, check_labels, full
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows

@@ -16,7 +16,7 @@ from torch import nn
 from badge_peft.early_exit.adapter_names import check_frozen, check_known
 from badge_peft.early_exit.calls import Question
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.early_exit.together import TaskReaders
 from badge_peft.outputs import MultiTaskOutput
 from badge_peft.tuner.architectures import BlockLayout

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.divergences import LARGEST_LOGIT
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.readers import PolicyReader, on_host
+from badge_peft.early_exit.policy_reader import PolicyReader, on_host
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.stacked import read_stacked

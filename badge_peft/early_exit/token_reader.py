@@ -9,7 +9,8 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.readers import Array, ExitReader, PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
+from badge_peft.early_exit.readers import Array, ExitReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import AdapterExits

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from badge_peft.evaluation.calibration import calibrate
-from badge_peft.evaluation.exit_logits import ExitLogits, collect_exit_logits
+from badge_peft.evaluation.collect import collect_exit_logits
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.latency import LatencyReport, measure_latency
 from badge_peft.evaluation.metrics import ExitScores, exit_scores
 from badge_peft.evaluation.plots import plot_tradeoff

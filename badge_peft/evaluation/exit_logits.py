@@ -1,35 +1,23 @@
-"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed.
-
-`collect_exit_logits` makes them, in one full-depth pass.
-"""
+"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.evaluation.collate import labeled_features, labeled_tokens, pad_features, tensor_columns
-from badge_peft.model import get_badge_model
-from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
-from badge_peft.utils.problem import NO_LABEL, infer_problem_type, problem_of
+from badge_peft.utils.problem import infer_problem_type, problem_of
 
-_NUMBER = "number"  # of a row
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
-_LONGEST = 2**20  # tokens of a text, which number them
 
 
 @dataclass
@@ -172,101 +160,3 @@ class ExitLogits:
                 raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
             tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", "groups", _UNCERTAINTY}}
         return cls(uncertainty=tensors.pop(_UNCERTAINTY, None), **tensors, **json.loads(meta))
-
-
-@torch.no_grad()
-def collect_exit_logits(
-    model: nn.Module,
-    dataset: Any,
-    batch_size: int = 32,
-    data_collator: Callable[[list[Any]], Any] | None = None,
-    progress: bool = False,
-    split_between_processes: bool = False,
-    cached_states: CachedStates | None = None,
-) -> ExitLogits:
-    """Runs every row through all blocks once and keeps the logits of every exit.
-
-    Rows are batched by length, so that little is padded; the result is in the order of the data set. Where some rows
-    have a label, those without one (none, or -100) are left out, with a warning that counts them. Of token
-    classification the rows of the result are tokens, text by text: those with a label, or where none has any all that
-    are no padding.
-
-    Args:
-        model: A PEFT model with an active BADGE adapter. Its training mode is restored afterwards.
-        dataset: Rows of features (`input_ids`, `attention_mask`, ..., `label` or `labels`): a `datasets.Dataset` or
-            any sequence of dicts. Columns that the model does not read (text, say) are left out.
-        batch_size: Rows per pass.
-        data_collator: Makes a batch of rows; None pads with the model's `pad_token_id`.
-        progress: Show a progress bar, in the main process.
-        split_between_processes: Under `accelerate launch` or `torchrun`, run a part of the batches in each process and
-            give all of them to each; every process has to make the call, with the same data. False: each call runs all
-            rows by itself.
-        cached_states: Of these rows, by `cache_states`: no block runs then.
-
-    Raises:
-        ValueError: the data set is empty, `cached_states` are those of other texts, or what `ExitLogits` refuses.
-    """
-    badge = get_badge_model(model)
-    if not len(dataset):
-        raise ValueError("the data set is empty: there is nothing to collect.")
-    config = badge.config_of()
-    problem = problem_of(config.resolved_problem_type)
-    rows = [{**row, _NUMBER: i} for i, row in enumerate(tensor_columns(badge.model, dataset))]
-    if cached_states is not None and cached_states.texts != texts_of(rows):
-        raise ValueError("cached_states are those of other texts: make them with cache_states(model, dataset).")
-    tokens = config.reads_tokens
-    check = labeled_tokens if tokens else labeled_features
-    rows = check(rows, config.resolved_labels, problem)
-    places = torch.tensor([row.pop(_NUMBER) for row in rows])  # among all rows, of which those with a label are left
-    collate = data_collator or (lambda batch: pad_features(batch, badge.model, tokens))
-    device = next(badge.model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rank, size = distributed.rank_world() if split_between_processes else (0, 1)
-    found = []  # of each batch the numbers of its rows, and logits, labels and uncertainty
-    was_training = model.training
-    model.eval()
-    try:
-        for numbers in tqdm(batches[rank::size], desc="exit logits", disable=not (progress and distributed.is_main())):
-            batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
-            labels = batch.pop("labels", None)
-            if cached_states is not None:
-                batch |= {"cached_states": cached_states, "cached_rows": places[numbers].to(device)}
-            output = badge(**batch)
-            kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
-            if tokens:
-                real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                kept, numbers = _by_token(kept, real, numbers)
-            found.append((numbers, *(None if x is None else x.cpu() for x in kept)))
-    finally:
-        model.train(was_training)
-    if size > 1:
-        found = distributed.gather(found)
-    numbers, *parts = zip(*found, strict=True)
-    back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
-    labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts[1:])
-    logits = torch.cat(parts[0])[back]
-    deployed = config.final_exit == "base_head" and not config.train_head and config.backbone == "frozen"
-    return ExitLogits(
-        logits,
-        labels,
-        badge.exit_layers(),
-        problem.name,
-        badge.num_blocks,
-        uncertainty,
-        badge.weights_hash(),
-        deployed,
-    )
-
-
-def _by_token(
-    kept: tuple[Tensor, Tensor | None, Tensor | None], mask: Tensor, numbers: list[int]
-) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], list[int]]:
-    """Logits [B, E, S, K], labels [B, S] and uncertainty [B, E, S] of a batch with tokens as rows, and a number for
-    each, by which they are in the order of the texts and of their tokens."""
-    logits, labels, uncertainty = kept
-    counts = mask != 0 if labels is None else (labels != NO_LABEL) & (mask != 0)
-    row, position = counts.nonzero(as_tuple=True)
-    tokens = [numbers[i] * _LONGEST + j for i, j in zip(row.tolist(), position.tolist(), strict=True)]
-    doubts = None if uncertainty is None else uncertainty.transpose(1, 2)[counts]
-    return (logits.transpose(1, 2)[counts], None if labels is None else labels[counts], doubts), tokens

@@ -20,7 +20,8 @@ from torch import Tensor
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.readers import ExitReader, last_read
+from badge_peft.early_exit.policy_reader import last_read
+from badge_peft.early_exit.readers import ExitReader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
 from badge_peft.ranking.states import LeftStates, StateStore

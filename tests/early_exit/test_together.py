@@ -14,7 +14,7 @@ from torch import nn
 
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.readers import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.early_exit.together import JointDecision, TaskReaders
 from badge_peft.tuner import stacked
 from badge_peft.tuner.exits import AdapterExits
