@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertForSequenceClassification
 
 from badge_peft import BadgeConfig, EarlyExitConfig, early_exit_forward
-from badge_peft.early_exit import readers as run_module
+from badge_peft.early_exit import policy_reader as run_module
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.context import current_pass
 from tests.models import CASES, exits_of, make_badge, make_batch, make_model, shake

@@ -74,9 +74,9 @@ def test_it_writes_the_format_that_the_name_says(tradeoff: TradeOff, tmp_path: P
 
 def test_nothing_global_changes(tradeoff: TradeOff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # where another test has imported it
-    before = dict(matplotlib.rcParams)
+    before = matplotlib.rcParams.copy()  # as it is: to ask it for the backend imports pyplot
     plot_tradeoff(tradeoff, tmp_path / "picture.svg")
-    assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in sys.modules
+    assert matplotlib.rcParams.copy() == before and "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib_the_error_names_the_extra(tradeoff: TradeOff, monkeypatch: pytest.MonkeyPatch) -> None:
