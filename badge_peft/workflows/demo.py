@@ -35,7 +35,7 @@ REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
 def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
     """Trains an adapter as `train_adapter` does, loads it onto a fresh base model, and measures what early exits save.
 
-    Threshold and patience are calibrated on the validation split; every reported number but those under `validation`
+    The policy is chosen and calibrated on the validation split; every reported number but those under `validation`
     is of the test split. What `report.json` holds is returned.
 
     Raises:
@@ -55,7 +55,7 @@ def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
         # a sentence encoder has no head for these labels, and its first token says little
         exits=ExitOptions(exit_layers="0-", exit_pooling="mean", final_exit="exit"),
         training=TrainingOptions(epochs=settings.epochs, adapter_lr=settings.learning_rate, seed=settings.seed),
-        goal=Goal(policy="divergence", max_score_drop=settings.max_score_drop),
+        goal=Goal(max_score_drop=settings.max_score_drop),
     )
     path = settings.model or str(packaged_model())
     trained = train_on(path, splits["train"], splits["validation"], train, data=data, new_head=True)
