@@ -105,7 +105,8 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     if adapter_name in taken or adapter_name in _NAMES or adapter_name.isdigit():
         raise ValueError(
             f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
-            "and PEFT would confuse the two when it saves. Choose another name."
+            "and PEFT would confuse the two when it saves. Choose another name: get_peft_model and load_adapter "
+            "take it as adapter_name='exits', say."
         )
     if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
