@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -57,6 +60,29 @@ def test_classification_metrics_are_those_of_scikit_learn(labels: int) -> None:
         expected["acc_and_f1"] = (expected["accuracy"] + expected["f1"]) / 2
     for name, value in expected.items():
         assert exit_scores(data, name).per_exit[0] == pytest.approx(value)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 10**6), st.booleans())
+def test_f1_and_matthews_are_those_of_scikit_learn(rows: int, classes: int, seed: int, unknown: bool) -> None:
+    """Classes that nobody says, that nobody is, and that the model lacks among them."""
+    draw = np.random.default_rng(seed)
+    said, truth = draw.integers(0, classes, rows), draw.integers(0, classes, rows)
+    truth[: rows // 3] = UNKNOWN_LABEL if unknown else truth[: rows // 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that classes are few
+        assert METRICS["matthews"](said, truth) == pytest.approx(matthews_corrcoef(truth, said), abs=1e-12)
+        assert METRICS["macro_f1"](said, truth) == pytest.approx(
+            f1_score(truth, said, average="macro", zero_division=0)
+        )
+        if classes < 3:
+            expected = f1_score(truth == 1, said == 1, zero_division=0)
+            assert METRICS["f1"](said, truth) == pytest.approx(expected)
+        said, truth = (draw.random((2, rows, classes)) < draw.random()).astype(np.int64)
+        for name, average in (("f1", "micro"), ("macro_f1", "macro")):
+            if classes > 1:  # a single column is no multi-label to scikit-learn
+                expected = f1_score(truth, said, average=average, zero_division=0)
+                assert METRICS[name](said, truth) == pytest.approx(expected)
 
 
 def test_correlations_are_those_of_scipy() -> None:
