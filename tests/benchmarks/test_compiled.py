@@ -59,7 +59,7 @@ def test_there_must_be_something(tmp_path: Path) -> None:
         compiled.main(["--json", str(tmp_path / "none.json"), "--docs", str(tmp_path / "x.md")])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_is_stored_cell_by_cell_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, docs = tmp_path / "r.json", tmp_path / "docs" / "compiled.md"
     assert compiled.main(["--quick", "--backend", "eager", "--json", str(path), "--rows", "3"]) == 0

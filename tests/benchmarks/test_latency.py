@@ -59,7 +59,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_experiment_is_in_the_file_and_on_the_page(file: Path, tmp_path: Path) -> None:
     data = read(file)
     assert list(data["sections"]) == [f"{name}/tiny/cpu" for name in MEASURED] and data["quick"]
@@ -92,7 +92,7 @@ def test_every_experiment_is_in_the_file_and_on_the_page(file: Path, tmp_path: P
     assert "nan" not in text and str(file.parent) not in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_exit_is_forced(file: Path) -> None:
     sections = read(file)["sections"]
     left = {(row["variant"], row["mean_exit"]) for row in sections["exits/tiny/cpu"]["rows"]}
@@ -106,7 +106,7 @@ def test_every_exit_is_forced(file: Path) -> None:
         assert row["peak_mb"] > 0 and row["imports_mb"] > 0  # of several processes, one of which has run other tests
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     data = read(file)

@@ -56,7 +56,7 @@ def goals(draw, exits):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(data=st.data())
 def test_never_worse_than_the_fixed_depth_of_the_same_cost(problem_type, num_labels, data):
     exits = data.draw(st.sampled_from(EXITS))

@@ -24,8 +24,8 @@ KINDS = itertools.cycle(
     ]
 )
 FORMS = [*zip(LINKS, KINDS, strict=False), ({"exit_type": "past_future", "final_exit": "exit"}, {})]
-#: Ladders that carry logits and states, at two placements, and past_future; the others in `nox -s exhaustive`.
-WANTED = [form for form in FORMS if len(form[0]) == 2]
+#: A ladder that carries logits, and past_future; the others in `nox -s exhaustive`.
+WANTED = [form for form in FORMS if form[0] == {"carry": "logits", "ladder": True} or "exit_type" in form[0]]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_file_answers_as_the_model(link, kind):
             np.testing.assert_allclose(answers / scale, wanted.logits.numpy() / scale, atol=1e-4)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_an_exit_on_which_no_decision_depends_is_in_the_file(int8, tmp_path):
     """The one before the exit that answers, which builds on it."""
     model = make_badge("bert", **LINKS[0])

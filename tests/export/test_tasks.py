@@ -104,7 +104,7 @@ def test_texts(written: tuple[Any, Path, dict[str, Any]]) -> None:
     assert found[0]["many"]["label"] == f"LABEL_{int(out['many'].logits[0].argmax())}" and "value" in found[0]["score"]
 
 
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("compact", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_int8_and_rows_that_go_along(compact: bool, tmp_path: Path) -> None:
     model, names = make(), ["many", "early"]
     report = export_tasks_onnx(model, tmp_path / "int8", tasks=names, int8=True, compact=compact)
@@ -120,7 +120,9 @@ def numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("case", ["distilbert", "deberta-v2", "modernbert-mean"])
+@pytest.mark.parametrize(
+    "case", ["distilbert", pytest.param("deberta-v2", marks=pytest.mark.exhaustive), "modernbert-mean"]
+)
 def test_heads_of_other_backbones(case: str, tmp_path: Path) -> None:
     layers = "n_layers" if case == "distilbert" else "num_hidden_layers"
     base = make_model(case, **{layers: 1})

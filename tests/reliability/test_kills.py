@@ -99,7 +99,7 @@ def restore(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-@pytest.mark.parametrize("over", ["an adapter", "nothing"])
+@pytest.mark.parametrize("over", ["an adapter", pytest.param("nothing", marks=pytest.mark.exhaustive)])
 def test_train(over, place, tmp_path):
     out = tmp_path / "out"
 
