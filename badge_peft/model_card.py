@@ -28,7 +28,7 @@ from badge_peft.utils.paths import is_local
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 START, END = "<!-- badge_peft:start -->", "<!-- badge_peft:end -->"
 #: Metrics that are read as per cent.
-PERCENTAGES = ("accuracy", "f1", "acc_and_f1", "macro_f1", "top_k_kept")
+PERCENTAGES = ("accuracy", "f1", "acc_and_f1", "macro_f1", "entity_f1", "top_k_kept")
 CARD = "README.md"
 CONFIG = "adapter_config.json"
 REPORT = "report.json"
@@ -135,7 +135,8 @@ def _fill(data: Any, config: dict[str, Any], license: str | None) -> None:
     tags = {tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")}
     data["tags"] = sorted(tags | set(TAGS) | ({f"base_model:adapter:{base}"} if base else set()))
     data["library_name"] = "peft"
-    data["pipeline_tag"] = data.get("pipeline_tag") or "text-classification"
+    tag = "token-classification" if config.get("task_type") == "TOKEN_CLS" else "text-classification"
+    data["pipeline_tag"] = data.get("pipeline_tag") or tag
     if base:
         data["base_model"] = base
     else:

@@ -17,8 +17,9 @@ from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation.collect import collect_exit_logits
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
+from badge_peft.utils.texts import whole
 from badge_peft.workflows.adapter_dir import Adapter
-from badge_peft.workflows.encode import encode_texts, whole
+from badge_peft.workflows.encode import encode_texts
 
 if TYPE_CHECKING:
     from gradio import Blocks

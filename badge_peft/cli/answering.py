@@ -41,6 +41,8 @@ def predict(
     """Answer texts with early exits: one line of JSON per text, in the order of the texts.
 
     Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
+    An adapter for tokens gives entities in the place of the label, and tags where a row has a list of tokens.
+
     With --task each line has these for every task, from one pass: badge-peft predict --task intent=DIR --task pii=DIR
     texts.txt
 
@@ -68,7 +70,8 @@ def predict(
         assert adapter is not None
         opened = open_adapter(adapter, base_model, device)
         config = opened.early_exit_config(**vars(overrides))
-        found = answer(opened, read_texts(file or "-", format, columns, opened.columns), config, batch_size)
+        texts = read_texts(file or "-", format, columns, opened.columns, opened.task == "tokens")
+        found = answer(opened, texts, config, batch_size)
     try:
         with closing(found) as answers:
             for line in answers:
@@ -194,7 +197,9 @@ def app(
     require("app", "gradio", "matplotlib")
     from badge_peft.app.page import Callbacks, build_page, launch
     from badge_peft.workflows.adapter_dir import open_adapter
+    from badge_peft.workflows.kinds import check_texts_only
 
     opened = open_adapter(adapter, base_model, device)
+    check_texts_only(opened.task, "app")
     config = opened.early_exit_config(**vars(overrides))
     launch(build_page(Callbacks(opened, adapter, config)), host, port, share)

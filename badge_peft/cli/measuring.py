@@ -108,7 +108,7 @@ def sweep(
     from badge_peft.early_exit.policies import POLICIES
     from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
-    from badge_peft.workflows.evaluate import logits_of, resolve_metric
+    from badge_peft.workflows.evaluate import logits_of, metric_of
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
@@ -121,7 +121,7 @@ def sweep(
         print(tradeoff_table(found, against_full_depth=True))
     else:
         scored = exit_logits.labeled()
-        found = evaluation.sweep(scored, names, points, resolve_metric(metric, scored.kind, scored.logits.shape[-1]))
+        found = evaluation.sweep(scored, names, points, metric_of(scored, metric))
         print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))
     if json_file is not None:
         found.save(json_file)
@@ -166,6 +166,7 @@ def bench(
     from badge_peft.workflows.adapter_dir import open_adapter
     from badge_peft.workflows.bench import bench_adapter
     from badge_peft.workflows.bench_ranking import bench_rankings
+    from badge_peft.workflows.kinds import check_texts_only
     from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
@@ -191,6 +192,7 @@ def bench(
         return
     assert adapter is not None
     opened = open_adapter(adapter, base_model, device)
+    check_texts_only(opened.task, "bench")
     if onnx and opened.task != "ranking":
         require_onnx_exporter()
     config = opened.early_exit_config(**vars(overrides))

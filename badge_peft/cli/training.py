@@ -28,6 +28,10 @@ def train(
     the tokenizer beside it; report.json and tradeoff.png, with what was measured; and exit_logits.safetensors, from
     which badge-peft sweep and badge-peft calibrate can run again. Then badge-peft predict answers with it.
 
+    Where the rows have tokens and tags (IOB2), or a text and its entities [{start, end, label}], exits label tokens:
+
+        badge-peft train my-encoder rows.jsonl --output-dir my-tagger
+
     With --task ranking the model is a cross-encoder and the data pairs of a query and a document, the candidates of
     each query as they will come; labels are not needed, and full depth stays as it is:
 

@@ -25,6 +25,8 @@ from badge_peft.tuner.pooling import Pooling
 from badge_peft.tuner.state_plan import frame_of, reads_of
 from badge_peft.utils.ragged import RaggedRows
 
+_EVERY_TOKEN = ("all", "token_logits")  # heads of which all positions are kept
+
 
 class CachedStates:
     """The states of N rows. `cache_states` makes them; `close()`, or the end of a `with`, gives their place back.
@@ -33,7 +35,7 @@ class CachedStates:
         counts: Positions of each row.
         dtype: As which the states are stored.
         example: A pass over some rows, which shows their sizes and types.
-        logits: [b, K] of the model's own head in that pass, where the plan has them.
+        logits: [b, K] (of tokens [b, S, K]) of the model's own head in that pass, where the plan has them.
 
     Attributes:
         plan: What of each row there is.
@@ -58,8 +60,8 @@ class CachedStates:
             self._states = RaggedRows(places, len(self.plan.states), width, dtype)
         head = example.head_of(logits)
         if head is not None:
-            places = counts if self.plan.head == "all" else once
-            stored = torch.float32 if self.plan.head == "logits" else dtype
+            places = counts if self.plan.head in _EVERY_TOKEN else once
+            stored = torch.float32 if self.plan.head in ("logits", "token_logits") else dtype
             self._head, self._head_type = RaggedRows(places, 1, head.shape[-1], stored), head.dtype
 
     def __enter__(self) -> CachedStates:
@@ -156,10 +158,10 @@ class CachedStates:
                 running.read(model.block_at(m), m, frame.block_input, frame)
         if config.final_exit == "exit" or self._head is None:
             return SequenceClassifierOutput()
-        length = mask.shape[1] if self.plan.head == "all" else 1
+        length = mask.shape[1] if self.plan.head in _EVERY_TOKEN else 1
         kept = self._head.batch(numbers, length, self._head_type)[0].to(ids.device)
-        if self.plan.head == "logits":
-            return SequenceClassifierOutput(logits=kept[:, 0])
+        if self.plan.head in ("logits", "token_logits"):
+            return SequenceClassifierOutput(logits=kept[:, 0] if self.plan.head == "logits" else kept)
         if self.plan.head == "first":  # the head sees no other position, so there are no others
             inputs = {"input_ids": ids[:, :1], "attention_mask": mask[:, :1]}
         with HeadPass(kept, model.num_blocks, self._tuple_length):

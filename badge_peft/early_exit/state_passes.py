@@ -60,10 +60,10 @@ class RecordingPass(BlockPass):
         return result
 
     def head_of(self, logits: Tensor | None) -> Tensor | None:
-        """What is kept for the model's own head, [B, 1 or S, ...]; `logits` [B, K] are its own."""
-        if self.plan.head == "logits":
+        """What is kept for the model's own head, [B, 1 or S, ...]; `logits` [B, K] or [B, S, K] are its own."""
+        if self.plan.head in ("logits", "token_logits"):
             assert logits is not None  # a model with a head has some
-            return logits.unsqueeze(1)
+            return logits.unsqueeze(1) if self.plan.head == "logits" else logits
         return self.head
 
     def _keep(self, number: int, frame: Frame) -> None:

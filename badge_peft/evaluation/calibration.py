@@ -61,7 +61,7 @@ def calibrate(
         target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
             below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
-            them).
+            them); of token classification the mean over texts of what their tokens lose.
         metric: As for `exit_scores`.
         per_exit: Also try settings that differ from exit to exit: a threshold for each, and for `max_prob` a
             temperature for each, fitted on the labels. They are taken where they save more, or at a `target_speedup`
@@ -97,8 +97,8 @@ def calibrate(
                 best, held = each
         if held is None and max_score_drop is not None:
             warnings.warn(
-                f"{len(scored)} rows cannot show that any setting loses at most {max_score_drop}: the setting with "
-                "the best score is returned, of equal ones the slowest. Give more rows, or allow more.",
+                f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}: the setting "
+                "with the best score is returned, of equal ones the slowest. Give more rows, or allow more.",
                 stacklevel=2,
             )
         if held is not None:
@@ -113,7 +113,8 @@ def calibrate(
         "policy_asked_for": asked,
         "metric": metric_name(metric),
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
-        "rows": len(exit_logits),
+        "rows": len(exit_logits.units),
+        **({} if exit_logits.texts is None else {"tokens": len(exit_logits)}),
         "weights_hash": exit_logits.weights_hash,
         "score": best.score,
         "full_depth_score": full,
@@ -172,7 +173,8 @@ def _certified(
     the number of rows that tested it."""
     needed = rows_to_certify(alpha, confidence, metric, exit_logits.kind)
     assert alpha is not None
-    rows = torch.randperm(len(exit_logits), generator=torch.Generator().manual_seed(0))
+    units = exit_logits.units
+    rows = torch.randperm(len(units), generator=torch.Generator().manual_seed(0)).numpy()
     half = len(rows) // 2
     if len(rows) < needed:
         raise ValueError(
@@ -180,15 +182,18 @@ def _certified(
             f"{needed} rows even where no answer changes, and there are {len(rows)}. "
             "Give more rows, or allow a larger drop."
         )
-    search_half, test_half = exit_logits.select(rows[:half]), exit_logits.select(rows[half:])
+    search_half, test_half = (
+        exit_logits.select(torch.from_numpy(units.rows_of(part))) for part in (rows[:half], rows[half:])
+    )
     assert test_half.labels is not None
     error = problem_of(test_half.kind).error  # [n], 1 where the answer is wrong
     full_depth = error(test_half.logits[:, -1], test_half.labels)
     best = None
     for point in pareto(search(search_half, policy, CERTIFIED_SETTINGS, metric, per_exit)):
         stops = torch.from_numpy(build_policy(point.config).replay_history(test_half.history()))
-        losses = error(test_half.answers(stops), test_half.labels) - full_depth
-        if not _is_certified(losses.numpy(), alpha, confidence):
+        losses = (error(test_half.answers(stops), test_half.labels) - full_depth).numpy()
+        losses = test_half.units.total(losses) / test_half.units.sizes  # of tokens, the mean over those of a text
+        if not _is_certified(losses, alpha, confidence):
             break
         best = point
     if best is None:
@@ -196,7 +201,7 @@ def _certified(
             f"no setting could be certified to lose at most {alpha} with confidence {confidence} on {half} test rows: "
             "give more rows, or allow more."
         )
-    return evaluate_policy(exit_logits, best.config, metric), len(test_half)
+    return evaluate_policy(exit_logits, best.config, metric), len(test_half.units)
 
 
 def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Metric, problem_type: str) -> int:

@@ -12,6 +12,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import POLICIES, ThresholdPolicy, build_policy, policy_class
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import exit_scores
+from badge_peft.evaluation.units import Units
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
@@ -62,11 +63,14 @@ def best_exit(exit_logits: ExitLogits) -> int:
     return exit_scores(exit_logits, problem_of(exit_logits.kind).error_metric).best_exit
 
 
-def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[tuple[EarlyExitConfig, Array]]:
+def settings(
+    family: EarlyExitConfig, history: ExitHistory, count: int, units: Units | None = None
+) -> list[tuple[EarlyExitConfig, Array]]:
     """At most `count` configs of one family, slow to fast, each with the blocks [N] at which its rows stop.
 
-    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give. A policy
-    that has no threshold, or a given one, has the settings of its `grid`.
+    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give (of
+    `units`, where these are not the rows). A policy that has no threshold, or a given one, has the settings of its
+    `grid`.
     """
     policy = build_policy(family)
     grid = policy.grid(history.exits, history.problem_type)
@@ -77,7 +81,8 @@ def settings(family: EarlyExitConfig, history: ExitHistory, count: int) -> list[
     unit = policy.unit(history.num_labels, history.problem_type)
     scores = running_min_score(policy, history)  # [E-1, N]
     found = []
-    for tau in _thresholds(scores, policy.stops_above, history, count):
+    leaves = scores if units is None else units.largest(scores)  # a text leaves once all of its tokens may stop
+    for tau in _thresholds(leaves, policy.stops_above, history, count):
         config = replace(family, threshold=tau / unit)
         found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), scores, history)))
     return found

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from badge_peft.utils.problem import NO_LABEL, Problem
 
-_PADS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": NO_LABEL}
+SPECIAL = "special_tokens_mask"
+_PADS = {"attention_mask": 0, "token_type_ids": 0, SPECIAL: 1, "labels": NO_LABEL}
 
 
-def tensor_columns(model: nn.Module, dataset: Any) -> list[dict[str, Any]]:
-    """The rows of `dataset` with the columns that `model` reads, and `labels`."""
-    accepted = set(inspect.signature(model.forward).parameters) | {"label", "labels"}
+def tensor_columns(model: nn.Module, dataset: Any, tokens: bool = False) -> list[dict[str, Any]]:
+    """The rows of `dataset` with the columns that `model` reads, and `labels`; where each of the `tokens` is answered,
+    also which of them need no answer."""
+    accepted = {*inspect.signature(model.forward).parameters, "label", "labels", *([SPECIAL] if tokens else [])}
     rows = []
     for row in dataset:
         kept = {k: v for k, v in row.items() if k in accepted and v is not None}

@@ -1,4 +1,4 @@
-"""`collect_exit_logits`: one full-depth pass over a data set, which keeps what every exit says."""
+"""`collect_exit_logits`: one full-depth pass over a data set, from which every policy is replayed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
-from badge_peft.evaluation.collate import labeled_features, labeled_tokens, pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
@@ -35,8 +35,9 @@ def collect_exit_logits(
 
     Rows are batched by length, so that little is padded; the result is in the order of the data set. Where some rows
     have a label, those without one (none, or -100) are left out, with a warning that counts them. Of token
-    classification the rows of the result are tokens, text by text: those with a label, or where none has any all that
-    are no padding.
+    classification the rows of the result are tokens, text by text (`ExitLogits.texts`): those with a label, or where
+    none has any all that are no padding and, by `special_tokens_mask`, need an answer. Blocks saved are then those of
+    calls that ask for the same tokens: `early_exit_forward(..., special_tokens_mask=labels == -100)`.
 
     Args:
         model: A PEFT model with an active BADGE adapter. Its training mode is restored afterwards.
@@ -57,11 +58,11 @@ def collect_exit_logits(
     if not len(dataset):
         raise ValueError("the data set is empty: there is nothing to collect.")
     config = badge.config_of()
+    tokens = config.reads_tokens
     problem = problem_of(config.resolved_problem_type)
-    rows = [{**row, _NUMBER: i} for i, row in enumerate(tensor_columns(badge.model, dataset))]
+    rows = [{**row, _NUMBER: i} for i, row in enumerate(tensor_columns(badge.model, dataset, tokens))]
     if cached_states is not None and cached_states.texts != texts_of(rows):
         raise ValueError("cached_states are those of other texts: make them with cache_states(model, dataset).")
-    tokens = config.reads_tokens
     check = labeled_tokens if tokens else labeled_features
     rows = check(rows, config.resolved_labels, problem)
     places = torch.tensor([row.pop(_NUMBER) for row in rows])  # among all rows, of which those with a label are left
@@ -76,21 +77,26 @@ def collect_exit_logits(
     try:
         for numbers in tqdm(batches[rank::size], desc="exit logits", disable=not (progress and distributed.is_main())):
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
-            labels = batch.pop("labels", None)
+            labels, special = batch.pop("labels", None), batch.pop(SPECIAL, None)
             if cached_states is not None:
                 batch |= {"cached_states": cached_states, "cached_rows": places[numbers].to(device)}
             output = badge(**batch)
             kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
             if tokens:
-                real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                kept, numbers = _by_token(kept, real, numbers)
+                asked = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+                if labels is not None:
+                    asked &= labels != NO_LABEL
+                elif special is not None:
+                    asked &= special == 0
+                kept, numbers = _by_token(kept, asked, numbers)
             found.append((numbers, *(None if x is None else x.cpu() for x in kept)))
     finally:
         model.train(was_training)
     if size > 1:
         found = distributed.gather(found)
     numbers, *parts = zip(*found, strict=True)
-    back = torch.tensor(list(chain.from_iterable(numbers))).argsort()
+    order_found = torch.tensor(list(chain.from_iterable(numbers)))
+    back = order_found.argsort()
     labels, uncertainty = (None if part[0] is None else torch.cat(part)[back] for part in parts[1:])
     logits = torch.cat(parts[0])[back]
     deployed = config.final_exit == "base_head" and not config.train_head and config.backbone == "frozen"
@@ -103,17 +109,18 @@ def collect_exit_logits(
         uncertainty,
         badge.weights_hash(),
         deployed,
+        texts=order_found[back] // _LONGEST if tokens else None,
+        label_names=badge.label_names() if tokens else None,
     )
 
 
 def _by_token(
-    kept: tuple[Tensor, Tensor | None, Tensor | None], mask: Tensor, numbers: list[int]
+    kept: tuple[Tensor, Tensor | None, Tensor | None], asked: Tensor, numbers: list[int]
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], list[int]]:
-    """Logits [B, E, S, K], labels [B, S] and uncertainty [B, E, S] of a batch with tokens as rows, and a number for
-    each, by which they are in the order of the texts and of their tokens."""
+    """Logits [B, E, S, K], labels [B, S] and uncertainty [B, E, S] of a batch with the tokens that are `asked` [B, S]
+    as rows, and a number for each, by which they are in the order of the texts and of their tokens."""
     logits, labels, uncertainty = kept
-    counts = mask != 0 if labels is None else (labels != NO_LABEL) & (mask != 0)
-    row, position = counts.nonzero(as_tuple=True)
+    row, position = asked.nonzero(as_tuple=True)
     tokens = [numbers[i] * _LONGEST + j for i, j in zip(row.tolist(), position.tolist(), strict=True)]
-    doubts = None if uncertainty is None else uncertainty.transpose(1, 2)[counts]
-    return (logits.transpose(1, 2)[counts], None if labels is None else labels[counts], doubts), tokens
+    doubts = None if uncertainty is None else uncertainty.transpose(1, 2)[asked]
+    return (logits.transpose(1, 2)[asked], None if labels is None else labels[asked], doubts), tokens

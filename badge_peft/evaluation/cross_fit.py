@@ -13,7 +13,7 @@ Angelopoulos et al., "Conformal Risk Control", 2022 (the row more).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import Metric, exit_scores, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, is_ratio, ratio_parts, score
 from badge_peft.evaluation.tradeoff import TradeOffPoint, search
 from badge_peft.utils.problem import problem_of
 
@@ -77,16 +77,19 @@ def cross_fit(
         per_exit: As for `search`.
 
     Returns:
-        One entry for each goal that every fold reaches; none where there are fewer than two rows.
+        One entry for each goal that every fold reaches; none where there are fewer than two rows. Of token
+        classification the folds are made of texts.
     """
-    if len(exit_logits) < 2:
+    units = exit_logits.units
+    if len(units) < 2:
         return []
-    rows = np.random.default_rng(seed).permutation(len(exit_logits))
+    rows = np.random.default_rng(seed).permutation(len(units))
     speedups: Array = np.linspace(0, 1, SPEEDUPS, endpoint=False) if goals is None else np.array(goals)
     stops = np.full((len(speedups), len(exit_logits)), -1, dtype=np.int64)
     full = np.full(len(exit_logits), exit_logits.exits[-1], dtype=np.int64)
-    for held in np.array_split(rows, min(FOLDS, len(rows))):
-        chosen_on = exit_logits.select(torch.from_numpy(np.setdiff1d(rows, held)))
+    for fold in np.array_split(rows, min(FOLDS, len(rows))):
+        held = units.rows_of(fold)
+        chosen_on = exit_logits.select(torch.from_numpy(units.rows_of(np.setdiff1d(rows, fold))))
         tested = exit_logits.select(torch.from_numpy(held)).history()
         if reference == "best":
             full[held] = exit_scores(chosen_on, metric).best_exit
@@ -105,9 +108,9 @@ def cross_fit(
     smooth = np.stack([rising.fit_transform(speedups[reached], sample) for sample in resampled.T], axis=1)
     low, high, bound = np.quantile(smooth, [0.05, 0.95, LEVEL], axis=1)
     if problem_of(exit_logits.kind).gives_labels:
-        n = len(exit_logits)
+        n = len(units)
         bound = (n * bound + 1) / (n + 1)  # as if one row more were lost: where none was, a bootstrap sees no risk
-    saved = 1 - stops[reached].mean(axis=1) / exit_logits.depth
+    saved = 1 - units.largest(stops[reached]).mean(axis=1) / exit_logits.depth
     numbers = np.stack([speedups[reached], saved, drops, low, high, bound])
     return [HeldOut(*row) for row in numbers.T.tolist()]
 
@@ -117,19 +120,21 @@ def _drops(exit_logits: ExitLogits, full: Array, stops: Array, metric: Metric, s
     stops, places = np.unique(stops, axis=0, return_inverse=True)
     places = places.reshape(-1)
     reference, *answers = [exit_logits.answers(torch.from_numpy(s)) for s in (full, *stops)]
-    draw, n, problem = np.random.default_rng(seed), len(exit_logits), problem_of(exit_logits.kind)
-    assert exit_logits.labels is not None
-    if metric == "accuracy":  # a mean over rows: no need to make the samples
-        wrong = np.stack([problem.error(a, exit_logits.labels).double().numpy() for a in (reference, *answers)])
-        losses = wrong[1:] - wrong[0]  # of each row: 1 where a right answer was lost, -1 where one was won
-        counts = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # how often each row is in a sample
-        return losses.mean(axis=1)[places], (losses @ counts.T / n)[places]
+    draw, n = np.random.default_rng(seed), len(exit_logits.units)
+    if is_ratio(metric):  # of sums: no need to make the samples
+        parts = [ratio_parts(exit_logits, a, metric) for a in (reference, *answers)]
+        above, below = (np.stack(part) for part in zip(*parts, strict=True))  # [1 + S, U]
+        counts = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).T  # how often each unit is in a sample
+        sampled = (above @ counts) / np.maximum(below @ counts, 1)
+        scores = above.sum(axis=1) / np.maximum(below.sum(axis=1), 1)
+        return (scores[0] - scores[1:])[places], (sampled[0] - sampled[1:])[places]
     whole = score(exit_logits, reference, metric)
     drops = np.array([whole - score(exit_logits, a, metric) for a in answers])
     resampled = np.empty((len(answers), RESAMPLES))
+    single = replace(exit_logits, texts=None)  # a text that is drawn twice would look like a longer one
     for r in range(RESAMPLES):
-        rows = torch.from_numpy(draw.integers(0, n, n))
-        part = exit_logits.select(rows)
+        rows = torch.from_numpy(exit_logits.units.rows_of(draw.integers(0, n, n)))
+        part = single.select(rows)
         resampled[:, r] = score(part, reference[rows], metric)
         resampled[:, r] -= [score(part, a[rows], metric) for a in answers]
     return drops[places], resampled[places]

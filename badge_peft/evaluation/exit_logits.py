@@ -1,9 +1,13 @@
-"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed."""
+"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed.
+
+`collect_exit_logits` (`collect.py`) makes them, in one full-depth pass.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ from torch import Tensor
 
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
+from badge_peft.evaluation.units import Units
 from badge_peft.utils.files import replacing
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
+_TENSORS = {"logits", "labels", "groups", "texts", _UNCERTAINTY}
 
 
 @dataclass
@@ -36,6 +42,10 @@ class ExitLogits:
         deployed: Whether the last exit is the head of a model that was there before the exits, as it was: what these
             lose is then counted from it, and else from the best exit.
         groups: [N], an id for each row, the same for the candidates of a query; kept as whole numbers. None: no query.
+        texts: [N], of token classification, where each row is a token: a number for each, the same for all tokens of a
+            text, which lie side by side. A text leaves with its last token, and blocks are those of texts. None: each
+            row leaves by itself.
+        label_names: K, of token classification the tags by which entities are scored.
 
     Raises:
         ValueError: shapes that do not belong together, a row whose logits are not finite, or one without a label or
@@ -51,6 +61,8 @@ class ExitLogits:
     weights_hash: str | None = None
     deployed: bool = False
     groups: Any = None
+    texts: Any = None
+    label_names: list[str] | None = None
     _history: ExitHistory | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +85,12 @@ class ExitLogits:
             self.labels = problem_of(self.problem_type).scored_labels(self.labels.detach().cpu(), k, n)
         codes = group_codes(self.groups, n)
         self.groups = None if codes is None else torch.from_numpy(codes)
+        if self.texts is not None:
+            self.texts = torch.as_tensor(self.texts)
+            if self.texts.shape != (n,):
+                raise ValueError(f"texts has shape {list(self.texts.shape)} for {n} tokens: it needs one for each.")
+        if self.label_names is not None and len(self.label_names) != k:
+            raise ValueError(f"label_names has {len(self.label_names)} names for {k} labels.")
         if self.num_blocks is None:
             self.num_blocks = self.exit_layers[-1]
 
@@ -108,11 +126,17 @@ class ExitLogits:
         assert self.num_blocks is not None
         return self.num_blocks
 
+    @cached_property
+    def units(self) -> Units:
+        """What leaves a batch as one: the rows or, of token classification, the texts."""
+        return Units(len(self), None if self.texts is None else self.texts.numpy())
+
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks."""
-        parts = (self.labels, self.uncertainty, self.groups)
-        labels, uncertainty, groups = (None if x is None else x[rows] for x in parts)
-        return replace(self, logits=self.logits[rows], labels=labels, uncertainty=uncertainty, groups=groups)
+        names = ("labels", "uncertainty", "groups", "texts")
+        parts = {name: getattr(self, name) for name in names}
+        picked: Any = {name: None if x is None else x[rows] for name, x in parts.items()}
+        return replace(self, logits=self.logits[rows], **picked)
 
     def labeled(self) -> ExitLogits:
         """These rows; without labels, with full depth's own predictions as labels, so that a score is the agreement
@@ -136,8 +160,8 @@ class ExitLogits:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all."""
-        tensors = {"logits": self.logits, "labels": self.labels, _UNCERTAINTY: self.uncertainty, "groups": self.groups}
-        names = ("exit_layers", "problem_type", "num_blocks", "weights_hash", "deployed")
+        tensors = {name: getattr(self, name) for name in _TENSORS - {_UNCERTAINTY}} | {_UNCERTAINTY: self.uncertainty}
+        names = ("exit_layers", "problem_type", "num_blocks", "weights_hash", "deployed", "label_names")
         meta = {name: getattr(self, name) for name in names}
         with replacing(path) as temporary:
             save_file(
@@ -158,5 +182,5 @@ class ExitLogits:
             names = set(file.keys())
             if meta is None or "logits" not in names:
                 raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
-            tensors = {name: file.get_tensor(name) for name in names & {"logits", "labels", "groups", _UNCERTAINTY}}
+            tensors = {name: file.get_tensor(name) for name in names & _TENSORS}
         return cls(uncertainty=tensors.pop(_UNCERTAINTY, None), **tensors, **json.loads(meta))

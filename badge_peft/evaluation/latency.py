@@ -14,11 +14,11 @@ from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import check_choice, check_int
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import NO_LABEL, problem_of
 
 REFERENCES = ("full_depth", "all_exits")
 
@@ -31,7 +31,8 @@ class LatencyReport:
         times_ms: [N] t, milliseconds.
         full_depth_times_ms: [N] T, milliseconds.
         exit_layer: [N] number of the block that answered.
-        predictions: [N] class numbers or values, or [N, K] 0 / 1 decisions, of the early exits.
+        predictions: [N] class numbers or values, or [N, K] 0 / 1 decisions, of the early exits; of tokens a list
+            of class numbers for each text.
         num_blocks: M.
         reference: What `T` is: `full_depth` or `all_exits`.
         early_exit: The fields of the config that was measured.
@@ -109,7 +110,8 @@ def measure_latency(
 
     Args:
         model: A PEFT model with an active BADGE adapter.
-        examples: Tokenized rows: a `datasets.Dataset` or any sequence of dicts. Labels and text are left out.
+        examples: Tokenized rows: a `datasets.Dataset` or any sequence of dicts. Labels and text are left out; of
+            token classification tokens without a label (or by `special_tokens_mask`) need no answer.
         early_exit_config: None takes the active adapter's own.
         repeats: How often each example is timed; its median counts.
         warmup: Passes of each kind before the first that counts.
@@ -134,10 +136,12 @@ def measure_latency(
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenized row.")
     config = badge.get_early_exit_config() if early_exit_config is None else EarlyExitConfig.of(early_exit_config)
-    device = next(badge.model.parameters()).device
+    device, tokens = next(badge.model.parameters()).device, badge.config_of().reads_tokens
     batches = []
-    for row in tensor_columns(badge.model, examples):
-        row.pop("labels", None)
+    for row in tensor_columns(badge.model, examples, tokens):
+        labels = row.pop("labels", None)
+        if tokens and labels is not None:
+            row.setdefault(SPECIAL, [int(label == NO_LABEL) for label in labels])  # who has no label needs no answer
         batches.append({name: value.to(device) for name, value in pad_features([row], badge.model).items()})
     early = Runner(
         lambda batch: early_exit_forward(badge, early_exit_config=config, **batch),
@@ -145,7 +149,7 @@ def measure_latency(
         device=device,
     )
     full_depth = Runner(
-        lambda batch: badge(**batch),
+        lambda batch: badge(**{name: value for name, value in batch.items() if name != SPECIAL}),
         read=lambda _: None,
         device=device,
         around=partial(_without_adapter, badge) if reference == "full_depth" else nullcontext,
@@ -167,7 +171,7 @@ def measure_latency(
         times,
         full_times,
         list(exits),
-        problem.predictions(torch.cat(logits)).tolist(),
+        [problem.predictions(of_row)[0].tolist() for of_row in logits],
         badge.num_blocks,
         reference,
         config.to_dict(),

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from badge_peft.evaluation.entities import EntityReader, are_tags
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.problem import problem_of
@@ -100,6 +101,8 @@ METRICS: dict[str, Callable[[Array, Array], float]] = {
     "pearson_and_spearman": lambda p, y: (_pearson(p, y) + _spearman(p, y)) / 2,
     "neg_mse": lambda p, y: -float(np.mean((p - y) ** 2)),
 }
+ENTITY_F1 = "entity_f1"  # of token classification: micro F1 of whole entities, as `seqeval` has it
+METRIC_NAMES = (*METRICS, ENTITY_F1)
 _REGRESSION = {"pearson", "spearman", "pearson_and_spearman", "neg_mse"}
 
 
@@ -138,9 +141,8 @@ def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitSco
 
     Args:
         exit_logits: With labels.
-        metric: A name in `METRICS` or a callable `(predictions, labels) -> float`; predictions are class numbers [N],
-            0 / 1 decisions [N, K] (multi-label) or values [N] or [N, K]
-            (regression).
+        metric: A name in `METRIC_NAMES` or a callable `(predictions, labels) -> float`; predictions are class numbers
+            [N], 0 / 1 decisions [N, K] (multi-label) or values [N] or [N, K] (regression).
 
     Raises:
         ValueError: no labels, an unknown metric, or one that does not suit the problem type.
@@ -166,9 +168,57 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
     problem = problem_of(exit_logits.kind)
     labels = exit_logits.labels.numpy()
     if isinstance(metric, str):
-        check_choice("metric", metric, tuple(METRICS))
+        check_choice("metric", metric, METRIC_NAMES)
         fitting = [name for name in METRICS if (name in _REGRESSION) != problem.gives_labels]
+        fitting += [ENTITY_F1] if exit_logits.texts is not None else []
         if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
+        if metric == ENTITY_F1:
+            right, counted = ratio_parts(exit_logits, answers, metric)
+            return float(right.sum() / max(counted.sum(), 1))
         metric = METRICS[metric]
     return float(metric(problem.predictions(answers), labels))  # a plain number, for JSON
+
+
+def is_ratio(metric: Metric) -> bool:
+    """Whether a score is a ratio of two sums over rows or texts, which `ratio_parts` gives."""
+    return metric in ("accuracy", ENTITY_F1)
+
+
+def ratio_parts(exit_logits: ExitLogits, answers: Tensor, metric: Metric) -> tuple[Array, Array]:
+    """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`.
+
+    Args:
+        exit_logits: With labels.
+        answers: [N, K] logits.
+        metric: Accuracy: rows that are right, of all. Entity F1: twice the entities that are right, of those that are
+            given and those that are answered.
+
+    Raises:
+        ValueError: the labels are no tags.
+    """
+    problem, units = problem_of(exit_logits.kind), exit_logits.units
+    assert exit_logits.labels is not None
+    if metric != ENTITY_F1:
+        right = 1 - problem.error(answers, exit_logits.labels).double().numpy()
+        return units.total(right), units.total(np.ones(len(right)))
+    both, answered, given = entity_reader(exit_logits).counts(
+        problem.predictions(answers), exit_logits.labels.numpy(), units
+    )
+    return 2.0 * both, (answered + given).astype(np.float64)
+
+
+def entity_reader(exit_logits: ExitLogits) -> EntityReader:
+    """What reads entities out of the labels of token classification.
+
+    Raises:
+        ValueError: these are no tags.
+    """
+    names = exit_logits.label_names
+    if names is None or not are_tags(names):
+        found = "have no names" if names is None else f"are {', '.join(names[:5])}"
+        raise ValueError(
+            f"metric={ENTITY_F1!r} reads entities out of tags (O, B-x, I-x), and the labels {found}: name them so in "
+            "the model's id2label, or use metric='accuracy'."
+        )
+    return EntityReader(names)

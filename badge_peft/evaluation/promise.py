@@ -26,6 +26,8 @@ class ExitPromise:
         exit_layers: Block numbers of the E exits.
         rows_stopped: [E], how many rows each exit answers.
         disagreements: How many rows get another answer than full depth's; None for regression.
+
+    Of token classification a row is a text, which stops with its last token, and its answer is that of all of them.
     """
 
     exit_layers: tuple[int, ...]
@@ -35,12 +37,15 @@ class ExitPromise:
     @classmethod
     def of(cls, exit_logits: ExitLogits, config: EarlyExitConfig) -> ExitPromise:
         """By replay."""
-        stops = torch.from_numpy(build_policy(config).replay_history(exit_logits.history()))
+        found = build_policy(config).replay_history(exit_logits.history())
+        stops, units = torch.from_numpy(found), exit_logits.units
         problem, disagreements = problem_of(exit_logits.kind), None
         if problem.gives_labels:
             early, full = exit_logits.answers(stops), exit_logits.logits[:, -1]
-            disagreements = int(differs(problem.predictions(early), problem.predictions(full)).sum())
-        counts = tuple(int((stops == m).sum()) for m in exit_logits.exits)
+            changed = differs(problem.predictions(early), problem.predictions(full))
+            disagreements = int(units.largest(changed).sum())
+        left = units.largest(found)
+        counts = tuple(int((left == m).sum()) for m in exit_logits.exits)
         return cls(tuple(exit_logits.exits), counts, disagreements)
 
     @property
@@ -51,7 +56,7 @@ class ExitPromise:
     @property
     def agreement(self) -> float | None:
         """Share of the rows that get full depth's answer."""
-        return None if self.disagreements is None else 1 - self.disagreements / self.rows
+        return None if self.disagreements is None else (self.rows - self.disagreements) / self.rows
 
     @cached_property
     def bounds(self) -> tuple[float | None, Array, Array]:

@@ -27,7 +27,7 @@ class TradeOffPoint:
     Args:
         name: The curve that it belongs to.
         config: The configuration.
-        mean_exit: Mean number of the block that answered.
+        mean_exit: Mean number of the block that answered; of token classification, at which the text left.
         layer_speedup: 1 - mean_exit / M, the share of blocks saved.
         score: Of the answers.
     """
@@ -164,17 +164,17 @@ def curve_points(
     exit_logits: ExitLogits, families: Iterable[EarlyExitConfig], count: int, metric: Metric
 ) -> list[TradeOffPoint]:
     """The settings of each family, at most `count` of one."""
-    history = exit_logits.history()
+    history, units = exit_logits.history(), exit_logits.units
     return [
         _point(exit_logits, config, stops, metric, policy_label(family))
         for family in families
-        for config, stops in settings(family, history, count)
+        for config, stops in settings(family, history, count, units)
     ]
 
 
 def _point(
     exit_logits: ExitLogits, config: EarlyExitConfig, stops: np.ndarray, metric: Metric, name: str
 ) -> TradeOffPoint:
-    mean_exit = float(stops.mean())
+    mean_exit = float(exit_logits.units.largest(stops).mean())
     found = score(exit_logits, exit_logits.answers(torch.from_numpy(stops)), metric)
     return TradeOffPoint(name, config, mean_exit, 1 - mean_exit / exit_logits.depth, found)

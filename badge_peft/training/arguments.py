@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from badge_peft.evaluation.metrics import METRICS
+from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model import get_badge_model
 from badge_peft.training.caching import CACHE_DTYPES, MEMORY_GB
 from badge_peft.training.criterion import check_class_weights
@@ -91,7 +91,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         check_choice("cache_dtype", self.cache_dtype, tuple(CACHE_DTYPES))
         check_number("cache_memory_gb", self.cache_memory_gb, lambda size: size >= 0, "it must be at least 0")
         if self.exit_metric is not None:
-            check_choice("exit_metric", self.exit_metric, tuple(METRICS))
+            check_choice("exit_metric", self.exit_metric, METRIC_NAMES)
         if self.exit_weights is not None:
             self.exit_weights = check_weights(from_json(self.exit_weights))
         if self.class_weights is not None:

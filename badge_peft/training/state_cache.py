@@ -10,7 +10,12 @@ from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.pass_ import EarlyExitPass
@@ -24,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # what these do between the blocks has no meaning where the blocks take no gradient
 _BETWEEN_BLOCKS = (EarlyExitPass.before_block, GradientEquilibriumPass.before_block)
+_KNOWN_COLLATORS = (DataCollatorForTokenClassification, DataCollatorWithPadding, DefaultDataCollator)
 
 
 class StateCache:
@@ -179,10 +185,7 @@ def _reason(trainer: Any, many_trainings: bool) -> str | None:
         return f"{exit_pass.__name__} changes what goes on between the blocks"
     if args.cache_states is True:
         return None
-    if (
-        not isinstance(collate, (DataCollatorWithPadding, DefaultDataCollator))
-        and collate is not default_data_collator
-    ):
+    if not isinstance(collate, _KNOWN_COLLATORS) and collate is not default_data_collator:
         return f"a data_collator that is not known ({type(collate).__name__}) may change the rows"
     step = args.train_batch_size * args.gradient_accumulation_steps * distributed.rank_world()[1]
     rows = len(trainer.train_dataset)

@@ -33,7 +33,7 @@ from badge_peft.training.state_cache import StateCache
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import NO_LABEL, problem_of
 
 _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
 
@@ -296,11 +296,14 @@ class MultiExitTrainer(CachingTrainer):
     def _scores(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
         logits, exit_logits = cast(tuple[np.ndarray, ...], prediction.predictions)[:2]
         labels = torch.from_numpy(np.asarray(prediction.label_ids))
+        more: dict[str, Any] = {}
         if self.badge.config_of().reads_tokens:
+            texts = torch.arange(len(labels)).unsqueeze(1).expand_as(labels).flatten()
             exit_logits, labels = exit_logits.reshape(-1, *exit_logits.shape[2:]), labels.flatten()
+            more = {"texts": texts[labels != NO_LABEL], "label_names": self.badge.label_names()}
         problem = problem_of(self.badge.config_of().resolved_problem_type)
         counts = problem.has_label(labels)
-        stored = ExitLogits(torch.from_numpy(exit_logits)[counts], labels[counts], self.exits, problem.name)
+        stored = ExitLogits(torch.from_numpy(exit_logits)[counts], labels[counts], self.exits, problem.name, **more)
         metric = self._own_metric or self.args.exit_metric or problem.default_metric
         scores = exit_scores(stored, metric)
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}

@@ -26,8 +26,9 @@ class StatePlan:
     Args:
         states: The tensors that the exits read, each once.
         positions: `all` positions of these; or one: what the exits' pooling `cls`, `last` or `mean` makes of them.
-        head: For exit M, where that is the model's own head: its `logits`, or, where it is trained, what it reads:
-            the `first` position of the last block's output, or `all`. None: exit M is another.
+        head: For exit M, where that is the model's own head: its `logits`, of each token `token_logits`, or, where it
+            is trained, what it reads: the `first` position of the last block's output, or `all`. None: exit M is
+            another.
     """
 
     states: tuple[State, ...]
@@ -36,7 +37,8 @@ class StatePlan:
 
     def serves(self, other: StatePlan) -> bool:
         """Whether what is kept by this plan is enough for `other`."""
-        head = other.head in (None, self.head) or (other.head == "logits" and self.head is not None)
+        kept = {"logits": ("first", "all"), "token_logits": ("all",)}.get(str(other.head), ())
+        head = other.head in (None, self.head) or self.head in kept
         return head and set(other.states) <= set(self.states) and self.positions in ("all", other.positions)
 
     def reduce(self, states: Tensor, pooling: Pooling) -> Tensor:
@@ -75,11 +77,15 @@ def plan_states(
     states = tuple(dict.fromkeys(state for fields in reads.values() for state in fields.values()))
     # normalized first and reduced afterwards where an exit reads pre-LN states, and by a bypass or its LN'
     mean_first = config.placement == "none" and not layout.pre_norm
-    one = not EXITS[config.exit_type].reads_sequence and (exits.pooling != "mean" or mean_first)
+    tokens = exits.reads_tokens
+    one = not tokens and not EXITS[config.exit_type].reads_sequence and (exits.pooling != "mean" or mean_first)
     head = None
     if not exits.has_final_exit:
         trained = any(p.requires_grad for name, p in model.named_parameters() if name.split(".")[0] in layout.head)
-        head = ("first" if head_pooling(model, layout) == "cls" else "all") if trained else "logits"
+        if trained:
+            head = "first" if not tokens and head_pooling(model, layout) == "cls" else "all"
+        else:
+            head = "token_logits" if tokens else "logits"
     return StatePlan(states, exits.pooling if one else "all", head)
 
 

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy, policy_class
-from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.hub import LOGITS, has_tokenizer, load_pretrained
+from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
 from badge_peft.registry import NAME
@@ -26,6 +24,8 @@ from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode, load_tokenizer
+from badge_peft.workflows.encode_tokens import encode_tokens
+from badge_peft.workflows.kinds import check_kind
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
 
@@ -39,7 +39,7 @@ class Adapter:
         tokenizer: Of its base model, with its limit set.
         labels: What the model answers with.
         columns: What `train_adapter` recorded of its data's columns.
-        task: `classification` or `ranking`.
+        task: `classification`, `ranking` or `tokens`.
     """
 
     model: PeftModel
@@ -54,16 +54,29 @@ class Adapter:
         return get_badge_model(self.model)
 
     @property
+    def tags(self) -> list[str] | None:
+        """Its labels, where it labels tokens; else None."""
+        return self.labels.names if self.task == "tokens" else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
 
     def read(self, data: str | Path, columns: Columns = Columns()) -> TextDataset:
-        """Rows of a data set, in which a column that is not named is found as it was in training."""
-        return read_examples(data, columns, recorded=self.columns)
+        """Rows of a data set, in which a column that is not named is found as it was in training.
+
+        Raises:
+            ValueError: the rows are for another kind of task.
+        """
+        found = read_examples(data, columns, recorded=self.columns)
+        check_kind(found, self.task == "tokens", "the adapter", data)
+        return found
 
     def encode(self, examples: TextDataset) -> Dataset:
         """Token columns, and `labels` where the rows have some; candidates have their relevance elsewhere."""
+        if self.task == "tokens":
+            return encode_tokens(examples, self.tokenizer, self.labels.names)
         if self.task == "ranking":
             return encode(examples, self.tokenizer)
         return encode(examples, self.tokenizer, self.labels.targets(examples, scored=True))
@@ -108,7 +121,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         load_tokenizer(str(named), base),
         LabelSet(names, config.resolved_problem_type),
         recorded_columns(path),
-        recorded_task(path, config.early_exit),
+        "tokens" if config.reads_tokens else recorded_task(path, config.early_exit),
     )
 
 
@@ -129,33 +142,6 @@ def check_adapter(path: str | Path) -> None:
         )
     if is_local(path) and not local.exists():
         raise FileNotFoundError(f"there is no folder {path}.")
-
-
-def stored_logits(path: str | Path) -> ExitLogits:
-    """The exit logits in a file, or those that `badge-peft train` left in an adapter's folder.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: the file holds something else, or those in the folder are not of its adapter.
-    """
-    file = Path(path)
-    if file.is_dir():
-        check_adapter(path)
-        file = file / LOGITS
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{path} has no {LOGITS}: give the data to run through the adapter, or write the file with "
-                "`badge-peft evaluate --save-logits`."
-            )
-    elif not file.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}.")
-    try:
-        found = ExitLogits.load(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} holds no exit logits: {error}.") from error
-    if Path(path).is_dir():
-        check_fit(path, found)
-    return found
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -190,32 +176,6 @@ def recorded_task(folder: str | Path, policy: Any = None) -> str:
     """`ranking` where the training says so, or a `policy` that is for queries; else `classification`."""
     by_query = policy is not None and policy_class(EarlyExitConfig.of(policy)).by_group
     return "ranking" if by_query or read_report(folder).get("task") == "ranking" else "classification"
-
-
-def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
-    """Refuses stored logits that are not of this adapter.
-
-    Raises:
-        ValueError: they have other blocks, exits or outputs, or are of other weights.
-    """
-    config = read_config(folder)
-    blocks, labels, exits = (config.get(name) for name in ("num_blocks", "num_labels", "exit_layers"))
-    depth, outputs = exit_logits.depth, exit_logits.logits.shape[-1]
-    wanted = sorted({*(exits or range(1, depth + 1)), depth})
-    remedy = f"give the data to run through the adapter, or store them anew: badge-peft evaluate {folder} DATA "
-    remedy += f"--save-logits {Path(folder) / LOGITS}"
-    if blocks not in (None, depth) or labels not in (None, outputs):
-        raise ValueError(
-            f"the exit logits are of a model with {depth} blocks and {outputs} outputs, but the adapter in "
-            f"{folder} has {blocks} and {labels}: {remedy}"
-        )
-    if exit_logits.exits != wanted:
-        raise ValueError(
-            f"the exit logits are of exits {exit_logits.exits}, but the adapter in {folder} has {wanted}: {remedy}"
-        )
-    hashes = {exit_logits.weights_hash, config.get("weights_hash")}
-    if len(hashes - {None}) > 1:
-        raise ValueError(f"the exit logits are of other weights than the adapter in {folder} has now: {remedy}")
 
 
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import block_names, get_layout
@@ -19,6 +20,9 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.encode import encode
+from badge_peft.workflows.encode_tokens import encode_tokens
+from badge_peft.workflows.kinds import check_kind
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
@@ -26,6 +30,7 @@ from badge_peft.workflows.settings import ExitOptions, TrainSettings
 POOLING_FILE = "1_Pooling/config.json"
 _KINDS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
 _FLAG = "pooling_mode_"  # before version 6 there was one flag for each way, now there is one name or a list of them
+_CLASSIFIER, _TAGGER = "ForSequenceClassification", "ForTokenClassification"  # how names of architectures end
 
 
 @dataclass
@@ -37,17 +42,31 @@ class Base:
         labels: What it answers with.
         fresh: Weights of the head that the checkpoint lacks; drawn at random.
         pooling: What its sentence embedding reads, where it is a sentence encoder without a head; else None.
+        reads_tokens: Whether it labels tokens.
     """
 
     model: Any
     labels: LabelSet
     fresh: list[str]
     pooling: str | None = None
+    reads_tokens: bool = False
+
+    @property
+    def tags(self) -> list[str] | None:
+        """Its labels, where it labels tokens; else None."""
+        return self.labels.names if self.reads_tokens else None
 
     @property
     def has_head(self) -> bool:
         """Whether the head was in the checkpoint, so that full depth can answer already."""
         return not self.fresh
+
+    def encode(self, rows: TextDataset, tokenizer: Any, labeled: bool = True, scored: bool = False) -> Dataset:
+        """Token columns, and `labels` where these rows are `labeled`; `scored`: they are not trained on."""
+        if self.reads_tokens:
+            return encode_tokens(rows, tokenizer, self.labels.names if labeled else None)
+        targets = self.labels.targets(rows, scored)
+        return encode(rows, tokenizer, targets if labeled else None)
 
 
 def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_head: bool = False) -> Base:
@@ -61,7 +80,11 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
     path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
-    model, fresh = _load(path, new_head=new_head)
+    head = _head_of(path)
+    tokens = examples.tagged or examples.words is not None or (not examples.labels and head == _TAGGER)
+    check_kind(examples, tokens if head is None else head == _TAGGER, f"the model in {path}", "the data")
+    auto = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
+    model, fresh = _load(path, auto, new_head=new_head)
     if not fresh:
         labels = LabelSet.of_model(model.config)
         if settings.problem_type not in (None, labels.problem_type):
@@ -69,32 +92,36 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
                 f"problem_type={settings.problem_type!r} is not allowed: the model in {path} does "
                 f"{labels.problem_type}, with the labels {', '.join(labels.names[:20])}."
             )
-        model.config.problem_type = labels.problem_type
-        return Base(model, labels, [])
+        model.config.problem_type = None if tokens else labels.problem_type
+        return Base(model, labels, [], reads_tokens=tokens)
     if settings.exits.keep_head:
         raise ValueError(
             f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): leave --keep-head "
             "out to train a new one from labeled rows, or give a fine-tuned model."
         )
-    labels = LabelSet.of_data(examples, settings.problem_type)
+    labels = LabelSet.of_tags(examples) if tokens else LabelSet.of_data(examples, settings.problem_type)
     if model.config.num_labels != len(labels.names):
-        model, _ = _load(path, num_labels=len(labels.names), new_head=new_head)
+        model, _ = _load(path, auto, num_labels=len(labels.names), new_head=new_head)
     model.config.id2label = dict(enumerate(labels.names))
     model.config.label2id = {name: i for i, name in enumerate(labels.names)}
-    model.config.problem_type = labels.problem_type
-    return Base(model, labels, fresh, sentence_pooling(path))
+    model.config.problem_type = None if tokens else labels.problem_type
+    return Base(model, labels, fresh, None if tokens else sentence_pooling(path), tokens)
 
 
-def _load(path: str, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
+def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
     """The model, and the weights of its head that the checkpoint lacks."""
     with quiet():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=new_head, **fields
-        )
+        model, info = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=new_head, **fields)
     head = get_layout(model).head
     if new_head:
         return model, list(head)
     return model, [n for n in info["missing_keys"] if n.split(".")[0] in head or "pooler" in n.split(".")]
+
+
+def _head_of(path: str) -> str | None:
+    """The kind of head that a checkpoint says it has, for texts or for tokens; None: another, or none."""
+    names = AutoConfig.from_pretrained(path).architectures or []
+    return next((kind for kind in (_CLASSIFIER, _TAGGER) if any(name.endswith(kind) for name in names)), None)
 
 
 def add_exits(base: Base, options: ExitOptions) -> PeftModel:
@@ -108,6 +135,7 @@ def add_exits(base: Base, options: ExitOptions) -> PeftModel:
         options,
         base.has_head,
         len(block_names(base.model, layout)),
+        task_type="TOKEN_CLS" if base.reads_tokens else "SEQ_CLS",
         problem_type=base.labels.problem_type,
         label_names=None if base.has_head else base.labels.names,
     )
@@ -139,7 +167,7 @@ def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 
     fields["final_exit"] = options.final_exit or ("base_head" if has_head else "exit")
     if options.exit_type == "past_future":
         fields["final_exit"] = "exit"
-    return BadgeConfig(task_type="SEQ_CLS", train_head=not fields.pop("keep_head"), **fields, **others)
+    return BadgeConfig(**{"task_type": "SEQ_CLS", "train_head": not fields.pop("keep_head"), **fields, **others})
 
 
 def parse_blocks(value: str | None, num_blocks: int = 1000) -> list[int] | None:

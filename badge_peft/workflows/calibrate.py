@@ -12,7 +12,7 @@ from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.model_card import CARD, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
-from badge_peft.workflows.evaluate import logits_of, measure, resolve_metric
+from badge_peft.workflows.evaluate import logits_of, measure, metric_of
 from badge_peft.workflows.settings import Columns, Goal
 
 
@@ -34,7 +34,7 @@ def calibrate_adapter(
         data: Rows to calibrate on; None takes the exit logits stored in the folder. How they are read and run is said
             by `columns`, `base_model`, `batch_size` and `device`, as in `logits_of`.
         goal: Which policies to search, and for what.
-        metric: None is accuracy, for regression Pearson.
+        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
 
     Returns:
         The config, what `measure` says of it, and what the calibration warned of.
@@ -68,7 +68,7 @@ def choose(
     if exit_logits.groups is not None:
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []
-    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
+    metric = metric_of(exit_logits, metric)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = calibrate(exit_logits, goal.policy, metric=metric, **goal.arguments())
@@ -80,7 +80,7 @@ def take_full_depth(
     exit_logits: ExitLogits, goal: Goal, metric: str | None = None
 ) -> tuple[EarlyExitConfig, dict[str, Any]]:
     """As `choose`, for exits of which none is worth stopping at: the policy `never`, whatever the goal."""
-    metric = resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1])
+    metric = metric_of(exit_logits, metric)
     found = measure(exit_logits, EarlyExitConfig(policy="never"), metric)
     record = {name: found[name] for name in ("metric", "labels", "rows", "full_depth_score", "weights_hash")}
     record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "layer_speedup")}

@@ -1,4 +1,5 @@
-"""`TextDataset`: texts, or pairs of texts, with raw labels where there are any, from a file or a Hub data set."""
+"""`TextDataset`: texts, or pairs of texts, with raw labels where there are any, from a file or a Hub data set; also
+texts with a tag for each token."""
 
 from __future__ import annotations
 
@@ -14,6 +15,13 @@ from datasets import ClassLabel, Dataset
 from badge_peft.workflows.columns import Names, find_columns, unused_texts
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import read_source
+from badge_peft.workflows.token_rows import (
+    check_entities,
+    check_tags,
+    find_token_columns,
+    kinds_of,
+    token_columns,
+)
 
 _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is read, the first that there is
 
@@ -23,14 +31,17 @@ class TextDataset:
     """Rows of a data set, all columns under the same names.
 
     Args:
-        texts: One per row.
+        texts: One per row; of tokens, these with blanks in between.
         pairs: The second texts; None where each row has one text.
-        labels: As the data has them, None in a row without one; None where no row has one.
+        labels: As the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of
+            a row's words, or the entities of its text: see `token_rows.py`.
         class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
         columns: `text`, `text_pair` and `label`: what they are called in the data.
         split: Which split was read.
         query_ids: The same for the candidates of a query; None where no column says so.
         numbers: Of the rows in the data, from 1 on; None where they are 1, 2, 3, ...
+        words: The tokens of each row, where the data has them.
+        tagged: Whether labels are those of tokens.
     """
 
     texts: list[str]
@@ -41,6 +52,8 @@ class TextDataset:
     split: str = "train"
     query_ids: list[Any] | None = None
     numbers: Sequence[int] | None = None
+    words: list[list[str]] | None = None
+    tagged: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -55,6 +68,7 @@ class TextDataset:
             labels=labels if labels and any(label is not None for label in labels) else None,
             query_ids=None if self.query_ids is None else [self.query_ids[i] for i in index],
             numbers=[self.number(i) for i in index],
+            words=None if self.words is None else [self.words[i] for i in index],
         )
 
     def number(self, i: int) -> int:
@@ -68,6 +82,12 @@ class TextDataset:
     def queries(self) -> list[str]:
         """An id of each row's query: what its column says, else its text."""
         return self.texts if self.query_ids is None else [str(query) for query in self.query_ids]
+
+    def classes(self) -> list[set[str]]:
+        """Of each row what its label is an example of: itself, or the kinds of its entities."""
+        if self.tagged:
+            return [kinds_of(label or []) for label in self.labels or []]
+        return [set() if label is None else {str(label)} for label in self.labels or []]
 
     def keys(self) -> list[tuple[str, ...]]:
         """One per row. Two rows are the same when their texts differ in case and white space at most."""
@@ -113,7 +133,15 @@ def to_examples(
 ) -> TextDataset:
     """The rows of `data` that have a text; see `read_examples`."""
     features = data.features
+    words, spans = find_token_columns(list(features), lambda name: data[name][:], columns, recorded)
     strings = {name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")}
+    if words is not None or spans is not None:
+        if words is None:
+            names = find_columns(list(features), replace(columns, unlabeled=True, label_column=None), recorded)
+            names = token_columns(None, names["text"], spans)
+        else:
+            names = token_columns(words, None, spans)
+        return _tagged(data, split, names, words is not None, columns.unlabeled, source)
     names = find_columns(list(features), columns, recorded, strings.__contains__)
     texts: list[Any] = data[names["text"]][:]
     pairs, labels = (data[names[key]][:] if names[key] else None for key in ("text_pair", "label"))
@@ -134,6 +162,39 @@ def to_examples(
     for note in _notes(found, len(texts), unused):
         warnings.warn(f"{source}, {split}: {note}", stacklevel=2)
     return found if found.labels else replace(found, class_names=None, columns={**names, "label": None})
+
+
+def _tagged(
+    data: Dataset, split: str, names: Names, are_words: bool, unlabeled: bool, source: str | Path
+) -> TextDataset:
+    """The rows of `data` with their tags, or with the entities of their text, checked."""
+    texts = data[names["text"]][:]
+    column = None if unlabeled else names["label"]
+    labels: list[Any] = [None] * len(texts) if column is None else _named_tags(data, column)
+    rows = [i for i, text in enumerate(texts) if (any(map(_has_text, text or [])) if are_words else _has_text(text))]
+    if not rows:
+        raise ValueError(f"no row of {source} has a text in column {names['text']!r}.")
+    for i in rows:
+        if labels[i] is not None:
+            (check_tags if are_words else check_entities)(texts[i], labels[i], i + 1)
+    found = TextDataset(
+        [" ".join(text or []) if are_words else str(text) for text in texts],
+        labels=labels,
+        columns={**names, "label": column},
+        split=split,
+        words=texts if are_words else None,
+        tagged=column is not None,
+    ).select(rows)
+    for note in _notes(found, len(texts), []):
+        warnings.warn(f"{source}, {split}: {note}", stacklevel=2)
+    return found
+
+
+def _named_tags(data: Dataset, column: str) -> list[Any]:
+    """Tags or entities of each row; numbers that the data set has names for by these."""
+    names = getattr(getattr(data.features[column], "feature", None), "names", None)
+    values = data[column][:]
+    return values if names is None else [None if row is None else [names[i] for i in row] for row in values]
 
 
 def _notes(found: TextDataset, total: int, unused: list[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from badge_peft.hub import has_tokenizer
 from badge_peft.tuner.architectures import max_positions
+from badge_peft.utils.texts import length_limit, whole
 from badge_peft.workflows.data import TextDataset
 
 _NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
@@ -59,10 +60,5 @@ def encode(rows: TextDataset, tokenizer: Any, targets: list[Any] | None = None) 
 def encode_texts(texts: list[str], pairs: list[str] | None, tokenizer: Any) -> dict[str, list[Any]]:
     """Token columns, one list per text, cut at the tokenizer's limit."""
     texts, pairs = [whole(text) for text in texts], None if pairs is None else [whole(pair) for pair in pairs]
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=min(tokenizer.model_max_length, _NO_LIMIT))
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=length_limit(tokenizer))
     return {name: list(values) for name, values in encoded.items()}
-
-
-def whole(text: str) -> str:
-    """`text` with a mark in the place of each half of a surrogate pair: JSON can write one, no tokenizer takes it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.entities import are_tags
 from badge_peft.evaluation.latency import measure_latency
-from badge_peft.evaluation.metrics import exit_scores, score
+from badge_peft.evaluation.metrics import ENTITY_F1, exit_scores, score
+from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
-from badge_peft.workflows.adapter_dir import Adapter, open_adapter, stored_logits
+from badge_peft.workflows.adapter_dir import Adapter, open_adapter
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.rankings import measure_ranking, with_queries
 from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.stored import stored_logits
 
 COMPARED = 512  # rows that are compared with the checkpoint, at most
 
@@ -41,11 +42,11 @@ def evaluate_adapter(
     Args:
         adapter: From `open_adapter`.
         examples: From `Adapter.read`; without labels, scores are the agreement with full depth.
-        metric: None is accuracy, for regression Pearson.
+        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
         batch_size: Rows per pass.
         latency: How many rows to time, one by one, in the first process; 0 for none.
     """
-    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
+    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names), adapter.tags)
     encoded = adapter.encode(examples)
     exit_logits = collect_exit_logits(adapter.model, encoded, batch_size, progress=True, split_between_processes=True)
     if adapter.task == "ranking":
@@ -89,21 +90,20 @@ def logits_of(
 
 def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "accuracy") -> dict[str, Any]:
     """Scores per exit, and what `config` costs and saves, by replay; without labels every score is the agreement with
-    full depth, and of rows with queries it is that of their top k."""
+    full depth, and of rows with queries it is that of their top k. Of tokens, rows are texts."""
     if exit_logits.groups is not None:
         ranked = measure_ranking(exit_logits, config)
         return {**ranked, "early_exit": {"config": recorded_fields(config), **ranked["early_exit"]}}
     scored = exit_logits.labeled()
     scores = exit_scores(scored, metric)
     point = evaluate_policy(scored, config, metric)
-    stops = build_policy(config).replay(exit_logits)
-    stopped = Counter(stops.tolist())
-    answers, full_depth = exit_logits.answers(stops), exit_logits.logits[:, -1]
+    promise = ExitPromise.of(exit_logits, config)
     unknown = 0
     if exit_logits.labels is not None and problem_of(exit_logits.kind).gives_labels:
         unknown = int(torch.eq(exit_logits.labels, UNKNOWN_LABEL).sum())
     return {
-        "rows": len(exit_logits),
+        "rows": len(exit_logits.units),
+        **({} if exit_logits.texts is None else {"tokens": len(exit_logits)}),
         "weights_hash": exit_logits.weights_hash,
         "rows_of_unknown_label": unknown,
         "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
@@ -119,8 +119,8 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
             "score": point.score,
             "mean_exit": point.mean_exit,
             "layer_speedup": point.layer_speedup,
-            "answers_as_full_depth": problem_of(exit_logits.kind).same(answers, full_depth),
-            "rows_stopped": [stopped[m] for m in scores.exit_layers],
+            "answers_as_full_depth": promise.agreement,
+            "rows_stopped": list(promise.rows_stopped),
         },
     }
 
@@ -155,19 +155,27 @@ def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in ("calibration", "parameters")}
 
 
-def resolve_metric(metric: str | None, problem_type: str, num_labels: int) -> str:
-    """The metric, or the problem type's own where it is None: accuracy, for regression Pearson's correlation.
+def resolve_metric(metric: str | None, problem_type: str, num_labels: int, tags: Sequence[str] | None = None) -> str:
+    """The metric, or the problem type's own where it is None: accuracy, for regression Pearson's correlation, and of
+    token classification (`tags`: its labels) the F1 of entities, where the labels are IOB2.
 
     Raises:
         ValueError: it does not suit; said before any time is spent.
     """
     problem = problem_of(problem_type)
     if metric is None:
-        return problem.default_metric
+        return ENTITY_F1 if tags is not None and are_tags(tags) else problem.default_metric
     each = torch.eye(num_labels)[:, None]  # [K, 1, K]: every label is predicted once
     labels = torch.zeros(problem.label_shape(num_labels, num_labels), dtype=torch.long)
-    exit_scores(ExitLogits(each, labels, problem_type=problem_type), metric)
+    more: dict[str, Any] = {} if tags is None else {"texts": [0] * num_labels, "label_names": list(tags)}
+    exit_scores(ExitLogits(each, labels, problem_type=problem_type, **more), metric)
     return metric
+
+
+def metric_of(exit_logits: ExitLogits, metric: str | None) -> str:
+    """`resolve_metric` of stored logits."""
+    tags = None if exit_logits.texts is None else exit_logits.label_names
+    return resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1], tags)
 
 
 def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, batch_size: int = 32) -> dict[str, Any]:
@@ -179,7 +187,10 @@ def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, ba
     badge = get_badge_model(model)
     device = next(badge.model.parameters()).device
     with quiet():
-        base = AutoModelForSequenceClassification.from_pretrained(checkpoint).to(device).eval()
+        auto: Any = AutoModelForSequenceClassification
+        if badge.config_of().reads_tokens:
+            auto = AutoModelForTokenClassification
+        base = auto.from_pretrained(checkpoint).to(device).eval()
     features = tensor_columns(badge.model, rows.select(range(min(len(rows), COMPARED))))
     differences = []
     for start in range(0, len(features), batch_size):

@@ -8,9 +8,15 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    ProgressCallback,
+)
 
 from badge_peft.early_exit.cached_states import CachedStates
+from badge_peft.model import get_badge_model
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
@@ -70,13 +76,19 @@ def train_exits(
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collator(model, tokenizer),
             cache_states=(False if options.no_cache_states else "auto") if states is None else states,
         )
         run(trainer, progress)
     model.eval()
     kept = {name: value for name, value in trainer.state_cache.items() if name != "where"}
     return {"training_seconds": time.perf_counter() - start, "states": kept}
+
+
+def collator(model: PeftModel, tokenizer: Any) -> Any:
+    """Pads rows, and labels where each token has one."""
+    tokens = get_badge_model(model).config_of().reads_tokens
+    return DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
 
 
 def run(trainer: MultiExitTrainer, progress: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from badge_peft.utils.problem import UNKNOWN_LABEL
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.token_rows import tag_names
 
 _MOST_LABELS = 1000
 _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from the model's own answers"
@@ -33,6 +34,21 @@ class LabelSet:
         names = [str(config.id2label[i]) for i in range(config.num_labels)]
         kind = "regression" if len(names) == 1 else "single_label_classification"
         return cls(names, getattr(config, "problem_type", None) or kind)
+
+    @classmethod
+    def of_tags(cls, rows: TextDataset) -> LabelSet:
+        """The tags for a new head, of all kinds of entities in the data.
+
+        Raises:
+            ValueError: there are none.
+        """
+        kinds = {kind for classes in rows.classes() for kind in classes}
+        if not kinds:
+            raise ValueError(
+                "this model has no trained head for tokens, so it needs rows with tags or entities to learn from, and "
+                "the data has none: name their column with --label-column."
+            )
+        return cls(tag_names(kinds), "single_label_classification")
 
     @classmethod
     def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:

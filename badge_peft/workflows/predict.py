@@ -11,14 +11,16 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.evaluation.collate import pad_features
+from badge_peft.evaluation.words import Words, answers_of, tokenize_words
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
+from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.encode import encode_texts
 from badge_peft.workflows.rankings import queries_of, rank_queries
 
-Pair = tuple[str, str | None]
+Pair = tuple[Any, str | None]
 
 
 def predict(
@@ -41,6 +43,8 @@ def predict(
         label's probability). Regression gives `value` in the place of label and confidence; a model that gives several
         labels gives `labels`, and the confidence of the least sure decision. A policy of queries takes the rows that
         follow one another with the same text for the candidates of one, and gives their `rank`: see `rank_queries`.
+        Of token classification `text` and `entities`, or `tokens`, `tags` and `entities`, as `answers_of` has them;
+        `exit` is where the text left.
 
     Raises:
         Exception: whatever reading the texts raises, in every process.
@@ -48,7 +52,8 @@ def predict(
     config = config or adapter.early_exit_config()
     if policy_class(config).by_group:
         return answer_in_turn(queries_of(texts), 1, partial(rank_queries, adapter, config, batch_size))
-    return answer_in_turn(texts, batch_size, partial(_answer, adapter, config))
+    answer = _tag if adapter.task == "tokens" else _answer
+    return answer_in_turn(texts, batch_size, partial(answer, adapter, config))
 
 
 def answer_in_turn(
@@ -89,3 +94,38 @@ def _answer(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> lis
         }
         for (text, pair), row, number in zip(texts, logits, exits, strict=True)
     ]
+
+
+def _tag(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[dict[str, Any]]:
+    """The tags of one batch. The first sub-token of a word answers for it, and the others hold no text."""
+    rows, words = tokenize_words([text for text, _ in texts], adapter.tokenizer, length_limit(adapter.tokenizer))
+    batch = pad_features(rows, adapter.model.get_base_model(), tokens=True)
+    batch = {name: value.to(adapter.device) for name, value in batch.items()}
+    output = early_exit_forward(adapter.model, early_exit_config=config, **batch)
+    assert output.exit_layer is not None
+    return [
+        {**found, "exit": number}
+        for found, number in zip(
+            tagged(texts, words, output, adapter.labels.names), output.exit_layer.tolist(), strict=True
+        )
+    ]
+
+
+def tagged(texts: list[Pair], words: list[Words], output: Any, names: list[str]) -> list[dict[str, Any]]:
+    """What was found in each text, with the text.
+
+    Args:
+        texts: Of a batch: texts, or lists of tokens.
+        words: Of each.
+        output: An `EarlyExitOutput` of tokens.
+        names: Of the labels.
+    """
+    logits, exits = output.logits.float().cpu().numpy(), output.token_exit_layer.cpu().numpy()
+    found = []
+    for i, (text, _) in enumerate(texts):
+        answers = answers_of(words[i], logits[i], exits[i], names)
+        if isinstance(text, str):
+            found.append({"text": text, "entities": answers["entities"]})
+        else:
+            found.append({"tokens": text, **answers})
+    return found

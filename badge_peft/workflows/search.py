@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import set_seed
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores, sweep
@@ -28,7 +28,7 @@ from badge_peft.training import cache_states
 from badge_peft.training.finite import TrainingStopped
 from badge_peft.workflows.base_model import Base, add_exits
 from badge_peft.workflows.evaluate import resolve_metric
-from badge_peft.workflows.fit import train_exits
+from badge_peft.workflows.fit import collator, train_exits
 from badge_peft.workflows.search_picture import SEARCH_PICTURE, draw_search
 from badge_peft.workflows.search_space import SearchSpace
 from badge_peft.workflows.settings import STUDY, TrainSettings
@@ -62,7 +62,7 @@ class Search:
         self.settings = settings
         self.learns_labels = learns_labels
         self.space = SearchSpace(settings, learns_labels)
-        self.metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names))
+        self.metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
         texts = texts_of(rows)
         generator = torch.Generator().manual_seed(settings.training.seed)
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -161,7 +161,7 @@ class Search:
     def _states(self) -> CachedStates:
         model = add_exits(self.base, self.settings.exits)
         try:
-            return cache_states(model, self.rows, data_collator=DataCollatorWithPadding(self.tokenizer), progress=True)
+            return cache_states(model, self.rows, data_collator=collator(model, self.tokenizer), progress=True)
         finally:
             get_badge_model(model).unload()
 

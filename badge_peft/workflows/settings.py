@@ -61,7 +61,8 @@ class Columns(TextColumns):
     """Which rows of a data set are read, and what of them.
 
     Args:
-        label_column: Column of the labels. Default: found by its name (label, category, ...); there may be none.
+        label_column: Column of the labels, tags or entities. Default: found by its name (label, category, tags,
+            entities, ...); there may be none.
         query_id_column: For ranking: column that says which rows are candidates of one query. Default: query_id where
             there is one, else the query's text.
         unlabeled: Labels are ignored.
@@ -263,13 +264,14 @@ class TrainSettings(Settings):
 
     Args:
         output_dir: Folder for the adapter and all that is measured.
-        task: classification, or ranking: pairs of a query and a document, with one score each.
+        task: classification, of texts or, where rows have tokens and tags or a text and entities, of tokens; or
+            ranking: pairs of a query and a document, with one score each.
         overwrite: Write into a folder that is not empty.
         tokenizer: Where the tokenizer is, if not with the model: a folder or a repository.
         max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
         problem_type: For an encoder without a head: regression takes whole numbers as values, not classes.
-        metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman, neg_mse. Default:
-            accuracy, for regression pearson.
+        metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman, neg_mse; for tags
+            entity_f1. Default: accuracy, for regression pearson, for tags entity_f1.
         latency: How many rows to time, one by one; 0 for none.
         columns: What is read of the data.
         exits: The adapter.

@@ -69,7 +69,7 @@ def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDat
 def _needed(examples: TextDataset, keys: list[Key], held_out: set[Key]) -> set[Key]:
     """Of the texts in `held_out` the first of each class that no other text has. Values on a scale are no classes:
     where that would take half of the texts, none."""
-    rows = [(str(y), key) for y, key in zip(examples.labels or [], keys, strict=False) if y is not None]
+    rows = [(y, key) for classes, key in zip(examples.classes(), keys, strict=False) for y in classes]
     trained = {label for label, key in rows if key not in held_out}
     needed = {label: key for label, key in reversed(rows) if label not in trained}
     return set(needed.values()) if 2 * len(needed) <= len(held_out) else set()

@@ -16,15 +16,16 @@ from pyarrow import ArrowInvalid
 from pyarrow.parquet import ParquetFile
 
 from badge_peft.utils.checks import check_choice
+from badge_peft.utils.texts import whole
 from badge_peft.workflows.columns import find_columns
-from badge_peft.workflows.encode import whole
 from badge_peft.workflows.settings import TextColumns
 from badge_peft.workflows.sources import delimiter_of, lines_of, open_text, suffix_of
+from badge_peft.workflows.token_rows import find_words
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _CHUNK = 1024  # rows of a parquet file in memory at once
 
-Pair = tuple[str, str | None]
+Pair = tuple[Any, str | None]  # a text, or where tokens are asked for a list of these; and its second text
 
 
 def read_texts(
@@ -32,6 +33,7 @@ def read_texts(
     format: str | None = None,
     columns: TextColumns = TextColumns(),
     recorded: Mapping[str, str | None] | None = None,
+    tokens: bool = False,
 ) -> Iterator[Pair]:
     """Yields each text with its second text (or None), in the order of the source.
 
@@ -41,6 +43,7 @@ def read_texts(
             `text` for stdin.
         columns: Where the texts are; a text column that is not named is found by its usual names.
         recorded: What training recorded of its columns, as for `read_examples`.
+        tokens: Whether a row may have a list of tokens in the place of its text (in jsonl and parquet).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,21 +63,44 @@ def read_texts(
         raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
     if format == "text":
         return ((row["text"], None) for row in _rows(source, format))
-    return _pairs(_rows(source, format), columns, recorded)
+    return _pairs(_rows(source, format), columns, recorded, tokens)
 
 
 def _pairs(
-    rows: Iterable[Mapping[str, Any]], columns: TextColumns, recorded: Mapping[str, str | None] | None
+    rows: Iterable[Mapping[str, Any]],
+    columns: TextColumns,
+    recorded: Mapping[str, str | None] | None,
+    tokens: bool,
 ) -> Iterator[Pair]:
     text = pair = None
     for number, row in enumerate(rows, start=1):
         if text is None:
-            names = find_columns(list(row), columns, recorded)
-            text, pair = names["text"], names["text_pair"]
+            words = find_words(row, columns, recorded)
+            if words is not None and not tokens and not any(isinstance(value, str) for value in row.values()):
+                _words(row[words], number, words, tokens)
+            text = words if tokens else None
+            if text is None:
+                names = find_columns(list(row), columns, recorded)
+                text, pair = names["text"], names["text_pair"]
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
-        yield whole(str(row[str(text)])), None if pair is None else whole(str(row[pair]))
+        value = row[str(text)]
+        if isinstance(value, list):
+            yield _words(value, number, str(text), tokens), None
+            continue
+        yield whole(str(value)), None if pair is None else whole(str(row[pair]))
+
+
+def _words(value: list[Any], number: int, column: str, tokens: bool) -> list[str]:
+    if not tokens:
+        raise ValueError(
+            f"row {number} has a list in column {column!r}, and the adapter classifies texts: give texts, or "
+            "an adapter for tokens."
+        )
+    if not value or not all(isinstance(word, str) for word in value):
+        raise ValueError(f"row {number} has no list of tokens in column {column!r}: {str(value)[:80]}.")
+    return [whole(word) for word in value]
 
 
 def _rows(source: str, format: str) -> Iterator[dict[str, Any]]:

@@ -13,16 +13,18 @@ from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features
+from badge_peft.evaluation.words import Words, tokenize_words
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import MultiTaskOutput
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import problem_of
+from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter, check_adapter, choose_device, recorded_columns
 from badge_peft.workflows.encode import encode_texts, load_tokenizer
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.labels import LabelSet
-from badge_peft.workflows.predict import Pair, answer_in_turn
+from badge_peft.workflows.predict import Pair, answer_in_turn, tagged
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import read_source
 
@@ -110,8 +112,12 @@ def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: 
         str(named or base_model or badge.config_of().base_model_name_or_path), model.get_base_model()
     )
     labels = {task: LabelSet(badge.label_names(task), badge.config_of(task).resolved_problem_type) for task in tasks}
+    kinds = {task: "tokens" if badge.config_of(task).reads_tokens else "classification" for task in tasks}
     return TaskStack(
-        {task: Adapter(model, tokenizer, labels[task], recorded_columns(place)) for task, place in tasks.items()}
+        {
+            task: Adapter(model, tokenizer, labels[task], recorded_columns(place), kinds[task])
+            for task, place in tasks.items()
+        }
     )
 
 
@@ -128,13 +134,20 @@ def predict_tasks(
 
 
 def _answer(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[Pair]) -> list[dict[str, Any]]:
-    output = stack.answer(_batch(stack, [text for text, _ in texts], [pair for _, pair in texts]), configs)
+    batch, words = _batch(stack, [text for text, _ in texts], [pair for _, pair in texts])
+    output = stack.answer(batch, configs)
     found: list[dict[str, Any]] = [
         {"text": text, **({} if pair is None else {"text_pair": pair}), "tasks": {}} for text, pair in texts
     ]
     for task, own in output.items():
         assert own.logits is not None and own.exit_layer is not None
         labels = stack.adapters[task].labels
+        if stack.adapters[task].tags is not None:
+            assert words is not None
+            entities = tagged(texts, words, own, labels.names)
+            for line, answer, number in zip(found, entities, own.exit_layer.tolist(), strict=True):
+                line["tasks"][task] = {"entities": answer["entities"], "exit": number}
+            continue
         problem = problem_of(labels.problem_type)
         rows = zip(found, own.logits.float().cpu().numpy(), own.exit_layer.tolist(), strict=True)
         for line, logits, number in rows:
@@ -176,7 +189,7 @@ def evaluate_tasks(
     configs, blocks = stack.early_exit_configs(), []
     for start in range(0, len(texts), batch_size):
         rows = texts.select(range(start, min(len(texts), start + batch_size)))
-        blocks += stack.answer(_batch(stack, rows.texts, rows.pairs), configs).blocks_run.tolist()
+        blocks += stack.answer(_batch(stack, rows.words or rows.texts, rows.pairs)[0], configs).blocks_run.tolist()
     depth = get_badge_model(stack.shared.model).num_blocks
     mean = sum(blocks) / len(blocks)
     return {
@@ -198,9 +211,15 @@ def labels_of(task: str, data: str, columns: Columns) -> Columns:
     return replace(columns, unlabeled=True)
 
 
-def _batch(stack: TaskStack, texts: list[str], pairs: Sequence[str | None] | None) -> dict[str, torch.Tensor]:
-    """Texts as a padded batch."""
+def _batch(
+    stack: TaskStack, texts: list[Any], pairs: Sequence[str | None] | None
+) -> tuple[dict[str, torch.Tensor], list[Words] | None]:
+    """Texts as a padded batch, and the words of each, where a task labels tokens."""
+    base = stack.shared.model.get_base_model()
+    if any(adapter.tags is not None for adapter in stack.adapters.values()):
+        own, words = tokenize_words(texts, stack.shared.tokenizer, length_limit(stack.shared.tokenizer))
+        return pad_features(own, base, tokens=True), words
     second = [pair for pair in pairs or [] if pair is not None]
     encoded = encode_texts(texts, second or None, stack.shared.tokenizer)
     rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
-    return pad_features(rows, stack.shared.model.get_base_model())
+    return pad_features(rows, base), None

@@ -26,8 +26,8 @@ from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import encode, load_tokenizer
-from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, time_rows
+from badge_peft.workflows.encode import load_tokenizer
+from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, metric_of, time_rows
 from badge_peft.workflows.fit import train_exits
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
 from badge_peft.workflows.search import Search
@@ -83,10 +83,9 @@ def train_on(
     set_seed(training.seed)
     base = load_base(model_name, settings, examples, new_head)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
-    eval_rows = encode(eval_examples, tokenizer, base.labels.targets(eval_examples, scored=True))
-    targets = base.labels.targets(examples)
-    learns_labels = check_training(settings, base, any(t is not None for t in targets or []), len(eval_rows))
-    train_rows = encode(examples, tokenizer, targets if learns_labels else None)
+    eval_rows = base.encode(eval_examples, tokenizer, scored=True)
+    learns_labels = check_training(settings, base, bool(examples.labels), len(eval_rows))
+    train_rows = base.encode(examples, tokenizer, labeled=learns_labels)
     print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
 
     states, search = None, None
@@ -112,7 +111,7 @@ def train_on(
     def save() -> dict[str, Any]:
         trouble, constant = None, None
         if exit_logits.labels is not None:
-            constant = constant_answer(exit_logits, settings.metric, base.labels.names)
+            constant = constant_answer(exit_logits, metric_of(exit_logits, settings.metric), base.labels.names)
         try:
             find = choose if constant is None or constant["beaten"] else take_full_depth
             chosen, measured = find(exit_logits, settings.goal, settings.metric)[:2]
@@ -120,6 +119,7 @@ def train_on(
         except ValueError as error:
             trouble, measured = error, {}
         report = {
+            **({"task": "tokens"} if base.reads_tokens else {}),
             "model": model_name,
             "data": data,
             "columns": examples.columns,
@@ -197,6 +197,7 @@ def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextData
     names = base.labels.names
     what = f"{len(names)} labels ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
     what = "values" if base.labels.problem_type == "regression" else what
+    what = what.replace("labels", "tags of tokens", 1) if base.reads_tokens else what
     source = f"column {examples.columns.get('label')!r}" if learns_labels else "the model's answers"
     pair = examples.columns.get("text_pair")
     texts = "" if pair is None else f"; pairs of texts from columns {examples.columns['text']!r} and {pair!r}"

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
 from badge_peft.evaluation.calibration import rows_to_certify
-from badge_peft.evaluation.metrics import METRICS
+from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model_card import read_card
 from badge_peft.training.arguments import from_json
 from badge_peft.training.objectives import OBJECTIVES
@@ -51,7 +51,7 @@ def check_settings(settings: TrainSettings) -> None:
     if kind is not None and kind.reads_uncertainty and not exits.learn_to_exit:
         raise ValueError(f"policy={policy!r} needs learn_to_exit: a layer that learns when an exit is wrong.")
     if settings.metric is not None:
-        check_choice("metric", settings.metric, tuple(METRICS))
+        check_choice("metric", settings.metric, METRIC_NAMES)
     if settings.problem_type is not None:
         check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
     if not ranks:
@@ -161,7 +161,7 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
                 f"most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give earlier exits with "
                 "exit_layers."
             )
-    metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names))
+    metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names), base.tags)
     goal = settings.goal.arguments()
     drop, confidence = goal["max_score_drop"], goal["confidence"]
     if confidence is not None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.app.page import Callbacks
-from badge_peft.workflows.adapter_dir import LOGITS, open_adapter
+from badge_peft.hub import LOGITS
+from badge_peft.workflows.adapter_dir import open_adapter
 from tests.cli.conftest import cli, save_classifier
 from tests.early_exit.reference import REGRESSION, SINGLE
 from tests.models import shake

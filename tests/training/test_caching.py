@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset as TextDataset
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForTokenClassification, default_data_collator
+from transformers import default_data_collator
 
 from badge_peft import (
     CachedStates,
@@ -340,13 +340,6 @@ def test_what_cannot_be_kept(name, tmp_path, caplog):
     assert trainer.state_cache == {"kept": False, "reason": trainer.state_cache["reason"]}
     if name == "overflow":
         assert train(tmp_path, huge(), cache_states=True, cache_dtype="bfloat16")[0].state_cache["kept"]
-
-
-def test_tokens():
-    base = AutoModelForTokenClassification.from_config(make_model().config)
-    model = make_badge(base=base, task_type="TOKEN_CLS")
-    with pytest.raises(ValueError, match="a token's answer takes the states of all tokens"):
-        cache_states(model, rows_of(make_batch()))
 
 
 def test_what_auto_leaves_alone(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments
 
-from badge_peft import MultiExitTrainer, MultiExitTrainingArguments
-from tests.early_exit.test_tokens import make, rows_of
+from badge_peft import MultiExitTrainer, MultiExitTrainingArguments, cache_states
+from tests.early_exit.test_tokens import make, make_base, rows_of
+from tests.models import make_batch
 from tests.texts import make_tokenizer
 
 
@@ -68,3 +69,47 @@ def test_what_is_padded_counts_for_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         losses = [float(trainer.compute_loss(model, inputs)) for inputs in (batch, wide)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"train_head": False},
+        {"final_exit": "exit", "exit_layers": [0, 2]},
+        {"exit_type": "mha", "placement": "ffn"},
+    ],
+    ids=str,
+)
+def test_cached_states(fields: dict[str, Any]) -> None:
+    model, batch = make(learn_to_exit=True, **fields), make_batch(6, 9)
+    chosen = torch.tensor([4, 0, 3])
+    part = {name: value[chosen] for name, value in batch.items()}
+    real = part["attention_mask"] != 0
+    with torch.no_grad(), cache_states(model, rows_of(), dtype="float32", batch_size=4) as states:
+        found = model(**part, cached_states=states, cached_rows=chosen)
+        expected = model(**part)
+    for name in ("exit_logits", "exit_uncertainty"):
+        kept, wanted = (getattr(out, name).transpose(1, 2)[real] for out in (found, expected))
+        torch.testing.assert_close(kept, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_on_cached_states_is_one_without(tmp_path: Path) -> None:
+    trained = {}
+    for cache in ("auto", False):
+        base = make_base(id2label=dict(enumerate(["O", "B-x", "I-x", "B-y"])))
+        model = make(base=base, exit_dropout=0.0)
+        trainer = MultiExitTrainer(
+            model,
+            arguments(tmp_path, MultiExitTrainingArguments, cache_dtype="float32", exit_metric="entity_f1"),
+            train_dataset=rows_of(),
+            eval_dataset=rows_of(),
+            data_collator=DataCollatorForTokenClassification(make_tokenizer()),
+            cache_states=cache,
+        )
+        trainer.train()
+        assert trainer.state_cache["kept"] == (cache == "auto")
+        trained[cache] = model.state_dict(), trainer.evaluate()
+    for name, value in trained["auto"][0].items():
+        torch.testing.assert_close(value, trained[False][0][name], rtol=1e-3, atol=1e-4)
+    assert trained["auto"][1]["eval_s_avg"] == pytest.approx(trained[False][1]["eval_s_avg"], abs=0.05)

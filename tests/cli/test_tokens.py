@@ -1,0 +1,264 @@
+"""The commands on rows with a tag for each token, and on texts with their entities."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from seqeval.metrics import f1_score
+from transformers import AutoModelForTokenClassification
+
+from badge_peft import ExitLogits, load_pretrained
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.settings import Columns
+from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
+from tests.models import make_model
+from tests.texts import BAD, GOOD, WORDS, make_tokenizer, write_csv
+
+KINDS = {**dict.fromkeys(GOOD, "good"), **dict.fromkeys(BAD, "bad")}
+LEARNS = ("--epochs", 6, "--batch-size", 8, "--adapter-lr", 0.05)
+TAGS = ["O", "B-bad", "I-bad", "B-good", "I-good"]
+
+
+def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of words of which some are entities, side by side ones one entity."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        words = [draw.choice((*WORDS, *GOOD, *BAD)) for _ in range(draw.randint(3, 10))]
+        tags, before = [], None
+        for word in words:
+            kind = KINDS.get(word)
+            tags.append("O" if kind is None else f"{'I' if kind == before else 'B'}-{kind}")
+            before = kind
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def as_entities(row: dict[str, Any]) -> dict[str, Any]:
+    """The same in characters of a text."""
+    text, found, start = " ".join(row["tokens"]), [], 0
+    for word, tag in zip(row["tokens"], row["tags"], strict=True):
+        if tag.startswith("B"):
+            found.append({"start": start, "end": start + len(word), "label": tag[2:]})
+        elif tag.startswith("I"):
+            found[-1]["end"] = start + len(word)
+        start += len(word) + 1
+    return {"text": text, "entities": found}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`encoder/`; `rows.jsonl`, `rows.json` and `rows.parquet` with tags, `spans.jsonl` the same with entities; and of
+    others `test.jsonl` and `test_spans.jsonl`."""
+    folder = tmp_path_factory.mktemp("tags")
+    save_encoder(folder / "encoder")
+    rows, others = tagged(100), tagged(30, seed=1)
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    write_jsonl(folder / "spans.jsonl", [as_entities(row) for row in rows])
+    write_jsonl(folder / "test.jsonl", others)
+    write_jsonl(folder / "test_spans.jsonl", [as_entities(row) for row in others])
+    return folder
+
+
+def save_encoder(folder: Path) -> None:
+    """An encoder without a head; its embeddings are all that tells words apart, so exits learn in no time."""
+    make_model("bert").base_model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def train(cli: Cli, place: Path, data: str, out: Path, *more: Any) -> Any:
+    return cli("train", place / "encoder", place / data, "--output-dir", out, *FAST[2:], *LEARNS, *more)
+
+
+@pytest.fixture(scope="module")
+def adapter(place: Path, cli: Cli) -> Path:
+    found = train(cli, place, "rows.jsonl", place / "adapter", "--exit-layers", "0-3", "--policy", "max_prob")
+    assert "5 tags of tokens (O, B-bad, I-bad, B-good, I-good)" in found.stdout and "entity f1" in found.stdout
+    return place / "adapter"
+
+
+def test_what_training_leaves(adapter: Path, place: Path) -> None:
+    report, card = json.loads((adapter / "report.json").read_text()), (adapter / "README.md").read_text()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["task_type"] == "TOKEN_CLS" and config["label_names"] == TAGS == report["label_names"]
+    assert report["metric"] == "entity_f1" and report["rows"] == 20 and report["tokens"] > 60
+    assert report["columns"] == {"text": "tokens", "text_pair": None, "label": "tags"}
+    assert sum(report["early_exit"]["rows_stopped"]) == 20 and report["s_best"] > 0.8
+    assert "pipeline_tag: token-classification" in card and 'pipeline("token-classification"' in card
+    assert "20 texts with" in card and "| exit after block | entity f1 | texts it answers |" in card
+    stored = ExitLogits.load(adapter / "exit_logits.safetensors")
+    assert stored.label_names == TAGS and len(stored.units) == 20
+
+
+@pytest.mark.parametrize("data", ["rows.json", "rows.parquet"])
+def test_other_formats_are_read_alike(place: Path, data: str) -> None:
+    found, expected = (read_examples(place / name) for name in (data, "rows.jsonl"))
+    assert (found.words, found.labels, found.tagged) == (expected.words, expected.labels, True)
+    assert found.classes() == expected.classes()
+
+
+def test_entities_in_characters_are_the_same_labels(place: Path, adapter: Path, cli: Cli) -> None:
+    """By whichever columns the rows come, the same tokens have the same labels; so the same exits come of it."""
+    opened = open_adapter(adapter, device="cpu")
+    words, spans = (opened.encode(opened.read(place / name)) for name in ("test.jsonl", "test_spans.jsonl"))
+    assert words.to_list() == spans.to_list()
+    train(cli, place, "spans.jsonl", place / "spans", "--exit-layers", "0-3", "--policy", "max_prob")
+    assert json.loads((place / "spans" / "report.json").read_text())["columns"]["label"] == "entities"
+    stored, same = (ExitLogits.load(place / name / "exit_logits.safetensors") for name in ("adapter", "spans"))
+    assert stored.logits.shape == same.logits.shape and torch.equal(stored.labels, same.labels)
+
+
+def test_evaluate_calibrate_and_sweep(place: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:
+    out = cli("evaluate", adapter, place / "test.jsonl", "--json", tmp_path / "e.json", "--latency", 2)
+    assert "entity f1" in out.stdout and "on the clock" in out.stdout
+    report = json.loads((tmp_path / "e.json").read_text())
+    opened = open_adapter(adapter, device="cpu")
+    rows = tagged(30, seed=1)
+    lines = [json.loads(x) for x in cli("predict", adapter, place / "test.jsonl").stdout.splitlines()]
+    said = [line["tags"] for line in lines]
+    f1 = f1_score([row["tags"] for row in rows], said)
+    assert report["early_exit"]["score"] == pytest.approx(f1)
+    assert report["early_exit"]["mean_exit"] == pytest.approx(sum(line["exit"] for line in lines) / 30)
+    accuracy = cli(
+        "evaluate", adapter, place / "test_spans.jsonl", "--metric", "accuracy", "--json", tmp_path / "a.json"
+    )
+    right = sum(a == b for row, tags in zip(rows, said, strict=True) for a, b in zip(row["tags"], tags, strict=True))
+    found = json.loads((tmp_path / "a.json").read_text())["early_exit"]["score"]
+    assert found == pytest.approx(right / sum(len(tags) for tags in said)) and "accuracy" in accuracy.stdout
+    table = cli("sweep", adapter, "--policies", "entropy", "--points", 4, "--json", tmp_path / "s.json").stdout
+    assert "entity_f1" in table
+    before = opened.early_exit_config()
+    cli("calibrate", adapter, place / "test_spans.jsonl", "--policy", "entropy", "--target-speedup", 0.3)
+    after = open_adapter(adapter, device="cpu").early_exit_config()
+    assert after.policy == "entropy" and after.calibration["metric"] == "entity_f1" and after != before
+    stored = ExitLogits.load(adapter / "exit_logits.safetensors")
+    assert len(build_policy(after).replay(stored)) == len(stored)
+
+
+def test_predict_names_entities_of_texts(place: Path, adapter: Path, cli: Cli) -> None:
+    row = as_entities(tagged(30, seed=1)[4])
+    (line,) = cli("predict", adapter, "--policy", "never", input=row["text"] + "\n").stdout.splitlines()
+    found = json.loads(line)
+    assert found["text"] == row["text"] and found["exit"] == 3
+    spans = [{"start": e["start"], "end": e["end"], "label": e["label"]} for e in found["entities"]]
+    assert spans == row["entities"]
+    for entity in found["entities"]:
+        assert entity["text"] == row["text"][entity["start"] : entity["end"]] and 0 < entity["confidence"] <= 1
+    batched = [json.loads(x) for x in cli("predict", adapter, place / "test_spans.jsonl").stdout.splitlines()]
+    alone = cli("predict", adapter, place / "test_spans.jsonl", "--batch-size", 1).stdout.splitlines()
+    assert [line["exit"] for line in batched] == [json.loads(line)["exit"] for line in alone]
+
+
+def test_many_tasks_with_tokens_among_them(place: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:
+    text = write_csv(tmp_path / "texts.csv", ROWS[:60])
+    cli("train", place / "encoder", text, "--output-dir", tmp_path / "mood", *FAST)
+    tasks = ("--task", f"mood={tmp_path / 'mood'}", "--task", f"names={adapter}")
+    given = "a fine film\nbad plot end\n"
+    lines = [json.loads(x) for x in cli("predict", *tasks, input=given).stdout.splitlines()]
+    alone = [json.loads(x) for x in cli("predict", adapter, input=given).stdout.splitlines()]
+    for line, own in zip(lines, alone, strict=True):
+        assert line["tasks"]["names"] == {"entities": own["entities"], "exit": own["exit"]}
+        assert line["blocks"] >= own["exit"] and "label" in line["tasks"]["mood"]
+    rows = [{**as_entities(row), "mood": "good"} for row in tagged(6, seed=3)]
+    data = write_jsonl(tmp_path / "both.jsonl", [{**row, "names": row.pop("entities")} for row in rows])
+    out = cli("evaluate", *tasks, data, "--json", tmp_path / "t.json").stdout
+    assert "entity f1" in out and json.loads((tmp_path / "t.json").read_text())["tasks"]["names"]["labels"] == "given"
+
+
+def test_a_tagger_in_service_teaches_its_exits(place: Path, cli: Cli, tmp_path: Path) -> None:
+    model: Any = AutoModelForTokenClassification.from_config(make_model(num_labels=5).config)
+    model.config.id2label, model.config.label2id = dict(enumerate(TAGS)), {tag: i for i, tag in enumerate(TAGS)}
+    model.save_pretrained(tmp_path / "tagger")
+    make_tokenizer().save_pretrained(tmp_path / "tagger")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(row["tokens"]) for row in tagged(40)), encoding="utf-8")
+    out = tmp_path / "exits"
+    found = cli("train", tmp_path / "tagger", tmp_path / "texts.txt", "--output-dir", out, "--keep-head", *FAST)
+    assert "full depth answers as the checkpoint, bit for bit" in found.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["labels"] == "full depth's own answers" and report["per_exit"][-1] == 1.0
+    assert load_pretrained(str(out)).get_base_model().config.id2label[1] == "B-bad"
+    one_line(
+        cli("train", tmp_path / "tagger", write_csv(tmp_path / "l.csv", ROWS[:9]), "--output-dir", "x", fails=True),
+        "labels tokens",
+        "has one label for each text (column 'label')",
+    )
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "lengths": ({"tokens": ["a", "b"], "tags": ["O"]}, "row 2 has 2 tokens and 1 tags: each token needs one"),
+    "no tag": ({"tokens": ["a"], "tags": ["E-x"]}, "row 2, token 1: 'E-x' is no IOB2 tag: it must be O, B-x or I-x"),
+    "iob1": ({"tokens": ["a", "b"], "tags": ["O", "I-x"]}, "row 2 has the tag 'I-x' at token 2 behind O, and in IOB2"),
+    "other kind": ({"tokens": ["a", "b"], "tags": ["B-y", "I-x"]}, "'I-x' at token 2 behind B-y"),
+    "outside": ({"text": "a b", "entities": [{"start": 1, "end": 9, "label": "x"}]}, "its text has 3 characters"),
+    "blank": ({"text": "a b", "entities": [{"start": 1, "end": 2, "label": "x"}]}, "something but white space"),
+    "no name": ({"text": "a b", "entities": [{"start": 0, "end": 1, "label": ""}]}, "label must be the name"),
+    "overlap": (
+        {"text": "a b", "entities": [{"start": 0, "end": 3, "label": "x"}, {"start": 2, "end": 3, "label": "x"}]},
+        "which overlaps the one before",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_that_cannot_be_meant(name: str, place: Path, cli: Cli, tmp_path: Path) -> None:
+    row, message = WRONG[name]
+    good = (
+        {"tokens": ["c"], "tags": ["B-x"]} if "tokens" in row else {"text": "c d", "entities": [{**E, "label": "x"}]}
+    )
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, row])
+    out = tmp_path / "out"
+    one_line(cli("train", place / "encoder", data, "--output-dir", out, fails=True), message)
+    assert not out.exists()
+
+
+E = {"start": 0, "end": 1}
+
+
+def test_what_is_for_the_other_kind(place: Path, adapter: Path, trained: Path, cli: Cli, tmp_path: Path) -> None:
+    rows = place / "rows.jsonl"
+    save_classifier(tmp_path / "texts")
+    new = write_jsonl(tmp_path / "n.jsonl", [{"tokens": ["a"], "tags": ["B-new"]}])
+    for arguments, message in (
+        (
+            ("train", tmp_path / "texts", rows, "--output-dir", tmp_path / "x"),
+            "classifies texts, and the data has",
+        ),
+        (("evaluate", trained, rows), "the adapter classifies texts, and"),
+        (("evaluate", adapter, write_csv(tmp_path / "l.csv", ROWS[:9])), "the adapter labels tokens, and"),
+        (("predict", trained, rows), "row 1 has a list in column 'tokens', and the adapter classifies texts"),
+        (("bench", adapter, rows), "`badge-peft bench` is for adapters that classify texts"),
+        (
+            ("evaluate", adapter, new),
+            "row 1 has the tag 'B-new', which the model",
+        ),
+        (("calibrate", adapter, "--confidence", 0.9), "confidence needs max_score_drop, metric='accuracy'"),
+        (("evaluate", trained, place.parent / "none.csv", "--metric", "entity_f1"), "none.csv"),
+    ):
+        one_line(cli(*arguments, fails=True), message)
+
+
+def test_a_column_of_entities_beside_labels_has_to_be_named(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a b", "label": "x", "entities": [{**E, "label": "y"}]},
+        {"text": "c", "label": "z", "entities": []},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_examples(data).labels == ["x", "z"] and not read_examples(data).tagged
+    named = read_examples(data, Columns(label_column="entities"))
+    assert named.tagged and named.labels == [[{**E, "label": "y"}], []]
+    words = [{"text": "a b", "tokens": ["a", "b"], "label": "x"}, {"text": "c", "tokens": ["c"], "label": "z"}]
+    assert read_examples(write_jsonl(tmp_path / "words.jsonl", words)).labels == ["x", "z"]

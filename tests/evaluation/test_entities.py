@@ -1,0 +1,91 @@
+"""Entities of tags, against seqeval itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval.metrics import f1_score
+
+from badge_peft import ExitLogits, exit_scores
+from badge_peft.evaluation.entities import EntityReader, are_tags, tag_type
+from badge_peft.evaluation.units import Units
+from badge_peft.utils.problem import UNKNOWN_LABEL
+
+TAGS = ["O", "B-x", "I-x", "B-y", "I-y", "B-a-b"]
+LAW = settings(deadline=None, derandomize=True, max_examples=150)
+pairs = st.lists(st.tuples(st.integers(0, len(TAGS) - 1), st.integers(0, len(TAGS) - 1)), min_size=1, max_size=9)
+
+
+def names_of(texts: list[list[tuple[int, int]]], side: int) -> list[list[str]]:
+    return [[TAGS[pair[side]] for pair in text] for text in texts]
+
+
+@LAW
+@given(st.lists(pairs, min_size=1, max_size=5))
+def test_f1_is_that_of_seqeval(texts: list[list[tuple[int, int]]]) -> None:
+    """Whatever a model answers, tags that begin nowhere among it."""
+    flat = np.array([pair for text in texts for pair in text])
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    both, answered, labeled = EntityReader(TAGS).counts(flat[:, 0], flat[:, 1], Units(len(flat), owner))
+    expected = float(f1_score(names_of(texts, 1), names_of(texts, 0), zero_division=0))
+    assert 2 * both.sum() / max(answered.sum() + labeled.sum(), 1) == pytest.approx(expected)
+    logits = torch.nn.functional.one_hot(torch.from_numpy(flat[:, 0]), len(TAGS)).float().unsqueeze(1)
+    stored = ExitLogits(logits, torch.from_numpy(flat[:, 1]), texts=owner, label_names=TAGS)
+    assert exit_scores(stored, "entity_f1").per_exit == [pytest.approx(expected)]
+    for i in range(len(texts)):  # what is counted for each text is counted of it alone
+        own = [part[i : i + 1] for part in (names_of(texts, 1), names_of(texts, 0))]
+        f1 = float(f1_score(*own, zero_division=0))
+        assert 2 * both[i] / max(answered[i] + labeled[i], 1) == pytest.approx(f1)
+
+
+def test_an_entity_that_the_model_does_not_know_is_found_by_no_answer() -> None:
+    labels = np.array([UNKNOWN_LABEL, 1])
+    both, answered, labeled = EntityReader(TAGS).counts(np.array([1, 1]), labels, Units(2, np.zeros(2)))
+    assert (both.tolist(), answered.tolist(), labeled.tolist()) == ([1], [2], [2])
+
+
+def test_what_is_a_tag() -> None:
+    assert [tag_type(tag) for tag in TAGS] == [None, "x", "x", "y", "y", "a-b"]
+    for wrong in ("x", "B", "B-", "E-x", "b-x", "LABEL_0"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no IOB2 tag: it must be O, B-x or I-x"):
+            tag_type(wrong)
+    assert are_tags(TAGS) and not are_tags(["O"]) and not are_tags(["O", "noun"])
+
+
+@pytest.mark.parametrize("texts", [None, [0, 0, 4, 7, 7, 7]])
+def test_units(texts: list[int] | None) -> None:
+    values = np.array([[3, 1, 2, 9, 4, 4], [0, 0, 1, 1, 2, 5]])
+    units = Units(6, None if texts is None else np.array(texts))
+    owners = list(range(6)) if texts is None else texts
+    members = [[i for i in range(6) if owners[i] == owner] for owner in dict.fromkeys(owners)]
+    assert len(units) == len(members) and units.sizes.tolist() == [len(rows) for rows in members]
+    assert units.largest(values).tolist() == [[max(row[i] for i in rows) for rows in members] for row in values]
+    assert units.total(values).tolist() == [[sum(row[i] for i in rows) for rows in members] for row in values]
+    picked = units.rows_of(np.array([2, 0, 2]))
+    assert picked.tolist() == [*members[2], *members[0], *members[2]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "metric='entity_f1' does not suit single_label_classification: use accuracy"),
+        ({"texts": [0, 1]}, "reads entities out of tags .*, and the labels have no names"),
+        ({"texts": [0, 1], "label_names": ["noun", "verb"]}, "reads entities .*, and the labels are noun, verb"),
+    ],
+)
+def test_scores_without_tags(fields: dict[str, Any], message: str) -> None:
+    stored = ExitLogits(torch.zeros(2, 1, 2), torch.tensor([0, 1]), **fields)
+    with pytest.raises(ValueError, match=message):
+        exit_scores(stored, "entity_f1")
+
+
+def test_texts_and_names_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"texts has shape \[3\] for 2 tokens"):
+        ExitLogits(torch.zeros(2, 1, 2), texts=[0, 0, 1])
+    with pytest.raises(ValueError, match="label_names has 1 names for 2 labels"):
+        ExitLogits(torch.zeros(2, 1, 2), label_names=["O"])
