@@ -152,8 +152,8 @@ def bench(
 
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels. With --task: one pass
-    for all tasks, a call for each, and a full model for each, in PyTorch. Of an adapter that ranks: a query's
-    candidates in stock PyTorch, and in PyTorch with early exits.
+    for all tasks, a call for each, and a full model for each, in PyTorch. Of an adapter that ranks: times of a query,
+    and the share of queries with full depth's top k.
 
     Args:
         rows: How many texts to time: the first of the data.
@@ -191,15 +191,15 @@ def bench(
         shared.write(found, json_file)
         return
     assert adapter is not None
+    if onnx:
+        require_onnx_exporter()
     opened = open_adapter(adapter, base_model, device)
     check_texts_only(opened.task, "bench")
-    if onnx and opened.task != "ranking":
-        require_onnx_exporter()
     config = opened.early_exit_config(**vars(overrides))
     examples = opened.read(data, columns)
     shared.prepare_folder(json_file)
     if opened.task == "ranking":
-        report = bench_rankings(opened, examples, config, rows, batch_size or 32, threads)
+        report = bench_rankings(opened, examples, config, rows, batch_size or 32, threads, onnx)
     else:
         report = bench_adapter(opened, examples, config, rows, batch_size or 1, threads, onnx, metric)
     report = {"adapter": adapter, "data": data, "split": examples.split, **report}

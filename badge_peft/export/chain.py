@@ -11,7 +11,7 @@ without, they go along until all have answered, and their answers stay as they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,29 +25,8 @@ from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
 from badge_peft.export.policies import Decision
 from badge_peft.export.runtime import LARGEST_PATIENCE
-from badge_peft.export.trace import ExportedBlocks
 
 ANSWERS = ("answer", "exit_layer")
-
-
-def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact: bool) -> onnx.ModelProto:
-    """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` (a scalar, or [E] where each
-    exit has its own) and `patience` to the answers.
-
-    The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
-    file.
-
-    Args:
-        pieces: Of the model.
-        decision: The policy.
-        int8: Quantize the blocks; exits and decisions stay in float32.
-        compact: Take rows that have answered out of the batch.
-    """
-    inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
-    chain = Chain(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
-    for number, piece in pieces.graphs.items():
-        chain.add(number, in_int8(piece) if int8 else [piece])
-    return chain.model()
 
 
 class Chain:
@@ -153,15 +132,22 @@ class Chain:
                 given[name] = g.op("Gather", given[name], self.carried["rows"], axis=0)
         left = {name: value for name, value in self.carried.items() if name.startswith(LEFT)}
         given |= {BEFORE + name.removeprefix(LEFT): value for name, value in left.items()}
-        made: dict[str, ir.Value] = {}
-        for part in parts:
-            made |= g.insert(part, given | made)
+        made = self.compute(g, number, parts, given)
         dims = {str(value.name): value.shape for part in parts for value in part.outputs}
         for name, value in made.items():
             if name == FOLLOWING or name.startswith(LEFT):
                 self.carried["hidden" if name == FOLLOWING else name] = g.shaped(value, dims[name])
         self.outer |= {name: value for name, value in made.items() if name.startswith("shared_")}
         return self.decide(g, number, made)
+
+    def compute(
+        self, g: Graph, number: int, parts: Sequence[ir.Graph], given: Mapping[str, ir.Value]
+    ) -> dict[str, ir.Value]:
+        """What the parts of block `number` make of what is given, by the names of their outputs."""
+        made: dict[str, ir.Value] = {}
+        for part in parts:
+            made |= g.insert(part, {**given, **made})
+        return made
 
     def decide(self, g: Graph, number: int, made: dict[str, ir.Value]) -> bool:
         """The decision at block `number`, of whose piece this was `made`; returns whether all rows answer here."""

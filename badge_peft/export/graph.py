@@ -56,6 +56,12 @@ class Graph:
         self.body.append(node)
         return node.outputs
 
+    def input(self, name: str, dtype: ir.DataType | None, shape: Any) -> ir.Value:
+        """One more input of a body; its name is made up from that of the graph."""
+        made = ir.val(f"{self.body.name}/{name}", dtype, shape)
+        self.body.inputs.append(made)
+        return made
+
     def constant(self, array: np.ndarray) -> ir.Value:
         """An array's value in the graph."""
         made = ir.val(f"constant_{len(self.main.body.initializers)}", const_value=ir.tensor(array))

@@ -120,7 +120,7 @@ class OnnxExporter:
         examples: Any = None,
     ) -> OnnxExportReport:
         """Writes the folder, once the file answers as the model does."""
-        from badge_peft.export.chain import assemble
+        from badge_peft.export.assemble import assemble
 
         if self.decision.policy.by_group and not compact:
             raise ValueError(

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.export.runtime import OnnxEarlyExitModel
-from badge_peft.ranking.pairs import check_documents
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+from badge_peft.ranking.pairs import check_documents, encode_pairs
+from badge_peft.ranking.report import ExitReport
 from badge_peft.utils.checks import check_int
 
 
 class OnnxReranker:
     """As `EarlyExitReranker`, with onnxruntime: all candidates of a query are one call of the graph, which takes those
-    out that leave.
+    out that leave, and runs its blocks for a few of similar length at a time.
 
     Args:
         model: Of a ranking adapter, with its tokenizer.
@@ -45,7 +46,8 @@ class OnnxReranker:
         return_documents: bool = False,
         *,
         threshold: float | None = None,
-    ) -> list[dict[str, Any]]:
+        return_report: bool = False,
+    ) -> Any:
         """The best documents for a query, by the scores of the model's own head.
 
         Args:
@@ -55,9 +57,11 @@ class OnnxReranker:
                 first of.
             return_documents: Put the texts into the answers.
             threshold: A factor on the margins; None is the file's own.
+            return_report: Return an `ExitReport` as well.
 
         Returns:
-            A list of dicts with `corpus_id`, `score` and, if asked for, `text`, best first.
+            A list of dicts with `corpus_id`, `score` and, if asked for, `text`, best first; with `return_report` a
+            pair of it and the report.
 
         Raises:
             ValueError: an empty query or no documents, or a number that is not allowed.
@@ -66,20 +70,29 @@ class OnnxReranker:
         check_int("top_k", top_k, at_least=1)
         own = int(self.model.config["top_k"])
         k = own if top_k is None else top_k
-        columns = self.model.tokenizer(
-            [query] * len(texts),
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.model.config["max_length"],
-            return_tensors="np",
-        )
+        rows, cut = encode_pairs([(query, text) for text in texts], self.model.tokenizer, self._max_length)
+        order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])))  # as slices want it
+        columns = self.model.tokenizer.pad([rows[i] for i in order], return_tensors="np")
         fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
         output = self.model(**fields, threshold=threshold, top_k=max(k, own))
+        back = np.argsort(order)
+        output = OnnxOutput(output.logits[back], output.exit_layer[back])
         last = np.flatnonzero(output.exit_layer == output.exit_layer.max())
         scores = output.logits[:, 0]
         best = last[np.argsort(-scores[last], kind="stable")][:k]
-        return [
+        answers = [
             {"corpus_id": int(i), "score": float(scores[i]), **({"text": texts[i]} if return_documents else {})}
             for i in best
         ]
+        if not return_report:
+            return answers
+        exits = output.exit_layer
+        left = {number: int((exits > number).sum()) for number in self.model.config["exit_layers"]}
+        run = int(exits.sum())
+        return answers, ExitReport(len(texts), self.model.config["num_blocks"], run, left, cut, exits)
+
+    @property
+    def _max_length(self) -> int:
+        """Tokens of a pair."""
+        limit: int | None = self.model.config["max_length"]
+        return 512 if limit is None else limit

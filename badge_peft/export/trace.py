@@ -33,11 +33,14 @@ class ExportedBlocks:
         graphs: The pieces by block number, up to the last block that is wanted; 0 is the embeddings. Inputs and
             outputs have the names that they have in `ModelPiece`.
         per_row: Names of the shared tensors that have one row per input.
+        positions: Name of what a block takes -> its dimensions that are positions; None where something has one that
+            follows their number in another way.
     """
 
     inputs: list[str]
     graphs: dict[int, ir.Graph]
     per_row: set[str]
+    positions: dict[str, list[int]] | None
 
 
 @torch.no_grad()
@@ -71,7 +74,13 @@ def export_blocks(
         "shared": {name: _moving(tensor, made_of_others[name]) for name, tensor in shared.items()},
     }
     result = ExportedBlocks(
-        list(inputs), {}, {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])}
+        list(inputs),
+        {},
+        {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])},
+        _positions(
+            {**inputs, "hidden": made[FOLLOWING], **shared},
+            {**others, "hidden": made_of_others[FOLLOWING], **made_of_others},
+        ),
     )
     known: dict[str, Any] = {}
     before: dict[str, Tensor] = {}  # what the exits so far have left for the deeper ones
@@ -96,6 +105,8 @@ def export_blocks(
         )
         result.graphs[piece.number].name = f"piece{piece.number}"
         before |= {BEFORE + name.removeprefix(LEFT): x for name, x in made.items() if name.startswith(LEFT)}
+    if result.positions is not None:
+        result.positions |= {name: [1] for name, tensor in before.items() if tensor.dim() > 2}
     return result
 
 
@@ -150,6 +161,18 @@ def to_onnx(
 def _moving(tensor: Tensor, other: Tensor) -> dict[int, Any]:
     """The dimensions that follow the sizes of the input."""
     return {d: torch.export.Dim.AUTO for d in range(tensor.dim()) if tensor.shape[d] != other.shape[d]}
+
+
+def _positions(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, list[int]] | None:
+    """By name the dimensions that are as long as the input; None where one follows the sizes in another way."""
+    found: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        sizes = list(zip(tensor.shape, others[name].shape, strict=True))
+        if any(a != b and (a, b) not in ((EXAMPLE[0], OTHER[0]), (EXAMPLE[1], OTHER[1])) for a, b in sizes):
+            return None
+        if axes := [d for d, pair in enumerate(sizes) if pair == (EXAMPLE[1], OTHER[1])]:
+            found[name] = axes
+    return found
 
 
 def _has_rows(tensor: Tensor, other: Tensor) -> bool:

@@ -138,7 +138,7 @@ def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threa
         early.write(directory, int8=bool(suffix))
         session = open_session(file, threads)
         model = OnnxEarlyExitModel.from_pretrained(directory, threads=threads, spinning=False)
-        arrays = partial(_arrays, names=[entry.name for entry in session.get_inputs()])
+        arrays = partial(onnx_inputs, names=[entry.name for entry in session.get_inputs()])
         found[f"ONNX Runtime{suffix}, full depth"] = Runner(
             partial(session.run, ["logits"]), arrays, lambda output: (output[0], None)
         )
@@ -157,7 +157,7 @@ def _call(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
     return model(**inputs)
 
 
-def _arrays(batch: Batch, names: list[str]) -> dict[str, np.ndarray]:
+def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, np.ndarray]:
     """The inputs of a graph; not every tokenizer gives the token_type_ids that it asks for."""
     filled = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
     return {name: filled[name].numpy().astype(np.int64) for name in names}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,16 @@ from badge_peft.ranking.calibration import METRIC
 from badge_peft.ranking.metrics import top_k_kept
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.workflows.adapter_dir import Adapter
-from badge_peft.workflows.bench import pinned_threads, stock_model
+from badge_peft.workflows.bench import onnx_inputs, pinned_threads, stock_model
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields
 from badge_peft.workflows.rankings import STATE_BYTES
 
 Array = np.ndarray
+Row = dict[str, Any]
+Rank = Callable[[list[Row]], RankedCandidates]
 _WARMUP = 2  # queries
+_PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
 
 
 def bench_rankings(
@@ -31,16 +38,19 @@ def bench_rankings(
     limit: int = 200,
     batch_size: int = 32,
     threads: int | None = None,
+    onnx: bool = True,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, query by query, in turn.
+    """Times the model without exits and with them, query by query, in turn; in ONNX Runtime, too.
 
     Args:
         adapter: From `open_adapter`.
         examples: From `Adapter.read`; queries are timed until they have `limit` candidates.
         config: How candidates leave; None takes the adapter's own.
         limit: Of candidates.
-        batch_size: Candidates in a block at once, sorted by length, with exits and without.
-        threads: Of torch; None takes its own number.
+        batch_size: Candidates in a block at once, sorted by length, with exits and without. (With early exits in ONNX
+            Runtime a query is one call, and the file says how many.)
+        threads: Of torch and of each session; None takes torch's own number.
+        onnx: Whether to export and time ONNX Runtime, too.
 
     Returns:
         As `bench_adapter`: times are those of a query, `score` is the share of queries with full depth's top k.
@@ -55,30 +65,13 @@ def bench_rankings(
     rows = tensor_columns(adapter.model.get_base_model(), encoded)
     ends = np.cumsum([len(part) for part in chosen])
     batches = [rows[end - len(part) : end] for end, part in zip(ends, chosen, strict=True)]
-    policy = build_policy(config)
-    stock = stock_model(adapter)
-
-    def full_depth(candidates: list[dict[str, Any]]) -> RankedCandidates:
-        order = sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"]))
-        scores = np.empty(len(candidates), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = pad_features([candidates[i] for i in part], stock)
-            logits = stock(**{name: value.to(adapter.device) for name, value in batch.items()}).logits
-            scores[part] = logits[:, 0].float().cpu().numpy()
-        return RankedCandidates(scores, np.full(len(scores), adapter.badge.num_blocks), {}, ~np.isfinite(scores))
-
-    def early(candidates: list[dict[str, Any]]) -> RankedCandidates:
-        return CandidatePass(adapter.badge, candidates, policy, batch_size, STATE_BYTES).run()
-
-    runners = {"stock PyTorch": full_depth, "BADGE PyTorch": early}
-    with pinned_threads(threads) as used, torch.inference_mode():
-        timed = take_turns(
-            [Runner(run, device=adapter.device) for run in runners.values()],
-            batches,
-            warmup=batches[:_WARMUP],
-            progress="timing",
-        )
+    with pinned_threads(threads) as used, tempfile.TemporaryDirectory() as folder:
+        runners = _torch_runners(adapter, config, batch_size)
+        if onnx:
+            runners |= _onnx_runners(adapter, config, batch_size, Path(folder), used)
+        turns = [Runner(run, device=adapter.device) for run in runners.values()]
+        with torch.inference_mode():
+            timed = take_turns(turns, batches, warmup=batches[:_WARMUP], pause=_PAUSE, progress="timing")
     k = 10 if config.top_k is None else config.top_k
     return {
         "rows": len(rows),
@@ -95,6 +88,71 @@ def bench_rankings(
             {"name": name, **_result(each, timed[0].outputs, k)} for name, each in zip(runners, timed, strict=True)
         ],
     }
+
+
+def _torch_runners(adapter: Adapter, config: EarlyExitConfig, batch_size: int) -> dict[str, Rank]:
+    """Stock PyTorch, and PyTorch with early exits."""
+    stock, policy = stock_model(adapter), build_policy(config)
+
+    def logits(batch: dict[str, torch.Tensor]) -> Array:
+        found = stock(**{name: value.to(adapter.device) for name, value in batch.items()}).logits
+        return found.float().cpu().numpy()
+
+    def early(candidates: list[Row]) -> RankedCandidates:
+        return CandidatePass(adapter.badge, candidates, policy, batch_size, STATE_BYTES).run()
+
+    full_depth = partial(_at_full_depth, logits, stock, adapter.badge.num_blocks, batch_size)
+    return {"stock PyTorch": full_depth, "BADGE PyTorch": early}
+
+
+def _onnx_runners(
+    adapter: Adapter, config: EarlyExitConfig, batch_size: int, folder: Path, threads: int
+) -> dict[str, Rank]:
+    """The same two in ONNX Runtime on the CPU, in float32 and in int8."""
+    from badge_peft.export.onnx import OnnxExporter
+    from badge_peft.export.plain import FullDepthExporter
+    from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
+
+    stock = stock_model(adapter).cpu()
+    plain, early = FullDepthExporter(stock), OnnxExporter(adapter.model, config)
+    found: dict[str, Rank] = {}
+    for suffix in ("", " int8"):
+        file, directory = folder / f"full depth{suffix}.onnx", folder / f"early exits{suffix}"
+        plain.write(file, int8=bool(suffix))
+        early.write(directory, int8=bool(suffix))
+        session, model = open_session(file, threads), OnnxEarlyExitModel.from_pretrained(directory, threads=threads)
+        names = [entry.name for entry in session.get_inputs()]
+
+        def logits(batch: Any, session: Any = session, names: list[str] = names) -> Array:
+            return session.run(["logits"], onnx_inputs(batch, names))[0]
+
+        def rank(candidates: list[Row], model: Any = model, names: list[str] = names) -> RankedCandidates:
+            order = np.array(sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"])))
+            output = model(**onnx_inputs(pad_features([candidates[i] for i in order], stock), names))
+            back = np.argsort(order)
+            return _ranked(output.logits[back, 0], output.exit_layer[back])
+
+        found[f"ONNX Runtime{suffix}, full depth"] = partial(
+            _at_full_depth, logits, stock, adapter.badge.num_blocks, batch_size
+        )
+        found[f"BADGE ONNX{suffix}"] = rank
+    return found
+
+
+def _at_full_depth(
+    logits: Callable[[Any], Array], model: Any, num_blocks: int, batch_size: int, candidates: list[Row]
+) -> RankedCandidates:
+    """All candidates in batches of similar length; `logits` makes [b, 1] of one."""
+    order = sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"]))
+    scores = np.empty(len(candidates), dtype=np.float32)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        scores[part] = logits(pad_features([candidates[i] for i in part], model))[:, 0]
+    return _ranked(scores, np.full(len(scores), num_blocks))
+
+
+def _ranked(scores: Array, exit_layer: Array) -> RankedCandidates:
+    return RankedCandidates(scores, exit_layer, {}, ~np.isfinite(scores))
 
 
 def _result(timed: Timed, full: list[RankedCandidates], top_k: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_onnx
-from badge_peft.export.chain import assemble
+from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
 from tests.models import LINKS, exits_of, make_badge, make_batch, make_model

@@ -21,7 +21,7 @@ import torch
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
-from badge_peft.export.chain import assemble
+from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.policies import Decision

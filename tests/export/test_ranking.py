@@ -71,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, folder
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 25])
+@pytest.mark.parametrize("count", [1, 2, 4, 70])  # in slices of 32
 def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
     from badge_peft.export import OnnxReranker
 
@@ -88,6 +88,38 @@ def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
     assert file.rank(QUERY, documents) == file.rank(QUERY, documents, 3)
     assert file.rank(QUERY, documents, 1) == file.rank(QUERY, documents, 3)[:1]
     assert len(file.rank(QUERY, documents, 10)) == min(10, count)
+
+
+def test_the_report(exported: tuple[Any, Path]) -> None:
+    from badge_peft.export import OnnxReranker
+
+    model, folder = exported
+    file = OnnxReranker.from_pretrained(folder, threads=1)
+    documents = [*make_documents(12, seed=5), "film " * 600]
+    early = EarlyExitReranker(model, pair_tokenizer(), max_length=file.model.config["max_length"])
+    answers, report = file.rank(QUERY, documents, 3, return_report=True)
+    _, wanted = early.rank(QUERY, documents, 3, return_report=True)
+    assert answers == file.rank(QUERY, documents, 3) and report.cut == wanted.cut == 1
+    assert (report.candidates, report.num_blocks, report.blocks_run) == (13, 3, wanted.blocks_run)
+    assert report.left == wanted.left and report.exit_layer.tolist() == wanted.exit_layer.tolist()
+    assert report.blocks_saved == wanted.blocks_saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["roberta", "modernbert-mean", "deberta-v2", "albert"])
+def test_slices_on_other_backbones(case: str, tmp_path: Path) -> None:
+    from badge_peft.export import OnnxReranker, export_onnx
+
+    model, tokenizer, documents = make_ranker(case, exit_pooling="mean"), pair_tokenizer(), make_documents(40)
+    tokenizer.model_max_length = 36
+    scores = all_scores(model, tokenizer, QUERY, documents, 36)[:, :, 0]
+    model.set_early_exit_config({"policy": "top_k", "top_k": 5, "parameters": {"margins": scores.std(dim=0).tolist()}})
+    export_onnx(model, tmp_path, tokenizer=tokenizer)
+    wanted = EarlyExitReranker(model, tokenizer, max_length=36).rank(QUERY, documents, 5, return_report=True)
+    found = OnnxReranker.from_pretrained(tmp_path, threads=1).rank(QUERY, documents, 5, return_report=True)
+    assert [a["corpus_id"] for a in found[0]] == [a["corpus_id"] for a in wanted[0]]
+    assert [a["score"] for a in found[0]] == pytest.approx([a["score"] for a in wanted[0]], abs=1e-3)
+    assert found[1].exit_layer.tolist() == wanted[1].exit_layer.tolist() and 0 < found[1].left[1] < 40
 
 
 def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:

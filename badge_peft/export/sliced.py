@@ -1,0 +1,113 @@
+"""The graph of a query: blocks run for a few candidates at a time, each slice as long as its longest.
+
+    If(done) {} else { Loop over slices { rows of the slice, without what is padding in all of them -> block, exit }
+                       -> decision on all candidates }
+
+A query has candidates of many lengths, and in one batch most of the work would be padding. The bar is that of the
+whole query, so the decision stands behind the loop. Whoever calls the graph gives long candidates first, so that those
+of a slice are of similar length; in another order the answers are the same, and take longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from badge_peft.export.chain import Chain
+from badge_peft.export.graph import BOOL, INT64, Graph
+from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
+
+SLICE = 32  # candidates in a block at once
+
+MASK = "attention_mask"
+_RESULTS = (FOLLOWING, "logits", "uncertainty")  # what a piece gives to the graph, beside what its exit leaves
+Values = Mapping[str, ir.Value]
+
+
+class SlicedChain(Chain):
+    """A `Chain` whose blocks run slice by slice.
+
+    Attributes:
+        positions: Name of what a block takes -> its dimensions that are positions. None: something has a dimension
+            that follows the number of positions otherwise, and nothing can be cut: a slice stays as long as the query.
+    """
+
+    positions: dict[str, list[int]] | None = None
+
+    def compute(self, g: Graph, number: int, parts: Sequence[ir.Graph], given: Values) -> dict[str, ir.Value]:
+        """As `Chain.compute`, where it is a block."""
+        if number == 0:
+            return super().compute(g, number, parts, given)
+        outputs = {str(value.name): value for part in parts for value in part.outputs}
+        kept = {name: value for name, value in outputs.items() if name in _RESULTS or name.startswith(LEFT)}
+        rows, length = (g.op("Shape", given["hidden"], start=i, end=i + 1) for i in range(2))
+        trips = g.op("Squeeze", g.op("Div", g.op("Add", rows, g.ints([SLICE - 1])), g.ints([SLICE])))
+        places = g.op("Range", g.ints(1), g.op("Add", g.op("Squeeze", length), g.ints(1)), g.ints(1))
+
+        body = Graph(f"slice{number}", g.main)
+        step, going = body.input("step", INT64, []), body.input("going", BOOL, [])
+        so_far = {name: body.input(f"{name}_so_far", value.dtype, _open(value)) for name, value in kept.items()}
+        made = self._slice(body, step, places, given, parts)
+        body.body.outputs.append(body.op("Identity", going))
+        for name, value in kept.items():
+            found = _padded(body, made[name], length, len(_open(value))) if _has_positions(name, value) else made[name]
+            body.body.outputs.append(body.op("Concat", so_far[name], found, axis=0))
+        starts = [_no_rows(g, value, length if _has_positions(name, value) else None) for name, value in kept.items()]
+        always = g.constant(np.asarray(True))
+        results = g.node("Loop", [trips, always, *starts], {"body": body.body}, len(kept))
+        for result, value in zip(results, kept.values(), strict=True):
+            result.type, result.shape = value.type, _open(value)
+        return dict(zip(kept, results, strict=True))
+
+    def _slice(
+        self, g: Graph, step: ir.Value, places: ir.Value, given: Values, parts: Sequence[ir.Graph]
+    ) -> dict[str, ir.Value]:
+        """What the parts make of the rows of one slice."""
+        start = g.op("Unsqueeze", g.op("Mul", step, g.ints(SLICE)), g.ints([0]))
+        end = g.op("Add", start, g.ints([SLICE]))
+        cut: dict[str, ir.Value] = {}
+        for name in sorted(given):
+            value = given[name]
+            has_rows = name == "hidden" or name in self.per_row or name.startswith(BEFORE)
+            cut[name] = g.op("Slice", value, start, end, g.ints([0])) if has_rows else value
+        if self.positions is not None:
+            real = g.op("Cast", g.op("Cast", cut[MASK], to=BOOL), to=INT64)
+            last = g.op("ReduceMax", g.op("Mul", real, places), keepdims=0)
+            last = g.op("Unsqueeze", g.op("Max", last, g.ints(1)), g.ints([0]))
+            for name, axes in self.positions.items():
+                if name in cut:
+                    zeros, ends = g.ints([0] * len(axes)), g.op("Concat", *[last] * len(axes), axis=0)
+                    cut[name] = g.op("Slice", cut[name], zeros, ends, g.ints(axes))
+        made: dict[str, ir.Value] = {}
+        for part in parts:
+            made |= g.insert(part, cut | made)
+        return made
+
+
+def _open(value: ir.Value) -> ir.Shape:
+    """The shape of a value, without the names of sizes."""
+    assert value.shape is not None
+    return ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+
+
+def _has_positions(name: str, value: ir.Value) -> bool:
+    """Whether a result of a block has a dimension of positions, the second."""
+    return name == FOLLOWING or (name.startswith(LEFT) and len(_open(value)) > 2)
+
+
+def _padded(g: Graph, value: ir.Value, length: ir.Value, rank: int) -> ir.Value:
+    """[w, L, ...] -> [w, S, ...], zeros behind: nobody looks there."""
+    missing = g.op("Sub", length, g.op("Shape", value, start=1, end=2))
+    return g.op("Pad", value, g.op("Concat", g.ints([0] * (rank + 1)), missing, g.ints([0] * (rank - 2)), axis=0))
+
+
+def _no_rows(g: Graph, like: ir.Value, length: ir.Value | None) -> ir.Value:
+    """[0, ...], what a loop begins with; of this length, where the value has positions."""
+    assert like.dtype is not None
+    dims = [d if isinstance(d, int) else 0 for d in _open(like)]
+    if length is None:
+        return g.constant(np.zeros([0, *dims[1:]], dtype=like.dtype.numpy()))
+    empty = g.constant(np.zeros([0, 1, *dims[2:]], dtype=like.dtype.numpy()))
+    return g.op("Expand", empty, g.op("Concat", g.ints([0]), length, g.ints(dims[2:]), axis=0))
