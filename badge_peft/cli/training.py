@@ -37,6 +37,8 @@ def train(
 
         badge-peft train my-cross-encoder pairs.jsonl --task ranking --output-dir my-reranker --top-k 10
 
+    Where there are queries alone, --corpus names a file of documents, in which BM25 finds their candidates.
+
     Several processes, started with accelerate launch or torchrun, share each batch among them.
 
     Args:

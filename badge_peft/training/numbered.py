@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ ROWS = "cached_rows"  # in a batch: [B]
 
 
 class NumberedRows(Dataset):
-    """A map-style data set whose rows are (number, row).
+    """A map-style data set whose rows are (number, row). Where its items are whole batches, lists of rows, the number
+    is a range: their rows are numbered through.
 
     Args:
         rows: The data set.
@@ -20,18 +22,34 @@ class NumberedRows(Dataset):
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
+        counts = [len(rows[i]) for i in range(len(rows))] if holds_batches(rows) else None
+        self._starts = None if counts is None else [0, *accumulate(counts)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[int, Any]:
-        return i, self.rows[i]
+    def __getitem__(self, i: int) -> tuple[int | range, Any]:
+        return self._number(i), self.rows[i]
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int, Any]]:
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int | range, Any]]:
         """Several at once, where the data set can."""
         many = getattr(self.rows, "__getitems__", None)
         found = [self.rows[i] for i in numbers] if many is None else many(numbers)
-        return list(zip(numbers, found, strict=True))
+        return list(zip(map(self._number, numbers), found, strict=True))
+
+    def _number(self, i: int) -> int | range:
+        return i if self._starts is None else range(self._starts[i], self._starts[i + 1])
+
+
+def holds_batches(rows: Any) -> bool:
+    """Whether the items of a data set are lists of rows."""
+    return len(rows) > 0 and isinstance(rows[0], list)
+
+
+def flat_rows(rows: Any) -> list[Any]:
+    """The rows of a data set, or of all of its items."""
+    items = [rows[i] for i in range(len(rows))]
+    return [row for item in items for row in item] if holds_batches(rows) else items
 
 
 def unnumbered(rows: Any) -> Any:
@@ -49,8 +67,9 @@ class NumberedCollator:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, rows: list[tuple[int, Any]]) -> Any:
+    def __call__(self, rows: list[tuple[int | range, Any]]) -> Any:
         """The batch, with `ROWS`."""
         batch = self.collate([row for _, row in rows])
-        batch[ROWS] = torch.tensor([number for number, _ in rows])
+        numbers = [n for number, _ in rows for n in (number if isinstance(number, range) else [number])]
+        batch[ROWS] = torch.tensor(numbers)
         return batch

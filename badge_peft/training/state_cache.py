@@ -22,7 +22,9 @@ from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of
 from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.numbered import NumberedCollator, NumberedRows
+from badge_peft.training.numbered import NumberedCollator, NumberedRows, flat_rows, holds_batches
+from badge_peft.training.objectives import GROUPS
+from badge_peft.training.ranking import QueryCollator
 from badge_peft.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -131,7 +133,9 @@ class StateCache:
                 self._known.remove(known)
                 break
         plain, collate = _without_unused_columns(trainer, rows)
-        features = [plain[i] for i in range(len(plain))]
+        features = [{k: v for k, v in row.items() if k != GROUPS} for row in flat_rows(plain)]
+        if isinstance(collate, QueryCollator):
+            collate = collate.pad
         if given is not None:
             misfit = _misfit(given, trainer)
             if misfit is None and given.texts != texts_of(features):
@@ -168,13 +172,17 @@ def _has_rows(rows: Any) -> bool:
     """Whether a data set has rows with numbers and tokens."""
     if isinstance(rows, (IterableDataset, datasets.IterableDataset)) or not hasattr(rows, "__len__"):
         return False
-    return len(rows) > 0 and isinstance(rows[0], Mapping) and "input_ids" in rows[0]
+    first = rows[0] if len(rows) else None
+    first = first[0] if first and holds_batches(rows) else first
+    return isinstance(first, Mapping) and "input_ids" in first
 
 
 def _reason(trainer: Any, many_trainings: bool) -> str | None:
     """Why the states of a trainer's rows are not the same in every epoch; for "auto", also why they had better not be
     kept."""
     args, exit_pass, collate = trainer.args, trainer.exit_objective.exit_pass, trainer.data_collator
+    if isinstance(collate, QueryCollator):
+        collate = collate.pad
     if args.cache_states is False:
         return "cache_states=False"
     if not _has_rows(trainer.train_dataset):

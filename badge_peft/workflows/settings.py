@@ -14,7 +14,7 @@ SEARCH_GOALS = ("score", "speed")
 # a name has the same range wherever it stands
 _AT_LEAST = {
     0: ("depth", "latency", "seed", "trials"),
-    1: ("batch_size", "epochs", "max_eval", "max_rows", "max_train", "patience", "r", "top_k"),
+    1: ("batch_size", "candidates", "epochs", "max_eval", "max_rows", "max_train", "patience", "r", "top_k"),
     4: ("max_length",),
 }
 _RANGES = (
@@ -86,12 +86,19 @@ class TrainColumns(Columns):
         eval_share: How large that part is, between 0 and 1.
         eval_split: Split to calibrate on, of EVAL_DATA or of DATA.
         max_rows: Number of rows of DATA at most, drawn at random.
+        corpus: For ranking, where DATA has queries alone: documents among which BM25 finds the candidates of each. A
+            file or data set as DATA is.
+        corpus_column: Column of its documents. Default: found by its name.
+        candidates: How many are found for a query. Default: 100.
     """
 
     eval_data: str | None = None
     eval_share: float = 0.2
     eval_split: str | None = None
     max_rows: int | None = None
+    corpus: str | None = None
+    corpus_column: str | None = None
+    candidates: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@ ranking` does."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -34,13 +33,13 @@ from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.workflows.base_model import add_exits, load_base, local_path
 from badge_peft.workflows.calibrate import choose
-from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint
 from badge_peft.workflows.fit import run
+from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
-from badge_peft.workflows.settings import TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import TrainingOptions, TrainSettings
 from badge_peft.workflows.train import checks, install_adapter
 from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings
 
@@ -51,7 +50,8 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
 
     Args:
         model_name: Folder or Hub repository of a cross-encoder: a model with one output.
-        data: Pairs, the candidates of each query as the reranker will see them: see `read_examples`.
+        data: Pairs, the candidates of each query as the reranker will see them: see `read_examples`. With
+            `settings.columns.corpus` queries alone, whose candidates BM25 finds there.
         settings: As for `train_adapter`.
 
     Returns:
@@ -88,7 +88,7 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     trainable, total = model.get_nb_trainable_parameters()
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained")
     print(f"3. training, {options.epochs} epochs over {len(rows)} candidates")
-    _train(model, rows, examples.queries(), tokenizer, options)
+    measured_training = _train(model, rows, examples.queries(), tokenizer, options)
     exit_logits = collect_exit_logits(
         model, eval_rows, options.batch_size, progress=True, split_between_processes=True
     )
@@ -114,6 +114,8 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
             "train_queries": counts[0],
             "learned_from": "the model's own scores",
             "evaluation": settings.columns.eval_data or f"held out of {data}",
+            "corpus": settings.columns.corpus,
+            **measured_training,
             **measured,
             "constant_answer": None,
             "calibration": badge.get_early_exit_config().calibration,
@@ -148,63 +150,11 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     return report
 
 
-def read_rankings(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Candidates that train and candidates that do not, with no query in both.
-
-    Raises:
-        OSError: no such data.
-        ValueError: a column or split that is not there, no pairs, or too few queries.
-    """
-    examples = _pairs(read_examples(data, columns, training=True), data)
-    draw = random.Random(seed)
-    if columns.max_rows is not None and len(examples) > columns.max_rows:
-        examples = _some(examples, draw, lambda rows: rows <= columns.max_rows)
-    if columns.eval_data is None and columns.eval_split is None:
-        queries = sorted(set(examples.queries()))
-        draw.shuffle(queries)
-        held = set(queries[: max(1, round(columns.eval_share * len(queries)))])
-        parts = [[i for i, q in enumerate(examples.queries()) if (q in held) == wanted] for wanted in (False, True)]
-        if not parts[0]:
-            raise ValueError(
-                f"there are too few queries to hold some out: {len(queries)}. Give more, or a file of their own for "
-                "the calibration with --eval-data."
-            )
-        return examples.select(parts[0]), examples.select(parts[1])
-    source = columns.eval_data or data
-    held_out = _pairs(read_examples(source, replace(columns, split=columns.eval_split)), source)
-    known = {" ".join(query.split()).casefold() for query in held_out.texts}
-    kept = [i for i, query in enumerate(examples.texts) if " ".join(query.split()).casefold() not in known]
-    if not kept:
-        raise ValueError(f"every query of {data} is among the evaluation queries too: nothing is left to train.")
-    return examples.select(kept), held_out
-
-
-def _pairs(examples: TextDataset, source: str) -> TextDataset:
-    if examples.pairs is None:
-        raise ValueError(
-            f"ranking takes pairs of a query and a document, and {source} has one text per row: name the documents "
-            "with --text-pair-column."
-        )
-    return examples
-
-
-def _some(examples: TextDataset, draw: random.Random, fits: Any) -> TextDataset:
-    """Whole queries, drawn at random, as long as their rows fit."""
-    queries = examples.queries()
-    order = sorted(set(queries))
-    draw.shuffle(order)
-    rows: dict[str, list[int]] = {}
-    for i, query in enumerate(queries):
-        rows.setdefault(query, []).append(i)
-    chosen: list[int] = []
-    for query in order:
-        if fits(len(chosen) + len(rows[query])) or not chosen:
-            chosen += rows[query]
-    return examples.select(sorted(chosen))
-
-
-def _train(model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: Any, options: TrainingOptions) -> None:
-    """Trains for `options.epochs`, in batches of whole queries as far as they fit."""
+def _train(
+    model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: Any, options: TrainingOptions
+) -> dict[str, Any]:
+    """Trains for `options.epochs`, in batches of whole queries as far as they fit. Returns as `train_exits`."""
+    start = time.perf_counter()
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
@@ -234,6 +184,9 @@ def _train(model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: A
             objective=RankingDistillation(),
             train_dataset=items,
             data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
+            cache_states=False if options.no_cache_states else "auto",
         )
         run(trainer)
     model.eval()
+    kept = {name: value for name, value in trainer.state_cache.items() if name != "where"}
+    return {"training_seconds": time.perf_counter() - start, "states": kept}

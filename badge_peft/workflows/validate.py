@@ -20,7 +20,7 @@ from badge_peft.utils.extras import require
 from badge_peft.workflows.base_model import Base, badge_config
 from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.search_picture import SEARCH_PICTURE
-from badge_peft.workflows.settings import SEARCH_GOALS, STUDY, TrainSettings
+from badge_peft.workflows.settings import SEARCH_GOALS, STUDY, TrainColumns, TrainSettings
 
 TASKS = ("classification", "ranking")
 
@@ -56,6 +56,7 @@ def check_settings(settings: TrainSettings) -> None:
         check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
     if not ranks:
         settings.goal.arguments()
+    _check_corpus(settings.columns, ranks)
     if training.depth is not None and training.objective != "single_exit":
         raise ValueError(
             f"depth={training.depth} is the exit of objective='single_exit', and objective={training.objective!r} "
@@ -105,6 +106,17 @@ def check_ranking(settings: TrainSettings) -> None:
     if settings.search.trials or training.exit_weights is not None:
         raise ValueError("trials and exit_weights are not for ranking: leave them out.")
     settings.goal.ranking_arguments()
+
+
+def _check_corpus(columns: TrainColumns, ranks: bool) -> None:
+    if columns.corpus is None:
+        given = next((name for name in ("corpus_column", "candidates") if getattr(columns, name) is not None), None)
+        if given is not None:
+            raise ValueError(f"{given} says how candidates are found in a corpus: name its file with corpus.")
+        return
+    if not ranks:
+        raise ValueError("corpus is for ranking: name the task with --task ranking.")
+    require("ranking", "bm25s")
 
 
 def _check_search(settings: TrainSettings) -> None:

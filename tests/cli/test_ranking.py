@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -14,16 +15,21 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import ExitLogits, load_pretrained
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.integrations.bm25 import retrieve
 from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
 from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainSettings
 from badge_peft.workflows.train import train_adapter
-from badge_peft.workflows.train_ranking import read_rankings
 from tests.cli.conftest import Cli, one_line, save_classifier
 from tests.models import make_model
 from tests.ranking.pairs import make_documents, pair_tokenizer
 
 QUERIES, CANDIDATES = 15, 12
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")),
+    reason="needs badge-peft[onnx]",
+)
 WORDS = ("film", "plot", "story", "cast", "end")
 
 
@@ -161,13 +167,20 @@ def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:
     one_line(cli("predict", ranked / "reranker", "-", input="was the film\n", fails=True), "pairs of texts")
 
 
-def test_bench(ranked: Path, tmp_path: Path, cli: Cli) -> None:
-    arguments = ("--rows", 20, "--threads", 1, "--json", tmp_path / "b.json")
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=needs_onnx)])
+def test_bench(ranked: Path, tmp_path: Path, cli: Cli, onnx: bool) -> None:
+    arguments = ("--rows", 20, "--threads", 1, "--json", tmp_path / "b.json", *([] if onnx else ["--no-onnx"]))
     told = cli("bench", ranked / "reranker", ranked / "other.jsonl", *arguments).output
     report = json.loads((tmp_path / "b.json").read_text())
     assert (report["queries"], report["rows"], report["batch_size"]) == (2, 2 * CANDIDATES, 32)
-    stock, early = report["results"]
+    stock, early, *others = report["results"]
     assert stock["score"] == 1.0 and stock["mean_exit"] == 3.0 and early["mean_exit"] < 3.0
+    assert len(others) == 4 * onnx
+    if onnx:
+        full, graph, *int8 = others
+        assert (full["score"], full["mean_exit"]) == (1.0, 3.0)
+        assert graph["mean_exit"] == pytest.approx(early["mean_exit"]) and graph["score"] == early["score"]
+        assert int8[0]["mean_exit"] == 3.0 and 0 <= int8[1]["mean_exit"] <= 3.0
     assert "p50 ms per query" in told and "candidates of 2 queries" in told
 
 
@@ -223,6 +236,54 @@ def test_other_models_data_and_tasks_are_refused(ranked: Path, tmp_path: Path, c
         Goal(keep=2.0)
     wrong = write_pairs(tmp_path / "wrong.jsonl", 0, 5, label=-2)
     one_line(cli("evaluate", ranked / "reranker", wrong, fails=True), "holds -2 in row 1", "0 for none")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path]:
+    """A file of queries, and one of documents."""
+    pytest.importorskip("bm25s")
+    queries = [f"was the {a} {b}" for a in WORDS for b in WORDS[:2]]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"query": q}) + "\n" for q in queries))
+    documents = [{"document_id": i, "document": d} for i, d in enumerate(make_documents(20))]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    return tmp_path / "queries.jsonl", tmp_path / "corpus.jsonl"
+
+
+def test_candidates_from_a_corpus(ranked: Path, texts: tuple[Path, Path], tmp_path: Path, cli: Cli) -> None:
+    queries, corpus = texts
+    train = ("train", ranked / "model", queries, "--task", "ranking", "--output-dir", tmp_path / "reranker")
+    told = cli(*train, "--corpus", corpus, "--candidates", 6, "--top-k", 2, "--keep", 0.5, "--epochs", 1).output
+    assert "48 candidates of 8 queries to train on, 12 of 2 to evaluate" in told
+    report = json.loads((tmp_path / "reranker" / "report.json").read_text())
+    assert report["corpus"] == str(corpus) and report["columns"]["text_pair"] == "document"
+    again = ("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", tmp_path / "x")
+    one_line(cli(*again, "--corpus", corpus, fails=True), "has pairs already, with 'document' as documents")
+    train, held = read_rankings(str(queries), TrainColumns(corpus=str(corpus), candidates=6), seed=0)
+    pairs = [json.loads(line)["document"] for line in corpus.read_text().splitlines()]
+    for part in (train, held):
+        assert part.pairs is not None and set(part.pairs) <= set(pairs)
+        found = retrieve([part.texts[0]], pairs, 6)[0]
+        assert part.pairs[:6] == [pairs[place] for place in found]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--candidates", 5), ("candidates says how candidates are found",)),
+        (("--corpus", "nowhere.jsonl"), ("there is no file nowhere.jsonl",)),
+        (("--corpus", "{corpus}", "--corpus-column", "title"), ("no column 'title'", "document_id, document")),
+        (("--corpus", "{corpus}", "--task", "classification"), ("corpus is for ranking",)),
+    ],
+)
+def test_a_corpus_that_is_refused(
+    ranked: Path, texts: tuple[Path, Path], tmp_path: Path, cli: Cli, options: tuple[Any, ...], words: tuple[str, ...]
+) -> None:
+    given = [str(option).format(corpus=texts[1]) for option in options]
+    task = () if "--task" in given else ("--task", "ranking")
+    one_line(
+        cli("train", ranked / "model", texts[0], *task, "--output-dir", tmp_path / "x", *given, fails=True), *words
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(

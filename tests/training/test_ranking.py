@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import DataCollatorWithPadding, TrainingArguments
 
-from badge_peft import BadgeConfig, collect_exit_logits
+from badge_peft import BadgeConfig, cache_states, collect_exit_logits
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training import (
     MultiExitTrainer,
@@ -96,38 +96,77 @@ def test_what_is_refused():
         objective.check(trained.peft_config["default"], [1, 2, 3])
 
 
-def test_exits_learn_the_order_of_full_depth(tmp_path):
-    torch.manual_seed(0)
+def rows_of_queries():
+    """Rows of tokens, and the number of each row's query."""
     tokenizer = pair_tokenizer()
-    base = make_model(num_labels=1)
-    model = get_peft_model(base, BadgeConfig(train_head=False, exit_pooling="mean")).eval()
     queries = [f"{QUERY} {word}" for word in ("plot", "cast", "end")]
     rows = [dict(tokenizer(query, d)) for i, query in enumerate(queries) for d in make_documents(16, seed=i)]
-    ids = [i // 16 for i in range(len(rows))]
-    batches = [[{**rows[i], "groups": ids[i]} for i in batch] for batch in query_batches(ids, 16)]
-    before = collect_exit_logits(model, rows).logits[:, :, 0]
+    return rows, [i // 16 for i in range(len(rows))]
+
+
+def make_trainer(path, model, epochs, **options):
+    rows, ids = rows_of_queries()
     sampling = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
     arguments = multi_exit_arguments(
         model,
-        str(tmp_path),
-        num_train_epochs=60,
+        str(path),
+        num_train_epochs=epochs,
         per_device_train_batch_size=1,
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
         remove_unused_columns=False,
+        logging_steps=1,
         **({"train_sampling_strategy": "random"} if sampling else {"group_by_length": False}),
     )
-    trainer = MultiExitTrainer(
+    return MultiExitTrainer(
         model=model,
         args=arguments,
         objective=RankingDistillation(),
-        train_dataset=batches,
-        data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
+        train_dataset=[[{**rows[i], "groups": ids[i]} for i in batch] for batch in query_batches(ids, 16)],
+        data_collator=QueryCollator(DataCollatorWithPadding(pair_tokenizer())),
+        **options,
     )
+
+
+def test_exits_learn_the_order_of_full_depth(tmp_path):
+    torch.manual_seed(0)
+    rows, _ = rows_of_queries()
+    model = get_peft_model(make_model(num_labels=1), BadgeConfig(train_head=False, exit_pooling="mean")).eval()
+    before = collect_exit_logits(model, rows).logits[:, :, 0]
+    trainer = make_trainer(tmp_path, model, 60)
     trainer.train()
+    assert trainer.state_cache["kept"]
     after = collect_exit_logits(model, rows).logits[:, :, 0]
     assert torch.equal(after[:, -1], before[:, -1])  # full depth has not moved
     for j in range(2):
         learned, random = (np.corrcoef(x[:, j], x[:, -1])[0, 1] for x in (after, before))
         assert learned > max(0.7, random + 0.1)
+
+
+def test_batches_on_cached_states_train_as_others_do(tmp_path):
+    found = []
+    for options in ({"cache_states": False}, {"cache_states": True, "cache_dtype": "float32"}):
+        base = make_model(num_labels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = make_badge(base=base, train_head=False, exit_pooling="mean", exit_dropout=0.0)
+        trainer = make_trainer(tmp_path, model, 2, **options)
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert trainer.state_cache["kept"] == options["cache_states"]
+    assert len(found[0]) == 6 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_states_that_were_computed_before(tmp_path):
+    """Those of the rows of all batches, one after another."""
+    rows, ids = rows_of_queries()
+    model = make_badge(base=make_model(num_labels=1), train_head=False)
+    order = [i for batch in query_batches(ids, 16) for i in batch]
+    for wanted, kept in ((order, True), (order[::-1], None)):
+        with cache_states(model, [rows[i] for i in wanted]) as states:
+            trainer = make_trainer(tmp_path, model, 1, cache_states=states)
+            if kept:
+                trainer.train()
+                assert trainer.state_cache["where"] == "given"
+            else:
+                with pytest.raises(ValueError, match="the states are those of other texts"):
+                    trainer.train()
