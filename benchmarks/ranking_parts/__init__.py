@@ -1,0 +1,1 @@
+"""What `ranking.py` is made of."""

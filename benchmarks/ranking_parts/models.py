@@ -1,0 +1,134 @@
+"""A cross-encoder made of a sentence encoder, and exits on it."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+
+from badge_peft import BadgeConfig, MultiExitTrainer, cache_states
+from badge_peft.training import QueryCollator, RankingDistillation, multi_exit_arguments, query_batches
+from ranking_parts.pools import Pool, Row
+
+BATCH = 32
+PEAK = 5e-5  # learning rate of the cross-encoder
+
+
+def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
+    """A cross-encoder with one output, trained to tell relevant pairs from others of the same query, from others that
+    BM25 finds in the whole corpus, and from documents at random.
+
+    Args:
+        encoder: Folder.
+        rows: `query_id`, `query`, `document` and `label` each.
+        out: Where it goes.
+        options: `negatives` for each relevant pair, `max_train` pairs, `epochs`, `max_length`, `seed`.
+    """
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1)
+    good = [row for row in rows if row["label"]]
+    answered = {row["query_id"] for row in good}
+    bad = [row for row in rows if not row["label"] and row["query_id"] in answered]
+    others = [{**row, "document": draw.choice(rows)["document"], "label": 0} for row in good]
+    chosen = [*good, *draw.sample(bad, min(len(bad), options.negatives * len(good))), *others]
+    draw.shuffle(chosen)
+    chosen = chosen[: options.max_train]
+    steps = options.epochs * -(-len(chosen) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / (0.1 * steps), (steps - i) / steps)
+    )
+    model.train()
+    start = time.perf_counter()
+    for epoch in range(options.epochs):
+        draw.shuffle(chosen)
+        for first in range(0, len(chosen), BATCH):
+            part = chosen[first : first + BATCH]
+            pairs = [r["query"] for r in part], [r["document"] for r in part]
+            batch = tokenizer(
+                *pairs, padding=True, truncation=True, max_length=options.max_length, return_tensors="pt"
+            )
+            wanted = torch.tensor([float(r["label"] > 0) for r in part])
+            loss = F.binary_cross_entropy_with_logits(model(**batch).logits[:, 0], wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        seconds = time.perf_counter() - start
+        print(f"cross-encoder: epoch {epoch + 1}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def encode(pool: Pool, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """The rows of tokens of a pool."""
+    texts = [row["query"] for row in pool.rows], [row["document"] for row in pool.rows]
+    columns = tokenizer(*texts, truncation=True, max_length=max_length)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -> dict[str, float]:
+    """Exits that follow full depth's own scores: an adapter for each seed, all on the same states, computed once.
+
+    Args:
+        folder: Of the cross-encoder.
+        pool: Candidates that they learn from; labels are not read.
+        outs: Seed -> where its adapter goes.
+        options: `exit_epochs`, `exit_batch`, `max_length`, and the `exits` of `BadgeConfig`.
+
+    Returns:
+        Seconds of the states, and of a training on them.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, ids = encode(pool, tokenizer, options.max_length), pool.groups
+    codes = {query: number for number, query in enumerate(dict.fromkeys(ids))}
+    batches = query_batches(ids, options.exit_batch)
+    items = [[{**rows[i], "groups": codes[ids[i]]} for i in batch] for batch in batches]
+    states, start, found = None, time.perf_counter(), {}
+    for seed, out in outs.items():
+        set_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(folder)
+        fields = {"exit_layers": [*range(base.config.num_hidden_layers + 1)], **options.exits}
+        model = get_peft_model(base, BadgeConfig(train_head=False, **fields)).eval()
+        if states is None:
+            states = cache_states(model, [rows[i] for batch in batches for i in batch], progress=True)
+            found["states"] = time.perf_counter() - start
+        start = time.perf_counter()
+        trainer = MultiExitTrainer(
+            model=model,
+            args=multi_exit_arguments(
+                model,
+                str(out),
+                num_train_epochs=options.exit_epochs,
+                per_device_train_batch_size=1,  # an item is a batch
+                eval_strategy="no",
+                save_strategy="no",
+                load_best_model_at_end=False,
+                logging_steps=10**9,
+                remove_unused_columns=False,
+                train_sampling_strategy="random",
+                seed=seed,
+                disable_tqdm=True,
+            ),
+            objective=RankingDistillation(),
+            train_dataset=items,
+            data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
+            cache_states=states,
+        )
+        trainer.train()
+        found["training"] = time.perf_counter() - start
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        print(f"exits, seed {seed}: {found['training']:.0f} s", flush=True)
+    if states is not None:
+        states.close()
+    return found
