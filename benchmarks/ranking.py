@@ -30,7 +30,6 @@ from ranking_parts.page import page
 from ranking_parts.scores import PoolScores
 
 from badge_peft import load_pretrained
-from badge_peft.ranking import calibrate_ranking
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,18 +76,17 @@ def measure_quality(options: argparse.Namespace) -> None:
         for name, pool in made.items()
         if name != "train"
     }
-    for i, adapter in enumerate(adapters.values()):
+    chosen = quality.Settings.of(scores["validation"], seeds)
+    for seed, adapter in adapters.items():
         exits = load_pretrained(str(adapter))
-        exits.set_early_exit_config(
-            calibrate_ranking(scores["validation"].of_seed(i), top_k=clock.TOP_K, keep=quality.KEEP)
-        )
+        exits.set_early_exit_config(chosen.margins[seed, clock.TOP_K])
         exits.save_pretrained(adapter)
-    found = {"test": quality.compare(scores["validation"], scores["test"], seeds)}
+    found = {"test": quality.compare(chosen, scores["test"], seeds)}
     if "shift" in scores:
         queries = [*made["shift"].queries()]
         halves = [scores["shift"].select(part) for part in (queries[::2], queries[1::2])]
-        found["shift"] = quality.compare(*halves, seeds)
-        found["uncalibrated shift"] = quality.compare(scores["validation"], halves[1], seeds)
+        found["shift"] = quality.compare(quality.Settings.of(halves[0], seeds), halves[1], seeds)
+        found["uncalibrated shift"] = quality.compare(chosen, halves[1], seeds)
     stored = {
         "name": options.name or Path(options.encoder).name,
         "blocks": scores["test"].head.shape[1],

@@ -17,7 +17,7 @@ from ranking_parts.scores import PoolScores
 
 KS = (1, 3, 10)
 KEEP = 0.95
-THRESHOLDS = (0.0, *np.geomspace(0.05, 10, 40).tolist())  # of `clusters`
+THRESHOLDS = (0.0, *np.geomspace(1e-4, 10, 60).tolist())  # of `clusters`
 
 Array = np.ndarray
 Measured = dict[str, Any]
@@ -86,22 +86,51 @@ def _ranking(stored: ExitLogits, answers: Array, stops: Array) -> Ranking:
     return Ranking(answers, stops, full, stored.groups.numpy(), labels, stored.depth)
 
 
-def compare(validation: PoolScores, test: PoolScores, seeds: Sequence[int]) -> dict[str, Any]:
-    """What settings that one pool chooses are worth on another.
+@dataclass(frozen=True)
+class Settings:
+    """What the queries of a pool choose for each k.
+
+    Args:
+        margins: (seed, k) -> of the exits.
+        own: k -> margins on the model's own head.
+        clusters: k -> threshold.
+        queries: How many have chosen.
+    """
+
+    margins: dict[tuple[int, int], EarlyExitConfig]
+    own: dict[int, EarlyExitConfig]
+    clusters: dict[int, float]
+    queries: int
+
+    @classmethod
+    def of(cls, pool: PoolScores, seeds: Sequence[int]) -> Settings:
+        """The fastest that keep enough of the queries."""
+        exits = {seed: pool.of_seed(i) for i, seed in enumerate(seeds)}
+        head = pool.of_head()
+        return cls(
+            {(seed, k): calibrate_ranking(exits[seed], top_k=k, keep=KEEP) for seed in seeds for k in KS},
+            {k: calibrate_ranking(head, top_k=k, keep=KEEP) for k in KS},
+            {k: _fastest_clusters(head, k) for k in KS},
+            len(pool.pool.queries()),
+        )
+
+
+def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[str, Any]:
+    """What settings are worth on the queries of a pool.
 
     Returns:
         `rows`, one for each way, seed and k; `full`, relevance at full depth; `first_stage`, that of BM25; the numbers
         of queries and candidates.
     """
     rows: list[Measured] = []
+    head = test.of_head()
     for k in KS:
         for i, seed in enumerate(seeds):
-            rows += _of_exits(validation.of_seed(i), test.of_seed(i), k, seed)
-        own, other = validation.of_head(), test.of_head()
-        margins = calibrate_ranking(own, top_k=k, keep=KEEP)
-        rows.append({"way": "margins on the model's own head", **ranked_by(other, margins).measure(k)})
-        chosen = _fastest_clusters(own, k)
-        rows.append({"way": "clusters", "threshold": chosen, **ranked_by_clusters(other, k, chosen).measure(k)})
+            rows += _of_exits(chosen.margins[seed, k], test.of_seed(i), k, seed)
+        rows.append({"way": "margins on the model's own head", **ranked_by(head, chosen.own[k]).measure(k)})
+        threshold = chosen.clusters[k]
+        found = ranked_by_clusters(head, k, threshold).measure(k)
+        rows.append({"way": "clusters", "threshold": threshold, **found})
     labels, groups = test.pool.labels, test.pool.groups
     full = ranking_scores(test.full, labels, groups)
     first = ranking_scores(test.pool.first_stage(), labels, groups)
@@ -109,7 +138,7 @@ def compare(validation: PoolScores, test: PoolScores, seeds: Sequence[int]) -> d
         "rows": rows,
         "full": {"ndcg": full.ndcg, "mrr": full.mrr},
         "first_stage": {"ndcg": first.ndcg, "mrr": first.mrr},
-        "calibration_queries": len(validation.pool.queries()),
+        "calibration_queries": chosen.queries,
         "queries": len(test.pool.queries()),
         "relevant_queries": full.queries,
         "candidates": len(test.pool) / len(test.pool.queries()),
@@ -118,9 +147,8 @@ def compare(validation: PoolScores, test: PoolScores, seeds: Sequence[int]) -> d
     }
 
 
-def _of_exits(validation: ExitLogits, test: ExitLogits, k: int, seed: int) -> list[Measured]:
+def _of_exits(config: EarlyExitConfig, test: ExitLogits, k: int, seed: int) -> list[Measured]:
     """Margins on exits, and one depth for all candidates that costs the same."""
-    config = calibrate_ranking(validation, top_k=k, keep=KEEP)
     found = ranked_by(test, config)
     record: Any = config.calibration
     depth = max(1, round(float(found.stops.mean())))
