@@ -94,8 +94,9 @@ class TaskReaders:
 
 
 class JointDecision:
-    """Rows of several readers, whose policies differ in nothing but the threshold, side by side in one history: one
-    array operation decides for all of them.
+    """Rows of several readers side by side in one history: one array operation decides for all of them.
+
+    Their policies differ in nothing but the threshold and the exits at which rows may stop.
 
     Args:
         readers: With the same exits and problem type.
@@ -113,53 +114,67 @@ class JointDecision:
 
     def take(self, number: int, found: Found) -> None:
         """Takes what exit `number` says of each row in the states, and lets rows stop there."""
-        asking = [reader for reader in self.readers if reader in found]
-        if not asking:
-            return
-        exits = self.history.exits
+        history, exits = self.history, self.history.exits
         j = exits.index(number)
-        if self.policy.is_final(exits, j):
-            for reader in asking:
-                reader.take(number, *found[reader])
-            return
-        self._undecided[j] = self._side_by_side(asking, found)
-        if not self.policy.can_exit(exits, j):
-            return
-        self._bring_up_to_date(j)
-        history = self.history
-        stops = self.policy.should_exit_by(history, j, self._thresholds)
-        if history.finite is not None:
-            stops &= self.policy.trusts(history, j)
-        doubtful: Any = None if history.finite is None else ~history.finite.all(axis=0)
+        going = [reader for reader in self.readers if reader.num_active]
+        asking = [reader for reader in going if reader in found]  # at block M the model's own head may answer
+        final = {reader for reader in asking if reader.policy.is_final(exits, j)}
+        others = [reader for reader in asking if reader not in final]
+        deciding = {reader for reader in others if reader.policy.can_exit(exits, j)}
+        if others:
+            self._undecided[j] = self._side_by_side(going, {reader: found[reader] for reader in others})
+        left = np.zeros(history.rows, dtype=bool)
+        stops: Array = left
+        doubtful: Any = None
+        if deciding:
+            self._bring_up_to_date(j)
+            stops = self.policy.should_exit_by(history, j, self._thresholds)
+            if history.finite is not None:
+                stops = stops & self.policy.trusts(history, j)
+                doubtful = ~history.finite.all(axis=0)
         end = 0
-        for reader in asking:
-            start, end = end, end + reader.num_active
-            if doubtful is not None:
-                reader.non_finite[reader.exit_layer < 0] |= doubtful[start:end]
-            if stops[start:end].any():
-                reader.stop(found[reader][0], reader.active_units(), stops[start:end], number)
-        if stops.any() and not stops.all():
-            history.keep(~stops)
-            self._thresholds = self._thresholds[~stops]
+        for reader in going:
+            own = slice(end, end + reader.num_active)
+            end = own.stop
+            if reader in final:
+                left[own] = True
+                reader.take(number, *found[reader])
+            elif reader in deciding:
+                if doubtful is not None:
+                    reader.non_finite[reader.exit_layer < 0] |= doubtful[own]
+                if stops[own].any():
+                    left[own] = stops[own]
+                    reader.stop(found[reader][0], reader.active_units(), stops[own], number)
+        if left.any() and not left.all():
+            self._bring_up_to_date(j)  # before its rows are others
+            history.keep(~left)
+            self._thresholds = self._thresholds[~left]
 
     def _side_by_side(self, readers: Sequence[PolicyReader], found: Found) -> Tensor:
-        """[n, K]: the logits of all active rows; labels that a task lacks are as good as impossible."""
-        rows = sum(reader.num_active for reader in readers)
-        first = found[readers[0]][0]
-        wide = torch.full((rows, self._labels), -float(LARGEST_LOGIT), dtype=torch.float32, device=first.device)
+        """[n, K]: the logits of all rows of the `readers`; what a task does not have (labels, or this exit, which none
+        of its decisions reads) is as good as impossible."""
+        device = next(iter(found.values()))[0].device
+        rows = (self.history.rows, self._labels)
+        wide = torch.full(rows, -float(LARGEST_LOGIT), dtype=torch.float32, device=device)
+        host: Any = wide.numpy() if wide.is_cpu else None  # shares its memory: small copies take less time there
         end = 0
         for reader in readers:
             start, end = end, end + reader.num_active
+            if reader not in found:
+                continue
             logits, active = found[reader][0], reader.active_units()
+            reader.note_dtype(logits.dtype)
             if active is not None:
                 logits = logits[torch.from_numpy(active).to(logits.device)]
-            wide[start:end, : logits.shape[1]] = logits
-            reader.note_dtype(logits.dtype)
+            if host is None:
+                wide[start:end, : logits.shape[1]] = logits
+            else:
+                host[start:end, : logits.shape[1]] = on_host([logits])[0]
         return wide
 
     def _bring_up_to_date(self, j: int) -> None:
         """Puts the exits since the last decision into the history: one transfer for all of them."""
-        computed = iter(on_host([self._undecided[i] for i in sorted(self._undecided)]))
+        computed = iter(on_host([self._undecided[i] for i in sorted(self._undecided)]) if self._undecided else ())
         for i in range(self.history.seen, j + 1):
             if i in self._undecided:
                 self.history.append(next(computed))

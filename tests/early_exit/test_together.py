@@ -183,15 +183,17 @@ def test_deciding_together_is_deciding_alone(data: Any) -> None:
         "divergence": data.draw(st.sampled_from(["ce", "kl", "js", "label"])),
         "window": data.draw(st.sampled_from(["all", "consecutive"])),
         "patience": data.draw(st.none() | st.integers(1, 3)),
-        "decide_every": data.draw(st.sampled_from([1, 1, 2, 3])),
-        "min_exit": data.draw(st.sampled_from([None, 2])),
-        "normalize": data.draw(st.booleans()),
     }
     policies = []
     for count in labels:
-        threshold = data.draw(st.none() | st.floats(0.05, 1.5).map(lambda x: x + 1e-4 / 3))
-        rule = {**fields_of(name, exits, count, problem), **shared}
-        policies.append(build_policy({**rule, "threshold": threshold}))
+        own = {
+            "threshold": data.draw(st.none() | st.floats(0.05, 1.5).map(lambda x: x + 1e-4 / 3)),
+            "decide_every": data.draw(st.sampled_from([1, 1, 2, 3])),
+            "min_exit": data.draw(st.sampled_from([None, 2, 3])),
+            "max_exit": data.draw(st.sampled_from([None, None, 3])),
+            "normalize": data.draw(st.booleans()),
+        }
+        policies.append(build_policy({**fields_of(name, exits, count, problem), **shared, **own}))
     rows, seed = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 999))
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(rows, len(exits), count, generator=generator) for count in labels]
@@ -214,11 +216,26 @@ def test_deciding_together_is_deciding_alone(data: Any) -> None:
         assert reader.answer is not None and torch.equal(reader.answer.nan_to_num(9), picked.nan_to_num(9))
 
 
+def test_one_task_ends_in_the_models_head_and_one_in_an_exit() -> None:
+    model = make_badge(adapter_name="head")
+    model.add_adapter("exit", BadgeConfig(r=4, final_exit="exit"))
+    shake(model.eval(), seed=3, only=".exit.")
+    for threshold in (0.0, 0.5, 9.0):
+        rule = {"policy": "entropy", "threshold": threshold}
+        out = model.early_exit_forward(**make_batch(5, LENGTH), tasks=["head", "exit"], **rule)
+        for name in ("head", "exit"):
+            model.set_adapter(name)
+            want = model.early_exit_forward(**make_batch(5, LENGTH), **rule)
+            assert out[name].exit_layer.tolist() == want.exit_layer.tolist()
+            torch.testing.assert_close(out[name].logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_which_policies_decide_together() -> None:
     alike = [{"policy": "entropy", "threshold": tau, "normalize": tau > 0.3} for tau in (0.2, 0.4)]
     first, second = (build_policy(rule).company(3) for rule in alike)
     assert first == second == build_policy(alike[0]).company(9) is not None
-    assert build_policy(policy="entropy", min_exit=2).company(3) != first
+    assert build_policy(policy="entropy", min_exit=2, max_exit=5, decide_every=2).company(3) == first
+    assert build_policy(policy="divergence", patience=2).company(3) != build_policy(policy="divergence").company(3)
     assert build_policy(policy="max_prob").company(3) != first
     sure = build_policy(policy="confident_patience")  # whose score is a share of ln K
     assert sure.company(3) != sure.company(4)

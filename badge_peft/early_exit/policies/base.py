@@ -63,7 +63,8 @@ class ExitPolicy(PolicyText):
 
     def company(self, num_labels: int) -> Hashable | None:
         """What policies must have in common whose rows are decided in one array operation, beside the exits and the
-        problem type; `should_exit_by` decides then. None: this policy decides by itself."""
+        problem type; `should_exit_by` decides then, and each policy says at which exits its rows may stop. None: this
+        policy decides by itself."""
         return None
 
     def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:

@@ -15,6 +15,9 @@ from badge_peft.early_exit.policies.base import Array, ExitPolicy
 from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
+#: Fields of a config that may differ among rows of which one score is computed.
+_OF_EACH_ROW = frozenset({"threshold", "normalize", "calibration", "min_exit", "max_exit", "decide_every"})
+
 
 class ThresholdPolicy(ExitPolicy):
     """A row may stop at an exit when its score there lies on the right side of the threshold.
@@ -60,15 +63,17 @@ class ThresholdPolicy(ExitPolicy):
         return self.compare(self.score(history, j), thresholds)
 
     def company(self, num_labels: int) -> Hashable | None:
-        """All but the threshold, where there is one for all exits; with scores that count labels, K too."""
+        """All that the score may read; with scores that count labels, K too. None where each exit has a threshold."""
         own = type(self)
         decides_by_score = own.should_exit is ThresholdPolicy.should_exit and own.stops is ExitPolicy.stops
         if self.reads_uncertainty or not decides_by_score or own.compare is not ThresholdPolicy.compare:
             return None
-        if isinstance(self.config.threshold, list):
+        config = self.config
+        if isinstance(config.threshold, list):
             return None
-        rest = replace(self.config, threshold=None, normalize=False, calibration=None)
-        return own, rest, num_labels if self.counts_labels else None
+        rest = ((k, v) for k, v in vars(config).items() if k not in _OF_EACH_ROW)
+        read = tuple((k, id(v) if isinstance(v, dict) else repr(v)) for k, v in rest)
+        return own, read, num_labels if self.counts_labels else None
 
     def never_exits(self, history: ExitHistory) -> Array:
         """[n]: the score of an exit at which no row may stop."""
