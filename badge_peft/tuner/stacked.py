@@ -20,14 +20,13 @@ from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.fast_path import PlainExit, plain_exit
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.watched import Watched
 
 #: Rows times d (with mean pooling, times positions) above which exits are read one by one.
 LARGEST = 16384
 _KEPT = 64  # sets of stacks of one block module
-#: The stack that an adapter's exit is in, None where no other is like it, and its place in that.
-_Place = tuple["StackedExits | None", int]
-#: Block -> (its number, adapters that may be asked) -> by the place of an adapter, where it is.
-_STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, dict[int, _Place]]] = WeakKeyDictionary()
+#: Block -> (its number, adapters that may be asked) -> their stacks.
+_STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, BlockStacks]] = WeakKeyDictionary()
 
 
 class StackedExits:
@@ -38,9 +37,6 @@ class StackedExits:
     """
 
     def __init__(self, exits: Sequence[PlainExit]) -> None:
-        self._parameters = [_parameters(e) for e in exits]
-        self._versions = [[p._version for p in own] for own in self._parameters]
-        self._kind = _kind(exits[0])
         first = exits[0]
         self.source: str = first.source or ""
         self.activation, self.norm = first.activation, first.norm
@@ -58,19 +54,21 @@ class StackedExits:
             self.bias = torch.stack([F.pad(e.linear.bias, p[2:]) for e, p in zip(exits, padded, strict=True)])
             self.weight = self.weight.transpose(1, 2).contiguous()  # [T, d, K]
 
-    def fits(self, place: int, own: PlainExit) -> bool:
-        """Whether the exit in this place is still `own`, with the same weights."""
-        now, before = _parameters(own), self._parameters[place]
-        same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-        return same and [p._version for p in now] == self._versions[place] and _kind(own) == self._kind
+    def fits(self, frame: Frame, pre_norm: bool) -> bool:
+        """Whether the block has given what these exits read, in their precision."""
+        source, residual = getattr(frame, self.source), frame.output if pre_norm else frame.ffn_sum
+        return source is not None and residual is not None and source.dtype == residual.dtype == self.weight.dtype
 
     def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> list[Tensor]:
         """Logits [n, K] of the exits `which`, in ascending order."""
         run = slice(which[0], which[-1] + 1)  # a view, where they lie side by side
         index = None if run.stop - run.start == len(which) else torch.tensor(which, device=self.down.device)
+        every = len(which) == len(self.labels)
 
         def chosen(values: Any) -> Any:
-            return None if values is None else values[run] if index is None else values.index_select(0, index)
+            if values is None or every:
+                return values
+            return values[run] if index is None else values.index_select(0, index)
 
         source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
         residual: Any = frame.output if pre_norm else frame.ffn_sum
@@ -98,6 +96,46 @@ class StackedExits:
         return [x[:, : self.labels[i]] for i, x in zip(which, found, strict=True)]
 
 
+class BlockStacks:
+    """The stacks of one block, for the adapters that a call may ask there.
+
+    Args:
+        block: The block that has just run.
+        number: Its number.
+        frame: What it saw.
+        adapters: All that might be asked, so that a stack serves however many still ask.
+    """
+
+    def __init__(self, block: BadgeBlock, number: int, frame: Frame, adapters: Sequence[AdapterExits]) -> None:
+        self.final_norms = [exits.final_norm for exits in adapters]
+        self.watched = Watched()
+        alike: dict[Any, list[int]] = {}
+        plain: dict[int, PlainExit] = {}
+        for i, exits in enumerate(adapters):
+            own = _stackable(block, number, frame, exits)
+            if own is not None:
+                plain[i] = own
+                alike.setdefault(_shape(own), []).append(i)
+                _watch(self.watched, block, number, exits, own)
+        #: By the place of an adapter: the stack that its exit is in, None where no other is like it, and where there.
+        self.places: dict[int, tuple[StackedExits | None, int]] = {}
+        for members in alike.values():
+            stack = StackedExits([plain[i] for i in members]) if len(members) > 1 else None
+            self.places.update({i: (stack, n) for n, i in enumerate(members)})
+
+    def hold(
+        self, block: BadgeBlock, number: int, frame: Frame, adapters: Sequence[AdapterExits], asking: Sequence[int]
+    ) -> bool:
+        """Whether they have the weights that the adapters have now, and no exit is left out that could be in them."""
+        return (
+            self.watched.holds()
+            and all(exits.final_norm is norm for exits, norm in zip(adapters, self.final_norms, strict=True))
+            and not any(
+                i not in self.places and _stackable(block, number, frame, adapters[i]) is not None for i in asking
+            )
+        )
+
+
 def read_stacked(
     block: BadgeBlock,
     number: int,
@@ -110,53 +148,36 @@ def read_stacked(
 
     Args:
         block: The block that has just run.
-        number: Its number, not 0.
+        number: Its number.
         frame: What it saw.
-        adapters: All that might be asked at this block in the call, so that a stack serves however many still ask.
+        adapters: All that might be asked at this block in the call.
         asking: Places of those whose logits are wanted now, ascending.
         pooling: Of all of them.
     """
-    states = pooling.pick(frame.output)
-    if number == 0 or states.numel() > LARGEST or torch.is_autocast_enabled(states.device.type):
+    if number == 0 or torch.is_grad_enabled() or frame.scale_weights is not None or torch.jit.is_tracing():
         return {}
-    plain = {i: own for i in asking if (own := _stackable(block, number, frame, adapters[i])) is not None}
+    states = pooling.pick(frame.output)
+    if states.numel() > LARGEST or torch.is_autocast_enabled(states.device.type):
+        return {}
     key = (number, *(exits.adapter for exits in adapters))
-    stacks = _STACKS.setdefault(block, {})
-    found = stacks.get(key)
-    if found is None or not all(i in found and _fits(found[i], own) for i, own in plain.items()):
-        if len(stacks) >= _KEPT:
-            stacks.clear()
-        every = (_stackable(block, number, frame, exits) for exits in adapters)
-        found = stacks[key] = _stack_alike({i: own for i, own in enumerate(every) if own is not None})
+    kept = _STACKS.setdefault(block, {})
+    stacks = kept.get(key)
+    if stacks is None or not stacks.hold(block, number, frame, adapters, asking):
+        if len(kept) >= _KEPT:
+            kept.clear()
+        stacks = kept[key] = BlockStacks(block, number, frame, adapters)
     together: dict[StackedExits, list[int]] = {}  # the adapters that are asked, in the order of their stack
-    for i in plain:
-        stack = found[i][0]
+    for i in asking:
+        stack, _ = stacks.places.get(i, (None, 0))
         if stack is not None:
             together.setdefault(stack, []).append(i)
     answers: dict[int, Tensor] = {}
-    for stack, places in together.items():
-        if len(places) > 1:
-            logits = stack.logits(frame, block.layout.pre_norm, pooling, [found[i][1] for i in places])
-            answers.update(zip(places, logits, strict=True))
+    pre_norm = block.layout.pre_norm
+    for stack, members in together.items():
+        if len(members) > 1 and stack.fits(frame, pre_norm):
+            logits = stack.logits(frame, pre_norm, pooling, [stacks.places[i][1] for i in members])
+            answers.update(zip(members, logits, strict=True))
     return answers
-
-
-def _stack_alike(plain: dict[int, PlainExit]) -> dict[int, _Place]:
-    """By the place of an adapter, where it is."""
-    alike: dict[Any, list[int]] = {}
-    for i, own in plain.items():
-        alike.setdefault(_shape(own), []).append(i)
-    found: dict[int, _Place] = {}
-    for places in alike.values():
-        stack = StackedExits([plain[i] for i in places]) if len(places) > 1 else None
-        found.update({i: (stack, n) for n, i in enumerate(places)})
-    return found
-
-
-def _fits(place: _Place, own: PlainExit) -> bool:
-    """Whether a stack still has the weights of the exit that is in this place of it."""
-    stack, n = place
-    return stack is None or stack.fits(n, own)
 
 
 def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
@@ -170,20 +191,35 @@ def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits
     return None if plain is None or plain.source is None or plain.dense is not None else plain
 
 
+def _watch(watched: Watched, block: BadgeBlock, number: int, exits: AdapterExits, plain: PlainExit) -> None:
+    """Watches whatever `_stackable` looked at."""
+    parts: Any = block._modules
+    exit_, bypass = (
+        watched.entry(watched.entry(parts[kind]._modules, exits.adapter)._modules, str(number))
+        for kind in ("badge_exit", "badge_bypass")
+    )
+    watched.entry(block.badge_placement, exits.adapter)
+    dropout = watched.entry(exit_._modules, "dropout")
+    watched.entry(dropout.__dict__, "training")
+    watched.entry(exit_._modules, "linear")
+    for name in ("down", "up", "activation", "norm"):
+        watched.entry(bypass._modules, name)
+    own_norm = bypass._modules.get("norm")
+    if own_norm is None and block.layout.last_norm is not None:
+        watched.path(block, f"base_layer.{block.layout.last_norm}")
+    modules = (exit_, dropout, plain.linear, bypass, bypass.activation, plain.down, plain.up, own_norm)
+    for module in modules:
+        if module is not None:
+            watched.calls(module)
+    for module in (plain.down, plain.up, plain.norm, plain.linear):
+        watched.parameters(module)
+
+
 def _shape(plain: PlainExit) -> tuple[Any, ...]:
     """What exits that are stacked have in common."""
     norm, linear = plain.norm, plain.linear
     parts = (plain.down.out_features, plain.down.bias is None, plain.up.bias is None, norm.bias is None, norm.eps)
     return (plain.source, plain.activation, *parts, linear.bias is None, linear.weight.dtype)
-
-
-def _kind(plain: PlainExit) -> tuple[Any, ...]:
-    return plain.source, plain.activation, plain.norm.eps
-
-
-def _parameters(own: PlainExit) -> list[Tensor]:
-    modules = (own.down, own.up, own.norm, own.linear)
-    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
