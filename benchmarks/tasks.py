@@ -1,10 +1,11 @@
-"""Many tasks on the same rows, in one pass: against a stock model for each, and a call for each.
+"""Many tasks on the same rows, in one pass: against a stock model for each, and a call for each, in PyTorch and ONNX.
 
-    python benchmarks/tasks.py --docs docs/results/tasks.md     # about half an hour on 2 free cores
-    python benchmarks/tasks.py --sizes h384 --tasks 4 --rows 1 --lengths 16 --rounds 20
+    python benchmarks/tasks.py                                   # about half an hour on 2 free cores
+    python benchmarks/tasks.py --resume                          # what the file of the results does not have yet
+    python benchmarks/tasks.py --engines torch --sizes h384 --tasks 8 --shapes 1x64@30
+    python benchmarks/tasks.py --docs docs/results/tasks.md      # measures nothing: the page from the file
 
-The adapters have the same random weights under different names, and each its own block before which it does not stop
-(`min_exit`), spread evenly from 2 to M: the tasks of a row stop at different blocks, by real decisions.
+Results are saved as each cell ends.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -22,154 +23,123 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
 from latency_parts.environment import describe
-from latency_parts.forced import RULE, Forced, build
+from latency_parts.forced import Forced, build
 from latency_parts.settings import SIZES
-from latency_parts.tables import markdown
-from latency_parts.turns import Timing, against_base
-from mixed import add_tasks
+from latency_parts.store import Store, read
+from latency_parts.turns import against_base
+from task_parts.page import write_page
+from task_parts.ways import DEEPEST, EACH, ENGINES, ONE_PASS, STOCK, Call, OnnxWays, TorchWays, stops
 
-Call = Callable[[], list[list[int]]]
+RESULTS = "runs/tasks.json"
+_LENGTHS = (64, 256)  # on which the exits are always fitted, so that files of one run serve the next
+
+
+class Shape(NamedTuple):
+    """Rows of a batch, tokens of each row, and how often everything takes its turn."""
+
+    rows: int
+    length: int
+    rounds: int = 20
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """`1x64` or `1x64@20`."""
+        shape, _, rounds = text.partition("@")
+        rows, _, length = shape.partition("x")
+        return cls(int(rows), int(length), int(rounds or 20))
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.length}@{self.rounds}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    if options.docs is not None:
+        print(write_page(read(options.json), options.docs))
+        return 0
     torch.set_num_threads(options.threads)
-    environment = describe(options.threads, "cpu")
-    rows = []
-    for name in options.sizes:
-        forced = build(SIZES[name], options.lengths)
-        for length in options.lengths:
-            for count in options.rows:
-                for tasks in options.tasks:
-                    rows.append([name, *measure(forced, tasks, count, length, options.rounds)])
-                    print("  ".join(rows[-1]), flush=True)
-    text = page(rows, environment, options)
-    if options.docs:
-        Path(options.docs).write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    store = Store(options.json, quick=options.sizes == ["tiny"], keep=options.resume)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in options.sizes:
+            forced = build(SIZES[name], sorted({*_LENGTHS, *(shape.length for shape in options.shapes)}))
+            for engine in options.engines:
+                _measure_all(forced, name, engine, options, store, Path(options.cache or temporary) / name)
     return 0
 
 
-def stops(tasks: int, blocks: int) -> list[int]:
-    """[T], the block at which each task stops: from 2 to M, the last the deepest."""
-    return [int(number) for number in np.linspace(blocks if tasks == 1 else 2, blocks, tasks).round()]
+def _measure_all(
+    forced: Forced, name: str, engine: str, options: argparse.Namespace, store: Store, folder: Path
+) -> None:
+    """Every cell of one engine and size that the store lacks."""
+    key = f"{engine}/{name}"
+    section = store.sections.get(key, {"environment": describe(options.threads, "cpu"), "rows": []})
+    known = {(row["rows"], row["length"], row["tasks"]) for row in section["rows"]}
+    left = [(shape, n) for shape in options.shapes for n in options.tasks if (*shape[:2], n) not in known]
+    if not left:
+        return
+    ways = TorchWays(forced) if engine == "torch" else OnnxWays(forced, folder, options.threads, engine == "int8")
+    for shape, tasks in left:
+        row = measure(ways.calls(tasks, *shape[:2]), tasks, shape, forced.size.blocks)
+        section["rows"].append(row)
+        store.add(key, section)
+        print(f"{key} {shape} {tasks} tasks: {row['ratio'][ONE_PASS][1]:.3f} of the deepest alone", flush=True)
 
 
-def calls(forced: Forced, tasks: int, rows: int, length: int) -> dict[str, Call]:
-    """The ways to answer all tasks for the same rows; each returns the exits [T][B]."""
-    model, names = forced.model, add_tasks(forced, tasks)[:tasks]
-    rules = dict(zip(names, ({**RULE, "min_exit": m} for m in stops(tasks, forced.size.blocks)), strict=True))
-    batch = forced.batch([2] * rows, length)
-
-    def one_pass() -> list[list[int]]:
-        out = model.early_exit_forward(**batch, tasks=names, early_exit_config=rules)
-        return [out[name].exit_layer.tolist() for name in names]
-
-    def alone(name: str) -> list[int]:
-        out = model.early_exit_forward(**batch, tasks=[name], early_exit_config=rules[name])  # without switching
-        return out[name].exit_layer.tolist()
-
-    def stock_models() -> list[list[int]]:
-        for _ in names:
-            forced.stock(**batch)
-        return one_pass_exits
-
-    one_pass_exits = one_pass()
-    return {
-        "one pass": one_pass,
-        "deepest alone": lambda: [alone(names[-1])],
-        "a call each": lambda: [alone(name) for name in names],
-        "stock models": stock_models,
-    }
-
-
-def measure(forced: Forced, tasks: int, rows: int, length: int, rounds: int) -> list[str]:
-    """One row of the table, without the model's name.
+def measure(calls: dict[str, Call], tasks: int, shape: Shape, blocks: int) -> dict[str, Any]:
+    """One cell: milliseconds of each way, its time over that of the deepest task alone, and over that of one pass;
+    quartiles over the rounds.
 
     Raises:
         RuntimeError: a task does not stop where it should.
     """
-    ways = calls(forced, tasks, rows, length)
-    planned = [[m] * rows for m in stops(tasks, forced.size.blocks)]
-    for name in ("one pass", "a call each"):
-        found = ways[name]()
-        if found != planned:
-            raise RuntimeError(f"{name}: the tasks stop at {found} and should at {planned}")
-    base = ways.pop("deepest alone")
+    planned = [[m] * shape.rows for m in stops(tasks, blocks)]
+    for name in (DEEPEST, ONE_PASS, EACH):
+        found, wanted = calls[name](), planned[-1:] if name == DEEPEST else planned
+        if found != wanted:
+            raise RuntimeError(f"{name}: the tasks stop at {found} and should at {wanted}")
+    others = {name: call for name, call in calls.items() if name != DEEPEST}
     with torch.inference_mode():
-        timed = against_base(base, ways, rounds)
-    return [
-        str(rows),
-        str(length),
-        str(tasks),
-        milliseconds(timed["one pass"].base_seconds),
-        *(milliseconds(timed[name].seconds) for name in ("one pass", "a call each", "stock models")),
-        ratio(timed["one pass"]),
-        *(gain(timed[name], timed["one pass"]) for name in ("a call each", "stock models")),
-    ]
+        timed = against_base(calls[DEEPEST], others, shape.rounds, warmup=2 if shape.rounds > 5 else 1)
+    seconds = {name: np.asarray(timing.seconds) for name, timing in timed.items()}
+    seconds[STOCK] = seconds[STOCK] * tasks  # one after another
+    deepest = {name: np.asarray(timing.base_seconds) for name, timing in timed.items()}
+    return {
+        "rows": shape.rows,
+        "length": shape.length,
+        "tasks": tasks,
+        "rounds": shape.rounds,
+        "ms": {DEEPEST: _quartiles(1e3 * deepest[ONE_PASS])} | {k: _quartiles(1e3 * x) for k, x in seconds.items()},
+        "ratio": {name: _quartiles(x / deepest[name]) for name, x in seconds.items()},
+        "gain": {name: _quartiles(x / seconds[ONE_PASS]) for name, x in seconds.items() if name != ONE_PASS},
+    }
 
 
-def milliseconds(seconds: list[float]) -> str:
-    """The median."""
-    return f"{1e3 * np.quantile(seconds, 0.5):.1f}"
-
-
-def ratio(timing: Timing) -> str:
-    """Time over that of the deepest task alone: median over the rounds, and quartiles."""
-    ratios = [own / base for own, base in zip(timing.seconds, timing.base_seconds, strict=True)]
-    return f"{np.quantile(ratios, 0.5):.2f} [{np.quantile(ratios, 0.25):.2f}, {np.quantile(ratios, 0.75):.2f}]"
-
-
-def gain(other: Timing, shared: Timing) -> str:
-    """How many times as long another way takes, round by round: the median."""
-    ratios = [theirs / ours for theirs, ours in zip(other.seconds, shared.seconds, strict=True)]
-    return f"{np.quantile(ratios, 0.5):.1f}x"
-
-
-def page(rows: list[list[str]], environment: dict[str, Any], options: argparse.Namespace) -> str:
-    """Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    lists = {name: " ".join(map(str, getattr(options, name))) for name in ("sizes", "tasks", "rows", "lengths")}
-    shapes = " ".join(f"--{name} {values}" for name, values in lists.items())
-    command = f"python benchmarks/tasks.py {shapes} \\\n    --rounds {options.rounds} --threads {options.threads}"
-    heads = [
-        *("model", "rows", "tokens", "tasks", "deepest task alone, ms", "one pass, ms", "a call each, ms"),
-        *("stock models, ms", "one pass / deepest alone", "a call each / one pass", "stock models / one pass"),
-    ]
-    return f"""# Many tasks on the same rows
-
-What `early_exit_forward(**batch, tasks=[...])` costs for N tasks: beside the deepest of them alone, a call for each,
-and a full stock model for each, one after another. Made by
-
-```bash
-{command} --docs docs/results/tasks.md
-```
-
-on {environment["date"]}: {environment["cpu"]}, {environment["threads"]} threads of {environment["cores"]} cores, load
-{environment["load_1min"]} at the start; Python {environment["python"]}, {versions}.
-
-Random weights, float32, PyTorch. The tasks of a row stop at blocks spread evenly from 2 to M, by real decisions
-(divergence), whichever way they are called, which is checked; so the deepest task alone is a full pass with exits.
-Milliseconds are medians over {options.rounds} rounds, in which the ways take turns; the ratio to the deepest task
-alone has its quartiles.
-
-{markdown((heads, rows))}
-"""
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(np.quantile(values, q)) for q in (0.25, 0.5, 0.75)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    shapes = [Shape(1, 64), Shape(1, 256), Shape(32, 64, 5), Shape(32, 256, 3)]
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["BERT-base", "h384"])
     parser.add_argument("--tasks", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of tasks")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 32], help="rows of a batch")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256], help="tokens of each row")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--docs", metavar="FILE", help="write the page here")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=Shape.parse,
+        default=shapes,
+        metavar="ROWSxTOKENS[@ROUNDS]",
+        help=f"default: {' '.join(map(str, shapes))}",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch and of each session")
+    parser.add_argument("--json", default=RESULTS, help=f"the file of the results (default: {RESULTS})")
+    parser.add_argument("--resume", action="store_true", help="measure only what the file does not have")
+    parser.add_argument("--cache", metavar="FOLDER", help="keep exported ONNX files here; what is there is used")
+    parser.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file of the results")
     return parser
 
 

@@ -96,9 +96,9 @@ def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = F
     plain, outside, early = sessions.plain(int8), sessions.plain(int8, blocks=False), sessions.early(int8)
     experiment = "onnx-int8" if int8 else "onnx"
     for length in settings.lengths:
-        calls = {k: partial(early, **_numpy(forced.batch([k], length, seed=k))) for k in range(2, last + 1)}
+        calls = {k: partial(early, **to_numpy(forced.batch([k], length, seed=k))) for k in range(2, last + 1)}
         left = {k: exits_of(call()) for k, call in calls.items()}
-        inputs = _numpy(forced.batch([last], length))
+        inputs = to_numpy(forced.batch([last], length))
         timings = against_base(
             partial(plain, **inputs),
             {str(k): call for k, call in calls.items()},
@@ -119,7 +119,7 @@ def batches(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]
     models = {MIXED: sessions.early(), UNCOMPACTED: sessions.early(compact=False)}
     for count, length in settings.onnx_batches:
         wanted = spread(count, last)
-        inputs = _numpy(forced.batch(wanted, length))
+        inputs = to_numpy(forced.batch(wanted, length))
         calls = {name: partial(model, **inputs) for name, model in models.items()}
         left = {name: exits_of(call()) for name, call in calls.items()}
         timings = against_base(
@@ -144,7 +144,7 @@ def int8_against_stock(forced: Forced, settings: Settings, sessions: Sessions) -
     for length in settings.lengths:
         batch = forced.batch([half], length)
         stock = partial(forced.stock, **batch)
-        call, whole = partial(early, **_numpy(batch)), partial(plain, **_numpy(batch))
+        call, whole = partial(early, **to_numpy(batch)), partial(plain, **to_numpy(batch))
         left = exits_of(call())
         with torch.inference_mode():
             calls = {HALF_WAY: call, PLAIN_INT8: whole}
@@ -157,7 +157,7 @@ def int8_against_stock(forced: Forced, settings: Settings, sessions: Sessions) -
     return rows
 
 
-def _numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """What BERT's tokenizer gives, [B, S] int64."""
     filled = {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
     return {name: value.numpy().astype(np.int64) for name, value in filled.items()}
