@@ -91,8 +91,8 @@ def int8(session: nox.Session) -> None:
 
 @nox.session
 def serve(session: nox.Session) -> None:
-    """The service as it is started, on Ray, which `make test` does without."""
-    session.install("-e", ".[dev,serve]")
+    """The service as it is started and batch scoring, on Ray, which `make test` does without."""
+    session.install("-e", ".[dev,ray,serve]")
     session.run("pytest", "tests/serving", *session.posargs)
 
 

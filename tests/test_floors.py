@@ -29,7 +29,7 @@ FLOORS = [
     ("model",),
     ("compile", "evaluation", "training", "integrations"),
     ("bundle", "hub", "pipelines", "ranking", "integrations.sentence_transformers", "export", "serving"),
-    ("workflows", "app"),
+    ("workflows", "app", "integrations.ray"),
     ("cli",),
 ]
 

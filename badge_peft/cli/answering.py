@@ -14,10 +14,12 @@ from cyclopts.types import PositiveInt
 from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
+from badge_peft.utils.checks import check_choice
 from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
 
 if TYPE_CHECKING:
     from badge_peft.export.report import ParityReport
+    from badge_peft.workflows.answerer import Answering
 
 
 def _check_file(_: Any, value: str | None) -> None:
@@ -28,12 +30,16 @@ def _check_file(_: Any, value: str | None) -> None:
 def predict(
     adapter: shared.AdapterOrTasks = None,
     file: Annotated[str | None, Parameter(allow_leading_hyphen=True, validator=_check_file)] = None,
+    out: str | None = None,
     /,
     *,
     task: shared.Task = None,
     format: str | None = None,
     columns: TextColumns = TextColumns(),
     batch_size: PositiveInt = 32,
+    engine: str | None = None,
+    workers: PositiveInt | None = None,
+    address: str | None = None,
     overrides: PolicyOverrides = PolicyOverrides(),
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
@@ -49,35 +55,57 @@ def predict(
     Several processes, started with accelerate launch or torchrun, share the texts among them; the output is that of
     one.
 
+    Many files, on many cores or machines: badge-peft predict ADAPTER FOLDER OUT --engine ray answers each file of
+    FOLDER into a parquet file in OUT, row by row in the same order. Run again it does what is missing. Needs the extra
+    ray.
+
     Args:
         file: Texts to answer: a txt file (one text per line), or a csv, tsv, jsonl or parquet file. Default: -, the
-            standard input.
+            standard input. With --engine ray: a folder of such.
+        out: With --engine ray: folder for the answers, on this machine; it is made.
         format: text, csv, tsv, jsonl or parquet. Default: by the file's name; text for standard input.
         batch_size: Batch size: texts per pass, in each process; 1 answers each line as soon as it is there.
+        engine: ray, for a folder of files.
+        workers: With --engine ray: processes that answer, each with one core or GPU. Default: as many as there are.
+        address: With --engine ray: of a Ray cluster, auto for the one that this machine belongs to. Default: this
+            machine alone.
     """
-    from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.predict import predict as answer
+    from badge_peft.workflows.answerer import Answerer, Answering
     from badge_peft.workflows.stream import read_texts
-    from badge_peft.workflows.tasks import open_tasks, predict_tasks, tasks_of
+    from badge_peft.workflows.tasks import tasks_of
 
-    adapter, file = shared.arguments(task, adapter, file, "FILE")
-    tasks = tasks_of(task or [], adapter)
-    if tasks is not None:
-        stack = open_tasks(tasks, base_model, device)
-        texts = read_texts(file or "-", format, columns, stack.shared.columns)
-        found = predict_tasks(stack, texts, stack.early_exit_configs(**vars(overrides)), batch_size)
+    if engine is not None:
+        check_choice("engine", engine, ("ray",))
+        adapter, file, out = shared.places(task, (adapter, file, out), ("FOLDER", "OUT"))
+    elif out is not None or workers is not None or address is not None:
+        raise ValueError("OUT, --workers and --address are for a folder of files: add --engine ray.")
     else:
-        assert adapter is not None
-        opened = open_adapter(adapter, base_model, device)
-        config = opened.early_exit_config(**vars(overrides))
-        texts = read_texts(file or "-", format, columns, opened.columns, opened.task == "tokens")
-        found = answer(opened, texts, config, batch_size)
+        adapter, file = shared.places(task, (adapter, file), ("FILE",))
+    answering = Answering(tasks_of(task or [], adapter) or str(adapter), overrides, batch_size, base_model, device)
+    if engine is not None:
+        _predict_folder(answering, file, out, format=format, columns=columns, workers=workers, address=address)
+        return
+    answerer = Answerer(answering)
+    found = answerer(read_texts(file or "-", format, columns, answerer.columns, answerer.tokens))
     try:
         with closing(found) as answers:
             for line in answers:
                 print(f"{json.dumps(line, ensure_ascii=False)}\n", end="", flush=True)  # whole, should it be killed
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _predict_folder(answering: Answering, folder: str | None, out: str | None, **options: Any) -> None:
+    from badge_peft.utils.extras import require
+
+    require("ray", "ray", "pandas")
+    from badge_peft.workflows.folders import predict_folder
+
+    if folder is None or out is None:
+        raise ValueError("--engine ray reads files and writes files: name FOLDER and OUT.")
+    report = predict_folder(folder, out, answering, **options)
+    before = f"; {report.before} were answered before" if report.before else ""
+    print(f"{report.files} files with {report.rows} texts answered into {out}{before}")
 
 
 def export(
@@ -113,7 +141,7 @@ def export(
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
     require_onnx_exporter()
-    adapter, dir = shared.arguments(task, adapter, dir, "DIR")
+    adapter, dir = shared.places(task, (adapter, dir), ("DIR",))
     if dir is None:
         raise ValueError("there is no DIR to write to: name a folder.")
     tasks = tasks_of(task or [], adapter)

@@ -46,7 +46,7 @@ def evaluate(
     from badge_peft.workflows.report import latency_line, measured_table, summary, tasks_summary, tasks_table
     from badge_peft.workflows.tasks import evaluate_tasks, open_tasks, tasks_of
 
-    adapter, data = shared.arguments(task, adapter, data, "DATA")
+    adapter, data = shared.places(task, (adapter, data), ("DATA",))
     if data is None:
         raise ValueError("there is no DATA to evaluate on: name a file, a folder or a data set.")
     tasks = tasks_of(task or [], adapter)
@@ -170,7 +170,7 @@ def bench(
     from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
-    adapter, data = shared.arguments(task, adapter, data, "DATA")
+    adapter, data = shared.places(task, (adapter, data), ("DATA",))
     if data is None:
         raise ValueError("there is no DATA to time on: name a file, a folder or a data set.")
     tasks = tasks_of(task or [], adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,25 +66,28 @@ for panel, groups in (
         Parameter("*", group=panel)(group)
 
 
-def arguments(tasks: list[str] | None, adapter: str | None, other: str | None, name: str) -> tuple[str | None, Any]:
-    """The adapter, and the argument behind it, which comes first where the adapters are named with `--task`.
+def places(tasks: list[str] | None, given: Sequence[str | None], names: Sequence[str]) -> list[Any]:
+    """The adapter and the arguments behind it, which come first where the adapters are named with `--task`.
 
     Args:
         tasks: What `--task` was given.
-        adapter: The first argument.
-        other: The second.
-        name: What the second is called.
+        given: The arguments as they stand; None for those that are left out.
+        names: What those behind the adapter are called.
+
+    Returns:
+        The adapter, None with `--task`; and of each name what was given.
 
     Raises:
-        ValueError: there is one too many, or none.
+        ValueError: there is one too many, or no adapter.
     """
     if tasks:
-        if other is not None:
-            raise ValueError(f"with --task there is no ADAPTER: give {name} alone, got {adapter} and {other}.")
-        return None, adapter
-    if adapter is None:
+        if given[-1] is not None:
+            found = " and ".join(str(value) for value in given)
+            raise ValueError(f"with --task there is no ADAPTER: give {' and '.join(names)} alone, got {found}.")
+        return [None, *given[:-1]]
+    if given[0] is None:
         raise ValueError("there is no adapter: give its folder, or many with --task NAME=ADAPTER.")
-    return adapter, other
+    return list(given)
 
 
 def prepare_folder(*files: Path | None) -> None:

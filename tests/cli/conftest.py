@@ -6,7 +6,7 @@ import io
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,25 @@ def one_cut() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "export_blocks", kept)
         yield
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`predict_folder` answers in this process; tests/serving/test_batch_scoring.py is with Ray."""
+    from badge_peft.workflows import folders
+    from badge_peft.workflows.answerer import Answerer, Answering
+    from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
+
+    def answer_files(
+        files: TextFiles, answering: Answering, by_query: bool, workers: int | None
+    ) -> Iterator[dict[str, Any]]:
+        answerer = Answerer(answering)
+        for number in range(len(files.paths)):
+            for chunk in chunks_of(files, number, 2 * answering.batch_size, by_query):
+                yield {**chunk, "table": answerer.table(texts_of(chunk))}
+
+    monkeypatch.setattr(folders, "answer_files", answer_files)
+    monkeypatch.setattr(folders, "cluster", lambda *_: nullcontext())
 
 
 def save_classifier(folder: Path, names: tuple[str, ...] = ("bad", "good"), **changes: Any) -> str:

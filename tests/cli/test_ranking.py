@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -17,7 +18,9 @@ from badge_peft import ExitLogits, load_pretrained
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.integrations.bm25 import retrieve
 from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
+from badge_peft.workflows.answerer import Answering
 from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.folders import predict_folder
 from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainSettings
 from badge_peft.workflows.train import train_adapter
@@ -165,6 +168,18 @@ def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:
     wide = cli("predict", ranked / "reranker", ranked / "other.jsonl", "--policy", "never").stdout.splitlines()
     assert all("rank" not in json.loads(line) for line in wide)
     one_line(cli("predict", ranked / "reranker", "-", input="was the film\n", fails=True), "pairs of texts")
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_files_are_ranked_query_by_query(ranked: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    shutil.copy(ranked / "other.jsonl", tmp_path / "pairs" / "other.jsonl")
+    (tmp_path / "pairs" / "none.jsonl").write_text("")
+    predict_folder(tmp_path / "pairs", tmp_path / "out", Answering(str(ranked / "reranker"), batch_size=4))
+    lines = cli("predict", ranked / "reranker", ranked / "other.jsonl", "--batch-size", 4).stdout.splitlines()
+    found = pq.read_table(tmp_path / "out" / "other.jsonl.parquet")
+    assert found.to_pylist() == [json.loads(line) for line in lines]
+    assert pq.read_schema(tmp_path / "out" / "none.jsonl.parquet") == found.schema
 
 
 @pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=needs_onnx)])

@@ -1,0 +1,129 @@
+"""`badge-peft predict --engine ray` with processes killed on the way: is the output that of an undisturbed run?
+
+    python benchmarks/batch_kills.py ADAPTER FOLDER --docs docs/results/batch-scoring.md
+
+FOLDER is answered twice: by `predict` in this process, and on Ray, where after every few chunks one of the processes
+that answer gets SIGKILL. It needs the extra ray, and changes nothing of other Ray clusters on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from latency_parts import environment
+
+from badge_peft.workflows import folders
+from badge_peft.workflows.answerer import Answerer, Answering
+from badge_peft.workflows.chunks import TextFiles
+
+
+def answering_processes() -> list[psutil.Process]:
+    """Those of this process's own Ray."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.name().startswith("ray::MapWorker")]
+
+
+def with_kills(engine: Any, kills: int, every: int, seed: int, killed: list[int]) -> Any:
+    """`answer_files`, which kills one of the processes after every few chunks; their numbers are put into `killed`."""
+    draw = random.Random(seed)
+
+    def answer_files(*arguments: Any) -> Iterator[dict[str, Any]]:
+        for number, chunk in enumerate(engine(*arguments)):
+            yield chunk
+            if len(killed) < kills and number % every == every - 1:
+                while not (alive := answering_processes()):
+                    time.sleep(0.1)
+                victim = draw.choice(alive)
+                os.kill(victim.pid, signal.SIGKILL)
+                killed.append(victim.pid)
+
+    return answer_files
+
+
+def differing(folder: Path, out: Path, answering: Answering) -> tuple[int, int, int]:
+    """Files, rows, and rows that are not what `predict` says in this process."""
+    answerer = Answerer(answering)
+    sources = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = TextFiles([str(path) for path in sources], recorded=answerer.columns, tokens=answerer.tokens)
+    rows = wrong = 0
+    for number, source in enumerate(sources):
+        expected = answerer.table(list(files.read(number))).to_pylist()
+        name = source.relative_to(folder)
+        found = pq.read_table(out / name.with_name(f"{name.name}.parquet")).to_pylist()
+        rows += len(expected)
+        wrong += abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
+    return len(sources), rows, wrong
+
+
+def page(found: dict[str, Any]) -> str:
+    """In Markdown."""
+    where = found["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    said = f"{found['wrong']:,} rows differ" if found["wrong"] else "that of an undisturbed run, to the last bit"
+    cells = [found["workers"], found["kills"], found["files"], f"{found['rows']:,}", f"{found['wrong']:,}"]
+    return f"""# Batch scoring with processes killed
+
+{found["kills"]} of the processes that answer were killed (SIGKILL) while `badge-peft predict --engine ray` answered
+{found["files"]} files with {found["rows"]:,} texts. The output: {said}.
+
+| processes | kills | files | rows | rows that differ | seconds |
+| --- | --- | --- | --- | --- | --- |
+| {" | ".join(map(str, cells))} | {found["seconds"]:.0f} |
+
+The undisturbed run is `predict` in one process. {where["cpu"]}, {where["cores"]} cores, which had other work, too: the
+seconds say little. Python {where["python"]}, {versions}; batch size {found["batch_size"]}, seed {found["seed"]}.
+Made by
+
+```bash
+python benchmarks/batch_kills.py ADAPTER FOLDER --kills {found["kills"]} --docs docs/results/batch-scoring.md
+```
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 1 where rows differ."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("adapter")
+    parser.add_argument("folder", type=Path, help="of csv, tsv, jsonl or txt files")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--every", type=int, default=4, help="chunks between two kills")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--docs", metavar="FILE", help="write the page")
+    options = parser.parse_args(arguments)
+    answering, killed, engine = (
+        Answering(options.adapter, batch_size=options.batch_size),
+        list[int](),
+        folders.answer_files,
+    )
+    where, start = environment.describe(1, "cpu"), time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        folders.answer_files = with_kills(engine, options.kills, options.every, options.seed, killed)
+        try:
+            folders.predict_folder(options.folder, out, answering, workers=options.workers)
+        finally:
+            folders.answer_files = engine
+        seconds = time.perf_counter() - start
+        files, rows, wrong = differing(options.folder, Path(out), answering)
+    found = {**vars(options), "kills": len(killed), "files": files, "rows": rows, "wrong": wrong, "seconds": seconds}
+    text = page({**found, "environment": where})
+    print(text)
+    if options.docs:
+        Path(options.docs).write_text(text, encoding="utf-8")
+    return int(wrong > 0 or len(killed) < options.kills)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
