@@ -1,9 +1,10 @@
 """`ExitMonitor` on real exits: false alarms on undisturbed traffic, and rows until the alarm on other traffic.
 
-    badge-peft train MODEL train.jsonl --eval-data pool.jsonl --output-dir runs/TASK  # writes exit_logits.safetensors
-    badge-peft evaluate runs/TASK/adapter other.jsonl --save-logits runs/other.safetensors
-    python benchmarks/drift.py --logits TASK=runs/TASK/exit_logits.safetensors ... \
-        --other TASK:NAME=runs/other.safetensors
+    python benchmarks/drift.py --leave-out 30 train.jsonl pool.jsonl runs/TASK  # labels that training does not see
+    badge-peft train MODEL runs/TASK/train.jsonl --eval-data runs/TASK/pool.jsonl --output-dir runs/TASK/adapter
+    badge-peft evaluate runs/TASK/adapter runs/TASK/other.jsonl --unlabeled --save-logits runs/TASK/other.safetensors
+    python benchmarks/drift.py --logits TASK=runs/TASK/adapter/exit_logits.safetensors ... \
+        --other TASK:NAME=runs/TASK/other.safetensors ...
     python benchmarks/drift.py --docs docs/results/drift.md  # measures nothing: the page
 
 From each pool, `--draws` times, rows are drawn on which `calibrate(max_score_drop=0.01)` chooses; the rest of the
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pools
 import torch
 
 from badge_peft import EarlyExitConfig
@@ -57,17 +60,35 @@ def rows_until_alarm(
     """Rows of the disturbed traffic until the alarm, and its kind; None where there was none in `rows`. A negative
     number is an alarm before the disturbance."""
     draw = np.random.default_rng(seed)
-    usual, odd = answers(traffic, config), answers(other, config)
-    monitor = ExitMonitor.for_adapter(config)
-    place = draw.permutation(len(traffic))
-    disturbed = draw.random(before + rows) < share
+    count = before + rows
+    disturbed = torch.from_numpy(draw.random(count) < share)
     disturbed[:before] = False
-    for i in range(before + rows):
-        part, row = (odd, draw.integers(len(other))) if disturbed[i] else (usual, place[i % len(place)])
-        if monitor.observe(config, *(x[row : row + 1] for x in part)):
-            assert monitor.alarm is not None
-            return i + 1 - before, monitor.alarm.kind
-    return None, None
+    usual = torch.from_numpy(np.resize(draw.permutation(len(traffic)), count))
+    odd = torch.from_numpy(draw.integers(len(other), size=count))
+    seen = []
+    for mine, theirs in zip(answers(traffic, config), answers(other, config), strict=True):
+        rows_of = mine[usual].clone()
+        rows_of[disturbed] = theirs[odd[disturbed]]
+        seen.append(rows_of)
+    monitor = ExitMonitor.for_adapter(config)
+    alarm = monitor.observe(config, *seen)
+    return (None, None) if alarm is None else (alarm.rows - before, alarm.kind)
+
+
+def leave_out(count: int, train: str, pool: str, folder: Path, rows: int = 4500, other: int = 1000) -> None:
+    """Writes `train.jsonl` and `pool.jsonl` without `count` labels, which are drawn, and `other.jsonl` with the pool's
+    rows of these."""
+    found = {
+        name: [json.loads(line) for line in Path(file).open()] for name, file in (("train", train), ("pool", pool))
+    }
+    names = sorted({row["label"] for row in found["train"]})
+    left = set(random.Random(0).sample(names, count))
+    parts = {name: [row for row in own if row["label"] not in left] for name, own in found.items()}
+    parts["pool"] = parts["pool"][:rows]
+    parts["other"] = [row for row in found["pool"] if row["label"] in left][:other]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
 
 def measure(pool: ExitLogits, others: dict[str, ExitLogits], options: argparse.Namespace) -> dict[str, Any]:
@@ -140,38 +161,37 @@ def page(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_pool(options: argparse.Namespace, task: str, pool: ExitLogits, data: pools.Results) -> Iterator[str]:
+    """One task, with its other rows."""
+    others = {}
+    for other in options.other:
+        owner, _, rest = other.partition(":")
+        name, _, place = rest.partition("=")
+        if owner == task:
+            others[name] = ExitLogits.load(place)
+    data[task] = measure(pool, others, options)
+    yield task
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--logits", nargs="*", default=[], metavar="TASK=FILE", help="pools of labeled exit logits")
+    parser = pools.parser(__doc__, draws=20, results="runs/drift.json")
     parser.add_argument("--other", nargs="*", default=[], metavar="TASK:NAME=FILE", help="exit logits of other rows")
-    parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--calibration-rows", type=int, default=1500)
     parser.add_argument("--before", type=int, default=500, help="undisturbed rows before the disturbance")
     parser.add_argument("--rows", type=int, default=3000, help="shadow rows of each run")
-    parser.add_argument("--json", default="runs/drift.json", help="the file of the results")
-    parser.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file")
+    parser.add_argument(
+        "--leave-out",
+        nargs=4,
+        metavar=("COUNT", "TRAIN", "POOL", "FOLDER"),
+        help="measure nothing: write train, pool and other rows, the last those of COUNT labels",
+    )
     options = parser.parse_args(arguments)
-    path = Path(options.json)
-    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if options.docs:
-        Path(options.docs).write_text(page(data), encoding="utf-8")
+    if options.leave_out:
+        count, train, pool, folder = options.leave_out
+        leave_out(int(count), train, pool, Path(folder))
         return 0
-    torch.set_num_threads(1)
-    for item in options.logits:
-        task, _, file = item.partition("=")
-        start, others = time.perf_counter(), {}
-        for other in options.other:
-            owner, _, rest = other.partition(":")
-            name, _, place = rest.partition("=")
-            if owner == task:
-                others[name] = ExitLogits.load(place)
-        data[task] = measure(ExitLogits.load(file), others, options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data))
-        print(f"{task}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(page(data))
-    return 0
+    return pools.run(options, measure_pool, page)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ test rows.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pools
 import torch
 
 from badge_peft import EarlyExitConfig
@@ -117,37 +115,23 @@ def page(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measure_pool(options: argparse.Namespace, task: str, pool: ExitLogits, data: pools.Results) -> Iterator[str]:
+    """What is missing of a task: every policy and size."""
+    for policy in options.policies:
+        for size in [n for n in options.sizes if n < len(pool) / 1.5]:
+            key = f"{task}/{policy}/{size}"
+            missing = [name for name in options.methods if name not in data.get(key, {})]
+            data.setdefault(key, {}).update(measure(pool, size, policy, options.draws, missing))
+            yield key
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--logits", nargs="*", default=[], metavar="TASK=FILE", help="pools of labeled exit logits")
+    parser = pools.parser(__doc__, draws=200, results=RESULTS)
     parser.add_argument("--sizes", nargs="+", type=int, default=[200, 500, 1000, 3000], help="of the validation sets")
     parser.add_argument("--policies", nargs="+", default=["divergence", "auto"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--json", default=RESULTS, help=f"the file of the results (default: {RESULTS})")
-    parser.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file")
-    options = parser.parse_args(arguments)
-    path = Path(options.json)
-    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if options.docs:
-        Path(options.docs).write_text(page(data), encoding="utf-8")
-        return 0
-    torch.set_num_threads(1)
-    for item in options.logits:
-        task, _, file = item.partition("=")
-        pool = ExitLogits.load(file)
-        for policy in options.policies:
-            for size in [n for n in options.sizes if n < len(pool) / 1.5]:
-                key = f"{task}/{policy}/{size}"
-                missing = [name for name in options.methods if name not in data.get(key, {})]
-                start = time.perf_counter()
-                data.setdefault(key, {}).update(measure(pool, size, policy, options.draws, missing))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(data))
-                print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(page(data))
-    return 0
+    return pools.run(parser.parse_args(arguments), measure_pool, page)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""`benchmarks/promises.py`: what is missing is measured, and the page says so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.logits import plausible
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import promises  # noqa: E402
+
+
+def test_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plausible(rows=600).save(tmp_path / "pool.safetensors")
+    results, page = tmp_path / "promises.json", tmp_path / "promises.md"
+    files = ["--logits", f"task={tmp_path}/pool.safetensors", "--json", str(results)]
+    sizes = ["--sizes", "200", "3000", "--policies", "max_prob", "--draws", "1"]
+    assert promises.main([*files, *sizes, "--methods", "calibrate"]) == 0
+    stored = json.loads(results.read_text())
+    assert list(stored) == ["task/max_prob/200"] and list(stored["task/max_prob/200"]) == ["calibrate"]  # 3000 > 600
+    found = stored["task/max_prob/200"]["calibrate"]
+    monkeypatch.setitem(promises.METHODS, "calibrate", None)
+    assert promises.main([*files, *sizes]) == 0
+    stored = json.loads(results.read_text())["task/max_prob/200"]
+    assert stored["calibrate"] == found and len(stored["on itself"]["excess"]) == 1
+    assert promises.main(["--json", str(results), "--docs", str(page)]) == 0
+    assert f"| task | 200 | on itself | {stored['on itself']['excess'][0]:+.2f} |" in page.read_text()
