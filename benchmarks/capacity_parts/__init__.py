@@ -1,0 +1,3 @@
+"""Parts of `benchmarks/capacity.py`."""
+
+from __future__ import annotations
