@@ -1,0 +1,46 @@
+"""The service as an application that Ray Serve deploys from a config file: `serve deploy`, a RayService of KubeRay."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from badge_peft.serving.deployment import Service
+from badge_peft.serving.requests import Limits
+from badge_peft.serving.run import TOKEN
+from badge_peft.serving.settings import ServiceSettings
+
+
+def build(args: dict[str, Any]) -> Any:
+    """What `import_path: badge_peft.serving.application:build` names.
+
+    Args:
+        args: Fields of `ServiceSettings`, `adapter` among them; `limits` is a mapping of its own.
+
+    Returns:
+        An application of Ray Serve, whose deployment `Service` the config file may change: how many replicas there are
+        is said there.
+
+    Raises:
+        ValueError: a field that is not there, or no adapter.
+    """
+    given = dict(args)
+    _check_names(given, ServiceSettings)
+    if not given.get("adapter"):
+        raise ValueError("args has no adapter: name a repository, or a folder that all machines have.")
+    limits = dict(given.pop("limits", None) or {})
+    _check_names(limits, Limits)
+    settings = ServiceSettings(**given, limits=Limits(**limits))
+    made = Service.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
+        ray_actor_options={"num_cpus": settings.threads},
+    )
+    return made.bind(settings, os.environ.get(TOKEN))
+
+
+def _check_names(given: dict[str, Any], kind: type) -> None:
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"args has no field {unknown[0]!r}; {kind.__name__} has {', '.join(known)}.")
