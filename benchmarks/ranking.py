@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from latency_parts.environment import describe
 from ranking_parts import clock, models, pools, quality
+from ranking_parts.first_exit import compare_first_exits
 from ranking_parts.page import page
 from ranking_parts.scores import PoolScores
 
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
         return 0
     torch.set_num_threads(options.threads)
-    {"quality": measure_quality, "clock": measure_times}[options.command](options)
+    measure = {"quality": measure_quality, "clock": measure_times, "first-exit": measure_first_exits}
+    measure[options.command](options)
     return 0
 
 
@@ -115,6 +117,18 @@ def measure_times(options: argparse.Namespace) -> None:
         _write(work / "clock.json", {"made": describe(options.threads, "cpu"), "found": found})
 
 
+def measure_first_exits(options: argparse.Namespace) -> None:
+    """What exit 0 should read: first-exit.json."""
+    work = options.work[0]
+    settings = _stored(work)["quality"]["settings"]
+    stored = [
+        PoolScores.of(pools.Pool.load(work / f"{name}.jsonl"), work, [], work / f"{name}.npz", settings["max_length"])
+        for name in ("validation", "test")
+    ]
+    found = compare_first_exits(work / "cross-encoder", *stored, settings["max_length"])
+    _write(work / "first-exit.json", {"made": describe(options.threads, "cpu"), "found": found})
+
+
 def _stored(work: Path) -> dict[str, Any]:
     """What has been measured in a folder."""
     files = {name: work / f"{name}.json" for name in ("quality", "clock")}
@@ -154,9 +168,10 @@ def _parser() -> argparse.ArgumentParser:
     times = commands.add_parser("clock", help="time queries with what `quality` has made")
     times.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], help="of a timed query")
     times.add_argument("--rounds", type=int, default=20, help="queries to time; 0 writes the ONNX files alone")
+    firsts = commands.add_parser("first-exit", help="compare what exit 0 may read, with the scores of `quality`")
     pages = commands.add_parser("page", help="write the page of what was measured")
     pages.add_argument("--docs", type=Path, help="where to")
-    for command in (qualities, times, pages):
+    for command in (qualities, times, firsts, pages):
         command.add_argument("--work", type=Path, nargs="+", required=True, help="folder for all that is made")
         command.add_argument("--threads", type=int, default=2)
     return parser

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from badge_peft import EarlyExitConfig, load_pretrained
 from badge_peft.early_exit.policies import build_policy
@@ -122,3 +123,27 @@ def test_it_times(work: Path) -> None:
     assert all(row["kept"] == [True] for row in found if "stock" in row["way"] and "int8" not in row["way"])
     if before is not None:
         (work / "clock.json").write_bytes(before)
+
+
+def test_what_exit_0_reads(work: Path) -> None:
+    from ranking_parts.first_exit import Match
+
+    ranking = importlib.import_module("ranking")
+    assert ranking.main(["first-exit", "--work", str(work), "--threads", "1"]) == 0
+    found = json.loads((work / "first-exit.json").read_text())["found"]
+    assert [(row["exit 0"], row["top_k"]) for row in found] == [
+        (name, k) for name in ("none", "mean", "match") for k in (3, 10)
+    ]
+    assert all(0 <= row["kept"] <= 1 and -1 <= row["correlation"] <= 1 for row in found)
+    torch.manual_seed(0)
+    states, match = torch.randn(1, 5, 8), Match(8)
+    batch = {
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
+        "token_type_ids": torch.tensor([[0, 0, 1, 1, 1]]),
+    }
+    with torch.no_grad():
+        e = states[0]
+        unit = torch.nn.functional.normalize(match.project(e), dim=-1)
+        best = [max(float(unit[i] @ unit[j]) for j in (2, 3)) for i in (0, 1)]
+        wanted = match.weight((best[0] * e[0] + best[1] * e[1]) / 2) + match.linear(e[:4].mean(0))
+        torch.testing.assert_close(match(states, batch), wanted)
