@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "page":
-        text = page([_stored(folder) for folder in options.work])
+        text = page([_stored(folder) for folder in options.work], options.note)
         if options.docs:
             options.docs.write_text(text, encoding="utf-8")
         print(text)
@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     times.add_argument("--rounds", type=int, default=20, help="queries to time; 0 writes the ONNX files alone")
     firsts = commands.add_parser("first-exit", help="compare what exit 0 may read, with the scores of `quality`")
     pages = commands.add_parser("page", help="write the page of what was measured")
+    pages.add_argument("--note", nargs="*", default=[], help="said behind the targets")
     pages.add_argument("--docs", type=Path, help="where to")
     for command in (qualities, times, firsts, pages):
         command.add_argument("--work", type=Path, nargs="+", required=True, help="folder for all that is made")

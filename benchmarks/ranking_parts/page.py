@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,15 @@ Stored = dict[str, Any]
 WAYS = ("exits", "margins on the model's own head", "clusters", "one depth")
 
 
-def page(models: Sequence[Stored]) -> str:
+def page(models: Sequence[Stored], notes: Sequence[str] = ()) -> str:
     """The page.
 
     Args:
         models: Of each what `quality` and `clock` have stored.
+        notes: Said behind the targets: why one was missed, or what is particular about a run.
     """
-    parts = ["# Ranking", "\n".join(f"* {line}" for stored in models for line in headline(stored)), INTRODUCTION]
-    parts += ["## Targets", markdown(targets(models))]
+    parts = ["# Ranking", "\n".join(_point(line) for stored in models for line in headline(stored)), INTRODUCTION]
+    parts += ["## Targets", markdown(targets(models)), *(fill(note, 118) for note in notes)]
     for stored in models:
         found = stored["quality"]
         parts += [f"## {found['name']}, {found['blocks']} blocks", _pools(found), markdown(table(found, "test"))]
@@ -141,12 +143,13 @@ def _pools(found: Stored) -> str:
         for number, value in zip(test["exits"], np.mean(test["correlations"], axis=0), strict=True)
     )
     full, first = test["full"], test["first_stage"]
-    return (
+    return fill(
         f"{test['queries']} test queries, {test['calibration_queries']} that chose the margins, the top "
         f"{settings['pool']} of BM25 each; exits learned from {found['train_rows']} other pairs, "
         f"{len(settings['seeds'])} seed(s): mean and range. Full depth: nDCG@10 {full['ndcg']:.3f}, MRR@10 "
         f"{full['mrr']:.3f} (BM25 itself: {first['ndcg']:.3f}, {first['mrr']:.3f}). Rank correlation of exits with "
-        f"full depth: {exits}."
+        f"full depth: {exits}.",
+        118,
     )
 
 
@@ -154,23 +157,25 @@ def _shift(found: Stored) -> str:
     shift, other = found["found"]["shift"], found["found"]["uncalibrated shift"]
     rows = [row for row in other["rows"] if row["way"] == "exits" and row["top_k"] == TOP_K]
     full, first = shift["full"], shift["first_stage"]
-    return (
+    return fill(
         f"The same model and exits on another collection ({found['shift']}), calibrated on "
         f"{shift['calibration_queries']} of its queries and measured on {shift['queries']} others. Full depth: "
         f"nDCG@10 {full['ndcg']:.3f}, MRR@10 {full['mrr']:.3f} (BM25: {first['ndcg']:.3f}, {first['mrr']:.3f}). With "
         f"the margins of the first collection the top {TOP_K} would be kept for {_mean(rows, 'kept')}, with "
-        f"{_mean(rows, 'saved')} of the blocks saved:"
+        f"{_mean(rows, 'saved')} of the blocks saved:",
+        118,
     )
 
 
 def _clock(stored: Stored) -> str:
     made, timed = stored["clock"]["made"], _timed(stored, CANDIDATES)
     kept = {row["way"]: float(np.mean(row["kept"])) for row in timed}
-    return (
+    return fill(
         f"Time of a query, tokenizer included, {made['threads']} threads, median over {len(timed[0]['seconds'])} "
         f"queries; the ways take turns. Behind it, how many times faster than {LIBRARY} (median and quartiles of the "
         f"quotients within a round). Of these queries int8 alone keeps full depth's top {TOP_K} for "
-        f"{kept['ONNX Runtime int8, stock']:.0%}, with exits {kept[FASTEST]:.0%}."
+        f"{kept['ONNX Runtime int8, stock']:.0%}, with exits {kept[FASTEST]:.0%}.",
+        118,
     )
 
 
@@ -179,8 +184,10 @@ def _made(models: Sequence[Stored]) -> str:
     for stored in models:
         found = stored["quality"]
         made, settings = found["made"], found["settings"]
-        given = " ".join(f"--{k.replace('_', '-')} {_argument(v)}" for k, v in settings.items() if k in _SHOWN)
-        lines.append(f"python benchmarks/ranking.py quality --encoder {found['name']} --data wikiqa --work W {given}")
+        given = [f"--{k.replace('_', '-')} {_argument(v)}" for k, v in settings.items() if k in _SHOWN]
+        shift = [] if found["shift"] is None else [f"--shift {found['shift']}"]
+        parts = [f"--encoder {found['name']}", "--data wikiqa", *shift, "--work W", *given]
+        lines.append(" \\\n    ".join(["python benchmarks/ranking.py quality", *parts]))
     lines.append("python benchmarks/ranking.py clock --work W")
     lines.append("python benchmarks/ranking.py page --work W --docs docs/results/ranking.md")
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
@@ -192,7 +199,7 @@ def _made(models: Sequence[Stored]) -> str:
     )
 
 
-_SHOWN = ("queries", "train_queries", "train_candidates", "epochs", "exit_epochs", "max_train", "seeds", "exits")
+_SHOWN = ("queries", "shift_queries", "train_queries", "train_candidates", "epochs", "exit_epochs", "seeds", "exits")
 
 METHOD = """* No cross-encoder was at hand, so the encoder is fine-tuned as one first, on WikiQA's training pairs: it
   is no better than that. Then it is frozen, and `train_head=False`: what is returned are its own scores.
@@ -202,6 +209,10 @@ METHOD = """* No cross-encoder was at hand, so the encoder is fine-tuned as one 
   grouped, and the groups below that of the k-th best leave; the threshold is chosen as the margins are. *One depth*:
   all candidates stop at the block that costs the same, and its exit ranks.
 * Candidates that left early are ranked behind the others, by the depth they reached."""
+
+
+def _point(line: str) -> str:
+    return fill(line, 118, initial_indent="* ", subsequent_indent="  ")
 
 
 def _argument(value: Any) -> str:
@@ -216,7 +227,8 @@ def _rows(found: Stored, pool: str, way: str, k: int) -> list[Stored]:
 
 def _mean(rows: Sequence[Stored], key: str) -> str:
     values = [100 * row[key] for row in rows]
-    spread = "" if len(values) == 1 else f" ({min(values):.1f}-{max(values):.1f})"
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    spread = "" if low == high else f" ({low}-{high})"
     return f"{np.mean(values):.1f}%{spread}"
 
 
