@@ -124,7 +124,7 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        OSError: there is no cluster at the address.
+        OSError: there is no cluster at the address, or none could be started.
     """
     require("ray", "ray", "pandas")
     check_int("workers", workers, at_least=1)
@@ -137,7 +137,12 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
     own: dict[str, Any] = {"num_cpus": max(workers or 1, os.cpu_count() or 1), "include_dashboard": False}
     try:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # which Ray raises, no kin of it, where a process of its own starts too slowly
+        ray.shutdown()
+        if address is None:
+            raise OSError(
+                f"Ray has not started on this machine ({error}): try again when it has less to do."
+            ) from error
         raise OSError(f"there is no Ray cluster at {address} ({error}): start one, or leave --address out.") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans are no news to who asked for answers
     try:

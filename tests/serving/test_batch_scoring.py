@@ -107,3 +107,15 @@ def test_a_dataset(adapter: str, expected: Any, cluster: None) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             predict_dataset(ray.data.from_items(bad), adapter)
+
+
+@pytest.mark.parametrize(("address", "message"), [(None, "has not started on this"), ("a:1", "no Ray cluster at a:1")])
+def test_a_ray_that_does_not_start(address: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: Any, **__: Any) -> None:
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(OSError, match=message), folders.cluster(address):
+        pass
