@@ -1,10 +1,12 @@
 """Reruns the BADGE paper's comparisons: Tables 1, 2, 3 and 6 and Figure 2, from one YAML file.
 
     python benchmarks/paper.py run benchmarks/paper_small.yaml --data-dir DATA --model-dir MODELS --out runs/paper
-    python benchmarks/paper.py report benchmarks/paper_small.yaml --out runs/paper --docs docs/results/paper.md
+    python benchmarks/paper.py report benchmarks/paper_small.yaml --out runs/paper --docs docs/results/paper/small.md
 
 `run` searches the learning rates that are missing, then trains; killed, it goes on where it was. `search` does the
-first part alone. `report` writes tables and figures from whatever is stored.
+first part alone. `report` writes tables and figures from whatever is stored. Of a grid on frozen backbones, `headline`
+writes the short page that compares forms of exits, and `policies` measures what `policy="auto"` costs against the best
+single rule.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ from paper_grid.plan import plan
 from paper_grid.settings import load_settings
 from paper_grid.store import Store
 
+PAGES = {
+    "report": "docs/results/paper/small.md",
+    "headline": "docs/results/paper.md",
+    "policies": "docs/results/paper/policies.md",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 when a run has failed."""
@@ -31,8 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "report":
         from paper_grid.report import write_report
 
-        for path in write_report(settings, store, options.docs, options.config):
+        for path in write_report(settings, store, options.docs, options.config, not options.no_figures):
             print(path)
+        return 0
+    if options.command == "headline":
+        from paper_grid.headline import write_headline
+
+        picture = Path(options.picture) if options.picture else None
+        for path in write_headline(settings, store, Path(options.docs), picture, _name(options.config)):
+            print(path)
+        return 0
+    if options.command == "policies":
+        from paper_grid.regret import write_policies
+
+        print(write_policies(settings, store, Path(options.json), Path(options.docs), _name(options.config)))
         return 0
     runs = [run for run in plan(settings) if run.matches(options.only)]
     if not runs:
@@ -65,6 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if loop.failed else 0
 
 
+def _name(config: str) -> str:
+    """The grid, as a page names it."""
+    return f"benchmarks/{Path(config).name}"
+
+
 def _crowd(arguments: list[str], workers: int) -> int:
     """The same command in `workers` processes that share the store."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--workers", "1"]
@@ -83,12 +108,22 @@ def _parser() -> argparse.ArgumentParser:
         ("run", "search what has not been searched, and train what has not been trained"),
         ("search", "only choose learning rates, on validation data"),
         ("report", "write tables and figures from what is stored"),
+        ("headline", "write the short page: forms of exits on frozen backbones"),
+        ("policies", "measure what policy='auto' costs against the best single rule, and write its page"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", help="the grid, such as benchmarks/paper_small.yaml")
         command.add_argument("--out", default="runs/paper", help="the store of results (default: %(default)s)")
-        if name == "report":
-            command.add_argument("--docs", default="docs/results/paper.md", help="the page (default: %(default)s)")
+        if name in PAGES:
+            command.add_argument("--docs", default=PAGES[name], help="the page (default: %(default)s)")
+            if name == "report":
+                command.add_argument("--no-figures", action="store_true", help="draw no Figure 2, its tables alone")
+            if name == "headline":
+                command.add_argument("--picture", help="also draw the first task, as this PNG file")
+            if name == "policies":
+                command.add_argument(
+                    "--json", default="runs/policies.json", help="kept measurements (default: %(default)s)"
+                )
             continue
         command.add_argument("--data-dir", help="the folder with one folder of JSON lines per task")
         command.add_argument("--model-dir", help="the folder with one folder per backbone that is on disk")

@@ -119,7 +119,10 @@ class CachedStates:
         head = [value for value in (found.head_of(logits),) if value is not None]
         for part, values in ((self._states, states), (self._head, head)):
             if part is not None:
-                kept = torch.stack([value.to("cpu", part.dtype) for value in values])  # [C, B, n, d]
+                # copied, not stacked: autocast on a CPU stacks no float16
+                kept = torch.empty(len(values), *values[0].shape, dtype=part.dtype)  # [C, B, n, d]
+                for stored, value in zip(kept, values, strict=True):
+                    stored.copy_(value)
                 if not kept.isfinite().all():
                     raise OverflowError(f"states are not finite in {str(part.dtype).removeprefix('torch.')}")
                 for b, row in enumerate(rows):

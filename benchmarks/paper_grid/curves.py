@@ -72,7 +72,7 @@ def _curve(policy: Policy, record: Record, store: Store) -> np.ndarray:
         fits = POLICIES_BY_NAME[family["policy"]].needs_fit
         config: Any = fitted(family, logits["validation"]) if fits else family
         for split, rows in scores.items():
-            rows.append(_along(logits[split], config, metric))
+            rows.append(along(logits[split], config, metric))
     if len(policy.families) == 1:
         return scores["test"][0]
     validation, test = np.stack(scores["validation"]), np.stack(scores["test"])
@@ -80,7 +80,7 @@ def _curve(policy: Policy, record: Record, store: Store) -> np.ndarray:
     return test[ranked, np.arange(len(GRID))]
 
 
-def _along(logits: ExitLogits, config: Any, metric: str) -> np.ndarray:
+def along(logits: ExitLogits, config: Any, metric: str) -> np.ndarray:
     """Scores at `GRID`, straight lines between the points that were found: mixing two settings reaches what lies
     between them. At a speed-up of 0 every row goes to the end."""
     name = config["policy"] if isinstance(config, dict) else config.policy

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import product
 from typing import Any
 
 from paper_grid.methods import METHODS, SINGLE
@@ -41,18 +42,18 @@ class Run:
 
 
 def plan(settings: Settings) -> list[Run]:
-    """Every run once, in the order of the groups, and in a group seed by seed: what is finished when the time is up
-    can be compared."""
+    """Every run once, in the order of the groups, and in a group seed by seed, so that what is finished when the time
+    is up can be compared; or task by task, where the group says so."""
     runs: dict[str, Run] = {}
     for group in settings.groups:
-        for seed in group.seeds:
-            for task in group.tasks:
-                for backbone in group.backbones:
-                    for mode in group.modes:
-                        for method in group.methods:
-                            for variant in group.variants:
-                                for one in _runs(settings, task, backbone, mode, method, variant, seed):
-                                    runs.setdefault(key_of(one), Run(group.name, one))
+        places = [(seed, task) for seed in group.seeds for task in group.tasks]
+        if group.task_by_task:
+            places.sort(key=lambda place: group.tasks.index(place[1]))
+        for (seed, task), backbone, mode, (method, fields), variant in product(
+            places, group.backbones, group.modes, group.named_methods, group.variants
+        ):
+            for one in _runs(settings, task, backbone, mode, method, {**fields, **variant}, seed):
+                runs.setdefault(key_of(one), Run(group.name, one))
     return list(runs.values())
 
 

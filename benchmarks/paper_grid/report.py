@@ -20,7 +20,9 @@ share of blocks saved, not wall-clock time. `agreement` is fitted on validation 
 that is best there; it is not in the paper. LTE needs exits that were trained with it, so it has a model of its own."""
 
 
-def write_report(settings: Settings, store: Store, docs: str | Path, config: str | Path) -> list[Path]:
+def write_report(
+    settings: Settings, store: Store, docs: str | Path, config: str | Path, figures: bool = True
+) -> list[Path]:
     """Writes the page and its figures.
 
     Args:
@@ -28,6 +30,7 @@ def write_report(settings: Settings, store: Store, docs: str | Path, config: str
         store: What has been run, all of it or a part.
         docs: The markdown file; figures go to a folder of the same name beside it.
         config: The YAML file, for the command that the page names.
+        figures: Draw Figure 2; without it only its tables are written.
 
     Returns:
         The files written.
@@ -39,28 +42,25 @@ def write_report(settings: Settings, store: Store, docs: str | Path, config: str
     if not records:
         raise ValueError(f"{store.root} holds no finished run of {config}: start with the command `run`.")
     docs = Path(docs)
-    figures = docs.with_suffix("")
-    figures.mkdir(parents=True, exist_ok=True)
-    figure_2, pictures = _figure_2(settings, records, store, figures)
+    folder = docs.with_suffix("") if figures else None
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    figure_2, pictures = _figure_2(settings, records, store, folder)
     sections = [
         f"# {settings.title}",
-        _made_by(settings, records, missing, config),
+        _made_by(settings, records, missing, config, docs.name),
         "## Table 1: training methods",
         "Scores on test data in per cent: the median over seeds (and the range). S-avg is the mean over exits 1..M, "
         "S-best the best of them.",
         tables.table_1(settings, records),
         "The paper's own (ALBERT-base, 12 exits, halved dev sets as test data):",
         tables.paper_table_1(),
-        "## Table 2: where the bypass reads",
-        tables.table_2(settings, records) or "Nothing stored yet.",
-        "## Table 3: bottleneck dimension",
-        tables.table_3(settings, records) or "Nothing stored yet.",
+        *_section("## Table 2: where the bypass reads", tables.table_2(settings, records)),
+        *_section("## Table 3: bottleneck dimension", tables.table_3(settings, records)),
         "## Table 6: backbones",
         tables.table_6(settings, records),
         "## Figure 2: exit policies",
         figure_2,
-        "## Exit 0, beyond the paper",
-        tables.exit_0_table(settings, records) or "Nothing stored yet.",
+        *_section("## Exit 0, beyond the paper", tables.exit_0_table(settings, records)),
         "## Learning rates",
         _rates(settings, records, store),
         "## Data",
@@ -72,7 +72,12 @@ def write_report(settings: Settings, store: Store, docs: str | Path, config: str
     return [docs, *pictures]
 
 
-def _figure_2(settings: Settings, records: list[Record], store: Store, folder: Path) -> tuple[str, list[Path]]:
+def _section(title: str, table: str) -> list[str]:
+    """Nothing where the grid has no such runs."""
+    return [title, table] if table else []
+
+
+def _figure_2(settings: Settings, records: list[Record], store: Store, folder: Path | None) -> tuple[str, list[Path]]:
     text, pictures = f"{_FIGURE_NOTE}\n\n", []
     for place in places(records):
         for variant, word in (({}, ""), ({"exit_0": True}, " with exit 0")):
@@ -80,40 +85,56 @@ def _figure_2(settings: Settings, records: list[Record], store: Store, folder: P
             if "DGE" not in curves:
                 continue
             title = tables.place_title(settings, place) + word
-            picture = folder / f"{'-'.join(place)}{'-exit0' if variant else ''}.png"
-            draw(curves, title, settings.tasks[place[0]].metric, str(picture))
-            pictures.append(picture)
-            text += f"### {title}\n\n![{title}]({folder.name}/{picture.name})\n\n"
+            text += f"### {title}\n\n"
+            if folder is not None:
+                folder.mkdir(exist_ok=True)
+                picture = folder / f"{'-'.join(place)}{'-exit0' if variant else ''}.png"
+                draw(curves, title, settings.tasks[place[0]].metric, str(picture))
+                pictures.append(picture)
+                text += f"![{title}]({folder.name}/{picture.name})\n\n"
             text += tables.saving_table(curves, settings.savings) + "\n"
     return text, pictures
 
 
-def _made_by(settings: Settings, records: list[Record], missing: list[tuple[Run, str]], config: str | Path) -> str:
+def _made_by(
+    settings: Settings, records: list[Record], missing: list[tuple[Run, str]], config: str | Path, page: str
+) -> str:
     name = f"benchmarks/{Path(config).name}"
     environments = Counter(tuple(r.result["environment"].items()) for r in records)
     machines = [", ".join(f"{k} {v}" for k, v in env) + f" ({n} runs)" for env, n in environments.most_common()]
     seconds = sum(r.result["seconds"]["total"] for r in records)
     sources = Counter(r.rates for r in records)
-    precision = "bfloat16 autocast in training, float32 in scoring" if settings.bf16 else "float32"
+    precision = (
+        "bfloat16 autocast in training and in the passes of a frozen backbone, else float32"
+        if settings.bf16
+        else "float32"
+    )
     return "\n".join(
         [
             "Made from stored runs by",
             "",
             "```bash",
             f"python benchmarks/paper.py run {name} --data-dir DATA --model-dir MODELS --out runs/paper",
-            f"python benchmarks/paper.py report {name} --out runs/paper --docs docs/results/paper.md",
+            f"python benchmarks/paper.py report {name} --out runs/paper --docs docs/results/paper/{page}",
             "```",
             "",
             f"* {len(records)} of {len(records) + len(missing)} runs are finished; one after the other they took "
             f"{seconds / 60:.0f} minutes, the search for learning rates not counted.",
-            f"* Seeds {sorted({r.seed for r in records})}. At most {settings.epochs} epochs (tasks may differ), "
-            f"the best by S-avg on validation data, early stopping after {settings.patience} without a better one; "
-            f"AdamW without weight decay, 10% warm-up, linear decay, batches of similar length; {precision}. 2ST "
-            "trains as many epochs in each of its stages. A single exit at depth m is a backbone that is cut off "
-            "behind block m.",
+            f"* Seeds {sorted({r.seed for r in records})}. {_epochs(settings)}; AdamW without weight decay, 10% "
+            f"warm-up, linear decay, batches of similar length; {precision}. 2ST trains as many epochs in each of its "
+            "stages. A single exit at depth m is a backbone that is cut off behind block m.",
             f"* Learning rates by source: {', '.join(f'{k} {v} runs' for k, v in sources.items())}.",
             *(f"* {machine}" for machine in machines),
         ]
+    )
+
+
+def _epochs(settings: Settings) -> str:
+    if settings.patience is None:
+        return f"{settings.epochs} epochs (tasks may differ), of which the last state counts"
+    return (
+        f"At most {settings.epochs} epochs (tasks may differ), the best by S-avg on validation data, early stopping "
+        f"after {settings.patience} without a better one"
     )
 
 

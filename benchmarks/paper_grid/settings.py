@@ -81,6 +81,7 @@ class Search:
         seed, epochs: Of the trials.
         max_train: Rows of a trial; None takes the task's.
         share: Task -> the task whose rates it takes.
+        methods: Method -> the method whose rates it takes.
     """
 
     adapter_lr: dict[str, list[float]]
@@ -89,6 +90,7 @@ class Search:
     epochs: int = 1
     max_train: int | None = None
     share: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,17 +99,25 @@ class Group:
 
     Args:
         name: For `--only` and the report.
-        tasks, backbones, modes, methods, seeds: What is combined.
-        variants: Fields of `BadgeConfig` on top of the method's, one dict per variant; `exit_0: true` adds exit 0.
+        tasks, backbones, modes, methods, seeds: What is combined. `{name: fields}` is a method with fields of
+            `BadgeConfig` on top of its own.
+        variants: Such fields for each of the methods, one dict per variant; `exit_0: true` adds exit 0.
+        task_by_task: All seeds of a task, then the next task; else all tasks with a seed, then the next seed.
     """
 
     name: str
     tasks: list[str]
-    methods: list[str]
+    methods: list[str | dict[str, dict[str, Any]]]
     backbones: list[str]
     modes: list[str]
     seeds: list[int]
     variants: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    task_by_task: bool = False
+
+    @property
+    def named_methods(self) -> list[tuple[str, dict[str, Any]]]:
+        """The methods, with the fields on top of theirs."""
+        return [(m, {}) if isinstance(m, str) else next(iter(m.items())) for m in self.methods]
 
 
 @dataclass
@@ -120,7 +130,7 @@ class Settings:
     groups: list[Group]
     search: Search | None = None
     epochs: int = 25
-    patience: int = 8
+    patience: int | None = 8  # None: no evaluation before the end, and the last state counts
     batch_size: int = 16
     activation: str = "gelu"
     r: int = 16
@@ -150,7 +160,7 @@ def load_settings(path: str | Path) -> Settings:
             for name in getattr(group, kind):
                 if name not in known:
                     raise ValueError(f"group {group.name!r}: {name!r} is not defined in {kind}: {', '.join(known)}.")
-        for name in group.methods:
+        for name, _ in group.named_methods:
             check_method(name)
     return settings
 

@@ -16,11 +16,13 @@ import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
 from transformers.utils import logging
 
+from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from paper_grid.data import TaskData, load_task
 from paper_grid.models import find_backbone, load_tokenizer, make_model
 from paper_grid.settings import Settings
+from paper_grid.states import SharedStates
 from paper_grid.store import Store
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
@@ -43,6 +45,7 @@ class Workshop:
         self.data_dir, self.model_dir = data_dir, model_dir
         self._data: dict[str, TaskData] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._states = SharedStates(store.root)
 
     def path(self, run: dict[str, Any]) -> str:
         """Where the run's backbone is."""
@@ -56,10 +59,21 @@ class Workshop:
 
     def data(self, run: dict[str, Any]) -> TaskData:
         """The run's task, tokenized."""
-        name = str([run[k] for k in ("data", "rows", "data_seed", "max_length", "backbone")])
+        name = _place(run)
         if name not in self._data:
             self._data[name] = load_task(run, self.data_dir, self.tokenizer(run))
         return self._data[name]
+
+    def collator(self, run: dict[str, Any]) -> DataCollatorWithPadding:
+        """Makes batches of the run's rows."""
+        return DataCollatorWithPadding(self.tokenizer(run))
+
+    def states(self, run: dict[str, Any], model: Any, split: str) -> CachedStates | None:
+        """What the exits of a frozen backbone read of the run's rows, which all runs of the task share; else None."""
+        if run["mode"] != "frozen":
+            return None
+        rows = self.data(run).splits[split]
+        return self._states.of(_place(run), run, model, split, rows, self.collator(run))
 
     def trainer(self, run: dict[str, Any], folder: Path, **options: Any) -> MultiExitTrainer:
         """A trainer for the run, without anything that costs time and tells nothing.
@@ -73,6 +87,7 @@ class Workshop:
         if "model" not in options and "model_init" not in options:
             options["model"] = make_model(run, self.path(run), data)
         model = options["model"] if "model" in options else options["model_init"](None)
+        last: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
         arguments = multi_exit_arguments(
             model,
             str(folder),
@@ -87,12 +102,13 @@ class Workshop:
             logging_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **(last if run["patience"] is None else {}),
         )
         trainer = MultiExitTrainer(
             args=arguments,
             train_dataset=data.splits["train"],
             eval_dataset=data.splits["validation"],
-            data_collator=DataCollatorWithPadding(self.tokenizer(run)),
+            data_collator=self.collator(run),
             objective=run["objective"],
             depth=run["depth"],
             adapter_learning_rate=run["adapter_lr"],
@@ -116,13 +132,18 @@ class Workshop:
         data = self.data(run)
         with self.store.scratch() as folder, quiet():
             set_seed(run["seed"])
-            trainer = self.trainer(run, folder)
+            model = make_model(run, self.path(run), data)
+            splits = ("validation",) if run["purpose"] == "search" else ("validation", "test")
+            states = {split: self.states(run, model, split) for split in ("train", *splits)}
+            set_seed(run["seed"])  # whatever the pass has drawn
+            trainer = self.trainer(run, folder, model=model, cache_states=states["train"])
             trained = time.perf_counter()
             trainer.train()
             trained = time.perf_counter() - trained
-            model = trainer.model
-            splits = ("validation",) if run["purpose"] == "search" else ("validation", "test")
-            logits = {s: collect_exit_logits(model, data.splits[s], batch_size=64) for s in splits}
+            logits = {
+                split: collect_exit_logits(model, data.splits[split], batch_size=64, cached_states=states[split])
+                for split in splits
+            }
         history = [
             {k.removeprefix("eval_"): row[k] for k in ("epoch", "eval_s_avg", "eval_s_best") if k in row}
             for row in trainer.state.log_history
@@ -142,6 +163,11 @@ class Workshop:
         }
         self.store.write(run, result, logits if run["purpose"] == "result" else {})
         return result
+
+
+def _place(run: dict[str, Any]) -> str:
+    """What tells the rows of a run, as its backbone reads them, from others."""
+    return str([run[k] for k in ("data", "rows", "data_seed", "max_length", "backbone")])
 
 
 def scores(logits: ExitLogits, metric: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import paper  # noqa: E402
+from paper_grid import regret, resampled  # noqa: E402
+from paper_grid.forms import DEFAULT, PLAIN, logits_of, saved_by  # noqa: E402
 from paper_grid.loop import Loop  # noqa: E402
 from paper_grid.plan import Run, key_of, plan  # noqa: E402
 from paper_grid.published import TABLE_1  # noqa: E402
@@ -27,6 +30,11 @@ from paper_grid.records import gather, method_scores  # noqa: E402
 from paper_grid.settings import load_settings  # noqa: E402
 from paper_grid.statistics import Paired, paired, summary  # noqa: E402
 from paper_grid.store import Store  # noqa: E402
+from paper_grid.training import Workshop  # noqa: E402
+
+from badge_peft.evaluation import ExitLogits, exit_scores  # noqa: E402
+from badge_peft.evaluation.metrics import METRICS  # noqa: E402
+from badge_peft.training import cache_states  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(20)]
 METHODS = [
@@ -64,14 +72,23 @@ GRID: dict[str, Any] = {
             "modes": ["frozen"],
             "methods": ["joint", "badge"],
             "seeds": [0, 1],
-            "variants": [{}, {"placement": "ffn"}, {"placement": "mhsa"}, {"r": 4}, {"r": 16}, {"exit_0": True}],
+            "variants": [
+                {},
+                {"placement": "ffn"},
+                {"placement": "mhsa"},
+                {"r": 4},
+                {"r": 16},
+                {"exit_0": True},
+                {"carry": "logits"},
+            ],
+            "task_by_task": True,
         },
         {
             "name": "lora",
             "tasks": ["pairs"],
             "backbones": ["tiny"],
             "modes": ["lora"],
-            "methods": ["badge"],
+            "methods": ["badge", {"badge": {"ladder": True}}],
             "seeds": [0],
         },
     ],
@@ -176,6 +193,25 @@ def test_what_is_stored_is_not_run_again(place: Path) -> None:
     trained: list[str] = []
     Loop(settings, store, lambda run: trained.append(run["method"]) or {}).go(runs)  # type: ignore[func-returns-value]
     assert trained == []
+
+
+def test_runs_of_a_frozen_task_share_one_pass(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, store = _settings(place), Store(place / "runs")
+    passes: list[int] = []
+
+    def counted(model: Any, rows: Any, **options: Any) -> Any:
+        passes.append(len(rows))
+        return cache_states(model, rows, **options)
+
+    monkeypatch.setattr("paper_grid.states.cache_states", counted)
+    workshop = Workshop(settings, Store(tmp_path), str(place / "data"), str(place / "models"))
+    frozen = [run for run in plan(settings) if run.settings["mode"] == "frozen" and run.settings["seed"] == 0]
+    for run in frozen:
+        if run.settings["variant"] in ({}, {"carry": "logits"}, {"r": 4}):
+            settled, _ = choose(settings, run, store)
+            # whether the states were there already changes nothing
+            assert workshop.run(settled)["scores"] == (store.read(settled) or {})["scores"], run.label
+    assert passes == [24, 12, 12] * 2  # what exits with a bypass read, and those without
 
 
 def test_a_failure_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +327,7 @@ def test_a_wrong_grid_is_refused(tmp_path: Path, change: dict[str, Any], message
 
 
 def test_the_grids_that_are_shipped_can_be_read() -> None:
-    for name in ("paper.yaml", "paper_small.yaml"):
+    for name in ("paper.yaml", "paper_small.yaml", "paper_frozen.yaml"):
         runs = plan(load_settings(BENCHMARKS / name))
         assert {"badge", "joint", "alternating", "past_future", "two_stage"} <= {r.settings["method"] for r in runs}
 
@@ -309,3 +345,91 @@ def test_statistics() -> None:
     assert Paired([1.0]).interval is None
     assert paired({0: 1.0}, {1: 1.0}) is None
     assert summary({0: 1.0, 1: 5.0, 2: 2.0}) == "2.0 (1.0-5.0)"
+
+
+def test_methods_with_fields_of_their_own_and_the_order_of_tasks(place: Path) -> None:
+    labels = [run.label for run in plan(_settings(place))]
+    assert "pairs/tiny/lora/badge/ladder=True/s0" in labels
+    settings = _settings(place)
+    settings.tasks["again"] = settings.tasks["pairs"]
+    group = settings.groups[1]
+    group.tasks, group.methods, group.variants = ["pairs", "again"], ["joint"], [{}]
+    settings.groups = [group]
+    assert [run.label[-2:] + run.label[:5] for run in plan(settings)] == ["s0pairs", "s1pairs", "s0again", "s1again"]
+    group.task_by_task = False
+    assert [run.label[-2:] + run.label[:5] for run in plan(settings)] == ["s0pairs", "s0again", "s1pairs", "s1again"]
+
+
+def test_without_patience_the_last_state_counts(place: Path, tmp_path: Path) -> None:
+    settings = _settings(place)
+    settings.patience = None
+    run, _ = choose(settings, next(r for r in plan(settings) if r.settings["mode"] == "frozen"), Store(tmp_path))
+    found = Workshop(settings, Store(tmp_path), str(place / "data"), str(place / "models")).run(run)
+    assert found["history"] == [] and found["best_epoch"] is None
+    assert len(found["scores"]["test"]["per_exit"]) == 2
+
+
+@pytest.mark.parametrize("metric", list(resampled.WEIGHTED))
+def test_scores_of_resampled_rows(metric: str) -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.normal(size=50) if metric == "pearson" else draw.integers(0, 2 if metric == "acc_and_f1" else 5, 50)
+    answers = labels + draw.normal(size=50) if metric == "pearson" else np.where(draw.random(50) < 0.5, labels, 1)
+    counts = np.concatenate([np.ones((1, 50), dtype=int), draw.multinomial(50, np.full(50, 1 / 50), size=20)])
+    found = resampled.WEIGHTED[metric](answers, labels, counts)
+    expected = [METRICS[metric](np.repeat(answers, row), np.repeat(labels, row)) for row in counts]
+    assert np.allclose(found, expected)
+
+
+def test_gains() -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (80,), generator=draw)
+
+    def logits(right: float) -> ExitLogits:
+        sure = (torch.rand(80, 2, generator=draw) < right).float().unsqueeze(-1)
+        noise = torch.rand(80, 2, 3, generator=draw)
+        return ExitLogits(noise + 5 * sure * torch.nn.functional.one_hot(labels, 3).unsqueeze(1), labels)
+
+    good, poor = ({seed: logits(right) for seed in range(3)} for right in (0.9, 0.4))
+    found = resampled.gains(good, poor, "accuracy")
+    assert found is not None
+    by_hand = np.mean([exit_scores(good[s]).avg - exit_scores(poor[s]).avg for s in range(3)])
+    assert found["avg"].mean == pytest.approx(100 * by_hand)
+    assert 0 < found["avg"].low < found["avg"].mean < found["avg"].high
+    same = resampled.gains(good, good, "accuracy")
+    assert same is not None and (same["best"].low, same["best"].high) == (0, 0)
+    assert resampled.gains(good, {7: good[0]}, "accuracy") is None
+
+
+def test_headline(place: Path) -> None:
+    docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
+    assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
+    text = docs.read_text()
+    for part in ("**BADGE + carry**", "JT (2)", "## Ahead of the plain bypass", "## Blocks saved", "## Targets"):
+        assert part in text, part
+    assert "nan" not in text and str(place) not in text
+    assert picture.stat().st_size > 1000
+    settings, store = _settings(place), Store(place / "runs")
+    records, _ = gather(settings, store)
+    task = ("pairs", "tiny", "frozen")
+    assert set(logits_of(records, DEFAULT, task, store, "test")) == {0, 1}
+    saved = saved_by(records, PLAIN, task, store, settings)
+    assert set(saved.saved) == {0, 1} and all(0 <= share < 1 for share in saved.saved.values())
+
+
+def test_regrets_of_policies(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regret, "SIZES", (8,))
+    monkeypatch.setattr(regret, "LEFT", 8)
+    monkeypatch.setattr(regret, "SAVINGS", (0.25,))
+    docs, kept = tmp_path / "policies.md", tmp_path / "policies.json"
+    more = ["--docs", str(docs), "--json", str(kept)]
+    assert paper.main([*_arguments("policies", place), *more]) == 0
+    entries = json.loads(kept.read_text())["entries"]
+    assert {(e["task"], e["seed"], e["rows"]) for e in entries} == {("pairs", 0, 8), ("pairs", 1, 8)}
+    assert {"auto", "max_prob", "divergence", "agreement"} <= set(entries[0]["policies"])
+    found = regret.regrets(entries, 8)
+    best = max(value for name, value in found.items() if name != "auto")
+    assert best == 0 and found["auto"] == pytest.approx(
+        np.mean([e["policies"]["auto"]["score"] for e in entries])
+        - max(np.mean([e["policies"][name]["score"] for e in entries]) for name in found if name != "auto")
+    )
+    assert "| `auto` |" in docs.read_text()

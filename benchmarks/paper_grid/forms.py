@@ -1,0 +1,115 @@
+"""Forms of exits on one frozen backbone, task by task: scores, gains over the plain bypass, blocks saved."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
+from paper_grid.records import Place, Record, by_seed
+from paper_grid.resampled import Gain, gains
+from paper_grid.settings import Settings
+from paper_grid.store import Store
+
+DROP = 0.005  # half a point
+Fields = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One column of the tables.
+
+    Args:
+        method: In `METHODS`.
+        fields: Of the adapter, on top of the method's.
+        title: In tables.
+    """
+
+    method: str
+    fields: Fields
+    title: str
+
+    def fits(self, record: Record, place: Place) -> bool:
+        """Whether a run is one of it."""
+        same = record.method == self.method and record.variant == dict(self.fields)
+        return same and record.place == place
+
+
+PLAIN = Form("badge", (), "BADGE")
+DEFAULT = Form("badge", (("carry", "logits"),), "BADGE + carry")
+FORMS = (
+    Form("joint", (), "JT"),
+    PLAIN,
+    Form("badge", (("carry", "logits"),), "BADGE + carry"),
+    Form("badge", (("ladder", True),), "BADGE + ladder"),
+    Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + both"),
+    Form("joint", (("carry", "logits"),), "JT + carry"),
+)
+OTHERS = (
+    Form("two_stage", (), "2ST"),
+    Form("alternating", (), "ALT"),
+    Form("gradient_equilibrium", (), "GradEquil"),
+    Form("past_future", (), "GPF"),
+)
+
+
+@dataclass
+class Saved:
+    """What `calibrate(policy="auto", max_score_drop=DROP)` on validation rows gives on test rows.
+
+    Args:
+        saved: Share of blocks, by seed.
+        drop: From the exit that is best on validation rows, in points, by seed.
+    """
+
+    saved: dict[int, float]
+    drop: dict[int, float]
+
+
+def found_forms(records: list[Record], forms: tuple[Form, ...] = FORMS) -> list[Form]:
+    """Those that some run is one of."""
+    return [form for form in forms if any(form.fits(r, r.place) for r in records)]
+
+
+def scores_of(records: list[Record], form: Form, place: Place, what: str) -> dict[int, float]:
+    """Seed -> test score."""
+    return by_seed(records, lambda r: form.fits(r, place), what)
+
+
+def logits_of(records: list[Record], form: Form, place: Place, store: Store, split: str) -> dict[int, ExitLogits]:
+    """Seed -> stored logits."""
+    return {r.seed: store.logits(r.settled, split) for r in records if form.fits(r, place)}
+
+
+def gains_over(
+    records: list[Record], form: Form, place: Place, store: Store, settings: Settings, over: Form = PLAIN
+) -> dict[str, Gain] | None:
+    """How far a form is ahead of another on one task."""
+    ours, others = (logits_of(records, one, place, store, "test") for one in (form, over))
+    return gains(ours, others, settings.tasks[place[0]].metric)
+
+
+def saved_by(records: list[Record], form: Form, place: Place, store: Store, settings: Settings) -> Saved:
+    """Blocks saved within half a point."""
+    metric, found = settings.tasks[place[0]].metric, Saved({}, {})
+    for record in records:
+        if not form.fits(record, place):
+            continue
+        validation, test = (store.logits(record.settled, split) for split in ("validation", "test"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few rows: the careful setting that is returned then counts
+            config = calibrate(validation, "auto", max_score_drop=DROP, metric=metric)
+        point = evaluate_policy(test, config, metric)
+        best = validation.exits.index(exit_scores(validation, metric).best_exit)
+        whole = exit_scores(test, metric).per_exit[best]
+        found.saved[record.seed] = point.layer_speedup
+        found.drop[record.seed] = 100 * (whole - point.score)
+    return found
+
+
+def mean(values: dict[int, float]) -> float:
+    """Over seeds; NaN for none."""
+    return float(np.mean(list(values.values()))) if values else float("nan")
