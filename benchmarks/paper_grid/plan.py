@@ -43,18 +43,18 @@ class Run:
 
 def plan(settings: Settings) -> list[Run]:
     """Every run once, in the order of the groups, and in a group seed by seed, so that what is finished when the time
-    is up can be compared; or task by task, where the group says so."""
-    runs: dict[str, Run] = {}
-    for group in settings.groups:
-        places = [(seed, task) for seed in group.seeds for task in group.tasks]
-        if group.task_by_task:
-            places.sort(key=lambda place: group.tasks.index(place[1]))
-        for (seed, task), backbone, mode, (method, fields), variant in product(
-            places, group.backbones, group.modes, group.named_methods, group.variants
+    is up can be compared; the groups of one round task by task."""
+    runs: dict[str, tuple[tuple[int, int], Run]] = {}
+    rounds: dict[int, int] = {}
+    for i, group in enumerate(settings.groups):
+        first = i if group.round is None else rounds.setdefault(group.round, i)
+        for seed, task, backbone, mode, (method, fields), variant in product(
+            group.seeds, group.tasks, group.backbones, group.modes, group.named_methods, group.variants
         ):
+            place = first, 0 if group.round is None else list(settings.tasks).index(task)
             for one in _runs(settings, task, backbone, mode, method, {**fields, **variant}, seed):
-                runs.setdefault(key_of(one), Run(group.name, one))
-    return list(runs.values())
+                runs.setdefault(key_of(one), (place, Run(group.name, one)))
+    return [run for _, run in sorted(runs.values(), key=lambda found: found[0])]
 
 
 def _runs(

@@ -102,7 +102,7 @@ class Group:
         tasks, backbones, modes, methods, seeds: What is combined. `{name: fields}` is a method with fields of
             `BadgeConfig` on top of its own.
         variants: Such fields for each of the methods, one dict per variant; `exit_0: true` adds exit 0.
-        task_by_task: All seeds of a task, then the next task; else all tasks with a seed, then the next seed.
+        round: Groups of the same round are run together, task by task. None: the group alone, seed by seed.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Group:
     modes: list[str]
     seeds: list[int]
     variants: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    task_by_task: bool = False
+    round: int | None = None
 
     @property
     def named_methods(self) -> list[tuple[str, dict[str, Any]]]:

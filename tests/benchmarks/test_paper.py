@@ -81,7 +81,7 @@ GRID: dict[str, Any] = {
                 {"exit_0": True},
                 {"carry": "logits"},
             ],
-            "task_by_task": True,
+            "round": 1,
         },
         {
             "name": "lora",
@@ -356,7 +356,7 @@ def test_methods_with_fields_of_their_own_and_the_order_of_tasks(place: Path) ->
     group.tasks, group.methods, group.variants = ["pairs", "again"], ["joint"], [{}]
     settings.groups = [group]
     assert [run.label[-2:] + run.label[:5] for run in plan(settings)] == ["s0pairs", "s1pairs", "s0again", "s1again"]
-    group.task_by_task = False
+    group.round = None
     assert [run.label[-2:] + run.label[:5] for run in plan(settings)] == ["s0pairs", "s0again", "s1pairs", "s1again"]
 
 

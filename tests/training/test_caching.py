@@ -88,6 +88,14 @@ def test_every_type_of_storage(dtype, train_head):
         torch.testing.assert_close(found.logits, expected.logits)
 
 
+@pytest.mark.parametrize("placement", ["block", "none"])
+def test_passes_under_autocast(placement):
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = both_ways(make_badge(placement=placement, exit_pooling="mean"), "float16")
+    scale = expected.exit_logits.abs().max()
+    assert (found.exit_logits - expected.exit_logits).abs().max() / scale < ROUNDING["bfloat16"]
+
+
 def test_one_position_is_all_that_is_kept_where_one_is_read():
     batch = make_batch(rows=6)
     tokens = int(batch["attention_mask"].sum())
