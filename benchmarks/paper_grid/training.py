@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
@@ -62,6 +63,7 @@ class Workshop:
         name = _place(run)
         if name not in self._data:
             self._data[name] = load_task(run, self.data_dir, self.tokenizer(run))
+            gc.freeze()  # the rows stay, and every training collects garbage
         return self._data[name]
 
     def collator(self, run: dict[str, Any]) -> DataCollatorWithPadding:
