@@ -105,7 +105,7 @@ def _made_by(
     seconds = sum(r.result["seconds"]["total"] for r in records)
     sources = Counter(r.rates for r in records)
     precision = (
-        "bfloat16 autocast in training and in the passes of a frozen backbone, else float32"
+        "bfloat16 autocast in training, with a frozen backbone in its passes alone, else float32"
         if settings.bf16
         else "float32"
     )

@@ -98,7 +98,7 @@ class Workshop:
             per_device_train_batch_size=run["batch_size"],
             per_device_eval_batch_size=max(64, run["batch_size"]),
             seed=run["seed"],
-            bf16=run["bf16"],
+            bf16=run["bf16"] and run["mode"] != "frozen",  # whose exits train in one function of their own in float32
             use_cpu=not torch.cuda.is_available(),
             save_only_model=True,
             logging_strategy="no",
