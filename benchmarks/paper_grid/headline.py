@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from badge_peft.utils.files import write_json
 from paper_grid.forms import (
@@ -27,6 +27,15 @@ from paper_grid.settings import Settings
 from paper_grid.store import Store
 from paper_grid.tables import markdown, task_title, title_of
 
+JOINT, LADDER, BOTH, JOINT_CARRY = FORMS[0], FORMS[3], FORMS[4], FORMS[5]
+COMPARED = (
+    (PLAIN, JOINT),
+    (DEFAULT, PLAIN),
+    (LADDER, PLAIN),
+    (BOTH, PLAIN),
+    (JOINT_CARRY, JOINT),
+    (JOINT_CARRY, PLAIN),
+)
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
 INTENT_TASKS = ("banking77", "clinc150")
@@ -73,64 +82,57 @@ class Numbers:
 
     def __init__(self, settings: Settings, store: Store, records: list[Record]) -> None:
         self.settings, self.store, self.records = settings, store, records
-        self.places = [p for p in places(records) if any(PLAIN.fits(r, p) for r in records)]
+        self.places = [p for p in places(records) if p[2] == "frozen" and any(PLAIN.fits(r, p) for r in records)]
         self.forms = found_forms(records)
-        self.rivals = [form for form in self.forms if form != PLAIN]
-        self.over_plain: dict[tuple[Form, Place], dict[str, Gain]] = {}
-        for form in self.rivals:
+        self.gained: dict[tuple[Form, Form, Place], dict[str, Gain]] = {}
+        for form, over in COMPARED:
             for place in self.places:
-                found = gains_over(records, form, place, store, settings)
+                found = gains_over(records, form, place, store, settings, over)
                 if found is not None:
-                    self.over_plain[form, place] = found
+                    self.gained[form, over, place] = found
+        self.compared = [pair for pair in COMPARED if any((*pair, p) in self.gained for p in self.places)]
         self._saved = self._saved_blocks()
 
     def _saved_blocks(self) -> dict[str, dict[str, Saved]]:
         """By form and task; calibrations take a while, so they are kept beside the runs."""
         path = self.store.root / "saved.json"
-        kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        kept: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
         found: dict[str, dict[str, Saved]] = {}
-        for form in (PLAIN, DEFAULT):
-            for place in self.places:
-                mine = [r for r in self.records if form.fits(r, place)]
-                key = f"{form.title} {place} {sorted(r.result['key'] for r in mine)}"
-                if mine and key not in kept:
-                    saved = saved_by(mine, form, place, self.store, self.settings)
-                    kept[key] = {"saved": saved.saved, "drop": saved.drop}
+        for form, place in product((PLAIN, DEFAULT), self.places):
+            for record in (r for r in self.records if form.fits(r, place)):
+                key = record.result["key"]
+                if key not in kept:
+                    kept[key] = list(saved_by(record, self.store))
                     write_json(path, kept)
-                if mine:
-                    one = {name: {int(s): v for s, v in values.items()} for name, values in kept[key].items()}
-                    found.setdefault(form.title, {})[place[0]] = Saved(**one)
+                one = found.setdefault(form.title, {}).setdefault(place[0], Saved({}, {}))
+                one.saved[record.seed], one.drop[record.seed] = kept[key]
         return found
 
     def title(self, place: Place) -> str:
         """Of a task."""
         return task_title(self.settings, place[0])
 
-    def ahead(self, form: Form, what: str, points: float = 0.0) -> tuple[int, int]:
-        """On how many tasks the interval lies above 0 and the mean at `points` or more; and of how many."""
-        found = [self.over_plain[form, p][what] for p in self.places if (form, p) in self.over_plain]
-        return sum(g.low > 0 and g.mean >= points for g in found), len(found)
-
-    def average(self, form: Form, what: str) -> float:
-        """The gain of a form, the mean over tasks."""
-        found = [self.over_plain[form, p][what].mean for p in self.places if (form, p) in self.over_plain]
-        return sum(found) / len(found)
+    def gains_of(self, form: Form, over: Form, what: str) -> list[Gain]:
+        """One for each task."""
+        return [self.gained[form, over, p][what] for p in self.places if (form, over, p) in self.gained]
 
     def summary(self) -> str:
         """What came out, in a few sentences."""
         backbones = ", ".join(dict.fromkeys(title_of(self.settings, p[1]) for p in self.places))
-        lines = []
-        for form in self.rivals:
-            if form.method == "badge":
-                (avg, tasks), (best, _) = self.ahead(form, "avg"), self.ahead(form, "best")
-                lines.append(
-                    f"* **{form.title}**: S-avg {self.average(form, 'avg'):+.1f} points, above zero on {avg} of "
-                    f"{tasks} tasks; S-best {self.average(form, 'best'):+.1f}, on {best} of {tasks}."
-                )
-        head = f"""Exits on a frozen {backbones}, {len(self.places)} tasks, against today's bypass (BADGE, plain):
-the mean over tasks, and on how many the paired interval lies above zero. `carry` is `carry="logits"`, `ladder` is
-`ladder=True` ([what they do](../choosing.md#exits-that-build-on-one-another-carry-ladder)); JT has no bypass."""
-        return head + "\n\n" + "\n".join(lines)
+        rows = []
+        for form, over in self.compared:
+            cells = []
+            for what in ("avg", "best"):
+                found = self.gains_of(form, over, what)
+                above, below = sum(g.low > 0 for g in found), sum(g.high < 0 for g in found)
+                cells.append(f"{sum(g.mean for g in found) / len(found):+.1f}; above 0 on {above}, below on {below}")
+            rows.append([f"{form.title} over {over.title}", *cells, str(len(found))])
+        return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
+how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
+`carry="logits"` and `ladder=True` do:
+[exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder).
+
+{markdown(["", "S-avg", "S-best", "tasks"], rows)}"""
 
     def scores(self) -> str:
         """S-avg / S-best of all forms."""
@@ -164,20 +166,19 @@ the mean over tasks, and on how many the paired interval lies above zero. `carry
         return ""
 
     def gains(self) -> str:
-        """Paired differences from the plain bypass."""
-        rows = []
-        for place in self.places:
-            for what, name in (("avg", "S-avg"), ("best", "S-best")):
-                cells = [
-                    self.over_plain[form, place][what].text if (form, place) in self.over_plain else "-"
-                    for form in self.rivals
-                ]
-                rows.append([self.title(place) if what == "avg" else "", name, *cells])
+        """Paired differences, task by task."""
         note = (
             f"Points, [{LEVEL:.0%} interval] of a paired bootstrap over seeds and test rows ({RESAMPLES} resamples)."
         )
-        header = ["task", "", *(form.title for form in self.rivals)]
-        return f"## Ahead of the plain bypass\n\n{note}\n\n{markdown(header, rows)}"
+        text = f"## Gains, task by task\n\n{note}\n"
+        header = [f"{form.title} over {over.title}" for form, over in self.compared]
+        for what, name in (("avg", "S-avg"), ("best", "S-best")):
+            rows = []
+            for place in self.places:
+                found = [self.gained.get((*pair, place)) for pair in self.compared]
+                rows.append([self.title(place), *(one[what].text if one else "-" for one in found)])
+            text += f"\n{markdown([name, *header], rows)}"
+        return text
 
     def saved(self) -> str:
         """Blocks saved within half a point."""
@@ -200,14 +201,10 @@ validation rows cannot show that half a point is kept, so that little or nothing
         """Reached or missed."""
         rows = []
         for what, name in (("avg", "S-avg"), ("best", "S-best")):
-            count, tasks = self.ahead(DEFAULT, what, GAIN)
-            rows.append(
-                [
-                    f"{name} {GAIN:+.1f}, interval above 0, on {ENOUGH} tasks",
-                    f"{count} of {tasks}",
-                    _word(count >= ENOUGH),
-                ]
-            )
+            found = self.gains_of(DEFAULT, PLAIN, what)
+            count = sum(g.low > 0 and g.mean >= GAIN for g in found)
+            goal = f"{name} {GAIN:+.1f}, interval above 0, on {ENOUGH} tasks"
+            rows.append([goal, f"{count} of {len(found)}", _word(count >= ENOUGH)])
         saved = {task: mean(one.saved) for task, one in self._saved.get(DEFAULT.title, {}).items()}
         many = sum(share >= SAVED for share in saved.values())
         rows.append(

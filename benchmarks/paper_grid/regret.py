@@ -26,7 +26,7 @@ from paper_grid.store import Store
 from paper_grid.tables import markdown
 
 SIZES = (200, 500, 1000)
-SAVINGS = (0.5, 0.75)
+SAVINGS = (0.66,)
 ALLOWED = 0.2  # points
 LEFT = 200  # rows that have to be left to be answered
 
@@ -61,11 +61,9 @@ def measure(records: list[Record], store: Store, path: Path, only: list[str] | N
     """
     found: list[dict[str, Any]] = json.loads(path.read_text())["entries"] if path.is_file() else []
     known = {(e["task"], e["seed"], e["rows"], e["saved"]): e for e in found}
-    for record in records:
-        pool = pool_of(record, store)
-        for size, saved in product(SIZES, SAVINGS):
-            if len(pool) - size < LEFT:
-                continue
+    pools = [(record, pool_of(record, store)) for record in sorted(records, key=lambda record: record.seed)]
+    for (record, pool), size, saved in product(pools, SIZES, SAVINGS):
+        if len(pool) - size >= LEFT:
             key = (record.place[0], record.seed, size, saved)
             entry = known.get(key)
             if entry is None:

@@ -109,7 +109,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _arguments(command: str, folder: Path, *more: str) -> list[str]:
-    where = ["--data-dir", str(folder / "data"), "--model-dir", str(folder / "models")] if command != "report" else []
+    where = ["--data-dir", str(folder / "data"), "--model-dir", str(folder / "models")]
+    where = where if command in ("run", "search") else []
     return [command, str(folder / "grid.yaml"), "--out", str(folder / "runs"), *where, *more]
 
 
@@ -421,7 +422,7 @@ def test_headline(place: Path) -> None:
     docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
     assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
     text = docs.read_text()
-    for part in ("**BADGE + carry**", "JT (2)", "## Ahead of the plain bypass", "## Blocks saved", "## Targets"):
+    for part in ("BADGE + carry over BADGE", "JT (2)", "## Gains, task by task", "## Blocks saved", "## Targets"):
         assert part in text, part
     assert "nan" not in text and str(place) not in text
     assert picture.stat().st_size > 1000
@@ -429,8 +430,8 @@ def test_headline(place: Path) -> None:
     records, _ = gather(settings, store)
     task = ("pairs", "tiny", "frozen")
     assert set(logits_of(records, DEFAULT, task, store, "test")) == {0, 1}
-    saved = saved_by(records, PLAIN, task, store, settings)
-    assert set(saved.saved) == {0, 1} and all(0 <= share < 1 for share in saved.saved.values())
+    saved, _ = saved_by(next(r for r in records if PLAIN.fits(r, task)), store)
+    assert 0 <= saved < 1
 
 
 def test_regrets_of_policies(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
