@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in PAGES:
             command.add_argument("--docs", default=PAGES[name], help="the page (default: %(default)s)")
             if name == "report":
-                command.add_argument("--no-figures", action="store_true", help="draw no Figure 2, its tables alone")
+                command.add_argument(
+                    "--no-figures", action="store_true", help="leave out Figure 2: sweeps take a while"
+                )
             if name == "headline":
                 command.add_argument("--picture", help="also draw the first task, as this PNG file")
             if name == "policies":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -127,26 +128,37 @@ def page(entries: list[dict[str, Any]], config: str) -> str:
     sizes = [size for size in SIZES if any(e["rows"] == size for e in entries)]
     found = {size: regrets(entries, size) for size in sizes}
     names = list(dict.fromkeys(name for by_policy in found.values() for name in by_policy))
-    rows = [[f"`{name}`", *(_cell(found[size], name) for size in sizes)] for name in names]
+    rows = [[f"`{name}`", *(_cell(entries, found[size], size, name) for size in sizes)] for name in names]
     counts = [f"{len({(e['task'], e['seed']) for e in entries if e['rows'] == size})} runs" for size in sizes]
     header = ["policy", *(f"{size} validation rows ({count})" for size, count in zip(sizes, counts, strict=True))]
     worst = min(by_policy["auto"] for by_policy in found.values())
     verdict = "reached" if worst >= -ALLOWED else f"missed, it is {-worst:.2f}"
+    seeds = sorted({e["seed"] for e in entries})
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn"))
     return f"""# What `policy="auto"` costs
 
 `auto` should never be more than {ALLOWED} points below the best single rule on average: {verdict}.
 
-Points below the best single rule (0.00), the mean over tasks, seeds and goals. Validation rows are drawn from the rows
-that a run was not trained on, `calibrate(policy, target_speedup=...)` chooses on them, for
-{", ".join(f"{s:.0%}" for s in SAVINGS)} of the blocks saved, and the other rows are answered. The table has the tasks
-with labels; regression lacks half of the rules.
+Points below the best single rule (0.00): the mean over runs, and its standard error where it is paired with that rule.
+Validation rows are drawn from the rows that a run was not trained on, `calibrate(policy, target_speedup=...)` chooses
+on them, for {", ".join(f"{s:.0%}" for s in SAVINGS)} of the blocks saved, and the other rows are answered.
+{DEFAULT.title}, seeds {", ".join(map(str, seeds))}, the [tasks](../paper.md) with labels and rows enough; regression
+lacks half of the rules.
 
 {markdown(header, rows)}
 ```bash
 python benchmarks/paper.py policies {config} --out runs/frozen
 ```
+
+{versions}.
 """
 
 
-def _cell(by_policy: dict[str, float], name: str) -> str:
-    return f"{by_policy[name]:.2f}" if name in by_policy else "-"
+def _cell(entries: list[dict[str, Any]], by_policy: dict[str, float], size: int, name: str) -> str:
+    if name not in by_policy:
+        return "-"
+    best = max((n for n in by_policy if n != "auto"), key=by_policy.__getitem__)
+    rows = [e["policies"] for e in entries if e["rows"] == size and "max_prob" in e["policies"]]
+    differences = [row[name]["score"] - row[best]["score"] for row in rows]
+    error = np.std(differences, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
+    return f"{by_policy[name]:.2f} ({error:.2f})" if name != best else "0.00"

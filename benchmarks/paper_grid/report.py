@@ -30,7 +30,7 @@ def write_report(
         store: What has been run, all of it or a part.
         docs: The markdown file; figures go to a folder of the same name beside it.
         config: The YAML file, for the command that the page names.
-        figures: Draw Figure 2; without it only its tables are written.
+        figures: With Figure 2, whose sweeps take a while.
 
     Returns:
         The files written.
@@ -42,9 +42,8 @@ def write_report(
     if not records:
         raise ValueError(f"{store.root} holds no finished run of {config}: start with the command `run`.")
     docs = Path(docs)
-    folder = docs.with_suffix("") if figures else None
     docs.parent.mkdir(parents=True, exist_ok=True)
-    figure_2, pictures = _figure_2(settings, records, store, folder)
+    figure_2, pictures = _figure_2(settings, records, store, docs.with_suffix("")) if figures else ("", [])
     sections = [
         f"# {settings.title}",
         _made_by(settings, records, missing, config, docs.name),
@@ -58,8 +57,7 @@ def write_report(
         *_section("## Table 3: bottleneck dimension", tables.table_3(settings, records)),
         "## Table 6: backbones",
         tables.table_6(settings, records),
-        "## Figure 2: exit policies",
-        figure_2,
+        *_section("## Figure 2: exit policies", figure_2),
         *_section("## Exit 0, beyond the paper", tables.exit_0_table(settings, records)),
         "## Learning rates",
         _rates(settings, records, store),
@@ -77,7 +75,7 @@ def _section(title: str, table: str) -> list[str]:
     return [title, table] if table else []
 
 
-def _figure_2(settings: Settings, records: list[Record], store: Store, folder: Path | None) -> tuple[str, list[Path]]:
+def _figure_2(settings: Settings, records: list[Record], store: Store, folder: Path) -> tuple[str, list[Path]]:
     text, pictures = f"{_FIGURE_NOTE}\n\n", []
     for place in places(records):
         for variant, word in (({}, ""), ({"exit_0": True}, " with exit 0")):
@@ -85,13 +83,11 @@ def _figure_2(settings: Settings, records: list[Record], store: Store, folder: P
             if "DGE" not in curves:
                 continue
             title = tables.place_title(settings, place) + word
-            text += f"### {title}\n\n"
-            if folder is not None:
-                folder.mkdir(exist_ok=True)
-                picture = folder / f"{'-'.join(place)}{'-exit0' if variant else ''}.png"
-                draw(curves, title, settings.tasks[place[0]].metric, str(picture))
-                pictures.append(picture)
-                text += f"![{title}]({folder.name}/{picture.name})\n\n"
+            folder.mkdir(exist_ok=True)
+            picture = folder / f"{'-'.join(place)}{'-exit0' if variant else ''}.png"
+            draw(curves, title, settings.tasks[place[0]].metric, str(picture))
+            pictures.append(picture)
+            text += f"### {title}\n\n![{title}]({folder.name}/{picture.name})\n\n"
             text += tables.saving_table(curves, settings.savings) + "\n"
     return text, pictures
 
