@@ -144,8 +144,8 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
             for place in self.places:
                 avg, best = (scores_of(self.records, form, place, what) for what in ("avg", "best"))
                 cells.append(f"{mean(avg):.1f} / {mean(best):.1f}" if avg else "-")
-            seeds = max(len(scores_of(self.records, form, place, "avg")) for place in self.places)
-            rows.append([f"{form.title} ({seeds})", *cells])
+            counts = {len(scores_of(self.records, form, place, "avg")) for place in self.places} - {0}
+            rows.append([f"{form.title} ({'-'.join(map(str, sorted(counts)))})", *cells])
         header = ["S-avg / S-best (seeds)", *map(self.title, self.places)]
         same = self._same_as_joint()
         return "## Scores on test data, mean over seeds\n\n" + markdown(header, rows) + (f"\n{same}" if same else "")
