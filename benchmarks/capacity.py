@@ -130,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         data["check"] = check(data["measured"], load_test, options.batch_size, options.batch_wait)
     else:
         docs = Path(options.docs)
+        docs.parent.mkdir(parents=True, exist_ok=True)
         docs.write_text(page(data), encoding="utf-8")
         pictures(data, docs.parent / "img")
         return 0
