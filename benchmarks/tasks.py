@@ -5,7 +5,7 @@
     python benchmarks/tasks.py --engines torch --sizes h384 --tasks 8 --shapes 1x64@30
     python benchmarks/tasks.py --docs docs/results/tasks.md      # measures nothing: the page from the file
 
-Results are saved as each cell ends.
+Results are saved as each cell ends. `benchmarks/stack.py` puts those of real tasks into the same file.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Parts of `benchmarks/tasks.py`."""
+"""Parts of `benchmarks/tasks.py`, `benchmarks/stack.py` and `benchmarks/decoders.py`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from latency_parts.tables import Table, markdown
 
+from task_parts.stack_page import stack_section
 from task_parts.ways import EACH, ENGINES, ONE_PASS, STOCK
 
 Row = Mapping[str, Any]
@@ -26,7 +27,7 @@ def write_page(data: Mapping[str, Any], path: str | Path) -> str:
 def page(data: Mapping[str, Any]) -> str:
     """Markdown."""
     cells = _cells(data)
-    environment = next(iter(data["sections"].values()))["environment"]
+    environment = data["sections"]["/".join(next(iter(cells)))]["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return f"""# Many tasks on the same rows
 
@@ -61,7 +62,7 @@ favor. Sessions do not spin.{_left_out(cells)}
 A call (or file) for each task / a stock model for each.
 
 {markdown(_gains(cells))}
-"""
+{stack_section(data)}"""
 
 
 def targets(data: Mapping[str, Any]) -> str:
