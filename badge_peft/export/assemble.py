@@ -9,6 +9,7 @@ from badge_peft.export.chain import Chain, in_int8
 from badge_peft.export.graph import INT64
 from badge_peft.export.policies import Decision
 from badge_peft.export.sliced import SlicedChain
+from badge_peft.export.tokens import TokenChain
 from badge_peft.export.trace import ExportedBlocks
 
 
@@ -16,7 +17,7 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` (a scalar, or [E] where each
     exit has its own) and `patience` to the answers.
 
-    The answers are `logits` and `exit_layer`. `threshold` and `patience` may be left out: the config's own are in the
+    The answers are `logits` and `exit_layer`, of a decision for tokens those of each token. `threshold` and `patience` may be left out: the config's own are in the
     file.
 
     Args:
@@ -26,7 +27,7 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
         compact: Take rows that have answered out of the batch.
     """
     inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
-    kind = SlicedChain if decision.policy.by_group else Chain
+    kind = SlicedChain if decision.policy.by_group else TokenChain if decision.reads_tokens else Chain
     chain = kind(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
     if isinstance(chain, SlicedChain):
         chain.positions = pieces.positions

@@ -17,6 +17,7 @@ from torch import nn
 from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
 from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel, digests
@@ -49,7 +50,8 @@ def export_onnx(
     the scalars `threshold` (float32; [E] where the config has one for each exit) and `patience` (int64), which have
     the config's values as defaults: a service changes its speed from call to call. With `policy="top_k"` a call is one
     query, and `top_k` (int64) takes the place of `patience`. It gives `logits` [B, K] and `exit_layer` [B]. Rows that
-    have answered keep their answer; the graph ends when all have.
+    have answered keep their answer; the graph ends when all have. Of token classification there is one input more,
+    `special_tokens_mask` (1 for tokens that need no answer), and `logits` are [B, S, K], `exit_layer` [B, S].
 
     Args:
         model: A PEFT model with an active BADGE adapter, in float32. It is copied, and stays as it is.
@@ -98,7 +100,9 @@ class OnnxExporter:
         given = badge.get_early_exit_config() if early_exit_config is None else early_exit_config
         policy = build_policy(EarlyExitConfig.of(given))
         exits = badge.exit_layers()
-        self.decision = Decision(policy, exits, config.resolved_labels, config.resolved_problem_type)
+        self.decision = Decision(
+            policy, exits, config.resolved_labels, config.resolved_problem_type, config.reads_tokens
+        )
         self.decision.check_exportable(learned=config.learn_to_exit)
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
@@ -157,7 +161,7 @@ class OnnxExporter:
         config: Any = self.badge.model.config
         return {
             "format": 1,
-            "inputs": self.pieces.inputs,
+            "inputs": [*self.pieces.inputs, *([SPECIAL] if decision.reads_tokens else [])],
             "num_labels": decision.num_labels,
             "problem_type": decision.problem_type,
             "labels": self.badge.label_names() if config.id2label else None,
@@ -243,8 +247,6 @@ def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:
     extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    if any(badge.config_of(name).reads_tokens for name in adapters):
-        raise ValueError("task_type='TOKEN_CLS' has no ONNX form here: run it in PyTorch.")
     if len(adapters) > 1 and any(badge.adapter_exits(name).are_linked for name in adapters):
         raise ValueError(
             "an adapter whose exits need one another (exit_type='past_future' or carry) is exported alone."

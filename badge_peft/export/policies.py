@@ -20,12 +20,14 @@ class Decision:
         exits: Block numbers of the model's exits.
         num_labels: K.
         problem_type: As transformers has it.
+        reads_tokens: Whether it decides for tokens.
     """
 
     policy: ExitPolicy
     exits: list[int]
     num_labels: int
     problem_type: str
+    reads_tokens: bool = False
 
     def __post_init__(self) -> None:
         self.policy.check(self.exits, self.num_labels, self.problem_type)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.evaluation.collate import labeled_features, pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.model import BadgeModel
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import NO_LABEL, problem_of
 
 _TEMPLATE = Path(__file__).parent / "card_template.md"
 
@@ -27,7 +27,8 @@ class ParityReport:
 
     Args:
         rows: How many.
-        same_answer: Share of rows with the same predicted label (regression: mean absolute difference of the values).
+        same_answer: Share of rows, or of tokens that count, with the same predicted label (regression: mean absolute
+            difference of the values).
         same_exit: Share of rows that stop at the same block.
         mean_exit: Mean number of the block that answered, in the file.
         mean_exit_before: In PyTorch.
@@ -84,11 +85,17 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenized row, or None.")
     problem = problem_of(session.config["problem_type"])
-    rows = labeled_features(tensor_columns(badge.model, examples), session.config["num_labels"], problem)
+    tokens = session.reads_tokens
+    check = labeled_tokens if tokens else labeled_features
+    rows = check(tensor_columns(badge.model, examples, tokens), session.config["num_labels"], problem)
+    counts: list[Any] = [_counted(row) if tokens else slice(None) for row in rows]
     labels = [torch.as_tensor(row.pop("labels")) for row in rows if "labels" in row]
     pairs = [_both(badge, session, config, pad_features([row], badge.model)) for row in rows]
     (logits_before, exits_before), (logits, exits) = (
-        (np.concatenate([x.logits for x in outputs]), np.concatenate([x.exit_layer for x in outputs]))
+        (
+            np.concatenate([(x.logits[0] if tokens else x.logits)[k] for x, k in zip(outputs, counts, strict=True)]),
+            np.array([x.exit_layer.max() for x in outputs]),
+        )
         for outputs in zip(*pairs, strict=True)
     )
     before, after = torch.from_numpy(logits_before), torch.from_numpy(logits)
@@ -102,10 +109,19 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
         mean_exit_before=float(exits_before.mean()),
     )
     if labels:
-        truth = problem.scored_labels(torch.stack(labels), session.config["num_labels"], len(rows)).numpy()
+        of_tokens = [label[k] for label, k in zip(labels, counts, strict=True)]
+        given = torch.cat(of_tokens) if tokens else torch.stack(labels)
+        truth = problem.scored_labels(given, session.config["num_labels"], len(before)).numpy()
         metric = METRICS[problem.default_metric]
         changes.score, changes.score_before = (metric(x, truth) for x in (new, old))
     return changes
+
+
+def _counted(row: dict[str, Any]) -> np.ndarray:
+    """[S] bool: the tokens that are compared: those with a label, else those that need an answer."""
+    if "labels" in row:
+        return np.asarray(row["labels"]) != NO_LABEL
+    return np.asarray(row.get(SPECIAL, [0] * len(row["input_ids"]))) == 0
 
 
 def largest_difference(
@@ -140,6 +156,7 @@ def onnx_card(report: OnnxExportReport, metadata: dict[str, Any], has_tokenizer:
     )
     return template.render(
         **metadata,
+        tokens=SPECIAL in metadata["inputs"],
         tau=_text(metadata["threshold"]),
         report=report,
         changes=report.changes,
@@ -159,4 +176,5 @@ def _both(
     output = early_exit_forward(badge, early_exit_config=config, **batch)
     assert output.logits is not None and output.exit_layer is not None
     fields: dict[str, Any] = {name: batch[name].numpy() for name in session.config["inputs"] if name in batch}
-    return OnnxOutput(output.logits.numpy(), output.exit_layer.numpy()), session(**fields)
+    exits = output.exit_layer if output.token_exit_layer is None else output.token_exit_layer
+    return OnnxOutput(output.logits.numpy(), exits.numpy()), session(**fields)

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from badge_peft.evaluation.collate import SPECIAL
+from badge_peft.export.words import entities_of, word_inputs
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require
 from badge_peft.utils.problem import problem_of
@@ -27,8 +29,9 @@ class OnnxOutput:
     """Each row's answer and where it was given.
 
     Args:
-        logits: [B, K] float32, of the exit at which the row stopped.
-        exit_layer: [B] int64, the block that answered, 1 to M; 0 for the exit on the embeddings.
+        logits: [B, K] float32, of the exit at which the row stopped; of token classification [B, S, K].
+        exit_layer: [B] int64, the block that answered, 1 to M; 0 for the exit on the embeddings. Of tokens [B, S],
+            0 also for those that nobody asked about; a row left at the largest of its own.
     """
 
     logits: np.ndarray
@@ -100,6 +103,7 @@ class OnnxEarlyExitModel:
         input_ids: Any,
         attention_mask: Any = None,
         token_type_ids: Any = None,
+        special_tokens_mask: Any = None,
         *,
         threshold: float | Sequence[float] | None = None,
         patience: int | None = None,
@@ -111,6 +115,8 @@ class OnnxEarlyExitModel:
             input_ids: [B, S], anything that numpy takes.
             attention_mask: [B, S]; None means that every position is real.
             token_type_ids: [B, S]; None means zeros. Ignored where the model has none.
+            special_tokens_mask: [B, S], of token classification: 1 for tokens that need no answer and hold no row;
+                None means zeros.
             threshold: In place of the file's own, for this call; where the file has one for each exit, a list of as
                 many, or a number for all.
             patience: In place of the file's own, for this call.
@@ -126,7 +132,7 @@ class OnnxEarlyExitModel:
             check_int(name, count, at_least=1)
             if count is not None and name != own:
                 raise ValueError(f"{name}={count} is not allowed: the rule in the file reads {own}.")
-        feed = self.inputs(input_ids, attention_mask, token_type_ids)
+        feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
         if threshold is not None:
             feed["threshold"] = self._threshold(threshold)
         if (given := counts[own]) is not None:
@@ -134,7 +140,9 @@ class OnnxEarlyExitModel:
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
         return OnnxOutput(logits, exit_layer)
 
-    def inputs(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> dict[str, np.ndarray]:
+    def inputs(
+        self, input_ids: Any, attention_mask: Any, token_type_ids: Any, special_tokens_mask: Any = None
+    ) -> dict[str, np.ndarray]:
         """What the graph takes of the model's inputs, checked; as in a call."""
         ids = np.asarray(input_ids, dtype=np.int64)
         if ids.ndim != 2 or 0 in ids.shape:
@@ -149,6 +157,8 @@ class OnnxEarlyExitModel:
         feed = {"input_ids": ids, "attention_mask": _like(ids, attention_mask, "attention_mask", 1)}
         if "token_type_ids" in self.config["inputs"]:
             feed["token_type_ids"] = _like(ids, token_type_ids, "token_type_ids", 0)
+        if SPECIAL in self.config["inputs"]:
+            feed[SPECIAL] = _like(ids, special_tokens_mask, SPECIAL, 0)
         return feed
 
     def tokenize(self, texts: Sequence[str], text_pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -162,6 +172,11 @@ class OnnxEarlyExitModel:
             return_tensors="np",
         )
         return {name: encoded[name] for name in self.config["inputs"] if name in encoded}
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether any answer of the file is one for each token."""
+        return SPECIAL in self.config["inputs"]
 
     def _threshold(self, given: Any) -> np.ndarray:
         """In the shape that the file takes: a scalar, or [E]."""
@@ -215,7 +230,8 @@ class OnnxEarlyExitModel:
 
         Returns:
             Per text `label`, `confidence` and `exit_layer`; `labels` where a text may have several, `value` for
-            regression.
+            regression. Of token classification `entities`, as `answers_of` has them, and `exit_layer`: the first
+            sub-token of each word answers for it, and the text leaves with the last of these.
         """
         if "top_k" in self.config:
             raise ValueError("the rule in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
@@ -223,8 +239,15 @@ class OnnxEarlyExitModel:
             texts = [texts]
         problem = problem_of(self.config["problem_type"])
         answers: list[dict[str, Any]] = []
+        if self.reads_tokens and text_pairs is not None:
+            raise ValueError("the file labels tokens of a text, and text_pairs are given: leave them out.")
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
+            if self.reads_tokens:
+                fields, words = word_inputs(texts[part], self.tokenizer, self.config)
+                output = self(**fields, threshold=threshold, patience=patience)
+                answers += entities_of(words, output, self.labels)
+                continue
             fields = self.tokenize(texts[part], None if text_pairs is None else text_pairs[part])
             output = self(**fields, threshold=threshold, patience=patience)
             for row, number in zip(output.logits, output.exit_layer, strict=True):

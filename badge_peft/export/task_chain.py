@@ -18,6 +18,15 @@ from badge_peft.export.chain import Chain, in_int8
 from badge_peft.export.graph import FLOAT, INT64, Graph
 from badge_peft.export.policies import Decision
 from badge_peft.export.runtime import LARGEST_PATIENCE
+from badge_peft.export.tokens import (
+    asked_tokens,
+    by_token,
+    by_tokens_of,
+    least_answered,
+    no_answers,
+    note_answers,
+    special_input,
+)
 from badge_peft.export.trace import ExportedBlocks
 
 OUTPUTS = ("logits", "exit_layer")
@@ -64,10 +73,17 @@ class TaskChain(Chain):
         rows = g.op("Shape", inputs[0], start=0, end=1)
         self.carried = {}
         self.limits: dict[str, ir.Value] = {}
+        asked = None
+        if any(decision.reads_tokens for decision in decisions.values()):
+            g.body.inputs.insert(len(inputs), special := special_input())
+            asked = asked_tokens(g, self.outer["attention_mask"], special)
         for task, decision in decisions.items():
             shape = g.op("Concat", rows, g.ints([decision.num_labels]), axis=0)
-            self.carried[f"{task}.answer"] = g.op("Expand", g.floats(0), shape)
-            self.carried[f"{task}.exit_layer"] = g.op("Expand", g.ints(-1), rows)
+            answers = g.op("Expand", g.floats(0), shape), g.op("Expand", g.ints(-1), rows)
+            if decision.reads_tokens:
+                assert asked is not None
+                answers = no_answers(g, asked, decision.num_labels)
+            self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"] = answers
             own = self.thresholds[task]
             self.limits[task] = g.op("Mul", own, g.floats(decision.unit)) if decision.unit != 1 else own
         self.answers = tuple(self.carried)
@@ -110,6 +126,8 @@ class TaskChain(Chain):
     ) -> bool:
         """The decision of one task; returns whether rows may have got their answer."""
         policy, last = decision.policy, decision.policy.is_final(decision.exits, index)
+        if decision.reads_tokens:
+            made = by_token(g, made, f"{task}.", decision.num_labels)
         logits, stops = made[f"{task}.logits"], None
         if last:
             self.open.remove(task)
@@ -141,6 +159,10 @@ class TaskChain(Chain):
         """Notes the answers of the rows in the states that stop, None: all, and had none of this task."""
         answer, exits = self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"]
         rows = self.carried.get("rows")
+        if self.decisions[task].reads_tokens:
+            noted = note_answers(g, number, logits, stops, answer, exits, rows)
+            self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"] = noted
+            return
         newly = g.op("Less", exits if rows is None else g.op("Gather", exits, rows, axis=0), g.ints(0))
         if stops is not None:
             newly = g.op("And", newly, stops)
@@ -156,20 +178,29 @@ class TaskChain(Chain):
 
     def _take_out(self, g: Graph) -> None:
         """Finds out which rows lack an answer, and with `compact` goes on with these alone."""
-        least = self.carried[f"{self.open[0]}.exit_layer"]
-        for task in self.open[1:]:
-            least = g.op("Min", least, self.carried[f"{task}.exit_layer"])
+        least, *others = [self._least(g, task) for task in self.open]
+        for other in others:
+            least = g.op("Min", least, other)
         if not self.compact:
             lowest = g.op("ReduceMin", least, g.ints([0]), keepdims=0)
             self.carried["done"] = g.op("GreaterOrEqual", lowest, g.ints(0))
             return
         going = g.op("Less", g.op("Gather", least, self.carried["rows"], axis=0), g.ints(0))
+        tokens = [task for task, decision in self.decisions.items() if decision.reads_tokens]
+        of_tokens = by_tokens_of(g, going, self.carried[f"{tokens[0]}.exit_layer"]) if tokens else going
         for name, value in self.carried.items():
             if name not in (*self.answers, "done"):
-                self.carried[name] = g.shaped(g.op("Compress", value, going, axis=0), value.shape)
+                kept = of_tokens if name.startswith(tuple(f"kept_{task}." for task in tokens)) else going
+                self.carried[name] = g.shaped(g.op("Compress", value, kept, axis=0), value.shape)
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
+
+    def _least(self, g: Graph, task: str) -> ir.Value:
+        """[B]: below 0 where a row lacks an answer of the task."""
+        exits = self.carried[f"{task}.exit_layer"]
+        return least_answered(g, exits) if self.decisions[task].reads_tokens else exits
 
 
 def _dims(decision: Decision) -> list[tuple[str, str, list[int | str]]]:
     """What is carried for a task, the name of the output that it becomes, and its dimensions."""
-    return [("answer", "logits", ["batch", decision.num_labels]), ("exit_layer", "exit_layer", ["batch"])]
+    rows: list[int | str] = ["batch", "sequence"] if decision.reads_tokens else ["batch"]
+    return [("answer", "logits", [*rows, decision.num_labels]), ("exit_layer", "exit_layer", rows)]

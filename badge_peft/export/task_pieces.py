@@ -67,7 +67,7 @@ class TaskPiece(nn.Module):
             named |= {f"shared_{i}": tensor.clone() for i, tensor in enumerate(run.shared)}
         heads = run.heads.logits(base.logits)
         for task in self.tasks:
-            logits, uncertainty = run.answers.get(task) or (heads[task][:, : exits[task].num_labels], None)
+            logits, uncertainty = run.answers.get(task) or (heads[task][..., : exits[task].num_labels], None)
             named[f"{task}.logits"] = logits
             if uncertainty is not None:
                 named[f"{task}.uncertainty"] = uncertainty

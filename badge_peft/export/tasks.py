@@ -16,9 +16,11 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.tasks import check_tasks, config_of_each
+from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
 from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.runtime import CONFIG, LARGEST_PATIENCE, MODEL, OnnxEarlyExitModel, OnnxOutput
+from badge_peft.export.words import entities_of, word_inputs
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require_onnx_exporter
@@ -41,8 +43,8 @@ def export_tasks_onnx(
 
     The graph takes `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), [B, S] int64, and
     for each task the scalars `<task>.threshold` (float32) and `<task>.patience` (int64), which may be left out: its
-    config has their defaults. It gives `<task>.logits` [B, K] and `<task>.exit_layer` [B]. A row's blocks end with its
-    last task.
+    config has their defaults. It gives `<task>.logits` [B, K] and `<task>.exit_layer` [B]; of a task that labels
+    tokens [B, S, K] and [B, S], and the graph takes `special_tokens_mask`, too. A row's blocks end with its last task.
 
     Args:
         model: A PEFT model with BADGE adapters, in float32. It is copied, and stays as it is.
@@ -61,7 +63,7 @@ def export_tasks_onnx(
     Raises:
         ModuleNotFoundError: the extra `onnx` is not installed.
         ImportError: torch is older than 2.8.
-        ValueError: tasks that cannot share a pass, tokens, what `export_onnx` refuses, or a file above 2 GB.
+        ValueError: tasks that cannot share a pass, what `export_onnx` refuses, or a file above 2 GB.
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
     require_onnx_exporter()
@@ -78,7 +80,11 @@ def export_tasks_onnx(
         config = badge.config_of(task)
         policy = build_policy(EarlyExitConfig.of(config.early_exit if given[task] is None else given[task]))
         decisions[task] = Decision(
-            policy, badge.exit_layers(task), config.resolved_labels, config.resolved_problem_type
+            policy,
+            badge.exit_layers(task),
+            config.resolved_labels,
+            config.resolved_problem_type,
+            config.reads_tokens,
         )
         decisions[task].check_exportable(learned=config.learn_to_exit)
         if policy.by_group:
@@ -121,6 +127,7 @@ class OnnxTasksModel(OnnxEarlyExitModel):
         input_ids: Any,
         attention_mask: Any = None,
         token_type_ids: Any = None,
+        special_tokens_mask: Any = None,
         *,
         threshold: float | Mapping[str, float] | None = None,
         patience: int | Mapping[str, int] | None = None,
@@ -131,13 +138,14 @@ class OnnxTasksModel(OnnxEarlyExitModel):
             input_ids: [B, S], anything that numpy takes.
             attention_mask: [B, S]; None means that every position is real.
             token_type_ids: [B, S]; None means zeros. Ignored where the model has none.
+            special_tokens_mask: [B, S], for tasks that label tokens, as `OnnxEarlyExitModel` has it.
             threshold: In place of the file's own, for this call: of all tasks, or a dict by task.
             patience: The same.
 
         Raises:
             ValueError: as `OnnxEarlyExitModel`, and for a task that the file does not have.
         """
-        feed = self.inputs(input_ids, attention_mask, token_type_ids)
+        feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
         names = list(self.config["tasks"])
         for task, value in _by_task(threshold, names, "threshold").items():
             if not is_number(value):
@@ -159,12 +167,23 @@ class OnnxTasksModel(OnnxEarlyExitModel):
             Per text a dict from tasks to what `OnnxEarlyExitModel.predict` says of one.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if self.reads_tokens and text_pairs is not None:
+            raise ValueError("a task of the file labels tokens of a text, and text_pairs are given: leave them out.")
         answers: list[dict[str, Any]] = []
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
             found: list[dict[str, Any]] = [{} for _ in texts[part]]
-            for task, output in self(**self.tokenize(texts[part], text_pairs and text_pairs[part]), **rule).items():
+            words: list[Any] = []
+            if self.reads_tokens:
+                fields, words = word_inputs(texts[part], self.tokenizer, self.config)
+            else:
+                fields = self.tokenize(texts[part], text_pairs and text_pairs[part])
+            for task, output in self(**fields, **rule).items():
                 own = self.config["tasks"][task]
+                if output.exit_layer.ndim == 2:
+                    for answer, entities in zip(found, entities_of(words, output, own["labels"]), strict=True):
+                        answer[task] = entities
+                    continue
                 problem, names = problem_of(own["problem_type"]), own["labels"]
                 for answer, row, number in zip(found, output.logits, output.exit_layer, strict=True):
                     answer[task] = {**problem.format_prediction(row, names), "exit_layer": int(number)}
@@ -197,7 +216,7 @@ def _metadata(
     """What `OnnxTasksModel` has to know, as JSON-able values."""
     return {
         "format": 1,
-        "inputs": inputs,
+        "inputs": [*inputs, *([SPECIAL] if any(d.reads_tokens for d in decisions.values()) else [])],
         "num_blocks": badge.num_blocks,
         **input_limits(badge, tokenizer),
         "badge_peft": package_version(),
@@ -227,7 +246,8 @@ def _difference(badge: BadgeModel, session: Any, configs: dict[str, EarlyExitCon
         expected = early_exit_forward(badge, tasks=list(configs), early_exit_config=configs, **batch)
         for task, found in session(**batch).items():
             own = expected[task]
-            same = own.exit_layer.numpy() == found.exit_layer
+            exits = own.exit_layer if own.token_exit_layer is None else own.token_exit_layer
+            same = exits.numpy() == found.exit_layer
             differences.append(np.abs(own.logits.numpy() - found.logits)[same].ravel())
     values = np.concatenate(differences)
     return check_difference(float(values.max()) if values.size else float("nan"))
