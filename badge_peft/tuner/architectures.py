@@ -107,8 +107,13 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
     """The row for `model`: `layout` when given, else the table's row for `model.config.model_type`.
 
     Raises:
-        ValueError: the table has no such row, or `layout` does not fit the model.
+        ValueError: the table has no such row, or `layout` does not fit the model, or the model reads images.
     """
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        raise ValueError(
+            f"{type(model).__name__} reads images, and exits are put on models that read texts: their rows are tokens "
+            "with an attention mask, by which rows leave a batch. There is no remedy here yet."
+        )
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if layout is None:
         layout = ARCHITECTURES.get(str(model_type)) or decoder_layout(model)
