@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,12 @@ import torch
 from latency_parts.environment import describe
 from latency_parts.tables import markdown
 
-from badge_peft import EarlyExitConfig, calibrate, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
+from badge_peft import EarlyExitConfig, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe as describe_rule
+from badge_peft.evaluation.calibration import SETTINGS
+from badge_peft.evaluation.cross_fit import best_at
+from badge_peft.evaluation.tradeoff import search
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.settings import ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
@@ -85,24 +87,19 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = {name: adapter.encode(adapter.read(options.data / f"{name}.jsonl")) for name in ("validation", "test")}
     logits = {name: collect_exit_logits(adapter.model, part, 64) for name, part in rows.items()}
     rules = {"within a point": EarlyExitConfig.of(adapter.early_exit_config(), calibration=None)}
-    for goal in GOALS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                chosen = calibrate(logits["validation"], "auto", target_speedup=goal, metric=METRIC)
-            except ValueError:  # no setting is so fast
-                continue
-        rules[f"{goal:.0%} saved"] = EarlyExitConfig.of(chosen, calibration=None)
-    test, points = logits["test"], []
+    points = search(logits["validation"], "auto", SETTINGS, METRIC)  # as `calibrate` does, once for all goals
+    fastest = max(point.layer_speedup for point in points)
+    rules |= {f"{goal:.0%} saved": best_at(points, goal).config for goal in GOALS if goal <= fastest}
+    test, measured = logits["test"], []
     for name, rule in rules.items():
         point = evaluate_policy(test, rule, METRIC)
         stops = build_policy(rule).replay(test).numpy()
         found = {"rule": name, "setting": describe_rule(rule), "config": rule.to_dict(), "score": point.score}
         found |= {"saved": point.layer_speedup, "saved_by_tokens": 1 - float(stops.mean()) / test.depth}
-        points.append(found)
+        measured.append(found)
     if options.rows:
         chosen_rows = rows["test"].select(range(min(options.rows, len(rows["test"]))))
-        for found in points:
+        for found in measured:
             timed = measure_latency(adapter.model, chosen_rows, found["config"])
             found["time"] = {
                 "saved": timed.speedup_paper,
@@ -113,7 +110,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             }
     report = json.loads((folder / REPORT).read_text())
     return {
-        "points": points,
+        "points": measured,
         "exits": test.exits,
         "per_exit": exit_scores(test, METRIC).per_exit,
         "accuracy": exit_scores(test).per_exit,
