@@ -17,8 +17,8 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` (a scalar, or [E] where each
     exit has its own) and `patience` to the answers.
 
-    The answers are `logits` and `exit_layer`, of a decision for tokens those of each token. `threshold` and `patience` may be left out: the config's own are in the
-    file.
+    The answers are `logits` and `exit_layer`, of a decision for tokens those of each token. `threshold` and `patience`
+    may be left out: the config's own are in the file.
 
     Args:
         pieces: Of the model.
