@@ -10,12 +10,8 @@ import numpy as np
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.evaluation.words import Words, answers_of, tokenize_words
 
-Array = np.ndarray
 
-
-def word_inputs(
-    texts: Sequence[Any], tokenizer: Any, config: Mapping[str, Any]
-) -> tuple[dict[str, Array], list[Words]]:
+def word_inputs(texts: Sequence[Any], tokenizer: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Words]]:
     """Texts, or lists of tokens, as inputs of a graph, in which the first sub-token of each word answers for it, and
     the words of each.
 
