@@ -255,6 +255,18 @@ class OnnxEarlyExitModel:
         return answers
 
 
+def holds_tasks(directory: str | Path) -> bool:
+    """Whether a folder that an export wrote is of many tasks.
+
+    Raises:
+        FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
+    """
+    for name in (MODEL, CONFIG):
+        if not (Path(directory) / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}: give a folder that `badge-peft export` wrote.")
+    return "tasks" in json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+
+
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Sixteen hexadecimal digits for each of these files that is in `folder`, which say what it holds."""
     files = {name: folder / name for name in sorted(names)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import asyncio
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,3 +76,59 @@ def answer_together(
             count = len(works[i].rows)
             batch.results[i], answers = answers[:count], answers[count:]
     return batch
+
+
+class Batcher:
+    """Requests that wait while a pass runs go into the next one together: the busier the service, the larger the
+    batches, and where nothing runs nobody waits. (`serve.batch` of Ray closes a batch by the clock, whether or not the
+    model is free: a service that cannot keep up then works off a queue of small batches.)
+
+    Args:
+        run: Answers requests together; a result that is an exception is raised where the request came from.
+        rows: Rows of a batch; a request that has more is a batch by itself.
+        wait: Seconds that the first request of a batch that is not full waits for others.
+    """
+
+    def __init__(self, run: Callable[[list[Work]], Awaitable[list[Any]]], rows: int, wait: float = 0.0) -> None:
+        self._run, self.rows, self.wait = run, rows, wait
+        self._queue: deque[tuple[Work, asyncio.Future[Any]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, work: Work) -> Any:
+        """The result of one request."""
+        future = asyncio.get_running_loop().create_future()
+        self._queue.append((work, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._work())
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def _work(self) -> None:
+        """Until nobody waits."""
+        while self._queue:
+            if self.wait and sum(len(work.rows) for work, _ in self._queue) < self.rows:
+                await asyncio.sleep(self.wait)
+            batch = self._take()
+            try:
+                results = await self._run([work for work, _ in batch]) if batch else []
+            except Exception as error:
+                results = [error] * len(batch)
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+    def _take(self) -> list[tuple[Work, asyncio.Future[Any]]]:
+        """The first requests that make a batch; those whose clients have gone are dropped."""
+        batch: list[tuple[Work, asyncio.Future[Any]]] = []
+        rows = 0
+        while self._queue:
+            work, future = self._queue[0]
+            if batch and rows + len(work.rows) > self.rows:
+                break
+            self._queue.popleft()
+            if not future.cancelled():
+                batch.append((work, future))
+                rows += len(work.rows)
+        return batch

@@ -13,8 +13,9 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.model import get_badge_model
-from badge_peft.pipelines import EarlyExitPipeline, MultiTaskPipeline, pipeline
+from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
+from badge_peft.serving.answers import columns, labeled, passes
 from badge_peft.serving.requests import RequestError, Row
 from badge_peft.utils.logs import quiet
 
@@ -50,6 +51,8 @@ class Engine:
     Attributes:
         tasks: Names of the tasks; empty for one adapter.
         configs: For each task (or `default`) the adapter's own setting.
+        exits: For each its exits.
+        problems: For each its problem type.
         ranks: Whether the model has one output, and ranks pairs.
     """
 
@@ -61,23 +64,19 @@ class Engine:
         self.batch_size = batch_size
         with quiet():
             made = pipeline(model=adapter, model_kwargs={"base_model": base_model} if base_model else None)
-        self._pipelines: dict[tuple[str, ...] | None, EarlyExitPipeline] = {}
         self.tasks: list[str] = list(made.tasks) if isinstance(made, MultiTaskPipeline) else []
-        self._pipelines[tuple(self.tasks) or None] = made
         self.model, self.tokenizer, self.badge = made.model, made.tokenizer, get_badge_model(made.model)
         names: list[str | None] = [*self.tasks] or [None]
         self.configs = {name or MAIN: self.badge.get_early_exit_config(name) for name in names}
+        self.exits = {name or MAIN: self.badge.exit_layers(name) for name in names}
         self.problems = {name or MAIN: self.badge.config_of(name).resolved_problem_type for name in names}
+        self.labels = {name or MAIN: self.badge.label_names(name) for name in names}
         self.ranks = not self.tasks and self.badge.config_of().resolved_labels == 1
         self._reranker = EarlyExitReranker(self.model, self.tokenizer, batch_size=batch_size) if self.ranks else None
 
     def checks(self) -> SettingCheck:
         """What refuses settings that do not suit the adapter; another process can have it."""
-        return SettingCheck({task: self._exits_of(task) for task in self.configs}, dict(self.problems))
-
-    def _exits_of(self, task: str) -> tuple[list[int], int]:
-        adapter = None if task == MAIN else task
-        return self.badge.exit_layers(adapter), self.badge.config_of(adapter).resolved_labels
+        return SettingCheck({task: (m, len(self.labels[task])) for task, m in self.exits.items()}, dict(self.problems))
 
     def predict(
         self,
@@ -95,17 +94,31 @@ class Engine:
             max_exit: No row goes past this block.
 
         Raises:
-            RequestError: 400 for a `max_exit` below the first exit that may answer.
+            RequestError: 400 for a `max_exit` at which nothing could answer, or that the model does not have.
         """
         asked = tasks or (MAIN,)
-        chosen = {task: self._bounded(configs[task], max_exit) for task in asked}
-        inputs = [{"text": text} if pair is None else {"text": text, "text_pair": pair} for text, pair in rows]
-        return self._pipeline(tasks)(
-            inputs,
-            batch_size=self.batch_size,
-            truncation=True,
-            early_exit_config=chosen if tasks else chosen[MAIN],
-        )
+        chosen = {task: self._bounded(task, configs[task], max_exit) for task in asked}
+        answers: list[Any] = [None] * len(rows)
+        for places in passes(rows, self.batch_size):
+            encoded = self._encode([rows[i] for i in places])
+            if tasks:
+                outputs: Any = early_exit_forward(self.model, tasks=list(tasks), early_exit_config=chosen, **encoded)
+            else:
+                outputs = {MAIN: early_exit_forward(self.model, early_exit_config=chosen[MAIN], **encoded)}
+            found = {
+                task: labeled(
+                    own.logits.float().cpu(), own.exit_layer.tolist(), self.labels[task], self.problems[task]
+                )
+                for task, own in outputs.items()
+            }
+            for i, place in enumerate(places):
+                answers[place] = {task: own[i] for task, own in found.items()} if tasks else found[MAIN][i]
+        return answers
+
+    def _encode(self, rows: Sequence[Row]) -> Any:
+        """The rows of one pass as a padded batch."""
+        encoded = self.tokenizer(*columns(rows), padding=True, truncation=True, return_tensors="pt")
+        return encoded.to(self.model.device)
 
     def rerank(
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
@@ -125,12 +138,9 @@ class Engine:
             raise RequestError(400, str(error)) from error
         return [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
 
-    def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any]:
-        """Answers rows early and at full depth: what `ExitMonitor.observe` takes, as lists."""
-        pairs = [pair for _, pair in rows if pair is not None] or None
-        encoded = self.tokenizer(
-            [text for text, _ in rows], pairs, padding=True, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
+    def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any] | None:
+        """Answers the rows of one pass early and at full depth: what `ExitMonitor.observe` takes, as lists."""
+        encoded = self._encode(rows)
         names: Any = {} if task == MAIN else {"adapter_names": [task] * len(rows)}
         early = early_exit_forward(self.model, early_exit_config=config, **encoded, **names)
         full = early_exit_forward(self.model, policy="never", **encoded, **names)
@@ -142,21 +152,12 @@ class Engine:
             "full_logits": np.asarray(full.logits.float().cpu()).tolist(),
         }
 
-    def _bounded(self, config: EarlyExitConfig, max_exit: int | None) -> EarlyExitConfig:
+    def _bounded(self, task: str, config: EarlyExitConfig, max_exit: int | None) -> EarlyExitConfig:
         if max_exit is None or (config.max_exit is not None and config.max_exit <= max_exit):
             return config
-        if max_exit < min(self.badge.exit_layers()):
-            first = min(self.badge.exit_layers())
-            raise RequestError(400, f"max_exit={max_exit} lies before the first exit, after block {first}.")
         try:
-            return EarlyExitConfig.of(config, max_exit=max_exit)
+            bounded = EarlyExitConfig.of(config, max_exit=max_exit)
+            self.checks()(task, bounded)
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-
-    def _pipeline(self, tasks: tuple[str, ...] | None) -> EarlyExitPipeline:
-        if tasks not in self._pipelines:
-            assert tasks is not None
-            self._pipelines[tasks] = MultiTaskPipeline(
-                task="text-classification", model=self.model, tokenizer=self.tokenizer, tasks=tasks
-            )
-        return self._pipelines[tasks]
+        return bounded

@@ -3,20 +3,23 @@ an actor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
+from badge_peft.serving.metrics import ServiceMetrics
 from badge_peft.serving.monitor import ExitMonitor
+from badge_peft.serving.preflight import ONE_ADAPTER
+from badge_peft.serving.report import Report
 from badge_peft.serving.requests import PolicyUpdate
 
 _GONE = 15.0  # seconds without a report after which a replica counts no more
+_CALM, _LONGEST = 1.0, 60.0  # seconds: of calm before more care is tried, and the most that this is doubled to
+_REPORTS = 400  # that are taken in a second, from all replicas
 
 
 class Governor:
@@ -25,17 +28,22 @@ class Governor:
     Args:
         configs: For each task the adapter's own setting.
         problems: For each task its problem type.
+        check: Raises a ValueError where a setting does not suit a task.
         target: Seconds that the p95 latency is kept below; None: the setting stays as it is.
         max_score_drop: The floor of the controller.
         careful: Whether to go to full depth after an alarm of drift.
-        interval: Seconds between two decisions of the controller.
+        interval: Seconds between two decisions of the controller, and two reports of a replica.
         clock: Seconds.
+
+    Raises:
+        ValueError: a target where there are many tasks, no curve, or one whose points the service cannot answer at.
     """
 
     def __init__(
         self,
         configs: dict[str, EarlyExitConfig],
         problems: dict[str, str],
+        check: Callable[[str, EarlyExitConfig], None],
         target: float | None = None,
         max_score_drop: float = 0.01,
         careful: bool = False,
@@ -44,9 +52,10 @@ class Governor:
     ) -> None:
         self.version = 1
         self._own, self._chosen = dict(configs), dict(configs)
-        self._clock, self.interval = clock, interval
+        self._check, self._clock, self.interval = check, clock, interval
         self._decided = clock()
         self._latencies: list[float] = []
+        self._late, self._waits = 0.0, False
         self._replicas: dict[str, tuple[float, int]] = {}
         self.controller: LatencyController | None = None
         never = EarlyExitConfig(policy="never")
@@ -56,7 +65,7 @@ class Governor:
             if (config.calibration or {}).get("curve")
         }
         self._start(target, max_score_drop)
-        self._make_metrics()
+        self._metrics = ServiceMetrics()
 
     @property
     def configs(self) -> dict[str, EarlyExitConfig]:
@@ -69,19 +78,22 @@ class Governor:
         made: LatencyController | None = None
         if target:
             if len(self._own) > 1:
-                raise ValueError("a target is for a service of one adapter: of many tasks, set each one's threshold.")
-            (own,) = self._own.values()
-            made = LatencyController.for_adapter(own, target, max_score_drop)
+                raise ValueError(ONE_ADAPTER)
+            ((task, own),) = self._own.items()
+            waits = {"wait": round(_CALM / self.interval) or 1, "longest_wait": round(_LONGEST / self.interval) or 1}
+            made = LatencyController.for_adapter(own, target, max_score_drop, **waits)
+            for point in made.points:
+                self._check(task, point.config)
+            self._chosen[task] = made.config
         self.controller, self.target, self.max_score_drop = made, target or None, max_score_drop
 
     # ------------------------------------------------------------------------------------------------------- changes
 
-    def update(self, change: PolicyUpdate, check: Callable[[str, EarlyExitConfig], None]) -> dict[str, Any]:
+    def update(self, change: PolicyUpdate) -> dict[str, Any]:
         """Changes what was asked for, all of it or nothing.
 
         Args:
             change: The request.
-            check: Raises a ValueError where a setting does not suit a task.
 
         Raises:
             ValueError: a name, a field or a value is not allowed, or a threshold is set while a target moves it.
@@ -95,7 +107,7 @@ class Governor:
             if fields:
                 other = fields.get("policy", config.policy) != config.policy
                 configs[task] = EarlyExitConfig.of(None if other else config, **fields)
-                check(task, configs[task])
+                self._check(task, configs[task])
         drop = self.max_score_drop if change.max_score_drop is None else change.max_score_drop
         target = self.target if change.target is None else change.target or None
         moved = configs != self._chosen
@@ -103,8 +115,8 @@ class Governor:
             raise ValueError(f"target={target} moves the setting: switch it off with target=0 to set one yourself.")
         if (target, drop) != (self.target, self.max_score_drop):
             self._start(target, drop)
-            if not target and not moved:
-                configs = dict(self._own)
+            if not moved:
+                configs = dict(self._chosen if target else self._own)
         if change.reset_drift:
             for monitor in self.monitors.values():
                 monitor.reset()
@@ -112,39 +124,19 @@ class Governor:
         self.version += 1
         return self.state()
 
-    def report(
-        self,
-        replica: str,
-        version: int,
-        latencies: list[float],
-        answered: list[tuple[str, int, int]],
-        statuses: dict[str, int],
-        waiting: int,
-        shadows: list[tuple[str, dict[str, Any]]],
-    ) -> dict[str, Any]:
-        """Takes what one replica did since its last report.
-
-        Args:
-            replica: Its name.
-            version: The setting that it answered at.
-            latencies: Seconds that requests took at that setting.
-            answered: Of tasks and exits, how many rows: (task, exit, rows).
-            statuses: How many requests ended with each status.
-            waiting: Rows that it has not answered yet.
-            shadows: For tasks what `Engine.shadow` gave.
-
-        Returns:
-            What to answer at from now on: `state`.
-        """
+    def report(self, report: Report) -> dict[str, Any]:
+        """Takes what a replica did, and says what to answer at from now on: `state`."""
         now, before = self._clock(), self.configs
         for name in [name for name, (seen, _) in self._replicas.items() if now - seen >= _GONE]:
             del self._replicas[name]
-            self._waiting.remove(name)
-        self._replicas[replica] = (now, version)
-        self._count(replica, latencies, answered, statuses, waiting)
-        if version == self.version:
-            self._latencies += latencies
-        for task, rows in shadows:
+            self._metrics.forget(name)
+        self._replicas[report.replica] = (now, report.version)
+        self._metrics.count(report)
+        self._late = max(self._late, report.oldest, report.expected)
+        self._waits |= report.waiting > 0
+        if report.version == self.version:
+            self._latencies += report.measured
+        for task, rows in report.shadows:
             if task in self.monitors:
                 monitor, config = self.monitors[task], EarlyExitConfig.of(rows["config"], calibration=None)
                 if config in monitor.promises:
@@ -158,10 +150,13 @@ class Governor:
         if now - self._decided < self.interval:
             return
         if self.controller is not None:
-            (task,) = self._chosen
             measured = float(np.quantile(self._latencies, 0.95)) if self._latencies else None
-            self._chosen[task] = self.controller.update(measured)
-        self._decided, self._latencies = now, []
+            if self._late > self.controller.target:  # requests that wait now will miss it
+                measured = max(measured or 0.0, self._late)
+            if measured is not None or not self._waits:  # else nobody knows yet
+                (task,) = self._chosen
+                self._chosen[task] = self.controller.update(measured)
+        self._decided, self._latencies, self._late, self._waits = now, [], 0.0, False
 
     def state(self) -> dict[str, Any]:
         """The setting in force and how it came about, for JSON."""
@@ -173,51 +168,12 @@ class Governor:
             "target": self.target,
             "max_score_drop": self.max_score_drop,
             "replicas": {name: version for name, (_, version) in self._replicas.items()},
+            "on_all_replicas": all(version == self.version for _, version in self._replicas.values()),
+            "report_every": max(self.interval, len(self._replicas) / _REPORTS),
             "drift": {task: m.alarm and dict(vars(m.alarm)) for task, m in self.monitors.items()},
         }
 
-    # ------------------------------------------------------------------------------------------------------- metrics
-
-    def _make_metrics(self) -> None:
-        self._registry = CollectorRegistry()
-        on = {"registry": self._registry}
-        self._requests = Counter("badge_requests", "Requests by status.", ["status"], **on)
-        self._latency = Histogram("badge_latency_seconds", "Seconds from a request to its answer.", **on)
-        self._rows = Counter("badge_rows", "Rows by task and the block that answered.", ["task", "exit_layer"], **on)
-        self._blocks = Counter("badge_blocks", "Blocks until the answers of a task.", ["task"], **on)
-        self._waiting = Gauge("badge_waiting_rows", "Rows that are accepted and not answered.", ["replica"], **on)
-        self._setting = Gauge(
-            "badge_setting", "The setting in force: its number, and fields.", ["task", "field"], **on
-        )
-        self._drift = Gauge("badge_drift", "1 from an alarm of drift on.", ["task"], **on)
-        self._agreement = Gauge("badge_agreement", "Shadow rows that agree with full depth.", ["task"], **on)
-        self._shadow_rows = Gauge("badge_shadow_rows", "Shadow rows since the last reset.", ["task"], **on)
-
-    def _count(
-        self,
-        replica: str,
-        latencies: list[float],
-        answered: list[tuple[str, int, int]],
-        statuses: dict[str, int],
-        waiting: int,
-    ) -> None:
-        for seconds in latencies:
-            self._latency.observe(seconds)
-        for status, count in statuses.items():
-            self._requests.labels(status).inc(count)
-        for task, number, rows in answered:
-            self._rows.labels(task, str(number)).inc(rows)
-            self._blocks.labels(task).inc(number * rows)
-        self._waiting.labels(replica).set(waiting)
-
     def metrics(self) -> str:
         """For Prometheus, as text."""
-        for task, config in self.configs.items():
-            for name in ("threshold", "patience", "depth", "max_exit"):
-                value = getattr(config, name)
-                self._setting.labels(task, name).set(math.nan if value is None else value)
-        for task, monitor in self.monitors.items():
-            self._drift.labels(task).set(monitor.alarm is not None)
-            self._agreement.labels(task).set(math.nan if monitor.agreement is None else monitor.agreement)
-            self._shadow_rows.labels(task).set(monitor.rows)
-        return generate_latest(self._registry).decode()
+        speedup = None if self.controller is None else self.controller.point.layer_speedup
+        return self._metrics.text(self.version, self.configs, self.monitors, self.target, speedup)

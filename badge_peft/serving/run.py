@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from badge_peft.serving.deployment import Service
+from badge_peft.serving.preflight import check_target
 from badge_peft.serving.settings import ServiceSettings
 
 TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable
 APPLICATION = "badge-peft"
+_PROXY = 300  # seconds within which a proxy has to listen
+_SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
 
 
 def check_port(host: str, port: int) -> None:
@@ -33,6 +40,40 @@ def check_port(host: str, port: int) -> None:
             raise OSError(f"cannot listen at {host}:{port} ({error}): choose another --port or --host.") from error
 
 
+def replica_options(settings: ServiceSettings) -> dict[str, Any]:
+    """How many replicas Ray Serve starts, and what each takes.
+
+    Raises:
+        ValueError: Ray Serve does not take the autoscaling, or a number of replicas stands beside it.
+    """
+    number: dict[str, Any] = {"num_replicas": settings.replicas}
+    if settings.autoscaling is not None:
+        given = {"target_ongoing_requests": settings.batch_size, **settings.autoscaling}
+        unknown = sorted(set(given) - set(AutoscalingConfig.model_fields))
+        if unknown:
+            known = ", ".join(sorted(AutoscalingConfig.model_fields))
+            raise ValueError(f"autoscaling has no field {unknown[0]!r}; Ray Serve's AutoscalingConfig has {known}.")
+        try:
+            AutoscalingConfig(**given)
+        except ValueError as error:  # pydantic's, of several lines
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
+            raise ValueError(f"autoscaling={settings.autoscaling} is not allowed: {reason}.") from error
+        number = {"autoscaling_config": given}
+    return {
+        **number,
+        "max_ongoing_requests": settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
+        "ray_actor_options": {"num_cpus": settings.threads},
+        "user_config": {"report": True},  # or Ray Serve does not call `reconfigure`
+        "graceful_shutdown_timeout_s": _SHUTDOWN,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
+
+
+def most_replicas(settings: ServiceSettings) -> int:
+    """How many replicas there can be."""
+    return settings.replicas if settings.autoscaling is None else settings.autoscaling.get("max_replicas", 1)
+
+
 def run_service(
     settings: ServiceSettings,
     host: str,
@@ -42,36 +83,72 @@ def run_service(
 ) -> None:
     """Serves until a signal (INT or TERM) comes, and then finishes what was accepted.
 
+    On a cluster every machine with a replica listens at the port.
+
     Args:
         settings: What to serve.
         host: To listen at.
         port: To listen at.
         address: Of a Ray cluster; None starts one here, for this service alone.
         ready: Called once requests are answered.
+
+    Raises:
+        OSError: the port is in use.
+        ValueError: the adapter cannot be served, no target can be kept, or Ray Serve does not take the autoscaling.
     """
     stop = threading.Event()
+    check_target(settings)
+    options = replica_options(settings)
     if address is None:
         check_port(host, port)
-    cores = settings.replicas * settings.threads + 1  # what Ray counts, so that it never waits for a machine
+    cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
     own: dict[str, Any] = {} if address else {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
-    ray.init(address=address, namespace="serve", **own)
+    # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are nice to all else: a service is not to be
+    ray.init(address=address or "local", namespace="serve", **own)
     try:
-        serve.start(http_options={"host": host, "port": port})
-        deployed = Service.options(  # type: ignore[attr-defined]
-            num_replicas=settings.replicas,
-            max_ongoing_requests=settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
-            ray_actor_options={"num_cpus": settings.threads},
-            graceful_shutdown_timeout_s=60,
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
+        deployed = Service.options(**options)  # type: ignore[attr-defined]
+        try:
+            with suppress(TimeoutError):  # of Ray's own 60 seconds for a proxy, which a busy machine gets later
+                serve.start(http_options={"host": host, "port": port})
+            serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
+        except (RuntimeError, ray.exceptions.RayError) as error:  # Ray's message holds a traceback
+            raise ValueError(f"the service has not started: {last_error(str(error))}") from error
         for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's handlers, which drop what is accepted
             signal.signal(number, lambda *_: stop.set())
+        if address is None:
+            _wait_for_proxy(host, port)
         if ready is not None:
             ready()
         stop.wait()
         serve.delete(APPLICATION)  # waits for what was accepted
-        serve.shutdown()
+        if address is None:  # on a cluster there may be other applications
+            serve.shutdown()
         ray.kill(ray.get_actor(settings.governor, namespace="serve"))
     finally:
         ray.shutdown()
+
+
+def _wait_for_proxy(host: str, port: int) -> None:
+    """Until somebody listens here.
+
+    Raises:
+        ValueError: nobody does.
+    """
+    end = time.monotonic() + _PROXY
+    while True:
+        try:
+            socket.create_connection((host if host != "0.0.0.0" else "127.0.0.1", port), 5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(f"the service has not started: nobody listens at {host}:{port} ({error}).") from error
+        time.sleep(0.1)
+
+
+def last_error(message: str) -> str:
+    """The last line of a traceback in a message that says what went wrong; the message where there is none."""
+    lines = [line.strip() for line in message.splitlines()]
+    found = [line for line in lines if re.match(r"[A-Za-z_.]+(Error|Exception): ", line)]
+    return found[-1].partition(": ")[2] if found else " ".join(lines)

@@ -16,10 +16,12 @@ class ServiceSettings:
     Args:
         adapter: A folder or repository, or a dict from tasks to such.
         base_model: As for `load_pretrained`.
-        threads: Of torch, in each replica.
-        replicas: How many.
-        batch_size: Requests in a batch, and rows in a pass.
-        batch_wait: Seconds that a request waits for others.
+        onnx: Whether `adapter` is a folder that `export_onnx` or `export_tasks_onnx` wrote.
+        threads: Of torch or ONNX Runtime, in each replica.
+        replicas: How many; with `autoscaling` those at the start.
+        autoscaling: Ray Serve's `AutoscalingConfig` as a dict; None: the number stays.
+        batch_size: Rows in a pass.
+        batch_wait: Seconds that a request waits for others where no pass runs.
         target: Seconds that the p95 latency is kept below; None: off.
         max_score_drop: The floor of the controller.
         shadow_share: Share of the rows that also run at full depth.
@@ -31,14 +33,16 @@ class ServiceSettings:
 
     adapter: Any
     base_model: str | None = None
+    onnx: bool = False
     threads: int = 1
     replicas: int = 1
+    autoscaling: dict[str, Any] | None = None
     batch_size: int = 32
-    batch_wait: float = 0.002
+    batch_wait: float = 0.0
     target: float | None = None
     max_score_drop: float = 0.01
     shadow_share: float = 0.01
     careful: bool = False
-    report_every: float = 1.0
+    report_every: float = 0.1
     limits: Limits = field(default_factory=Limits)
     governor: str = field(default_factory=lambda: f"badge-peft-governor-{uuid4().hex}")

@@ -13,10 +13,10 @@ from tests.texts import make_tokenizer, sentences
 NAMES = {0: "bad", 1: "good"}
 
 
-def save_adapter(folder: Path, num_labels: int = 2) -> Path:
-    """Of a random BERT; the texts of the calibration are `sentences(80)`."""
+def save_adapter(folder: Path, num_labels: int = 2, **changes: Any) -> Path:
+    """Of a random BERT, its config with `changes`; the texts of the calibration are `sentences(80)`."""
     names = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}} if num_labels == 2 else {}
-    base, tokenizer = make_model("bert", num_labels=num_labels, **names), make_tokenizer()
+    base, tokenizer = make_model("bert", num_labels=num_labels, **names, **changes), make_tokenizer()
     for part in (base, tokenizer):
         part.save_pretrained(folder / "base")
     base.name_or_path = base.config._name_or_path = str(folder / "base")

@@ -52,7 +52,7 @@ def test_a_group_that_fails_leaves_the_others(engine):
     works = [Work([(TEXTS[0], None)], None, 0), Work([(TEXTS[1], None)])]
     batch = answer_together(engine, works, engine.configs, lambda: False)
     assert isinstance(batch.results[0], RequestError) and batch.results[0].status == 400
-    assert "before the first exit" in batch.results[0].message
+    assert "the first exit is at block 1" in batch.results[0].message
     assert len(batch.results[1]) == 1 and batch.sampled == []
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client", reason="the extra `serve` is not instal
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.evaluation import calibrate  # noqa: E402
 from badge_peft.serving.governor import Governor  # noqa: E402
+from badge_peft.serving.report import Report  # noqa: E402
 from badge_peft.serving.requests import PolicyUpdate  # noqa: E402
 from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
@@ -31,12 +32,13 @@ class Clock:
 
 def governor(**arguments) -> tuple[Governor, Clock]:
     clock = Clock()
-    return Governor({"default": calibrated()}, {"default": SINGLE}, clock=clock, **arguments), clock
+    check = arguments.pop("check", no_check)
+    return Governor({"default": calibrated()}, {"default": SINGLE}, check, clock=clock, **arguments), clock
 
 
-def report(of: Governor, latencies=(), version=None, shadows=(), replica="a"):
-    answered, statuses = [("default", 3, 2)], {"200": 1}
-    return of.report(replica, version or of.version, list(latencies), answered, statuses, 0, list(shadows))
+def report(of: Governor, latencies=(), version=None, shadows=(), replica="a", **more):
+    seconds, done = list(latencies), {"answered": [("default", 3, 2)], "statuses": {"200": 1}}
+    return of.report(Report(replica, version or of.version, seconds, seconds, shadows=list(shadows), **done, **more))
 
 
 def no_check(task, config) -> None:
@@ -56,7 +58,7 @@ def shadow(disagree: bool, rows: int = 200):
 def test_a_change_reaches_every_replica_with_its_next_report():
     of, _ = governor()
     assert report(of)["early_exit"]["default"]["threshold"] == calibrated().threshold
-    state = of.update(PolicyUpdate(early_exit={"threshold": 0.2, "max_exit": 9}), no_check)
+    state = of.update(PolicyUpdate(early_exit={"threshold": 0.2, "max_exit": 9}))
     assert state["version"] > state["replicas"]["a"]
     heard = report(of)
     assert heard["early_exit"]["default"]["threshold"] == 0.2 and heard["early_exit"]["default"]["max_exit"] == 9
@@ -65,7 +67,7 @@ def test_a_change_reaches_every_replica_with_its_next_report():
 
 def test_another_policy_starts_from_its_own_defaults():
     of, _ = governor()
-    of.update(PolicyUpdate(early_exit={"policy": "patience"}), no_check)
+    of.update(PolicyUpdate(early_exit={"policy": "patience"}))
     assert of.configs["default"] == EarlyExitConfig(policy="patience")
 
 
@@ -83,7 +85,7 @@ def test_a_change_that_is_refused_changes_nothing(change, message):
     of, _ = governor()
     before = of.state()
     with pytest.raises(ValueError, match=message):
-        of.update(change, no_check)
+        of.update(change)
     assert of.state() == before
 
 
@@ -101,7 +103,7 @@ def test_a_target_moves_the_setting_once_in_an_interval_and_never_below_the_floo
     assert of.controller.point == of.controller.points[-1]
     assert of.controller.point.score >= calibrated().calibration["full_depth_score"] - 0.05
     assert report(of)["early_exit"]["default"]["threshold"] == of.controller.config.threshold
-    of.update(PolicyUpdate(target=0), no_check)
+    of.update(PolicyUpdate(target=0))
     assert of.controller is None and of.configs["default"].threshold == calibrated().threshold
 
 
@@ -112,12 +114,66 @@ def test_latencies_of_an_older_setting_do_not_count():
     assert of.controller is not None and of.controller.point == of.controller.points[0]
 
 
+def test_a_request_that_waits_too_long_counts_before_its_answer():
+    of, clock = governor(target=0.1, max_score_drop=0.05)
+    for second in range(1, 9):
+        clock.now = float(second)
+        report(of, waiting=40, oldest=3.0, version=99)  # answered all at older settings
+    assert of.controller is not None and of.controller.point == of.controller.points[-1]
+
+
+def test_what_will_wait_too_long_counts_before_it_has():
+    of, clock = governor(target=0.1, max_score_drop=0.05)
+    clock.now = 1.0
+    report(of, [0.01], waiting=40, oldest=0.05, expected=0.3)
+    assert of.controller is not None and of.controller.point == of.controller.points[1]
+
+
+def test_while_all_wait_and_none_is_late_the_setting_stays():
+    of, clock = governor(target=10.0, max_score_drop=0.05)
+    clock.now = 1.0
+    report(of, [20.0])
+    before = of.controller.state_dict()
+    assert before["position"] == 1
+    for second in range(2, 9):
+        clock.now = float(second)
+        report(of, waiting=40, oldest=1.0)
+    assert of.controller.state_dict() == before
+
+
+def test_a_target_starts_at_the_most_careful_point_and_its_points_are_checked():
+    of, _ = governor()
+    state = of.update(PolicyUpdate(target=0.1, max_score_drop=0.05))
+    assert of.configs["default"] == of.controller.points[0].config and state["target"] == 0.1
+
+    def check(task, config):
+        raise ValueError(f"{task} cannot answer at {config.threshold}")
+
+    with pytest.raises(ValueError, match="default cannot answer"):
+        governor(target=0.1, max_score_drop=0.05, check=check)
+    refuses, _ = governor(check=check)
+    before = refuses.state()
+    with pytest.raises(ValueError, match="default cannot answer"):
+        refuses.update(PolicyUpdate(target=0.1, max_score_drop=0.05))
+    assert refuses.state() == before and refuses.controller is None
+
+
+def test_many_replicas_report_less_often():
+    of, _ = governor(interval=0.25)
+    assert report(of)["report_every"] == 0.25
+    for i in range(800):
+        state = report(of, replica=str(i))
+    assert state["report_every"] == pytest.approx(2.0, rel=0.01)
+    assert state["on_all_replicas"] is True
+    assert of.update(PolicyUpdate(early_exit={"threshold": 0.2}))["on_all_replicas"] is False
+
+
 def test_a_target_is_for_one_adapter_whose_curve_is_known():
     with pytest.raises(ValueError, match="calibrate the adapter again"):
-        Governor({"default": EarlyExitConfig()}, {"default": SINGLE}, target=0.1)
+        Governor({"default": EarlyExitConfig()}, {"default": SINGLE}, no_check, target=0.1)
     two = {"a": calibrated(), "b": calibrated()}
     with pytest.raises(ValueError, match="one adapter"):
-        Governor(two, dict.fromkeys(two, SINGLE), target=0.1)
+        Governor(two, dict.fromkeys(two, SINGLE), no_check, target=0.1)
 
 
 def test_drift_goes_to_full_depth_until_it_is_reset():
@@ -126,7 +182,7 @@ def test_drift_goes_to_full_depth_until_it_is_reset():
     assert state["drift"]["default"]["kind"] in ("agreement", "exits")
     assert state["early_exit"]["default"]["policy"] == "never"
     assert 'badge_drift{task="default"} 1.0' in of.metrics()
-    state = of.update(PolicyUpdate(reset_drift=True), no_check)
+    state = of.update(PolicyUpdate(reset_drift=True))
     assert state["drift"] == {"default": None} and state["early_exit"]["default"]["policy"] == "entropy"
 
 
@@ -155,5 +211,7 @@ def test_metrics_add_up_what_replicas_report():
         'badge_rows_total{exit_layer="3",task="default"} 4.0',
         'badge_blocks_total{task="default"} 12.0',
         f'badge_setting{{field="threshold",task="default"}} {calibrated().threshold}',
+        'badge_policy{policy="entropy",task="default"} 1.0',
+        "badge_target_seconds NaN",
     ):
         assert line in text

@@ -1,0 +1,54 @@
+"""What both engines do with rows: passes of rows of about one length, and answers in the pipeline's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from badge_peft.serving.requests import Row
+from badge_peft.utils.problem import problem_of
+
+
+def passes(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Places of the rows of each pass: of at most `size` rows, all pairs or none, and sorted by length, so that little
+    is padded."""
+
+    def order(place: int) -> tuple[bool, int]:
+        text, pair = rows[place]
+        return pair is not None, len(text) + len(pair or "")
+
+    for paired in (False, True):
+        own = [i for i in sorted(range(len(rows)), key=order) if (rows[i][1] is not None) == paired]
+        yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:
+    """The texts, and their pairs where they have some, as a tokenizer takes them; for the rows of one pass."""
+    return [text for text, _ in rows], [pair for _, pair in rows if pair is not None] or None
+
+
+def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: str) -> list[dict[str, Any]]:
+    """As transformers' pipeline answers: the best label and its probability; of a regression the value.
+
+    Args:
+        logits: [n, K].
+        exit_layer: [n].
+        labels: K names.
+        problem_type: As transformers has it.
+    """
+    problem, values = problem_of(problem_type), np.asarray(logits, dtype=np.float32)
+    scores: Any
+    with np.errstate(over="ignore"):
+        if not problem.gives_labels:
+            scores = values
+        elif problem.many_labels:
+            scores = 1 / (1 + np.exp(-values))
+        else:
+            weights = np.exp(values - values.max(-1, keepdims=True))
+            scores = weights / weights.sum(-1, keepdims=True)
+    return [
+        {"label": labels[best], "score": float(row[best]), "exit_layer": int(number)}
+        for row, best, number in zip(scores, scores.argmax(-1), exit_layer, strict=True)
+    ]

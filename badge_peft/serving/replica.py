@@ -1,0 +1,158 @@
+"""`Replica`: the rows that one replica has accepted, the setting that it answers at, and what it tells of both. No
+server is in it: `deployment.py` puts HTTP and processes around it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.serving.answers import passes
+from badge_peft.serving.batching import Batcher, Work, answer_together
+from badge_peft.serving.engine import Engine
+from badge_peft.serving.report import Report, Waiting
+from badge_peft.serving.requests import RequestError, Row, check_room, check_rows
+from badge_peft.serving.settings import ServiceSettings
+
+logger = logging.getLogger(__name__)
+_NEW = 0.3  # weight of the last pass in how fast rows are answered
+_SHADOWS = 64  # rows that wait for a shadow run
+_JOINING = 60.0  # seconds within which a new replica has to hear of the setting
+
+
+def open_engine(settings: ServiceSettings) -> Any:
+    """What answers: an `Engine`, or an `OnnxEngine`."""
+    if settings.onnx:
+        from badge_peft.serving.onnx_engine import OnnxEngine
+
+        return OnnxEngine(settings.adapter, settings.threads, settings.batch_size)
+    return Engine(settings.adapter, settings.base_model, settings.threads, settings.batch_size)
+
+
+class Replica:
+    """Answers at the setting that the governor says, once it has heard of it.
+
+    Args:
+        name: Of this replica.
+        engine: Of the adapter.
+        settings: Of the service.
+        tell: Hands a report to the governor, and returns its `state`.
+    """
+
+    def __init__(
+        self, name: str, engine: Any, settings: ServiceSettings, tell: Callable[[Report], Awaitable[dict[str, Any]]]
+    ) -> None:
+        self.name, self.engine, self.settings, self._tell = name, engine, settings, tell
+        self.configs, self.version = dict(engine.configs), 0
+        self.waiting = Waiting()
+        self._speed: float | None = None  # rows that a second of passes answers
+        self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
+        self._fresh()
+        self._shadow_rows: list[tuple[str, Row]] = []
+        self._draw = random.Random()
+        self._reporting = asyncio.Lock()
+        self._joined = asyncio.Event()
+
+    def _fresh(self) -> None:
+        self._latencies: list[float] = []
+        self._measured: list[float] = []
+        self._answered: Counter[tuple[str, int]] = Counter()
+        self._statuses: Counter[str] = Counter()
+
+    async def predict(self, work: Work) -> Any:
+        """The answers to the rows of a request, which share their passes with other requests.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        return await self.accept(work.rows, lambda: self._batcher(work))
+
+    async def accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]]) -> Any:
+        """What `call` gives, once the rows are within the limits; counted in any case.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        start, version = perf_counter(), self.version
+        try:
+            check_rows(rows, self.settings.limits)
+            check_room(self.waiting.rows, len(rows), self.settings.limits)
+            ticket = self.waiting.enter(len(rows), start)
+            try:
+                if not self._joined.is_set():
+                    await asyncio.wait_for(self._joined.wait(), _JOINING)
+                found = await call()
+            finally:
+                self.waiting.leave(ticket, len(rows))
+        except RequestError as error:
+            self._statuses[str(error.status)] += 1
+            raise
+        except Exception:
+            self._statuses["500"] += 1
+            raise
+        self._statuses["200"] += 1
+        self._latencies.append(perf_counter() - start)
+        if version == self.version:
+            self._measured.append(self._latencies[-1])
+        return found
+
+    async def _answer(self, works: list[Work]) -> list[Any]:
+        share = self.settings.shadow_share
+        draw = lambda: self._draw.random() < share  # noqa: E731
+        start = perf_counter()
+        batch = await asyncio.to_thread(answer_together, self.engine, works, dict(self.configs), draw)
+        speed = sum(len(work.rows) for work in works) / max(perf_counter() - start, 1e-6)
+        self._speed = speed if self._speed is None else self._speed + _NEW * (speed - self._speed)
+        self._answered.update(batch.answered)
+        self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
+        return batch.results
+
+    async def report(self) -> dict[str, Any]:
+        """Tells the governor what was done, runs shadow rows where there is time, and takes the setting."""
+        async with self._reporting:  # one after the other, or an older setting might come last
+            shadows = await self._run_shadows() if self.waiting.rows == 0 else []
+            report = Report(
+                self.name,
+                self.version,
+                self._latencies,
+                self._measured,
+                [(task, number, count) for (task, number), count in self._answered.items()],
+                dict(self._statuses),
+                self.waiting.rows,
+                self.waiting.oldest(perf_counter()),
+                self.waiting.rows / self._speed if self._speed else 0.0,
+                shadows,
+            )
+            self._fresh()
+            state = await self._tell(report)
+            if state["version"] != self.version:
+                self.configs = {task: EarlyExitConfig.of(fields) for task, fields in state["early_exit"].items()}
+                self.version = state["version"]
+            self._joined.set()
+            return state
+
+    async def report_for_ever(self) -> None:
+        """As often as the governor wants it."""
+        pause = 0.0
+        while True:
+            await asyncio.sleep(pause)
+            pause = self.settings.report_every
+            try:
+                pause = (await self.report())["report_every"]
+            except Exception:
+                logger.exception("a report has failed; the next one comes")
+
+    async def _run_shadows(self) -> list[tuple[str, dict[str, Any]]]:
+        rows, self._shadow_rows, found = self._shadow_rows, [], []
+        for task in sorted({task for task, _ in rows}):
+            own = [row for of, row in rows if of == task]
+            for places in passes(own, self.settings.batch_size):
+                part = [own[i] for i in places]
+                said = await asyncio.to_thread(self.engine.shadow, task, part, self.configs[task])
+                found += [] if said is None else [(task, said)]
+        return found

@@ -1,0 +1,63 @@
+"""What a replica tells the governor, from time to time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """What one replica did since its last report.
+
+    Args:
+        replica: Its name.
+        version: Of the setting that it answers at.
+        latencies: Seconds that requests took.
+        measured: Those of requests that were answered at that setting from first to last.
+        answered: Of tasks and exits, how many rows: (task, exit, rows).
+        statuses: How many requests ended with each status.
+        waiting: Rows that are accepted and not answered.
+        oldest: Seconds that the oldest of them has waited; 0 where none waits.
+        expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
+        shadows: For tasks what `Engine.shadow` gave.
+    """
+
+    replica: str
+    version: int = 0
+    latencies: list[float] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
+    answered: list[tuple[str, int, int]] = field(default_factory=list)
+    statuses: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    oldest: float = 0.0
+    expected: float = 0.0
+    shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+class Waiting:
+    """The requests that a replica has accepted and not answered, and since when.
+
+    Attributes:
+        rows: Of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._since: dict[object, float] = {}
+
+    def enter(self, rows: int, now: float) -> object:
+        """A request comes; `leave` takes what is returned."""
+        ticket = object()
+        self._since[ticket] = now
+        self.rows += rows
+        return ticket
+
+    def leave(self, ticket: object, rows: int) -> None:
+        """A request ends."""
+        del self._since[ticket]
+        self.rows -= rows
+
+    def oldest(self, now: float) -> float:
+        """Seconds that the oldest request has waited; 0 where none waits."""
+        return now - next(iter(self._since.values()), now)  # they are in the order in which they came

@@ -1,0 +1,193 @@
+"""`Replica`: it answers at the setting that it was told, within its limits, and tells what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
+
+from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
+from badge_peft.serving.batching import Work  # noqa: E402
+from badge_peft.serving.engine import MAIN  # noqa: E402
+from badge_peft.serving.replica import Replica  # noqa: E402
+from badge_peft.serving.report import Waiting  # noqa: E402
+from badge_peft.serving.requests import Limits, RequestError  # noqa: E402
+from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+
+ROWS = [("a text", None), ("another", "pair")]
+
+
+class Echo:
+    """An engine that answers with the threshold it was called at, and waits where it is told to."""
+
+    tasks: list[str] = []
+    configs = {MAIN: EarlyExitConfig(threshold=0.1)}
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.shadowed: list[tuple[str, str | None]] = []
+
+    def predict(self, rows, configs, tasks=None, max_exit=None):
+        assert self.go.wait(10)
+        return [{"text": text, "threshold": configs[MAIN].threshold, "exit_layer": 2} for text, _ in rows]
+
+    def shadow(self, task, rows, config):
+        self.shadowed += rows
+        return {"rows": len(rows)}
+
+
+class Told:
+    """A governor that says one setting and keeps what it hears."""
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self.reports: list = []
+        self.say(threshold, 1)
+
+    def say(self, threshold: float, version: int) -> None:
+        early_exit = {MAIN: EarlyExitConfig(threshold=threshold).to_dict()}
+        self.state = {"version": version, "early_exit": early_exit, "report_every": 0.01}
+
+    async def __call__(self, report):
+        self.reports.append(report)
+        return self.state
+
+
+def make(**settings) -> tuple[Replica, Echo, Told]:
+    engine, told = Echo(), Told()
+    limits = Limits(rows=3, waiting_rows=3)
+    return Replica("r", engine, ServiceSettings("x", limits=limits, **settings), told), engine, told
+
+
+async def ask(replica: Replica, rows=ROWS):
+    return await replica.predict(Work(list(rows)))
+
+
+def test_the_first_answer_is_at_the_setting_in_force_and_not_at_the_adapters_own():
+    async def scene():
+        replica, _, _ = make()
+        early = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        assert not early.done()
+        await replica.report()
+        assert {answer["threshold"] for answer in await early} == {0.5}
+
+    asyncio.run(scene())
+
+
+def test_what_was_done_is_told_once():
+    async def scene():
+        replica, _, told = make()
+        await replica.report()
+        await ask(replica)
+        with pytest.raises(RequestError, match="at least one"):
+            await ask(replica, [])
+        await replica.report()
+        first, second = told.reports
+        assert (first.version, second.version) == (0, 1)
+        assert second.statuses == {"200": 1, "422": 1} and second.answered == [(MAIN, 2, 2)]
+        assert len(second.latencies) == 1 and second.measured == second.latencies
+        assert (second.waiting, second.oldest) == (0, 0.0)
+        await replica.report()
+        assert told.reports[-1].statuses == {} and told.reports[-1].latencies == []
+
+    asyncio.run(scene())
+
+
+def test_requests_that_wait_are_told_and_bound_what_is_accepted():
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        engine.go.clear()
+        waits = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.02)
+        with pytest.raises(RequestError, match="2 texts are waiting, and 3 may") as refused:
+            await ask(replica)
+        assert refused.value.status == 429 and refused.value.retry_after == 1
+        await replica.report()
+        assert told.reports[-1].waiting == 2 and 0.02 <= told.reports[-1].oldest < 5
+        engine.go.set()
+        assert len(await waits) == 2
+        assert len(await ask(replica)) == 2  # there is room again
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_saw_two_settings_measures_neither():
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        engine.go.clear()
+        waits = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        told.say(0.7, 2)
+        await replica.report()
+        engine.go.set()
+        await waits
+        assert {answer["threshold"] for answer in await ask(replica)} == {0.7}
+        await replica.report()
+        assert len(told.reports[-1].latencies) == 2 and len(told.reports[-1].measured) == 1
+
+    asyncio.run(scene())
+
+
+def test_how_long_a_new_request_will_wait_follows_from_the_last_passes():
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        assert told.reports[-1].expected == 0.0
+        await ask(replica)
+        engine.go.clear()
+        waits = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        await replica.report()
+        assert told.reports[-1].expected == 2 / replica._speed > 0
+        engine.go.set()
+        await waits
+
+    asyncio.run(scene())
+
+
+def test_shadow_rows_run_when_nothing_waits():
+    async def scene():
+        replica, engine, told = make(shadow_share=1.0)
+        await replica.report()
+        await ask(replica)
+        engine.go.clear()
+        waits = asyncio.ensure_future(ask(replica, ROWS[:1]))
+        await asyncio.sleep(0.01)
+        await replica.report()
+        assert engine.shadowed == []
+        engine.go.set()
+        await waits
+        await replica.report()
+        assert sorted(engine.shadowed) == sorted([*ROWS, ROWS[0]])
+        assert sum(said["rows"] for _, said in told.reports[-1].shadows) == 3
+
+    asyncio.run(scene())
+
+
+def test_a_report_that_fails_is_not_the_last(caplog):
+    async def scene():
+        replica, _, told = make(report_every=0.01)
+        tell, replica._tell = replica._tell, None
+        task = asyncio.ensure_future(replica.report_for_ever())
+        await asyncio.sleep(0.03)
+        replica._tell = tell
+        await asyncio.sleep(0.05)
+        task.cancel()
+        assert told.reports and "a report has failed" in caplog.text
+
+    asyncio.run(scene())
+
+
+def test_the_oldest_request_is_the_first_that_is_left():
+    waiting = Waiting()
+    assert waiting.oldest(5.0) == 0.0
+    tickets = [waiting.enter(2, now) for now in (1.0, 2.0, 3.0)]
+    assert waiting.oldest(5.0) == 4.0 and waiting.rows == 6
+    waiting.leave(tickets[0], 2)
+    assert waiting.oldest(5.0) == 3.0 and waiting.rows == 4
