@@ -1,0 +1,3 @@
+"""The parts of benchmarks/serve.py."""
+
+from __future__ import annotations

@@ -1,0 +1,84 @@
+"""Replicas that are killed under load: every request is answered rightly, or its client sees an error."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from serve_parts.client import FAILED, Sent, saturate
+from serve_parts.service import Running
+
+_TOLERANCE = 1e-5  # of a score; a text's batch changes its rounding
+
+
+def is_right(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether an answer is the one to this text: label, exit and score, which differs from text to text."""
+    same = (found["label"], found["exit_layer"]) == (expected["label"], expected["exit_layer"])
+    return same and math.isclose(found["score"], expected["score"], abs_tol=_TOLERANCE)
+
+
+def count(sent: Sequence[Sent], expected: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What became of the requests: how many were answered, all of it rightly or not, and how the others ended."""
+    answered = [request for request in sent if request.status == 200]
+    wrong = [
+        request
+        for request in answered
+        if len(request.answers) != len(request.rows)
+        or not all(is_right(a, expected[i]) for a, i in zip(request.answers, request.rows, strict=True))
+    ]
+    errors = Counter("connection" if r.status == FAILED else str(r.status) for r in sent if r.status != 200)
+    return {"requests": len(sent), "answered": len(answered), "wrong": len(wrong), "errors": dict(errors)}
+
+
+def measure(
+    service: Running,
+    requests: Sequence[tuple[list[int], bytes]],
+    expected: Sequence[dict[str, Any]],
+    kills: int,
+    replicas: int,
+    connections: int,
+    pause: float,
+    every: float = 2.0,
+) -> dict[str, Any]:
+    """Kills a replica `kills` times, each time all have come back and have answered for `pause` seconds; `every` so
+    many seconds the requests so far are collected."""
+    waits: list[float] = []
+    done = threading.Event()
+
+    def kill() -> None:
+        try:
+            for number in range(kills):
+                start = time.monotonic()
+                while len(found := _alive(service)) < replicas:
+                    time.sleep(0.2)
+                waits.append(time.monotonic() - start)
+                time.sleep(pause)
+                os.kill(sorted(found)[number % replicas], signal.SIGKILL)
+                time.sleep(every / 2)
+        finally:
+            done.set()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    sent: list[Sent] = []
+    while not done.is_set():
+        sent += saturate(service.url, requests, connections, seconds=every)
+    killer.join()
+    return {**count(sent, expected), "kills": len(waits), "seconds_until_back": waits[1:]}
+
+
+def _alive(service: Running) -> list[int]:
+    """Process numbers of the replicas that run; none where the service does not answer just now."""
+    try:
+        numbers = service.replicas().values()
+    except httpx.HTTPError:
+        return []
+    return [number for number in numbers if os.path.exists(f"/proc/{number}")]

@@ -1,0 +1,176 @@
+"""docs/results/serving.md and its pictures, from the stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latency_parts.tables import markdown
+
+COLORS = {"stock": "#555555", "fixed": "#0072B2", "controller": "#D55E00"}
+NAMES = {
+    "stock": "stock: full depth",
+    "fixed": "BADGE, its own setting",
+    "controller": "BADGE, controller",
+}
+# a request as it is stored
+AT, LAG, SECONDS, STATUS, TEXTS, RIGHT, FULL_RIGHT, BLOCKS = range(8)
+
+
+def summary(requests: Sequence[Sequence[float]], target: float) -> dict[str, float]:
+    """Of some requests: quantiles of the latency, the share within the target, scores, errors."""
+    rows = np.array(requests, dtype=float)
+    good = rows[rows[:, STATUS] == 200]
+    middle, high, highest = np.quantile(good[:, SECONDS], (0.5, 0.95, 0.99)) if len(good) else (np.nan,) * 3
+    texts = good[:, TEXTS].sum() or np.nan
+    return {
+        "requests": len(rows),
+        "p50": middle,
+        "p95": high,
+        "p99": highest,
+        "within": float((good[:, SECONDS] <= target).sum() / len(rows)),
+        "score": good[:, RIGHT].sum() / texts,
+        "full": good[:, FULL_RIGHT].sum() / texts,
+        "blocks": good[:, BLOCKS].sum() / texts,
+        "errors": len(rows) - len(good),
+        "lag": float(np.quantile(rows[:, LAG], 0.99)),
+    }
+
+
+def load_table(runs: dict[str, Any], target: float, busy: Callable[[str, float], bool] | None = None) -> str:
+    """One line for each traffic and way."""
+    head = ["traffic", "served", "requests", "p50, ms", "p95, ms", "p99, ms", "within target", "errors"]
+    head += ["mean exit", "score", "full depth's"]
+    lines = []
+    for traffic, ways in runs.items():
+        for way, requests in ways.items():
+            own = [r for r in requests if busy is None or busy(traffic, r[AT])]
+            if not own:
+                continue
+            s = summary(own, target)
+            times = [f"{1e3 * s[name]:.0f}" for name in ("p50", "p95", "p99")]
+            lines.append(
+                [traffic, NAMES[way], f"{s['requests']:.0f}", *times, f"{s['within']:.1%}", f"{s['errors']:.0f}"]
+                + [f"{s['blocks']:.2f}", f"{s['score']:.4f}", f"{s['full']:.4f}"]
+            )
+    return markdown((head, lines))
+
+
+def picture(ways: dict[str, Any], target: float, title: str, path: Path) -> None:
+    """What is sent, the p95 latency and the mean exit, second by second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    top, middle, low = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 1])
+    for way, requests in ways.items():
+        rows = np.array(requests, dtype=float)
+        seconds = np.arange(int(rows[:, AT].max()) + 1)
+        parts = [rows[(rows[:, AT] >= s) & (rows[:, AT] < s + 1)] for s in seconds]
+        if way == "stock":
+            top.plot(seconds, [part[:, TEXTS].sum() for part in parts], color="black", linewidth=1)
+        good = [part[part[:, STATUS] == 200] for part in parts]
+        late = [np.quantile(part[:, SECONDS], 0.95) if len(part) else np.nan for part in good]
+        depth = [part[:, BLOCKS].sum() / part[:, TEXTS].sum() if len(part) else np.nan for part in good]
+        for axis, values in ((middle, late), (low, depth)):
+            axis.plot(seconds, values, color=COLORS[way], label=NAMES[way], linewidth=1.4)
+    middle.axhline(target, color="black", linestyle=":", linewidth=1)
+    middle.set(yscale="log", ylabel="p95, s")
+    middle.legend(fontsize=8)
+    top.set(ylabel="texts/s", title=title)
+    low.set(ylabel="mean exit", xlabel="seconds")
+    for axis in (top, middle, low):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+
+
+def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dict[str, str]) -> str:
+    """Markdown, headline first."""
+    target, capacity = data["target"], data["capacity"]
+    bursts = {
+        way: summary([r for r in requests if busy("bursts", r[AT])], target)
+        for way, requests in data["runs"]["bursts"].items()
+    }
+    whole = {way: summary(requests, target) for way, requests in data["runs"]["bursts"].items()}
+    held = bursts["controller"]
+    verdict = "holds" if held["p95"] <= target else "misses"
+    drop = 100 * (whole["controller"]["full"] - whole["controller"]["score"])
+    versions = ", ".join(f"{name} {version}" for name, version in data["environment"]["versions"].items())
+    where = data["environment"]
+    lines = [
+        "# The service under load",
+        "",
+        f"In bursts of twice what the stock model can answer, the controller {verdict} a p95 of "
+        f"{1e3 * target:.0f} ms: {1e3 * held['p95']:.0f} ms, where the stock model comes to "
+        f"{1e3 * bursts['stock']['p95']:.0f} ms and {bursts['stock']['errors']:.0f} refusals, its queue growing as "
+        f"long as the burst lasts. Over the whole run the controller's score lies {drop:.1f} points below full "
+        f"depth's on the same texts ({whole['controller']['score']:.4f}, {whole['controller']['full']:.4f}).",
+        "",
+        f"![Bursts of twice the stock model's capacity]({pictures['bursts']})",
+        "",
+        "## Traffic",
+        "",
+        f"Requests of {data['size']} texts, sent at times that do not wait for answers; latency counts from the time "
+        "at which a request was to be sent. *Poisson* is 0.7 of the stock model's capacity; *bursts* 0.5 and, twice, "
+        "2.0 of it; *day* a wave from 0.2 to 1.6 of it.",
+        "",
+        load_table(data["runs"], target),
+        "",
+        "Within the bursts alone:",
+        "",
+        load_table(data["runs"], target, busy),
+        "",
+        *([f"![A day]({pictures['day']})", ""] if "day" in pictures else []),
+        "## What a machine answers, and what it costs",
+        "",
+    ]
+    head = ["served", "texts per second", "replica's CPU, ms per text", f"per 1,000 texts at ${data['price']}/h"]
+    body = []
+    for way, own in capacity.items():
+        cost = 1000 / own["texts_per_second"] / 3600 * data["price"]
+        body.append([NAMES.get(way, way), f"{own['texts_per_second']:.0f}", f"{own['cpu_ms']:.2f}", f"${cost:.6f}"])
+    lines += [markdown((head, body)), "", "## What the service takes by itself", ""]
+    over = data["overhead"]
+    rows = [[name, f"{own['p50']:.2f}", f"{own['p95']:.2f}"] for name, own in over.items() if name != "added"]
+    added = over["added"]
+    lines += [
+        markdown((["one text at a time", "p50, ms", "p95, ms"], rows)),
+        "",
+        f"The service adds {added['service']:.1f} ms at the median to the model's own time (the target was 3 ms: "
+        f"{'reached' if added['service'] <= 3 else 'missed'}); HTTP, FastAPI and Ray Serve take {added['empty']:.1f} "
+        "ms without a model.",
+        "",
+    ]
+    if "kills" in data:
+        k = data["kills"]
+        errors = ", ".join(f"{number} with {status}" for status, number in k["errors"].items()) or "none"
+        back = k["seconds_until_back"]
+        lines += [
+            "## Replicas killed under load",
+            "",
+            f"{k['kills']} times one of {k['replicas']} replicas was killed (SIGKILL) with requests in it. Of "
+            f"{k['requests']} requests {k['answered']} were answered, {k['wrong']} of them with something that "
+            "is not the answer to its texts (label, exit and score were compared); the others ended with an error "
+            f"that their client saw ({errors}). A replica was back after {np.median(back):.0f} s (median; most "
+            f"{max(back):.0f} s).",
+            "",
+        ]
+    lags = [summary(r, target)["lag"] for ways in data["runs"].values() for r in ways.values()]
+    lines += [
+        "## How it was measured",
+        "",
+        f"{where['date']}: {where['cpu']}, {where['cores']} hardware threads, which the replica (one thread), Ray's "
+        f"proxy and the client share; load {where['load_1min']} at the start; Python {where['python']}, {versions}. "
+        f"The client sent 99% of the requests within {1e3 * max(lags):.0f} ms of their time. Adapter: "
+        f'{data["adapter"]}. *Stock* is the same service with `policy="never"`: full depth, where no exit is computed '
+        f"but the last. The controller's floor is {data['max_score_drop']} below full depth on the rows of the "
+        "calibration, which are not the texts sent.",
+        "",
+        "```bash",
+        *data["commands"],
+        "python benchmarks/serve.py --docs docs/results/serving.md",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

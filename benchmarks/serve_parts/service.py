@@ -1,0 +1,80 @@
+"""The services that are measured, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TOKEN = "of-the-benchmark"
+
+
+class Running:
+    """A service: `badge-peft serve`, or the empty deployment.
+
+    Args:
+        command: What follows `python`; the port is added.
+        log: File for its output.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "BADGE_PEFT_TOKEN": TOKEN}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=environment
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def __enter__(self) -> Running:
+        end = time.monotonic() + 300
+        while "serving at" not in self.log.read_text():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the service has not started: {self.log.read_text()[-2000:]}")
+            time.sleep(0.3)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(120)
+
+    def change(self, **policy: Any) -> dict[str, Any]:
+        """`PUT /policy`."""
+        answer = self.client.put("/policy", json=policy, headers={"Authorization": f"Bearer {TOKEN}"})
+        return answer.raise_for_status().json()
+
+    def replicas(self) -> dict[str, int]:
+        """Process numbers of the replicas, by name."""
+        names = self.client.get("/info").raise_for_status().json()["policy"]["replicas"]
+        return {name: int(name.rpartition("-")[2]) for name in names}
+
+    def cpu_seconds(self) -> float:
+        """What the replicas have used of the processor."""
+        found = 0.0
+        for number in self.replicas().values():
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            found += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return found
+
+
+def serve_command(adapter: str, *options: str) -> list[str]:
+    """`badge-peft serve`."""
+    return ["-m", "badge_peft.cli", "serve", adapter, *options]
+
+
+def empty_command() -> list[str]:
+    """The empty deployment."""
+    return [str(Path(__file__).with_name("empty.py"))]
