@@ -129,11 +129,13 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         named = {**base} if len(base) == count else {}
         return list(config.label_names or (str(named.get(i, f"LABEL_{i}")) for i in range(count)))
 
-    def weights_hash(self) -> str:
-        """Of the active adapter's weights as they are now: what `save_pretrained` records in `adapter_config.json`."""
+    def weights_hash(self, adapter_name: str | None = None) -> str:
+        """Of the weights of `adapter_name` (None: the active adapter) as they are now, as `save_pretrained` records it
+        in `adapter_config.json`."""
+        name = self.single_active_adapter() if adapter_name is None else adapter_name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about embeddings that are resized, or whose first size cannot be told
-            tensors = get_peft_model_state_dict(self, adapter_name=self.single_active_adapter())
+            tensors = get_peft_model_state_dict(self, adapter_name=name)
         # as the PEFT model around this one names them
         return weights_hash({f"base_model.{name}": value for name, value in tensors.items() if name != CONFIG_TENSOR})
 

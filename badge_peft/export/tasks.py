@@ -103,7 +103,9 @@ def export_tasks_onnx(
     check_size(graph)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        facts = _metadata(copied, decisions, read, pieces.inputs, tokenizer) | {"int8": int8, "compact": compact}
+        hashes = {task: badge.weights_hash(task) for task in names}
+        facts = _metadata(copied, decisions, read, pieces.inputs, tokenizer, hashes)
+        facts |= {"int8": int8, "compact": compact}
         metadata = stage(here, graph, facts, copied, tokenizer)
         session: Any = OnnxTasksModel.from_pretrained(here, threads=torch.get_num_threads())
         configs = {task: decision.policy.config for task, decision in decisions.items()}
@@ -211,7 +213,12 @@ def _read(decision: Any) -> set[int]:
 
 
 def _metadata(
-    badge: BadgeModel, decisions: Mapping[str, Any], read: Mapping[str, set[int]], inputs: list[str], tokenizer: Any
+    badge: BadgeModel,
+    decisions: Mapping[str, Any],
+    read: Mapping[str, set[int]],
+    inputs: list[str],
+    tokenizer: Any,
+    hashes: Mapping[str, str],
 ) -> dict[str, Any]:
     """What `OnnxTasksModel` has to know, as JSON-able values."""
     return {
@@ -228,7 +235,8 @@ def _metadata(
                 "exit_layers": sorted(
                     m for m in read[task] if decision.policy.can_exit(decision.exits, decision.exits.index(m))
                 ),
-                "early_exit": decision.policy.config.to_dict(),
+                "weights_hash": hashes[task],
+                "early_exit": decision.policy.config.measured_on(hashes[task]).to_dict(),
                 "threshold": decision.threshold,
                 "patience": decision.policy.patience,
                 "uses_threshold": decision.uses_threshold,

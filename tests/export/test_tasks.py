@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,19 @@ def test_each_task_answers_as_in_pytorch(written: tuple[Any, Path, dict[str, Any
     ]
     for batch in (make_batch(ROWS, LENGTH), make_batch(1, 5), make_batch(3, LENGTH, side="left")):
         check(model, session, batch, list(TASKS))
+
+
+def test_each_task_names_the_weights_that_it_was_made_of(
+    written: tuple[Any, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Those of its adapter, as they are saved."""
+    model, folder, _ = written
+    facts = OnnxTasksModel.from_pretrained(folder).config["tasks"]
+    found = {task: facts[task]["weights_hash"] for task in TASKS}
+    assert len(set(found.values())) == len(TASKS)
+    model.save_pretrained(tmp_path)
+    for task in TASKS:
+        assert json.loads((tmp_path / task / "adapter_config.json").read_text())["weights_hash"] == found[task]
 
 
 def test_thresholds_come_with_the_call(written: tuple[Any, Path, dict[str, Any]]) -> None:
