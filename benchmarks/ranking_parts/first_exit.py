@@ -73,7 +73,7 @@ def compare_first_exits(
     """For each way and k: blocks saved, queries kept, and the rank correlation of exit 0 with full depth."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pools = [encode(scores.pool, tokenizer, max_length) for scores in (validation, test)]
+    pools = [encode(scores.pool, tokenizer, max_length, return_token_type_ids=True) for scores in (validation, test)]
 
     def embed(rows: list[dict[str, Any]]) -> tuple[Tensor, Batch]:
         batch = pad_features(rows, model)

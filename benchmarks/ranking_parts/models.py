@@ -69,10 +69,10 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
     tokenizer.save_pretrained(out)
 
 
-def encode(pool: Pool, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+def encode(pool: Pool, tokenizer: Any, max_length: int, **options: Any) -> list[dict[str, Any]]:
     """The rows of tokens of a pool."""
     texts = [row["query"] for row in pool.rows], [row["document"] for row in pool.rows]
-    columns = tokenizer(*texts, truncation=True, max_length=max_length)
+    columns = tokenizer(*texts, truncation=True, max_length=max_length, **options)
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
