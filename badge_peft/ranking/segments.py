@@ -5,11 +5,12 @@ The bar of an exit is that of the whole query, so no candidate may go past an ex
 candidates sorted by length and each slice as long as its longest. Every slice is a call of the model as ever, so the
 Hugging Face layer loop stays in control: blocks outside of the segment hand their input on, and the first block inside
 gets the states that the segment before has left in the `StateStore`. What leaves is gone from all further slices.
+Candidates that fit into one slice need none of this: they are one `EarlyExitPass`, as any batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.pass_ import as_result
+from badge_peft.early_exit.pass_ import EarlyExitPass, as_result
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.policy_reader import last_read
+from badge_peft.early_exit.policy_reader import PolicyReader, last_read
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
@@ -133,6 +134,25 @@ class CandidatePass:
     @torch.no_grad()
     def run(self) -> RankedCandidates:
         """Until every candidate has its answer."""
+        return self._in_one_pass() if len(self.rows) <= self.batch_size else self._in_segments()
+
+    def _in_one_pass(self) -> RankedCandidates:
+        batch, n, numbers = self._batch(range(len(self.rows))), len(self.rows), self.exits.numbers
+        reader = PolicyReader(self.exits, n, batch["attention_mask"], 0, self.policy)
+        with EarlyExitPass([reader], n, batch["attention_mask"], self.badge.num_blocks):
+            base = self.badge.model(return_dict=True, **batch)
+        if not self.exits.has_final_exit:
+            reader.finish(base.logits)
+        output = reader.output()
+        logits: Any = output.logits
+        stops, left = reader.exit_layer, {}
+        for number in (m for j, m in enumerate(numbers) if self.policy.can_exit(numbers, j)):
+            left[number] = int((stops > number).sum())
+            if not left[number]:
+                break
+        return RankedCandidates(logits[:, 0].float().cpu().numpy(), stops, left, reader.non_finite)
+
+    def _in_segments(self) -> RankedCandidates:
         numbers, n = self.exits.numbers, len(self.rows)
         history = ExitHistory(numbers, n, self.exits.num_labels, self.exits.problem_type)
         found = RankedCandidates(np.zeros(n, np.float32), np.full(n, -1, np.int64), {}, np.zeros(n, bool))
@@ -163,9 +183,7 @@ class CandidatePass:
         computed, too, as deeper exits build on them."""
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         for place, rows in self._slices(active):
-            batch = {
-                k: v.to(self.device) for k, v in pad_features([self.rows[i] for i in rows], self.badge.model).items()
-            }
+            batch = self._batch(rows)
             reader = ExitReader(self.exits, len(rows), batch["attention_mask"])
             reader.state.left = self._left.get(rows)
             before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
@@ -185,6 +203,11 @@ class CandidatePass:
                     self._store = StateStore(self.lengths, active, running.states, self.max_state_bytes)
                 self._store.put(rows, running.states)
         return scores
+
+    def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The inputs of these candidates."""
+        batch = pad_features([self.rows[i] for i in rows], self.badge.model)
+        return {name: value.to(self.device) for name, value in batch.items()}
 
     def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
         """Where each slice begins, and its candidates."""
