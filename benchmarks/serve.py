@@ -176,7 +176,14 @@ def measure_kills(texts: list[str], options: argparse.Namespace) -> dict[str, An
     with Running(serve_command(options.adapter, *replicas), Path(options.log)) as service:
         expected: Any = answers_of(saturate(service.url, requests, 4), len(texts))
         found = kills.measure(
-            service, requests, expected, options.kills, options.replicas, options.connections, options.pause
+            service,
+            requests,
+            expected,
+            options.kills,
+            options.replicas,
+            options.connections,
+            options.pause,
+            limit=60 * options.minutes,
         )
     print(found)
     return {"kills": {**found, "replicas": options.replicas}}
@@ -215,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, default=2, help="with --kills")
     parser.add_argument("--connections", type=int, default=4, help="with --kills")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two kills, with all replicas there")
+    parser.add_argument("--minutes", type=float, default=10.0, help="with --kills: no longer than this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", default="runs/serve.log", help="output of the services")
     parser.add_argument("--json", default="runs/serve.json", help="the file of the results")
@@ -225,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
 def _said(options: argparse.Namespace) -> str:
     """The options that differ from their defaults, but those of places."""
     parser = _parser()
-    names = [name for name in vars(options) if name not in ("adapter", "texts", "about", "log", "json", "docs")]
+    names = [
+        name for name in vars(options) if name not in ("adapter", "texts", "about", "log", "json", "docs", "minutes")
+    ]
     given = [name for name in names if getattr(options, name) != parser.get_default(name)]
     return " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in given)
 

@@ -64,6 +64,7 @@ def replica_options(settings: ServiceSettings) -> dict[str, Any]:
         "max_ongoing_requests": settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
         "ray_actor_options": {"num_cpus": settings.threads},
         "user_config": {"report": True},  # or Ray Serve does not call `reconfigure`
+        "health_check_period_s": 2.0,  # a replica that has died is noticed within it
         "graceful_shutdown_timeout_s": _SHUTDOWN,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }

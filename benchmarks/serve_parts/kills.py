@@ -47,10 +47,12 @@ def measure(
     connections: int,
     pause: float,
     every: float = 2.0,
+    limit: float = 600.0,
 ) -> dict[str, Any]:
     """Kills a replica `kills` times, each time all have come back and have answered for `pause` seconds; `every` so
-    many seconds the requests so far are collected."""
+    many seconds the requests so far are collected, and after `limit` seconds no more are sent."""
     waits: list[float] = []
+    number_killed = [0]
     done = threading.Event()
 
     def kill() -> None:
@@ -62,17 +64,17 @@ def measure(
                 waits.append(time.monotonic() - start)
                 time.sleep(pause)
                 os.kill(sorted(found)[number % replicas], signal.SIGKILL)
+                number_killed[0] += 1
                 time.sleep(every / 2)
         finally:
             done.set()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    threading.Thread(target=kill, daemon=True).start()
     sent: list[Sent] = []
-    while not done.is_set():
+    end = time.monotonic() + limit
+    while not done.is_set() and time.monotonic() < end:
         sent += saturate(service.url, requests, connections, seconds=every)
-    killer.join()
-    return {**count(sent, expected), "kills": len(waits), "seconds_until_back": waits[1:]}
+    return {**count(sent, expected), "kills": number_killed[0], "seconds_until_back": waits[1:]}
 
 
 def _alive(service: Running) -> list[int]:

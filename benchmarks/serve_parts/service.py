@@ -30,7 +30,7 @@ class Running:
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "BADGE_PEFT_TOKEN": TOKEN}
+        environment = {"RAY_worker_niceness": "0", **os.environ, "BADGE_PEFT_TOKEN": TOKEN}  # as the service has it
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=environment
