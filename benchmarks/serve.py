@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("give ADAPTER and TEXTS, or --docs")
     texts, labels = read(options.texts)
     command = "python benchmarks/serve.py ADAPTER TEXTS.jsonl " + _said(options)
-    for found in [measure_kills(texts, options)] if options.kills else measure_load(texts, labels, options):
+    for found in measure_kills(texts, options) if options.kills else measure_load(texts, labels, options):
         data |= found
         data["commands"] = sorted({*data.get("commands", []), command.strip()})
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _quantiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}": 1e3 * float(np.quantile(seconds, q / 100)) for q in (50, 95)}
 
 
-def measure_kills(texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure_kills(texts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """On a service of its own."""
     requests = bodies(texts[: 200 * options.size], options.size)
     replicas = ("--replicas", str(options.replicas))
@@ -185,8 +185,8 @@ def measure_kills(texts: list[str], options: argparse.Namespace) -> dict[str, An
             options.pause,
             limit=60 * options.minutes,
         )
-    print(found)
-    return {"kills": {**found, "replicas": options.replicas}}
+        print(found)
+        yield {"kills": {**found, "replicas": options.replicas}}
 
 
 def write_page(data: dict[str, Any], path: Path) -> None:
