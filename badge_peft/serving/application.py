@@ -8,7 +8,7 @@ from typing import Any
 
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.requests import Limits
-from badge_peft.serving.run import TOKEN
+from badge_peft.serving.run import TOKEN, replica_options
 from badge_peft.serving.settings import ServiceSettings
 
 
@@ -32,10 +32,7 @@ def build(args: dict[str, Any]) -> Any:
     limits = dict(given.pop("limits", None) or {})
     _check_names(limits, Limits)
     settings = ServiceSettings(**given, limits=Limits(**limits))
-    made = Service.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
-        ray_actor_options={"num_cpus": settings.threads},
-    )
+    made = Service.options(**replica_options(settings))  # type: ignore[attr-defined]
     return made.bind(settings, os.environ.get(TOKEN))
 
 

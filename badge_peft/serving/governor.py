@@ -12,7 +12,7 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
 from badge_peft.serving.metrics import ServiceMetrics
-from badge_peft.serving.monitor import ExitMonitor
+from badge_peft.serving.monitor import DriftAlarm, ExitMonitor
 from badge_peft.serving.preflight import ONE_ADAPTER
 from badge_peft.serving.report import Report
 from badge_peft.serving.requests import PolicyUpdate
@@ -126,6 +126,8 @@ class Governor:
 
     def report(self, report: Report) -> dict[str, Any]:
         """Takes what a replica did, and says what to answer at from now on: `state`."""
+        if report.state is not None and report.version > self.version:
+            self._restore(report.state)
         now, before = self._clock(), self.configs
         for name in [name for name, (seen, _) in self._replicas.items() if now - seen >= _GONE]:
             del self._replicas[name]
@@ -145,6 +147,15 @@ class Governor:
         self.version += self.configs != before
         return self.state()
 
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes on where a governor was that has died: a replica still knows. A controller starts at its most careful
+        point, and monitors count anew, but an alarm stays."""
+        self._chosen = {task: EarlyExitConfig.of(fields) for task, fields in state["chosen"].items()}
+        self._start(state["target"], state["max_score_drop"])
+        for task, alarm in state["drift"].items():
+            self.monitors[task].alarm = alarm and DriftAlarm(**alarm)
+        self.version = state["version"] + 1
+
     def _decide(self, now: float) -> None:
         """Once in each interval: the controller's next setting."""
         if now - self._decided < self.interval:
@@ -162,9 +173,8 @@ class Governor:
         """The setting in force and how it came about, for JSON."""
         return {
             "version": self.version,
-            "early_exit": {
-                task: EarlyExitConfig.of(c, calibration=None).to_dict() for task, c in self.configs.items()
-            },
+            "early_exit": _fields(self.configs),
+            "chosen": _fields(self._chosen),  # the same, but for an alarm's careful one
             "target": self.target,
             "max_score_drop": self.max_score_drop,
             "replicas": {name: version for name, (_, version) in self._replicas.items()},
@@ -177,3 +187,8 @@ class Governor:
         """For Prometheus, as text."""
         speedup = None if self.controller is None else self.controller.point.layer_speedup
         return self._metrics.text(self.version, self.configs, self.monitors, self.target, speedup)
+
+
+def _fields(configs: dict[str, EarlyExitConfig]) -> dict[str, dict[str, Any]]:
+    """For JSON, without what calibration has recorded."""
+    return {task: EarlyExitConfig.of(config, calibration=None).to_dict() for task, config in configs.items()}

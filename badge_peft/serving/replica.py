@@ -49,6 +49,7 @@ class Replica:
     ) -> None:
         self.name, self.engine, self.settings, self._tell = name, engine, settings, tell
         self.configs, self.version = dict(engine.configs), 0
+        self._state: dict[str, Any] | None = None
         self.waiting = Waiting()
         self._speed: float | None = None  # rows that a second of passes answers
         self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
@@ -127,9 +128,10 @@ class Replica:
                 self.waiting.oldest(perf_counter()),
                 self.waiting.rows / self._speed if self._speed else 0.0,
                 shadows,
+                self._state,
             )
             self._fresh()
-            state = await self._tell(report)
+            self._state = state = await self._tell(report)
             if state["version"] != self.version:
                 self.configs = {task: EarlyExitConfig.of(fields) for task, fields in state["early_exit"].items()}
                 self.version = state["version"]

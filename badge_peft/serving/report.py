@@ -21,6 +21,7 @@ class Report:
         oldest: Seconds that the oldest of them has waited; 0 where none waits.
         expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
         shadows: For tasks what `Engine.shadow` gave.
+        state: What the governor said last.
     """
 
     replica: str
@@ -33,6 +34,7 @@ class Report:
     oldest: float = 0.0
     expected: float = 0.0
     shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    state: dict[str, Any] | None = None
 
 
 class Waiting:

@@ -215,3 +215,18 @@ def test_metrics_add_up_what_replicas_report():
         "badge_target_seconds NaN",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("change", [{"early_exit": {"threshold": 0.2}}, {"target": 0.1, "max_score_drop": 0.05}])
+def test_a_governor_that_was_started_again_hears_from_a_replica_where_it_was(change):
+    first, _ = governor(careful=True)
+    report(first, shadows=[shadow(disagree=True)])
+    known = first.update(PolicyUpdate(**change))
+    again, _ = governor(careful=True)
+    assert again.version < known["version"]
+    state = report(again, version=known["version"], state=known)
+    assert state["version"] > known["version"]
+    for name in ("early_exit", "chosen", "drift", "target", "max_score_drop"):
+        assert state[name] == known[name], name
+    assert state["drift"]["default"] and state["early_exit"]["default"]["policy"] == "never"
+    assert report(again)["version"] == state["version"]  # once

@@ -93,6 +93,7 @@ def test_what_was_done_is_told_once():
         assert (second.waiting, second.oldest) == (0, 0.0)
         await replica.report()
         assert told.reports[-1].statuses == {} and told.reports[-1].latencies == []
+        assert first.state is None and told.reports[-1].state is told.state
 
     asyncio.run(scene())
 
