@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,13 @@ def page(found: dict[str, Any], options: argparse.Namespace) -> str:
             table.append(row + ([f"{point['time']['saved']:.1%}"] if "time" in point else []))
         lines += [f"## {_names(kind)}", "", _exits_line(own), "", markdown((table[0], table[1:])), ""]
     lines += [_reading(found, kinds), "", "## How it was measured", "", _how(found, kinds, options), ""]
-    return "\n".join(lines)
+    return "\n".join(_wrapped(line) for line in lines)
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of a page; tables and commands as they are."""
+    parts = text.split("\n\n")
+    return "\n\n".join(p if p.startswith(("|", "#", "```")) else textwrap.fill(p, 119) for p in parts)
 
 
 def _names(kind: str) -> str:
@@ -197,13 +204,14 @@ def _how(found: dict[str, Any], kinds: list[str], options: argparse.Namespace) -
     )
     timed = next((p["time"] for kind in kinds for p in found[kind]["points"] if "time" in p), None)
     clock = (
-        ""
+        " Time was not measured in this run."
         if timed is None
         else f" Time: {timed['rows']} test texts, one at a time, in turn with the model without exits "
         f"(median {timed['full_p50_ms']:.1f} ms)."
     )
     return (
-        "```bash\npython benchmarks/tokens.py --model MODEL --data FOLDER --docs docs/results/tokens.md\n"
+        "```bash\npython benchmarks/tokens.py --model MODEL --data FOLDER "
+        f"--backbones {' '.join(kinds)}{' --rows 0' if timed is None else ''} --docs docs/results/tokens.md\n"
         f"```\n\nOne seed (0). {settings}. Settings for a share of blocks are the best of policy `auto` on the "
         f"validation rows, *within a point* is what `badge-peft train` chose there. F1 is that of `seqeval`.{clock} "
         f"{environment['cpu']}, {environment['threads']} thread(s), load {environment['load_1min']}; Python "
