@@ -53,6 +53,14 @@ PUBLIC = (
 HUB = "google-bert/bert-base-uncased"
 
 
+def test_the_first_page_lists_every_extra() -> None:
+    """With what it is for."""
+    extras = re.search(r"optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL)
+    assert extras is not None
+    wanted = set(re.findall(r"^([a-z-]+) = \[", extras[1], flags=re.MULTILINE))
+    assert set(re.findall(r"^\| `([a-z-]+)` \| ", (DOCS / "index.md").read_text(), flags=re.MULTILINE)) == wanted
+
+
 def path_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
