@@ -120,25 +120,13 @@ def train_on(
             trouble, measured = error, {}
         report = {
             **({"task": "tokens"} if base.reads_tokens else {}),
-            "model": model_name,
-            "data": data,
-            "columns": examples.columns,
-            "max_length": tokenizer.model_max_length,
-            "label_names": base.labels.names,
-            "problem_type": base.labels.problem_type,
+            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
-            "evaluation": settings.columns.eval_data or f"held out of {data}",
-            "weights_hash": exit_logits.weights_hash,
             **measured,
             "constant_answer": constant,
-            "calibration": badge.get_early_exit_config().calibration,
-            "processes": distributed.rank_world()[1],
             **measured_training,
             "search": search,
-            "trainable_parameters": trainable,
-            "settings": settings.to_dict(),
-            "versions": {"badge_peft": package_version(), "torch": torch.__version__},
         }
         install_adapter(model, tokenizer, exit_logits, report, out)
         if trouble is not None:
@@ -168,6 +156,45 @@ def train_on(
     write_json(out / REPORT, report)
     write_model_card(out)
     return report
+
+
+def report_of_training(
+    model_name: str,
+    data: str,
+    settings: TrainSettings,
+    examples: TextDataset,
+    base: Base,
+    tokenizer: Any,
+    model: PeftModel,
+    exit_logits: ExitLogits,
+) -> dict[str, Any]:
+    """What the report of every training begins with, as JSON-able values.
+
+    Args:
+        model_name: Of the base model.
+        data: Where the rows are from.
+        settings: As asked for.
+        examples: The rows to train on, as they were read.
+        base: The base model with its labels.
+        tokenizer: Of the model.
+        model: The trained one, calibrated.
+        exit_logits: Of the evaluation rows.
+    """
+    return {
+        "model": model_name,
+        "data": data,
+        "columns": examples.columns,
+        "max_length": tokenizer.model_max_length,
+        "label_names": base.labels.names,
+        "problem_type": base.labels.problem_type,
+        "evaluation": settings.columns.eval_data or f"held out of {data}",
+        "weights_hash": exit_logits.weights_hash,
+        "calibration": get_badge_model(model).get_early_exit_config().calibration,
+        "processes": distributed.rank_world()[1],
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
+        "settings": settings.to_dict(),
+        "versions": {"badge_peft": package_version(), "torch": torch.__version__},
+    }
 
 
 def install_adapter(

@@ -10,13 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import collect_exit_logits
 from badge_peft.model import get_badge_model
@@ -40,7 +38,7 @@ from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
 from badge_peft.workflows.settings import TrainingOptions, TrainSettings
-from badge_peft.workflows.train import checks, install_adapter
+from badge_peft.workflows.train import checks, install_adapter, report_of_training
 from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings
 
 
@@ -104,25 +102,14 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
             trouble = error
         report = {
             "task": "ranking",
-            "model": model_name,
-            "data": data,
-            "columns": examples.columns,
-            "max_length": tokenizer.model_max_length,
-            "label_names": base.labels.names,
-            "problem_type": base.labels.problem_type,
+            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(rows),
             "train_queries": counts[0],
             "learned_from": "the model's own scores",
-            "evaluation": settings.columns.eval_data or f"held out of {data}",
             "corpus": settings.columns.corpus,
             **measured_training,
             **measured,
             "constant_answer": None,
-            "calibration": badge.get_early_exit_config().calibration,
-            "processes": distributed.rank_world()[1],
-            "trainable_parameters": trainable,
-            "settings": settings.to_dict(),
-            "versions": {"badge_peft": package_version(), "torch": torch.__version__},
         }
         install_adapter(model, tokenizer, exit_logits, report, out)
         if trouble is not None:
