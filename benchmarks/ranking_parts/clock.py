@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def _with_report(reranker: EarlyExitReranker) -> Rank:
 
 def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: list[str]) -> Ranked:
     """As a cross-encoder is usually run: batches of similar length."""
-    columns = tokenizer([query] * len(documents), documents, truncation=True)
+    which = "token_type_ids" in inspect.signature(model.forward).parameters  # not every tokenizer gives them by itself
+    columns = tokenizer([query] * len(documents), documents, truncation=True, return_token_type_ids=which)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores = np.empty(len(rows), dtype=np.float32)

@@ -25,8 +25,8 @@ def stack_section(data: Mapping[str, Any]) -> str:
 ## A real stack
 
 Adapters on one frozen all-MiniLM-L6-v2 (6 blocks, exits 0 to 6), each calibrated to lose at most one point, beside an
-encoder of its own for each task, all of it trained on the same rows. The last column is what the frozen backbone costs at
-full depth. Rows to train, to calibrate and to test on are parts of DATA, not the official splits.
+encoder of its own for each task, all of it trained on the same rows. The last column is what the frozen backbone costs
+at full depth. Rows to train, to calibrate and to test on are parts of DATA, not the official splits.
 
 {markdown((heads, lines))}
 
