@@ -109,8 +109,8 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
         mean_exit_before=float(exits_before.mean()),
     )
     if labels:
-        of_tokens = [label[k] for label, k in zip(labels, counts, strict=True)]
-        given = torch.cat(of_tokens) if tokens else torch.stack(labels)
+        of_tokens = zip(labels, counts, strict=True)
+        given = torch.cat([label[k] for label, k in of_tokens]) if tokens else torch.stack(labels)
         truth = problem.scored_labels(given, session.config["num_labels"], len(before)).numpy()
         metric = METRICS[problem.default_metric]
         changes.score, changes.score_before = (metric(x, truth) for x in (new, old))
