@@ -107,14 +107,14 @@ def run_service(
     # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are nice to all else: a service is not to be
-    ray.init(address=address or "local", namespace="serve", **own)
     try:
-        deployed = Service.options(**options)  # type: ignore[attr-defined]
         try:
+            ray.init(address=address or "local", namespace="serve", **own)
+            deployed = Service.options(**options)  # type: ignore[attr-defined]
             with suppress(TimeoutError):  # of Ray's own 60 seconds for a proxy, which a busy machine gets later
                 serve.start(http_options={"host": host, "port": port})
             serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
-        except (RuntimeError, ray.exceptions.RayError) as error:  # Ray's message holds a traceback
+        except Exception as error:  # Ray has many kinds; a message holds the replica's traceback
             raise ValueError(f"the service has not started: {last_error(str(error))}") from error
         for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's handlers, which drop what is accepted
             signal.signal(number, lambda *_: stop.set())

@@ -51,7 +51,7 @@ def main() -> None:
     serve.run(Empty.options(logging_config={"enable_access_log": False}).bind(), name="empty")  # type: ignore[attr-defined]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    print(f"serving at {port}", flush=True)
+    print(f"serving at http://127.0.0.1:{port}", flush=True)
     stop.wait()
     serve.shutdown()
     ray.shutdown()

@@ -77,10 +77,20 @@ def measure(
     return {**count(sent, expected), "kills": number_killed[0], "seconds_until_back": waits[1:]}
 
 
+def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs as one."""
+    errors: Counter[str] = Counter()
+    for run in runs:
+        errors.update(run["errors"])
+    sums = {name: sum(run[name] for run in runs) for name in ("requests", "answered", "wrong", "kills")}
+    waits = [wait for run in runs for wait in run["seconds_until_back"]]
+    return {**sums, "errors": dict(errors), "seconds_until_back": waits, "replicas": runs[-1]["replicas"]}
+
+
 def _alive(service: Running) -> list[int]:
     """Process numbers of the replicas that run; none where the service does not answer just now."""
     try:
         numbers = service.replicas().values()
-    except httpx.HTTPError:
+    except (httpx.HTTPError, RuntimeError):  # or the client is closed: the measurement has ended
         return []
     return [number for number in numbers if os.path.exists(f"/proc/{number}")]

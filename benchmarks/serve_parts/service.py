@@ -39,7 +39,7 @@ class Running:
 
     def __enter__(self) -> Running:
         end = time.monotonic() + 300
-        while "serving at" not in self.log.read_text():
+        while f"serving at {self.url}" not in self.log.read_text():  # a traceback has the line of the code
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the service has not started: {self.log.read_text()[-2000:]}")
             time.sleep(0.3)

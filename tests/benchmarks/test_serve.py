@@ -150,6 +150,9 @@ def test_replicas_are_killed_while_requests_are_sent(running, url, monkeypatch):
     expected = [{"label": text[-1], "exit_layer": 6, "score": int(text.split()[1]) / 100} for text in TEXTS]
     found = kills.measure(service, bodies(TEXTS, 4), expected, 2, 1, 2, 0.05, every=0.1)
     assert killed == [os.getpid()] * 2 and found["kills"] == 2
+    both = kills.together([{**found, "replicas": 1}] * 2)
+    assert both["kills"] == 4 and both["errors"]["429"] == 2 * found["errors"]["429"] and both["replicas"] == 1
+    assert both["requests"] == 2 * found["requests"] and len(both["seconds_until_back"]) == 2
     assert found["wrong"] == 0 and found["errors"]["429"] > 0 and found["answered"] > 0
 
 

@@ -43,7 +43,7 @@ class Running:
         with self.log.open("w") as log:
             self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        self.wait_for(lambda: "serving at" in self.log.read_text())
+        self.wait_for(lambda: f"serving at http://127.0.0.1:{port}" in self.log.read_text())
 
     def wait_for(self, what, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
