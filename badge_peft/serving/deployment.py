@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import ray
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
 
@@ -26,6 +27,7 @@ from badge_peft.serving.requests import (
     RerankRequest,
     check_tasks,
     check_token,
+    shape_message,
 )
 from badge_peft.serving.settings import ServiceSettings
 
@@ -47,6 +49,13 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse({"detail": error.message}, error.status, headers)
+
+
+@api.exception_handler(RequestValidationError)
+async def _misshapen(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message = shape_message(error.errors(), request.headers.get("content-type", ""))
+    return JSONResponse({"detail": message}, 422)
 
 
 @serve.deployment

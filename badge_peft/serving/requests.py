@@ -83,6 +83,23 @@ class PolicyUpdate(BaseModel):
     reset_drift: StrictBool = Field(False, description="Take the alarm back, and watch anew.")
 
 
+def shape_message(errors: Sequence[dict[str, Any]], content_type: str) -> str:
+    """What is wrong with the shape of a body, in a line, without what the body holds.
+
+    Args:
+        errors: As pydantic has them.
+        content_type: Of the request.
+    """
+    if "json" not in content_type:
+        return "the body is not said to be JSON: send the header Content-Type: application/json."
+    parts: dict[str, str] = {}
+    for error in errors:
+        name = ".".join(str(part) for part in error["loc"][1:2]) or "body"
+        chosen = name == "inputs" and error["type"] != "missing"
+        parts[name] = "give a text, a list of texts, or a list of [text, pair]" if chosen else error["msg"]
+    return "; ".join(f"{name}: {message}" for name, message in parts.items()) + ". The page /docs has the fields."
+
+
 def check_rows(rows: Sequence[Row], limits: Limits) -> None:
     """Refuses a request without texts, or with too much of them.
 

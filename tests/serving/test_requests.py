@@ -20,6 +20,7 @@ from badge_peft.serving.requests import (  # noqa: E402
     check_rows,
     check_tasks,
     check_token,
+    shape_message,
 )
 
 
@@ -131,3 +132,22 @@ def test_a_body_that_is_too_large_never_reaches_the_application(headers, parts, 
     assert read == ([b"".join(parts)] if status == 200 else [])
     if status == 413:
         assert "5 bytes" in json.loads(sent[1]["body"])["detail"]
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "message"),
+    [
+        (PredictRequest, {"inputs": [["secret", "b"], "c"]}, "inputs: give a text, a list of texts, or a list of"),
+        (PredictRequest, {"inputs": 3}, "inputs: give a text"),
+        (PredictRequest, {"input": "secret"}, "inputs: Field required; input: Extra inputs are not permitted"),
+        (PredictRequest, {"inputs": "x", "max_exit": -1}, "max_exit: Input should be greater than or equal to 0"),
+        (PolicyUpdate, {"target": "secret"}, "target: Input should be a valid number"),
+    ],
+)
+def test_a_body_of_another_shape_is_told_in_a_line_without_its_texts(model, body, message):
+    with pytest.raises(ValueError) as refused:
+        model.model_validate(body)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    found = shape_message(errors, "application/json; charset=utf-8")
+    assert message in found and "secret" not in found and found.endswith("/docs has the fields.")
+    assert "Content-Type: application/json" in shape_message(errors, "application/x-www-form-urlencoded")
