@@ -157,15 +157,13 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
     if "kills" in data:
         k = data["kills"]
         errors = ", ".join(f"{number} with {status}" for status, number in k["errors"].items()) or "none"
-        back = k["seconds_until_back"]
         lines += [
             "## Replicas killed under load",
             "",
             f"{k['kills']} times one of {k['replicas']} replicas was killed (SIGKILL) with requests in it. Of "
             f"{k['requests']} requests {k['answered']} were answered, {k['wrong']} of them with something that "
             "is not the answer to its texts (label, exit and score were compared); the others ended with an error "
-            f"that their client saw ({errors}). A replica was back after {np.median(back):.0f} s (median; most "
-            f"{max(back):.0f} s).",
+            f"that their client saw ({errors}). None was lost without one.",
             "",
         ]
     lags = [summary(r, target)["lag"] for ways in data["runs"].values() for r in ways.values()]
