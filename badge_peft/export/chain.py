@@ -167,10 +167,7 @@ class Chain:
                 decision.num_labels,
                 decision.problem_type,
             )
-            stops = policy.nodes(at)
-            seen = sum(decision.reads(i) for i in range(index + 1))
-            trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
-            stops = None if stops is None else g.op("And", stops, trusted)
+            stops = decision.stops(at, index)
         if last or (stops is not None and policy.can_exit(decision.exits, index)):
             store = self._store_rows if self.compact else self._store_all
             store(g, number, made["logits"], stops)

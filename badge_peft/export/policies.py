@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy
+from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
 
 @dataclass
@@ -56,6 +57,14 @@ class Decision:
         """Whether anything depends on the answers of exit `index`, whatever patience a call brings: with one, any exit
         may be the first of those that agree."""
         return self.policy.counts_exits or self.policy.needs_logits(self.exits, index)
+
+    def stops(self, at: ExitNodes, index: int) -> Value | None:
+        """[n] bool, the rows that stop at exit `index` by logits that can be trusted; None: none can stop there."""
+        policy = self.policy
+        found = policy.nodes(at)
+        seen = sum(self.reads(i) for i in range(index + 1))
+        trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
+        return None if found is None else at.op("And", found, trusted)
 
     @property
     def count_name(self) -> str:

@@ -145,10 +145,7 @@ class TaskChain(Chain):
                 decision.num_labels,
                 decision.problem_type,
             )
-            stops = policy.nodes(at)
-            seen = sum(decision.reads(i) for i in range(index + 1))
-            trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
-            stops = None if stops is None else g.op("And", stops, trusted)
+            stops = decision.stops(at, index)
             self.carried |= {prefix + k.removeprefix("kept_"): v for k, v in state.items()}
             if stops is None or not policy.can_exit(decision.exits, index):
                 return False

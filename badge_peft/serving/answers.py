@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,25 @@ def passes(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
     for paired in (False, True):
         own = [i for i in sorted(range(len(rows)), key=order) if (rows[i][1] is not None) == paired]
         yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
+def answered(
+    rows: Sequence[Row], size: int, tasks: Sequence[str] | None, answer: Callable[[list[Row]], dict[str, list[Any]]]
+) -> list[Any]:
+    """The answers of all rows in their order, pass by pass; where there are tasks, a dict from these for each row.
+
+    Args:
+        rows: Texts, each with its second text or None.
+        size: Rows of a pass at most.
+        tasks: Those that are asked for; None: the one adapter.
+        answer: Gives the answers of each task to the rows of a pass.
+    """
+    answers: list[Any] = [None] * len(rows)
+    for places in passes(rows, size):
+        found = answer([rows[i] for i in places])
+        for i, place in enumerate(places):
+            answers[place] = {task: own[i] for task, own in found.items()} if tasks else next(iter(found.values()))[i]
+    return answers
 
 
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:

@@ -15,7 +15,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
-from badge_peft.serving.answers import columns, labeled, passes
+from badge_peft.serving.answers import answered, columns, labeled
 from badge_peft.serving.requests import RequestError, Row
 from badge_peft.utils.logs import quiet
 
@@ -98,22 +98,21 @@ class Engine:
         """
         asked = tasks or (MAIN,)
         chosen = {task: self._bounded(task, configs[task], max_exit) for task in asked}
-        answers: list[Any] = [None] * len(rows)
-        for places in passes(rows, self.batch_size):
-            encoded = self._encode([rows[i] for i in places])
+
+        def answer(part: list[Row]) -> dict[str, list[Any]]:
+            encoded = self._encode(part)
             if tasks:
                 outputs: Any = early_exit_forward(self.model, tasks=list(tasks), early_exit_config=chosen, **encoded)
             else:
                 outputs = {MAIN: early_exit_forward(self.model, early_exit_config=chosen[MAIN], **encoded)}
-            found = {
+            return {
                 task: labeled(
                     own.logits.float().cpu(), own.exit_layer.tolist(), self.labels[task], self.problems[task]
                 )
                 for task, own in outputs.items()
             }
-            for i, place in enumerate(places):
-                answers[place] = {task: own[i] for task, own in found.items()} if tasks else found[MAIN][i]
-        return answers
+
+        return answered(rows, self.batch_size, tasks, answer)
 
     def _encode(self, rows: Sequence[Row]) -> Any:
         """The rows of one pass as a padded batch."""

@@ -11,7 +11,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.ranking import OnnxReranker
 from badge_peft.export.runtime import LARGEST_PATIENCE, OnnxEarlyExitModel, OnnxOutput, holds_tasks
 from badge_peft.export.tasks import OnnxTasksModel
-from badge_peft.serving.answers import columns, labeled, passes
+from badge_peft.serving.answers import answered, columns, labeled
 from badge_peft.serving.engine import MAIN
 from badge_peft.serving.requests import RequestError, Row
 
@@ -145,16 +145,15 @@ class OnnxEngine:
             raise RequestError(400, "max_exit is fixed in an ONNX file: leave it out, or serve without --onnx.")
         if self.ranks:
             raise RequestError(400, "this service ranks the candidates of a query: use /rerank.")
-        answers: list[Any] = [None] * len(rows)
-        for places in passes(rows, self.batch_size):
-            outputs = self._run([rows[i] for i in places], configs)
-            found = {
+
+        def answer(part: list[Row]) -> dict[str, list[Any]]:
+            outputs = self._run(part, configs)
+            return {
                 task: labeled(outputs[task].logits, outputs[task].exit_layer, self.labels[task], self.problems[task])
                 for task in tasks or (MAIN,)
             }
-            for i, place in enumerate(places):
-                answers[place] = {task: own[i] for task, own in found.items()} if tasks else found[MAIN][i]
-        return answers
+
+        return answered(rows, self.batch_size, tasks, answer)
 
     def rerank(
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
