@@ -31,7 +31,8 @@ from badge_peft.evaluation.cross_fit import best_at
 from badge_peft.evaluation.tradeoff import search
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.settings import ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.settings import ExitOptions, TrainColumns, TrainingOptions, TrainSettings
 from badge_peft.workflows.train import train_adapter
 
 METRIC = "entity_f1"

@@ -15,7 +15,8 @@ from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
 from badge_peft.utils.checks import check_choice
-from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
+from badge_peft.workflows.goal import PolicyOverrides
+from badge_peft.workflows.settings import Columns, TextColumns
 
 if TYPE_CHECKING:
     from badge_peft.export.report import ParityReport

@@ -11,7 +11,8 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
-from badge_peft.workflows.settings import Columns, PolicyOverrides
+from badge_peft.workflows.goal import PolicyOverrides
+from badge_peft.workflows.settings import Columns
 
 
 def evaluate(

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from badge_peft.cli import options as shared
 from badge_peft.cli.errors import warn
-from badge_peft.workflows.settings import Columns, DemoSettings, Goal, TrainSettings
+from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.settings import Columns, DemoSettings, TrainSettings
 
 
 def train(

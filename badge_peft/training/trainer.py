@@ -16,7 +16,6 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.full_depth import check_labels
-from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
@@ -28,12 +27,13 @@ from badge_peft.training.numbered import ROWS
 from badge_peft.training.objectives import GROUPS, Objective, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
+from badge_peft.training.rows import rows_of_loss, rows_of_scores
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.training.state_cache import StateCache
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
-from badge_peft.utils.problem import NO_LABEL, problem_of
+from badge_peft.utils.problem import problem_of
 
 _NO_PREDICTIONS = ["exit_uncertainty", "imitation_loss", "hidden_states", "attentions"]
 
@@ -143,15 +143,10 @@ class MultiExitTrainer(CachingTrainer):
         objective = self.exit_objective
         outputs = model(**features, **self.cached(model, inputs), exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits
+        logits, labels, uncertainties = rows_of_loss(
+            outputs.exit_logits, outputs.exit_uncertainty, labels, features.get("attention_mask"), config
+        )
         problem_type = config.resolved_problem_type
-        uncertainties = outputs.exit_uncertainty
-        logits = list(outputs.exit_logits.unbind(dim=1))
-        if config.reads_tokens:  # whose rows are the tokens that are no padding
-            mask = features.get("attention_mask")
-            real = slice(None) if mask is None else mask.flatten() != 0
-            logits = [x.flatten(0, 1)[real] for x in logits]
-            labels = None if labels is None else labels.flatten()[real]
-            uncertainties = None if uncertainties is None else uncertainties.transpose(1, 2).flatten(0, 1)[real]
         number, criterion = self.state.global_step, self._criterion()
         loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS)))
         if model.training:
@@ -295,16 +290,9 @@ class MultiExitTrainer(CachingTrainer):
 
     def _scores(self, prediction: EvalPrediction, **kwargs: Any) -> dict[str, float]:
         logits, exit_logits = cast(tuple[np.ndarray, ...], prediction.predictions)[:2]
-        labels = torch.from_numpy(np.asarray(prediction.label_ids))
-        more: dict[str, Any] = {}
-        if self.badge.config_of().reads_tokens:
-            texts = torch.arange(len(labels)).unsqueeze(1).expand_as(labels).flatten()
-            exit_logits, labels = exit_logits.reshape(-1, *exit_logits.shape[2:]), labels.flatten()
-            more = {"texts": texts[labels != NO_LABEL], "label_names": self.badge.label_names()}
-        problem = problem_of(self.badge.config_of().resolved_problem_type)
-        counts = problem.has_label(labels)
-        stored = ExitLogits(torch.from_numpy(exit_logits)[counts], labels[counts], self.exits, problem.name, **more)
-        metric = self._own_metric or self.args.exit_metric or problem.default_metric
+        config, label_ids = self.badge.config_of(), cast(np.ndarray, prediction.label_ids)
+        stored = rows_of_scores(exit_logits, label_ids, self.exits, config, self.badge.label_names())
+        metric = self._own_metric or self.args.exit_metric or problem_of(config.resolved_problem_type).default_metric
         scores = exit_scores(stored, metric)
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}
         report.update({f"exit_{m}": s for m, s in zip(self.exits, scores.per_exit, strict=True)})

@@ -12,8 +12,8 @@ import pyarrow as pa
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.goal import PolicyOverrides
 from badge_peft.workflows.predict import Pair, predict
-from badge_peft.workflows.settings import PolicyOverrides
 from badge_peft.workflows.tasks import open_tasks, predict_tasks
 
 _WHOLE = ("exit", "rank", "blocks", "start", "end")  # what `predict` gives as a whole number

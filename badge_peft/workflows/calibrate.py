@@ -13,7 +13,8 @@ from badge_peft.model_card import CARD, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
-from badge_peft.workflows.settings import Columns, Goal
+from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.settings import Columns
 
 
 def calibrate_adapter(

@@ -19,8 +19,9 @@ from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import calibrate_adapter
 from badge_peft.workflows.data import TextDataset, read_examples, to_examples
 from badge_peft.workflows.evaluate import evaluate_adapter
+from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.report import draw, show, text_table
-from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, Goal, TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, TrainingOptions, TrainSettings
 from badge_peft.workflows.sources import read_source
 from badge_peft.workflows.splits import split_in_three
 from badge_peft.workflows.train import train_on

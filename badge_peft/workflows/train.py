@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from transformers import set_seed
 
-from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
-from badge_peft.evaluation import ExitLogits, collect_exit_logits
-from badge_peft.hub import LOGITS
+from badge_peft.evaluation import collect_exit_logits
 from badge_peft.model import get_badge_model
-from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, write_model_card
+from badge_peft.model_card import PICTURE, REPORT, write_model_card
 from badge_peft.utils import distributed
-from badge_peft.utils.files import install, write_json
+from badge_peft.utils.files import write_json
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, metric_of, time_rows
+from badge_peft.workflows.finish import finish, report_of_training
 from badge_peft.workflows.fit import train_exits
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
 from badge_peft.workflows.search import Search
@@ -109,32 +103,22 @@ def train_on(
     )
 
     def save() -> dict[str, Any]:
-        trouble, constant = None, None
+        constant = None
         if exit_logits.labels is not None:
             constant = constant_answer(exit_logits, metric_of(exit_logits, settings.metric), base.labels.names)
-        try:
-            find = choose if constant is None or constant["beaten"] else take_full_depth
-            chosen, measured = find(exit_logits, settings.goal, settings.metric)[:2]
-            model.set_early_exit_config(chosen)
-        except ValueError as error:
-            trouble, measured = error, {}
+        find = choose if constant is None or constant["beaten"] else take_full_depth
         report = {
             **({"task": "tokens"} if base.reads_tokens else {}),
             **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
-            **measured,
             "constant_answer": constant,
             **measured_training,
             "search": search,
         }
-        install_adapter(model, tokenizer, exit_logits, report, out)
-        if trouble is not None:
-            raise ValueError(
-                f"{trouble} The exits are trained and saved in {out}, with a default policy: choose one with "
-                f"`badge-peft calibrate {out}`."
-            ) from trouble
-        return report
+        return finish(
+            model, tokenizer, exit_logits, lambda: find(exit_logits, settings.goal, settings.metric), report, out
+        )
 
     report = distributed.on_main(save)
     if not distributed.is_main():
@@ -156,68 +140,6 @@ def train_on(
     write_json(out / REPORT, report)
     write_model_card(out)
     return report
-
-
-def report_of_training(
-    model_name: str,
-    data: str,
-    settings: TrainSettings,
-    examples: TextDataset,
-    base: Base,
-    tokenizer: Any,
-    model: PeftModel,
-    exit_logits: ExitLogits,
-) -> dict[str, Any]:
-    """What the report of every training begins with, as JSON-able values.
-
-    Args:
-        model_name: Of the base model.
-        data: Where the rows are from.
-        settings: As asked for.
-        examples: The rows to train on, as they were read.
-        base: The base model with its labels.
-        tokenizer: Of the model.
-        model: The trained one, calibrated.
-        exit_logits: Of the evaluation rows.
-    """
-    return {
-        "model": model_name,
-        "data": data,
-        "columns": examples.columns,
-        "max_length": tokenizer.model_max_length,
-        "label_names": base.labels.names,
-        "problem_type": base.labels.problem_type,
-        "evaluation": settings.columns.eval_data or f"held out of {data}",
-        "weights_hash": exit_logits.weights_hash,
-        "calibration": get_badge_model(model).get_early_exit_config().calibration,
-        "processes": distributed.rank_world()[1],
-        "trainable_parameters": model.get_nb_trainable_parameters()[0],
-        "settings": settings.to_dict(),
-        "versions": {"badge_peft": package_version(), "torch": torch.__version__},
-    }
-
-
-def install_adapter(
-    model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path
-) -> None:
-    """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends.
-
-    Raises:
-        OSError: it cannot be written; what was there is as before.
-    """
-    with TemporaryDirectory() as temporary:
-        staged = Path(temporary)
-        if (out / CARD).exists():  # what somebody wrote there is kept
-            shutil.copyfile(out / CARD, staged / CARD)
-        try:
-            model.save_pretrained(temporary)
-            exit_logits.save(staged / LOGITS)
-        except SafetensorError as error:
-            raise OSError(f"the adapter cannot be written into {temporary}: {error}") from error
-        tokenizer.save_pretrained(temporary)
-        write_json(staged / REPORT, report)
-        # PEFT takes the config inside of the weights where it finds that of another adapter beside them
-        install(staged, out, last=(SAFETENSORS_WEIGHTS_NAME, CONFIG, LOGITS, REPORT, CARD))
 
 
 def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextDataset, learns_labels: bool) -> str:

@@ -33,12 +33,13 @@ from badge_peft.workflows.base_model import add_exits, load_base, local_path
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.encode import encode, load_tokenizer
 from badge_peft.workflows.evaluate import compare_with_checkpoint
+from badge_peft.workflows.finish import finish, report_of_training
 from badge_peft.workflows.fit import run
 from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
 from badge_peft.workflows.settings import TrainingOptions, TrainSettings
-from badge_peft.workflows.train import checks, install_adapter, report_of_training
+from badge_peft.workflows.train import checks
 from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings
 
 
@@ -93,13 +94,6 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     exit_logits = with_queries(exit_logits, eval_examples)
 
     def save() -> dict[str, Any]:
-        trouble: ValueError | None = None
-        measured: dict[str, Any] = {}
-        try:
-            chosen, measured = choose(exit_logits, settings.goal)[:2]
-            model.set_early_exit_config(chosen)
-        except ValueError as error:
-            trouble = error
         report = {
             "task": "ranking",
             **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
@@ -108,16 +102,9 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
             "learned_from": "the model's own scores",
             "corpus": settings.columns.corpus,
             **measured_training,
-            **measured,
             "constant_answer": None,
         }
-        install_adapter(model, tokenizer, exit_logits, report, out)
-        if trouble is not None:
-            raise ValueError(
-                f"{trouble} The exits are trained and saved in {out}, without margins: find some with "
-                f"`badge-peft calibrate {out}`."
-            ) from trouble
-        return report
+        return finish(model, tokenizer, exit_logits, lambda: choose(exit_logits, settings.goal), report, out)
 
     report = distributed.on_main(save)
     if not distributed.is_main():

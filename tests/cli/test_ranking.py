@@ -21,8 +21,9 @@ from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
 from badge_peft.workflows.answerer import Answering
 from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.folders import predict_folder
+from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.ranking_data import read_rankings
-from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainSettings
+from badge_peft.workflows.settings import Columns, TrainColumns, TrainSettings
 from badge_peft.workflows.train import train_adapter
 from tests.cli.conftest import Cli, one_line, save_classifier
 from tests.models import make_model
@@ -311,6 +312,6 @@ def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(
     with monkeypatch.context() as patch:
         patch.setattr("badge_peft.workflows.calibrate.calibrate_ranking", none)
         train = ("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", out)
-        one_line(cli(*train, "--epochs", 1, fails=True), "saved in", "without margins", "badge-peft calibrate")
+        one_line(cli(*train, "--epochs", 1, fails=True), "saved in", "not calibrated", "badge-peft calibrate")
     cli("calibrate", out, "--top-k", 1)
     assert load_pretrained(str(out)).get_early_exit_config().policy == "top_k"
