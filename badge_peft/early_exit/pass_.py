@@ -61,22 +61,19 @@ class EarlyExitPass(BlockPass):
             self._check_rows(hidden)
             self.read(block, 0, hidden, Frame(hidden))
         if not self._has_active:
-            if number == 1:
-                self._tuple_length = _TUPLE_LENGTHS.get(block.base_layer)
-            if self._tuple_length is not None:
-                return self._skip(number, hidden, self._tuple_length)
+            length = self._length_known(block, number)
+            if length is not None:
+                return self._skip(number, hidden, length)
         elif number > block.layout.full_rows_until:
             if any(reader.has_answered for reader in self.readers):
                 hidden = self._compact(block, hidden, args, kwargs)
-            if not self.survivors.complete:
-                args, kwargs = self.survivors.arguments(block, hidden, args, kwargs)
+            if self.survivors.part is not None:
+                args, kwargs = self.survivors.part.arguments(block, hidden, args, kwargs)
         result, frame = self.run_block(block, *self.before_block(number, args, kwargs))
-        self._tuple_length = len(result) if isinstance(result, tuple) else 0
-        if number == 1 and _TUPLE_LENGTHS.get(block.base_layer) != self._tuple_length:
-            _TUPLE_LENGTHS[block.base_layer] = self._tuple_length
+        self._note_length(block, number, result)
         self.read(block, number, hidden, frame)
-        if number == self.num_blocks and not self.survivors.complete:
-            full = self.survivors.restore(frame.output)
+        if number == self.num_blocks and self.survivors.part is not None:
+            full = self.survivors.part.restore(frame.output)
             return (full, *result[1:]) if isinstance(result, tuple) else full
         return result
 
@@ -128,6 +125,17 @@ class EarlyExitPass(BlockPass):
         if number == self.num_blocks and not self.survivors.complete:
             hidden = self.survivors.placeholder(hidden)
         return as_result(hidden, tuple_length)
+
+    def _note_length(self, block: BadgeBlock, number: int, result: Any) -> None:
+        self._tuple_length = len(result) if isinstance(result, tuple) else 0
+        if number == 1 and _TUPLE_LENGTHS.get(block.base_layer) != self._tuple_length:
+            _TUPLE_LENGTHS[block.base_layer] = self._tuple_length
+
+    def _length_known(self, block: BadgeBlock, number: int) -> int | None:
+        """Length of the tuple that a block returns, as far as any block has run."""
+        if number == 1:
+            self._tuple_length = _TUPLE_LENGTHS.get(block.base_layer)
+        return self._tuple_length
 
     def _check_rows(self, hidden: Tensor) -> None:
         if hidden.dim() != 3 or hidden.shape[0] != self.batch_size:

@@ -94,7 +94,10 @@ class PolicyReader(ExitReader):
             return False
         exits, j = self.exits.numbers, self._position
         self._position += 1
-        if not self.policy.needs_logits(exits, j) and j > self._last_read:
+        needed = self.policy.needs_logits(exits, j)
+        if needed and not self.policy.is_final(exits, j):
+            needed = self.policy.may_stop(self.history)
+        if not needed and j > self._last_read:
             self._dtype = self._dtype or logits_dtype(block.own_exit(self.exits.adapter, number))
             self._undecided.append(None)
             return False

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.early_exit.parts import CallPart, can_trim
 from badge_peft.tuner.layer import BadgeBlock
 
 Array = np.ndarray
@@ -30,19 +28,22 @@ class Survivors:
     Attributes:
         rows: [b], their places in the batch, ascending.
         length: Positions in the states; None: all S.
-        complete: Whether all B rows and all S positions are there.
+        part: The same rows and positions of the call; None while all of them are there.
     """
 
     def __init__(self, batch_size: int, attention_mask: Tensor | None) -> None:
         self.batch_size = batch_size
         self.rows: Array = np.arange(batch_size)
         self.length: int | None = None
-        self.complete = True
-        self._mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        self.part: CallPart | None = None
+        self._mask = attention_mask
         self._ends: Array | None = None  # [B], the position after each row's last token
         self._positions = 0  # S
-        self._index: Tensor | None = None  # `rows`, where the states are
-        self._cut: dict[int, tuple[Tensor, Tensor]] = {}  # arguments of the model's loop, already cut
+
+    @property
+    def complete(self) -> bool:
+        """Whether all B rows and all S positions are there."""
+        return self.part is None
 
     def keep(
         self,
@@ -60,99 +61,31 @@ class Survivors:
         """
         if self.complete:
             self._positions = states.shape[1]
-            if not self._can_trim(block, args, kwargs):
+            if not can_trim(self._mask, self._positions, block, args, kwargs):
                 self._mask = None
         self.rows = self.rows[chosen]
-        self.complete = False
         index = torch.from_numpy(chosen).to(states.device)
-        self._index = torch.from_numpy(self.rows).to(states.device)
-        self._cut.clear()
         if self._mask is not None:
             longest = round_up(int(self._row_ends(self._mask)[self.rows].max()))
             if longest < states.shape[1]:
                 self.length = longest
                 states = states[:, :longest]
+        rows = torch.from_numpy(self.rows).to(states.device)
+        self.part = CallPart(rows, self.batch_size, self._positions, self.length)
         return states.index_select(0, index), index
-
-    def arguments(
-        self, block: BadgeBlock, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The block's arguments: the `states`, and the survivors' part of all else that has rows or positions."""
-        layout = block.layout
-        rest = {k: self._part(layout, k, v) for k, v in kwargs.items() if k != "hidden_states"}
-        if args:
-            return (states, *(self._part(layout, name, v) for name, v in _named(block, args))), rest
-        return (), {**rest, "hidden_states": states}
-
-    def restore(self, states: Tensor) -> Tensor:
-        """[b, s, d] -> [B, S, d], for what the model does with all rows; rows that have left are zeros."""
-        assert self._index is not None
-        full = states.new_zeros(self.batch_size, self._positions, states.shape[2])
-        full[:, : states.shape[1]].index_copy_(0, self._index, states)
-        return full
 
     def placeholder(self, states: Tensor) -> Tensor:
         """[B, S, d] of no meaning, for a head whose logits are not read."""
         return states[:1, :1].expand(self.batch_size, self._positions, -1)
 
-    def _part(self, layout: BlockLayout, name: str, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(self._part(layout, name, v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        if id(value) not in self._cut:
-            part = value
-            if self.length is not None:
-                for dim in _position_dims(layout, name, value):
-                    if value.shape[dim] == self._positions:  # a mask may have 1 there, for all positions
-                        part = part.narrow(dim, 0, self.length)
-            if name not in layout.shared_arguments and value.shape[0] == self.batch_size:
-                assert self._index is not None
-                part = part.index_select(0, self._index)
-            self._cut[id(value)] = (value, part)  # the first keeps the id from being reused
-        return self._cut[id(value)][1]
-
     def _row_ends(self, mask: Tensor) -> Array:
         if self._ends is None:
-            real = (mask != 0).cpu().numpy()
-            # a row of padding alone looks at every position, and has them all: argmax finds nothing, and says 0
-            self._ends = mask.shape[1] - real[:, ::-1].argmax(axis=1)
+            self._ends = row_ends(mask)
         return self._ends
 
-    def _can_trim(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the layout accounts for every argument that may have positions."""
-        layout = block.layout
-        if self._mask is None or not layout.mask_arguments or self._mask.shape[1] != self._positions:
-            return False
-        given = [*_named(block, args), *kwargs.items()]
-        known = {*layout.mask_arguments, *layout.position_arguments, *layout.shared_arguments, "hidden_states"}
-        others = (tensor for name, value in given if name not in known for tensor in _tensors(value))
-        return not any(self._positions in tensor.shape[1:] for tensor in others)
 
-
-def _position_dims(layout: BlockLayout, name: str, value: Tensor) -> list[int]:
-    """The dimensions of an argument that may be positions; the first never is."""
-    if name in layout.mask_arguments:
-        return [dim for dim in (value.dim() - 2, value.dim() - 1) if dim > 0]
-    return [1] if name in layout.position_arguments else []
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _named(block: BadgeBlock, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """The positional arguments after the states with their names; '' where a forward only passes them on."""
-    names = (*_positional(type(block.base_layer).forward), *("" for _ in args))
-    return list(zip(names[1:], args[1:], strict=False))
-
-
-@cache
-def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a block's positional arguments, `self` left out."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]
+def row_ends(mask: Tensor) -> Array:
+    """[B, S] -> [B], the position after each row's last token."""
+    real = (mask != 0).cpu().numpy()
+    # a row of padding alone looks at every position, and has them all: argmax finds nothing, and says 0
+    return mask.shape[1] - real[:, ::-1].argmax(axis=1)

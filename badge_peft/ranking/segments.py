@@ -1,11 +1,11 @@
 """All candidates of a query, exit by exit, though no more than `batch_size` of them are ever in a block.
 
-The bar of an exit is that of the whole query, so no candidate may go past an exit before all have come to it. A
-*segment* is what lies between two decisions: the blocks behind one and up to the next. It runs slice by slice, the
-candidates sorted by length and each slice as long as its longest. Every slice is a call of the model as ever, so the
-Hugging Face layer loop stays in control: blocks outside of the segment hand their input on, and the first block inside
-gets the states that the segment before has left in the `StateStore`. What leaves is gone from all further slices.
-Candidates that fit into one slice need none of this: they are one `EarlyExitPass`, as any batch.
+Where they fit into memory together they are one call of the model, a `SlicedPass`. Where they do not, there are
+segments. A *segment* is what lies between two decisions: the blocks behind one and up to the next. It runs slice by
+slice, the candidates sorted by length and each slice as long as its longest. Every slice is a call of the model as
+ever, so the Hugging Face layer loop stays in control: blocks outside of the segment hand their input on, and the first
+block inside gets the states that the segment before has left in the `StateStore`. What leaves is gone from all further
+slices. That takes longer, as each call computes the embeddings again.
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.pass_ import EarlyExitPass, as_result
+from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.policies import ExitPolicy
 from badge_peft.early_exit.policy_reader import PolicyReader, last_read
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
+from badge_peft.ranking.slices import SlicedPass, StatesChanged
 from badge_peft.ranking.states import LeftStates, StateStore
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
 
 Array = np.ndarray
+
+#: Models whose loop has turned out to change states between blocks, which a `SlicedPass` cannot do.
+_CHANGES_STATES: WeakSet[nn.Module] = WeakSet()
+_COPIES = 4  # of the states of all candidates, while embeddings are computed
 
 
 @dataclass
@@ -134,23 +140,36 @@ class CandidatePass:
     @torch.no_grad()
     def run(self) -> RankedCandidates:
         """Until every candidate has its answer."""
-        return self._in_one_pass() if len(self.rows) <= self.batch_size else self._in_segments()
+        if self._bytes_together() <= self.max_state_bytes and self.badge.model not in _CHANGES_STATES:
+            try:
+                return self._together()
+            except StatesChanged:
+                _CHANGES_STATES.add(self.badge.model)
+        return self._in_segments()
 
-    def _in_one_pass(self) -> RankedCandidates:
-        batch, n, numbers = self._batch(range(len(self.rows))), len(self.rows), self.exits.numbers
-        reader = PolicyReader(self.exits, n, batch["attention_mask"], 0, self.policy)
-        with EarlyExitPass([reader], n, batch["attention_mask"], self.badge.num_blocks):
+    def _bytes_together(self) -> int:
+        """About what a call with all candidates takes: their states with padding, and a mask [N, 1, S, S]."""
+        config, size = self.badge.model.config, next(self.badge.model.parameters()).element_size()
+        positions = len(self.rows) * int(self.lengths.max())
+        return positions * (_COPIES * config.hidden_size * size + int(self.lengths.max()) * 4)
+
+    def _together(self) -> RankedCandidates:
+        order, numbers = np.argsort(-self.lengths, kind="stable"), self.exits.numbers
+        batch, n = self._batch(order.tolist()), len(self.rows)
+        mask = batch["attention_mask"]
+        reader = PolicyReader(self.exits, n, mask, 0, self.policy)
+        with SlicedPass(reader, self.lengths[order], mask, self.batch_size, self.badge.num_blocks):
             base = self.badge.model(return_dict=True, **batch)
         if not self.exits.has_final_exit:
             reader.finish(base.logits)
-        output = reader.output()
+        output, back = reader.output(), np.argsort(order)
         logits: Any = output.logits
-        stops, left = reader.exit_layer, {}
+        stops, left = reader.exit_layer[back], {}
         for number in (m for j, m in enumerate(numbers) if self.policy.can_exit(numbers, j)):
             left[number] = int((stops > number).sum())
             if not left[number]:
                 break
-        return RankedCandidates(logits[:, 0].float().cpu().numpy(), stops, left, reader.non_finite)
+        return RankedCandidates(logits[:, 0].float().cpu().numpy()[back], stops, left, reader.non_finite[back])
 
     def _in_segments(self) -> RankedCandidates:
         numbers, n = self.exits.numbers, len(self.rows)
@@ -159,8 +178,12 @@ class CandidatePass:
         active = np.argsort(-self.lengths, kind="stable")  # as in the history
         block, first = 1, 0
         for j in (j for j in range(len(numbers)) if self.policy.can_exit(numbers, j)):
-            read = [i for i in range(first, j + 1) if self.policy.needs_logits(numbers, i)]
-            final = self.policy.is_final(numbers, j)
+            final, open_ = self.policy.is_final(numbers, j), self.policy.may_stop(history)
+            if not (final or open_):
+                found.left[numbers[j]] = len(active)
+                continue
+            needed = (i for i in range(first, j + 1) if self.policy.needs_logits(numbers, i))
+            read = [i for i in needed if open_ or i == j]
             linked = [numbers[i] for i in range(first, j + 1) if i <= self._last_read]
             scores = self._segment(active, range(block, numbers[j] + 1), [numbers[i] for i in read], linked, final)
             for i in range(first, j + 1):

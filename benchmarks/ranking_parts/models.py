@@ -49,9 +49,7 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
     model.train()
     start = time.perf_counter()
     for epoch in range(options.epochs):
-        draw.shuffle(chosen)
-        for first in range(0, len(chosen), BATCH):
-            part = chosen[first : first + BATCH]
+        for part in batches_of(chosen, draw):
             pairs = [r["query"] for r in part], [r["document"] for r in part]
             batch = tokenizer(
                 *pairs, padding=True, truncation=True, max_length=options.max_length, return_tensors="pt"
@@ -67,6 +65,14 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
         print(f"cross-encoder: epoch {epoch + 1}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def batches_of(rows: list[Row], draw: random.Random) -> list[list[Row]]:
+    """The rows in batches at random, each of documents of similar length, as padding is most of the work otherwise."""
+    order = sorted(draw.sample(rows, len(rows)), key=lambda row: len(row["query"]) + len(row["document"]))
+    batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+    draw.shuffle(batches)
+    return batches
 
 
 def encode(pool: Pool, tokenizer: Any, max_length: int, **options: Any) -> list[dict[str, Any]]:

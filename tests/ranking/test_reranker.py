@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badge_peft import EarlyExitConfig
-from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
+from badge_peft.early_exit.readers import ExitReader
+from badge_peft.ranking import EarlyExitReranker, calibrate_ranking, segments
+from badge_peft.ranking.slices import slice_bounds
 from tests.models import CASES, blocks_of, make_badge, make_model, one_of_each_kind
+from tests.texts import WORDS
 
 from .pairs import QUERY, all_scores, expected, make_documents, make_ranker, pair_tokenizer
 
 DOCUMENTS = make_documents(23)
+IN_SEGMENTS = {"max_state_bytes": 0}  # as where the candidates do not fit into memory together
 RANKERS: dict[Any, Any] = {}
 
 
@@ -51,12 +55,14 @@ def check(model: Any, documents: list[str], config: EarlyExitConfig, **fields: A
     return report
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
+@pytest.mark.parametrize(
+    "fields", [{"batch_size": 1}, {"batch_size": 5}, {"batch_size": 5, **IN_SEGMENTS}, {"batch_size": 100}], ids=str
+)
 @pytest.mark.parametrize("case", one_of_each_kind(CASES))
-def test_a_ranking_is_the_replay_of_full_depth(case: str, batch_size: int) -> None:
+def test_a_ranking_is_the_replay_of_full_depth(case: str, fields: dict[str, int]) -> None:
     model = ranker(case)
     config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS))
-    report = check(model, DOCUMENTS, config, batch_size=batch_size)
+    report = check(model, DOCUMENTS, config, **fields)
     assert 0 < report.blocks_saved < 1 and len(set(report.exit_layer.tolist())) > 1
 
 
@@ -82,6 +88,7 @@ def test_any_exits_and_any_rule(rule: dict[str, Any], fields: dict[str, Any]) ->
     model = ranker(**fields)
     config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS), **rule)
     check(model, DOCUMENTS, config, batch_size=7)
+    check(model, DOCUMENTS, config, batch_size=7, **IN_SEGMENTS)
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
@@ -130,19 +137,92 @@ def test_no_more_rows_than_asked_for_are_ever_in_a_block() -> None:
         )
     tokenizer = pair_tokenizer()
     model.set_early_exit_config(config)
-    reranker = EarlyExitReranker(model, tokenizer, batch_size=4)
-    reranker.rank(QUERY, DOCUMENTS, 4)
-    seen.clear()
-    _, report = reranker.rank(QUERY, DOCUMENTS, 4, return_report=True)
-    first = 4 if seen[0][0] == 1 else 0  # exit 0 runs one block, once, to learn what a block returns
-    assert max(rows for _, rows, _ in seen) <= 4
-    assert report.blocks_run <= sum(rows for _, rows, _ in seen) <= report.blocks_run + first
-    lengths = sorted((len(tokenizer(QUERY, d).input_ids) for d in DOCUMENTS), reverse=True)
-    assert {s for _, _, s in seen} <= set(lengths)  # as long as the longest of the slice
-    assert report.left == {m: int((report.exit_layer > m).sum()) for m in (0, 1, 2, 3)}
+    lengths = {len(tokenizer(QUERY, d).input_ids) for d in DOCUMENTS}
+    for memory in (2**30, 0):
+        reranker = EarlyExitReranker(model, tokenizer, batch_size=4, max_state_bytes=memory)
+        seen.clear()
+        _, report = reranker.rank(QUERY, DOCUMENTS, 4, return_report=True)
+        first = 0 if memory else 4  # exit 0 runs one block, once, to learn what a block returns
+        assert max(rows for _, rows, _ in seen) <= 4
+        assert report.blocks_run <= sum(rows for _, rows, _ in seen) <= report.blocks_run + first
+        assert {s for _, _, s in seen} <= lengths  # as long as the longest of the slice
+        assert report.left == {m: int((report.exit_layer > m).sum()) for m in (0, 1, 2, 3)}
 
 
-def test_states_in_a_file_change_nothing() -> None:
+def test_slices_are_full_again_when_candidates_have_left() -> None:
+    """Eight rows at most in a block: as many calls of each block as what is left needs, none of them by a half."""
+    model, tokenizer, documents = ranker(), pair_tokenizer(), [f"film {word}" for word in (WORDS * 40)[:40]]
+    scores = all_scores(model, tokenizer, QUERY, documents)
+    model.set_early_exit_config(top_k(3, scores))
+    calls: list[tuple[int, int]] = []
+    hooks = [
+        block.base_layer.register_forward_hook(lambda _, __, out, m=m: calls.append((m, states_of_output(out))))
+        for m, block in enumerate(blocks_of(model), start=1)
+    ]
+    _, report = EarlyExitReranker(model, tokenizer, batch_size=8).rank(QUERY, documents, 3, return_report=True)
+    for hook in hooks:
+        hook.remove()
+    assert 8 < report.left[1] < 40
+    for m, rows in ((1, 40), (2, report.left[1]), (3, report.left[2])):
+        assert sorted(n for number, n in calls if number == m) == [rows % 8] * (rows % 8 > 0) + [8] * (rows // 8)
+
+
+def states_of_output(output: Any) -> int:
+    """Rows of what a block returns."""
+    return len(output[0] if isinstance(output, tuple) else output)
+
+
+def test_a_model_that_works_between_its_blocks_sees_the_states() -> None:
+    model, tokenizer = make_ranker(exit_layers=[0, 1, 2, 3]), pair_tokenizer()
+    blocks_of(model)[1].register_forward_hook(
+        lambda _, __, out: 1.5 * out if torch.is_tensor(out) else (1.5 * out[0],)
+    )
+    config = top_k(3, all_scores(model, tokenizer, QUERY, DOCUMENTS))
+    for _ in range(2):
+        report = check(model, DOCUMENTS, config, batch_size=5)
+        assert 0 < report.blocks_saved < 1
+
+
+def test_exits_that_decide_nothing_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = ranker(exit_layers=(0, 1, 2, 3)), pair_tokenizer()
+    read: list[int] = []
+    monkeypatch.setattr(
+        ExitReader,
+        "read",
+        lambda self, block, m, frame, own=ExitReader.read: [read.append(m), own(self, block, m, frame)][1],
+    )
+    reranker = EarlyExitReranker(model, tokenizer)
+    for memory in (2**30, 0):
+        reranker.max_state_bytes = memory
+        model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": [None, 9.0, None, 0.0]}})
+        read.clear()
+        reranker.rank(QUERY, DOCUMENTS, 3)
+        assert set(read) == {1}
+        read.clear()
+        _, report = reranker.rank(QUERY, DOCUMENTS[:3], 3, return_report=True)
+        assert not read and report.left == {1: 3, 3: 0} and report.blocks_saved == 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 4), st.sampled_from([0, 5, 50]))
+def test_slices_cost_least(lengths: list[int], most: int, call: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(bounds: Any) -> int:
+        return sum((end - start) * lengths[start] + call for start, end in bounds)
+
+    def every(start: int) -> Any:
+        if start == len(lengths):
+            yield []
+        for end in range(start + 1, min(start + most, len(lengths)) + 1):
+            yield from ([(start, end), *rest] for rest in every(end))
+
+    found = slice_bounds(np.array(lengths), most, call)
+    assert found in list(every(0)) and cost(found) == min(map(cost, every(0)))
+
+
+def test_states_in_a_file_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_COPIES", 10**9)  # segments, whatever fits
     for dtype, fields in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"ladder": True})):
         model = copy.deepcopy(ranker(exit_pooling="mean", **fields)).to(dtype)
         config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS).float())

@@ -91,6 +91,11 @@ class ExitPolicy(PolicyText):
         first = next((i for i in readers if self.can_exit(exits, i)), None)
         return first is not None and not self.is_final(exits, first)
 
+    def may_stop(self, history: ExitHistory) -> bool:
+        """Whether any of these rows might stop before the last exit, whatever the next exits say; where none may,
+        these need not be computed."""
+        return True
+
     def stops(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that stop at exit j (index). The last exit (or the last up to `max_exit`) answers,
         whatever its logits are."""

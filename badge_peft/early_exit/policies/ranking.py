@@ -32,8 +32,8 @@ class TopKPolicy(ThresholdPolicy):
     infinite neither leaves nor counts for the k-th best. Where a query has at most k candidates, none leaves.
 
     `parameters={"margins": [...]}` has one margin per exit, in units of the score, as `calibrate_ranking` writes them;
-    None is a margin without end, and that of the last exit is not read. `threshold` is a factor on all of them: 1 by
-    default, 0 keeps no more than k and ties. `top_k` is k: 10 by default.
+    None is a margin without end, and such an exit is not computed; that of the last exit is not read. `threshold` is a
+    factor on all of them: 1 by default, 0 keeps no more than k and ties. `top_k` is k: 10 by default.
 
     Kin: the Cascade Transformer (Soldaini and Moschitti, ACL 2020), which drops a fixed share at each exit.
     """
@@ -51,6 +51,18 @@ class TopKPolicy(ThresholdPolicy):
     def group_size(self) -> int:
         """k: how many candidates of a query count."""
         return 10 if self.config.top_k is None else self.config.top_k
+
+    def can_exit(self, exits: Sequence[int], j: int) -> bool:
+        """Not at an exit whose margin has no end, either."""
+        margins = (self.config.parameters or {}).get("margins")
+        if margins is not None and len(margins) == len(exits) and np.isinf(self.limit(j, 1.0)):
+            return self.is_final(exits, j)
+        return super().can_exit(exits, j)
+
+    def may_stop(self, history: ExitHistory) -> bool:
+        """Not where every query has at most k candidates."""
+        sizes = [history.rows] if history.groups is None else np.bincount(history.groups)
+        return bool(np.max(sizes, initial=0) > self.group_size)
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: how far each candidate lies below the k-th best of its query, in units of the score; -inf where there

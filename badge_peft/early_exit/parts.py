@@ -1,0 +1,109 @@
+"""`CallPart`: some rows of a call and their first positions, in the states and in a block's arguments alike."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.layer import BadgeBlock
+
+
+class CallPart:
+    """The arguments with which a block runs for some of the rows.
+
+    Args:
+        index: [b], these rows in the batch, where the states are.
+        batch_size: B, rows that the model was called with.
+        positions: S, and its positions.
+        length: Positions in the states; None: all S.
+    """
+
+    def __init__(self, index: Tensor, batch_size: int, positions: int, length: int | None) -> None:
+        self.index = index
+        self.batch_size = batch_size
+        self.positions = positions
+        self.length = length
+        self._cut: dict[int, tuple[Tensor, Tensor]] = {}  # arguments of the model's loop, already cut
+
+    def arguments(
+        self, block: BadgeBlock, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block's arguments: the `states`, and this part of all else that has rows or positions."""
+        layout = block.layout
+        rest = {k: self._part(layout, k, v) for k, v in kwargs.items() if k != "hidden_states"}
+        if args:
+            return (states, *(self._part(layout, name, v) for name, v in _named(block, args))), rest
+        return (), {**rest, "hidden_states": states}
+
+    def restore(self, states: Tensor) -> Tensor:
+        """[b, s, d] -> [B, S, d], for what the model does with all rows; the other rows are zeros."""
+        full = states.new_zeros(self.batch_size, self.positions, states.shape[2])
+        self.put(states, full)
+        return full
+
+    def put(self, states: Tensor, full: Tensor) -> None:
+        """Writes states [b, s, d] to their places in `full` [B, S, d]."""
+        full[:, : states.shape[1]].index_copy_(0, self.index, states)
+
+    def _part(self, layout: BlockLayout, name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._part(layout, name, v) for v in value)
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if id(value) not in self._cut:
+            part = value
+            if self.length is not None:
+                for dim in _position_dims(layout, name, value):
+                    if value.shape[dim] == self.positions:  # a mask may have 1 there, for all positions
+                        part = part.narrow(dim, 0, self.length)
+            if name not in layout.shared_arguments and value.shape[0] == self.batch_size:
+                part = part.index_select(0, self.index)
+            self._cut[id(value)] = (value, part)  # the first keeps the id from being reused
+        return self._cut[id(value)][1]
+
+
+def can_trim(
+    mask: Tensor | None, positions: int, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether padding can be cut: there is a mask [B, S], and the layout accounts for every argument that may have
+    positions."""
+    layout = block.layout
+    if mask is None or mask.dim() != 2 or not layout.mask_arguments or mask.shape[1] != positions:
+        return False
+    given = [*_named(block, args), *kwargs.items()]
+    known = {*layout.mask_arguments, *layout.position_arguments, *layout.shared_arguments, "hidden_states"}
+    others = (tensor for name, value in given if name not in known for tensor in _tensors(value))
+    return not any(positions in tensor.shape[1:] for tensor in others)
+
+
+def _position_dims(layout: BlockLayout, name: str, value: Tensor) -> list[int]:
+    """The dimensions of an argument that may be positions; the first never is."""
+    if name in layout.mask_arguments:
+        return [dim for dim in (value.dim() - 2, value.dim() - 1) if dim > 0]
+    return [1] if name in layout.position_arguments else []
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _named(block: BadgeBlock, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """The positional arguments after the states with their names; '' where a forward only passes them on."""
+    names = (*_positional(type(block.base_layer).forward), *("" for _ in args))
+    return list(zip(names[1:], args[1:], strict=False))
+
+
+@cache
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a block's positional arguments, `self` left out."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]
