@@ -26,8 +26,9 @@ Array = np.ndarray
 class EarlyExitReranker:
     """A cross-encoder with exits, which ranks documents for a query.
 
-    Any number of candidates, from one to many thousands: at most `batch_size` of them are in a block at once, and
-    their states are kept without padding, beyond `max_state_bytes` in a temporary file.
+    Any number of candidates, from one to many thousands: at most `batch_size` of them are in a block at once. They are
+    one call of the model where that fits into `max_state_bytes`; else their states are kept without padding, beyond
+    `max_state_bytes` in a temporary file.
 
     Args:
         model: A PEFT model with an active BADGE adapter and one output. It goes into eval mode.
