@@ -111,7 +111,7 @@ def _adapter(adapters: list[str]) -> Any:
 
 def _file(adapters: list[str], base_model: str | None) -> str:
     """The folder of an export, checked."""
-    from badge_peft.export.runtime import holds_tasks
+    from badge_peft.export.folder import holds_tasks
     from badge_peft.utils.extras import require
 
     if len(adapters) > 1 or "=" in adapters[0]:

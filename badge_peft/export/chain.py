@@ -21,10 +21,10 @@ from onnx_ir.convenience import extract
 from onnx_ir.passes.common import DeduplicateHashedInitializersPass, RemoveUnusedNodesPass
 
 from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
 from badge_peft.export.policies import Decision
-from badge_peft.export.runtime import LARGEST_PATIENCE
 
 ANSWERS = ("answer", "exit_layer")
 

@@ -18,9 +18,10 @@ from badge_peft._version import package_version
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import SPECIAL
+from badge_peft.export.folder import CONFIG, MODEL, digests
 from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
-from badge_peft.export.runtime import CONFIG, MODEL, OnnxEarlyExitModel, digests
+from badge_peft.export.runtime import OnnxEarlyExitModel
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CARD
 from badge_peft.tuner import lora

@@ -58,11 +58,18 @@ class Decision:
         may be the first of those that agree."""
         return self.policy.counts_exits or self.policy.needs_logits(self.exits, index)
 
-    def stops(self, at: ExitNodes, index: int) -> Value | None:
-        """[n] bool, the rows that stop at exit `index` by logits that can be trusted; None: none can stop there."""
+    def stops(self, at: ExitNodes, index: int, seen: int | None = None) -> Value | None:
+        """[n] bool, the rows that stop at exit `index` by logits that can be trusted; None: none can stop there.
+
+        Args:
+            at: The exit.
+            index: Its place among all.
+            seen: Exits whose logits have been given so far, with this one; None: those that this policy `reads`.
+        """
         policy = self.policy
         found = policy.nodes(at)
-        seen = sum(self.reads(i) for i in range(index + 1))
+        if seen is None:
+            seen = sum(self.reads(i) for i in range(index + 1))
         trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
         return None if found is None else at.op("And", found, trusted)
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from badge_peft.evaluation.collate import SPECIAL
-from badge_peft.export.words import entities_of, word_inputs
+from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL, ExportedFolder, check_folder
+from badge_peft.export.words import entities_of
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require
 from badge_peft.utils.problem import problem_of
-
-MODEL = "model.onnx"
-CONFIG = "early_exit.json"
-LARGEST_PATIENCE = 2**31  # more than any model has exits; int64 holds it, whatever is added
 
 
 @dataclass
@@ -38,7 +33,7 @@ class OnnxOutput:
     exit_layer: np.ndarray
 
 
-class OnnxEarlyExitModel:
+class OnnxEarlyExitModel(ExportedFolder):
     """An exported model. Made by `from_pretrained`.
 
     Attributes:
@@ -49,9 +44,8 @@ class OnnxEarlyExitModel:
     has_tasks: ClassVar[bool] = False
 
     def __init__(self, directory: Path, session: Any, config: dict[str, Any]) -> None:
-        self.directory = directory
+        super().__init__(directory, config)
         self.session = session
-        self.config = config
 
     @classmethod
     def from_pretrained(
@@ -78,9 +72,7 @@ class OnnxEarlyExitModel:
         """
         require("onnx", "onnxruntime")
         folder = Path(directory)
-        for name in (MODEL, CONFIG):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{directory} has no {name}: give a folder that export_onnx wrote.")
+        check_folder(folder, "export_onnx")
         check_int("threads", threads, at_least=1)
         session = open_session(folder / MODEL, threads, spinning, providers)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -161,23 +153,6 @@ class OnnxEarlyExitModel:
             feed[SPECIAL] = _like(ids, special_tokens_mask, SPECIAL, 0)
         return feed
 
-    def tokenize(self, texts: Sequence[str], text_pairs: Sequence[str] | None) -> dict[str, Any]:
-        """Texts, or pairs of texts, as inputs of the graph."""
-        encoded = self.tokenizer(
-            list(texts),
-            None if text_pairs is None else list(text_pairs),
-            padding=True,
-            truncation=True,
-            max_length=self.config["max_length"],
-            return_tensors="np",
-        )
-        return {name: encoded[name] for name in self.config["inputs"] if name in encoded}
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether any answer of the file is one for each token."""
-        return SPECIAL in self.config["inputs"]
-
     def _threshold(self, given: Any) -> np.ndarray:
         """In the shape that the file takes: a scalar, or [E]."""
         own = self.config["threshold"]
@@ -188,29 +163,6 @@ class OnnxEarlyExitModel:
             also = f", a list of {count}, one for each exit" if count else ""
             raise ValueError(f"threshold={given!r} is not allowed: it must be a finite number{also} or None.")
         return np.asarray(given, dtype=np.float32)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer that was saved with the graph.
-
-        Raises:
-            FileNotFoundError: none was.
-            ValueError: it is not the one that was saved with it.
-        """
-        if not (self.directory / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(
-                f"{self.directory} has no tokenizer: export with export_onnx(..., tokenizer=tokenizer), or pass token "
-                "numbers."
-            )
-        recorded = self.config.get("tokenizer_files") or {}
-        if digests(self.directory, recorded) != recorded:
-            raise ValueError(
-                f"the tokenizer in {self.directory} is not the one that was exported with {MODEL}, as where an export "
-                f"was interrupted: export again. If you changed it yourself, set tokenizer_files to null in {CONFIG}."
-            )
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.directory)
 
     @property
     def labels(self) -> list[str]:
@@ -239,38 +191,14 @@ class OnnxEarlyExitModel:
             texts = [texts]
         problem = problem_of(self.config["problem_type"])
         answers: list[dict[str, Any]] = []
-        if self.reads_tokens and text_pairs is not None:
-            raise ValueError("the file labels tokens of a text, and text_pairs are given: leave them out.")
-        for start in range(0, len(texts), batch_size):
-            part = slice(start, start + batch_size)
+        for fields, words in self.batches(texts, text_pairs, batch_size):
+            output = self(**fields, threshold=threshold, patience=patience)
             if self.reads_tokens:
-                fields, words = word_inputs(texts[part], self.tokenizer, self.config)
-                output = self(**fields, threshold=threshold, patience=patience)
                 answers += entities_of(words, output, self.labels)
                 continue
-            fields = self.tokenize(texts[part], None if text_pairs is None else text_pairs[part])
-            output = self(**fields, threshold=threshold, patience=patience)
             for row, number in zip(output.logits, output.exit_layer, strict=True):
                 answers.append({**problem.format_prediction(row, self.labels), "exit_layer": int(number)})
         return answers
-
-
-def holds_tasks(directory: str | Path) -> bool:
-    """Whether a folder that an export wrote is of many tasks.
-
-    Raises:
-        FileNotFoundError: the folder lacks `model.onnx` or `early_exit.json`.
-    """
-    for name in (MODEL, CONFIG):
-        if not (Path(directory) / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}: give a folder that `badge-peft export` wrote.")
-    return "tasks" in json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
-
-
-def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Sixteen hexadecimal digits for each of these files that is in `folder`, which say what it holds."""
-    files = {name: folder / name for name in sorted(names)}
-    return {name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for name, f in files.items() if f.is_file()}
 
 
 def open_session(

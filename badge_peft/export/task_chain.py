@@ -1,7 +1,8 @@
 """The early-exit graph of many tasks: the flat chain of `chain.py`, which ends when every task has answered every row.
 
-Each task has its own answers, thresholds and state of its policy. A row is taken out when its last task has answered;
-until then the exits of all tasks are computed for it, as an `If` around each of them would cost more than it saves.
+Tasks that decide alike do so side by side, in a `TaskGroup`, as tokens of a row do: of T tasks the graph has answers
+[B, T, K] and exits [B, T], and a policy sees n T rows. A row is taken out when its last task has answered; until then
+the exits of all tasks are computed for it, as an `If` around each of them would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import onnx_ir as ir
 
 from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.chain import Chain, in_int8
+from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, Graph
 from badge_peft.export.policies import Decision
-from badge_peft.export.runtime import LARGEST_PATIENCE
+from badge_peft.export.task_groups import TaskGroup, grouped
 from badge_peft.export.tokens import (
     asked_tokens,
+    by_row,
     by_token,
     by_tokens_of,
     least_answered,
@@ -28,8 +31,6 @@ from badge_peft.export.tokens import (
     special_input,
 )
 from badge_peft.export.trace import ExportedBlocks
-
-OUTPUTS = ("logits", "exit_layer")
 
 
 def assemble_tasks(
@@ -48,6 +49,7 @@ def assemble_tasks(
     chain = TaskChain(decisions, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
     for number, piece in pieces.graphs.items():
         chain.add(number, in_int8(piece) if int8 else [piece])
+    chain.part_groups()
     return chain.model()
 
 
@@ -65,6 +67,7 @@ class TaskChain(Chain):
         self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool
     ) -> None:
         self.decisions, self.per_row, self.compact = dict(decisions), per_row, compact
+        self.groups = grouped(decisions)
         self.graph = g = Graph("main")
         self.thresholds = {task: ir.val(f"{task}.threshold", FLOAT, []) for task in decisions}
         self.patiences = {task: ir.val(f"{task}.patience", INT64, []) for task in decisions}
@@ -72,28 +75,63 @@ class TaskChain(Chain):
         self.outer = {str(value.name): value for value in inputs}
         rows = g.op("Shape", inputs[0], start=0, end=1)
         self.carried = {}
-        self.limits: dict[str, ir.Value] = {}
+        #: Threshold and patience of each group that is one task.
+        self.limits: dict[str, tuple[ir.Value, ir.Value]] = {}
         asked = None
         if any(decision.reads_tokens for decision in decisions.values()):
             g.body.inputs.insert(len(inputs), special := special_input())
             asked = asked_tokens(g, self.outer["attention_mask"], special)
-        for task, decision in decisions.items():
-            shape = g.op("Concat", rows, g.ints([decision.num_labels]), axis=0)
-            answers = g.op("Expand", g.floats(0), shape), g.op("Expand", g.ints(-1), rows)
-            if decision.reads_tokens:
-                assert asked is not None
-                answers = no_answers(g, asked, decision.num_labels)
-            self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"] = answers
-            own = self.thresholds[task]
-            self.limits[task] = g.op("Mul", own, g.floats(decision.unit)) if decision.unit != 1 else own
-        self.answers = tuple(self.carried)
-        self.open = list(decisions)  # tasks that do not answer all rows before
+        for group in self.groups:
+            self._begin(group, rows, asked)
+        self.answers = tuple(name for name in self.carried if not name.startswith("kept_"))
+        self.open = [*self.groups]  # those that have not answered all rows before
         if compact:
             numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
             self.carried["rows"] = g.shaped(numbers, [None])
 
+    def _begin(self, group: TaskGroup, rows: ir.Value, asked: ir.Value | None) -> None:
+        """The answers before any row has its own; thresholds and patiences, of several tasks [B T]."""
+        g, name, count = self.graph, group.name, len(group.tasks)
+        limits = [self._limit_of(task) for task in group.tasks]
+        patiences = [self.patiences[task] for task in group.tasks]
+        units = rows if count == 1 else g.op("Concat", rows, g.ints([count]), axis=0)
+        if count == 1:
+            self.limits[name] = limits[0], patiences[0]
+        else:
+            for kind, values in (("threshold", limits), ("patience", patiences)):
+                side = g.op("Concat", *(g.op("Unsqueeze", value, g.ints([0])) for value in values), axis=0)
+                flat = g.op("Reshape", g.op("Expand", side, units), g.ints([-1]))
+                self.carried[f"kept_{name}.{kind}"] = g.shaped(flat, [None])
+        if asked is not None and group.first.reads_tokens:
+            answers = no_answers(g, asked, group.num_labels)
+        else:
+            wide = g.op("Concat", units, g.ints([group.num_labels]), axis=0)
+            answers = g.op("Expand", g.floats(0), wide), g.op("Expand", g.ints(-1), units)
+        self.carried[f"{name}.answer"], self.carried[f"{name}.exit_layer"] = answers
+
+    def _limit_of(self, task: str) -> ir.Value:
+        """The threshold of a task in the unit of its policy's score."""
+        g, decision, own = self.graph, self.decisions[task], self.thresholds[task]
+        if not decision.uses_threshold:
+            return g.floats(decision.threshold)
+        return g.op("Mul", own, g.floats(decision.unit)) if decision.unit != 1 else own
+
+    def part_groups(self) -> None:
+        """Once all pieces are there: each task's own answers, out of those of its group."""
+        g = self.graph
+        for group in self.groups:
+            if len(group.tasks) == 1:
+                continue
+            answer, exits = (self.carried[f"{group.name}.{kind}"] for kind in ("answer", "exit_layer"))
+            for i, (task, decision) in enumerate(zip(group.tasks, group.decisions, strict=True)):
+                own = g.op("Gather", answer, g.ints(i), axis=1)
+                if decision.num_labels < group.num_labels:
+                    own = g.op("Slice", own, g.ints([0]), g.ints([decision.num_labels]), g.ints([1]))
+                self.carried[f"{task}.answer"] = own
+                self.carried[f"{task}.exit_layer"] = g.op("Gather", exits, g.ints(i), axis=1)
+
     def outputs(self) -> list[tuple[str, str, Any]]:
-        """What is carried, the name that it has as an output, and its dimensions."""
+        """What is carried, the name that it has as an output, and its dimensions; in the order of the inputs."""
         return [
             (f"{task}.{kind}", f"{task}.{name}", ir.Shape(dims))
             for task, decision in self.decisions.items()
@@ -111,71 +149,62 @@ class TaskChain(Chain):
     def decide(self, g: Graph, number: int, made: dict[str, ir.Value]) -> bool:
         """The decisions of all tasks at block `number`; returns whether all rows have all answers then."""
         answered = False
-        for task in [*self.open]:
-            decision = self.decisions[task]
-            if number in decision.exits and decision.reads(index := decision.exits.index(number)):
-                answered = self._decide(g, number, task, decision, index, made) or answered
+        for group in [*self.open]:
+            exits = group.first.exits
+            if number in exits and group.reads(index := exits.index(number)):
+                answered = self._decide(g, number, group, index, made) or answered
         if not self.open:
             return True
         if answered:
             self._take_out(g)
         return False
 
-    def _decide(
-        self, g: Graph, number: int, task: str, decision: Decision, index: int, made: dict[str, ir.Value]
-    ) -> bool:
-        """The decision of one task; returns whether rows may have got their answer."""
-        policy, last = decision.policy, decision.policy.is_final(decision.exits, index)
-        if decision.reads_tokens:
-            made = by_token(g, made, f"{task}.", decision.num_labels)
-        logits, stops = made[f"{task}.logits"], None
-        if last:
-            self.open.remove(task)
+    def _decide(self, g: Graph, number: int, group: TaskGroup, index: int, made: dict[str, ir.Value]) -> bool:
+        """The decision of one group; returns whether rows may have got an answer."""
+        given, final = made[f"{group.name}.logits"], group.final(index)
+        stops = None
+        if (final | group.closed(index)).all():
+            self.open.remove(group)
         else:
-            prefix = f"kept_{task}."
-            state = {f"kept_{k.removeprefix(prefix)}": v for k, v in self.carried.items() if k.startswith(prefix)}
-            at = ExitNodes(
-                g,
-                index,
-                logits,
-                made.get(f"{task}.uncertainty"),
-                state,
-                self.limits[task] if decision.uses_threshold else g.floats(decision.threshold),
-                self.patiences[task],
-                decision.num_labels,
-                decision.problem_type,
-            )
-            stops = decision.stops(at, index)
-            self.carried |= {prefix + k.removeprefix("kept_"): v for k, v in state.items()}
-            if stops is None or not policy.can_exit(decision.exits, index):
+            stops = self._stops(g, group, index, made)
+            if not (final | group.able(index)).any() or (stops is None and not final.any()):
                 return False
-        self._store(g, number, task, logits, stops)
+            if len(group.tasks) > 1:
+                stops = group.allowed(g, stops, index)
+        answer, exits = (self.carried[f"{group.name}.{kind}"] for kind in ("answer", "exit_layer"))
+        if group.first.reads_tokens and stops is not None:
+            stops = by_row(g, stops, exits)
+        noted = note_answers(g, number, given, stops, answer, exits, self.carried.get("rows"))
+        self.carried[f"{group.name}.answer"], self.carried[f"{group.name}.exit_layer"] = noted
         return True
 
-    def _store(self, g: Graph, number: int, task: str, logits: ir.Value, stops: ir.Value | None) -> None:
-        """Notes the answers of the rows in the states that stop, None: all, and had none of this task."""
-        answer, exits = self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"]
-        rows = self.carried.get("rows")
-        if self.decisions[task].reads_tokens:
-            noted = note_answers(g, number, logits, stops, answer, exits, rows)
-            self.carried[f"{task}.answer"], self.carried[f"{task}.exit_layer"] = noted
-            return
-        newly = g.op("Less", exits if rows is None else g.op("Gather", exits, rows, axis=0), g.ints(0))
-        if stops is not None:
-            newly = g.op("And", newly, stops)
-        if rows is None:
-            self.carried[f"{task}.answer"] = g.op("Where", g.op("Unsqueeze", newly, g.ints([1])), logits, answer)
-            self.carried[f"{task}.exit_layer"] = g.op("Where", newly, g.ints(number), exits)
-            return
-        leaving = g.op("Compress", rows, newly, axis=0)
-        places = g.op("Unsqueeze", leaving, g.ints([1]))
-        numbers = g.op("Expand", g.ints(number), g.op("Shape", leaving))
-        self.carried[f"{task}.answer"] = g.op("ScatterND", answer, places, g.op("Compress", logits, newly, axis=0))
-        self.carried[f"{task}.exit_layer"] = g.op("ScatterND", exits, places, numbers)
+    def _stops(self, g: Graph, group: TaskGroup, index: int, made: dict[str, ir.Value]) -> ir.Value | None:
+        """What the policy says of each row, token, or row of each task; None: none can stop."""
+        name, several, labels = group.name, len(group.tasks) > 1, group.num_labels
+        if several or group.first.reads_tokens:
+            made = by_token(g, made, f"{name}.", labels)
+        prefix = f"kept_{name}."
+        state = {f"kept_{k.removeprefix(prefix)}": v for k, v in self.carried.items() if k.startswith(prefix)}
+        threshold, patience = self.limits.get(name) or (state.pop("kept_threshold"), state.pop("kept_patience"))
+        at = ExitNodes(
+            g,
+            index,
+            made[f"{name}.logits"],
+            made.get(f"{name}.uncertainty"),
+            state,
+            threshold,
+            patience,
+            labels,
+            group.first.problem_type,
+            by_row=several,
+        )
+        stops = group.stops(at, index)
+        self.carried |= {prefix + k.removeprefix("kept_"): v for k, v in state.items()}
+        return stops
 
     def _take_out(self, g: Graph) -> None:
         """Finds out which rows lack an answer, and with `compact` goes on with these alone."""
-        least, *others = [self._least(g, task) for task in self.open]
+        least, *others = [self._least(g, group) for group in self.open]
         for other in others:
             least = g.op("Min", least, other)
         if not self.compact:
@@ -183,18 +212,30 @@ class TaskChain(Chain):
             self.carried["done"] = g.op("GreaterOrEqual", lowest, g.ints(0))
             return
         going = g.op("Less", g.op("Gather", least, self.carried["rows"], axis=0), g.ints(0))
-        tokens = [task for task, decision in self.decisions.items() if decision.reads_tokens]
-        of_tokens = by_tokens_of(g, going, self.carried[f"{tokens[0]}.exit_layer"]) if tokens else going
-        for name, value in self.carried.items():
-            if name not in (*self.answers, "done"):
-                kept = of_tokens if name.startswith(tuple(f"kept_{task}." for task in tokens)) else going
-                self.carried[name] = g.shaped(g.op("Compress", value, kept, axis=0), value.shape)
+        for group in self.open:
+            prefix = f"kept_{group.name}."
+            own = {name: value for name, value in self.carried.items() if name.startswith(prefix)}
+            if own:
+                units = (
+                    by_tokens_of(g, going, self.carried[f"{group.name}.exit_layer"]) if _has_units(group) else going
+                )
+                self._keep(g, own, units)
+        self._keep(g, {name: self.carried[name] for name in ("hidden", "rows") if name in self.carried}, going)
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
 
-    def _least(self, g: Graph, task: str) -> ir.Value:
-        """[B]: below 0 where a row lacks an answer of the task."""
-        exits = self.carried[f"{task}.exit_layer"]
-        return least_answered(g, exits) if self.decisions[task].reads_tokens else exits
+    def _keep(self, g: Graph, values: Mapping[str, ir.Value], which: ir.Value) -> None:
+        for name, value in values.items():
+            self.carried[name] = g.shaped(g.op("Compress", value, which, axis=0), value.shape)
+
+    def _least(self, g: Graph, group: TaskGroup) -> ir.Value:
+        """[B]: below 0 where a row lacks an answer of the group."""
+        exits = self.carried[f"{group.name}.exit_layer"]
+        return least_answered(g, exits) if _has_units(group) else exits
+
+
+def _has_units(group: TaskGroup) -> bool:
+    """Whether a row has several answers: of tokens, or of several tasks."""
+    return group.first.reads_tokens or len(group.tasks) > 1
 
 
 def _dims(decision: Decision) -> list[tuple[str, str, list[int | str]]]:

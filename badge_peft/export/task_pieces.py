@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.export.pieces import FOLLOWING, PiecePass
+from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
@@ -18,20 +19,39 @@ from badge_peft.tuner.saved_modules import TaskHeads
 class TaskPiecePass(PiecePass):
     """As `PiecePass`, with a reader for each task that reads the exit.
 
+    Args:
+        readers: By task.
+        stacks: Of the exits that are read together; None: they are made now.
+        *args: Of `PiecePass`.
+
     Attributes:
-        answers: By task, logits [B, K] of the exit, and the uncertainty [B] (LTE).
+        logits: Tasks, and the logits [T, n, K] of their exits.
+        uncertainty: By task, [n] (LTE).
     """
 
-    def __init__(self, readers: Mapping[str, ExitReader], *args: Any) -> None:
+    def __init__(self, readers: Mapping[str, ExitReader], stacks: Sequence[ExportedStack] | None, *args: Any) -> None:
         super().__init__(None, *args)
-        self.readers = readers
-        self.answers: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.readers, self.stacks = readers, stacks
+        self.logits: list[tuple[list[str], Tensor]] = []
+        self.uncertainty: dict[str, Tensor] = {}
 
     def _read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
-        for task, reader in self.readers.items():
-            if block.has_exit(task, number):
-                self.following = frame.output
-                self.answers[task] = reader.read(block, number, frame)
+        readers = {task: reader for task, reader in self.readers.items() if block.has_exit(task, number)}
+        if not readers:
+            return
+        self.following = frame.output
+        if self.stacks is None:
+            self.stacks = stacks_of(block, number, frame, readers)
+        for stack in self.stacks:
+            found = stack(frame, block.layout.pre_norm, readers[stack.tasks[0]].pooling)
+            self.logits.append((stack.tasks, found))
+        stacked = {task for stack in self.stacks for task in stack.tasks}
+        for task, reader in readers.items():
+            if task not in stacked:
+                logits, uncertainty = reader.read(block, number, frame)
+                self.logits.append(([task], logits.unsqueeze(0)))
+                if uncertainty is not None:
+                    self.uncertainty[task] = uncertainty
 
 
 class TaskPiece(nn.Module):
@@ -41,36 +61,43 @@ class TaskPiece(nn.Module):
         badge: The model, in eval mode.
         number: Of the block, 1..M; 0 is the embeddings.
         lengths: [M], from `tuple_lengths`.
-        read: By task, the block numbers of the exits whose logits are wanted.
+        read: By group of tasks (as `TaskGroup` has them), the block numbers of the exits whose logits are wanted.
     """
 
-    def __init__(self, badge: BadgeModel, number: int, lengths: list[int], read: Mapping[str, set[int]]) -> None:
+    def __init__(
+        self, badge: BadgeModel, number: int, lengths: list[int], read: Mapping[tuple[str, ...], Collection[int]]
+    ) -> None:
         super().__init__()
         self.badge, self.number, self.lengths = badge, number, lengths
-        self.tasks = [task for task, numbers in read.items() if number in numbers]
-        self.read = bool(self.tasks)
+        self.groups = [group for group, numbers in read.items() if number in numbers]
+        self.read = bool(self.groups)
+        self.stacks: nn.ModuleList | None = None  # made in the first call, which must not be one that is traced
 
     def forward(
         self, inputs: dict[str, Tensor], hidden: Tensor | None = None, shared: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Runs the piece; what it returns is called as in `ModelPiece`, but `logits` and `uncertainty`, which have the
-        name of their task in front: `intent.logits`."""
-        exits = {task: self.badge.adapter_exits(task) for task in self.tasks}
+        name of their group's first task in front: `intent.logits`, of a group of T > 1 tasks [B, T, K]."""
+        exits = {task: self.badge.adapter_exits(task) for group in self.groups for task in group}
         rows, mask = inputs["input_ids"].shape[0], inputs["attention_mask"]
         readers = {task: ExitReader(own, rows, mask) for task, own in exits.items()}
-        run = TaskPiecePass(readers, self.number, hidden, list((shared or {}).values()), self.lengths)
+        stacks: Any = self.stacks
+        run = TaskPiecePass(readers, stacks, self.number, hidden, list((shared or {}).values()), self.lengths)
         run.heads = TaskHeads(dict.fromkeys(self._at_the_head(exits), _always), self._last_head())
         with run:
             base = self.badge.model(return_dict=True, **inputs)
+        if self.stacks is None:
+            self.stacks = nn.ModuleList(run.stacks or [])
         named = {} if run.following is None else {FOLLOWING: run.following}
         if self.number == 0:
             named |= {f"shared_{i}": tensor.clone() for i, tensor in enumerate(run.shared)}
-        heads = run.heads.logits(base.logits)
-        for task in self.tasks:
-            logits, uncertainty = run.answers.get(task) or (heads[task][..., : exits[task].num_labels], None)
-            named[f"{task}.logits"] = logits
-            if uncertainty is not None:
-                named[f"{task}.uncertainty"] = uncertainty
+        for task, logits in run.heads.logits(base.logits).items():
+            run.logits.append(([task], logits[..., : exits[task].num_labels].unsqueeze(0)))
+        for group in self.groups:
+            labels = [exits[task].num_labels for task in group]
+            named[f"{group[0]}.logits"] = side_by_side(run.logits, group, max(labels))
+            if group[0] in run.uncertainty:
+                named[f"{group[0]}.uncertainty"] = run.uncertainty[group[0]]
         return named
 
     def _at_the_head(self, exits: Mapping[str, Any]) -> Sequence[str]:

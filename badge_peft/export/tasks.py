@@ -17,10 +17,11 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.tasks import check_tasks, config_of_each
 from badge_peft.evaluation.collate import SPECIAL
+from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
 from badge_peft.export.pieces import OTHER, example_inputs
-from badge_peft.export.runtime import CONFIG, LARGEST_PATIENCE, MODEL, OnnxEarlyExitModel, OnnxOutput
-from badge_peft.export.words import entities_of, word_inputs
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+from badge_peft.export.words import entities_of
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.extras import require_onnx_exporter
@@ -69,6 +70,7 @@ def export_tasks_onnx(
     require_onnx_exporter()
     from badge_peft.export.policies import Decision
     from badge_peft.export.task_chain import assemble_tasks
+    from badge_peft.export.task_groups import grouped
     from badge_peft.export.trace import export_blocks
 
     badge = get_badge_model(model)
@@ -96,7 +98,7 @@ def export_tasks_onnx(
                 f"task {task!r} has a threshold for each exit, and a file of many tasks takes one number for each "
                 "task: give one, early_exit_config={...}, or export the task alone."
             )
-    read = {task: _read(decision) for task, decision in decisions.items()}
+    read = {group.tasks: group.blocks() for group in grouped(decisions)}
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
     graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)
@@ -104,7 +106,7 @@ def export_tasks_onnx(
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         hashes = {task: badge.weights_hash(task) for task in names}
-        facts = _metadata(copied, decisions, read, pieces.inputs, tokenizer, hashes)
+        facts = _metadata(copied, decisions, pieces.inputs, tokenizer, hashes)
         facts |= {"int8": int8, "compact": compact}
         metadata = stage(here, graph, facts, copied, tokenizer)
         session: Any = OnnxTasksModel.from_pretrained(here, threads=torch.get_num_threads())
@@ -169,17 +171,9 @@ class OnnxTasksModel(OnnxEarlyExitModel):
             Per text a dict from tasks to what `OnnxEarlyExitModel.predict` says of one.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if self.reads_tokens and text_pairs is not None:
-            raise ValueError("a task of the file labels tokens of a text, and text_pairs are given: leave them out.")
         answers: list[dict[str, Any]] = []
-        for start in range(0, len(texts), batch_size):
-            part = slice(start, start + batch_size)
-            found: list[dict[str, Any]] = [{} for _ in texts[part]]
-            words: list[Any] = []
-            if self.reads_tokens:
-                fields, words = word_inputs(texts[part], self.tokenizer, self.config)
-            else:
-                fields = self.tokenize(texts[part], text_pairs and text_pairs[part])
+        for fields, words in self.batches(texts, text_pairs, batch_size):
+            found: list[dict[str, Any]] = [{} for _ in fields["input_ids"]]
             for task, output in self(**fields, **rule).items():
                 own = self.config["tasks"][task]
                 if output.exit_layer.ndim == 2:
@@ -205,17 +199,9 @@ def _by_task(given: Any, names: Sequence[str], field: str) -> dict[str, Any]:
     return {task: value for task, value in given.items() if value is not None}
 
 
-def _read(decision: Any) -> set[int]:
-    """The blocks of the exits on which anything depends, up to the last that answers; that one is among them."""
-    exits, policy = decision.exits, decision.policy
-    end = next(i for i in range(len(exits)) if policy.is_final(exits, i))
-    return {exits[i] for i in range(end + 1) if decision.reads(i)}
-
-
 def _metadata(
     badge: BadgeModel,
     decisions: Mapping[str, Any],
-    read: Mapping[str, set[int]],
     inputs: list[str],
     tokenizer: Any,
     hashes: Mapping[str, str],
@@ -232,9 +218,7 @@ def _metadata(
                 "num_labels": decision.num_labels,
                 "problem_type": decision.problem_type,
                 "labels": badge.label_names(task),
-                "exit_layers": sorted(
-                    m for m in read[task] if decision.policy.can_exit(decision.exits, decision.exits.index(m))
-                ),
+                "exit_layers": _answering(decision),
                 "weights_hash": hashes[task],
                 "early_exit": decision.policy.config.measured_on(hashes[task]).to_dict(),
                 "threshold": decision.threshold,
@@ -245,6 +229,13 @@ def _metadata(
             for task, decision in decisions.items()
         },
     }
+
+
+def _answering(decision: Any) -> list[int]:
+    """The blocks at which rows may stop, up to the one at which all do."""
+    exits, policy = decision.exits, decision.policy
+    end = next(i for i in range(len(exits)) if policy.is_final(exits, i))
+    return [exits[i] for i in range(end + 1) if decision.reads(i) and policy.can_exit(exits, i)]
 
 
 def _difference(badge: BadgeModel, session: Any, configs: dict[str, EarlyExitConfig]) -> float:

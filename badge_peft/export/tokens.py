@@ -46,7 +46,8 @@ class TokenChain(Chain):
         """Notes the answers of the tokens that stop, None: all, and takes rows out that have all of theirs."""
         rows = self.carried["rows"] if self.compact else None
         answer, exits = (self.carried[name] for name in ANSWERS)
-        answer, exits = note_answers(g, number, logits, stops, answer, exits, rows)
+        given = stops if stops is None else by_row(g, stops, exits)
+        answer, exits = note_answers(g, number, by_row(g, logits, answer), given, answer, exits, rows)
         self.carried |= dict(zip(ANSWERS, (answer, exits), strict=True))
         if stops is None:
             return
@@ -87,6 +88,11 @@ def by_token(g: Graph, made: dict[str, ir.Value], prefix: str, num_labels: int) 
     return made | {name: g.op("Reshape", made[name], g.ints(dims)) for name, dims in shapes.items() if name in made}
 
 
+def by_row(g: Graph, values: ir.Value, like: ir.Value) -> ir.Value:
+    """What each token has, [n S, ...], as [n, S, ...]: beside the answers or exits `like`, [B, S, ...]."""
+    return g.op("Reshape", values, g.op("Concat", g.ints([-1]), g.op("Shape", like, start=1), axis=0))
+
+
 def note_answers(
     g: Graph,
     number: int,
@@ -96,24 +102,23 @@ def note_answers(
     exits: ir.Value,
     rows: ir.Value | None,
 ) -> tuple[ir.Value, ir.Value]:
-    """Answers [B, S, K] and exits [B, S] once the tokens that stop at block `number` have theirs.
+    """Answers and exits, once what stops at block `number` and had no answer has its own.
 
     Args:
         g: The graph.
         number: Of the block.
-        logits: [n S, K], of the rows that still go on.
-        stops: [n S] bool; None: all.
-        answer: [B, S, K], before.
-        exits: [B, S], before.
+        logits: [n, S, K], of the rows that still go on; or, where a row has one answer, [n, K].
+        stops: [n, S] or [n] bool, or what broadcasts to it; None: all.
+        answer: [B, S, K] or [B, K], before.
+        exits: [B, S] or [B], before.
         rows: [n], the numbers of the rows that still go on; None: all do.
     """
     before = exits if rows is None else g.op("Gather", exits, rows, axis=0)
     newly = g.op("Less", before, g.ints(0))
     if stops is not None:
-        newly = g.op("And", newly, g.op("Reshape", stops, g.op("Shape", newly)))
+        newly = g.op("And", newly, stops)
     own = answer if rows is None else g.op("Gather", answer, rows, axis=0)
-    given = g.op("Reshape", logits, g.op("Shape", own))
-    own = g.op("Where", g.op("Unsqueeze", newly, g.ints([2])), given, own)
+    own = g.op("Where", g.op("Unsqueeze", newly, g.ints([-1])), logits, own)
     found = g.op("Where", newly, g.ints(number), before)
     if rows is None:
         return own, found

@@ -45,13 +45,13 @@ class ExportedBlocks:
 
 @torch.no_grad()
 def export_blocks(
-    badge: BadgeModel, read: set[int] | dict[str, set[int]], depth: int, progress: bool = False
+    badge: BadgeModel, read: set[int] | dict[tuple[str, ...], set[int]], depth: int, progress: bool = False
 ) -> ExportedBlocks:
     """Exports the embeddings and the blocks 1..depth, one by one.
 
     Args:
         badge: In eval mode.
-        read: Block numbers at which an answer is wanted; for many tasks, those of each.
+        read: Block numbers at which an answer is wanted; for many tasks, those of each group.
         depth: The last block that is wanted.
         progress: Show a progress bar.
     """

@@ -8,8 +8,9 @@ from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
 from badge_peft.export.ranking import OnnxReranker
-from badge_peft.export.runtime import LARGEST_PATIENCE, OnnxEarlyExitModel, OnnxOutput, holds_tasks
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.tasks import OnnxTasksModel
 from badge_peft.serving.answers import answered, columns, labeled
 from badge_peft.serving.engine import MAIN

@@ -24,6 +24,8 @@ from badge_peft.tuner.watched import Watched
 
 #: Rows times d (with mean pooling, times positions) above which exits are read one by one.
 LARGEST = 16384
+#: Logits of labels that an exit lacks, beside others that have them: as good as impossible.
+MISSING = -1e30
 _KEPT = 64  # sets of stacks of one block module
 #: Block -> (its number, adapters that may be asked) -> their stacks.
 _STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, BlockStacks]] = WeakKeyDictionary()
@@ -51,7 +53,9 @@ class StackedExits:
             widest = max(self.labels)
             padded = [(0, 0, 0, widest - k) for k in self.labels]
             self.weight = torch.stack([F.pad(e.linear.weight, p) for e, p in zip(exits, padded, strict=True)])
-            self.bias = torch.stack([F.pad(e.linear.bias, p[2:]) for e, p in zip(exits, padded, strict=True)])
+            missing = max(MISSING, torch.finfo(self.weight.dtype).min)
+            biases = [F.pad(e.linear.bias, p[2:], value=missing) for e, p in zip(exits, padded, strict=True)]
+            self.bias = torch.stack(biases)  # [T, K]
             self.weight = self.weight.transpose(1, 2).contiguous()  # [T, d, K]
 
     def fits(self, frame: Frame, pre_norm: bool) -> bool:
@@ -59,8 +63,8 @@ class StackedExits:
         source, residual = getattr(frame, self.source), frame.output if pre_norm else frame.ffn_sum
         return source is not None and residual is not None and source.dtype == residual.dtype == self.weight.dtype
 
-    def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> list[Tensor]:
-        """Logits [n, K] of the exits `which`, in ascending order."""
+    def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> Tensor:
+        """Logits [T', n, K] of the T' exits `which`, in ascending order; of labels that an exit lacks, `MISSING`."""
         run = slice(which[0], which[-1] + 1)  # a view, where they lie side by side
         index = None if run.stop - run.start == len(which) else torch.tensor(which, device=self.down.device)
         every = len(which) == len(self.labels)
@@ -92,8 +96,7 @@ class StackedExits:
         if bias is not None:
             adjusted.add_(bias.unsqueeze(1))
         vectors = pooling.reduce(adjusted.unflatten(1, rows))  # [T, n, d]
-        found = torch.baddbmm(chosen(self.bias).unsqueeze(1), vectors, chosen(self.weight))  # [T, n, K]
-        return [x[:, : self.labels[i]] for i, x in zip(which, found, strict=True)]
+        return torch.baddbmm(chosen(self.bias).unsqueeze(1), vectors, chosen(self.weight))  # [T, n, K]
 
 
 class BlockStacks:
@@ -112,10 +115,10 @@ class BlockStacks:
         alike: dict[Any, list[int]] = {}
         plain: dict[int, PlainExit] = {}
         for i, exits in enumerate(adapters):
-            own = _stackable(block, number, frame, exits)
+            own = stackable(block, number, frame, exits)
             if own is not None:
                 plain[i] = own
-                alike.setdefault(_shape(own), []).append(i)
+                alike.setdefault(shape_of(own), []).append(i)
                 _watch(self.watched, block, number, exits, own)
         #: By the place of an adapter: the stack that its exit is in, None where no other is like it, and where there.
         self.places: dict[int, tuple[StackedExits | None, int]] = {}
@@ -131,7 +134,7 @@ class BlockStacks:
             self.watched.holds()
             and all(exits.final_norm is norm for exits, norm in zip(adapters, self.final_norms, strict=True))
             and not any(
-                i not in self.places and _stackable(block, number, frame, adapters[i]) is not None for i in asking
+                i not in self.places and stackable(block, number, frame, adapters[i]) is not None for i in asking
             )
         )
 
@@ -175,12 +178,14 @@ def read_stacked(
     pre_norm = block.layout.pre_norm
     for stack, members in together.items():
         if len(members) > 1 and stack.fits(frame, pre_norm):
-            logits = stack.logits(frame, pre_norm, pooling, [stacks.places[i][1] for i in members])
-            answers.update(zip(members, logits, strict=True))
+            which = [stacks.places[i][1] for i in members]
+            found = stack.logits(frame, pre_norm, pooling, which)
+            answers.update({i: x[:, : stack.labels[n]] for i, n, x in zip(members, which, found, strict=True)})
     return answers
 
 
-def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
+def stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
+    """The parts of exit `number` of an adapter, where it can be read beside others like it."""
     if exits.are_linked or not block.has_exit(exits.adapter, number):
         return None
     bypass, norm = block.bypass_of(exits, number)
@@ -192,7 +197,7 @@ def _stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits
 
 
 def _watch(watched: Watched, block: BadgeBlock, number: int, exits: AdapterExits, plain: PlainExit) -> None:
-    """Watches whatever `_stackable` looked at."""
+    """Watches whatever `stackable` looked at."""
     parts: Any = block._modules
     exit_, bypass = (
         watched.entry(watched.entry(parts[kind]._modules, exits.adapter)._modules, str(number))
@@ -215,7 +220,7 @@ def _watch(watched: Watched, block: BadgeBlock, number: int, exits: AdapterExits
         watched.parameters(module)
 
 
-def _shape(plain: PlainExit) -> tuple[Any, ...]:
+def shape_of(plain: PlainExit) -> tuple[Any, ...]:
     """What exits that are stacked have in common."""
     norm, linear = plain.norm, plain.linear
     parts = (plain.down.out_features, plain.down.bias is None, plain.up.bias is None, norm.bias is None, norm.eps)

@@ -9,13 +9,13 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.utils.checks import check_int
 from badge_peft.workflows.bench import PAUSE, WARMUP, pinned_threads, stock_model, times
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields
-from badge_peft.workflows.tasks import TaskStack
+from badge_peft.workflows.tasks import TaskStack, batch_of
 
 
 def bench_tasks(
@@ -49,10 +49,11 @@ def bench_tasks(
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         check_int(name, value, at_least=1)
     shared, names = stack.shared, stack.names
-    encoded = shared.encode(examples.select(range(min(limit, len(examples)))))
-    base = shared.model.get_base_model()
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
-    batches = [pad_features(rows[start : start + batch_size], base) for start in range(0, len(rows), batch_size)]
+    rows = examples.select(range(min(limit, len(examples))))
+    parts = [
+        rows.select(range(start, min(len(rows), start + batch_size))) for start in range(0, len(rows), batch_size)
+    ]
+    batches = [batch_of(stack, part.words or part.texts, part.pairs)[0] for part in parts]
     longest = max(batches, key=lambda batch: batch["input_ids"].numel())
     stock = stock_model(shared)
     model = shared.model
@@ -64,7 +65,8 @@ def bench_tasks(
         return [early_exit_forward(model, tasks=[t], early_exit_config={t: configs[t]}, **batch)[t] for t in names]
 
     def full_models(batch: dict[str, torch.Tensor]) -> list[Any]:
-        return [stock(**batch) for _ in names]
+        given = {name: value for name, value in batch.items() if name != SPECIAL}
+        return [stock(**given) for _ in names]
 
     def move(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(shared.device) for name, value in batch.items()}

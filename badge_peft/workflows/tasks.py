@@ -134,7 +134,7 @@ def predict_tasks(
 
 
 def _answer(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[Pair]) -> list[dict[str, Any]]:
-    batch, words = _batch(stack, [text for text, _ in texts], [pair for _, pair in texts])
+    batch, words = batch_of(stack, [text for text, _ in texts], [pair for _, pair in texts])
     output = stack.answer(batch, configs)
     found: list[dict[str, Any]] = [
         {"text": text, **({} if pair is None else {"text_pair": pair}), "tasks": {}} for text, pair in texts
@@ -189,7 +189,7 @@ def evaluate_tasks(
     configs, blocks = stack.early_exit_configs(), []
     for start in range(0, len(texts), batch_size):
         rows = texts.select(range(start, min(len(texts), start + batch_size)))
-        blocks += stack.answer(_batch(stack, rows.words or rows.texts, rows.pairs)[0], configs).blocks_run.tolist()
+        blocks += stack.answer(batch_of(stack, rows.words or rows.texts, rows.pairs)[0], configs).blocks_run.tolist()
     depth = get_badge_model(stack.shared.model).num_blocks
     mean = sum(blocks) / len(blocks)
     return {
@@ -211,7 +211,7 @@ def labels_of(task: str, data: str, columns: Columns) -> Columns:
     return replace(columns, unlabeled=True)
 
 
-def _batch(
+def batch_of(
     stack: TaskStack, texts: list[Any], pairs: Sequence[str | None] | None
 ) -> tuple[dict[str, torch.Tensor], list[Words] | None]:
     """Texts as a padded batch, and the words of each, where a task labels tokens."""

@@ -91,7 +91,7 @@ class DivergencePolicy(ThresholdPolicy):
         if earlier is None:
             at.append("history", here)
             return None
-        close = at.op("Less", at.divergence(kind, here, earlier), at.threshold)  # [n, j] or [n, 1]
+        close = at.op("Less", at.divergence(kind, here, earlier), at.beside(at.threshold))  # [n, j] or [n, 1]
         if not self.consecutive:
             at.append("history", here)
             return at.op("GreaterOrEqual", at.total(at.as_int(close)), at.patience)

@@ -27,10 +27,11 @@ class ExitNodes:
         logits: [n, K].
         uncertainty: [n], what a learned exit layer predicts; None where the adapter has none.
         state: Among other things, what the exits before have kept; then what this one keeps.
-        threshold: Scalar, in the unit of the policy's score.
-        patience: int64 scalar.
+        threshold: Scalar, in the unit of the policy's score; or [n], one for each row.
+        patience: int64 scalar, or [n].
         num_labels: K.
         problem_type: As transformers has it.
+        by_row: Whether each row has a threshold and a patience of its own.
 
     Attributes:
         scale: The largest entropy, in nats.
@@ -47,9 +48,11 @@ class ExitNodes:
         patience: Value,
         num_labels: int,
         problem_type: str,
+        by_row: bool = False,
     ) -> None:
         self.graph, self.index, self.logits, self.uncertainty = graph, index, logits, uncertainty
         self.state, self.threshold, self.patience = state, threshold, patience
+        self.by_row = by_row
         self.num_labels, self.problem_type = num_labels, problem_type
         self.scale = float(np.float32(max_entropy(num_labels, problem_type)))
         self.many_labels = problem_type == "multi_label_classification"
@@ -76,6 +79,10 @@ class ExitNodes:
     def as_float(self, value: Value) -> Value:
         """A value as float32."""
         return self.op("Cast", value, to=_FLOAT)
+
+    def beside(self, limit: Value) -> Value:
+        """`threshold` or `patience` as it is compared with values [n, i]."""
+        return self.op("Unsqueeze", limit, self.ints([1])) if self.by_row else limit
 
     def total(self, values: Value) -> Value:
         """The sum over the last axis."""
