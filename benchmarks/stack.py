@@ -7,7 +7,8 @@
     python benchmarks/tasks.py --docs docs/results/tasks.md                      # the page
 
 Each task's adapter is scored on its test rows, beside the same encoder trained for that task alone, all of it, with
-one linear exit on the last block. What is in the file of the results is not measured again.
+one linear exit on the last block. A task may label tokens: its rows have `tokens` and `tags`. What is in the file of
+the results is not measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from latency_parts.store import Store
 from peft import get_peft_model
 from task_parts.stack_page import SECTION, TIMES
 from tasks import RESULTS
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, set_seed
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.evaluation import exit_scores
@@ -37,7 +38,8 @@ from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.bench_tasks import bench_tasks
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.evaluate import evaluate_adapter
+from badge_peft.workflows.evaluate import evaluate_adapter, resolve_metric
+from badge_peft.workflows.fit import collator
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.tasks import open_tasks, parse_tasks
 
@@ -76,17 +78,17 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
     set_seed(options.seed)
     adapter = open_adapter(place)
     rows = {name: adapter.encode(adapter.read(str(folder / f"{name}.jsonl"), Columns())) for name in ("train", "test")}
-    labels, depth = adapter.labels.names, adapter.badge.num_blocks
-    base = AutoModelForSequenceClassification.from_pretrained(options.encoder, num_labels=len(labels))
-    pooling = adapter.badge.config_of().exit_pooling
+    labels, own = adapter.labels.names, adapter.badge.config_of()
+    kind = AutoModelForTokenClassification if own.reads_tokens else AutoModelForSequenceClassification
     config = BadgeConfig(
-        task_type="SEQ_CLS",
+        task_type=own.task_type,
         backbone="full",
         placement="none",
-        exit_layers=[depth],
+        exit_layers=[adapter.badge.num_blocks],
         final_exit="exit",
-        exit_pooling=pooling,
+        exit_pooling=own.exit_pooling,
     )
+    base = kind.from_pretrained(options.encoder, num_labels=len(labels))
     model = get_peft_model(base, config)
     with TemporaryDirectory() as output:
         arguments = multi_exit_arguments(
@@ -103,9 +105,10 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
             label_names=["labels"],
             report_to="none",
         )
-        collator = DataCollatorWithPadding(adapter.tokenizer)
-        MultiExitTrainer(model=model, args=arguments, train_dataset=rows["train"], data_collator=collator).train()
-    found = exit_scores(collect_exit_logits(model.eval(), rows["test"]))
+        pad = collator(model, adapter.tokenizer)
+        MultiExitTrainer(model=model, args=arguments, train_dataset=rows["train"], data_collator=pad).train()
+    metric = resolve_metric(None, adapter.labels.problem_type, len(labels), adapter.tags)
+    found = exit_scores(collect_exit_logits(model.eval(), rows["test"]), metric)
     return {
         "score": found.per_exit[-1],
         "train_rows": len(rows["train"]),
@@ -118,10 +121,8 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
 def clock(adapters: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Times test texts of all tasks in turn, one by one: one pass, a call for each task, a full model for each."""
     stack = open_tasks(adapters)
-    each = [
-        stack.adapters[task].read(str(Path(options.data, task, "test.jsonl")), Columns(unlabeled=True)).texts
-        for task in adapters
-    ]
+    columns = Columns(unlabeled=True)
+    each = [stack.adapters[task].read(Path(options.data, task, "test.jsonl"), columns).texts for task in adapters]
     texts = [text for several in zip(*each, strict=False) for text in several][: options.time]
     return bench_tasks(stack, TextDataset(texts), stack.early_exit_configs(), len(texts), threads=options.threads)
 

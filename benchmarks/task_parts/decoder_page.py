@@ -46,6 +46,13 @@ on {environment["date"]}: {environment["cpu"]}; Python {environment["python"]}, 
 
 {markdown(_per_exit(scores))}
 
+## What a bypass, and the logits of the exit before, add
+
+Mean and best of all exits, and the score with a share of the blocks saved by `max_prob`; thresholds are chosen on the
+validation rows. The last form is the one that the rest of this page is about.
+
+{markdown(_forms(scores))}
+
 ## What is saved within one point
 
 `calibrate(policy="auto", max_score_drop=0.01)` chooses on the validation rows. Time is that of a text alone, float32,
@@ -72,6 +79,16 @@ def _per_exit(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         known = dict(zip(own["exit_layers"], own["per_exit"], strict=True))
         lines.append([name, *(f"{100 * known[m]:.1f}" for m in blocks), f"{100 * own['avg']:.1f}"])
     return ["", *map(str, blocks), "S-avg"], lines
+
+
+def _forms(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    lines = [
+        [name, form, *(f"{100 * value:.1f}" for value in (own["avg"], own["best"], *own["saved"].values()))]
+        for name, found in scores.items()
+        for form, own in found["forms"].items()
+    ]
+    goals = next(iter(next(iter(scores.values()))["forms"].values()))["saved"]
+    return ["", "exits", "S-avg", "S-best", *(f"{float(goal):.0%} saved" for goal in goals)], lines
 
 
 def _saved(scores: Mapping[str, Any], times: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

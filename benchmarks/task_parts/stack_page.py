@@ -30,7 +30,7 @@ at full depth. Rows to train, to calibrate and to test on are parts of DATA, not
 
 {markdown((heads, lines))}
 
-{_trained(tasks)}
+{_trained(tasks)}{_tokens(tasks)}
 {_times(sections.get(TIMES))}
 ```bash
 badge-peft train MINILM DATA/TASK/train.jsonl --eval-data DATA/TASK/validation.jsonl \\
@@ -63,6 +63,13 @@ def _trained(tasks: Mapping[str, Any]) -> str:
     return (
         f"The own encoders were trained for {first['epochs']} epochs in {precision}, one seed, on all rows ({rows})."
     )
+
+
+def _tokens(tasks: Mapping[str, Any]) -> str:
+    found = [task for task, own in tasks.items() if own["frozen"]["metric"] == "entity_f1"]
+    if not found:
+        return ""
+    return f" {', '.join(found)} labels tokens ([how it was trained](tokens.md)); its score is the F1 of entities."
 
 
 def _times(times: Mapping[str, Any] | None) -> str:

@@ -27,12 +27,15 @@ def test_a_decoder(tmp_path: Path) -> None:
     results = str(tmp_path / "decoders.json")
     arguments = [str(tmp_path / "model"), f"mood={tmp_path}", "--adapters", str(tmp_path / "adapters")]
     few = ["--rows", "16", "--others", "8", "--epochs", "1", "--time", "2", "--threads", "1", "--policy", "max_prob"]
+    few += ["--suffix", " so", "--forms", "no bypass", "block bypass, carried logits"]
     assert decoders.main([*arguments, *few, "--json", results]) == 0
     sections = json.loads(Path(results).read_text())["sections"]
     scores, times = sections["scores/mood"], sections["time/mood"]
     assert scores["rows"] == {"train": 16, "validation": 8, "test": 8} and len(scores["per_exit"]) == 3
     assert scores["policy"]["policy"] in ("max_prob", "fixed_depth") and times["rows"] == 2
     assert decoders.main(["--json", results, "--docs", str(tmp_path / "page.md")]) == 0
+    assert list(scores["forms"]) == ["no bypass", "block bypass, carried logits"]
+    assert scores["forms"]["block bypass, carried logits"]["best"] == scores["best"]
     page = (tmp_path / "page.md").read_text()
     assert f"| mood | {100 * scores['per_exit'][0]:.1f} |" in page
     assert f"**mood: {scores['layer_speedup']:.0%} of the blocks" in page
