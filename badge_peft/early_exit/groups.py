@@ -17,7 +17,7 @@ def group_codes(groups: Any, rows: int) -> Array | None:
         rows: n.
 
     Raises:
-        ValueError: not one id for each row.
+        ValueError: not one id for each row, or ids of several kinds.
     """
     if groups is None:
         return None
@@ -27,7 +27,11 @@ def group_codes(groups: Any, rows: int) -> Array | None:
             f"groups has shape {list(ids.shape)} for {rows} rows: give one id for each row, such as the number of its "
             "query."
         )
-    return np.unique(ids, return_inverse=True)[1].reshape(rows)
+    try:
+        return np.unique(ids, return_inverse=True)[1].reshape(rows)
+    except TypeError:
+        kinds = ", ".join(sorted({type(each).__name__ for each in ids}))
+        raise ValueError(f"groups has ids of several kinds ({kinds}): give numbers alone, or strings alone.") from None
 
 
 def kth_best(scores: Array, groups: Array | None, k: int) -> Array:

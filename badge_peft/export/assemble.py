@@ -18,7 +18,8 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
     exit has its own) and `patience` to the answers.
 
     The answers are `logits` and `exit_layer`, of a decision for tokens those of each token. `threshold` and `patience`
-    may be left out: the config's own are in the file.
+    may be left out: the config's own are in the file. A decision for a query has `top_k` in place of `patience`, and
+    `scores`, the logits of the candidates as [N], beside the answers.
 
     Args:
         pieces: Of the model.

@@ -11,6 +11,7 @@ of a slice are of similar length; in another order the answers are the same, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -60,6 +61,11 @@ class SlicedChain(Chain):
         for result, value in zip(results, kept.values(), strict=True):
             result.type, result.shape = value.type, _open(value)
         return dict(zip(kept, results, strict=True))
+
+    def outputs(self) -> list[tuple[str, str, Any]]:
+        """Of a query also `scores` [N], its logits [N, 1]."""
+        self.carried["scores"] = self.graph.op("Squeeze", self.carried["answer"], self.graph.ints([1]))
+        return [*super().outputs(), ("scores", "scores", ir.Shape(["batch"]))]
 
     def _slice(
         self, g: Graph, step: ir.Value, places: ir.Value, given: Values, parts: Sequence[ir.Graph]

@@ -40,8 +40,10 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
             "in PyTorch."
         )
     model = load_pretrained(str(adapter), base_model=cross_encoder.model, **kwargs)
+    renamed = hasattr(cross_encoder, "max_seq_length")  # since sentence-transformers 6; 5 has max_length
+    longest = cross_encoder.max_seq_length if renamed else cross_encoder.max_length
     reranker = EarlyExitReranker(
-        model, cross_encoder.tokenizer, max_length=cross_encoder.max_length, activation=cross_encoder.activation_fn
+        model, cross_encoder.tokenizer, max_length=longest, activation=cross_encoder.activation_fn
     )
     reranker.check_calibrated()
     full_depth: Callable[..., Any] = type(cross_encoder).rank.__get__(cross_encoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,8 @@ def check_documents(query: Any, documents: Any) -> list[str]:
         raise ValueError(f"query={query!r} is empty or no text: give the question as a string.")
     if isinstance(documents, str):
         raise ValueError("documents is one string: give a list of texts.")
+    if isinstance(documents, Mapping) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents is {type(documents).__name__}: give a list of texts.")
     texts = list(documents)
     if not texts:
         raise ValueError("documents is empty: there is nothing to rank.")

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoTokenizer
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.ranking.pairs import check_documents, encode_pairs, longest_pair
 from badge_peft.ranking.report import ExitReport
-from badge_peft.ranking.segments import CandidatePass
+from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.utils.checks import check_int
 
 Array = np.ndarray
@@ -39,14 +39,13 @@ class EarlyExitReranker:
         max_state_bytes: Memory for the states of one query's candidates.
 
     Raises:
-        ValueError: the model has no adapter or more than one output, or a number is not allowed.
+        ValueError: no adapter, more than one output, no tokenizer, or a number that is not allowed.
 
     Example:
 
     ```python
     reranker = EarlyExitReranker.from_pretrained("my-adapter")
     reranker.rank("how are glacier caves formed?", passages, top_k=3, return_documents=True)
-    # [{'corpus_id': 3, 'score': 4.1, 'text': 'A glacier cave is ...'}, ...]
     ```
     """
 
@@ -70,6 +69,8 @@ class EarlyExitReranker:
                 f"the model has {exits.num_labels} outputs, and candidates are ranked by one score: load it with "
                 "num_labels=1."
             )
+        if tokenizer is None:
+            raise ValueError("tokenizer is None: give that of the model, or use EarlyExitReranker.from_pretrained.")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_length = longest_pair(self.badge.model, tokenizer, max_length)
@@ -96,10 +97,7 @@ class EarlyExitReranker:
         Args:
             adapter: A folder or Hub repository.
             tokenizer: A tokenizer; None takes the one beside the adapter, else that of its base model.
-            max_length: As for the class.
-            batch_size: As for the class.
-            activation: As for the class.
-            max_state_bytes: As for the class.
+            max_length, batch_size, activation, max_state_bytes: As for the class.
             **kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
 
         Raises:
@@ -157,34 +155,31 @@ class EarlyExitReranker:
                 calibrated for ranking.
         """
         texts = check_documents(query, documents)
-        check_int("top_k", top_k, at_least=1)
-        check_int("batch_size", batch_size, at_least=1)
+        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+            check_int(name, number, at_least=1)
         config = self._config(len(texts) if top_k is None else top_k, full_depth or top_k is None, fields)
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
         policy = build_policy(config)
-        exits = self.badge.exit_layers()
-        policy.check(exits, 1, self.badge.config_of().resolved_problem_type)
-        found = CandidatePass(self.badge, rows, policy, batch_size or self.batch_size, self.max_state_bytes).run()
+        policy.check(self.badge.exit_layers(), 1, self.badge.config_of().resolved_problem_type)
+        found = self._run(rows, policy, batch_size or self.batch_size)
         if found.non_finite.any():
             warnings.warn(
                 f"{found.non_finite.sum()} of {len(texts)} candidates had scores that are NaN or infinite at an exit. "
                 "They did not leave there. Check the precision and the weights of the model.",
                 stacklevel=2,
             )
-        last = found.exit_layer == found.exit_layer.max()
-        best = np.flatnonzero(last)[np.argsort(-found.scores[last], kind="stable")]
-        scores = _activated(found.scores[best[:top_k]], activation or self.activation)
-        answers: list[dict[str, Any]] = [
-            {"corpus_id": int(i), "score": float(score)} for i, score in zip(best[:top_k], scores, strict=True)
-        ]
+        last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
+        best = last[np.argsort(-found.scores[last], kind="stable")][:top_k]
+        scores = _activated(found.scores[best], activation or self.activation)
+        pairs = zip(best.tolist(), scores.tolist(), strict=True)
+        answers: list[dict[str, Any]] = [{"corpus_id": i, "score": score} for i, score in pairs]
         if return_documents:
             for answer in answers:
                 answer["text"] = texts[answer["corpus_id"]]
         if not return_report:
             return answers
-        run = int(found.exit_layer.sum())
-        report = ExitReport(len(texts), self.badge.num_blocks, run, found.left, cut, found.exit_layer)
-        return answers, report
+        exits = found.exit_layer
+        return answers, ExitReport(len(texts), self.badge.num_blocks, int(exits.sum()), found.left, cut, exits)
 
     def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
         """Scores of pairs at full depth.
@@ -198,6 +193,8 @@ class EarlyExitReranker:
         Raises:
             ValueError: no pairs, or something else than pairs of texts.
         """
+        if not hasattr(pairs, "__len__") or isinstance(pairs, str):
+            raise ValueError(f"pairs is {type(pairs).__name__}: give a list of pairs, a query and a document each.")
         single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
         given = [cast("tuple[str, str]", tuple(pair)) for pair in ([pairs] if single else pairs)]
         if not given:
@@ -207,8 +204,7 @@ class EarlyExitReranker:
                 raise ValueError(f"pair {i} is {pair!r}: a pair is a query and a document, two texts.")
         rows, _ = encode_pairs(given, self.tokenizer, self.max_length)
         policy = build_policy(policy="never")
-        scores = CandidatePass(self.badge, rows, policy, self.batch_size, self.max_state_bytes).run().scores
-        found = _activated(scores, self.activation)
+        found = _activated(self._run(rows, policy, self.batch_size).scores, self.activation)
         return float(found[0]) if single else found
 
     def check_calibrated(self, config: EarlyExitConfig | None = None) -> None:
@@ -227,6 +223,11 @@ class EarlyExitReranker:
                 "badge_peft.ranking.calibrate_ranking and store what it returns with model.set_early_exit_config; or "
                 "ask for rank(..., full_depth=True)."
             )
+
+    def _run(self, rows: list[dict[str, Any]], policy: ExitPolicy, batch_size: int) -> RankedCandidates:
+        if self.model.training:  # a training has gone on meanwhile, and dropout would make scores random
+            self.model.eval()
+        return CandidatePass(self.badge, rows, policy, batch_size, self.max_state_bytes).run()
 
     def _config(self, top_k: int, full_depth: bool, fields: dict[str, Any]) -> EarlyExitConfig:
         """How the candidates of a call leave."""

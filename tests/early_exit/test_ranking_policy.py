@@ -104,6 +104,11 @@ def test_live_is_replay(case, final_exit, one_query):
             assert alone.exit_layer.tolist() == out.exit_layer[rows].tolist()
 
 
+def test_ids_of_several_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"ids of several kinds \(NoneType, int\): give numbers alone"):
+        group_codes([1, None, 2], 3)
+
+
 def test_scores_that_are_not_finite_neither_leave_nor_count():
     scores = torch.tensor([[3.0, 0], [2, 0], [math.nan, 0], [math.inf, 0], [-9, 0]])[:, :, None]
     config = {"policy": "top_k", "top_k": 2, "parameters": {"margins": [0.0, 0.0]}}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,6 +106,23 @@ def test_the_report(exported: tuple[Any, Path]) -> None:
     assert report.blocks_saved == wanted.blocks_saved
 
 
+def test_the_graph_alone(exported: tuple[Any, Path]) -> None:
+    """As a service without Python has it: `top_k` and a factor go in, `scores` [N] and `exit_layer` [N] come out."""
+    import onnxruntime
+
+    model, folder = exported
+    documents, tokenizer = make_documents(20, seed=9), pair_tokenizer()
+    columns = tokenizer([QUERY] * 20, documents, padding=True, return_token_type_ids=True, return_tensors="np")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    feed = {name: columns[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    given = {"top_k": np.asarray(4, np.int64), "threshold": np.asarray(2, np.float32)}
+    scores, exits = session.run(["scores", "exit_layer"], {**feed, **given})
+    rows = {name: torch.from_numpy(value) for name, value in feed.items()}
+    wanted = model.early_exit_forward(**rows, top_k=4, threshold=2.0)
+    assert scores.shape == exits.shape == (20,) and exits.tolist() == wanted.exit_layer.tolist()
+    np.testing.assert_allclose(scores, wanted.logits[:, 0], atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["roberta", "modernbert-mean", "deberta-v2", "albert"])
 def test_slices_on_other_backbones(case: str, tmp_path: Path) -> None:
@@ -132,6 +150,7 @@ def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:
     assert {"top_k", "threshold"} <= names and "patience" not in names
     card = (folder / "README.md").read_text()
     assert "| `top_k` | int64 scalar" in card and "OnnxReranker" in card and "patience" not in card
+    assert "`scores` [batch]" in card
 
 
 def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:

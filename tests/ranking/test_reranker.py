@@ -262,6 +262,18 @@ def test_other_numbers_than_the_calibrated() -> None:
     assert reranker.rank(QUERY, DOCUMENTS[:1], 5)[0]["corpus_id"] == 0
 
 
+def test_a_model_that_has_been_trained_meanwhile_ranks_without_dropout() -> None:
+    model = make_ranker()
+    reranker = EarlyExitReranker(model, pair_tokenizer())
+    before = reranker.rank(QUERY, DOCUMENTS, 3, full_depth=True)
+    model.train()
+    assert reranker.rank(QUERY, DOCUMENTS, 3, full_depth=True) == before
+    model.train()
+    assert reranker.predict([(QUERY, DOCUMENTS[before[0]["corpus_id"]])]) == pytest.approx(
+        before[0]["score"], abs=1e-5
+    )
+
+
 def test_documents_that_are_cut_are_counted() -> None:
     model, tokenizer = ranker(), pair_tokenizer()
     model.set_early_exit_config({"policy": "top_k", "top_k": 2, "parameters": {"margins": [1.0] * 3}})
@@ -310,6 +322,8 @@ def test_scores_that_are_not_finite_are_told() -> None:
         ({"documents": []}, "documents is empty"),
         ({"documents": "one text"}, "documents is one string"),
         ({"documents": ["a", 3]}, "document 1 is int, not a text"),
+        ({"documents": None}, "documents is NoneType: give a list of texts"),
+        ({"documents": {"a": 1}}, "documents is dict: give a list of texts"),
         ({"top_k": 0}, "top_k=0 is not allowed"),
         ({"threshold": -1.0}, r"threshold=-1\.0 is not allowed"),
         ({"policies": "top_k"}, "EarlyExitConfig has no field policies"),
@@ -326,6 +340,9 @@ def test_pairs_that_are_none() -> None:
     reranker = EarlyExitReranker(ranker(), pair_tokenizer())
     with pytest.raises(ValueError, match="pairs is empty"):
         reranker.predict([])
+    for pairs in (None, "a text"):
+        with pytest.raises(ValueError, match=f"pairs is {type(pairs).__name__}: give a list of pairs"):
+            reranker.predict(pairs)
     with pytest.raises(ValueError, match=r"pair 1 is \('a',\): a pair is a query and a document"):
         reranker.predict([("a", "b"), ("a",)])
 
@@ -336,6 +353,8 @@ def test_models_that_cannot_rank() -> None:
         EarlyExitReranker(make_model(num_labels=1), tokenizer)
     with pytest.raises(ValueError, match="the model has 2 outputs"):
         EarlyExitReranker(make_badge_of_two(), tokenizer)
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        EarlyExitReranker(ranker(), None)
     for name in ("batch_size", "max_length"):
         with pytest.raises(ValueError, match=f"{name}=0 is not allowed"):
             EarlyExitReranker(ranker(), tokenizer, **{name: 0})
