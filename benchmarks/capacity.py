@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from capacity_parts.check import check
-from capacity_parts.fleet import Outcome, Service, simulate
+from capacity_parts.fleet import simulate
 from capacity_parts.measure import FULL, measure
 from capacity_parts.page import page, pictures
 from capacity_parts.plan import SIZES, Plan, cases, replicas_needed
+from capacity_parts.service import Outcome, Service
 from capacity_parts.traffic import bursts
 from latency_parts import environment
 
@@ -71,8 +72,8 @@ def timeline(
         outcome = simulate(ways[name], [1.0] * count, bursts(seconds), peak, seed)
         second = outcome.moments.astype(int)
         p99 = [_quantile(outcome.latencies[second == i]) for i in range(int(seconds))]
-        steps = {int(moment): float(exits[number]) for moment, number in outcome.settings}
-        mean = [steps.get(i, float(exits[ways[name].setting])) for i in range(int(seconds))]
+        steps = [(-1.0, ways[name].setting), *outcome.settings]
+        mean = [float(exits[[n for at, n in steps if at <= i + 0.5][-1]]) for i in range(int(seconds))]
         shown[name] = {"p99": p99, "mean_exit": mean}
     return {"replicas": count, "peak_texts": result["peak_texts"], "ways": shown}
 
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     simulating.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="replicas that full depth takes")
     checking = commands.add_parser("check", help="against a load test")
     checking.add_argument("load_test", help="the JSON file of benchmarks/serve.py")
-    checking.add_argument("--batch-size", type=int, default=8, help="as it was given to the load test")
+    checking.add_argument("--batch-size", type=int, default=32, help="texts, as it was given to the load test")
     checking.add_argument("--batch-wait", type=float, default=0.0, help="seconds, as well")
     writing = commands.add_parser("page", help="writes the page and its pictures")
     writing.add_argument("docs")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from badge_peft import EarlyExitConfig
-from badge_peft.serving import LatencyController
-from capacity_parts.fleet import Outcome, Service, simulate
+from capacity_parts.fleet import simulate
 from capacity_parts.measure import FULL
-from capacity_parts.plan import Plan
+from capacity_parts.plan import Plan, governed
+from capacity_parts.service import Outcome, Service
 from capacity_parts.traffic import Traffic
 
 _LONGEST = 60.0  # seconds that the client of the load test waits
@@ -26,7 +26,7 @@ def check(measured: dict[str, Any], load_test: dict[str, Any], batch_size: int, 
     Args:
         measured: From `measure`, of the same adapter.
         load_test: What `benchmarks/serve.py` has written.
-        batch_size: Requests of a batch, in the load test.
+        batch_size: Texts of a batch, in the load test.
         batch_wait: Seconds, in the load test.
 
     Returns:
@@ -36,24 +36,12 @@ def check(measured: dict[str, Any], load_test: dict[str, Any], batch_size: int, 
     empty = load_test["overhead"]["the empty deployment"]["p50"] / 1000
     plan = Plan(measured, target=load_test["target"], request_rows=size, overhead=(empty,))
     ways = plan.ways()
-    own = EarlyExitConfig.of(measured["early_exit"])
-
-    def controller() -> LatencyController:
-        return LatencyController.for_adapter(own, load_test["target"], load_test["max_score_drop"])
-
+    make = governed(EarlyExitConfig.of(measured["early_exit"]), load_test["target"], load_test["max_score_drop"])
     fixed = ways["fixed exits"]
-    served = {"stock": ways[FULL], "fixed": fixed, "controller": replace(fixed, controller=controller)}
-    served = {
-        name: replace(
-            service,
-            times=replace(service.times, pass_rows=batch_size),
-            batch_size=batch_size,
-            batch_wait=batch_wait,
-        )
-        for name, service in served.items()
-    }
+    served = {"stock": ways[FULL], "fixed": fixed, "controller": replace(fixed, governor=make)}
+    served = {n: replace(s, batch_size=batch_size, batch_wait=batch_wait) for n, s in served.items()}
     stock = served["stock"]
-    full = np.full(batch_size * size, measured["depth"])
+    full = np.full(stock.batch_requests * size, measured["depth"])
     slowness = len(full) / stock.times.mean(full) / load_test["capacity"]["stock"]["texts_per_second"]
     rows = []
     for name, runs in load_test["runs"].items():

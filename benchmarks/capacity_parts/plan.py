@@ -10,9 +10,12 @@ import numpy as np
 
 from badge_peft import EarlyExitConfig
 from badge_peft.evaluation.curve import stored_curve
-from badge_peft.serving import LatencyController
-from capacity_parts.fleet import Outcome, Rows, Service, simulate
+from badge_peft.serving.engine import MAIN
+from badge_peft.serving.governor import Governor
+from badge_peft.serving.settings import ServiceSettings
+from capacity_parts.fleet import simulate
 from capacity_parts.measure import FULL
+from capacity_parts.service import Outcome, Rows, Service
 from capacity_parts.times import ServiceTimes
 from capacity_parts.traffic import Traffic, bursts, day, harder
 
@@ -48,9 +51,8 @@ class Plan:
         fixed = Service(exits, self.rows(), settings.index(EarlyExitConfig.of(own, calibration=None)), **usual)
         served["fixed exits"] = fixed
         for drop in DROPS:
-            # the controller keeps the 95th percentile, and needs room below the 99th
-            make = _controller(own, self.target / 2, drop)
-            served[f"controlled, {100 * drop:.0f} points at most"] = replace(fixed, controller=make)
+            make = governed(own, self.target / 2, drop)  # it keeps the 95th percentile, and needs room below the 99th
+            served[f"controlled, {100 * drop:.0f} points at most"] = replace(fixed, governor=make)
         return served
 
     def fits(self) -> tuple[ServiceTimes, ServiceTimes]:
@@ -69,12 +71,19 @@ class Plan:
     def capacity(self) -> float:
         """Requests per second that one replica answers at full depth in full batches."""
         service = self.ways()[FULL]
-        rows = np.full(service.batch_size * self.request_rows, self.measured["depth"])
-        return service.batch_size / service.times.mean(rows)
+        rows = np.full(service.batch_requests * self.request_rows, self.measured["depth"])
+        return service.batch_requests / service.times.mean(rows)
 
 
-def _controller(own: EarlyExitConfig, target: float, drop: float) -> Callable[[], LatencyController]:
-    return lambda: LatencyController.for_adapter(own, target, drop)
+def governed(own: EarlyExitConfig, target: float, drop: float) -> Callable[[Callable[[], float]], Governor]:
+    """Makes the governor of a service with `--target-p95`, as the service sets it."""
+    interval = ServiceSettings("").report_every
+
+    def make(clock: Callable[[], float]) -> Governor:
+        problems = {MAIN: "single_label_classification"}  # for the monitor, which hears of nothing here
+        return Governor({MAIN: own}, problems, lambda *_: None, target, drop, interval=interval, clock=clock)
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -12,29 +12,31 @@ import numpy as np
 import pytest
 
 pytest.importorskip("simpy", reason="the extra `benchmarks` is not installed")
+for name in ("prometheus_client", "pydantic"):
+    pytest.importorskip(name, reason="the extra `serve` is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import capacity  # noqa: E402
-from capacity_parts.fleet import Rows, Service, simulate  # noqa: E402
-from capacity_parts.plan import Case, replicas_needed  # noqa: E402
+from capacity_parts.fleet import simulate  # noqa: E402
+from capacity_parts.plan import Case, governed, replicas_needed  # noqa: E402
+from capacity_parts.service import Rows, Service  # noqa: E402
 from capacity_parts.times import ServiceTimes  # noqa: E402
 from capacity_parts.traffic import bursts, day, harder, steady  # noqa: E402
 
-from badge_peft import EarlyExitConfig, load_pretrained  # noqa: E402
-from badge_peft.evaluation import collect_exit_logits  # noqa: E402
-from badge_peft.evaluation.tradeoff import TradeOffPoint  # noqa: E402
-from badge_peft.serving import LatencyController  # noqa: E402
+from badge_peft import load_pretrained  # noqa: E402
+from badge_peft.evaluation import calibrate, collect_exit_logits  # noqa: E402
+from badge_peft.evaluation.curve import stored_curve  # noqa: E402
+from tests.evaluation.logits import plausible  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
 
-CONFIGS = [EarlyExitConfig(policy="fixed_depth", depth=m) for m in (12, 8, 4)]
 #: Three settings at which 100 texts stop at block 12, 8 and 4; a quarter of them is hard and wrong at the last.
 ROWS = Rows(
     np.repeat([[12], [8], [4]], 100, axis=1),
     np.array([[True] * 100, [True] * 100, [True] * 75 + [False] * 25]),
     np.array([False] * 75 + [True] * 25),
 )
-PLAIN = Service(ServiceTimes(0.0, 0.012, 0.0, 0.0), ROWS, batch_size=1, batch_wait=0.0)
+PLAIN = Service(ServiceTimes(0.0, 0.012, 0.0, 0.0), ROWS, batch_size=1)
 
 
 def test_the_fit_finds_the_times_and_their_spread() -> None:
@@ -66,11 +68,13 @@ def test_one_replica_waits_as_queueing_theory_has_it(load: float) -> None:
 
 
 def test_batches_routes_refusals_and_slow_machines() -> None:
-    batched = replace(PLAIN, times=ServiceTimes(0.01, 0.001, 0.0, 0.0), batch_size=32, batch_wait=0.002)
+    batched = replace(PLAIN, times=ServiceTimes(0.01, 0.001, 0.0, 0.0), batch_size=32)
     rate = 4 * 0.7 * 32 / 0.042
     fleet = simulate(batched, [1.0] * 4, steady(20.0), rate)
     assert fleet.quantile(0.99) < 0.15 and fleet.refused == 0
     assert simulate(batched, [1.0] * 4, steady(20.0), rate).latencies.tolist() == fleet.latencies.tolist()
+    late = simulate(replace(batched, batch_wait=0.02), [1.0] * 4, steady(20.0), rate / 20)
+    assert np.median(late.latencies) == pytest.approx(0.02 + 0.011, rel=0.01)  # it waits for others, and then goes
     slow = simulate(batched, [1.0, 1.0, 1.0, 2.0], steady(20.0), rate)
     assert slow.quantile(0.99) > fleet.quantile(0.99)
     full = simulate(replace(batched, waiting_rows=64), [1.0], steady(20.0), rate)
@@ -78,23 +82,36 @@ def test_batches_routes_refusals_and_slow_machines() -> None:
     assert full.refused + full.unanswered + len(full.latencies) == pytest.approx(20 * rate, rel=0.05)
 
 
-def controller(target: float) -> LatencyController:
-    curve = [TradeOffPoint("fixed", c, m, 1 - m / 12, 1.0) for c, m in zip(CONFIGS, (12, 8, 4), strict=True)]
-    return LatencyController(curve, target)
+def test_batches_take_texts_and_whole_requests() -> None:
+    for size, rows, requests in ((32, 1, 32), (32, 8, 4), (32, 5, 6), (8, 20, 1)):
+        assert replace(PLAIN, batch_size=size, request_rows=rows).batch_requests == requests
+    # all at once: batches of four requests of 8 texts, then a last one
+    times = ServiceTimes(1.0, 0.0, 0.0, 0.0)
+    at_once = replace(steady(1.0), recorded=np.full(9, 0.001))
+    found = simulate(replace(PLAIN, times=times, batch_size=32, request_rows=8), [1.0], at_once, 0.0)
+    assert np.round(found.latencies).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0]
 
 
-def test_a_controller_keeps_what_full_depth_does_not() -> None:
-    times = ServiceTimes(0.0, 0.0, 0.0, 0.001)  # 12, 8 or 4 ms for a text
-    fixed = Service(times, ROWS, settings=CONFIGS, batch_size=8, waiting_rows=10**6)
-    moved = replace(fixed, controller=lambda: controller(0.1))
-    peak = 1.6 / 0.012  # 1.6 times what full depth can do
+def test_the_services_own_governor_keeps_what_full_depth_does_not() -> None:
+    config = calibrate(plausible(), "entropy", target_speedup=0.4)
+    curve = [point.config for point in stored_curve(config)]
+    depths = [12 - 8 * number / (len(curve) - 1) for number in range(len(curve))]  # 12 to 4 ms for a text
+    rows = Rows(np.repeat([[depth] for depth in depths], 100, axis=1), np.ones((len(curve), 100), bool), ROWS.hard)
+    fixed = Service(ServiceTimes(0.0, 0.0, 0.0, 0.001), rows, settings=curve, batch_size=8, waiting_rows=10**6)
+    moved = replace(fixed, governor=governed(config, 0.1, 0.9))
+    peak = 1.6 / 0.012  # 1.6 times what the first setting can do
     full, kept = (simulate(way, [1.0], bursts(60.0), peak) for way in (fixed, moved))
-    assert full.quantile(0.95) > 1 and kept.quantile(0.95) < 0.5
-    used = {number for _, number in kept.settings}
-    assert 0 in used and used - {0}
-    assert full.right == 1 and 0.75 < kept.right <= 1
-    hard = simulate(replace(fixed, setting=2), [1.0], harder(60.0), 50.0)
-    easy = simulate(replace(fixed, setting=2), [1.0], day(60.0), 50.0)
+    assert full.quantile(0.95) > 1 and kept.quantile(0.95) < 0.3
+    used = [number for _, number in kept.settings]
+    assert used[0] == 0 and max(used) > 0 and any(later < one for one, later in zip(used, used[1:], strict=False))
+    assert len(full.settings) == 0
+    two = simulate(moved, [1.0, 1.0], bursts(60.0), 2 * peak)
+    assert two.quantile(0.95) < 0.3  # both hear of the one setting
+
+
+def test_hard_texts_cost_what_the_setting_loses_on_them() -> None:
+    fixed = Service(ServiceTimes(0.0, 0.0, 0.0, 0.001), ROWS, setting=2, batch_size=8)
+    hard, easy = (simulate(fixed, [1.0], traffic(60.0), 50.0) for traffic in (harder, day))
     assert easy.right == pytest.approx(0.75, abs=0.03) and hard.right == pytest.approx(0.5, abs=0.03)
 
 
@@ -120,7 +137,7 @@ def test_from_an_adapter_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(FileNotFoundError, match="measure first"):
         capacity.main([*store, "page", str(tmp_path / "x.md")])
     assert capacity.main([*store, "measure", str(adapter), str(tmp_path / "texts.txt"), "--repeats", "2"]) == 0
-    small = ["--seconds", "6", "--sizes", "1", "10", "--target", "1.0", "--request-rows", "2"]
+    small = ["--seconds", "3", "--sizes", "1", "2", "--target", "1.0", "--request-rows", "2"]
     assert capacity.main([*store, "simulate", *small]) == 0
     data = json.loads((tmp_path / "capacity.json").read_text())
     assert {result["case"] for result in data["results"]} > {"a day", "bursts", "a harder day"}
