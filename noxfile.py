@@ -93,7 +93,7 @@ def int8(session: nox.Session) -> None:
 def serve(session: nox.Session) -> None:
     """The service as it is started and batch scoring, on Ray, which `make test` does without."""
     session.install("-e", ".[dev,ray,serve]")
-    session.run("pytest", "tests/serving", "tests/deploy", *session.posargs)
+    session.run("pytest", "-m", "", "tests/serving", "tests/deploy", *session.posargs)  # the exhaustive ones, too
 
 
 @nox.session

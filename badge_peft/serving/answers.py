@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from badge_peft.ranking.report import ExitReport
 from badge_peft.serving.requests import Row
 from badge_peft.utils.problem import problem_of
 
@@ -71,3 +72,9 @@ def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: s
         {"label": labels[best], "score": float(row[best]), "exit_layer": int(number)}
         for row, best, number in zip(scores, scores.argmax(-1), exit_layer, strict=True)
     ]
+
+
+def reranked(found: Sequence[Mapping[str, Any]], report: ExitReport) -> tuple[list[dict[str, Any]], list[int]]:
+    """What a reranker says, as text-embeddings-inference has it, and the block that each candidate stopped at."""
+    answers = [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
+    return answers, report.exit_layer.tolist()

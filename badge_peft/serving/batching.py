@@ -21,11 +21,13 @@ class Work:
         rows: Its texts.
         tasks: As for `Engine.predict`.
         max_exit: As for `Engine.predict`.
+        seconds: Once it is answered: what the pass took that it shared with others.
     """
 
     rows: list[Row]
     tasks: tuple[str, ...] | None = None
     max_exit: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass

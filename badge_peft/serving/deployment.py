@@ -16,8 +16,7 @@ from ray import serve
 
 from badge_peft._version import package_version
 from badge_peft.serving.batching import Work
-from badge_peft.serving.body import BodyLimit, set_body_limit
-from badge_peft.serving.engine import MAIN
+from badge_peft.serving.front import Front, set_front
 from badge_peft.serving.governor import Governor
 from badge_peft.serving.replica import Replica, open_engine
 from badge_peft.serving.requests import (
@@ -34,7 +33,7 @@ from badge_peft.serving.settings import ServiceSettings
 _PATIENCE = 10.0  # seconds in which all replicas have to take a new setting
 
 api = FastAPI(title="badge_peft", version=package_version(), description="Early exits for Hugging Face encoders.")
-api.add_middleware(BodyLimit)
+api.add_middleware(Front)
 
 
 def _typed(method: Any) -> Any:
@@ -65,7 +64,6 @@ class Service:
 
     def __init__(self, settings: ServiceSettings, token: str | None) -> None:
         self.settings, self.token = settings, token
-        set_body_limit(settings.limits.body_bytes)
         self.engine = open_engine(settings)
         made = ray.remote(Governor).options(
             name=settings.governor,
@@ -86,6 +84,7 @@ class Service:
         )
         name = f"{os.uname().nodename}-{os.getpid()}"
         self.replica = Replica(name, self.engine, settings, self.governor.report.remote)
+        set_front(settings.limits.body_bytes, self.replica.count)
         self._task = asyncio.get_running_loop().create_task(self.replica.report_for_ever())
 
     async def reconfigure(self, _: Any) -> None:
@@ -98,20 +97,20 @@ class Service:
         """Answers texts: a list of label, score and exit_layer; with tasks a mapping of such lists."""
         rows = body.rows()
         tasks = check_tasks(body.tasks, self.engine.tasks)
-        found = await self.replica.predict(Work(rows, tasks, body.max_exit))
-        return JSONResponse(found if tasks is None else {task: [row[task] for row in found] for task in tasks})
+        work = Work(rows, tasks, body.max_exit)
+        found = await self.replica.predict(work)
+        answers = found if tasks is None else {task: [row[task] for row in found] for task in tasks}
+        return JSONResponse(answers, headers={"Server-Timing": f"model;dur={1e3 * work.seconds:.2f}"})
 
     @api.post("/rerank")
     @_typed
     async def rerank(self, body: RerankRequest) -> Any:
         """Ranks texts for a query: index and score, best first."""
 
-        def call() -> Any:
-            config = self.replica.configs.get(MAIN)  # None: of many tasks, which do not rank
-            return asyncio.to_thread(self.engine.rerank, body.query, body.texts, body.top_k, config)
-
-        found = await self.replica.accept(body.rows(), call)
-        return [{**item, "text": body.texts[item["index"]]} for item in found] if body.return_text else found
+        found = await self.replica.rerank(body)
+        if body.return_text:
+            found = [{**item, "text": body.texts[item["index"]]} for item in found]
+        return JSONResponse(found)
 
     @api.get("/healthz")
     @_typed

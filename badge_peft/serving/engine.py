@@ -11,15 +11,30 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
-from badge_peft.serving.answers import answered, columns, labeled
+from badge_peft.serving.answers import answered, columns, labeled, reranked
 from badge_peft.serving.requests import RequestError, Row
 from badge_peft.utils.logs import quiet
 
 MAIN = "default"  # what the one adapter of a service without tasks is called
+BY_QUERY = "this service ranks the candidates of a query, which the rows of /predict are not: use /rerank."
+
+
+def check_texts(tagging: Sequence[str]) -> None:
+    """Refuses tasks whose answers are tags of tokens.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if tagging:
+        who = "the adapter" if list(tagging) == [MAIN] else ", ".join(tagging)
+        raise ValueError(
+            f"{who}: the answers are tags of tokens, and a service answers whole texts. Leave it out, and tag with "
+            "badge-peft predict or badge_peft.pipeline."
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,7 @@ class Engine:
         self.tasks: list[str] = list(made.tasks) if isinstance(made, MultiTaskPipeline) else []
         self.model, self.tokenizer, self.badge = made.model, made.tokenizer, get_badge_model(made.model)
         names: list[str | None] = [*self.tasks] or [None]
+        check_texts([name or MAIN for name in names if self.badge.config_of(name).reads_tokens])
         self.configs = {name or MAIN: self.badge.get_early_exit_config(name) for name in names}
         self.exits = {name or MAIN: self.badge.exit_layers(name) for name in names}
         self.problems = {name or MAIN: self.badge.config_of(name).resolved_problem_type for name in names}
@@ -94,10 +110,13 @@ class Engine:
             max_exit: No row goes past this block.
 
         Raises:
-            RequestError: 400 for a `max_exit` at which nothing could answer, or that the model does not have.
+            RequestError: 400 for a `max_exit` at which nothing could answer, or that the model does not have; where
+                the setting compares the candidates of a query: the rows here are of many requests.
         """
         asked = tasks or (MAIN,)
         chosen = {task: self._bounded(task, configs[task], max_exit) for task in asked}
+        if any(policy_class(config).by_group for config in chosen.values()):
+            raise RequestError(400, BY_QUERY)
 
         def answer(part: list[Row]) -> dict[str, list[Any]]:
             encoded = self._encode(part)
@@ -121,8 +140,9 @@ class Engine:
 
     def rerank(
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
-    ) -> list[dict[str, Any]]:
-        """`index` and `score`, best first; with `config` of another policy than `top_k` at full depth.
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """`index` and `score`, best first, with `config` of another policy than `top_k` at full depth; and for each
+        text the block that it stopped at.
 
         Raises:
             RequestError: 400 where the model does not rank, or the query is empty.
@@ -132,10 +152,12 @@ class Engine:
         full_depth = config.policy != "top_k"
         fields: dict[str, Any] = {} if full_depth or config.threshold is None else {"threshold": config.threshold}
         try:
-            found = self._reranker.rank(query, list(texts), top_k=top_k, full_depth=full_depth, **fields)
+            ranked = self._reranker.rank(
+                query, list(texts), top_k=top_k, full_depth=full_depth, return_report=True, **fields
+            )
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
+        return reranked(*ranked)
 
     def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any] | None:
         """Answers the rows of one pass early and at full depth: what `ExitMonitor.observe` takes, as lists."""

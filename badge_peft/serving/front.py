@@ -1,21 +1,42 @@
-"""An ASGI middleware that refuses bodies above a size, before anything reads them whole."""
+"""An ASGI middleware in front of the service's own code: it refuses bodies above a size before anything reads them
+whole, and tells how each request ended, whoever answered it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
-_LIMIT = {"bytes": 4 * 2**20}  # of this process
+PATHS = ("/predict", "/rerank", "/policy", "/healthz", "/info", "/metrics")
+_GONE = 499  # the client has gone before its answer; the number that nginx gives it
 
 
-def set_body_limit(size: int) -> None:
-    """Allows so many bytes in a body, in this process."""
-    _LIMIT["bytes"] = size
+@dataclass
+class _Process:
+    """Of this process, whose one replica makes it known; the middleware is made with the application, before."""
+
+    body_bytes: int = 4 * 2**20
+    count: Callable[[str, int], None] = lambda path, status: None
 
 
-class BodyLimit:
-    """Answers 413 where a request says that its body is larger, or where more comes than it said.
+_PROCESS = _Process()
+
+
+def set_front(body_bytes: int, count: Callable[[str, int], None]) -> None:
+    """Sets what the middleware of this process does.
+
+    Args:
+        body_bytes: So many are allowed in a body.
+        count: Is given the path (one of `PATHS`, or `other`) and the status of each request that has ended.
+    """
+    _PROCESS.body_bytes, _PROCESS.count = body_bytes, count
+
+
+class Front:
+    """Answers 413 where a request says that its body is larger, or where more comes than it said, and notes in the
+    header `Server-Timing` of each answer the milliseconds until it was there.
 
     Args:
         app: The application behind it.
@@ -29,7 +50,27 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit, parts, size, more = _LIMIT["bytes"], [], 0, True
+        status, start = _GONE, perf_counter()
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                total = f"total;dur={1e3 * (perf_counter() - start):.2f}"
+                message = {**message, "headers": [*message["headers"], (b"server-timing", total.encode())]}
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            _PROCESS.count(path if path in PATHS else "other", status)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        limit, parts, size, more = _PROCESS.body_bytes, [], 0, True
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said) > limit:
             await _refuse(send, limit)

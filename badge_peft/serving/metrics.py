@@ -20,7 +20,7 @@ class ServiceMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         on = {"registry": self._registry}
-        self._requests = Counter("badge_requests", "Requests by status.", ["status"], **on)
+        self._requests = Counter("badge_requests", "Requests by path and status.", ["path", "status"], **on)
         self._latency = Histogram(
             "badge_latency_seconds", "Seconds from a request to its answer, in the replica.", buckets=_SECONDS, **on
         )
@@ -40,8 +40,8 @@ class ServiceMetrics:
         """Adds what a replica did."""
         for seconds in report.latencies:
             self._latency.observe(seconds)
-        for status, count in report.statuses.items():
-            self._requests.labels(status).inc(count)
+        for path, status, count in report.statuses:
+            self._requests.labels(path, str(status)).inc(count)
         for task, number, rows in report.answered:
             self._rows.labels(task, str(number)).inc(rows)
             self._blocks.labels(task).inc(number * rows)

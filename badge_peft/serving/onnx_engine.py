@@ -12,8 +12,8 @@ from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
 from badge_peft.export.ranking import OnnxReranker
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.tasks import OnnxTasksModel
-from badge_peft.serving.answers import answered, columns, labeled
-from badge_peft.serving.engine import MAIN
+from badge_peft.serving.answers import answered, columns, labeled, reranked
+from badge_peft.serving.engine import BY_QUERY, MAIN, check_texts
 from badge_peft.serving.requests import RequestError, Row
 
 _FAR = 1e30  # beyond every score, in float32 and times ln K, too
@@ -112,6 +112,7 @@ class OnnxEngine:
         self.batch_size = batch_size
         kind = OnnxTasksModel if holds_tasks(folder) else OnnxEarlyExitModel
         self.session: Any = kind.from_pretrained(folder, threads=threads)
+        check_texts([MAIN] if self.session.reads_tokens else [])
         facts = self.session.config
         of_tasks: Mapping[str, Any] = facts.get("tasks") or {MAIN: facts}
         self.tasks = list(facts.get("tasks") or [])
@@ -145,7 +146,7 @@ class OnnxEngine:
         if max_exit is not None:
             raise RequestError(400, "max_exit is fixed in an ONNX file: leave it out, or serve without --onnx.")
         if self.ranks:
-            raise RequestError(400, "this service ranks the candidates of a query: use /rerank.")
+            raise RequestError(400, BY_QUERY)
 
         def answer(part: list[Row]) -> dict[str, list[Any]]:
             outputs = self._run(part, configs)
@@ -158,7 +159,7 @@ class OnnxEngine:
 
     def rerank(
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], list[int]]:
         """As `Engine.rerank`.
 
         Raises:
@@ -168,12 +169,11 @@ class OnnxEngine:
             raise RequestError(400, "this service does not rank: the rule in its file is not top_k. Use /predict.")
         threshold, _ = self.rules[MAIN].inputs(config)
         try:
-            found = self._reranker.rank(
-                query, list(texts), len(texts) if top_k is None else top_k, threshold=threshold
-            )
+            count = len(texts) if top_k is None else top_k
+            ranked = self._reranker.rank(query, list(texts), count, threshold=threshold, return_report=True)
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
+        return reranked(*ranked)
 
     def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any] | None:
         """As `Engine.shadow`; None where the file cannot be sent to full depth."""

@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
-from badge_peft.serving.engine import MAIN
+from badge_peft.serving.engine import MAIN, check_texts
 from badge_peft.serving.settings import ServiceSettings
 
 ONE_ADAPTER = "a target is for a service of one adapter: of many tasks, set each one's threshold."
 
 
-def check_target(settings: ServiceSettings) -> None:
-    """Refuses a target that cannot be kept by moving along a stored curve. An adapter that lies in a repository is
-    checked when it is there, by the replicas.
+def check_settings(settings: ServiceSettings) -> None:
+    """Refuses adapters that tag tokens, and a target that cannot be kept by moving along a stored curve. What lies in
+    a repository is checked when it is there, by the replicas.
 
     Raises:
-        ValueError: many tasks, no curve, a floor that no point keeps, or points at which a file cannot answer.
+        ValueError: an adapter tags tokens; a target with many tasks, without a curve, with a floor that no point
+            keeps, or with points at which a file cannot answer.
     """
+    tasks, facts = _facts(settings)
+    check_texts([task for task, own in facts.items() if _reads_tokens(own)])
     if settings.target is None:
         return
-    folder = None if isinstance(settings.adapter, dict) else Path(settings.adapter)
-    if folder is None or (folder / "tasks.json").exists():
+    if tasks != [MAIN]:
         raise ValueError(ONE_ADAPTER)
-    config = folder / ("early_exit.json" if settings.onnx else "adapter_config.json")
-    if not config.exists():
+    if not facts:
         return
-    facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    if "tasks" in facts:
-        raise ValueError(ONE_ADAPTER)
-    own = EarlyExitConfig.of(facts.get("early_exit"))
+    own = EarlyExitConfig.of(facts[MAIN].get("early_exit"))
     controller = LatencyController.for_adapter(own, settings.target, settings.max_score_drop)
     if settings.onnx:
         from badge_peft.serving.onnx_engine import FileCheck, FixedRule
 
-        check = FileCheck({MAIN: FixedRule.of(facts, facts["num_blocks"])})
+        check = FileCheck({MAIN: FixedRule.of(facts[MAIN], facts[MAIN]["num_blocks"])})
         for point in controller.points:
             check(MAIN, point.config)
+
+
+def _facts(settings: ServiceSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The tasks (or `default`), and what is said of each by files that are on this machine."""
+    if settings.onnx:
+        whole = _read(Path(settings.adapter, "early_exit.json"))
+        found = {task: {**whole, **own} for task, own in whole.get("tasks", {MAIN: {}}).items()}
+        return list(found), found
+    places: Mapping[str, str]
+    if isinstance(settings.adapter, Mapping):
+        places = settings.adapter
+    else:
+        places = find_tasks(settings.adapter) or {MAIN: settings.adapter}
+    files = {task: Path(place, "adapter_config.json") for task, place in places.items()}
+    return list(places), {task: _read(file) for task, file in files.items() if file.exists()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _reads_tokens(facts: Mapping[str, Any]) -> bool:
+    return facts.get("task_type") == "TOKEN_CLS" or "special_tokens_mask" in facts.get("inputs", ())

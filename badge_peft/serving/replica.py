@@ -8,15 +8,16 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.answers import passes
 from badge_peft.serving.batching import Batcher, Work, answer_together
-from badge_peft.serving.engine import Engine
+from badge_peft.serving.engine import MAIN, Engine
 from badge_peft.serving.report import Report, Waiting
-from badge_peft.serving.requests import RequestError, Row, check_room, check_rows
+from badge_peft.serving.requests import RerankRequest, Row, check_room, check_rows
 from badge_peft.serving.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Replica:
         self.waiting = Waiting()
         self._speed: float | None = None  # rows that a second of passes answers
         self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
+        self._model = ThreadPoolExecutor(1)  # one pass at a time, of as many threads as the settings say
         self._fresh()
         self._shadow_rows: list[tuple[str, Row]] = []
         self._draw = random.Random()
@@ -63,7 +65,11 @@ class Replica:
         self._latencies: list[float] = []
         self._measured: list[float] = []
         self._answered: Counter[tuple[str, int]] = Counter()
-        self._statuses: Counter[str] = Counter()
+        self._statuses: Counter[tuple[str, int]] = Counter()
+
+    def count(self, path: str, status: int) -> None:
+        """A request has ended: see `set_front`."""
+        self._statuses[path, status] += 1
 
     async def predict(self, work: Work) -> Any:
         """The answers to the rows of a request, which share their passes with other requests.
@@ -73,30 +79,38 @@ class Replica:
         """
         return await self.accept(work.rows, lambda: self._batcher(work))
 
+    async def rerank(self, body: RerankRequest) -> list[dict[str, Any]]:
+        """The candidates of a query, best first: a pass of their own.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+
+        async def call() -> list[dict[str, Any]]:
+            config = self.configs.get(MAIN)  # None: of many tasks, which do not rank
+            (found, exits), seconds = await self._run(self.engine.rerank, body.query, body.texts, body.top_k, config)
+            self._note_speed(len(exits), seconds)
+            self._answered.update((MAIN, number) for number in exits)
+            return found
+
+        return await self.accept(body.rows(), call)
+
     async def accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]]) -> Any:
-        """What `call` gives, once the rows are within the limits; counted in any case.
+        """What `call` gives, once the rows are within the limits.
 
         Raises:
             RequestError: the request is refused.
         """
         start, version = perf_counter(), self.version
+        check_rows(rows, self.settings.limits)
+        check_room(self.waiting.rows, len(rows), self.settings.limits)
+        ticket = self.waiting.enter(len(rows), start)
         try:
-            check_rows(rows, self.settings.limits)
-            check_room(self.waiting.rows, len(rows), self.settings.limits)
-            ticket = self.waiting.enter(len(rows), start)
-            try:
-                if not self._joined.is_set():
-                    await asyncio.wait_for(self._joined.wait(), _JOINING)
-                found = await call()
-            finally:
-                self.waiting.leave(ticket, len(rows))
-        except RequestError as error:
-            self._statuses[str(error.status)] += 1
-            raise
-        except Exception:
-            self._statuses["500"] += 1
-            raise
-        self._statuses["200"] += 1
+            if not self._joined.is_set():
+                await asyncio.wait_for(self._joined.wait(), _JOINING)
+            found = await call()
+        finally:
+            self.waiting.leave(ticket, len(rows))
         self._latencies.append(perf_counter() - start)
         if version == self.version:
             self._measured.append(self._latencies[-1])
@@ -105,13 +119,26 @@ class Replica:
     async def _answer(self, works: list[Work]) -> list[Any]:
         share = self.settings.shadow_share
         draw = lambda: self._draw.random() < share  # noqa: E731
-        start = perf_counter()
-        batch = await asyncio.to_thread(answer_together, self.engine, works, dict(self.configs), draw)
-        speed = sum(len(work.rows) for work in works) / max(perf_counter() - start, 1e-6)
-        self._speed = speed if self._speed is None else self._speed + _NEW * (speed - self._speed)
+        batch, seconds = await self._run(answer_together, self.engine, works, dict(self.configs), draw)
+        self._note_speed(sum(len(work.rows) for work in works), seconds)
+        for work in works:
+            work.seconds = seconds
         self._answered.update(batch.answered)
         self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
         return batch.results
+
+    async def _run(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+        """What `call` gives in the thread of the model, and the seconds that it takes there."""
+
+        def timed() -> tuple[Any, float]:
+            start = perf_counter()
+            return call(*arguments), perf_counter() - start
+
+        return await asyncio.get_running_loop().run_in_executor(self._model, timed)
+
+    def _note_speed(self, rows: int, seconds: float) -> None:
+        speed = rows / max(seconds, 1e-6)
+        self._speed = speed if self._speed is None else self._speed + _NEW * (speed - self._speed)
 
     async def report(self) -> dict[str, Any]:
         """Tells the governor what was done, runs shadow rows where there is time, and takes the setting."""
@@ -123,7 +150,7 @@ class Replica:
                 self._latencies,
                 self._measured,
                 [(task, number, count) for (task, number), count in self._answered.items()],
-                dict(self._statuses),
+                [(path, status, count) for (path, status), count in self._statuses.items()],
                 self.waiting.rows,
                 self.waiting.oldest(perf_counter()),
                 self.waiting.rows / self._speed if self._speed else 0.0,
@@ -155,6 +182,6 @@ class Replica:
             own = [row for of, row in rows if of == task]
             for places in passes(own, self.settings.batch_size):
                 part = [own[i] for i in places]
-                said = await asyncio.to_thread(self.engine.shadow, task, part, self.configs[task])
+                said, _ = await self._run(self.engine.shadow, task, part, self.configs[task])
                 found += [] if said is None else [(task, said)]
         return found

@@ -16,7 +16,7 @@ class Report:
         latencies: Seconds that requests took.
         measured: Those of requests that were answered at that setting from first to last.
         answered: Of tasks and exits, how many rows: (task, exit, rows).
-        statuses: How many requests ended with each status.
+        statuses: Of paths and statuses, how many requests ended so: (path, status, requests).
         waiting: Rows that are accepted and not answered.
         oldest: Seconds that the oldest of them has waited; 0 where none waits.
         expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
@@ -29,7 +29,7 @@ class Report:
     latencies: list[float] = field(default_factory=list)
     measured: list[float] = field(default_factory=list)
     answered: list[tuple[str, int, int]] = field(default_factory=list)
-    statuses: dict[str, int] = field(default_factory=dict)
+    statuses: list[tuple[str, int, int]] = field(default_factory=list)
     waiting: int = 0
     oldest: float = 0.0
     expected: float = 0.0

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,13 +19,18 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from badge_peft.serving.deployment import Service
-from badge_peft.serving.preflight import check_target
+from badge_peft.serving.preflight import check_settings
 from badge_peft.serving.settings import ServiceSettings
 
 TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable
 APPLICATION = "badge-peft"
 _PROXY = 300  # seconds within which a proxy has to listen
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
+_ENVIRONMENT = {  # of the processes of a Ray that is started here
+    # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_niceness": "0",  # Ray's workers are nice to all else: a service is not to be
+}
 
 
 def check_port(host: str, port: int) -> None:
@@ -84,7 +91,7 @@ def run_service(
 ) -> None:
     """Serves until a signal (INT or TERM) comes, and then finishes what was accepted.
 
-    On a cluster every machine with a replica listens at the port.
+    On a cluster every machine with a replica listens at the port, and one service runs at a time.
 
     Args:
         settings: What to serve.
@@ -95,57 +102,111 @@ def run_service(
 
     Raises:
         OSError: the port is in use.
-        ValueError: the adapter cannot be served, no target can be kept, or Ray Serve does not take the autoscaling.
+        ValueError: the adapter cannot be served, no target can be kept, Ray Serve does not take the autoscaling, or
+            the cluster has a service already, or listens elsewhere.
     """
     stop = threading.Event()
-    check_target(settings)
-    options = replica_options(settings)
+    check_settings(settings)
+    settings, options = _absolute(settings), replica_options(settings)
     if address is None:
         check_port(host, port)
-    cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
-    own: dict[str, Any] = {} if address else {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
-    # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers are nice to all else: a service is not to be
     try:
         try:
-            ray.init(address=address or "local", namespace="serve", **own)
-            deployed = Service.options(**options)  # type: ignore[attr-defined]
-            with suppress(TimeoutError):  # of Ray's own 60 seconds for a proxy, which a busy machine gets later
-                serve.start(http_options={"host": host, "port": port})
-            serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
+            _connect(settings, host, port, address)
+            _deploy(settings, options, address)
         except Exception as error:  # Ray has many kinds; a message holds the replica's traceback
             raise ValueError(f"the service has not started: {last_error(str(error))}") from error
         for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's handlers, which drop what is accepted
             signal.signal(number, lambda *_: stop.set())
-        if address is None:
-            _wait_for_proxy(host, port)
+        _wait_for_proxy(host, port, address)
         if ready is not None:
             ready()
         stop.wait()
-        serve.delete(APPLICATION)  # waits for what was accepted
-        if address is None:  # on a cluster there may be other applications
-            serve.shutdown()
-        ray.kill(ray.get_actor(settings.governor, namespace="serve"))
+        _end(settings, address)
     finally:
         ray.shutdown()
 
 
-def _wait_for_proxy(host: str, port: int) -> None:
-    """Until somebody listens here.
+def _absolute(settings: ServiceSettings) -> ServiceSettings:
+    """With whole paths: processes of a cluster have another working directory."""
+
+    def whole(place: Any) -> Any:
+        return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
+
+    given = settings.adapter
+    adapter = {task: whole(place) for task, place in given.items()} if isinstance(given, dict) else whole(given)
+    return replace(settings, adapter=adapter, base_model=whole(settings.base_model))
+
+
+def _connect(settings: ServiceSettings, host: str, port: int, address: str | None) -> None:
+    """Starts Ray and Ray Serve, or connects to those of a cluster.
+
+    Raises:
+        ValueError: the cluster has a service already, or Ray Serve listens elsewhere there.
+    """
+    cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
+    own: dict[str, Any] = {} if address else {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ray.init(address=address or "local", namespace="serve", **own)
+    with suppress(TimeoutError):  # of Ray's own 60 seconds for a proxy, which a busy machine gets later
+        serve.start(http_options={"host": host, "port": port})
+    if address is None:
+        return
+    if APPLICATION in serve.status().applications:
+        raise ValueError(
+            "there is a service on this cluster already: end it first, by INT or TERM for its `badge-peft serve`, or "
+            "by `serve shutdown`."
+        )
+    from ray.serve.context import _get_global_client  # nothing public tells where Ray Serve listens
+
+    there = _get_global_client().http_config
+    if (there.host, there.port) != (host, port):  # Ray says so in its log, and goes on
+        raise ValueError(
+            f"Ray Serve listens at {there.host}:{there.port} on this cluster: give --host {there.host} --port "
+            f"{there.port}, or end it with `serve shutdown`."
+        )
+
+
+def _deploy(settings: ServiceSettings, options: dict[str, Any], address: str | None) -> None:
+    """Starts the replicas; where they do not start, nothing is left on a cluster."""
+    deployed = Service.options(**options)  # type: ignore[attr-defined]
+    try:
+        serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
+    except Exception:
+        if address is not None:
+            _end(settings, address)
+        raise
+
+
+def _end(settings: ServiceSettings, address: str | None) -> None:
+    """Finishes what was accepted, and ends all that belongs to the service."""
+    serve.delete(APPLICATION)  # waits for what was accepted
+    if address is None:  # on a cluster there may be other applications
+        serve.shutdown()
+    with suppress(ValueError):  # no replica has come as far as making one
+        ray.kill(ray.get_actor(settings.governor, namespace="serve"))
+
+
+def _wait_for_proxy(host: str, port: int, address: str | None) -> None:
+    """Until somebody listens: here, or anywhere on a cluster.
 
     Raises:
         ValueError: nobody does.
     """
-    end = time.monotonic() + _PROXY
-    while True:
-        try:
-            socket.create_connection((host if host != "0.0.0.0" else "127.0.0.1", port), 5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise ValueError(f"the service has not started: nobody listens at {host}:{port} ({error}).") from error
+    end, reason = time.monotonic() + _PROXY, "no proxy has started"
+    while time.monotonic() < end:
+        if address is not None:
+            if "HEALTHY" in serve.status().proxies.values():
+                return
+        else:
+            try:
+                socket.create_connection((host if host != "0.0.0.0" else "127.0.0.1", port), 5).close()
+                return
+            except OSError as error:
+                reason = str(error)
         time.sleep(0.1)
+    raise ValueError(f"the service has not started: nobody listens at {host}:{port} ({reason}).")
 
 
 def last_error(message: str) -> str:

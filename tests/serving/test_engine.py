@@ -89,7 +89,8 @@ def test_many_tasks(folder):
 
 def test_rerank(tmp_path, engine):
     ranks = Engine(str(save_adapter(tmp_path, num_labels=1)))
-    found = ranks.rerank(TEXTS[0], TEXTS[1:6], 3, ranks.configs[MAIN])
+    found, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 3, ranks.configs[MAIN])
+    assert exits == [3] * 5  # not calibrated: full depth
     scores = [item["score"] for item in found]
     assert len(found) == 3 and scores == sorted(scores, reverse=True)
     assert {item["index"] for item in found} <= set(range(5))
@@ -97,3 +98,9 @@ def test_rerank(tmp_path, engine):
         engine.rerank("q", ["a"], None, engine.configs[MAIN])
     with pytest.raises(RequestError, match="query"):
         ranks.rerank("", ["a"], None, ranks.configs[MAIN])
+    rule = EarlyExitConfig(policy="top_k", top_k=1, parameters={"margins": [0.0, 0.0, None]})
+    ranks.badge.set_early_exit_config(rule)
+    best, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 1, rule)
+    assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
+    with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete
+        ranks.predict([(text, None) for text in TEXTS[:2]], {MAIN: rule})

@@ -37,7 +37,7 @@ def governor(**arguments) -> tuple[Governor, Clock]:
 
 
 def report(of: Governor, latencies=(), version=None, shadows=(), replica="a", **more):
-    seconds, done = list(latencies), {"answered": [("default", 3, 2)], "statuses": {"200": 1}}
+    seconds, done = list(latencies), {"answered": [("default", 3, 2)], "statuses": [("/predict", 200, 1)]}
     return of.report(Report(replica, version or of.version, seconds, seconds, shadows=list(shadows), **done, **more))
 
 
@@ -206,7 +206,7 @@ def test_metrics_add_up_what_replicas_report():
         report(of, [0.02, 0.3], replica=replica)
     text = of.metrics()
     for line in (
-        'badge_requests_total{status="200"} 2.0',
+        'badge_requests_total{path="/predict",status="200"} 2.0',
         "badge_latency_seconds_count 4.0",
         'badge_rows_total{exit_layer="3",task="default"} 4.0',
         'badge_blocks_total{task="default"} 12.0',

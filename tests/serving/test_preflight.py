@@ -10,7 +10,7 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.evaluation import calibrate  # noqa: E402
-from badge_peft.serving.preflight import check_target  # noqa: E402
+from badge_peft.serving.preflight import check_settings  # noqa: E402
 from badge_peft.serving.settings import ServiceSettings  # noqa: E402
 from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
@@ -23,10 +23,10 @@ def write(folder, name, **facts) -> str:
 def test_an_adapter_whose_curve_is_stored(tmp_path):
     config = calibrate(plausible(), "entropy", target_speedup=0.4)
     place = write(tmp_path, "adapter_config.json", early_exit=config.to_dict())
-    check_target(ServiceSettings(place, target=0.1, max_score_drop=0.05))
+    check_settings(ServiceSettings(place, target=0.1, max_score_drop=0.05))
     unlike = write(tmp_path, "adapter_config.json", early_exit=_harder(config).to_dict())
     with pytest.raises(ValueError, match="cannot be kept"):
-        check_target(ServiceSettings(unlike, target=0.1))
+        check_settings(ServiceSettings(unlike, target=0.1))
 
 
 def _harder(config: EarlyExitConfig) -> EarlyExitConfig:
@@ -37,28 +37,48 @@ def _harder(config: EarlyExitConfig) -> EarlyExitConfig:
 
 def test_what_has_no_curve(tmp_path):
     place = write(tmp_path, "adapter_config.json", early_exit=None)
-    check_target(ServiceSettings(place))  # nothing is asked for
+    check_settings(ServiceSettings(place))  # nothing is asked for
     with pytest.raises(ValueError, match="calibrate the adapter again"):
-        check_target(ServiceSettings(place, target=0.1))
+        check_settings(ServiceSettings(place, target=0.1))
 
 
 def test_a_repository_is_checked_by_the_replicas():
-    check_target(ServiceSettings("someone/adapter", target=0.1))
+    check_settings(ServiceSettings("someone/adapter", target=0.1))
 
 
 def test_many_tasks(tmp_path):
     with pytest.raises(ValueError, match="one adapter"):
-        check_target(ServiceSettings({"a": "x", "b": "y"}, target=0.1))
+        check_settings(ServiceSettings({"a": "x", "b": "y"}, target=0.1))
     with pytest.raises(ValueError, match="one adapter"):
-        check_target(ServiceSettings(write(tmp_path, "early_exit.json", tasks={}), onnx=True, target=0.1))
+        check_settings(
+            ServiceSettings(write(tmp_path, "early_exit.json", tasks={"a": {}, "b": {}}), onnx=True, target=0.1)
+        )
+
+
+def test_tags_of_tokens_are_no_answers_to_texts(tmp_path):
+    folders = []
+    for name, kind in (("intent", "SEQ_CLS"), ("pii", "TOKEN_CLS")):
+        (tmp_path / name).mkdir()
+        folders.append(write(tmp_path / name, "adapter_config.json", task_type=kind))
+    bundle = write(tmp_path, "tasks.json", tasks={"intent": "intent", "pii": "pii"})
+    file = write(tmp_path, "early_exit.json", inputs=["input_ids", "special_tokens_mask"])
+    for settings, who in (
+        (ServiceSettings(folders[1]), "the adapter: "),
+        (ServiceSettings({"intent": folders[0], "pii": folders[1]}), "^pii: "),
+        (ServiceSettings(bundle), "^pii: "),
+        (ServiceSettings(file, onnx=True), "the adapter: "),
+    ):
+        with pytest.raises(ValueError, match=f"{who}.*whole texts"):
+            check_settings(settings)
+    check_settings(ServiceSettings(folders[0]))
 
 
 def test_a_file_that_cannot_follow_the_curve(tmp_path):
     config = calibrate(plausible(), "entropy", target_speedup=0.4)
     facts = {"early_exit": config.to_dict(), "threshold": 0.1, "num_labels": 3, "num_blocks": 12}
     place = write(tmp_path, "early_exit.json", **facts, problem_type=SINGLE)
-    check_target(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))
+    check_settings(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))
     depths = calibrate(plausible(), {"policy": "fixed_depth", "depth": 6}, target_speedup=0.4)
     place = write(tmp_path, "early_exit.json", **{**facts, "early_exit": depths.to_dict()}, problem_type=SINGLE)
     with pytest.raises(ValueError, match="depth=.* is fixed in the file"):
-        check_target(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))
+        check_settings(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))

@@ -14,7 +14,7 @@ from badge_peft.serving.batching import Work  # noqa: E402
 from badge_peft.serving.engine import MAIN  # noqa: E402
 from badge_peft.serving.replica import Replica  # noqa: E402
 from badge_peft.serving.report import Waiting  # noqa: E402
-from badge_peft.serving.requests import Limits, RequestError  # noqa: E402
+from badge_peft.serving.requests import Limits, RequestError, RerankRequest  # noqa: E402
 from badge_peft.serving.settings import ServiceSettings  # noqa: E402
 
 ROWS = [("a text", None), ("another", "pair")]
@@ -34,6 +34,9 @@ class Echo:
     def predict(self, rows, configs, tasks=None, max_exit=None):
         assert self.go.wait(10)
         return [{"text": text, "threshold": configs[MAIN].threshold, "exit_layer": 2} for text, _ in rows]
+
+    def rerank(self, query, texts, top_k, config):
+        return [{"index": 0, "score": config.threshold}], [2, 3, 3][: len(texts)]
 
     def shadow(self, task, rows, config):
         self.shadowed += rows
@@ -83,17 +86,33 @@ def test_what_was_done_is_told_once():
         replica, _, told = make()
         await replica.report()
         await ask(replica)
+        for path, status in (("/predict", 200), ("/policy", 401), ("/predict", 200)):
+            replica.count(path, status)
         with pytest.raises(RequestError, match="at least one"):
             await ask(replica, [])
         await replica.report()
         first, second = told.reports
         assert (first.version, second.version) == (0, 1)
-        assert second.statuses == {"200": 1, "422": 1} and second.answered == [(MAIN, 2, 2)]
+        assert second.statuses == [("/predict", 200, 2), ("/policy", 401, 1)] and second.answered == [(MAIN, 2, 2)]
         assert len(second.latencies) == 1 and second.measured == second.latencies
         assert (second.waiting, second.oldest) == (0, 0.0)
         await replica.report()
-        assert told.reports[-1].statuses == {} and told.reports[-1].latencies == []
+        assert told.reports[-1].statuses == [] and told.reports[-1].latencies == []
         assert first.state is None and told.reports[-1].state is told.state
+
+    asyncio.run(scene())
+
+
+def test_candidates_are_ranked_at_the_setting_in_force_and_their_exits_are_told():
+    async def scene():
+        replica, _, told = make()
+        await replica.report()
+        assert await replica.rerank(RerankRequest(query="q", texts=["a", "b", "c"])) == [{"index": 0, "score": 0.5}]
+        with pytest.raises(RequestError, match="send parts"):
+            await replica.rerank(RerankRequest(query="q", texts=["a"] * 4))
+        await replica.report()
+        assert sorted(told.reports[-1].answered) == [(MAIN, 2, 1), (MAIN, 3, 2)]
+        assert len(told.reports[-1].latencies) == 1
 
     asyncio.run(scene())
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-
 import pytest
 
 pydantic = pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
-from badge_peft.serving.body import BodyLimit, set_body_limit  # noqa: E402
 from badge_peft.serving.requests import (  # noqa: E402
     Limits,
     PolicyUpdate,
@@ -91,47 +87,6 @@ def test_what_is_not():
     check_token("Bearer x", "x")
     assert check_tasks(None, []) is None and check_tasks(None, ["a", "b"]) == ("a", "b")
     assert check_tasks(["b"], ["a", "b"]) == ("b",)
-
-
-@pytest.mark.parametrize(
-    ("headers", "parts", "status"),
-    [
-        ([], [b"12345"], 200),
-        ([], [b"123", b"456"], 413),
-        ([(b"content-length", b"6")], [b""], 413),
-        ([(b"content-length", b"x")], [b""], 413),
-        ([(b"content-length", b"5")], [b"12", b"345"], 200),
-    ],
-)
-def test_a_body_that_is_too_large_never_reaches_the_application(headers, parts, status):
-    sent, read = [], []
-
-    async def application(scope, receive, send):
-        read.append((await receive())["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def run():
-        waiting = [
-            {"type": "http.request", "body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)
-        ]
-
-        async def receive():
-            return waiting.pop(0)
-
-        async def send(message):
-            sent.append(message)
-
-        await BodyLimit(application)({"type": "http", "headers": headers}, receive, send)
-
-    set_body_limit(5)
-    try:
-        asyncio.run(run())
-    finally:
-        set_body_limit(4 * 2**20)
-    assert sent[0]["status"] == status
-    assert read == ([b"".join(parts)] if status == 200 else [])
-    if status == 413:
-        assert "5 bytes" in json.loads(sent[1]["body"])["detail"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""`badge-peft serve --address` on a Ray cluster as `ray start` makes one: an ONNX file with `--autoscaling`, then, at
+the same port, a ranking adapter."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="the extra `serve` is not installed")
+httpx = pytest.importorskip("httpx", reason="the extra `serve` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from badge_peft import EarlyExitConfig, load_pretrained  # noqa: E402
+from badge_peft.export import OnnxEarlyExitModel, export_onnx  # noqa: E402
+from badge_peft.ranking import EarlyExitReranker  # noqa: E402
+from badge_peft.serving.run import run_service  # noqa: E402
+from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+from tests.serving.adapters import save_adapter  # noqa: E402
+from tests.serving.running import Running, at_once, free_port, together  # noqa: E402
+from tests.texts import make_tokenizer, sentences  # noqa: E402
+
+pytestmark = pytest.mark.exhaustive  # a minute and more: nox -s serve
+TEXTS = [text for text, _ in sentences(24, seed=5)]
+RULE = EarlyExitConfig(policy="entropy", threshold=0.6)
+SCALING = (
+    '{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5, '
+    '"metrics_interval_s": 0.2, "look_back_period_s": 1}'
+)
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a cluster that is this test's own: `ray stop` would end all others on the machine, too."""
+    port = str(free_port())
+    place = tempfile.mkdtemp(prefix="ray")  # short, or its sockets' names are too long
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", port]
+    command += ["--num-cpus", "3", "--temp-dir", place, "--include-dashboard", "false", "--disable-usage-stats"]
+    with Path(place, "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    end = time.monotonic() + 120
+    while "Ray runtime started" not in (said := Path(place, "log").read_text()):
+        assert process.poll() is None and time.monotonic() < end, said[-3000:]
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def port():
+    return free_port()
+
+
+def answers(predicted):
+    return [(one["label"], one["exit_layer"]) for one in predicted]
+
+
+def test_a_file_on_replicas_that_come_with_the_load(address, port, tmp_path):
+    adapter = save_adapter(tmp_path)
+    export_onnx(load_pretrained(str(adapter)), tmp_path / "file", tokenizer=make_tokenizer(), early_exit_config=RULE)
+    alone = OnnxEarlyExitModel.from_pretrained(tmp_path / "file", threads=1)
+    options = ("--onnx", "--address", address, "--autoscaling", SCALING, "--batch-size", "2")
+    running = Running(tmp_path, "file", *options, port=port)  # a path from here, and not from where Ray was started
+    try:
+        assert answers(running.predict(TEXTS).json()) == answers(alone.predict(TEXTS))
+        assert running.info()["back_end"] == "onnx"
+        refused = running.predict(TEXTS[:1], max_exit=1)
+        assert refused.status_code == 400 and "fixed in an ONNX file" in refused.text
+        refused = running.change(early_exit={"policy": "max_prob"})
+        assert refused.status_code == 400 and "fixed in the file" in refused.text
+        assert running.change(early_exit={"policy": "never"}).json()["on_all_replicas"] is True
+        assert {one["exit_layer"] for one in running.predict(TEXTS).json()} == {3}
+
+        with pytest.raises(ValueError, match="there is a service on this cluster already: end it first"):
+            run_service(ServiceSettings(str(adapter)), "127.0.0.1", port, address)
+
+        # a second replica comes, and answers at the setting in force
+        expected = answers(alone.predict(TEXTS, threshold=0.68))
+        state = running.change(early_exit={"policy": "entropy", "threshold": 0.68}).json()
+        assert state["early_exit"]["default"]["threshold"] == 0.68 and len(state["replicas"]) == 1
+        found, end = [], time.monotonic() + 120
+        while len(running.info()["policy"]["replicas"]) < 2:
+            assert time.monotonic() < end
+            found += together([lambda: running.predict(TEXTS)] * 8)
+        found += together([lambda: running.predict(TEXTS)] * 8)
+        assert all(answers(one.json()) == expected for one in found)
+
+        threads, results = at_once([lambda: running.predict(TEXTS)] * 6)
+        time.sleep(0.02)
+        code = running.stop()
+        for thread in threads:
+            thread.join()
+        assert code == 0, running.log.read_text()[-3000:]
+        assert all(answers(one.json()) == expected for one in results if one.status_code == 200)
+        assert any(one.status_code == 200 for one in results)
+    finally:
+        running.kill()
+
+
+def test_candidates_are_ranked_where_the_other_service_was(address, port, tmp_path):
+    adapter = save_adapter(tmp_path, num_labels=1)
+    rule = EarlyExitConfig(policy="top_k", top_k=3, parameters={"margins": [0.01, 0.005, None]})
+    model = load_pretrained(str(adapter))
+    model.set_early_exit_config(rule)
+    model.save_pretrained(adapter)
+    alone = EarlyExitReranker.from_pretrained(adapter)
+    with pytest.raises(ValueError, match=f"listens at 127.0.0.1:{port} on this cluster: give --host 127.0.0.1 --port"):
+        run_service(ServiceSettings(str(adapter)), "127.0.0.1", free_port(), address)
+    running = Running(tmp_path, str(adapter), "--address", address, port=port)
+    try:
+
+        def ask(i: int, **more):
+            texts = TEXTS[i + 1 : i + 9]
+            return running.client.post("/rerank", json={"query": TEXTS[i], "texts": texts, "top_k": 3, **more})
+
+        for i, one in enumerate(together([lambda i=i: ask(i) for i in range(8)])):
+            best, report = alone.rank(TEXTS[i], TEXTS[i + 1 : i + 9], top_k=3, return_report=True)
+            assert [item["index"] for item in one.json()] == [item["corpus_id"] for item in best]
+            assert [item["score"] for item in one.json()] == pytest.approx([item["score"] for item in best], abs=1e-5)
+        named = ask(0, return_text=True).json()
+        assert [item["text"] for item in named] == [TEXTS[item["index"] + 1] for item in named]
+        refused = running.predict(TEXTS[:2])
+        assert refused.status_code == 400 and "use /rerank" in refused.text
+        assert ask(0, query="").status_code == 400 and ask(0, texts=[]).status_code == 422
+
+        exits = [alone.rank(TEXTS[i], TEXTS[i + 1 : i + 9], 3, return_report=True)[1].exit_layer for i in range(8)]
+        exits.append(exits[0])
+        blocks = float(sum(own.sum() for own in exits))
+
+        def counted() -> bool:
+            text = running.client.get("/metrics").text
+            said = [f'badge_requests_total{{path="/rerank",status="{status}"}}' for status in (200, 400, 422)]
+            return f'badge_blocks_total{{task="default"}} {blocks}' in text and all(line in text for line in said)
+
+        running.wait_for(counted, 30)
+        assert running.stop() == 0, running.log.read_text()[-3000:]
+    finally:
+        running.kill()
