@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from badge_peft.utils.checks import check_int
+from badge_peft.utils.clusters import no_cluster
 from badge_peft.utils.extras import require
 from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
@@ -144,7 +145,7 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
             raise OSError(
                 f"Ray has not started on this machine ({error}): try again when it has less to do."
             ) from error
-        raise OSError(f"there is no Ray cluster at {address} ({error}): start one, or leave --address out.") from error
+        raise OSError(no_cluster(address, error)) from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans are no news to who asked for answers
     try:
         yield

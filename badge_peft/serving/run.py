@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,33 +16,13 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
+from badge_peft.serving.connect import APPLICATION, check_port, join_cluster, start_ray, wait_for_proxy
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.preflight import check_settings
 from badge_peft.serving.settings import ServiceSettings
 
 TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable
-APPLICATION = "badge-peft"
-_PROXY = 300  # seconds within which a proxy has to listen
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
-_ENVIRONMENT = {  # of the processes of a Ray that is started here
-    # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_worker_niceness": "0",  # Ray's workers are nice to all else: a service is not to be
-}
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuses a port that is in use, before anything is started.
-
-    Raises:
-        OSError: it cannot be listened at.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen at {host}:{port} ({error}): choose another --port or --host.") from error
 
 
 def replica_options(settings: ServiceSettings) -> dict[str, Any]:
@@ -108,17 +86,21 @@ def run_service(
     stop = threading.Event()
     check_settings(settings)
     settings, options = _absolute(settings), replica_options(settings)
+    cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
     if address is None:
         check_port(host, port)
     try:
         try:
-            _connect(settings, host, port, address)
+            if address is None:
+                start_ray(host, port, cores)
+            else:
+                join_cluster(address, host, port)
             _deploy(settings, options, address)
         except Exception as error:  # Ray has many kinds; a message holds the replica's traceback
             raise ValueError(f"the service has not started: {last_error(str(error))}") from error
         for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's handlers, which drop what is accepted
             signal.signal(number, lambda *_: stop.set())
-        _wait_for_proxy(host, port, address)
+        wait_for_proxy(host, port, address)
         if ready is not None:
             ready()
         stop.wait()
@@ -136,36 +118,6 @@ def _absolute(settings: ServiceSettings) -> ServiceSettings:
     given = settings.adapter
     adapter = {task: whole(place) for task, place in given.items()} if isinstance(given, dict) else whole(given)
     return replace(settings, adapter=adapter, base_model=whole(settings.base_model))
-
-
-def _connect(settings: ServiceSettings, host: str, port: int, address: str | None) -> None:
-    """Starts Ray and Ray Serve, or connects to those of a cluster.
-
-    Raises:
-        ValueError: the cluster has a service already, or Ray Serve listens elsewhere there.
-    """
-    cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
-    own: dict[str, Any] = {} if address else {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    ray.init(address=address or "local", namespace="serve", **own)
-    with suppress(TimeoutError):  # of Ray's own 60 seconds for a proxy, which a busy machine gets later
-        serve.start(http_options={"host": host, "port": port})
-    if address is None:
-        return
-    if APPLICATION in serve.status().applications:
-        raise ValueError(
-            "there is a service on this cluster already: end it first, by INT or TERM for its `badge-peft serve`, or "
-            "by `serve shutdown`."
-        )
-    from ray.serve.context import _get_global_client  # nothing public tells where Ray Serve listens
-
-    there = _get_global_client().http_config
-    if (there.host, there.port) != (host, port):  # Ray says so in its log, and goes on
-        raise ValueError(
-            f"Ray Serve listens at {there.host}:{there.port} on this cluster: give --host {there.host} --port "
-            f"{there.port}, or end it with `serve shutdown`."
-        )
 
 
 def _deploy(settings: ServiceSettings, options: dict[str, Any], address: str | None) -> None:
@@ -186,27 +138,6 @@ def _end(settings: ServiceSettings, address: str | None) -> None:
         serve.shutdown()
     with suppress(ValueError):  # no replica has come as far as making one
         ray.kill(ray.get_actor(settings.governor, namespace="serve"))
-
-
-def _wait_for_proxy(host: str, port: int, address: str | None) -> None:
-    """Until somebody listens: here, or anywhere on a cluster.
-
-    Raises:
-        ValueError: nobody does.
-    """
-    end, reason = time.monotonic() + _PROXY, "no proxy has started"
-    while time.monotonic() < end:
-        if address is not None:
-            if "HEALTHY" in serve.status().proxies.values():
-                return
-        else:
-            try:
-                socket.create_connection((host if host != "0.0.0.0" else "127.0.0.1", port), 5).close()
-                return
-            except OSError as error:
-                reason = str(error)
-        time.sleep(0.1)
-    raise ValueError(f"the service has not started: nobody listens at {host}:{port} ({reason}).")
 
 
 def last_error(message: str) -> str:

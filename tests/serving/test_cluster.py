@@ -3,6 +3,8 @@ the same port, a ranking adapter."""
 
 from __future__ import annotations
 
+import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,8 +21,6 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 from badge_peft import EarlyExitConfig, load_pretrained  # noqa: E402
 from badge_peft.export import OnnxEarlyExitModel, export_onnx  # noqa: E402
 from badge_peft.ranking import EarlyExitReranker  # noqa: E402
-from badge_peft.serving.run import run_service  # noqa: E402
-from badge_peft.serving.settings import ServiceSettings  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.serving.running import Running, at_once, free_port, together  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
@@ -28,6 +28,12 @@ from tests.texts import make_tokenizer, sentences  # noqa: E402
 pytestmark = pytest.mark.exhaustive  # a minute and more: nox -s serve
 TEXTS = [text for text, _ in sentences(24, seed=5)]
 RULE = EarlyExitConfig(policy="entropy", threshold=0.6)
+#: Of all processes here. Ray asks for a token where one is there: these have one of their own.
+AUTH = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 SCALING = (
     '{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5, '
     '"metrics_interval_s": 0.2, "look_back_period_s": 1}'
@@ -42,7 +48,7 @@ def address():
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", port]
     command += ["--num-cpus", "3", "--temp-dir", place, "--include-dashboard", "false", "--disable-usage-stats"]
     with Path(place, "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AUTH})
     end = time.monotonic() + 120
     while "Ray runtime started" not in (said := Path(place, "log").read_text()):
         assert process.poll() is None and time.monotonic() < end, said[-3000:]
@@ -57,6 +63,15 @@ def port():
     return free_port()
 
 
+def refused_start(adapter, address, port, **environment):
+    """What the command says that does not start."""
+    command = [sys.executable, "-m", "badge_peft.cli", "serve", str(adapter), "--address", address]
+    whole = {**os.environ, **AUTH, **environment}
+    done = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True, env=whole, timeout=120)
+    assert done.returncode == 1, done.stderr[-3000:]
+    return done.stderr.splitlines()[-1]
+
+
 def answers(predicted):
     return [(one["label"], one["exit_layer"]) for one in predicted]
 
@@ -66,7 +81,8 @@ def test_a_file_on_replicas_that_come_with_the_load(address, port, tmp_path):
     export_onnx(load_pretrained(str(adapter)), tmp_path / "file", tokenizer=make_tokenizer(), early_exit_config=RULE)
     alone = OnnxEarlyExitModel.from_pretrained(tmp_path / "file", threads=1)
     options = ("--onnx", "--address", address, "--autoscaling", SCALING, "--batch-size", "2")
-    running = Running(tmp_path, "file", *options, port=port)  # a path from here, and not from where Ray was started
+    # a path from where the command runs, and not from where Ray was started
+    running = Running(tmp_path, "file", *options, port=port, **AUTH)
     try:
         assert answers(running.predict(TEXTS).json()) == answers(alone.predict(TEXTS))
         assert running.info()["back_end"] == "onnx"
@@ -77,8 +93,8 @@ def test_a_file_on_replicas_that_come_with_the_load(address, port, tmp_path):
         assert running.change(early_exit={"policy": "never"}).json()["on_all_replicas"] is True
         assert {one["exit_layer"] for one in running.predict(TEXTS).json()} == {3}
 
-        with pytest.raises(ValueError, match="there is a service on this cluster already: end it first"):
-            run_service(ServiceSettings(str(adapter)), "127.0.0.1", port, address)
+        said = refused_start(adapter, address, port)
+        assert "there is a service on this cluster already: end it first" in said
 
         # a second replica comes, and answers at the setting in force
         expected = answers(alone.predict(TEXTS, threshold=0.68))
@@ -110,9 +126,9 @@ def test_candidates_are_ranked_where_the_other_service_was(address, port, tmp_pa
     model.set_early_exit_config(rule)
     model.save_pretrained(adapter)
     alone = EarlyExitReranker.from_pretrained(adapter)
-    with pytest.raises(ValueError, match=f"listens at 127.0.0.1:{port} on this cluster: give --host 127.0.0.1 --port"):
-        run_service(ServiceSettings(str(adapter)), "127.0.0.1", free_port(), address)
-    running = Running(tmp_path, str(adapter), "--address", address, port=port)
+    said = refused_start(adapter, address, free_port())
+    assert f"listens at 127.0.0.1:{port} on this cluster: give --host 127.0.0.1 --port {port}" in said
+    running = Running(tmp_path, str(adapter), "--address", address, port=port, **AUTH)
     try:
 
         def ask(i: int, **more):

