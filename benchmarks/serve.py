@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py ADAPTER TEXTS.jsonl                # the load test, about 10 minutes
     python benchmarks/serve.py ADAPTER TEXTS.jsonl --kills 20     # the kills alone
+    python benchmarks/serve.py ADAPTER TEXTS.jsonl --overhead     # what the service takes by itself, about 4 minutes
     python benchmarks/serve.py --docs docs/results/serving.md     # measures nothing: the page
 
 ADAPTER is calibrated on other rows than TEXTS, whose lines are {"text": ..., "label": ...}. Needs
@@ -23,12 +24,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import numpy as np
 from latency_parts.environment import describe
-from serve_parts import kills
+from serve_parts import kills, overhead
 from serve_parts.client import Sent, bodies, play, saturate
 from serve_parts.page import page, picture
-from serve_parts.service import Running, empty_command, serve_command
+from serve_parts.service import Running, serve_command
 from serve_parts.traffic import arrivals, shapes
 
 WAYS = ("stock", "fixed", "controller")
@@ -49,7 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("give ADAPTER and TEXTS, or --docs")
     texts, labels = read(options.texts)
     command = "python benchmarks/serve.py ADAPTER TEXTS.jsonl " + _said(options)
-    for found in measure_kills(texts, options) if options.kills else measure_load(texts, labels, options):
+    if options.kills:
+        measured = measure_kills(texts, options)
+    elif options.overhead:
+        measured = measure_overhead(texts, options)
+    else:
+        measured = measure_load(texts, labels, options)
+    for found in measured:
         if "kills" in found and "kills" in data:
             found = {"kills": kills.together([data["kills"], found["kills"]])}
         data |= found
@@ -72,9 +78,6 @@ def measure_load(texts: list[str], labels: list[str], options: argparse.Namespac
     requests = bodies(texts, options.size)
     capacity: dict[str, Any] = {}
     runs: dict[str, Any] = {}
-    overhead = {"the model, in one process": bare(options.adapter, texts, options.scale)}
-    with Running(empty_command(), Path(options.log)) as empty:
-        overhead["the empty deployment"] = one_by_one(empty.url, texts, options.scale)
     with Running(serve_command(options.adapter), Path(options.log)) as service:
         own = service.change()["early_exit"]["default"]
         settings: dict[str, dict[str, Any]] = {
@@ -89,10 +92,6 @@ def measure_load(texts: list[str], labels: list[str], options: argparse.Namespac
 
         use("stock")
         saturate(service.url, requests, CONNECTIONS, 3 * options.scale)  # warm
-        overhead["the service, full depth"] = one_by_one(service.url, texts, options.scale)
-        bare_, empty_, service_ = (own["p50"] for own in overhead.values())
-        overhead["added"] = {"service": service_ - bare_, "empty": empty_}
-        yield {"overhead": overhead}
         full = answers_of(saturate(service.url, requests, CONNECTIONS), len(texts))
         gold = {"labels": labels, "full": [None if a is None else a["label"] for a in full]}
         for way in ("stock", "fixed"):
@@ -146,29 +145,13 @@ def stored(request: Sent, gold: dict[str, list[str]]) -> list[float]:
     return [*times, request.status, len(places), right, full_right, blocks]
 
 
-def one_by_one(url: str, texts: list[str], scale: float) -> dict[str, float]:
-    """Milliseconds of a request of one text, with nothing else to do."""
-    requests = bodies(texts[: max(int(300 * scale), 40)], 1)
-    seconds = [request.seconds for request in saturate(url, requests, 1)][len(requests) // 10 :]
-    return _quantiles(seconds)
-
-
-def bare(adapter: str, texts: list[str], scale: float) -> dict[str, float]:
-    """Milliseconds of the same texts in this process, without a service."""
-    from badge_peft.early_exit.config import EarlyExitConfig
-    from badge_peft.serving.engine import MAIN, Engine
-
-    engine, seconds = Engine(adapter, threads=1), []
-    never = {MAIN: EarlyExitConfig(policy="never")}
-    for text in texts[: max(int(300 * scale), 40)]:
-        start = perf_counter()
-        engine.predict([(text, None)], never)
-        seconds.append(perf_counter() - start)
-    return _quantiles(seconds[len(seconds) // 10 :])
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{q}": 1e3 * float(np.quantile(seconds, q / 100)) for q in (50, 95)}
+def measure_overhead(texts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One text at a time, all ways in turn."""
+    where = {"overhead_environment": describe(1, "cpu")}
+    rounds, each = max(round(8 * options.scale), 1), 25
+    for found in overhead.measure(options.adapter, texts, rounds, each, 8 * options.scale, Path(options.log)):
+        print({name: round(own["p50"], 1) for name, own in found["overhead"].items()}, found["most"], flush=True)
+        yield {**where, **found}
 
 
 def measure_kills(texts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -223,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kills", type=int, default=0, help="so many, and measure nothing else; added to earlier runs"
     )
+    parser.add_argument("--overhead", action="store_true", help="one text at a time, and measure nothing else")
     parser.add_argument("--replicas", type=int, default=2, help="with --kills")
     parser.add_argument("--connections", type=int, default=4, help="with --kills")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two kills, with all replicas there")
@@ -241,7 +225,8 @@ def _said(options: argparse.Namespace) -> str:
         name for name in vars(options) if name not in ("adapter", "texts", "about", "log", "json", "docs", "minutes")
     ]
     given = [name for name in names if getattr(options, name) != parser.get_default(name)]
-    return " ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in given)
+    values = {name: getattr(options, name) for name in given}
+    return " ".join(f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in values.items())
 
 
 if __name__ == "__main__":

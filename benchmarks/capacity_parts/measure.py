@@ -25,7 +25,8 @@ FULL = "full depth"
 def measure(
     adapter: str, texts: str, repeats: int, threads: int, seed: int, logits: str | None = None
 ) -> dict[str, Any]:
-    """Times `Engine.predict`, tokens and answers included, at full depth and at every point of the adapter's curve.
+    """Times `Engine.predict`, tokens and answers included, at full depth and at every point of the adapter's curve. Of
+    one thread the seconds are the processor's, which other programs of the machine do not lengthen.
 
     Args:
         adapter: A calibrated adapter.
@@ -46,15 +47,16 @@ def measure(
     settings += list(enumerate(point.config for point in stored_curve(own)))
     rows = [row for row, _ in zip(read_texts(texts), range(4000), strict=False)]
     draw, batches = random.Random(seed), []
+    clock = time.thread_time if threads == 1 else time.perf_counter
     for config in (settings[0][1], settings[-1][1]):  # warm
         engine.predict(rows[:32], {MAIN: config})
     for size in SIZES:
         for _ in range(repeats):
             batch = draw.sample(rows, size)
             for name, config in draw.sample(settings, len(settings)):  # in turn: drift of the clock hits all alike
-                start = time.perf_counter()
+                start = clock()
                 answers = engine.predict(batch, {MAIN: config})
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
                 exits = [answer["exit_layer"] for answer in answers]
                 batches.append({"setting": name, "exits": exits, "seconds": seconds})
     stored = ExitLogits.load(logits or Path(adapter) / LOGITS)

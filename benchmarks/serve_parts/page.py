@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from latency_parts.tables import markdown
 
+from serve_parts.overhead import section
+
 COLORS = {"stock": "#555555", "fixed": "#0072B2", "controller": "#D55E00"}
 NAMES = {
     "stock": "stock: full depth",
@@ -141,19 +143,9 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
     for way, own in capacity.items():
         cost = 1000 / own["texts_per_second"] / 3600 * data["price"]
         body.append([names[way], f"{own['texts_per_second']:.0f}", f"{own['cpu_ms']:.2f}", f"${cost:.6f}"])
-    lines += [markdown((head, body)), "", "## What the service takes by itself", ""]
-    over = data["overhead"]
-    rows = [[name, f"{own['p50']:.2f}", f"{own['p95']:.2f}"] for name, own in over.items() if name != "added"]
-    added = over["added"]
-    lines += [
-        markdown((["one text at a time", "p50, ms", "p95, ms"], rows)),
-        "",
-        f"The service adds {added['service']:.1f} ms at the median to the model's own time (the target was 3 ms: "
-        f"{'reached' if added['service'] <= 3 else 'missed'}). HTTP, FastAPI and Ray Serve take {added['empty']:.1f} "
-        "ms of it without a model. What the rest is was not taken apart: the model in one process answers text after "
-        "text, while in a service client, proxy and replica take turns on the same two hardware threads.",
-        "",
-    ]
+    lines += [markdown((head, body)), ""]
+    if "overhead" in data:
+        lines += ["## What the service takes by itself", "", *section(data), ""]
     if "kills" in data:
         k = data["kills"]
         errors = ", ".join(f"{number} with {status}" for status, number in k["errors"].items()) or "none"

@@ -8,10 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 TOKEN = "of-the-benchmark"
 
@@ -22,18 +25,19 @@ class Running:
     Args:
         command: What follows `python`; the port is added.
         log: File for its output.
+        environment: Beside that of this process.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"RAY_worker_niceness": "0", **os.environ, "BADGE_PEFT_TOKEN": TOKEN}  # as the service has it
+        own = {"RAY_worker_niceness": "0", **os.environ, **(environment or {}), "BADGE_PEFT_TOKEN": TOKEN}
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=environment
+                [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=own
             )
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -50,6 +54,12 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(120)
+
+    @cached_property
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to it, when this is asked for first."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
 
     def change(self, **policy: Any) -> dict[str, Any]:
         """`PUT /policy`."""

@@ -11,13 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-pytest.importorskip("httpx", reason="the benchmark needs httpx")
+httpx = pytest.importorskip("httpx", reason="the benchmark needs httpx")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import serve  # noqa: E402
-from serve_parts import kills  # noqa: E402
+from serve_parts import kills, overhead  # noqa: E402
 from serve_parts.client import FAILED, Sent, bodies, play  # noqa: E402
 from serve_parts.page import summary  # noqa: E402
 from serve_parts.traffic import arrivals, shapes  # noqa: E402
@@ -51,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        for part in ("model;dur=1.50", "total;dur=2.25"):
+            self.send_header("Server-Timing", part)
         self.end_headers()
         self.wfile.write(body)
 
@@ -73,14 +76,15 @@ def running(url, monkeypatch):
     """In the place of a service: it knows its setting, and has this process as its one replica."""
 
     class Running:
-        def __init__(self, command, log):
-            self.url = url
+        def __init__(self, command, log, environment=None):
+            self.url, self.processes = url, [psutil.Process()]
+            self.client = httpx.Client(base_url=url)
 
         def __enter__(self):
             return self
 
         def __exit__(self, *_):
-            pass
+            self.client.close()
 
         def change(self, early_exit=None, target=None, **_):
             Handler.depth = 6 if early_exit == {"policy": "never"} else 2
@@ -93,7 +97,8 @@ def running(url, monkeypatch):
             return time.process_time()
 
     monkeypatch.setattr(serve, "Running", Running)
-    monkeypatch.setattr(serve, "bare", lambda *_: {"p50": 1.0, "p95": 2.0})
+    monkeypatch.setattr(overhead, "Running", Running)
+    monkeypatch.setattr(overhead, "bare", lambda _: lambda text: {"seconds": 0.001, "cpu": 1.0})
     monkeypatch.setattr(serve, "WARM", 0.05)
     return Running
 
@@ -163,7 +168,14 @@ def test_the_load_test_and_its_page(running, tmp_path):
     options = ["--json", str(tmp_path / "serve.json"), "--log", str(tmp_path / "log"), "--size", "4"]
     assert serve.main(["adapter", str(texts), *options, "--scale", "0.01"]) == 0
     data = json.loads((tmp_path / "serve.json").read_text())
-    assert data["commands"] == ["python benchmarks/serve.py ADAPTER TEXTS.jsonl --size 4 --scale 0.01"]
+    command = "python benchmarks/serve.py ADAPTER TEXTS.jsonl --size 4 --scale 0.01"
+    assert data["commands"] == [command]
+    assert serve.main(["adapter", str(texts), *options, "--scale", "0.01", "--overhead"]) == 0
+    data = json.loads((tmp_path / "serve.json").read_text())
+    assert data["commands"] == [command, command + " --overhead"]
+    service = data["overhead"]["the service behind HAProxy, full depth"]
+    assert (service["model"], service["total"]) == (1.5, 2.25) and service["p50"] > 0
+    assert data["overhead"]["the model, in one process"]["p50"] == 1.0 and len(data["most"]) == 2
     for ways in data["runs"].values():
         assert {way: summary(requests, 0.5)["score"] for way, requests in ways.items()} == {
             "stock": 1.0,
@@ -179,6 +191,7 @@ def test_the_load_test_and_its_page(running, tmp_path):
     page.parent.mkdir()
     assert serve.main([*options, "--docs", str(page)]) == 0
     text = page.read_text()
+    assert "beside it takes 0.75 ms" in text and "HAProxy" in text
     assert "BADGE, controller" in text and "2 times one of 2 replicas was killed" in text and "2 with 500" in text
     for picture in ("bursts", "day"):
         assert f"serving/{picture}.png" in text and (page.parent / "serving" / f"{picture}.png").stat().st_size > 1000
