@@ -192,6 +192,18 @@ def _files(nav: Any) -> list[str]:
     return [file for part in (nav.values() if isinstance(nav, dict) else nav) for file in _files(part)]
 
 
+def test_the_rooms_of_architecture_are_few_and_exist() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## Which room answers")[2]
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", text.partition("\n## ")[0], re.M)[1:]
+    package = ROOT / "badge_peft"
+    there = [f"/{path.relative_to(package).as_posix()}" + "/" * path.is_dir() for path in package.rglob("*")]
+    for question, where in rows:
+        named = re.findall(r"`([^`]+)`", where)
+        assert named, f"no file answers: {question}"
+        assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == [], question
+    assert 10 < len(rows) <= 20, "merge rows: who asks finds the file from the tree alone"
+
+
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
