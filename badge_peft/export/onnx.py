@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +83,7 @@ def export_onnx(
 
 class OnnxExporter:
     """A model in pieces, of which `write` makes a file, or several: in float32 and in int8, say. Cutting it takes most
-    of the time. Arguments and errors are those of `export_onnx`."""
+    of the time, at the first of them. Arguments and errors are those of `export_onnx`."""
 
     def __init__(
         self,
@@ -93,7 +94,6 @@ class OnnxExporter:
     ) -> None:
         require_onnx_exporter()
         from badge_peft.export.policies import Decision
-        from badge_peft.export.trace import export_blocks
 
         badge = get_badge_model(model)
         check_model(badge, [badge.single_active_adapter()])
@@ -113,7 +113,14 @@ class OnnxExporter:
             read |= {m for m in self.exits if m <= last}
         self.weights_hash = badge.weights_hash()
         self.badge = own_copy(badge)
-        self.pieces = export_blocks(self.badge, read, self.exits[-1], progress)
+        self._read, self._progress = read, progress
+
+    @cached_property
+    def pieces(self) -> Any:
+        """`ExportedBlocks` of the model."""
+        from badge_peft.export.trace import export_blocks
+
+        return export_blocks(self.badge, self._read, self.exits[-1], self._progress)
 
     def write(
         self,
