@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +47,8 @@ def inside(modules: list[str], packages: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def found(fresh: Callable[[str], Any]) -> dict[str, Any]:
+    return fresh(SCRIPT)
 
 
 def test_the_import_brings_no_heavy_library(found: dict[str, Any]) -> None:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ from badge_peft.registry import add_peft_type, register
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory) -> dict[str, Any]:
+def said(fresh: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fresh interpreter, in which nothing of ours is imported yet, has to say."""
     path = tmp_path_factory.mktemp("adapter")
     BadgeConfig().save_pretrained(path)
@@ -51,9 +49,7 @@ def fresh(tmp_path_factory) -> dict[str, Any]:
         found["after it"] = [PeftType("BADGE") is first, pickle.loads(stored) is first, list(PeftType).count("BADGE")]
         print(json.dumps(found))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return fresh(textwrap.dedent(code))
 
 
 @pytest.mark.parametrize(
@@ -122,19 +118,19 @@ def test_prefix_taken_by_another_method(monkeypatch):
     assert "BADGE" not in PEFT_TYPE_TO_CONFIG_MAPPING and "BADGE" not in PEFT_TYPE_TO_TUNER_MAPPING
 
 
-def test_without_the_import_peft_does_not_know_a_saved_adapter(fresh):
-    assert fresh["without the import"] == "'BADGE'"
-    assert fresh["with the import"] == "BadgeConfig"
+def test_without_the_import_peft_does_not_know_a_saved_adapter(said):
+    assert said["without the import"] == "'BADGE'"
+    assert said["with the import"] == "BadgeConfig"
 
 
-def test_importing_again_adds_no_second_member(fresh):
-    assert fresh["imported again"] == [True, 1]
+def test_importing_again_adds_no_second_member(said):
+    assert said["imported again"] == [True, 1]
 
 
-def test_second_copy_of_the_package_is_refused(fresh):
+def test_second_copy_of_the_package_is_refused(said):
     # its classes are not those that PEFT already has
-    assert "already has a method called 'BADGE'" in fresh["a second copy"]
-    assert fresh["after it"] == [True, True, 1]
+    assert "already has a method called 'BADGE'" in said["a second copy"]
+    assert said["after it"] == [True, True, 1]
 
 
 def test_public_names():

@@ -6,7 +6,7 @@ import io
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,28 +88,6 @@ def trained(place: Path, cli: Cli) -> Path:
 def adapter(trained: Path, tmp_path: Path) -> Path:
     """A copy of `trained` to change."""
     return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
-_CUTS: dict[tuple[frozenset[int], int], Any] = {}
-
-
-@contextmanager
-def one_cut() -> Iterator[None]:
-    """Inside of it `trained`, and nothing else, is exported: cut into pieces of ONNX at the first time alone, which
-    takes most of an export's time."""
-    from badge_peft.export import trace
-
-    export_blocks = trace.export_blocks
-
-    def kept(badge: Any, read: set[int], depth: int, progress: bool = False) -> Any:
-        key = (frozenset(read), depth)
-        if key not in _CUTS:
-            _CUTS[key] = export_blocks(badge, read, depth, progress)
-        return _CUTS[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "export_blocks", kept)
-        yield
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from badge_peft import collect_exit_logits, evaluate_policy, exit_scores, load_p
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.bench import bench_adapter
 from badge_peft.workflows.data import read_examples
-from tests.cli.conftest import FAST, ROWS, Cli, one_cut, one_line, save_classifier
+from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
+from tests.export.cuts import one_cut
 
+pytestmark = pytest.mark.usefixtures("one_translation")
 TORCH = ["stock PyTorch", "BADGE PyTorch"]
 ONNX = ["ONNX Runtime, full depth", "BADGE ONNX", "ONNX Runtime int8, full depth", "BADGE ONNX int8"]
 needs_onnx = pytest.mark.skipif(
@@ -103,7 +105,7 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, tmp_path: Path, monke
 @needs_onnx
 @pytest.mark.slow
 def test_onnx_runtime_answers_as_pytorch(trained: Path, place: Path, cli: Cli, tmp_path: Path) -> None:
-    with one_cut():
+    with one_cut("trained"):
         report, told = bench(cli, trained, place / "rows.csv", tmp_path, "--rows", 20, "--threads", 1)
     rows = {row["name"]: row for row in report["results"]}
     assert list(rows) == TORCH + ONNX and not report["spinning"]

@@ -11,14 +11,16 @@ from badge_peft import load_pretrained
 from badge_peft.cli.answering import _changes
 from badge_peft.export import OnnxEarlyExitModel
 from badge_peft.export.report import ParityReport
-from tests.cli.conftest import one_cut
+from tests.export.cuts import one_cut
 from tests.texts import make_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_translation")
 
 
 @pytest.fixture(scope="module")
 def exported(trained, place, cli, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported")
-    with one_cut():
+    with one_cut("trained"):
         result = cli("export", trained, out / "onnx", "--data", place / "rows.csv", "--json", out / "report.json")
     return out, result.output
 
@@ -52,7 +54,7 @@ def test_the_rule_and_the_labels_of_the_adapter(exported, trained):
 
 
 def test_another_rule_in_int8(trained, cli, tmp_path):
-    with one_cut():
+    with one_cut("trained"):
         cli("export", trained, tmp_path, "--int8", "--policy", "divergence", "--threshold", 0.5, "--patience", 2)
     facts = json.loads((tmp_path / "early_exit.json").read_text())
     assert (facts["early_exit"]["policy"], facts["threshold"], facts["patience"]) == ("divergence", 0.5, 2)

@@ -29,6 +29,7 @@ from tests.cli.conftest import Cli, one_line, save_classifier
 from tests.models import make_model
 from tests.ranking.pairs import make_documents, pair_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_translation")
 QUERIES, CANDIDATES = 15, 12
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -183,7 +184,7 @@ def test_files_are_ranked_query_by_query(ranked: Path, cli: Cli, tmp_path: Path)
     assert pq.read_schema(tmp_path / "out" / "none.jsonl.parquet") == found.schema
 
 
-@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=needs_onnx)])
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=[needs_onnx, pytest.mark.exhaustive])])
 def test_bench(ranked: Path, tmp_path: Path, cli: Cli, onnx: bool) -> None:
     arguments = ("--rows", 20, "--threads", 1, "--json", tmp_path / "b.json", *([] if onnx else ["--no-onnx"]))
     told = cli("bench", ranked / "reranker", ranked / "other.jsonl", *arguments).output

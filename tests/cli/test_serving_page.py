@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.cli.conftest import one_cut
+from tests.export.cuts import one_cut
 from tests.pages import ROOT, run
 from tests.texts import make_tokenizer
 
 
-def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
+def test_the_page_runs_as_printed(trained, one_translation, tmp_path, monkeypatch):
     (tmp_path / "my-adapter").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
     texts = ["the film was good", "a very dull plot"]
@@ -19,7 +19,7 @@ def test_the_page_runs_as_printed(trained, tmp_path, monkeypatch):
         "batch": {name: encoded[name] for name in ("input_ids", "attention_mask")},
         "validation_rows": [{"input_ids": tokenizer(text)["input_ids"]} for text in texts],
     }
-    with one_cut():
+    with one_cut("trained"):
         space = run(ROOT / "docs" / "serving.md", space)
     for queue in (1, 50, 500):
         answers = space["answer"](texts, queue)

@@ -18,6 +18,7 @@ from tests.cli.conftest import ROWS, Cli, one_line, save_classifier
 from tests.models import shake
 from tests.texts import make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_translation")
 TEXTS = [text for text, _ in ROWS]
 NAMES = ("bad", "good")
 
@@ -152,12 +153,12 @@ def test_bench_times_one_pass_beside_what_could_be_run_instead(
 
 
 def test_export_writes_one_file_for_all_tasks(tasks: dict[str, str], place: Path, cli: Cli, tmp_path: Path) -> None:
-    some = {name: tasks[name] for name in ("mood", "degree")}
-    result = cli("export", *options(some), tmp_path / "onnx", "--json", tmp_path / "e.json")
+    some, rule = {name: tasks[name] for name in ("mood", "degree")}, ("--policy", "fixed_depth", "--depth", 1)
+    result = cli("export", *options(some), tmp_path / "onnx", "--json", tmp_path / "e.json", *rule)
     report = json.loads((tmp_path / "e.json").read_text())
     assert list(report["tasks"]) == list(some) and report["max_difference"] < 1e-4 and "exits at mood" in result.stdout
     found = OnnxTasksModel.from_pretrained(tmp_path / "onnx", threads=1).predict(TEXTS)
-    said = lines(cli("predict", *options(some), place / "texts.txt"))
+    said = lines(cli("predict", *options(some), place / "texts.txt", *rule))
     for line, answer in zip(said, found, strict=True):
         assert {name: own["exit"] for name, own in line["tasks"].items()} == {
             name: own["exit_layer"] for name, own in answer.items()

@@ -41,6 +41,16 @@ CASES = [
 ]
 
 
+#: Each rule on each problem in one form, on the next problem in the other; the rest in `nox -s exhaustive`.
+FORMS = [
+    pytest.param(rule, problem, compact, marks=[] if compact == bool((i + j) % 2) else pytest.mark.exhaustive)
+    for i, rule in enumerate(RULES)
+    for j, problem in enumerate(PROBLEMS)
+    if (rule, problem) in CASES
+    for compact in (True, False)
+]
+
+
 @cache
 def logits_of(problem: str, seed: int = 0, scale: float = 2.0) -> np.ndarray:
     """[N, E, K]: exits that agree more and more."""
@@ -75,8 +85,7 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
     return [float(middles[np.abs(middles - np.quantile(values, q)).argmin()]) / unit for q in (0.2, 0.5, 0.8)]
 
 
-@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
-@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
 def test_as_replay(rule, problem, compact):
     from .table import TableGraph
 
@@ -94,8 +103,7 @@ def test_as_replay(rule, problem, compact):
     assert len(seen) > 2  # rows did stop at different blocks
 
 
-@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
-@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
 def test_a_threshold_for_each_exit(rule, problem, compact):
     """Those of the file, and others with the call."""
     from .table import TableGraph

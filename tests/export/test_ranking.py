@@ -65,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     from badge_peft.export import export_onnx
 
     folder = tmp_path_factory.mktemp("onnx")
-    model, tokenizer = make_ranker(exit_layers=[0, 1, 2, 3]), pair_tokenizer()
+    model, tokenizer = make_ranker(blocks=2, exit_layers=[0, 1, 2]), pair_tokenizer()
     spread = all_scores(model, tokenizer, QUERY, make_documents(20))[:, :, 0].std(dim=0) * 0.5
     model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": spread.tolist()}})
     export_onnx(model, folder, tokenizer=tokenizer)
@@ -101,7 +101,7 @@ def test_the_report(exported: tuple[Any, Path]) -> None:
     answers, report = file.rank(QUERY, documents, 3, return_report=True)
     _, wanted = early.rank(QUERY, documents, 3, return_report=True)
     assert answers == file.rank(QUERY, documents, 3) and report.cut == wanted.cut == 1
-    assert (report.candidates, report.num_blocks, report.blocks_run) == (13, 3, wanted.blocks_run)
+    assert (report.candidates, report.num_blocks, report.blocks_run) == (13, 2, wanted.blocks_run)
     assert report.left == wanted.left and report.exit_layer.tolist() == wanted.exit_layer.tolist()
     assert report.blocks_saved == wanted.blocks_saved
 
@@ -124,11 +124,14 @@ def test_the_graph_alone(exported: tuple[Any, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["roberta", "modernbert-mean", "deberta-v2", "albert"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.exhaustive) for c in ("modernbert-mean", "deberta-v2", "albert")]
+)
 def test_slices_on_other_backbones(case: str, tmp_path: Path) -> None:
+    """Shared masks and angles are cut with their rows: those of ModernBERT differ from block to block."""
     from badge_peft.export import OnnxReranker, export_onnx
 
-    model, tokenizer, documents = make_ranker(case, exit_pooling="mean"), pair_tokenizer(), make_documents(40)
+    model, tokenizer, documents = make_ranker(case, 2, exit_pooling="mean"), pair_tokenizer(), make_documents(40)
     tokenizer.model_max_length = 36
     scores = all_scores(model, tokenizer, QUERY, documents, 36)[:, :, 0]
     model.set_early_exit_config({"policy": "top_k", "top_k": 5, "parameters": {"margins": scores.std(dim=0).tolist()}})

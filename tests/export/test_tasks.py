@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from badge_peft import BadgeConfig
-from badge_peft.export import OnnxEarlyExitModel, OnnxTasksModel, export_onnx, export_tasks_onnx
+from badge_peft.export import OnnxEarlyExitModel, OnnxTasksModel, export_tasks_onnx
 from tests.early_exit.rules import with_threshold
+from tests.export.cuts import one_cut
 from tests.models import make_badge, make_batch, make_model, shake
 from tests.texts import make_tokenizer, sentences
 
@@ -30,9 +31,8 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make(case: str = "bert", **changes: Any) -> Any:
-    base = make_model(case, **changes)
-    model = make_badge(case, base=base, adapter_name="stock", **TASKS["stock"][0])
+def make() -> Any:
+    model = make_badge(base=make_model(num_hidden_layers=2), adapter_name="stock", **TASKS["stock"][0])
     for seed, (name, (fields, _)) in enumerate(TASKS.items()):
         if name != "stock":
             model.add_adapter(name, BadgeConfig(r=4, **fields))
@@ -62,7 +62,8 @@ def check(model: Any, session: OnnxTasksModel, batch: dict[str, torch.Tensor], n
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("tasks")
     model = make()
-    return model, folder, export_tasks_onnx(model, folder, tokenizer=make_tokenizer())
+    with one_cut(__name__):
+        return model, folder, export_tasks_onnx(model, folder, tokenizer=make_tokenizer())
 
 
 def test_each_task_answers_as_in_pytorch(written: tuple[Any, Path, dict[str, Any]]) -> None:
@@ -96,11 +97,11 @@ def test_thresholds_come_with_the_call(written: tuple[Any, Path, dict[str, Any]]
     session, batch = OnnxTasksModel.from_pretrained(folder, threads=1), make_batch(ROWS, LENGTH)
     ids = {name: value.numpy() for name, value in batch.items()}
     never = session(**ids, threshold={"stock": 0.0, "many": 0.0})
-    assert never["stock"].exit_layer.tolist() == never["many"].exit_layer.tolist() == [3] * ROWS
+    assert never["stock"].exit_layer.tolist() == never["many"].exit_layer.tolist() == [2] * ROWS
     plain = session(**ids)
     assert never["score"].exit_layer.tolist() == plain["score"].exit_layer.tolist()
-    patient = session(**ids, patience=3)
-    assert patient["many"].exit_layer.tolist() == [3] * ROWS
+    patient = session(**ids, patience=2)
+    assert patient["many"].exit_layer.tolist() == [2] * ROWS
     with pytest.raises(ValueError, match="threshold has 'other', which is no task of this file; they are stock, many"):
         session(**ids, threshold={"other": 1.0})
     with pytest.raises(ValueError, match="threshold='x' is not allowed"):
@@ -118,16 +119,17 @@ def test_texts(written: tuple[Any, Path, dict[str, Any]]) -> None:
     assert found[0]["many"]["label"] == f"LABEL_{int(out['many'].logits[0].argmax())}" and "value" in found[0]["score"]
 
 
-@pytest.mark.parametrize("compact", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_int8_and_rows_that_go_along(compact: bool, tmp_path: Path) -> None:
-    model, names = make(), ["many", "early"]
-    report = export_tasks_onnx(model, tmp_path / "int8", tasks=names, int8=True, compact=compact)
-    assert report["max_difference"] is None and report["int8"]
-    out = OnnxTasksModel.from_pretrained(tmp_path / "int8", threads=1)(**numpy(make_batch(ROWS, LENGTH)))
-    assert out["early"].exit_layer.tolist() == [1] * ROWS and out["many"].logits.shape == (ROWS, 5)
-    if not compact:
-        export_tasks_onnx(model, tmp_path / "all", tasks=names, compact=False)
-        check(model, OnnxTasksModel.from_pretrained(tmp_path / "all"), make_batch(ROWS, LENGTH), names)
+@pytest.mark.parametrize("compact", [True, False])
+def test_int8_and_rows_that_go_along(compact: bool, written: tuple[Any, Path, dict[str, Any]], tmp_path: Path) -> None:
+    model, names = written[0], list(TASKS)
+    with one_cut(__name__):
+        report = export_tasks_onnx(model, tmp_path / "int8", int8=True, compact=compact)
+        assert report["max_difference"] is None and report["int8"]
+        out = OnnxTasksModel.from_pretrained(tmp_path / "int8", threads=1)(**numpy(make_batch(ROWS, LENGTH)))
+        assert out["early"].exit_layer.tolist() == [1] * ROWS and out["many"].logits.shape == (ROWS, 5)
+        if not compact:
+            export_tasks_onnx(model, tmp_path / "all", compact=False)
+            check(model, OnnxTasksModel.from_pretrained(tmp_path / "all"), make_batch(ROWS, LENGTH), names)
 
 
 def numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -135,13 +137,15 @@ def numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "case", ["distilbert", pytest.param("deberta-v2", marks=pytest.mark.exhaustive), "modernbert-mean"]
+    "case",
+    ["distilbert", *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("deberta-v2", "modernbert-mean"))],
 )
 def test_heads_of_other_backbones(case: str, tmp_path: Path) -> None:
     layers = "n_layers" if case == "distilbert" else "num_hidden_layers"
     base = make_model(case, **{layers: 1})
     model = make_badge(case, base=base, adapter_name="stock", train_head=False)
-    model.add_adapter("many", BadgeConfig(r=4, num_labels=5))
+    for name in ("many", "left out"):
+        model.add_adapter(name, BadgeConfig(r=4, num_labels=5))
     shake(model, seed=4, only=".many.")
     model.eval()
     names = ["many", "stock"]
@@ -153,12 +157,11 @@ def test_heads_of_other_backbones(case: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name].logits, want[name].logits.numpy(), atol=1e-4)
 
 
-def test_what_is_refused(written: tuple[Any, Path, dict[str, Any]], tmp_path: Path) -> None:
-    model, folder, _ = written
+def test_what_is_refused(written: tuple[Any, Path, dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    model, of_tasks, _ = written
     with pytest.raises(ValueError, match="no adapter 'other'"):
         export_tasks_onnx(model, tmp_path, tasks=["other"])
     with pytest.raises(ValueError, match="holds a file of many tasks: OnnxTasksModel runs it"):
-        OnnxEarlyExitModel.from_pretrained(folder)
-    export_onnx(make_badge(base=make_model(num_hidden_layers=1)), tmp_path / "one")
+        OnnxEarlyExitModel.from_pretrained(of_tasks)
     with pytest.raises(ValueError, match="holds a file of one task: OnnxEarlyExitModel runs it"):
-        OnnxTasksModel.from_pretrained(tmp_path / "one")
+        OnnxTasksModel.from_pretrained(folder)

@@ -32,8 +32,7 @@ def make_documents(count: int, seed: int = 0, longest: int = 30) -> list[str]:
 
 def make_ranker(case: str = "bert", blocks: int = 3, **fields: Any) -> Any:
     """A PEFT model with one output and exits that say something."""
-    sizes = {"num_hidden_layers": blocks} if case == "bert" else {}
-    base = make_model(case, num_labels=1, **sizes)
+    base = make_model(case, num_labels=1, num_hidden_layers=blocks)
     return make_badge(case, base, train_head=False, **fields)
 
 

@@ -19,6 +19,7 @@ from badge_peft.serving.requests import RequestError  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_translation")
 TEXTS = [text for text, _ in sentences(12, seed=5)]
 ROWS = [*((text, None) for text in TEXTS[:9]), (TEXTS[9], TEXTS[10]), (TEXTS[11], TEXTS[0])]
 SINGLE = "single_label_classification"
