@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +17,9 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
-ROOT = Path(__file__).parents[2]
+from badge_peft.cli.main import main
+
+Process: Any = multiprocessing.get_context("fork").Process
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT = 60.0  # seconds, for what takes a second or two
 START = 300.0  # seconds, for a process that imports torch, transformers and gradio, on a machine with other work
@@ -35,25 +37,29 @@ def missing() -> str | None:
 
 @contextmanager
 def served(adapter: Path | str, *options: str) -> Iterator[str]:
-    """`badge-peft app` in a process of its own; its address."""
+    """`badge-peft app` in a process of its own, a fork of this one that need not import anything; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "badge_peft.cli", "app", str(adapter), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = Process(target=_serve, args=(log, ["app", str(adapter), "--port", str(port), *options]), daemon=True)
+        process.start()
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_for(address, process, log)
             yield address
         finally:
             process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(20)
+            process.kill()
+            process.join()
+
+
+def _serve(log: Any, arguments: list[str]) -> None:
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+    main(arguments)
 
 
 @contextmanager
@@ -131,7 +137,7 @@ class Page:
 def _wait_for(address: str, process: Any, log: Any) -> None:
     ask = build_opener(ProxyHandler({}))
     end = time.monotonic() + START
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         try:
             ask.open(address, timeout=5).close()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,18 @@ def save_adapter(
     return out
 
 
+_SAVED: dict[str, Path] = {}
+
+
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """`save_adapter` in a folder of its own."""
-    count = 0
+def make(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`save_adapter` once for each set of arguments; copies of the adapters, each in a folder of its own."""
 
     def made(**fields: Any) -> Path:
-        nonlocal count
-        count += 1
-        return save_adapter(tmp_path / f"{count}", **fields)
+        key = repr(sorted(fields.items()))
+        if key not in _SAVED:
+            _SAVED[key] = save_adapter(tmp_path_factory.mktemp("saved"), **fields)
+        return Path(shutil.copytree(_SAVED[key], tmp_path / f"{len(list(tmp_path.iterdir()))}" / "adapter"))
 
     return made
 

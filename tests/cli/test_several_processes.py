@@ -1,8 +1,9 @@
-"""`badge-peft` under `accelerate launch`."""
+"""`badge-peft` by several processes, as `accelerate launch` starts them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.conftest import ROWS, Cli, Result, one_line, save_classifier
-from tests.integrations.launch import launch
+from tests.cli.launched import main as run_commands
+from tests.integrations.launch import fork, launch
 from tests.texts import write_csv
 
 
 @pytest.mark.slow
-def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
+@pytest.mark.parametrize(
+    "by",
+    [
+        pytest.param("fork", marks=pytest.mark.skipif(sys.platform != "linux", reason="safe on Linux alone")),
+        pytest.param("accelerate", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_command_line(by: str, tmp_path: Path, cli: Cli) -> None:
     """`train`, `evaluate` and `predict` by two processes: one report, one folder, one output, errors told once."""
     model, rows = save_classifier(tmp_path / "model"), write_csv(tmp_path / "rows.csv", ROWS)
     adapter, refused = tmp_path / "adapter", tmp_path / "refused"
@@ -30,7 +39,7 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
     )
     texts = "".join(f"{text}\n" for text, _ in ROWS[:43])
     found, silent = launched(
-        tmp_path, (*train, "--output-dir", adapter), predict, (*evaluate, *two), wrong, input=texts
+        by, tmp_path, (*train, "--output-dir", adapter), predict, (*evaluate, *two), wrong, input=texts
     )
     assert [result.exit_code for result in found] == [result.exit_code for result in silent] == [0, 0, 0, 1]
     assert {result.output for result in silent} == {""}
@@ -57,10 +66,14 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
     assert not refused.exists()
 
 
-def launched(folder: Path, *commands: tuple[Any, ...], input: str) -> list[list[Result]]:
+def launched(by: str, folder: Path, *commands: tuple[Any, ...], input: str) -> list[list[Result]]:
     """What each of two processes printed at each of the commands."""
-    (folder / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    launch("tests.cli.launched", folder / "commands.json", folder, by="accelerate", input=input)
+    file = folder / "commands.json"
+    file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    if by == "fork":
+        fork(run_commands, file, folder, input=input)
+    else:
+        launch("tests.cli.launched", file, folder, by=by, input=input)
     told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     results = [[Result(**result) for result in one["results"]] for one in told]
     for one, of in zip(told, results, strict=True):

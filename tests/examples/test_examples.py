@@ -1,5 +1,5 @@
-"""Every example runs as a user runs it, models and data from disk, nothing from the network: one in its own process,
-the others as the main program of this one, which saves five times the import of torch and transformers."""
+"""Every example runs as a user runs it, models and data from disk, nothing from the network: as the main program of
+this process, which saves the import of torch and transformers each time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.pages import ROOT, blocks
 from tests.ranking.pairs import make_documents, pair_tokenizer
 from tests.texts import WORDS, make_tokenizer, save_base, sentences
 
+pytestmark = pytest.mark.usefixtures("one_translation")
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs" / "examples.md"
 Start = Callable[..., str]
@@ -52,27 +51,6 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def start_process(where: Path, script: Path, *arguments: Any) -> str:
-    """Runs a script in a process of its own, in the folder `where`; what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        cwd=where,
-        env={
-            **os.environ,
-            "HF_HOME": str(where / "hf"),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONIOENCODING": "utf-8",
-        },
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -124,14 +102,13 @@ def test_train_glue(place: Path, tmp_path: Path, example: Any, start: Start) -> 
 
 
 @pytest.mark.slow
-def test_after_deployment(place: Path, tmp_path: Path) -> None:
+def test_after_deployment(place: Path, tmp_path: Path, start: Start) -> None:
     classifier = place / "encoder"
     weights = (classifier / "model.safetensors").read_bytes()
     texts = [text for text, _ in sentences(80)]
     (tmp_path / "requests.txt").write_text("\n".join([*texts, *texts[:20]]) + "\n", encoding="utf-8")
     command = ("--model", classifier, "--texts", "requests.txt", "--output-dir", "out", "--epochs", 1)
-    script = EXAMPLES / "after_deployment.py"
-    start_process(tmp_path, script, *command, "--timed-rows", 4, "--max-score-drop", 0.1)
+    start(EXAMPLES / "after_deployment.py", *command, "--timed-rows", 4, "--max-score-drop", 0.1)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["full_depth_is_checkpoint"] is True
     assert report["held_out_texts"] == 16  # a fifth of the texts, each taken once

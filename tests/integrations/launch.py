@@ -7,9 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +59,39 @@ def launch(
         raise AssertionError(_told(command, "hangs", stdout, stderr)) from None
     assert (process.returncode != 0) == fails, _told(command, f"ended with {process.returncode}", stdout, stderr)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def fork(work: Callable[..., object], *arguments: Any, processes: int = 2, input: str = "") -> None:
+    """Runs `work` in forks of this process, which have what `torchrun` puts into the environment: each saves the
+    seconds of its imports. Shows the error of one that ends badly.
+
+    Args:
+        work: A function.
+        *arguments: Its arguments.
+        processes: How many.
+        input: For the standard input, which they share as the processes of a launcher do.
+    """
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "WORLD_SIZE": processes}
+    end = time.monotonic() + 300
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(input.encode())
+        stdin.seek(0)
+        given = work, arguments, where, stdin.fileno()
+        started = start_processes(_forked, given, nprocs=processes, join=False, daemon=True, start_method="fork")
+        while not started.join(timeout=1):
+            assert time.monotonic() < end, f"{work} hangs"
+
+
+def _forked(
+    rank: int, work: Callable[..., object], arguments: Sequence[Any], where: dict[str, Any], stdin: int
+) -> None:
+    os.dup2(stdin, 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    where = {**where, "LOCAL_WORLD_SIZE": where["WORLD_SIZE"], "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({**_environment(), **{name: str(value) for name, value in where.items()}})
+    AcceleratorState._reset_state(reset_partial_state=True)  # what trainings of the process have left
+    GradientState._reset_state()
+    work(*arguments)
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integrations import together
-from tests.integrations.launch import launch
+from tests.integrations.launch import fork, launch
 from tests.training.runs import make, make_trainer
 
 pytestmark = pytest.mark.slow
@@ -21,12 +22,24 @@ TOLERANCE = {"joint, adamw": 5e-4}
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "by",
+    [
+        pytest.param(
+            "fork", marks=pytest.mark.skipif(sys.platform != "linux", reason="forks are safe on Linux alone")
+        ),
+        pytest.param("torchrun", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_two_processes_do_what_one_does(by: str, tmp_path: Path) -> None:
     """One launch for all that is checked here: a launch takes longer than the checks."""
     both, alone = tmp_path / "both", tmp_path / "alone"
     both.mkdir()
     alone.mkdir()
-    launch("tests.integrations.together", both, by="torchrun")
+    if by == "fork":
+        fork(together.main, both)
+    else:
+        launch("tests.integrations.together", both, by=by)
     expected, one = together.work(alone)
     tensors = [load_file(both / f"{rank}.safetensors") for rank in range(2)]
     facts = [json.loads((both / f"{rank}.json").read_text()) for rank in range(2)]

@@ -1,11 +1,10 @@
-"""The demo from end to end, on a tiny random model and made-up texts, through the real command line."""
+"""The demo from end to end, on a tiny random model and made-up texts, through the command line."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from badge_peft import evaluate_policy, load_pretrained
 from badge_peft.workflows.stored import stored_logits
+from tests.cli.conftest import invoke
 from tests.models import make_batch
 from tests.texts import save_base, sentences, write_csv
 
@@ -51,16 +51,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("demo")
     base = save_base(folder / "base", num_labels=3)  # a head of another size is no hindrance
     data = write_csv(folder / "films.csv", sentences(400), ("review", "sentiment"))
-    command = [sys.executable, "-m", "badge_peft.cli", "demo", "--model", base, "--dataset", data]
-    command += ["--output-dir", str(folder / "out"), "--max-eval", "60"]
-    command += ["--epochs", "15", "--learning-rate", "0.03"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["demo", "--model", base, "--dataset", data, "--output-dir", folder / "out", "--max-eval", 60]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = print_warning
+        done = invoke(*command, "--epochs", 15, "--learning-rate", 0.03)
+    assert done.exit_code == 0, done.output
     report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
-    return folder / "out", report, done.stdout + done.stderr
+    return folder / "out", report, done.output
+
+
+def print_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """As Python does it outside of tests."""
+    print(warnings.formatwarning(message, category, *where[:2]), file=sys.stderr)
 
 
 def test_the_report_has_every_key(finished: tuple[Path, dict[str, Any], str]) -> None:
