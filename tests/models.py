@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -115,13 +116,27 @@ if int(transformers.__version__.split(".")[0]) >= 5:  # before, ALBERT itself fa
     )
 
 
-#: Backbones of which another one runs the same kind of code: exported and compiled in `nox -s exhaustive` alone.
-KIN = ("roberta", "electra", "mpnet", "distilbert", "albert-groups", "albert-inner", "modernbert-mean")
+#: Backbones of which another one runs the same kind of code: exported and compiled in `nox -s exhaustive` alone, and
+#: otherwise tried with fewer settings.
+KIN = (
+    *("roberta", "xlm-roberta", "camembert", "electra", "mpnet", "distilbert"),
+    *("albert-groups", "albert-inner", "modernbert-mean"),
+)
 
 
 def one_of_each_kind(cases: Iterable[str]) -> list[Any]:
     """`cases` for `parametrize`, those of `KIN` marked `exhaustive`."""
     return [pytest.param(case, marks=pytest.mark.exhaustive) if case in KIN else case for case in cases]
+
+
+def crossed(cases: Iterable[str], *factors: Iterable[Any]) -> list[Any]:
+    """Each backbone with all combinations of `factors`; kin with a third of them, the others marked `exhaustive`."""
+    rows = list(itertools.product(*factors))
+    return [
+        pytest.param(case, *row, marks=pytest.mark.exhaustive if case in KIN and (turn + i) % 3 else [])
+        for turn, case in enumerate(sorted(cases))
+        for i, row in enumerate(rows)
+    ]
 
 
 #: transformers does not read the optimizer's file with a torch whose `torch.load` can be made to run code.

@@ -126,7 +126,7 @@ def test_the_search_finds_the_least_number_of_replicas() -> None:
     assert Case(steady(1.0), 20, slow=2.0).fleet(20).count(2.0) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_from_an_adapter_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = save_adapter(tmp_path)
     tokenizer = make_tokenizer()

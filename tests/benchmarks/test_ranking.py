@@ -111,6 +111,7 @@ def test_clusters() -> None:
     assert stops(scores, codes, 6, 0.0).tolist() == [2] * 6
 
 
+@pytest.mark.exhaustive
 def test_it_times(work: Path) -> None:
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("onnxscript")

@@ -161,6 +161,7 @@ def test_replicas_are_killed_while_requests_are_sent(running, url, monkeypatch):
     assert found["wrong"] == 0 and found["errors"]["429"] > 0 and found["answered"] > 0
 
 
+@pytest.mark.exhaustive
 def test_the_load_test_and_its_page(running, tmp_path):
     pytest.importorskip("matplotlib")
     texts = tmp_path / "texts.jsonl"

@@ -22,6 +22,7 @@ from tests.models import (
     LINKS,
     blocks_of,
     checkpoint,
+    crossed,
     exits_of,
     make_badge,
     make_batch,
@@ -275,8 +276,7 @@ def compare_gradients(case: str, checkpointing: dict[str, Any] | None, **fields:
 NOT_REENTRANT = {"use_reentrant": False}
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "placement"), crossed(CASES, PLACEMENTS))
 def test_gradients_with_a_trained_backbone(case, placement):
     compare_gradients(case, None, placement=placement, backbone="full")
 

@@ -69,15 +69,15 @@ def tau_at(s, share):
 
 @pytest.mark.parametrize("problem_type", PROBLEMS)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
-@pytest.mark.parametrize("t", [1, 2, 3, 5])
 @pytest.mark.parametrize("window", ["all", "consecutive"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dge_is_equations_3_and_4(kind, window, t, share, problem_type):
+def test_dge_is_equations_3_and_4(kind, window, share, problem_type):
     s = tables(kind, problem_type)
     tau = tau_at(s, share) if problem_type == REGRESSION or kind != "label" else 2 * share
-    want = [dge(row, window, tau, t) for row in s]
-    policy = DivergencePolicy(divergence=kind, window=window, threshold=tau, patience=t)
-    assert policy.replay(random_logits(problem_type), problem_type=problem_type).tolist() == want
+    for t in (1, 2, 3, 5):
+        want = [dge(row, window, tau, t) for row in s]
+        policy = DivergencePolicy(divergence=kind, window=window, threshold=tau, patience=t)
+        assert policy.replay(random_logits(problem_type), problem_type=problem_type).tolist() == want
 
 
 def test_the_logits_above_reach_every_exit():

@@ -71,7 +71,7 @@ def check(model, logits, exits, problem_type, config):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_live_is_replay(problem_type, num_labels, data):
     exits = data.draw(st.sampled_from(EXITS))
@@ -87,7 +87,7 @@ def test_live_is_replay(problem_type, num_labels, data):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
     """Whatever they would have said; and live they are not computed at all."""
@@ -116,7 +116,7 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_exits_that_carry_logits(problem_type, num_labels, data):
     """Live is the replay of what full depth gives, and computed are the exits up to the last that a decision reads."""
@@ -176,7 +176,7 @@ def test_which_exits_are_read(config, read):
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_labels, data):
     """A row stops at the first k-th exit at which the rule holds; the exits between count as earlier exits."""

@@ -9,7 +9,7 @@ import transformers
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.architectures import ARCHITECTURES
 from tests.design import pairs
-from tests.models import CASES, PAD, VOCAB, exits_of, link, make_badge, make_model
+from tests.models import CASES, PAD, VOCAB, crossed, exits_of, link, make_badge, make_model
 
 from .rules import answers, mixed_rule
 
@@ -172,8 +172,7 @@ def test_an_argument_that_nobody_knows_keeps_the_length():
     assert {positions for _, positions in shapes.found} == {LENGTH} and len({rows for rows, _ in shapes.found}) > 1
 
 
-@pytest.mark.parametrize("length", [4, 8, 32])
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize(("case", "length"), crossed(CASES, [4, 8, 32]))
 def test_a_length_as_large_as_another_dimension(case, length):
     """4 is the number of heads, 8 their size, 32 the width."""
     model = make(case)

@@ -3,6 +3,7 @@ on rows that did not choose the setting is in `test_cross_fit.py`."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 
@@ -13,8 +14,7 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import calibrate, collect_exit_logits, evaluate_policy, exit_scores
-from badge_peft.evaluation.calibration import SETTINGS
+from badge_peft.evaluation import calibrate, calibration, collect_exit_logits, evaluate_policy, exit_scores
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.tradeoff import search
 from tests.models import make_badge, make_batch
@@ -23,6 +23,15 @@ from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, s
 
 PROBLEMS = [(SINGLE, 2), (SINGLE, 4), (MULTI, 3), (REGRESSION, 1)]
 WITHOUT_DISTRIBUTION = ("entropy", "max_prob", "confident_patience")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_settings():
+    """A third of what is tried is enough to see that the best of it is taken; tests/stored has the whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "SETTINGS", 20)
+        patch.setattr(importlib.import_module("badge_peft.evaluation.cross_fit"), "SETTINGS", 8)
+        yield
 
 
 def metric_of(problem_type):
@@ -89,7 +98,7 @@ def test_nothing_that_is_tried_is_better(rows, policy, goal):
     stored = plausible(rows=rows, exits=8)
     config = quiet(stored, policy, **goal)
     point = check(stored, config, goal, "accuracy")
-    tried = search(stored, policy, SETTINGS, "accuracy")
+    tried = search(stored, policy, calibration.SETTINGS, "accuracy")
     assert len(tried) > 12
     good = [p for p in tried if p.layer_speedup >= goal["target_speedup"] - 1e-12]
     assert max(p.score for p in good) == point.score
@@ -165,7 +174,7 @@ def test_the_fields_of_the_user_are_kept():
     kept = ("policy", "divergence", "window", "patience", "max_exit", "min_exit", "normalize")
     assert {name: getattr(config, name) for name in kept} == {name: getattr(asked, name) for name in kept}
     assert config.threshold is not None and asked.threshold is None and asked.calibration is None
-    tried = search(stored, {"policy": "entropy", "threshold": 0.5}, SETTINGS, "accuracy")
+    tried = search(stored, {"policy": "entropy", "threshold": 0.5}, calibration.SETTINGS, "accuracy")
     assert [p.config.threshold for p in tried if p.config.policy == "entropy"] == [0.5]
 
 
@@ -183,7 +192,9 @@ def test_the_fields_of_the_user_are_kept():
 def test_a_fixed_depth_stays_between_the_bounds(bounds, depths, policy):
     stored = strange(SINGLE, 3, 60, [1, 2, 3, 4, 5, 6] if len(depths) == 3 else [1, 2, 4, 6], "plain", 3)
     asked = {"policy": policy, **bounds} | ({"depth": 6} if policy == "fixed_depth" else {})
-    tried = [p.config for p in search(stored, asked, SETTINGS, "accuracy") if p.config.policy == "fixed_depth"]
+    tried = [
+        p.config for p in search(stored, asked, calibration.SETTINGS, "accuracy") if p.config.policy == "fixed_depth"
+    ]
     assert {c.depth for c in tried} == set(depths)
     assert all({name: getattr(c, name) for name in bounds} == bounds for c in tried)
     for goal in ({"max_score_drop": 2.0}, {"target_speedup": 0.0}):
@@ -212,7 +223,7 @@ def test_another_metric_is_another_choice():
 
     config = quiet(stored, "entropy", target_speedup=0.3, metric=zeros)
     assert config.calibration["metric"] == "zeros"
-    tried = [p for p in search(stored, "entropy", SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
+    tried = [p for p in search(stored, "entropy", calibration.SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
     assert config.calibration["score"] == max(p.score for p in tried)
     f1 = calibrate(stored, "entropy", target_speedup=0.3, metric="macro_f1")
     assert f1.calibration["metric"] == "macro_f1"

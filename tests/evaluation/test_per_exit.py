@@ -99,13 +99,13 @@ def test_where_exits_differ_it_wins_on_new_rows(policy, goal):
 def test_it_is_not_taken_where_the_rows_are_few_and_exits_alike():
     """On so few rows four thresholds fit noise: what they save here they lose elsewhere."""
     taken = 0
-    for seed in range(6):
+    for seed in range(4):
         stored = plausible(SINGLE, 3, rows=60, exits=5, seed=seed)
         each, one = (chosen(stored, policy="entropy", max_score_drop=0.05, per_exit=on) for on in (True, False))
         taken += isinstance(each.threshold, list)
         if not isinstance(each.threshold, list) and each.temperature is None:
             assert each == one
-    assert taken < 6
+    assert taken < 4
 
 
 @pytest.mark.parametrize(("kind", "labels"), [(SINGLE, 4), (MULTI, 3), (REGRESSION, 1)])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from badge_peft import BadgeConfig, load_pretrained
-from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake
+from tests.models import CASES, blocks_of, crossed, exits_of, make_badge, make_batch, make_labels, make_model, shake
 
 BATCH = make_batch()
 CLASSIC = transformers.__version__.startswith("4.")  # 5.24 asks for a PEFT that is not out yet
@@ -47,8 +47,7 @@ def logits_of(model):
 # ------------------------------------------------------------------------------------------------------------ merged
 
 
-@pytest.mark.parametrize("backbone", ["frozen", "lora"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "backbone"), crossed(CASES, ["frozen", "lora"]))
 def test_a_merged_lora_is_part_of_the_model(case, backbone, tmp_path):
     before = logits_of(trained_lora(case))
     merged = trained_lora(case).merge_and_unload().eval()

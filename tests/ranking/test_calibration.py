@@ -19,6 +19,14 @@ from badge_peft.ranking.margins import needed_margins
 from .scores import EXITS, make_scores
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_settings():
+    """A third of the margins that are tried, times each shape, is enough to see which are taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("badge_peft.ranking.margins.FACTORS", 20)
+        yield
+
+
 def kept_by_loops(scores, ids, config):
     """[Q]: whether the best k of the candidates that go all the way are full depth's best k."""
     cap = scores.shape[1] if config.max_exit is None else config.max_exit
@@ -115,11 +123,11 @@ def test_names_and_order_of_queries_do_not_matter():
 
 
 def test_a_bound_is_slower_and_holds_on_new_queries():
-    scores, ids, _ = make_scores(300, 20)
+    scores, ids, _ = make_scores(200, 20)
     plain, bound = (calibrate_ranking(scores, ids, 5, 0.9, confidence=c) for c in (None, 0.95))
     assert bound.calibration["layer_speedup"] <= plain.calibration["layer_speedup"]
-    assert bound.calibration["confidence"] == 0.95 and bound.calibration["test_queries"] == 150
-    new, new_ids, _ = make_scores(2000, 20, seed=9)
+    assert bound.calibration["confidence"] == 0.95 and bound.calibration["test_queries"] == 100
+    new, new_ids, _ = make_scores(1000, 20, seed=9)
     fresh = ExitLogits(torch.from_numpy(new)[:, :, None], groups=new_ids)
     assert evaluate_ranking(fresh, bound).score >= 0.9
     with pytest.raises(ValueError, match=r"there are 40 queries.*takes at least 118"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from .requests import Request, answer, draw_requests, make_service
 
-DIFFERENT = 100  # requests, made again and again: after two rounds the caches of torch and of policies are full
+DIFFERENT = 40  # requests, made again and again: after two rounds the caches of torch and of policies are full
 
 
 @dataclass(frozen=True)

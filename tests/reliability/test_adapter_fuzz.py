@@ -10,7 +10,7 @@ import pytest
 
 from .adapter_fuzz import WAYS, Fuzz, watched
 
-COUNT = int(os.environ.get("BADGE_PEFT_FUZZ", "130"))
+COUNT = int(os.environ.get("BADGE_PEFT_FUZZ", "52"))
 
 
 def test_no_corrupted_adapter_loads_as_another(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from . import concurrency
 from .requests import answer, differences, draw_requests, make_service
 
-REQUESTS = int(os.environ.get("BADGE_PEFT_REQUESTS", "150"))
+REQUESTS = int(os.environ.get("BADGE_PEFT_REQUESTS", "60"))
 
 
 def test_requests_differ():

@@ -72,7 +72,7 @@ def model_of(problem: str, num_labels: int) -> Any:
     return model
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_live(data) -> None:
     problem, k = data.draw(st.sampled_from(PROBLEMS))
@@ -134,7 +134,7 @@ def test_onnx(rule, compact) -> None:
             continue
         full = {**rule, **fields_of(name, exits, k, problem)}
         graph = TableGraph(full, len(exits), k, problem, compact)
-        for seed, (scale, rows) in enumerate([(1.0, 257), (1e4, 64), (0.0, 1)]):
+        for seed, (scale, rows) in enumerate([(1.0, 257 if k < 1000 else 8), (1e4, 16), (0.0, 1)]):
             logits = as_exits_give(table_of(seed, rows, k, scale, 0.2)).numpy()
             doubts = np.random.default_rng(seed).uniform(size=logits.shape[:2]).astype(np.float32)
             doubts[rows // 2 :, 1] = np.nan

@@ -26,7 +26,7 @@ from tests.cli.conftest import invoke, one_line  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # a Ray cluster takes a minute of two cores
 TEXTS = [text for text, _ in sentences(300, seed=3)]
 
 

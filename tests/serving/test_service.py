@@ -17,7 +17,7 @@ from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.serving.running import Running, at_once, close, together  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # two minutes of two cores
 TEXTS = [text for text, _ in sentences(30, seed=5)]
 WAIT = 0.2  # seconds that each request waits for others: so long there is one that was accepted and not answered
 REFUSED = [

@@ -14,7 +14,18 @@ from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.training.equilibrium import GradientEquilibriumPass, scale_gradient
 from badge_peft.tuner.architectures import head_pooling
 from tests import reference
-from tests.models import CASES, LINKS, blocks_of, checkpoint, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import (
+    CASES,
+    LINKS,
+    blocks_of,
+    checkpoint,
+    crossed,
+    exits_of,
+    make_badge,
+    make_batch,
+    make_labels,
+    make_model,
+)
 from tests.passes import full_depth
 
 BATCH, TARGET = make_batch(), make_labels()
@@ -108,8 +119,7 @@ def compare(case, exit_pass=GradientEquilibriumPass, checkpointing=None, **field
     return expected
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "placement"), crossed(CASES, PLACEMENTS))
 def test_every_backbone(case, placement):
     compare(case, placement=placement)
 

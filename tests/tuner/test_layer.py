@@ -18,6 +18,7 @@ from tests.models import (
     CASES,
     HIDDEN,
     blocks_of,
+    crossed,
     exits_of,
     make_badge,
     make_batch,
@@ -52,9 +53,7 @@ def compare(case: str, pooling: str = "cls", side: str = "right", **fields) -> N
     assert (found[:, 1:] - found[:, :-1]).abs().amax(dim=(0, 2)).min() > 1e-3  # exits do differ
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", ["own", "shared"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "norm", "placement"), crossed(CASES, ["own", "shared"], PLACEMENTS))
 def test_exits_are_those_of_eq_1_and_2(case, norm, placement):
     compare(case, placement=placement, norm=norm)
 

@@ -24,6 +24,7 @@ from tests.models import (
     BLOCKS,
     CASES,
     blocks_of,
+    crossed,
     exits_of,
     make_badge,
     make_batch,
@@ -85,8 +86,7 @@ def test_default_lora_sits_in_each_block_and_starts_as_nothing(case):
     assert torch.equal(exits_of(model, BATCH)[:, -1], expected)
 
 
-@pytest.mark.parametrize("placement", ["block", "mhsa"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "placement"), crossed(CASES, ["block", "mhsa"]))
 def test_it_is_the_model_with_the_products_added_to_its_weights(case, placement):
     """W + (alpha / r) B A in place of W, written down by hand, gives every exit."""
     base = make_model(case).double()
