@@ -10,6 +10,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.early_exit.policies.schedule import schedule_of
 from badge_peft.early_exit.readers import Array, ExitReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
@@ -48,11 +49,13 @@ class PolicyReader(ExitReader):
         super().__init__(exits, rows, attention_mask, first)
         policy.check(exits.numbers, exits.num_labels, exits.problem_type)
         self.policy = policy
+        self.schedule = schedule_of(policy, exits.numbers)
         self.history = ExitHistory(exits.numbers, rows, exits.num_labels, exits.problem_type, groups)
         self.answer: Tensor | None = None
         self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
         self.non_finite: Array = np.zeros(rows, dtype=bool)
         self.reads_uncertainty = policy.reads_uncertainty
+        self._own = frozenset(exits.numbers[: None if exits.has_final_exit else -1])  # others are the model's own head
         self._places: Array = np.arange(rows)  # of the rows in the states among all rows
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
@@ -90,12 +93,12 @@ class PolicyReader(ExitReader):
 
     def asks(self, block: BadgeBlock, number: int) -> bool:
         """Whether the logits of exit `number` are wanted, where there is one. Comes once at each block."""
-        if not block.has_exit(self.exits.adapter, number):
+        if number not in self._own:
             return False
-        exits, j = self.exits.numbers, self._position
+        j = self._position
         self._position += 1
-        needed = self.policy.needs_logits(exits, j)
-        if needed and not self.policy.is_final(exits, j):
+        needed = self.schedule.needed[j]
+        if needed and not self.schedule.final[j]:
             needed = self.policy.may_stop(self.history)
         if not needed and j > self._last_read:
             self._dtype = self._dtype or logits_dtype(block.own_exit(self.exits.adapter, number))
@@ -105,18 +108,18 @@ class PolicyReader(ExitReader):
 
     def take(self, number: int, logits: Tensor, uncertainty: Tensor | None) -> None:
         """Takes what exit `number` says of each row in the states, and lets rows stop there."""
-        exits, j = self.exits.numbers, self._position - 1
+        j = self._position - 1
         self.note_dtype(logits.dtype)
         active = self.active_units()
-        if self.policy.is_final(exits, j):
+        if self.schedule.final[j]:
             self.stop(logits, active, np.ones(self.num_active, dtype=bool), number)
             return
-        if j <= self._last_read and not self.policy.needs_logits(exits, j):  # a deeper exit builds on this one
+        if j <= self._last_read and not self.schedule.needed[j]:  # a deeper exit builds on this one
             self._undecided.append(None)
             return
         found = [logits] if uncertainty is None else [logits, uncertainty]
         self._undecided.append(found if active is None else [_take(x, active) for x in found])
-        if self.policy.can_exit(exits, j):
+        if self.schedule.able[j]:
             self._bring_up_to_date()
             stops = self.policy.stops(self.history, j)
             if self.history.finite is not None:
@@ -185,9 +188,9 @@ class PolicyReader(ExitReader):
 
 def last_read(policy: ExitPolicy, exits: AdapterExits) -> int:
     """The last exit of the adapter's own (index) on which a decision may depend; -1 where there is none."""
-    end = next(j for j in range(len(exits.numbers)) if policy.is_final(exits.numbers, j))
-    own = min(end + 1, len(exits.numbers) - (not exits.has_final_exit))
-    return max((j for j in range(own) if policy.needs_logits(exits.numbers, j)), default=-1)
+    schedule = schedule_of(policy, exits.numbers)
+    own = min(schedule.end + 1, len(exits.numbers) - (not exits.has_final_exit))
+    return max((j for j in range(own) if schedule.needed[j]), default=-1)
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:

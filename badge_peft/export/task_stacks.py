@@ -34,7 +34,7 @@ class ExportedStack(nn.Module):
     def forward(self, frame: Frame, pre_norm: bool, pooling: Pooling) -> Tensor:
         """Logits [T, n, K]; of labels that an exit lacks, `MISSING`."""
         stack = copy.copy(self.stack)
-        vars(stack).update(self._buffers)
+        vars(stack).update(self._buffers, _parts={})
         return stack.logits(frame, pre_norm, pooling, range(len(self.tasks)))
 
 

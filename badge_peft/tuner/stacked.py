@@ -32,7 +32,8 @@ _STACKS: WeakKeyDictionary[BadgeBlock, dict[Any, BlockStacks]] = WeakKeyDictiona
 
 
 class StackedExits:
-    """Exits of like shape at one block: linear ones, each with a bypass.
+    """Exits of like shape at one block: linear ones, each with a bypass. The weights of LN' are folded into those of
+    the linear layer behind it: (n w + b) W + c = n (w W) + (b W + c).
 
     Args:
         exits: T of them.
@@ -43,20 +44,24 @@ class StackedExits:
         self.source: str = first.source or ""
         self.activation, self.norm = first.activation, first.norm
         self.labels = [e.linear.out_features for e in exits]
+        self._parts: dict[tuple[int, ...], tuple[Any, ...]] = {}
         with torch.inference_mode(False), torch.no_grad():  # plain tensors, for calls in either mode
             self.down = torch.stack([e.down.weight for e in exits])  # [T, r, d]
             self.down_bias = _stack([e.down.bias for e in exits])  # [T, r]
             self.up = torch.stack([e.up.weight.t() for e in exits])  # [T, r, d]
-            self.up_bias = _stack([e.up.bias for e in exits])
-            self.norm_weight = torch.stack([e.norm.weight for e in exits])  # [T, d]
-            self.norm_bias = _stack([e.norm.bias for e in exits])
+            self.up_bias = _stack([e.up.bias for e in exits])  # [T, d]
             widest = max(self.labels)
             padded = [(0, 0, 0, widest - k) for k in self.labels]
-            self.weight = torch.stack([F.pad(e.linear.weight, p) for e, p in zip(exits, padded, strict=True)])
-            missing = max(MISSING, torch.finfo(self.weight.dtype).min)
+            weight = torch.stack([F.pad(e.linear.weight, p) for e, p in zip(exits, padded, strict=True)])
+            self.weight = (
+                (weight * torch.stack([e.norm.weight for e in exits]).unsqueeze(1)).transpose(1, 2).contiguous()
+            )
+            missing = max(MISSING, torch.finfo(weight.dtype).min)
             biases = [F.pad(e.linear.bias, p[2:], value=missing) for e, p in zip(exits, padded, strict=True)]
-            self.bias = torch.stack(biases)  # [T, K]
-            self.weight = self.weight.transpose(1, 2).contiguous()  # [T, d, K]
+            self.bias = torch.stack(biases)  # [T, K]; of LN' apart, [T, K] too
+            shift = _stack([e.norm.bias for e in exits])
+            self.shift = None if shift is None else torch.bmm(weight, shift.unsqueeze(-1)).squeeze(-1)
+            self.whole = self.bias if self.shift is None else self.bias + self.shift
 
     def fits(self, frame: Frame, pre_norm: bool) -> bool:
         """Whether the block has given what these exits read, in their precision."""
@@ -65,38 +70,51 @@ class StackedExits:
 
     def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> Tensor:
         """Logits [T', n, K] of the T' exits `which`, in ascending order; of labels that an exit lacks, `MISSING`."""
-        run = slice(which[0], which[-1] + 1)  # a view, where they lie side by side
-        index = None if run.stop - run.start == len(which) else torch.tensor(which, device=self.down.device)
-        every = len(which) == len(self.labels)
-
-        def chosen(values: Any) -> Any:
-            if values is None or every:
-                return values
-            return values[run] if index is None else values.index_select(0, index)
-
+        down, down_bias, up, up_bias, weight, bias, shift, whole = self._of(tuple(which))
         source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
-        residual: Any = frame.output if pre_norm else frame.ffn_sum
-        residual = pooling.pick(residual)
+        residual: Any = pooling.pick(frame.output if pre_norm else frame.ffn_sum)  # type: ignore[arg-type]
         rows, size = source.shape[:-1], source.shape[-1]
-        bias = chosen(self.down_bias)
-        inner = F.linear(
-            source.reshape(-1, size), chosen(self.down).flatten(0, 1), None if bias is None else bias.flatten()
-        )
+        if len(rows) > 1:
+            source, residual = source.reshape(-1, size), residual.reshape(-1, size)
+        inner = F.linear(source, down, down_bias)
         if self.activation is not None:
             inner = self.activation(inner)
-        inner = inner.unflatten(-1, (len(which), -1)).transpose(0, 1)  # [T, n, r]
-        adjusted = torch.bmm(inner, chosen(self.up))  # [T, n, d]
-        bias = chosen(self.up_bias)
-        if bias is not None:
-            adjusted.add_(bias.unsqueeze(1))
-        adjusted.add_(residual.reshape(-1, size))  # B(.) + H_{m,F} (Eq. 1, 2)
-        adjusted = F.layer_norm(adjusted, self.norm.normalized_shape, eps=self.norm.eps)
-        adjusted.mul_(chosen(self.norm_weight).unsqueeze(1))
-        bias = chosen(self.norm_bias)
-        if bias is not None:
-            adjusted.add_(bias.unsqueeze(1))
-        vectors = pooling.reduce(adjusted.unflatten(1, rows))  # [T, n, d]
-        return torch.baddbmm(chosen(self.bias).unsqueeze(1), vectors, chosen(self.weight))  # [T, n, K]
+        inner = inner.view(-1, len(which), up.shape[1]).transpose(0, 1)  # [T, n, r]
+        adjusted = torch.bmm(inner, up) if up_bias is None else torch.baddbmm(up_bias, inner, up)  # [T, n, d]
+        adjusted += residual  # B(.) + H_{m,F} (Eq. 1, 2)
+        normal = torch.layer_norm(adjusted, self.norm.normalized_shape, None, None, self.norm.eps)
+        if pooling.kind != "mean":
+            return torch.baddbmm(whole, normal, weight)  # [T, n, K]
+        found = torch.baddbmm(bias, pooling.reduce(normal.unflatten(1, rows)), weight)
+        if shift is None:
+            return found
+        total = pooling.weights(source.unflatten(0, rows)).sum(dim=1)  # [n]: 1; 0 for a row of nothing but padding
+        return found + shift * total.unsqueeze(-1)
+
+    def _of(self, which: tuple[int, ...]) -> tuple[Any, ...]:
+        """The weights of these exits: of the bypasses' first layers [T' r, d] and biases [T' r], of all others
+        [T', ...], biases as [T', 1, ...]."""
+        found = self._parts.get(which)
+        if found is None:
+            parts: Any = [self.down, self.down_bias, self.up, self.up_bias, self.weight]
+            parts += [self.bias, self.shift, self.whole]
+            if len(which) < len(self.labels):
+                run = slice(which[0], which[-1] + 1)  # a view, where they lie side by side
+                index = run if run.stop - run.start == len(which) else list(which)
+                with torch.inference_mode(False), torch.no_grad():
+                    parts = [None if x is None else x[index] for x in parts]
+            down, down_bias, up, up_bias, weight, *biases = parts
+            with torch.inference_mode(False), torch.no_grad():
+                found = (
+                    down.flatten(0, 1),
+                    None if down_bias is None else down_bias.flatten(),
+                    up,
+                    None if up_bias is None else up_bias.unsqueeze(1),
+                    weight,
+                    *(None if x is None else x.unsqueeze(1) for x in biases),
+                )
+            self._parts[which] = found
+        return found
 
 
 class BlockStacks:
@@ -126,16 +144,16 @@ class BlockStacks:
             stack = StackedExits([plain[i] for i in members]) if len(members) > 1 else None
             self.places.update({i: (stack, n) for n, i in enumerate(members)})
 
+        self.others = [i for i in range(len(adapters)) if i not in self.places]
+
     def hold(
         self, block: BadgeBlock, number: int, frame: Frame, adapters: Sequence[AdapterExits], asking: Sequence[int]
     ) -> bool:
         """Whether they have the weights that the adapters have now, and no exit is left out that could be in them."""
         return (
             self.watched.holds()
-            and all(exits.final_norm is norm for exits, norm in zip(adapters, self.final_norms, strict=True))
-            and not any(
-                i not in self.places and stackable(block, number, frame, adapters[i]) is not None for i in asking
-            )
+            and [exits.final_norm for exits in adapters] == self.final_norms
+            and not any(i in asking and stackable(block, number, frame, adapters[i]) is not None for i in self.others)
         )
 
 
@@ -146,8 +164,8 @@ def read_stacked(
     adapters: Sequence[AdapterExits],
     asking: Sequence[int],
     pooling: Pooling,
-) -> dict[int, Tensor]:
-    """Logits [n, K] of those exits `number` that can be read together, by the place of the adapter.
+) -> list[tuple[list[int], Tensor]]:
+    """Those exits `number` that can be read together: the places of T' adapters each, and their logits [T', n, K].
 
     Args:
         block: The block that has just run.
@@ -158,11 +176,12 @@ def read_stacked(
         pooling: Of all of them.
     """
     if number == 0 or torch.is_grad_enabled() or frame.scale_weights is not None or torch.jit.is_tracing():
-        return {}
-    states = pooling.pick(frame.output)
-    if states.numel() > LARGEST or torch.is_autocast_enabled(states.device.type):
-        return {}
-    key = (number, *(exits.adapter for exits in adapters))
+        return []
+    states = frame.output
+    size = states.numel() if pooling.kind == "mean" else states.shape[0] * states.shape[-1]
+    if size > LARGEST or torch.is_autocast_enabled(states.device.type):
+        return []
+    key = (number, *[exits.adapter for exits in adapters])
     kept = _STACKS.setdefault(block, {})
     stacks = kept.get(key)
     if stacks is None or not stacks.hold(block, number, frame, adapters, asking):
@@ -174,14 +193,12 @@ def read_stacked(
         stack, _ = stacks.places.get(i, (None, 0))
         if stack is not None:
             together.setdefault(stack, []).append(i)
-    answers: dict[int, Tensor] = {}
-    pre_norm = block.layout.pre_norm
-    for stack, members in together.items():
-        if len(members) > 1 and stack.fits(frame, pre_norm):
-            which = [stacks.places[i][1] for i in members]
-            found = stack.logits(frame, pre_norm, pooling, which)
-            answers.update({i: x[:, : stack.labels[n]] for i, n, x in zip(members, which, found, strict=True)})
-    return answers
+    pre_norm, places = block.layout.pre_norm, stacks.places
+    return [
+        (members, stack.logits(frame, pre_norm, pooling, [places[i][1] for i in members]))
+        for stack, members in together.items()
+        if len(members) > 1 and stack.fits(frame, pre_norm)
+    ]
 
 
 def stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:

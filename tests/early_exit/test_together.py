@@ -15,7 +15,7 @@ from torch import nn
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policy_reader import PolicyReader
-from badge_peft.early_exit.together import JointDecision, TaskReaders
+from badge_peft.early_exit.together import JointDecision, Readings, TaskReaders
 from badge_peft.tuner import stacked
 from badge_peft.tuner.exits import AdapterExits
 from tests.models import blocks_of, make_badge, make_batch, shake
@@ -208,7 +208,10 @@ def test_deciding_together_is_deciding_alone(data: Any) -> None:
     block: Any = SimpleNamespace(has_exit=lambda *_: True, own_exit=lambda *_: linear)
     for j, number in enumerate(exits):
         asking = [i for i, reader in enumerate(readers) if reader.num_active and reader.asks(block, number)]
-        decision.take(number, {readers[i]: (logits[i][:, j], None) for i in asking})
+        found = Readings()
+        for i in asking:
+            found.put(readers[i], logits[i][:, j], None)
+        decision.take(number, found)
     for reader, policy, own in zip(readers, policies, logits, strict=True):
         want = policy.replay(own, exits, problem)
         assert reader.exit_layer.tolist() == want.tolist()
@@ -226,6 +229,21 @@ def test_one_task_ends_in_the_models_head_and_one_in_an_exit() -> None:
         for name in ("head", "exit"):
             model.set_adapter(name)
             want = model.early_exit_forward(**make_batch(5, LENGTH), **rule)
+            assert out[name].exit_layer.tolist() == want.exit_layer.tolist()
+            torch.testing.assert_close(out[name].logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_more_tasks_than_decide_together(products: list[int]) -> None:
+    """One that never decides is read beside the others; it has more labels than they, or is in between."""
+    model, batch = make(), make_batch(3, LENGTH)
+    for lonely in ("seven", "three"):
+        rules: dict[str, Any] = {name: model.get_early_exit_config(name) for name in LABELS}
+        rules[lonely] = {"policy": "divergence", "patience": 9}
+        out = model.early_exit_forward(**batch, tasks=list(LABELS), early_exit_config=rules)
+        assert products[0] == 4
+        for name in LABELS:
+            model.set_adapter(name)
+            want = model.early_exit_forward(**batch, early_exit_config=rules[name])
             assert out[name].exit_layer.tolist() == want.exit_layer.tolist()
             torch.testing.assert_close(out[name].logits, want.logits, rtol=1e-4, atol=1e-4)
 
