@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from latency_parts.environment import describe
 from ranking_parts import clock, models, pools, quality
+from ranking_parts.families import compare_families
 from ranking_parts.first_exit import compare_first_exits
 from ranking_parts.page import page
 from ranking_parts.scores import PoolScores
@@ -43,7 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
         return 0
     torch.set_num_threads(options.threads)
-    measure = {"quality": measure_quality, "clock": measure_times, "first-exit": measure_first_exits}
+    measure = {
+        "quality": measure_quality,
+        "clock": measure_times,
+        "first-exit": measure_first_exits,
+        "families": measure_families,
+    }
     measure[options.command](options)
     return 0
 
@@ -129,9 +135,21 @@ def measure_first_exits(options: argparse.Namespace) -> None:
     _write(work / "first-exit.json", {"made": describe(options.threads, "cpu"), "found": found})
 
 
+def measure_families(options: argparse.Namespace) -> None:
+    """How margins should be chosen, with the scores of `quality`: families.json."""
+    work = options.work[0]
+    settings = _stored(work)["quality"]["settings"]
+    stored = [
+        PoolScores.of(pools.Pool.load(work / f"{name}.jsonl"), work, [], work / f"{name}.npz", settings["max_length"])
+        for name in ("validation", "test")
+    ]
+    found = compare_families(stored, len(settings["seeds"]), clock.TOP_K, options.splits)
+    _write(work / "families.json", {"splits": options.splits, "found": found})
+
+
 def _stored(work: Path) -> dict[str, Any]:
     """What has been measured in a folder."""
-    files = {name: work / f"{name}.json" for name in ("quality", "clock")}
+    files = {name: work / f"{name}.json" for name in ("quality", "clock", "families")}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
@@ -169,10 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     times.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], help="of a timed query")
     times.add_argument("--rounds", type=int, default=20, help="queries to time; 0 writes the ONNX files alone")
     firsts = commands.add_parser("first-exit", help="compare what exit 0 may read, with the scores of `quality`")
+    ways = commands.add_parser("families", help="compare ways to choose margins, with the scores of `quality`")
+    ways.add_argument("--splits", type=int, default=3, help="of the queries of validation and test, in halves")
     pages = commands.add_parser("page", help="write the page of what was measured")
     pages.add_argument("--note", nargs="*", default=[], help="said behind the targets")
     pages.add_argument("--docs", type=Path, help="where to")
-    for command in (qualities, times, firsts, pages):
+    for command in (qualities, times, firsts, ways, pages):
         command.add_argument("--work", type=Path, nargs="+", required=True, help="folder for all that is made")
         command.add_argument("--threads", type=int, default=2)
     return parser

@@ -20,7 +20,7 @@ from badge_peft.export.chain import Chain
 from badge_peft.export.graph import BOOL, INT64, Graph
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
 
-SLICE = 32  # candidates in a block at once
+SLICE = 8  # candidates in a block at once: more save calls, and cost more padding than that
 
 MASK = "attention_mask"
 _RESULTS = (FOLLOWING, "logits", "uncertainty")  # what a piece gives to the graph, beside what its exit leaves
@@ -49,15 +49,18 @@ class SlicedChain(Chain):
 
         body = Graph(f"slice{number}", g.main)
         step, going = body.input("step", INT64, []), body.input("going", BOOL, [])
-        so_far = {name: body.input(f"{name}_so_far", value.dtype, _open(value)) for name, value in kept.items()}
         made = self._slice(body, step, places, given, parts)
         body.body.outputs.append(body.op("Identity", going))
+        lengths = {name: length if _has_positions(name, value) else None for name, value in kept.items()}
         for name, value in kept.items():
-            found = _padded(body, made[name], length, len(_open(value))) if _has_positions(name, value) else made[name]
-            body.body.outputs.append(body.op("Concat", so_far[name], found, axis=0))
-        starts = [_no_rows(g, value, length if _has_positions(name, value) else None) for name, value in kept.items()]
+            body.body.outputs.append(_filled(body, made[name], lengths[name], len(_open(value))))
+        # what an iteration gives beside `going` is put together by the runtime, once: [trips, SLICE, ...]
         always = g.constant(np.asarray(True))
-        results = g.node("Loop", [trips, always, *starts], {"body": body.body}, len(kept))
+        stacked = g.node("Loop", [trips, always], {"body": body.body}, len(kept))
+        results = [
+            _rows(g, value, found, rows, lengths[name])
+            for (name, value), found in zip(kept.items(), stacked, strict=True)
+        ]
         for result, value in zip(results, kept.values(), strict=True):
             result.type, result.shape = value.type, _open(value)
         return dict(zip(kept, results, strict=True))
@@ -103,17 +106,18 @@ def _has_positions(name: str, value: ir.Value) -> bool:
     return name == FOLLOWING or (name.startswith(LEFT) and len(_open(value)) > 2)
 
 
-def _padded(g: Graph, value: ir.Value, length: ir.Value, rank: int) -> ir.Value:
-    """[w, L, ...] -> [w, S, ...], zeros behind: nobody looks there."""
-    missing = g.op("Sub", length, g.op("Shape", value, start=1, end=2))
-    return g.op("Pad", value, g.op("Concat", g.ints([0] * (rank + 1)), missing, g.ints([0] * (rank - 2)), axis=0))
+def _filled(g: Graph, value: ir.Value, length: ir.Value | None, rank: int) -> ir.Value:
+    """[w, L, ...] -> [SLICE, S, ...], or [w, ...] -> [SLICE, ...], zeros behind: nobody looks there."""
+    missing = [g.op("Sub", g.ints([SLICE]), g.op("Shape", value, start=0, end=1))]
+    if length is not None:
+        missing.append(g.op("Sub", length, g.op("Shape", value, start=1, end=2)))
+    zeros = [g.ints([0] * rank), *missing, g.ints([0] * (rank - len(missing)))]
+    return g.op("Pad", value, g.op("Concat", *zeros, axis=0))
 
 
-def _no_rows(g: Graph, like: ir.Value, length: ir.Value | None) -> ir.Value:
-    """[0, ...], what a loop begins with; of this length, where the value has positions."""
-    assert like.dtype is not None
+def _rows(g: Graph, like: ir.Value, stacked: ir.Value, rows: ir.Value, length: ir.Value | None) -> ir.Value:
+    """[trips, SLICE, ...] -> [n, ...], the shape of `like`; it has this length, where it has positions."""
     dims = [d if isinstance(d, int) else 0 for d in _open(like)]
-    if length is None:
-        return g.constant(np.zeros([0, *dims[1:]], dtype=like.dtype.numpy()))
-    empty = g.constant(np.zeros([0, 1, *dims[2:]], dtype=like.dtype.numpy()))
-    return g.op("Expand", empty, g.op("Concat", g.ints([0]), length, g.ints(dims[2:]), axis=0))
+    known = [g.ints(dims[1:])] if length is None else [length, g.ints(dims[2:])]
+    flat = g.op("Reshape", stacked, g.op("Concat", g.ints([-1]), *known, axis=0))
+    return g.op("Slice", flat, g.ints([0]), rows, g.ints([0]))

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from latency_parts.tables import markdown
 
+from ranking_parts import families
+
 TOP_K, CANDIDATES = 10, 100  # of the headline
 SAVED = {6: 0.40, 12: 0.50}  # target, by the number of blocks
 KEPT, NDCG_LOSS, TIME_SHARE, TIMES_FASTER = 0.95, 0.003, 0.85, 6.0
@@ -35,6 +37,9 @@ def page(models: Sequence[Stored], notes: Sequence[str] = ()) -> str:
             parts += [_shift(found), markdown(table(found, "shift"))]
         if "clock" in stored:
             parts += [_clock(stored), markdown(times(stored))]
+        if "families" in stored:
+            parts += [fill(families.describe(stored["families"]["splits"], TOP_K), 118)]
+            parts.append(markdown(families.table(stored["families"]["found"])))
     parts += ["## How it was made", _made(models)]
     return "\n\n".join(parts) + "\n"
 
@@ -191,7 +196,9 @@ def _made(models: Sequence[Stored]) -> str:
     lines.append("python benchmarks/ranking.py clock --work W")
     lines.append("python benchmarks/ranking.py page --work W --docs docs/results/ranking.md")
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    machines = [part["made"] for stored in models for part in stored.values()]
+    if any("families" in stored for stored in models):
+        lines.insert(-1, "python benchmarks/ranking.py families --work W")
+    machines = [part["made"] for stored in models for part in stored.values() if "made" in part]
     loads = ", ".join(f"{machine['load_1min']:.1f}" for machine in machines)
     return (
         "```bash\n" + "\n".join(lines) + "\n```\n\n" + METHOD + f"\n\n{made['cpu']}, {made['cores']} cores; Python "

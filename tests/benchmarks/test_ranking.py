@@ -99,6 +99,21 @@ def test_the_page(work: Path, tmp_path: Path) -> None:
     assert "| 0.89 | reached |" in page  # a third of the time for 37.5% of the blocks
 
 
+def test_ways_to_choose_margins(work: Path, tmp_path: Path) -> None:
+    ranking = importlib.import_module("ranking")
+    from ranking_parts.families import FAMILIES, KEEPS
+
+    assert ranking.main(["families", "--work", str(work), "--threads", "1", "--splits", "1"]) == 0
+    stored = json.loads((work / "families.json").read_text())
+    found = stored["found"]
+    assert [(row["family"], row["keep"]) for row in found] == [(name, keep) for name in FAMILIES for keep in KEEPS]
+    assert all(0 <= row[key] <= 1 for row in found for key in ("kept", "saved"))
+    ranking.main(["page", "--work", str(work), "--docs", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| margins | asked for 90% |" in page and "ranking.py families" in page
+    (work / "families.json").unlink()
+
+
 def test_clusters() -> None:
     from ranking_parts.clusters import clusters_of, stops
 
