@@ -17,6 +17,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import calibrate, calibration, collect_exit_logits, evaluate_policy, exit_scores
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.tradeoff import search
+from tests.design import pairs
 from tests.models import make_badge, make_batch
 
 from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
@@ -80,20 +81,27 @@ def test_never_worse_than_the_fixed_depth_of_the_same_cost(problem_type, num_lab
     check(stored, quiet(stored, policy, metric=metric, **goal), goal, metric)
 
 
-@pytest.mark.parametrize("kind", ["whole", "huge"])
-@pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
-@pytest.mark.parametrize("goal", [{"max_score_drop": 0.02}, {"target_speedup": 0.4}], ids=str)
-def test_auto_is_never_worse_either(goal, problem_type, num_labels, kind):
+@pytest.mark.parametrize(
+    ("goal", "problem", "kind"),
+    pairs([{"max_score_drop": 0.02}, {"target_speedup": 0.4}], PROBLEMS, ["whole", "huge"]),
+    ids=str,
+)
+def test_auto_is_never_worse_either(goal, problem, kind):
+    problem_type, num_labels = problem
     stored = strange(problem_type, num_labels, 25, [1, 2, 3, 4, 6], kind, 5)
     metric = metric_of(problem_type)
     check(stored, quiet(stored, "auto", metric=metric, **goal), goal, metric)
 
 
 @pytest.mark.parametrize(
-    "policy", ["divergence", "max_prob", "patience", "agreement", "confident_patience", "learned"]
+    ("rows", "policy", "goal"),
+    pairs(
+        [150, 12],  # few rows: many settings cost the same
+        ["divergence", "max_prob", "patience", "agreement", "confident_patience", "learned"],
+        [{"target_speedup": 0.3}, {"target_speedup": 0.6}],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("goal", [{"target_speedup": 0.3}, {"target_speedup": 0.6}], ids=str)
-@pytest.mark.parametrize("rows", [150, 12])  # few rows: many settings cost the same
 def test_nothing_that_is_tried_is_better(rows, policy, goal):
     stored = plausible(rows=rows, exits=8)
     config = quiet(stored, policy, **goal)

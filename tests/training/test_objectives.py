@@ -547,10 +547,10 @@ def test_early_stopping_counts_anew_in_stage_two(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "at", "fields"),
     [
-        ("stage1", 2, {"backbone": "full"}),
+        pytest.param("stage1", 2, {"backbone": "full"}, marks=pytest.mark.exhaustive),
         ("stage1", 2, {"backbone": "lora", "learn_to_exit": True}),
         ("stage2", 1, {"backbone": "full"}),
-        ("stage2", 2, {"backbone": "lora", "learn_to_exit": True}),
+        pytest.param("stage2", 2, {"backbone": "lora", "learn_to_exit": True}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

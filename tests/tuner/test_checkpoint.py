@@ -17,7 +17,18 @@ from transformers import AutoModelForSequenceClassification
 from badge_peft import BadgeConfig, load_pretrained
 from badge_peft.tuner.identity import CONFIG_TENSOR
 from tests import reference
-from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
+from tests.models import (
+    CASES,
+    blocks_of,
+    crossed,
+    exits_of,
+    make_badge,
+    make_batch,
+    make_labels,
+    make_model,
+    shake,
+    trained,
+)
 
 FILE = "adapter_model.safetensors"
 
@@ -44,8 +55,14 @@ def encoder_only(path: Path, case: str, drop_pooler: bool = False) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=5).eval()
 
 
-@pytest.mark.parametrize("case", ["bert", "albert", "distilbert", "roberta", "deberta-v2", "modernbert-mean"])
-@pytest.mark.parametrize("fields", [{}, {"final_exit": "exit"}, {"backbone": "full"}], ids=str)
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    crossed(
+        ["bert", "albert", "distilbert", "roberta", "deberta-v2", "modernbert-mean"],
+        [{}, {"final_exit": "exit"}, {"backbone": "full"}],
+    ),
+    ids=str,
+)
 def test_new_head_on_a_pretrained_encoder(case, fields, tmp_path):
     model = trained(base=encoder_only(tmp_path / "base", case), **fields)
     expected = exits_of(model, make_batch())
