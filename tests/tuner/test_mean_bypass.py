@@ -10,6 +10,7 @@ from badge_peft.tuner.bypass import ACTIVATION_MODULES, Bypass, bypassed_states
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.mean_bypass import _MeanOfBypassed, mean_of_bypassed
 from badge_peft.tuner.pooling import Pooling
+from tests.design import pairs
 from tests.models import make_badge, make_batch
 
 
@@ -49,13 +50,16 @@ def gradients(function, parameters, *arguments):
     return vector, torch.autograd.grad((vector * weights).sum() + vector.square().sum(), parameters)
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-@pytest.mark.parametrize("pre_norm", [True, False])
-@pytest.mark.parametrize("placement", ["block", "ffn"])
-@pytest.mark.parametrize(("bias", "own", "norm_bias"), [(True, True, True), (False, True, False), (True, False, True)])
-@pytest.mark.parametrize("activation", ACTIVATION_MODULES)
-def test_values_and_gradients(activation, bias, own, norm_bias, placement, pre_norm, mask):
-    bypass, norm = make_bypass(activation, bias, own, norm_bias)
+NORMS = [(True, True, True), (False, True, False), (True, False, True)]  # bias, own, norm_bias
+
+
+@pytest.mark.parametrize(
+    ("activation", "norms", "placement", "pre_norm", "mask"),
+    pairs(ACTIVATION_MODULES, NORMS, ["block", "ffn"], [True, False], [None, MASK]),
+    ids=lambda value: "masked" if isinstance(value, torch.Tensor) else str(value),
+)
+def test_values_and_gradients(activation, norms, placement, pre_norm, mask):
+    bypass, norm = make_bypass(activation, *norms)
     parameters = [*bypass.parameters(), *([] if norm is None else norm.parameters())]
     arguments = (bypass, placement, pre_norm, norm, make_frame(), Pooling("mean", mask))
     found, grads = gradients(mean_of_bypassed, parameters, *arguments)
