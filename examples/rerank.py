@@ -40,7 +40,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Folder for the adapter."})
     top_k: int = field(default=10, metadata={"help": "How many documents of a query count."})
     keep: float = field(default=0.95, metadata={"help": "Share of the queries whose top k must be full depth's."})
-    exit_pooling: str = field(default="auto", metadata={"help": "What an exit reads: auto, cls, mean or last."})
+    exit_pooling: str = field(default="mean", metadata={"help": "What an exit reads: auto, cls, mean or last."})
     epochs: float = field(default=3.0, metadata={"help": "Passes over the pairs."})
     batch_size: int = field(default=32, metadata={"help": "Candidates at once."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a pair, as in service."})

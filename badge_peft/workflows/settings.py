@@ -86,7 +86,7 @@ class ExitOptions(Settings):
         norm: LayerNorm of the bypasses: own (weights of their own) or shared (the block's).
         exit_type: linear, pooled, shared_pooled (behind the model's own pooler), mha, or past_future.
         exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its
-            embedding.
+            embedding, and for rankings takes the mean in place of cls.
         exit_layers: Blocks with an exit, such as 2,4,6 or 0-12; 0 is an exit before block 1, and 4- means from block 4
             on. Default: all blocks.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
