@@ -142,8 +142,10 @@ class JointDecision:
     def take(self, number: int, found: Readings) -> None:
         """Takes what exit `number` says of each row in the states, and lets rows stop there."""
         history = self.history
-        j = history.exits.index(number)
         asking = [reader for reader in self._going if reader in found]  # at block M the model's own head may answer
+        if not asking:
+            return
+        j = history.exits.index(number)
         final = {reader for reader in asking if reader.schedule.final[j]}
         reading = [reader for reader in asking if reader not in final] if final else asking
         deciding = {reader for reader in reading if reader.schedule.able[j]}
