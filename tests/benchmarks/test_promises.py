@@ -29,4 +29,4 @@ def test_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stored = json.loads(results.read_text())["task/max_prob/200"]
     assert stored["calibrate"] == found and len(stored["on itself"]["excess"]) == 1
     assert promises.main(["--json", str(results), "--docs", str(page)]) == 0
-    assert f"| task | 200 | on itself | {stored['on itself']['excess'][0]:+.2f} |" in page.read_text()
+    assert f"| task | 200 | 1 | on itself | {stored['on itself']['excess'][0]:+.2f} |" in page.read_text()
