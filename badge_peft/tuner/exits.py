@@ -98,7 +98,9 @@ class AttentionExit(Exit):
             scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)  # not -inf: a row may be padding alone
         mixed = scores.softmax(dim=-1) @ self._heads(self.value(states))  # [B, h, S or 1, w/h]
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, S or 1, w]
-        return pooling.reduce(self.output(mixed)) if asking.dim() == 3 else self.output(mixed[:, 0])
+        return self.output(
+            pooling.reduce(mixed) if asking.dim() == 3 else mixed[:, 0]
+        )  # no bias: the mean comes first
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
