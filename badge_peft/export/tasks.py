@@ -77,6 +77,12 @@ def export_tasks_onnx(
     names = list(badge.peft_config) if tasks is None else list(tasks)
     check_tasks(names, badge.model, badge.layout, badge.peft_config, badge.active_adapters)
     check_model(badge, names)
+    for task in names:
+        if badge.adapter_exits(task).are_linked:
+            raise ValueError(
+                f"task {task!r} has exits that need one another (exit_type='past_future', carry or ladder), and a "
+                "file of tasks has no room for what they hand on: export it alone, export_onnx."
+            )
     given, decisions = config_of_each(early_exit_config, names), {}
     for task in names:
         config = badge.config_of(task)

@@ -331,3 +331,27 @@ def test_exit_logits_of_tokens_are_rows() -> None:
     wrong[1]["labels"] = wrong[1]["labels"][:-1]
     with pytest.raises(ValueError, match=r"row 1 has \d+ tokens and labels of shape \[\d+\]: each token needs one"):
         collect_exit_logits(model, wrong)
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora"])
+def test_a_trained_backbone_is_saved_and_loaded(backbone: str, tmp_path: Path) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
+    model: Any = get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS", r=4, backbone=backbone))
+    batch = make_batch(ROWS, LENGTH)
+    labels = torch.where(batch["attention_mask"] != 0, batch["input_ids"] % 4, -100)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, 1e-2), []
+    for _ in range(5):
+        losses.append(model(**batch, labels=labels).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        AutoModelForTokenClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    assert torch.equal(full(again, batch).exit_logits, full(model, batch).exit_logits)
+    rule = safe_rule(model, batch, {"policy": "max_prob"})
+    assert torch.equal(check(again, batch, rule).logits, check(model, batch, rule).logits)

@@ -161,6 +161,8 @@ def test_what_is_refused(written: tuple[Any, Path, dict[str, Any]], folder: Path
     model, of_tasks, _ = written
     with pytest.raises(ValueError, match="no adapter 'other'"):
         export_tasks_onnx(model, tmp_path, tasks=["other"])
+    with pytest.raises(ValueError, match="task 'default' has exits that need one another .* export it alone"):
+        export_tasks_onnx(make_badge(carry="logits"), tmp_path)
     with pytest.raises(ValueError, match="holds a file of many tasks: OnnxTasksModel runs it"):
         OnnxEarlyExitModel.from_pretrained(of_tasks)
     with pytest.raises(ValueError, match="holds a file of one task: OnnxEarlyExitModel runs it"):
