@@ -15,16 +15,16 @@ How many replicas keep the 99th percentile of the latency below a target: at ful
 adapter was calibrated for, and with a [controller](serving.md#a-target-and-a-floor) that becomes faster at noon. It is
 a simulation of discrete events: times of batches are measured on one core, texts stop where the adapter's evaluation
 rows do, a replica batches as the service does, requests go to the shorter queue of two replicas that are drawn, and
-the controller is the library's own. All machines are like the one that was measured.
+replicas report to the service's own governor, which moves the setting. All machines are like the one measured.
 """
 MADE = """
 Made by
 
 ```bash
 pip install -e '.[benchmarks,plots,serve]'
-python benchmarks/capacity.py measure ADAPTER texts.jsonl  # seconds of batches
-python benchmarks/capacity.py simulate                     # the tables and pictures
-python benchmarks/capacity.py check runs/serve.json        # against the load test
+python benchmarks/capacity.py measure ADAPTER texts.jsonl --repeats {repeats}
+python benchmarks/capacity.py simulate --seconds {seconds:g} --sizes {sizes}
+python benchmarks/capacity.py check runs/serve.json
 python benchmarks/capacity.py page docs/scale.md
 ```
 """
@@ -36,8 +36,14 @@ def page(data: dict[str, Any]) -> str:
     lines += ["## Replicas needed", "", *needed(data), ""]
     lines += [f"![replicas needed by the load](img/{name}.png)" for name in ("scale_replicas",)]
     lines += ["", "## A burst, second by second", "", *timeline(data), "", "![a burst](img/scale_burst.png)", ""]
-    lines += ["## What it stands on", "", *ground(data), "", MADE.strip(), ""]
+    lines += ["## What it stands on", "", *ground(data), "", made(data), ""]
     return "\n".join(lines)
+
+
+def made(data: dict[str, Any]) -> str:
+    """The commands."""
+    sizes = " ".join(map(str, dict.fromkeys(result["size"] for result in data["results"])))
+    return MADE.strip().format(repeats=data["measured"]["repeats"], seconds=data["seconds"], sizes=sizes)
 
 
 def headline(data: dict[str, Any]) -> str:
@@ -100,11 +106,12 @@ def ground(data: dict[str, Any]) -> list[str]:
             "from their quotients."
         )
     where = data["measured"]["environment"]
+    clock = ", in seconds of the processor" if data["measured"]["threads"] == 1 else ""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines.append(
         f"* Measured on {where['cpu']}, {data['measured']['threads']} thread, Python {where['python']}, {versions}; "
-        f"{len(data['measured']['batches']):,} batches of 1 to 32 texts, load of the machine before it "
-        f"{where['load_1min']}; seed {data['measured']['seed']}. Target {1000 * data['target']:.0f} ms; the "
+        f"{len(data['measured']['batches']):,} batches of 1 to 32 texts{clock}, load of the machine "
+        f"before it {where['load_1min']}; seed {data['measured']['seed']}. Target {1000 * data['target']:.0f} ms; the "
         f"controllers keep p95 below half of it; {data['request_rows']} texts per request; a day takes "
         f"{data['seconds']} s, of the largest fleets a third, which is far faster than any real one."
     )
@@ -133,7 +140,8 @@ def checked(data: dict[str, Any]) -> list[str]:
     finite = [error for error in errors if math.isfinite(error)]
     lines += [
         "",
-        f"Median error {np.median(finite):.0%}, largest {max(finite):.0%}. One number was taken from the load test: "
+        f"Median error {np.median(finite):.0%}, largest {max(finite):.0%}: where a queue grows all the time, it adds "
+        "up what a small difference of speed makes. One number was taken from the load test: "
         f"its replica took {data['check']['slowness']:.2f} times as long as the engine alone, as it shares its "
         "machine with HTTP and the client, at full depth.",
     ]
