@@ -2,9 +2,9 @@
 
 usage: python examples/serve_client.py http://127.0.0.1:8000 texts.txt [--per-request 32] [--at-once 4] [--max-exit 3]
 
-A request that is refused because too many wait (429), or that ends because a replica has died (500, 503 or no answer),
-is sent again after a while; one that is wrong (any other 4xx) ends the program with the service's own words. It needs
-httpx.
+A request that is refused because too many wait (429), or that ends because a replica has died or the service is ending
+(500, 503 or no answer), is sent again after a while; one that is wrong (any other 4xx) ends the program with the
+service's own words. It needs httpx.
 """
 
 from __future__ import annotations

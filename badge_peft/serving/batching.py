@@ -48,7 +48,8 @@ class Batch:
 def answer_together(
     engine: Engine, works: Sequence[Work], configs: dict[str, EarlyExitConfig], draw: Callable[[], bool]
 ) -> Batch:
-    """Answers requests; those that ask for the same tasks and bound share their passes, and their failure.
+    """Answers requests; those that ask for the same tasks and bound share their passes. Where these fail, each is
+    answered alone, so that none has the failure of another.
 
     Args:
         engine: Of the adapter.
@@ -66,8 +67,11 @@ def answer_together(
         try:
             answers = engine.predict(rows, configs, tasks, max_exit)
         except Exception as error:
-            for i in members:
-                batch.results[i] = error
+            alone = [answer_together(engine, [works[i]], configs, draw) for i in members] if len(members) > 1 else []
+            for i, own in zip(members, alone or [Batch([error])], strict=True):
+                batch.results[i] = own.results[0]
+                batch.answered += own.answered
+                batch.sampled += own.sampled
             continue
         for row, said in zip(rows, answers, strict=True):
             for task, own in (said if tasks else {MAIN: said}).items():

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, get_type_hints
 
 import ray
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
@@ -24,6 +24,7 @@ from badge_peft.serving.requests import (
     PredictRequest,
     RequestError,
     RerankRequest,
+    check_open,
     check_tasks,
     check_token,
     shape_message,
@@ -55,6 +56,13 @@ async def _misshapen(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message = shape_message(error.errors(), request.headers.get("content-type", ""))
     return JSONResponse({"detail": message}, 422)
+
+
+@api.exception_handler(HTTPException)
+async def _unread(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    detail = "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."  # FastAPI means this
+    return JSONResponse({"detail": detail}, error.status_code)
 
 
 @serve.deployment
@@ -115,7 +123,8 @@ class Service:
     @api.get("/healthz")
     @_typed
     async def healthz(self) -> dict[str, str]:
-        """Whether this replica is up."""
+        """Whether this replica is up, and takes requests."""
+        check_open(self.replica.ending)
         return {"status": "ok"}
 
     @api.get("/info")

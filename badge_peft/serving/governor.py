@@ -56,7 +56,9 @@ class Governor:
         self._decided = clock()
         self._latencies: list[float] = []
         self._late, self._waits = 0.0, False
-        self._replicas: dict[str, tuple[float, int]] = {}
+        self._replicas: dict[str, Report] = {}
+        self._seen: dict[str, float] = {}
+        self._ending = False
         self.controller: LatencyController | None = None
         never = EarlyExitConfig(policy="never")
         self.monitors = {
@@ -129,10 +131,10 @@ class Governor:
         if report.state is not None and report.version > self.version:
             self._restore(report.state)
         now, before = self._clock(), self.configs
-        for name in [name for name, (seen, _) in self._replicas.items() if now - seen >= _GONE]:
-            del self._replicas[name]
+        for name in [name for name, seen in self._seen.items() if now - seen >= _GONE]:
+            del self._replicas[name], self._seen[name]
             self._metrics.forget(name)
-        self._replicas[report.replica] = (now, report.version)
+        self._replicas[report.replica], self._seen[report.replica] = report, now
         self._metrics.count(report)
         self._late = max(self._late, report.oldest, report.expected)
         self._waits |= report.waiting > 0
@@ -154,6 +156,7 @@ class Governor:
         self._start(state["target"], state["max_score_drop"])
         for task, alarm in state["drift"].items():
             self.monitors[task].alarm = alarm and DriftAlarm(**alarm)
+        self._ending = state["ending"]
         self.version = state["version"] + 1
 
     def _decide(self, now: float) -> None:
@@ -177,11 +180,19 @@ class Governor:
             "chosen": _fields(self._chosen),  # the same, but for an alarm's careful one
             "target": self.target,
             "max_score_drop": self.max_score_drop,
-            "replicas": {name: version for name, (_, version) in self._replicas.items()},
-            "on_all_replicas": all(version == self.version for _, version in self._replicas.values()),
+            "replicas": {name: last.version for name, last in self._replicas.items()},
+            "on_all_replicas": all(last.version == self.version for last in self._replicas.values()),
+            "waiting": sum(last.waiting for last in self._replicas.values()),
+            "ending": self._ending,
             "report_every": max(self.interval, len(self._replicas) / _REPORTS),
             "drift": {task: m.alarm and dict(vars(m.alarm)) for task, m in self.monitors.items()},
         }
+
+    def end(self) -> dict[str, Any]:
+        """Has the replicas refuse what comes from now on: they only finish what they have accepted."""
+        self._ending = True
+        self.version += 1
+        return self.state()
 
     def metrics(self) -> str:
         """For Prometheus, as text."""

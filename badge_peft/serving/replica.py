@@ -17,7 +17,7 @@ from badge_peft.serving.answers import passes
 from badge_peft.serving.batching import Batcher, Work, answer_together
 from badge_peft.serving.engine import MAIN, Engine
 from badge_peft.serving.report import Report, Waiting
-from badge_peft.serving.requests import RerankRequest, Row, check_room, check_rows
+from badge_peft.serving.requests import RerankRequest, Row, check_open, check_room, check_rows
 from badge_peft.serving.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Replica:
         self, name: str, engine: Any, settings: ServiceSettings, tell: Callable[[Report], Awaitable[dict[str, Any]]]
     ) -> None:
         self.name, self.engine, self.settings, self._tell = name, engine, settings, tell
-        self.configs, self.version = dict(engine.configs), 0
+        self.configs, self.version, self.ending = dict(engine.configs), 0, False
         self._state: dict[str, Any] | None = None
         self.waiting = Waiting()
         self._speed: float | None = None  # rows that a second of passes answers
@@ -102,6 +102,7 @@ class Replica:
             RequestError: the request is refused.
         """
         start, version = perf_counter(), self.version
+        check_open(self.ending)
         check_rows(rows, self.settings.limits)
         check_room(self.waiting.rows, len(rows), self.settings.limits)
         ticket = self.waiting.enter(len(rows), start)
@@ -161,7 +162,7 @@ class Replica:
             self._state = state = await self._tell(report)
             if state["version"] != self.version:
                 self.configs = {task: EarlyExitConfig.of(fields) for task, fields in state["early_exit"].items()}
-                self.version = state["version"]
+                self.version, self.ending = state["version"], state["ending"]
             self._joined.set()
             return state
 

@@ -15,9 +15,9 @@ class RequestError(Exception):
     """A request that is refused.
 
     Args:
-        status: Of the answer, 4xx.
+        status: Of the answer, 4xx or 503.
         message: What is wrong, and the remedy.
-        retry_after: Seconds, for 429.
+        retry_after: Seconds, for 429 and 503.
     """
 
     def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
@@ -78,8 +78,10 @@ class PolicyUpdate(BaseModel):
     model_config = ConfigDict(extra="forbid")
     early_exit: dict[str, Any] | None = Field(None, description="Fields of EarlyExitConfig, for all tasks.")
     tasks: dict[StrictStr, dict[str, Any]] | None = Field(None, description="The same, for single tasks.")
-    target: float | None = Field(None, description="For the controller; 0 switches it off.", ge=0)
-    max_score_drop: float | None = Field(None, description="The controller's floor, from full depth.", ge=0)
+    target: float | None = Field(None, description="For the controller; 0 switches it off.", ge=0, allow_inf_nan=False)
+    max_score_drop: float | None = Field(
+        None, description="The controller's floor, from full depth.", ge=0, allow_inf_nan=False
+    )
     reset_drift: StrictBool = Field(False, description="Take the alarm back, and watch anew.")
 
 
@@ -92,6 +94,8 @@ def shape_message(errors: Sequence[dict[str, Any]], content_type: str) -> str:
     """
     if "json" not in content_type:
         return "the body is not said to be JSON: send the header Content-Type: application/json."
+    if errors and errors[0]["type"] == "json_invalid":
+        return f"the body is no JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][1]}."
     parts: dict[str, str] = {}
     for error in errors:
         name = ".".join(str(part) for part in error["loc"][1:2]) or "body"
@@ -104,7 +108,7 @@ def check_rows(rows: Sequence[Row], limits: Limits) -> None:
     """Refuses a request without texts, or with too much of them.
 
     Raises:
-        RequestError: 422 for no text, 413 for too many or too long ones.
+        RequestError: 422 for no text, or what is none; 413 for too many or too long ones.
     """
     if not rows:
         raise RequestError(422, "there is no text in this request: give at least one.")
@@ -116,6 +120,17 @@ def check_rows(rows: Sequence[Row], limits: Limits) -> None:
             raise RequestError(
                 413, f"text {number} has {length} characters, and {limits.characters} are allowed: shorten it."
             )
+        if not (_is_unicode(text) and _is_unicode(pair or "")):
+            raise RequestError(422, f"text {number} has one half of a surrogate pair, which is no text: take it out.")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read it: JSON can say what no text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_tasks(tasks: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
@@ -148,6 +163,16 @@ def check_room(waiting: int, rows: int, limits: Limits) -> None:
         raise RequestError(
             429, f"{waiting} texts are waiting, and {limits.waiting_rows} may: try again in a second.", retry_after=1
         )
+
+
+def check_open(ending: bool) -> None:
+    """Refuses what comes after the service has been told to end.
+
+    Raises:
+        RequestError: 503.
+    """
+    if ending:
+        raise RequestError(503, "this service is ending: ask another one, or try again in a while.", retry_after=1)
 
 
 def check_token(header: str | None, token: str | None) -> None:

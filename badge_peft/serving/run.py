@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -132,11 +133,17 @@ def _deploy(settings: ServiceSettings, options: dict[str, Any], address: str | N
 
 
 def _end(settings: ServiceSettings, address: str | None) -> None:
-    """Finishes what was accepted, and ends all that belongs to the service."""
-    serve.delete(APPLICATION)  # waits for what was accepted
+    """Takes no more, finishes what was accepted, and ends all that belongs to the service."""
+    with suppress(ValueError, ray.exceptions.RayError):  # no replica has made a governor, or it has just died
+        governor, end = ray.get_actor(settings.governor, namespace="serve"), time.monotonic() + _SHUTDOWN
+        state = ray.get(governor.end.remote())
+        while (state["waiting"] or not state["on_all_replicas"]) and time.monotonic() < end:
+            time.sleep(settings.report_every)
+            state = ray.get(governor.state.remote())
+    serve.delete(APPLICATION)  # from now on there is no such path, Ray Serve says
     if address is None:  # on a cluster there may be other applications
         serve.shutdown()
-    with suppress(ValueError):  # no replica has come as far as making one
+    with suppress(ValueError):
         ray.kill(ray.get_actor(settings.governor, namespace="serve"))
 
 

@@ -56,6 +56,22 @@ def test_a_group_that_fails_leaves_the_others(engine):
     assert len(batch.results[1]) == 1 and batch.sampled == []
 
 
+def test_one_request_that_fails_fails_alone(engine, monkeypatch):
+    whole = engine.predict
+
+    def predict(rows, *more):
+        if ("bad", None) in rows:
+            raise RuntimeError("of the tokenizer")
+        return whole(rows, *more)
+
+    monkeypatch.setattr(engine, "predict", predict)
+    works = [Work([(text, None)]) for text in (TEXTS[0], "bad", TEXTS[1])]
+    batch = answer_together(engine, works, engine.configs, lambda: True)
+    assert isinstance(batch.results[1], RuntimeError) and len(batch.sampled) == sum(batch.answered.values()) == 2
+    for i in (0, 2):
+        close(batch.results[i], whole(works[i].rows, engine.configs))
+
+
 def test_the_setting_of_the_call_counts(engine):
     rows = [(text, None) for text in TEXTS]
     for depth in (1, 3):

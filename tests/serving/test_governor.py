@@ -230,3 +230,17 @@ def test_a_governor_that_was_started_again_hears_from_a_replica_where_it_was(cha
         assert state[name] == known[name], name
     assert state["drift"]["default"] and state["early_exit"]["default"]["policy"] == "never"
     assert report(again)["version"] == state["version"]  # once
+
+
+def test_the_end_is_told_to_all_replicas_and_what_waits_is_known():
+    of, clock = governor()
+    report(of, replica="a", waiting=3)
+    report(of, replica="b", waiting=4)
+    known = of.end()
+    assert (known["ending"], known["waiting"], known["on_all_replicas"]) == (True, 7, False)
+    assert report(of, replica="a")["ending"] is True
+    clock.now = 20.0  # b has died
+    state = report(of, replica="a")
+    assert (state["waiting"], state["on_all_replicas"]) == (0, True)
+    again, _ = governor()
+    assert report(again, version=known["version"], state=known)["ending"] is True

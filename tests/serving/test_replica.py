@@ -52,7 +52,7 @@ class Told:
 
     def say(self, threshold: float, version: int) -> None:
         early_exit = {MAIN: EarlyExitConfig(threshold=threshold).to_dict()}
-        self.state = {"version": version, "early_exit": early_exit, "report_every": 0.01}
+        self.state = {"version": version, "early_exit": early_exit, "report_every": 0.01, "ending": False}
 
     async def __call__(self, report):
         self.reports.append(report)
@@ -99,6 +99,24 @@ def test_what_was_done_is_told_once():
         await replica.report()
         assert told.reports[-1].statuses == [] and told.reports[-1].latencies == []
         assert first.state is None and told.reports[-1].state is told.state
+
+    asyncio.run(scene())
+
+
+def test_a_service_that_ends_finishes_what_it_has_accepted_and_takes_no_more():
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        engine.go.clear()
+        waits = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        told.state = {**told.state, "ending": True, "version": 2}
+        await replica.report()
+        with pytest.raises(RequestError, match="is ending") as refused:
+            await ask(replica)
+        assert refused.value.status == 503
+        engine.go.set()
+        assert len(await waits) == 2
 
     asyncio.run(scene())
 

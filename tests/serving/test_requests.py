@@ -55,6 +55,9 @@ def test_rerank_pairs_the_query_with_each_text():
         RerankRequest(query="q", texts=["a"], top_k=0)
     with pytest.raises(pydantic.ValidationError):
         PolicyUpdate.model_validate({"threshold": 1})
+    for field in ("target", "max_score_drop"):
+        with pytest.raises(pydantic.ValidationError):
+            PolicyUpdate.model_validate({field: float("inf")})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,7 @@ def test_rerank_pairs_the_query_with_each_text():
         (lambda: check_rows([], Limits()), 422, "at least one"),
         (lambda: check_rows([("a", None)] * 3, Limits(rows=2)), 413, "3 texts.*2.*send parts"),
         (lambda: check_rows([("a", None), ("abc", "de")], Limits(characters=4)), 413, "text 1 has 5 characters"),
+        (lambda: check_rows([("a", None), ("b", "\ud800")], Limits()), 422, "text 1 has one half of a surrogate pair"),
         (lambda: check_tasks(["x"], ["a", "b"]), 400, "a, b"),
         (lambda: check_tasks([], ["a"]), 400, "name some of a"),
         (lambda: check_tasks(["a", "a"], ["a"]), 400, "each once"),
@@ -105,4 +109,6 @@ def test_a_body_of_another_shape_is_told_in_a_line_without_its_texts(model, body
     errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
     found = shape_message(errors, "application/json; charset=utf-8")
     assert message in found and "secret" not in found and found.endswith("/docs has the fields.")
+    broken = [{"type": "json_invalid", "loc": ("body", 11), "msg": "", "ctx": {"error": "Expecting value"}}]
+    assert shape_message(broken, "application/json") == "the body is no JSON: Expecting value at character 11."
     assert "Content-Type: application/json" in shape_message(errors, "application/x-www-form-urlencoded")

@@ -66,6 +66,9 @@ def test_the_service_answers_changes_survives_and_stops(adapter, running):
         (running.predict("x", tasks=["y"]), 400, "leave `tasks` out"),
         (running.predict("x", max_exit=99), 400, "max_exit=99"),
         (running.client.post("/predict", json={"input": "x"}), 422, "inputs"),
+        (raw(running, rb'{"inputs": "\ud800"}'), 422, "surrogate"),
+        (raw(running, b'{"inputs": "\xff"}'), 400, "UTF-8"),
+        (raw(running, b'{"inputs": '), 422, "no JSON"),
         (running.client.post("/rerank", json={"query": "x", "texts": ["y"]}), 400, "does not rank"),
         (running.client.put("/policy", json={}), 401, "bearer token"),
         (running.change(early_exit={"policy": "no"}), 400, "policy='no'"),
@@ -113,7 +116,7 @@ def test_the_service_answers_changes_survives_and_stops(adapter, running):
         assert good or close(answer.json(), at_two[i : i + 2]), answer
     running.wait_for(lambda: _answers(running, at_two))
 
-    # it finishes what it accepted
+    # it finishes what it accepted, and refuses the rest
     threads, results = at_once([lambda i=i: running.predict(TEXTS[i : i + 3]) for i in range(6)])
     time.sleep(WAIT / 2)
     code = running.stop()
@@ -121,6 +124,10 @@ def test_the_service_answers_changes_survives_and_stops(adapter, running):
         thread.join()
     assert code == 0, running.log.read_text()[-3000:]
     assert all(close(answer.json(), at_two[i : i + 3]) for i, answer in enumerate(results)), results
+
+
+def raw(running: Running, body: bytes):
+    return running.client.post("/predict", content=body, headers={"Content-Type": "application/json"})
 
 
 def _answers(running: Running, expected) -> bool:
