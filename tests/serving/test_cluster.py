@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def address():
     yield f"127.0.0.1:{port}"
     process.send_signal(signal.SIGTERM)
     process.wait(60)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
