@@ -207,9 +207,10 @@ def exit_logits(
         else:
             state = layer_norm(state, norm.weight, norm.bias, norm.eps)
     w = {name.removeprefix(f"exit.{number}."): p for name, p in weights.items() if f"exit.{number}." in name}
-    if config.exit_type == "mha":
-        state = attend(state, mask, w)
-    pooled = pool(state, mask, kind)
+    attended = attend(state, mask, w) if config.exit_type in ("mha", "residual_mha") else None
+    pooled = pool(state if attended is None or config.exit_type == "residual_mha" else attended, mask, kind)
+    if config.exit_type == "residual_mha":
+        pooled = pooled + pool(attended, mask, kind)
     if config.exit_type == "pooled":
         pooled = torch.tanh(pooled @ w["dense.weight"].T + w["dense.bias"])
     if config.exit_type == "shared_pooled":

@@ -340,6 +340,7 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
         "pooled": d * (d + 1) + k * (d + 1),
         "shared_pooled": k * (d + 1),
         "mha": 4 * 32 * d + k * (d + 1),
+        "residual_mha": 4 * 32 * d + k * (d + 1),
         "past_future": 2 * d * (d + 1) + 32 * (d + 1) + 33 * k + k * (d + 1),
     }
     one = {"exit_layers": [1], "train_head": False}

@@ -68,7 +68,8 @@ class BadgeConfig(PeftConfig):
     norm: str = option("own", "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`.")
     exit_type: str = option(
         "linear",
-        "`linear`, `pooled` (dense + tanh + linear), `shared_pooled` (the model's pooler), `mha` or `past_future`.",
+        "`linear`, `pooled` (dense + tanh + linear), `shared_pooled` (the model's pooler), `mha`, "
+        "`residual_mha` (added to the pooled state) or `past_future`.",
     )
     exit_pooling: str = option("auto", "What an exit reads: `cls`, `mean`, `last`; `auto` follows the model's head.")
     exit_dropout: float = option(0.1, "Dropout before each exit's linear layer, in training.")

@@ -11,7 +11,7 @@ from badge_peft.utils.problem import Problem
 #: What has a meaning where each token has an answer.
 TOKEN_CHOICES: dict[str, tuple[str | None, ...]] = {
     "exit_pooling": ("auto",),
-    "exit_type": ("linear", "pooled", "mha"),
+    "exit_type": ("linear", "pooled", "mha", "residual_mha"),
     "problem_type": (None, Problem.name),
 }
 

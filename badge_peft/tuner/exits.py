@@ -91,7 +91,7 @@ class AttentionExit(Exit):
         if pooling.mask is not None:
             if pooling.mask.dim() != 2:
                 raise ValueError(
-                    "exit_type='mha' needs an attention_mask of shape [batch, sequence], got "
+                    "an exit with attention needs an attention_mask of shape [batch, sequence], got "
                     f"{list(pooling.mask.shape)}."
                 )
             padding = (pooling.mask == 0)[:, None, None, :]
@@ -104,6 +104,19 @@ class AttentionExit(Exit):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+
+
+class ResidualAttentionExit(AttentionExit):
+    """An `AttentionExit` that adds what it reads to the pooled state. Its output layer starts at zero, so it begins as
+    a linear exit. Beyond the paper: a residual connection, as blocks have around their attention."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_labels, dropout)
+        nn.init.zeros_(self.output.weight)
+
+    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """[B, S, d] -> [B, d]."""
+        return pooling.reduce(pooling.pick(states)) + super().represent(states, pooling)
 
 
 class PastFutureExit(Exit):
@@ -154,6 +167,7 @@ EXITS: dict[str, type[Exit]] = {
     "pooled": PooledExit,
     "shared_pooled": SharedPooledExit,
     "mha": AttentionExit,
+    "residual_mha": ResidualAttentionExit,
     "past_future": PastFutureExit,
 }
 

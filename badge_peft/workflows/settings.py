@@ -84,7 +84,8 @@ class ExitOptions(Settings):
         r: Bottleneck dimension of the bypasses.
         activation: Of the bypasses: gelu, relu, leaky_relu, silu, tanh, identity.
         norm: LayerNorm of the bypasses: own (weights of their own) or shared (the block's).
-        exit_type: linear, pooled, shared_pooled (behind the model's own pooler), mha, or past_future.
+        exit_type: linear, pooled, shared_pooled (behind the model's own pooler), mha (attention over all tokens),
+            residual_mha (added to the pooled state), or past_future.
         exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its
             embedding, and for rankings takes the mean in place of cls.
         exit_layers: Blocks with an exit, such as 2,4,6 or 0-12; 0 is an exit before block 1, and 4- means from block 4

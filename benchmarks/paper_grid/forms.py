@@ -38,16 +38,17 @@ class Form:
         return same and record.place == place
 
 
+JOINT = Form("joint", (), "JT")
 PLAIN = Form("badge", (), "BADGE")
-DEFAULT = Form("badge", (("carry", "logits"),), "BADGE + carry")
-FORMS = (
-    Form("joint", (), "JT"),
-    PLAIN,
-    Form("badge", (("carry", "logits"),), "BADGE + carry"),
-    Form("badge", (("ladder", True),), "BADGE + ladder"),
-    Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + both"),
-    Form("joint", (("carry", "logits"),), "JT + carry"),
-)
+CARRY = Form("badge", (("carry", "logits"),), "BADGE + carry")
+LADDER = Form("badge", (("ladder", True),), "BADGE + ladder")
+BOTH = Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + carry + ladder")
+ATTENTION = Form("badge", (("exit_type", "residual_mha"),), "BADGE + attention")
+CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mha")), "BADGE + carry + attention")
+JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
+JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
+FORMS = (JOINT, PLAIN, CARRY, LADDER, BOTH, ATTENTION, CARRY_ATTENTION, JOINT_CARRY, JOINT_CARRY_ATTENTION)
+CANDIDATE = CARRY_ATTENTION  # what the targets are asked of
 OTHERS = (
     Form("two_stage", (), "2ST"),
     Form("alternating", (), "ALT"),

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from badge_peft.utils.files import write_json
 from paper_grid.forms import (
-    DEFAULT,
+    ATTENTION,
+    BOTH,
+    CANDIDATE,
+    CARRY,
+    CARRY_ATTENTION,
     DROP,
-    FORMS,
+    JOINT,
+    JOINT_CARRY,
+    JOINT_CARRY_ATTENTION,
+    LADDER,
     OTHERS,
     PLAIN,
     Form,
@@ -27,14 +34,16 @@ from paper_grid.settings import Settings
 from paper_grid.store import Store
 from paper_grid.tables import markdown, task_title, title_of
 
-JOINT, LADDER, BOTH, JOINT_CARRY = FORMS[0], FORMS[3], FORMS[4], FORMS[5]
 COMPARED = (
     (PLAIN, JOINT),
-    (DEFAULT, PLAIN),
+    (CARRY, PLAIN),
     (LADDER, PLAIN),
     (BOTH, PLAIN),
+    (ATTENTION, PLAIN),
+    (CARRY_ATTENTION, PLAIN),
     (JOINT_CARRY, JOINT),
     (JOINT_CARRY, PLAIN),
+    (JOINT_CARRY_ATTENTION, PLAIN),
 )
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
@@ -64,7 +73,7 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     if picture is not None:
         from paper_grid.picture import draw_forms
 
-        draw_forms(settings, records, store, numbers.places[0], (PLAIN, DEFAULT), picture)
+        draw_forms(settings, records, store, numbers.places[0], (PLAIN, CANDIDATE), picture)
         written.append(picture)
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
@@ -98,7 +107,7 @@ class Numbers:
         path = self.store.root / "saved.json"
         kept: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
         found: dict[str, dict[str, Saved]] = {}
-        for form, place in product((PLAIN, DEFAULT), self.places):
+        for form, place in product((PLAIN, CANDIDATE), self.places):
             mine = [r for r in self.records if form.fits(r, place)]
             for record in sorted(mine, key=lambda r: r.seed)[:1]:
                 key = record.result["key"]
@@ -131,7 +140,8 @@ class Numbers:
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
 `carry="logits"` and `ladder=True` do:
-[exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder).
+[exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder). Attention is
+[`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type).
 
 {markdown(["", "S-avg", "S-best", "tasks"], rows)}"""
 
@@ -152,12 +162,12 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
 
     def _same_as_joint(self) -> str:
         """GradEquil rescales what reaches the blocks, and frozen ones receive nothing."""
-        joint, other = FORMS[0], OTHERS[2]
+        other = OTHERS[2]
         pairs = [
             [r.result["scores"]["test"]["per_exit"] for r in self.records if form.fits(r, p) and r.seed == seed]
             for p in self.places
             for seed in scores_of(self.records, other, p, "avg")
-            for form in (joint, other)
+            for form in (JOINT, other)
         ]
         if pairs and all(a == b for a, b in zip(pairs[::2], pairs[1::2], strict=True)):
             runs = len(pairs) // 2
@@ -186,13 +196,13 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
         rows = []
         for place in self.places:
             cells = []
-            for form in (PLAIN, DEFAULT):
+            for form in (PLAIN, CANDIDATE):
                 one = self._saved.get(form.title, {}).get(place[0])
                 cells += [f"{mean(one.saved):.0%}", f"{mean(one.drop):+.1f}"] if one else ["-", "-"]
             held = next(r.result["data"]["rows"]["validation"] for r in self.records if r.place == place)
             rows.append([self.title(place), str(held), *cells])
         header = ["task", "validation rows"]
-        header += [text for form in (PLAIN, DEFAULT) for text in (f"{form.title}: saved", "drop")]
+        header += [text for form in (PLAIN, CANDIDATE) for text in (f"{form.title}: saved", "drop")]
         note = f"""`calibrate(policy="auto", max_score_drop={DROP})` on validation rows, its setting on test rows, one
 seed: the share of the blocks saved, and the points lost against the exit that is best on validation rows. A few
 hundred validation rows cannot show that half a point is kept; the setting with the best score is taken there."""
@@ -202,11 +212,11 @@ hundred validation rows cannot show that half a point is kept; the setting with 
         """Reached or missed."""
         rows = []
         for what, name in (("avg", "S-avg"), ("best", "S-best")):
-            found = self.gains_of(DEFAULT, PLAIN, what)
+            found = self.gains_of(CANDIDATE, PLAIN, what)
             count = sum(g.low > 0 and g.mean >= GAIN for g in found)
             goal = f"{name} {GAIN:+.1f}, interval above 0, on {ENOUGH} tasks"
             rows.append([goal, f"{count} of {len(found)}", _word(count >= ENOUGH)])
-        saved = {task: mean(one.saved) for task, one in self._saved.get(DEFAULT.title, {}).items()}
+        saved = {task: mean(one.saved) for task, one in self._saved.get(CANDIDATE.title, {}).items()}
         many = sum(share >= SAVED for share in saved.values())
         rows.append(
             [
@@ -219,7 +229,7 @@ hundred validation rows cannot show that half a point is kept; the setting with 
         if intents:
             text = ", ".join(f"{share:.0%}" for share in intents)
             rows.append([f"{INTENTS:.0%} on the intent tasks", text, _word(min(intents) >= INTENTS)])
-        return f"## Targets\n\n{markdown([f'{DEFAULT.title} against {PLAIN.title}', 'found', ''], rows)}"
+        return f"## Targets\n\n{markdown([f'{CANDIDATE.title} against {PLAIN.title}', 'found', ''], rows)}"
 
     def made(self, config: str, missing: int) -> str:
         """The commands, and with what they ran."""

@@ -24,7 +24,7 @@ def trial_base(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None
     """The settings, rates left open, that the trials for `run` have; None where the grid asks for no search.
 
     A bottleneck's size, exits that build on one another, exit 0 and the depth of a single exit share the rates of the
-    plain method. A placement has its own, for a placement is what Table 2 compares.
+    plain method. A placement has its own, for a placement is what Table 2 compares, and so has a type of exit.
     """
     search = settings.search
     if search is None or run["mode"] not in search.adapter_lr:
@@ -32,7 +32,7 @@ def trial_base(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None
     task = search.share.get(run["task"], run["task"])
     method = METHODS[run["method"]].rates_of or run["method"]
     method = search.methods.get(method, method)
-    variant = {k: v for k, v in run["variant"].items() if k == "placement"}
+    variant = {k: v for k, v in run["variant"].items() if k in ("placement", "exit_type")}
     depth = run["blocks"] if run["depth"] else None
     base = make_run(settings, task, run["backbone"], run["mode"], method, variant, search.seed, depth)
     rows = dict(base["rows"])

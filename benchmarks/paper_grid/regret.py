@@ -20,7 +20,7 @@ import torch
 from badge_peft.early_exit.policies import POLICIES
 from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
 from badge_peft.utils.files import write_json
-from paper_grid.forms import DEFAULT
+from paper_grid.forms import CARRY
 from paper_grid.records import Record, gather
 from paper_grid.settings import Settings
 from paper_grid.store import Store
@@ -114,9 +114,9 @@ def write_policies(settings: Settings, store: Store, path: Path, docs: Path, con
     Raises:
         ValueError: the store holds no run of the form that is looked at.
     """
-    records = [r for r in gather(settings, store)[0] if DEFAULT.fits(r, r.place)]
+    records = [r for r in gather(settings, store)[0] if CARRY.fits(r, r.place)]
     if not records:
-        raise ValueError(f"{store.root} holds no run of {DEFAULT.title}: start with the command `run`.")
+        raise ValueError(f"{store.root} holds no run of {CARRY.title}: start with the command `run`.")
     entries = measure(records, store, path)
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page(entries, config), encoding="utf-8")
@@ -142,7 +142,7 @@ def page(entries: list[dict[str, Any]], config: str) -> str:
 Points below the best single rule (0.00): the mean over runs, and its standard error where it is paired with that rule.
 Validation rows are drawn from the rows that a run was not trained on, `calibrate(policy, target_speedup=...)` chooses
 on them, for {", ".join(f"{s:.0%}" for s in SAVINGS)} of the blocks saved, and the other rows are answered.
-{DEFAULT.title}, seeds {", ".join(map(str, seeds))}, the [tasks](../paper.md) with labels and rows enough; regression
+{CARRY.title}, seeds {", ".join(map(str, seeds))}, the [tasks](../paper.md) with labels and rows enough; regression
 lacks half of the rules.
 
 {markdown(header, rows)}

@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import paper  # noqa: E402
 from paper_grid import regret, resampled  # noqa: E402
-from paper_grid.forms import DEFAULT, PLAIN, logits_of, saved_by  # noqa: E402
+from paper_grid.forms import CARRY, PLAIN, logits_of, saved_by  # noqa: E402
 from paper_grid.loop import Loop  # noqa: E402
 from paper_grid.models import make_model  # noqa: E402
 from paper_grid.plan import Run, key_of, plan  # noqa: E402
@@ -429,7 +429,7 @@ def test_headline(place: Path) -> None:
     settings, store = _settings(place), Store(place / "runs")
     records, _ = gather(settings, store)
     task = ("pairs", "tiny", "frozen")
-    assert set(logits_of(records, DEFAULT, task, store, "test")) == {0, 1}
+    assert set(logits_of(records, CARRY, task, store, "test")) == {0, 1}
     saved, _ = saved_by(next(r for r in records if PLAIN.fits(r, task)), store)
     assert 0 <= saved < 1
 

@@ -23,7 +23,7 @@ FACTORS = (("block", "ffn", "mhsa", "none"), ("cls", "mean", "last"), ("base_hea
 OTHERS = (*FACTORS[:2], FACTORS[2][::-1])  # the rows that `pairs` of FACTORS lacks
 GRID = list(itertools.product(*FACTORS))
 EXIT_LAYERS = [None, [0, 1, 2, 3, 4, 5], [0, 2, 5], [1, 3, 4, 5], [0, 5], [5]]
-EXIT_TYPES = ("linear", "pooled", "mha", "past_future")
+EXIT_TYPES = ("linear", "pooled", "mha", "residual_mha", "past_future")
 
 
 def make(case, dtype=torch.float32, **fields):

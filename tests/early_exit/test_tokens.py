@@ -113,7 +113,7 @@ def test_every_policy(rule: dict[str, Any]) -> None:
     [
         {"placement": "none"},
         {"placement": "ffn", "exit_type": "pooled"},
-        {"placement": "mhsa", "exit_type": "mha"},
+        {"placement": "mhsa", "exit_type": "residual_mha"},
         {"exit_layers": [2], "final_exit": "exit", "num_labels": 7},
         {"carry": "logits"},
         {"carry": "states", "ladder": True},

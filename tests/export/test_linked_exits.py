@@ -20,7 +20,7 @@ from tests.models import LINKS, exits_of, make_badge, make_batch, make_model
 KINDS = itertools.cycle(
     [
         {"exit_layers": [0, 1, 3], "exit_pooling": "mean"},
-        {"exit_layers": [1, 2], "final_exit": "exit", "exit_type": "mha", "placement": "ffn"},
+        {"exit_layers": [1, 2], "final_exit": "exit", "exit_type": "residual_mha", "placement": "ffn"},
     ]
 )
 FORMS = [*zip(LINKS, KINDS, strict=False), ({"exit_type": "past_future", "final_exit": "exit"}, {})]

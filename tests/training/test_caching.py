@@ -73,7 +73,7 @@ def test_every_placement(placement, exit_pooling, case):
 
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean", "last"])
-@pytest.mark.parametrize("exit_type", ["linear", "pooled", "mha", "past_future"])
+@pytest.mark.parametrize("exit_type", ["linear", "pooled", "mha", "residual_mha", "past_future"])
 def test_every_exit_type(exit_type, exit_pooling):
     model = make_badge(exit_type=exit_type, exit_pooling=exit_pooling, final_exit="exit", learn_to_exit=True)
     check(model)

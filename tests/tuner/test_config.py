@@ -104,7 +104,10 @@ def test_every_field_says_what_it_is():
         *(("activation", value, "gelu, relu, leaky_relu, silu, swish, tanh, identity") for value in ("softmax", None)),
         *(("bias", value, "True or False") for value in ("none", 1, None)),
         *(("norm", value, "own, shared") for value in ("layer", True)),
-        *(("exit_type", value, "linear, pooled, shared_pooled, mha, past_future") for value in ("mlp", None)),
+        *(
+            ("exit_type", value, "linear, pooled, shared_pooled, mha, residual_mha, past_future")
+            for value in ("mlp", None)
+        ),
         *(("exit_pooling", value, "auto, cls, mean, last") for value in ("max", None)),
         *(("exit_dropout", value, r"\[0, 1\)") for value in (1, 1.0, -0.1, "0.1", None, True, math.nan, math.inf)),
         *(("exit_layers", value, "distinct block numbers") for value in ([], [1, 1], [-1], [1.0], [True], "12", 3)),

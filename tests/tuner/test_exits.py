@@ -36,7 +36,13 @@ def test_every_exit_type_of_the_config_exists():
 
 
 @pytest.mark.parametrize(
-    ("exit_type", "size"), [("linear", 3 * 9), ("pooled", 8 * 8 + 8 + 3 * 9), ("mha", 4 * 32 * 8 + 3 * 9)]
+    ("exit_type", "size"),
+    [
+        ("linear", 3 * 9),
+        ("pooled", 8 * 8 + 8 + 3 * 9),
+        ("mha", 4 * 32 * 8 + 3 * 9),
+        ("residual_mha", 4 * 32 * 8 + 3 * 9),
+    ],
 )
 def test_shape_and_size(exit_type, size):
     exit_ = EXITS[exit_type](8, 3, 0.0)
@@ -45,6 +51,11 @@ def test_shape_and_size(exit_type, size):
     states = STATES if exit_.reads_sequence else pooling.pick(STATES)
     vector = exit_.represent(states, pooling)
     assert vector.shape == (2, 8) and exit_(vector).shape == (2, 3)
+
+
+def test_attention_beside_the_mean_begins_as_a_linear_exit():
+    exit_, pooling = EXITS["residual_mha"](8, 3, 0.0), Pooling("mean", MASK)
+    assert torch.equal(exit_.represent(STATES, pooling), pooling.reduce(STATES))
 
 
 @pytest.mark.parametrize("exit_type", ["linear", "pooled", "mha"])
@@ -84,7 +95,7 @@ def test_attention_exit_never_reads_padding(kind):
 
 def test_attention_exit_needs_a_mask_of_two_dimensions():
     exit_ = EXITS["mha"](8, 3, 0.0)
-    with pytest.raises(ValueError, match=r"exit_type='mha' needs .* \[batch, sequence\], got \[2, 1, 1, 5\]"):
+    with pytest.raises(ValueError, match=r"an exit with attention needs .* \[batch, sequence\], got \[2, 1, 1, 5\]"):
         exit_.represent(STATES, Pooling("cls", MASK[:, None, None, :]))
 
 

@@ -60,7 +60,7 @@ def test_exits_are_those_of_eq_1_and_2(case, norm, placement):
 
 @pytest.mark.parametrize(
     ("case", "placement", "pooling", "exit_type"),
-    pairs(CASES, PLACEMENTS, POOLINGS, ("linear", "pooled", "mha")),
+    pairs(CASES, PLACEMENTS, POOLINGS, ("linear", "pooled", "mha", "residual_mha")),
 )
 def test_poolings_and_exit_types(case, pooling, exit_type, placement):
     compare(case, pooling, exit_type=exit_type, placement=placement)

@@ -24,7 +24,7 @@ EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
         ("block", "ffn", "mhsa", "none"),
         ("cls", "mean", "last"),
         ("base_head", "exit"),
-        ("linear", "pooled", "mha"),
+        ("linear", "pooled", "residual_mha"),
         EXIT_LAYERS,
         LINKS,
     ),
