@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--config", type=json.loads, default={}, help='of the adapter: \'{"exit_pooling": "mean"}\'')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -48,10 +50,10 @@ def main() -> None:
         intermediate_size=4 * args.hidden,
     )
     stock = BertForSequenceClassification(config).eval()
-    model = peft.get_peft_model(copy.deepcopy(stock), badge_peft.BadgeConfig(train_head=False)).eval()
+    model = peft.get_peft_model(copy.deepcopy(stock), badge_peft.BadgeConfig(train_head=False, **args.config)).eval()
     print(
-        f"BERT, d={args.hidden}, {args.blocks} blocks, batch 1, {args.threads} threads, {args.rounds} rounds; torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+        f"BERT, d={args.hidden}, {args.blocks} blocks, batch 1, {args.threads} threads, {args.rounds} rounds, "
+        f"{args.config}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     )
     for length in args.lengths:
         batch = {"input_ids": torch.randint(1000, 20000, (1, length))}
