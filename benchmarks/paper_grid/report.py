@@ -153,7 +153,7 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
         base = trial_base(settings, record.run.settings)
         if base is None or record.rates != "search":
             continue
-        name = TITLES[base["method"]] + (f", {base['variant']['placement']}" if base["variant"] else "")
+        name = TITLES[base["method"]] + "".join(f", {value}" for value in base["variant"].values())
         key = (tables.place_title(settings, (base["task"], base["backbone"], base["mode"])), name)
         if key in rows:
             continue
