@@ -48,7 +48,7 @@ CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mh
 JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
 JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
 FORMS = (JOINT, PLAIN, CARRY, LADDER, BOTH, ATTENTION, CARRY_ATTENTION, JOINT_CARRY, JOINT_CARRY_ATTENTION)
-CANDIDATE = CARRY_ATTENTION  # what the targets are asked of
+CANDIDATES = (CARRY_ATTENTION, CARRY)  # the targets are asked of the first that was run
 OTHERS = (
     Form("two_stage", (), "2ST"),
     Form("alternating", (), "ALT"),

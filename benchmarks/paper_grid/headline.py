@@ -10,7 +10,7 @@ from badge_peft.utils.files import write_json
 from paper_grid.forms import (
     ATTENTION,
     BOTH,
-    CANDIDATE,
+    CANDIDATES,
     CARRY,
     CARRY_ATTENTION,
     DROP,
@@ -73,7 +73,7 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     if picture is not None:
         from paper_grid.picture import draw_forms
 
-        draw_forms(settings, records, store, numbers.places[0], (PLAIN, CANDIDATE), picture)
+        draw_forms(settings, records, store, numbers.places[0], (PLAIN, numbers.candidate), picture)
         written.append(picture)
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
@@ -93,6 +93,7 @@ class Numbers:
         self.settings, self.store, self.records = settings, store, records
         self.places = [p for p in places(records) if p[2] == "frozen" and any(PLAIN.fits(r, p) for r in records)]
         self.forms = found_forms(records)
+        self.candidate = next((form for form in CANDIDATES if form in self.forms), PLAIN)
         self.gained: dict[tuple[Form, Form, Place], dict[str, Gain]] = {}
         for form, over in COMPARED:
             for place in self.places:
@@ -107,7 +108,7 @@ class Numbers:
         path = self.store.root / "saved.json"
         kept: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
         found: dict[str, dict[str, Saved]] = {}
-        for form, place in product((PLAIN, CANDIDATE), self.places):
+        for form, place in product((PLAIN, self.candidate), self.places):
             mine = [r for r in self.records if form.fits(r, place)]
             for record in sorted(mine, key=lambda r: r.seed)[:1]:
                 key = record.result["key"]
@@ -196,13 +197,13 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
         rows = []
         for place in self.places:
             cells = []
-            for form in (PLAIN, CANDIDATE):
+            for form in (PLAIN, self.candidate):
                 one = self._saved.get(form.title, {}).get(place[0])
                 cells += [f"{mean(one.saved):.0%}", f"{mean(one.drop):+.1f}"] if one else ["-", "-"]
             held = next(r.result["data"]["rows"]["validation"] for r in self.records if r.place == place)
             rows.append([self.title(place), str(held), *cells])
         header = ["task", "validation rows"]
-        header += [text for form in (PLAIN, CANDIDATE) for text in (f"{form.title}: saved", "drop")]
+        header += [text for form in (PLAIN, self.candidate) for text in (f"{form.title}: saved", "drop")]
         note = f"""`calibrate(policy="auto", max_score_drop={DROP})` on validation rows, its setting on test rows, one
 seed: the share of the blocks saved, and the points lost against the exit that is best on validation rows. A few
 hundred validation rows cannot show that half a point is kept; the setting with the best score is taken there."""
@@ -212,11 +213,11 @@ hundred validation rows cannot show that half a point is kept; the setting with 
         """Reached or missed."""
         rows = []
         for what, name in (("avg", "S-avg"), ("best", "S-best")):
-            found = self.gains_of(CANDIDATE, PLAIN, what)
+            found = self.gains_of(self.candidate, PLAIN, what)
             count = sum(g.low > 0 and g.mean >= GAIN for g in found)
             goal = f"{name} {GAIN:+.1f}, interval above 0, on {ENOUGH} tasks"
             rows.append([goal, f"{count} of {len(found)}", _word(count >= ENOUGH)])
-        saved = {task: mean(one.saved) for task, one in self._saved.get(CANDIDATE.title, {}).items()}
+        saved = {task: mean(one.saved) for task, one in self._saved.get(self.candidate.title, {}).items()}
         many = sum(share >= SAVED for share in saved.values())
         rows.append(
             [
@@ -229,7 +230,7 @@ hundred validation rows cannot show that half a point is kept; the setting with 
         if intents:
             text = ", ".join(f"{share:.0%}" for share in intents)
             rows.append([f"{INTENTS:.0%} on the intent tasks", text, _word(min(intents) >= INTENTS)])
-        return f"## Targets\n\n{markdown([f'{CANDIDATE.title} against {PLAIN.title}', 'found', ''], rows)}"
+        return f"## Targets\n\n{markdown([f'{self.candidate.title} against {PLAIN.title}', 'found', ''], rows)}"
 
     def made(self, config: str, missing: int) -> str:
         """The commands, and with what they ran."""

@@ -65,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     from badge_peft.export import export_onnx
 
     folder = tmp_path_factory.mktemp("onnx")
-    model, tokenizer = make_ranker(blocks=2, exit_layers=[0, 1, 2]), pair_tokenizer()
+    model, tokenizer = make_ranker(blocks=2, exit_layers=[0, 1, 2], exit_pooling="mean"), pair_tokenizer()
     spread = all_scores(model, tokenizer, QUERY, make_documents(20))[:, :, 0].std(dim=0) * 0.5
     model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": spread.tolist()}})
     export_onnx(model, folder, tokenizer=tokenizer)
