@@ -88,7 +88,8 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
         final_exit="exit",
         exit_pooling=own.exit_pooling,
     )
-    base = kind.from_pretrained(options.encoder, num_labels=len(labels))
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    base = kind.from_pretrained(options.encoder, num_labels=len(labels), **names)  # tags are entities by their names
     model = get_peft_model(base, config)
     with TemporaryDirectory() as output:
         arguments = multi_exit_arguments(
