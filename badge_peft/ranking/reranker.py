@@ -97,7 +97,10 @@ class EarlyExitReranker:
         Args:
             adapter: A folder or Hub repository.
             tokenizer: A tokenizer; None takes the one beside the adapter, else that of its base model.
-            max_length, batch_size, activation, max_state_bytes: As for the class.
+            max_length: As for the class.
+            batch_size: As for the class.
+            activation: As for the class.
+            max_state_bytes: As for the class.
             **kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
 
         Raises:
