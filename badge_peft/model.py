@@ -153,7 +153,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     # ------------------------------------------------------------------------------------------ injection, by PEFT
     # PEFT types its hooks for any config and hands a tuner those of its own kind alone: hence `ignore[override]`.
 
-    def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]
+    def _check_new_adapter_config(self, config: BadgeConfig) -> None:  # type: ignore[override]  # typed for any
         name = self._name_of(config)
         if len(self.peft_config) > 1 and self._owner(self.peft_config) is not None:
             raise ValueError(
@@ -161,7 +161,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
                 f"{name!r} on another copy of the base model."
             )
 
-    def _prepare_adapter_config(  # type: ignore[override]
+    def _prepare_adapter_config(  # type: ignore[override]  # PEFT types it for any config
         self, peft_config: BadgeConfig, model_config: dict[str, Any]
     ) -> BadgeConfig:
         name = self._name_of(peft_config)
@@ -195,7 +195,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         ignore_exit_logits(model)
         self.extension_hooks = extension_of(model).attach(model)
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(  # type: ignore[override]  # PEFT types it for any config
         self,
         peft_config: BadgeConfig,
         adapter_name: str,

@@ -76,10 +76,10 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
         ValueError: the model carries no BADGE adapter or has no name for a label, or a field is wrong.
     """
 
-    def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]
+    def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
         return early_exit_forward(self.model, **rule, **model_inputs)
 
-    def postprocess(  # type: ignore[override]
+    def postprocess(  # type: ignore[override]  # transformers types it for any pipeline
         self, model_outputs: Any, function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answer of one text, a dict or a list; the default function follows the adapter's problem type."""
@@ -91,7 +91,7 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
         return said
 
 
-class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: ignore[misc]
+class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: ignore[misc]  # typed for any
     """transformers' token-classification pipeline, in which each token stops alone and a text leaves with its last.
 
     `aggregation_strategy`, `stride`, words and batches are as there. Each entity also holds `exit_layer`: the block
@@ -102,7 +102,7 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
         ValueError: as `EarlyExitPipeline`.
     """
 
-    def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]
+    def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]  # typed for any
         inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
         output = early_exit_forward(self.model, **rule, **inputs)
         exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
@@ -146,12 +146,12 @@ class MultiTaskPipeline(EarlyExitPipeline):
         for config in config_of_each(early_exit_config, self.tasks).values():
             EarlyExitConfig.of(config, **fields)
 
-    def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]
+    def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]  # typed for any
         output = early_exit_forward(self.model, tasks=self.tasks, **rule, **model_inputs)
         # transformers takes a batch apart where all values are tensors
         return {(task, name): value for task, own in output.items() for name, value in own.items()}
 
-    def postprocess(  # type: ignore[override]
+    def postprocess(  # type: ignore[override]  # transformers types it for any pipeline
         self, model_outputs: dict[tuple[str, str], Tensor], function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answers of one text, by task."""

@@ -127,10 +127,7 @@ def measure_first_exits(options: argparse.Namespace) -> None:
     """What exit 0 should read: first-exit.json."""
     work = options.work[0]
     settings = _stored(work)["quality"]["settings"]
-    stored = [
-        PoolScores.of(pools.Pool.load(work / f"{name}.jsonl"), work, [], work / f"{name}.npz", settings["max_length"])
-        for name in ("validation", "test")
-    ]
+    stored = _scores(work, settings)
     found = compare_first_exits(work / "cross-encoder", *stored, settings["max_length"])
     _write(work / "first-exit.json", {"made": describe(options.threads, "cpu"), "found": found})
 
@@ -139,12 +136,17 @@ def measure_families(options: argparse.Namespace) -> None:
     """How margins should be chosen, with the scores of `quality`: families.json."""
     work = options.work[0]
     settings = _stored(work)["quality"]["settings"]
-    stored = [
+    stored = _scores(work, settings)
+    found = compare_families(stored, len(settings["seeds"]), clock.TOP_K, options.splits)
+    _write(work / "families.json", {"splits": options.splits, "found": found})
+
+
+def _scores(work: Path, settings: dict[str, Any]) -> list[PoolScores]:
+    """What `quality` has stored of the queries that chose the margins, and of those that test them."""
+    return [
         PoolScores.of(pools.Pool.load(work / f"{name}.jsonl"), work, [], work / f"{name}.npz", settings["max_length"])
         for name in ("validation", "test")
     ]
-    found = compare_families(stored, len(settings["seeds"]), clock.TOP_K, options.splits)
-    _write(work / "families.json", {"splits": options.splits, "found": found})
 
 
 def _stored(work: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class OnnxTasksModel(OnnxEarlyExitModel):
 
     has_tasks = True
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # an answer for each task
         self,
         input_ids: Any,
         attention_mask: Any = None,

@@ -53,7 +53,7 @@ class ExitPolicy(PolicyText):
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the rows that may stop at exit j (index), from the exits up to j."""
-        raise NotImplementedError
+        raise NotImplementedError  # by each policy
 
     def is_final(self, exits: Sequence[int], j: int) -> bool:
         """Whether every row that comes to exit j (index) stops there, whatever the logits are: the last exit, or the
@@ -69,7 +69,7 @@ class ExitPolicy(PolicyText):
 
     def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
         """[n] bool: as `should_exit`, with a threshold for each row [n], for policies that have `company`."""
-        raise NotImplementedError
+        raise NotImplementedError  # by those with `company`
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""
@@ -272,4 +272,4 @@ class ExitPolicy(PolicyText):
     def nodes(self, at: ExitNodes) -> Value | None:
         """[n] bool: `should_exit` as nodes of an exported graph, where threshold and patience come with the call; None
         where no row can stop. Without it the policy cannot be exported."""
-        raise NotImplementedError
+        raise NotImplementedError  # by those that can be exported

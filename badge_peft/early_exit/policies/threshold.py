@@ -37,11 +37,11 @@ class ThresholdPolicy(ExitPolicy):
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n] float32: how sure (or unsure) exit j (index) is of each row, from the exits up to j."""
-        raise NotImplementedError
+        raise NotImplementedError  # by each policy
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         """The threshold that `threshold=None` stands for, in the unit of the score."""
-        raise NotImplementedError
+        raise NotImplementedError  # by each policy
 
     def should_exit(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: the score is on the right side of the threshold."""
@@ -180,7 +180,7 @@ class ThresholdPolicy(ExitPolicy):
 
     def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: `score` as nodes."""
-        raise NotImplementedError
+        raise NotImplementedError  # by those that can be exported
 
     def nodes(self, at: ExitNodes) -> Value | None:
         """The comparison, on `score_nodes`."""
