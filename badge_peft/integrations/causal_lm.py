@@ -15,7 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 
 def from_causal_lm(
-    model: PreTrainedModel, label_tokens: Sequence[str | int], tokenizer: Any = None
+    model: PreTrainedModel,
+    label_tokens: Sequence[str | int],
+    tokenizer: Any = None,
+    *,
+    one_score: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier whose logits are those that a language model gives these tokens as the next one.
 
@@ -27,12 +31,15 @@ def from_causal_lm(
         label_tokens: One token for each label, in their order: its number, or a text that is one token, as it stands
             in the answer (" yes" is another token than "yes").
         tokenizer: For texts; None takes that of the model's own name.
+        one_score: For a reranker: one output [B, 1], the logit of the second token less that of the first, whose
+            sigmoid is the share that the second has of the two.
 
     Returns:
         The model's `...ForSequenceClassification`, [B, K] logits, with the tokens as names of its labels.
 
     Raises:
-        ValueError: less than two tokens, a text that is not one token, or a model that cannot be read like this.
+        ValueError: less than two tokens, with `one_score` more than two, a text that is not one token, or a model that
+            cannot be read like this.
 
     Source: vLLM loads Qwen3-Reranker in this way.
     """
@@ -45,21 +52,26 @@ def from_causal_lm(
     if head.bias is not None:
         raise ValueError(f"the head of {type(model).__name__} has a bias, and that of a {kind.__name__} has none.")
     numbers, names, pad = _tokens(model, label_tokens, tokenizer)
+    if one_score and len(numbers) != 2:
+        raise ValueError(f"label_tokens={label_tokens!r} is not allowed with one_score: give two, as ['no', 'yes'].")
     if getattr(config, "final_logit_softcapping", None):
         warnings.warn(
             f"{type(model).__name__} caps its logits at {config.final_logit_softcapping}: the classifier gives them "
             "uncapped, in the same order.",
             stacklevel=2,
         )
-    config.num_labels = len(numbers)
+    weight = head.weight.detach()[torch.tensor(numbers, device=head.weight.device)]
+    if one_score:
+        weight, names = weight[1:] - weight[:1], names[1:]
+        config.problem_type = "regression"
+    config.num_labels = len(names)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     if config.pad_token_id is None:
         config.pad_token_id = pad
     with torch.device("meta"):  # its backbone is not wanted
         classifier = kind(config)
     setattr(classifier, prefix, getattr(model, prefix))
-    weight = head.weight.detach()[torch.tensor(numbers, device=head.weight.device)]
-    classifier.score = nn.Linear(weight.shape[1], len(numbers), bias=False, device=weight.device, dtype=weight.dtype)
+    classifier.score = nn.Linear(weight.shape[1], len(names), bias=False, device=weight.device, dtype=weight.dtype)
     classifier.score.weight.data.copy_(weight)
     return classifier.train(model.training)
 

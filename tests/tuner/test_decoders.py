@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 import badge_peft
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.ranking import EarlyExitReranker
 from badge_peft.tuner.decoders import decoder_layout
 from tests.decoders import FAMILIES, make_decoder
 from tests.design import pairs
 from tests.models import LABELS, PAD, make_batch, shake
+from tests.ranking.pairs import QUERY, all_scores, expected, make_documents
 from tests.texts import make_tokenizer
 
 RULE = {"policy": "max_prob", "threshold": 0.6}
@@ -135,6 +137,31 @@ class TestFromCausalLM:
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, wanted)
 
+    def test_one_score_is_the_difference_and_ranks(self):
+        """With exits: margins of infinity give the language model's order, others what a replay says."""
+        lm, tokenizer = make_decoder("llama", AutoModelForCausalLM), make_tokenizer()
+        classifier = badge_peft.from_causal_lm(lm, ["bad", "good"], tokenizer, one_score=True)
+        bad, good = (tokenizer.convert_tokens_to_ids(word) for word in ("bad", "good"))
+        documents = [f"{document} good bad" for document in make_documents(9, longest=12)]
+        model = get_peft_model(classifier, BadgeConfig(task_type="SEQ_CLS", r=4, train_head=False)).eval()
+        shake(model)
+        scores = all_scores(model, tokenizer, QUERY, documents)
+        reranker = EarlyExitReranker(model, tokenizer)
+        for row, document in enumerate(documents):
+            with torch.no_grad():
+                logits = lm(**tokenizer(QUERY, document, return_tensors="pt")).logits[0, -1]
+            assert float(logits[good] - logits[bad]) == pytest.approx(float(scores[row, -1, 0]), abs=1e-4)
+        full = scores[:, -1, 0].argsort(descending=True)[:3].tolist()
+        for margins in ([None] * 3, (0.5 * scores[:, :, 0].std(dim=0)).tolist()):
+            config = {"policy": "top_k", "top_k": 3, "parameters": {"margins": margins}}
+            model.set_early_exit_config(config)
+            found, report = reranker.rank(QUERY, documents, 3, return_report=True)
+            best, stops = expected(scores, model.exit_layers(), config, 3)
+            assert [answer["corpus_id"] for answer in found] == best
+            assert report.exit_layer.tolist() == stops.tolist()
+            assert best == full or margins[0] is not None
+        assert 0 < report.blocks_saved < 1
+
     def test_it_is_saved_as_a_classifier(self, tmp_path):
         classifier = badge_peft.from_causal_lm(make_decoder("llama", AutoModelForCausalLM), [5, 6])
         classifier.save_pretrained(tmp_path)
@@ -148,11 +175,14 @@ class TestFromCausalLM:
             (["good film", "bad"], "'good film', which is not one token"),
             (["good"], "two or more different tokens"),
             (["good", "good"], "two or more different tokens"),
+            (["good", "bad", "film"], "not allowed with one_score: give two"),
             ([5, 10**6], "1000000, which is not one token"),
         ],
     )
     def test_what_is_refused(self, tokens, message):
         with pytest.raises(ValueError, match=message):
-            badge_peft.from_causal_lm(make_decoder("llama", AutoModelForCausalLM), tokens, make_tokenizer())
+            badge_peft.from_causal_lm(
+                make_decoder("llama", AutoModelForCausalLM), tokens, make_tokenizer(), one_score=True
+            )
         with pytest.raises(ValueError, match="has no classifier in transformers"):
             badge_peft.from_causal_lm(make_decoder("granite", AutoModelForCausalLM), tokens, make_tokenizer())
