@@ -27,6 +27,9 @@ class Exit(nn.Module):
 
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False
+    #: Whether the pooled vector is all that it knows of a row, and it learns by itself what to make of that: it may be
+    #: pooled otherwise than the model's own head.
+    pools_freely: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
@@ -46,10 +49,14 @@ class Exit(nn.Module):
 class LinearExit(Exit):
     """Dropout and one linear layer: the simplest exit, and the paper's. K * (d + 1) parameters."""
 
+    pools_freely = True
+
 
 class PooledExit(Exit):
     """Dense, tanh, dropout, linear: as BERT's own pooler and head, each exit with its own. The dense layer starts as a
     copy of the model's, where it has one."""
+
+    pools_freely = True
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)

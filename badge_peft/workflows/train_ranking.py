@@ -28,6 +28,7 @@ from badge_peft.training import (
     query_batches,
 )
 from badge_peft.tuner.architectures import get_layout, head_pooling
+from badge_peft.tuner.exits import EXITS
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.workflows.base_model import add_exits, load_base, local_path
@@ -77,7 +78,7 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
             f"{model_name} has {len(base.labels.names)} outputs, and candidates are ranked by one score: give a "
             "cross-encoder, a model with num_labels=1."
         )
-    if settings.exits.exit_type in ("linear", "pooled") and head_pooling(base.model, get_layout(base.model)) == "cls":
+    if EXITS[settings.exits.exit_type].pools_freely and head_pooling(base.model, get_layout(base.model)) == "cls":
         base = replace(base, pooling="mean")  # before the last blocks the first token says little about a pair
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
     rows, eval_rows = encode(examples, tokenizer), encode(eval_examples, tokenizer)
