@@ -104,6 +104,7 @@ def measure_quality(options: argparse.Namespace) -> None:
             if name not in ("work", "encoder", "data", "command")
         },
         "train_rows": len(made["train"]),
+        "fine_tuning": models.fine_tuning(model),
         "shift": None if options.shift is None else options.shift.name,
         "made": describe(options.threads, "cpu"),
         "found": found,
@@ -173,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     qualities.add_argument("--shift-queries", type=int, default=100)
     qualities.add_argument("--pool", type=int, default=100, help="candidates of each query")
     qualities.add_argument("--max-train", type=int, default=10**9, help="pairs that the cross-encoder learns from")
+    qualities.add_argument("--frozen-words", action="store_true", help="the cross-encoder's word embeddings stay")
+    qualities.add_argument("--bf16", action="store_true", help="the cross-encoder learns with products in bfloat16")
     qualities.add_argument("--negatives", type=int, default=4, help="pairs that are not relevant, for each that is")
     qualities.add_argument("--epochs", type=int, default=2, help="of the cross-encoder")
     qualities.add_argument("--exit-epochs", type=int, default=5, help="of the exits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -18,17 +19,19 @@ from ranking_parts.pools import Pool, Row
 
 BATCH = 32
 PEAK = 5e-5  # learning rate of the cross-encoder
+FINE_TUNING = "fine-tuning.json"
 
 
 def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
-    """A cross-encoder with one output, trained to tell relevant pairs from others of the same query, from others that
-    BM25 finds in the whole corpus, and from documents at random.
+    """A cross-encoder with one output, trained to tell relevant pairs from others of the same query and from documents
+    at random. Beside it, in `fine-tuning.json`, lies how many pairs it has seen.
 
     Args:
         encoder: Folder.
         rows: `query_id`, `query`, `document` and `label` each.
         out: Where it goes.
-        options: `negatives` for each relevant pair, `max_train` pairs, `epochs`, `max_length`, `seed`.
+        options: `negatives` for each relevant pair, `max_train` pairs, `epochs`, `max_length`; `frozen_words`, the
+            word embeddings stay; `bf16`, products in bfloat16.
     """
     torch.manual_seed(0)
     draw = random.Random(0)
@@ -42,7 +45,10 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
     draw.shuffle(chosen)
     chosen = chosen[: options.max_train]
     steps = options.epochs * -(-len(chosen) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
+    if options.frozen_words:
+        model.get_input_embeddings().requires_grad_(False)
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=PEAK, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / (0.1 * steps), (steps - i) / steps)
     )
@@ -55,16 +61,25 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
                 *pairs, padding=True, truncation=True, max_length=options.max_length, return_tensors="pt"
             )
             wanted = torch.tensor([float(r["label"] > 0) for r in part])
-            loss = F.binary_cross_entropy_with_logits(model(**batch).logits[:, 0], wanted)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+                scores = model(**batch).logits[:, 0]
+            loss = F.binary_cross_entropy_with_logits(scores.float(), wanted)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
         seconds = time.perf_counter() - start
         print(f"cross-encoder: epoch {epoch + 1}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
-    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    (out / FINE_TUNING).write_text(json.dumps({"pairs": len(chosen), "seconds": seconds}) + "\n", encoding="utf-8")
+    model.save_pretrained(out)
+
+
+def fine_tuning(folder: Path) -> dict[str, float] | None:
+    """The pairs that a cross-encoder has learned from, and the seconds that took; None where it was made elsewhere."""
+    file = folder / FINE_TUNING
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def batches_of(rows: list[Row], draw: random.Random) -> list[list[Row]]:

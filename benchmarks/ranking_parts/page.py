@@ -148,8 +148,10 @@ def _pools(found: Stored) -> str:
         for number, value in zip(test["exits"], np.mean(test["correlations"], axis=0), strict=True)
     )
     full, first = test["full"], test["first_stage"]
+    tuned = found.get("fine_tuning")
+    made = "" if tuned is None else f"The cross-encoder learned from {tuned['pairs']:,} pairs. "
     return fill(
-        f"{test['queries']} test queries, {test['calibration_queries']} that chose the margins, the top "
+        f"{made}{test['queries']} test queries, {test['calibration_queries']} that chose the margins, the top "
         f"{settings['pool']} of BM25 each; exits learned from {found['train_rows']} other pairs, "
         f"{len(settings['seeds'])} seed(s): mean and range. Full depth: nDCG@10 {full['ndcg']:.3f}, MRR@10 "
         f"{full['mrr']:.3f} (BM25 itself: {first['ndcg']:.3f}, {first['mrr']:.3f}). Rank correlation of exits with "
@@ -189,7 +191,7 @@ def _made(models: Sequence[Stored]) -> str:
     for stored in models:
         found = stored["quality"]
         made, settings = found["made"], found["settings"]
-        given = [f"--{k.replace('_', '-')} {_argument(v)}" for k, v in settings.items() if k in _SHOWN]
+        given = [f"--{k.replace('_', '-')} {_argument(v)}".rstrip() for k, v in settings.items() if k in _SHOWN and v]
         shift = [] if found["shift"] is None else [f"--shift {found['shift']}"]
         parts = [f"--encoder {found['name']}", "--data wikiqa", *shift, "--work W", *given]
         lines.append(" \\\n    ".join(["python benchmarks/ranking.py quality", *parts]))
@@ -206,7 +208,18 @@ def _made(models: Sequence[Stored]) -> str:
     )
 
 
-_SHOWN = ("queries", "shift_queries", "train_queries", "train_candidates", "epochs", "exit_epochs", "seeds", "exits")
+_SHOWN = (
+    "queries",
+    "shift_queries",
+    "train_queries",
+    "train_candidates",
+    "epochs",
+    "frozen_words",
+    "bf16",
+    "exit_epochs",
+    "seeds",
+    "exits",
+)
 
 METHOD = """* No cross-encoder was at hand, so the encoder is fine-tuned as one first, on WikiQA's training pairs: it
   is no better than that. Then it is frozen, and `train_head=False`: what is returned are its own scores.
@@ -223,6 +236,8 @@ def _point(line: str) -> str:
 
 
 def _argument(value: Any) -> str:
+    if value is True:
+        return ""
     if isinstance(value, dict):
         return "'" + str(value).replace("'", '"') + "'"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -97,6 +97,9 @@ def test_the_page(work: Path, tmp_path: Path) -> None:
     assert "600 ms by sentence-transformers" in page and "4.0 times faster" in page
     assert "| 10 | exits |" in page and "| 1 | clusters |" in page and "collection" in page
     assert "| 0.89 | reached |" in page  # a third of the time for 37.5% of the blocks
+    assert "The cross-encoder learned from 24 pairs." in page and "--epochs 1" in page and "--bf16" not in page
+    ranking.main(["page", "--work", str(work), str(work), "--docs", str(tmp_path / "both.md")])
+    assert (tmp_path / "both.md").read_text(encoding="utf-8").count("## encoder, 3 blocks") == 2
 
 
 def test_ways_to_choose_margins(work: Path, tmp_path: Path) -> None:
