@@ -173,7 +173,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         self.layout, self.block_names = layout, block_names(self.model, layout)
         return own
 
-    def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]
+    def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]  # typed for any
         if peft_config.backbone == "lora":
             wanted = lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
@@ -302,7 +302,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     # ------------------------------------------------------------------------------------------ saving, called by PEFT
 
     @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]
+    def _get_adapter_state_dict(  # type: ignore[override]  # PEFT types it for any config
         cls, model: nn.Module, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor], **others: Any
     ) -> dict[str, Tensor]:
         base: Any = early_exit_model(model)
@@ -313,7 +313,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         return re.sub(rf"(\.(?:{PREFIX}|lora_)\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # PEFT types it for any config
         cls, model: nn.Module, config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         names = saved_names(model, adapter_name)

@@ -106,9 +106,11 @@ class ExitHistory:
         self._cache = {}
 
     def of_rows(self, rows: Array) -> ExitHistory:
-        """A history of the rows that the boolean array `rows` [n] marks; this one stays as it is."""
+        """A history of the rows that `rows` marks ([n] bool) or names (indices), with what has been derived of them;
+        this one stays as it is."""
         part = copy.copy(self)
         part.keep(rows)
+        part._cache = {key: found[:, rows] for key, found in self._cache.items()}
         return part
 
     def in_groups(self, groups: Array | None) -> ExitHistory:

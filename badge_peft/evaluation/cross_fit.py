@@ -13,16 +13,16 @@ Angelopoulos et al., "Conformal Risk Control", 2022 (the row more).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
+from scipy.optimize import isotonic_regression
 
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import Metric, exit_scores, is_ratio, ratio_parts, score
+from badge_peft.evaluation.metrics import Metric, exit_scores, is_ratio, ratio_parts, scorer
 from badge_peft.evaluation.tradeoff import TradeOffPoint, search
 from badge_peft.utils.problem import problem_of
 
@@ -104,8 +104,7 @@ def cross_fit(
     if not reached.any():
         return []
     drops, resampled = _drops(exit_logits, full, stops[reached], metric, seed)
-    rising = IsotonicRegression()
-    smooth = np.stack([rising.fit_transform(speedups[reached], sample) for sample in resampled.T], axis=1)
+    smooth = np.stack([isotonic_regression(sample).x for sample in resampled.T], axis=1)
     low, high, bound = np.quantile(smooth, [0.05, 0.95, LEVEL], axis=1)
     if problem_of(exit_logits.kind).gives_labels:
         n = len(units)
@@ -119,7 +118,7 @@ def _drops(exit_logits: ExitLogits, full: Array, stops: Array, metric: Metric, s
     """For each of `stops` [S, N] the drop of the score [S], and the same on resampled rows [S, RESAMPLES], paired."""
     stops, places = np.unique(stops, axis=0, return_inverse=True)
     places = places.reshape(-1)
-    reference, *answers = [exit_logits.answers(torch.from_numpy(s)) for s in (full, *stops)]
+    reference, *answers = [exit_logits.predicted(s) for s in (full, *stops)]
     draw, n = np.random.default_rng(seed), len(exit_logits.units)
     if is_ratio(metric):  # of sums: no need to make the samples
         parts = [ratio_parts(exit_logits, a, metric) for a in (reference, *answers)]
@@ -128,15 +127,14 @@ def _drops(exit_logits: ExitLogits, full: Array, stops: Array, metric: Metric, s
         sampled = (above @ counts) / np.maximum(below @ counts, 1)
         scores = above.sum(axis=1) / np.maximum(below.sum(axis=1), 1)
         return (scores[0] - scores[1:])[places], (sampled[0] - sampled[1:])[places]
-    whole = score(exit_logits, reference, metric)
-    drops = np.array([whole - score(exit_logits, a, metric) for a in answers])
+    assert exit_logits.labels is not None
+    measure, labels = scorer(exit_logits, metric), exit_logits.labels.numpy()
+    drops = measure(reference) - np.array([measure(a) for a in answers])
     resampled = np.empty((len(answers), RESAMPLES))
-    single = replace(exit_logits, texts=None)  # a text that is drawn twice would look like a longer one
     for r in range(RESAMPLES):
-        rows = torch.from_numpy(exit_logits.units.rows_of(draw.integers(0, n, n)))
-        part = single.select(rows)
-        resampled[:, r] = score(part, reference[rows], metric)
-        resampled[:, r] -= [score(part, a[rows], metric) for a in answers]
+        rows = exit_logits.units.rows_of(draw.integers(0, n, n))
+        resampled[:, r] = measure(reference[rows], labels[rows])
+        resampled[:, r] -= [measure(a[rows], labels[rows]) for a in answers]
     return drops[places], resampled[places]
 
 

@@ -69,7 +69,8 @@ class EntityReader:
             self._entities(numbers, units.first) for numbers in (predictions, labels)
         )
         both = starts & true_starts & (ends == true_ends) & (types == true_types)
-        return tuple(units.total(marks.astype(np.int64)) for marks in (both, starts, true_starts))  # type: ignore
+        found, predicted, true = (units.total(marks.astype(np.int64)) for marks in (both, starts, true_starts))
+        return found, predicted, true
 
     def entities(self, numbers: Array) -> list[tuple[int, int, str]]:
         """Of class numbers [N] of one text: each entity's first place, the one behind its last, and its kind."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -131,12 +132,22 @@ class ExitLogits:
         """What leaves a batch as one: the rows or, of token classification, the texts."""
         return Units(len(self), None if self.texts is None else self.texts.numpy())
 
+    @cached_property
+    def predictions(self) -> np.ndarray:
+        """[E, N]: what each exit predicts of each row; several labels or values of a row are [E, N, K]."""
+        problem = problem_of(self.kind)
+        return np.stack([problem.predictions(self.logits[:, j]) for j in range(len(self.exits))])
+
     def select(self, rows: Tensor) -> ExitLogits:
-        """The rows that an index or boolean tensor picks."""
+        """The rows that an index or boolean tensor picks, with what their policies have derived."""
         names = ("labels", "uncertainty", "groups", "texts")
         parts = {name: getattr(self, name) for name in names}
         picked: Any = {name: None if x is None else x[rows] for name, x in parts.items()}
-        return replace(self, logits=self.logits[rows], **picked)
+        part = replace(self, logits=self.logits[rows], **picked)
+        if self._history is not None:
+            groups = None if part.groups is None else part.groups.numpy()
+            part._history = self._history.of_rows(rows.numpy()).in_groups(groups)
+        return part
 
     def labeled(self) -> ExitLogits:
         """These rows; without labels, with full depth's own predictions as labels, so that a score is the agreement
@@ -157,6 +168,10 @@ class ExitLogits:
         """[N, K]: the logits of each row at the block where it stopped (`exit_layer` [N], block numbers)."""
         index = torch.searchsorted(torch.tensor(self.exits), exit_layer.cpu())
         return self.logits[torch.arange(len(self)), index]
+
+    def predicted(self, exit_layer: np.ndarray) -> np.ndarray:
+        """[N]: the prediction of each row at the block where it stopped (`exit_layer` [N], block numbers)."""
+        return self.predictions[np.searchsorted(self.exits, exit_layer), np.arange(len(self))]
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all."""

@@ -19,8 +19,13 @@ Metric = str | Callable[[Array, Array], float]
 
 
 def _accuracy(predictions: Array, labels: Array) -> float:
-    right = predictions == labels  # multi-label: all labels of a row must be right, as scikit-learn has it
-    return float((right if right.ndim == 1 else right.all(axis=1)).mean())
+    return float(_right(predictions, labels).mean())
+
+
+def _right(predictions: Array, labels: Array) -> Array:
+    """[N] bool; multi-label: all labels of a row must be right, as scikit-learn has it."""
+    right = predictions == labels
+    return right if right.ndim == 1 else right.all(axis=1)
 
 
 def _f1(predictions: Array, labels: Array) -> float:
@@ -147,7 +152,8 @@ def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitSco
     Raises:
         ValueError: no labels, an unknown metric, or one that does not suit the problem type.
     """
-    per_exit = [score(exit_logits, exit_logits.logits[:, j], metric) for j in range(len(exit_logits.exits))]
+    measure = scorer(exit_logits, metric)
+    per_exit = [measure(predictions) for predictions in exit_logits.predictions]
     return ExitScores(per_exit, list(exit_logits.exits), metric_name(metric))
 
 
@@ -163,6 +169,16 @@ def metric_name(metric: Metric) -> str:
 
 def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy") -> float:
     """The score of `answers` [N, K] (logits) against the labels of `exit_logits`."""
+    return scorer(exit_logits, metric)(problem_of(exit_logits.kind).predictions(answers))
+
+
+def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[..., float]:
+    """A function of predictions [N] (or [N, K]) that gives their score; where these are of some of the rows alone, it
+    takes the labels of these, too.
+
+    Raises:
+        ValueError: as `exit_scores`.
+    """
     if exit_logits.labels is None:
         raise ValueError("the exit logits have no labels, so there is nothing to score against.")
     problem = problem_of(exit_logits.kind)
@@ -174,10 +190,14 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
         if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
         if metric == ENTITY_F1:
-            right, counted = ratio_parts(exit_logits, answers, metric)
-            return float(right.sum() / max(counted.sum(), 1))
+            return lambda predictions: _ratio(*ratio_parts(exit_logits, predictions, ENTITY_F1))
         metric = METRICS[metric]
-    return float(metric(problem.predictions(answers), labels))  # a plain number, for JSON
+    measure = metric
+    return lambda predictions, labels=labels: float(measure(predictions, labels))  # a plain number, for JSON
+
+
+def _ratio(above: Array, below: Array) -> float:
+    return float(above.sum() / max(below.sum(), 1))
 
 
 def is_ratio(metric: Metric) -> bool:
@@ -185,26 +205,25 @@ def is_ratio(metric: Metric) -> bool:
     return metric in ("accuracy", ENTITY_F1)
 
 
-def ratio_parts(exit_logits: ExitLogits, answers: Tensor, metric: Metric) -> tuple[Array, Array]:
+def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> tuple[Array, Array]:
     """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`.
 
     Args:
         exit_logits: With labels.
-        answers: [N, K] logits.
+        predictions: [N], or [N, K] of several labels.
         metric: Accuracy: rows that are right, of all. Entity F1: twice the entities that are right, of those that are
             given and those that are answered.
 
     Raises:
         ValueError: the labels are no tags.
     """
-    problem, units = problem_of(exit_logits.kind), exit_logits.units
+    units = exit_logits.units
     assert exit_logits.labels is not None
+    labels = exit_logits.labels.numpy()
     if metric != ENTITY_F1:
-        right = 1 - problem.error(answers, exit_logits.labels).double().numpy()
+        right = _right(predictions, labels).astype(np.float64)
         return units.total(right), units.total(np.ones(len(right)))
-    both, answered, given = entity_reader(exit_logits).counts(
-        problem.predictions(answers), exit_logits.labels.numpy(), units
-    )
+    both, answered, given = entity_reader(exit_logits).counts(predictions, labels, units)
     return 2.0 * both, (answered + given).astype(np.float64)
 
 

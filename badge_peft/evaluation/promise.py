@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from scipy.stats import beta
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -38,11 +37,9 @@ class ExitPromise:
     def of(cls, exit_logits: ExitLogits, config: EarlyExitConfig) -> ExitPromise:
         """By replay."""
         found = build_policy(config).replay_history(exit_logits.history())
-        stops, units = torch.from_numpy(found), exit_logits.units
-        problem, disagreements = problem_of(exit_logits.kind), None
-        if problem.gives_labels:
-            early, full = exit_logits.answers(stops), exit_logits.logits[:, -1]
-            changed = differs(problem.predictions(early), problem.predictions(full))
+        units, disagreements = exit_logits.units, None
+        if problem_of(exit_logits.kind).gives_labels:
+            changed = differs(exit_logits.predicted(found), exit_logits.predictions[-1])
             disagreements = int(units.largest(changed).sum())
         left = units.largest(found)
         counts = tuple(int((left == m).sum()) for m in exit_logits.exits)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
 from badge_peft.early_exit.policies.text import policy_label
 from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import Metric, metric_name, score
+from badge_peft.evaluation.metrics import Metric, metric_name, scorer
 from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
 
 
@@ -176,5 +175,5 @@ def _point(
     exit_logits: ExitLogits, config: EarlyExitConfig, stops: np.ndarray, metric: Metric, name: str
 ) -> TradeOffPoint:
     mean_exit = float(exit_logits.units.largest(stops).mean())
-    found = score(exit_logits, exit_logits.answers(torch.from_numpy(stops)), metric)
+    found = scorer(exit_logits, metric)(exit_logits.predicted(stops))
     return TradeOffPoint(name, config, mean_exit, 1 - mean_exit / exit_logits.depth, found)

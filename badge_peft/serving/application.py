@@ -32,7 +32,7 @@ def build(args: dict[str, Any]) -> Any:
     limits = dict(given.pop("limits", None) or {})
     _check_names(limits, Limits)
     settings = ServiceSettings(**given, limits=Limits(**limits))
-    made = Service.options(**replica_options(settings))  # type: ignore[attr-defined]
+    made = Service.options(**replica_options(settings))  # type: ignore[attr-defined]  # Ray Serve's decorator adds it
     return made.bind(settings, os.environ.get(TOKEN))
 
 

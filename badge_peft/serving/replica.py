@@ -118,15 +118,17 @@ class Replica:
         return found
 
     async def _answer(self, works: list[Work]) -> list[Any]:
-        share = self.settings.shadow_share
-        draw = lambda: self._draw.random() < share  # noqa: E731
-        batch, seconds = await self._run(answer_together, self.engine, works, dict(self.configs), draw)
+        batch, seconds = await self._run(answer_together, self.engine, works, dict(self.configs), self._sampled)
         self._note_speed(sum(len(work.rows) for work in works), seconds)
         for work in works:
             work.seconds = seconds
         self._answered.update(batch.answered)
         self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
         return batch.results
+
+    def _sampled(self) -> bool:
+        """Whether one more row runs at full depth as well."""
+        return self._draw.random() < self.settings.shadow_share
 
     async def _run(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
         """What `call` gives in the thread of the model, and the seconds that it takes there."""

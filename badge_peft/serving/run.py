@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
@@ -41,8 +42,8 @@ def replica_options(settings: ServiceSettings) -> dict[str, Any]:
             raise ValueError(f"autoscaling has no field {unknown[0]!r}; Ray Serve's AutoscalingConfig has {known}.")
         try:
             AutoscalingConfig(**given)
-        except ValueError as error:  # pydantic's, of several lines
-            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
+        except ValidationError as error:  # of several lines
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(f"autoscaling={settings.autoscaling} is not allowed: {reason}.") from error
         number = {"autoscaling_config": given}
     return {
@@ -123,7 +124,7 @@ def _absolute(settings: ServiceSettings) -> ServiceSettings:
 
 def _deploy(settings: ServiceSettings, options: dict[str, Any], address: str | None) -> None:
     """Starts the replicas; where they do not start, nothing is left on a cluster."""
-    deployed = Service.options(**options)  # type: ignore[attr-defined]
+    deployed = Service.options(**options)  # type: ignore[attr-defined]  # the decorator of Ray Serve adds it
     try:
         serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
     except Exception:

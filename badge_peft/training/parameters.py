@@ -64,7 +64,7 @@ def make_optimizer(model: nn.Module, *rates: float | None, **named_rates: float 
     """AdamW over `parameter_groups`, which takes the same arguments, for
     `Trainer(optimizers=(make_optimizer(model), None))`: Trainer then adds the learning-rate schedule of its arguments
     to every rate."""
-    return torch.optim.AdamW(parameter_groups(model, *rates, **named_rates))  # type: ignore[arg-type]
+    return torch.optim.AdamW(parameter_groups(model, *rates, **named_rates))  # type: ignore[arg-type]  # of its groups
 
 
 def _part(name: str) -> str:

@@ -24,7 +24,7 @@ def watch_saved_modules(model: nn.Module) -> None:
         if isinstance(module, ModulesToSaveWrapper) and answer_by_adapters not in module._forward_hooks.values():
             module.register_forward_hook(answer_by_adapters, with_kwargs=True)
             # where a file lacks one of the names PEFT would fail with a KeyError, before `BadgeModel` sees the file
-            module.adapter_state_dict_load_map = _no_names  # type: ignore[method-assign]
+            module.adapter_state_dict_load_map = _no_names  # type: ignore[method-assign]  # of this one
             module.other_param_names = ("modules_to_save",)
 
 

@@ -8,7 +8,7 @@ has changed since. With many rows there is enough to multiply in each, and the e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,7 +72,7 @@ class StackedExits:
         """Logits [T', n, K] of the T' exits `which`, in ascending order; of labels that an exit lacks, `MISSING`."""
         down, down_bias, up, up_bias, weight, bias, shift, whole = self._of(tuple(which))
         source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
-        residual: Any = pooling.pick(frame.output if pre_norm else frame.ffn_sum)  # type: ignore[arg-type]
+        residual = pooling.pick(cast(Tensor, frame.output if pre_norm else frame.ffn_sum))
         rows, size = source.shape[:-1], source.shape[-1]
         if len(rows) > 1:
             source, residual = source.reshape(-1, size), residual.reshape(-1, size)
@@ -245,4 +245,5 @@ def shape_of(plain: PlainExit) -> tuple[Any, ...]:
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
-    return None if values[0] is None else torch.stack(list(values))  # type: ignore[arg-type]
+    found = [value for value in values if value is not None]  # of all exits or of none, as `shape_of` says
+    return torch.stack(found) if found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -178,4 +179,4 @@ class TopKPolicy(ThresholdPolicy):
 
 
 def _is_margin(value: object) -> bool:
-    return value is None or value == float("inf") or (is_number(value) and float(value) >= 0)  # type: ignore[arg-type]
+    return value is None or value == float("inf") or (is_number(value) and cast(float, value) >= 0)
