@@ -1,14 +1,15 @@
 """Puts every text of a file before all guards at once: one pass of one encoder, however many tasks there are.
 
     badge-peft train encoder intent.csv --output-dir out/intent --backbone frozen
-    badge-peft train encoder pii.csv --output-dir out/pii --backbone frozen
+    badge-peft train encoder pii.jsonl --output-dir out/pii --backbone frozen  # rows of tokens and their tags
     badge-peft train encoder toxic.csv --output-dir out/toxic --backbone frozen
     badge-peft train encoder topic.csv --output-dir out/topic --backbone frozen
     python examples/guard_stack.py --tasks intent=out/intent pii=out/pii toxic=out/toxic topic=out/topic \
         --texts texts.txt --bundle out/guards
 
-Each task stops by its own rule, and a text leaves with its slowest task. The bundle is all of it as one folder, which
-`badge_peft.load_pretrained`, `badge_peft.pipeline` and `badge-peft predict` take.
+Each task stops by its own rule, and a text leaves with its slowest task. A task may label tokens: its answer is the
+words that have a tag. The bundle is all of it as one folder, which `badge_peft.load_pretrained`, `badge_peft.pipeline`
+and `badge-peft predict` take.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, BatchEncoding, HfArgumentParser
 
 import badge_peft
 
@@ -47,14 +49,18 @@ def main() -> None:
     seconds, blocks, alone = 0.0, 0, 0
     texts = Path(args.texts).read_text(encoding="utf-8").splitlines()
     for text in texts:
-        batch = tokenizer(text, truncation=True, return_tensors="pt")
+        batch = tokenizer(text, truncation=True, return_tensors="pt", return_special_tokens_mask=True)
         start = time.perf_counter()
         out = model.early_exit_forward(**batch, tasks=list(folders))
         seconds += time.perf_counter() - start
-        said = {}
+        said: dict[str, Any] = {}
         for task, answer in out.items():
-            regression = model.peft_config[task].problem_type == "regression"
-            said[task] = float(answer.logits[0, 0]) if regression else names[task][int(answer.logits[0].argmax())]
+            if answer.logits.dim() == 3:
+                said[task] = tagged_words(text, batch, [names[task][i] for i in answer.logits[0].argmax(dim=-1)])
+            elif model.peft_config[task].problem_type == "regression":
+                said[task] = float(answer.logits[0, 0])
+            else:
+                said[task] = names[task][int(answer.logits[0].argmax())]
         exits = {task: int(answer.exit_layer[0]) for task, answer in out.items()}
         print(json.dumps({"text": text, "answers": said, "exits": exits}, ensure_ascii=False))
         blocks += int(torch.sum(out.blocks_run))
@@ -67,6 +73,16 @@ def main() -> None:
         f"blocks in one pass, {alone} with a call for each task, {full} with a full model for each",
         file=sys.stderr,
     )
+
+
+def tagged_words(text: str, batch: BatchEncoding, tags: list[str]) -> list[tuple[str, str]]:
+    """The words of a text that are part of an entity; the first token of a word answers for it."""
+    found = []
+    for word in dict.fromkeys(number for number in batch.word_ids(0) if number is not None):
+        tag, span = tags[batch.word_to_tokens(0, word).start], batch.word_to_chars(0, word)
+        if tag != "O":
+            found.append((text[span.start : span.end], tag))
+    return found
 
 
 if __name__ == "__main__":

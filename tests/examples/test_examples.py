@@ -19,7 +19,12 @@ import datasets
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
 
 import badge_peft
 from badge_peft.export import export_onnx
@@ -208,11 +213,13 @@ def test_guard_stack(place: Path, tmp_path: Path, start: Start) -> None:
         "mood": {"num_labels": 2, "label_names": ["bad", "good"], "early_exit": {"threshold": 1.0, "patience": 1}},
         "topic": {"num_labels": 4, "label_names": list("abcd"), "early_exit": {"policy": "fixed_depth", "depth": 2}},
         "score": {"num_labels": 1, "problem_type": "regression", "early_exit": {"policy": "never"}},
+        "tags": {"task_type": "TOKEN_CLS", "num_labels": 3, "label_names": ["O", "B-x", "I-x"]},
     }
     tokenizer = make_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     for seed, (name, fields) in enumerate(kinds.items()):
-        base = AutoModelForSequenceClassification.from_pretrained(place / "encoder", num_labels=2)
+        kind = AutoModelForTokenClassification if name == "tags" else AutoModelForSequenceClassification
+        base = kind.from_pretrained(place / "encoder", num_labels=2)
         model = get_peft_model(base, badge_peft.BadgeConfig(r=4, final_exit="exit", **fields))
         shake(model, seed=seed)
         model.save_pretrained(str(tmp_path / name))
@@ -229,11 +236,26 @@ def test_guard_stack(place: Path, tmp_path: Path, start: Start) -> None:
         for answer in answers:
             batch = tokenizer(answer["text"], return_tensors="pt")
             out = alone.early_exit_forward(**batch)
-            names, best = fields.get("label_names"), int(out.logits[0].argmax())
-            wanted = pytest.approx(float(out.logits[0, 0]), abs=1e-4) if names is None else names[best]
+            names = fields.get("label_names")
+            if name == "tags":  # a token for each word, between two special ones
+                out = alone.early_exit_forward(**batch, special_tokens_mask=special_tokens(batch))
+                tags = [names[i] for i in out.logits[0, 1:-1].argmax(dim=-1)]
+                words = zip(answer["text"].split(), tags, strict=True)
+                wanted: Any = [[word, tag] for word, tag in words if tag != "O"]
+            else:
+                best = int(out.logits[0].argmax())
+                wanted = pytest.approx(float(out.logits[0, 0]), abs=1e-4) if names is None else names[best]
             assert (answer["answers"][name], answer["exits"][name]) == (wanted, int(out.exit_layer))
+            batch["special_tokens_mask"] = special_tokens(batch)
             again = bundle.early_exit_forward(**batch, tasks=[name])[name]
             assert int(again.exit_layer) == answer["exits"][name]
+
+
+def special_tokens(batch: Any) -> torch.Tensor:
+    """[1, S]: the first and the last."""
+    mask = torch.zeros_like(batch["input_ids"])
+    mask[:, [0, -1]] = 1
+    return mask
 
 
 @pytest.mark.slow
