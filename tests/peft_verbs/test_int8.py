@@ -1,4 +1,4 @@
-"""Base models in int8, where torchao or bitsandbytes is installed (both run on a CPU)."""
+"""Base models in int8, and decoders in 4 bits, where torchao or bitsandbytes is installed (both run on a CPU)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TorchAoConfig
 
 from badge_peft import BadgeConfig
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.preconditions import is_quantized
-from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, trained
+from tests.decoders import make_decoder
+from tests.early_exit.rules import with_threshold
+from tests.models import exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
 from tests.peft_verbs.table import CONFIGS
 
 BATCH = make_batch()
@@ -35,6 +38,11 @@ def bitsandbytes(skip: list[str]) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
     return BitsAndBytesConfig(llm_int8_skip_modules=skip, load_in_8bit=True)
+
+
+def four_bits(skip: list[str]) -> Any:
+    bitsandbytes(skip)
+    return BitsAndBytesConfig(llm_int8_skip_modules=skip, load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
 WAYS = [torchao, torchao_dynamic, bitsandbytes]
@@ -121,3 +129,25 @@ def test_what_is_quantized_cannot_be_trained(way: Any, fields: dict[str, Any], m
     assert list(base.state_dict()) == names
     model = get_peft_model(base, BadgeConfig(train_head=False)).eval()  # the remedy
     assert exits_of(model, BATCH).shape == (4, 3, 3)
+
+
+@pytest.mark.parametrize("way", [*WAYS, four_bits])
+def test_a_decoder(way: Any, tmp_path: Path) -> None:
+    """Full depth bit for bit, and live is replay."""
+    wide = make_decoder("llama", hidden_size=64, intermediate_size=64, head_dim=32)  # 4 bits: blocks of 64
+    wide.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", quantization_config=way(["score"]), device_map={"": "cpu"}
+    ).eval()
+    assert sum(is_quantized(p) for p in base.parameters()) >= 21  # seven in each of three blocks
+    batch = make_batch(5, 9)
+    with torch.no_grad():
+        own = base(**batch).logits
+    model = get_peft_model(base, BadgeConfig(task_type="SEQ_CLS", r=4, train_head=False)).eval()
+    shake(model)
+    logits = exits_of(model, batch)
+    assert torch.equal(logits[:, -1], own)
+    rule = with_threshold({"policy": "max_prob"}, logits, [1, 2, 3], 0.5)
+    out = model.early_exit_forward(**batch, **rule)
+    assert torch.equal(build_policy(rule).replay(logits), out.exit_layer)
+    assert len(out.exit_layer.unique()) > 1
