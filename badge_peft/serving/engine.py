@@ -68,6 +68,7 @@ class Engine:
         configs: For each task (or `default`) the adapter's own setting.
         exits: For each its exits.
         problems: For each its problem type.
+        labels: For each the names of its labels.
         ranks: Whether the model has one output, and ranks pairs.
     """
 
@@ -174,11 +175,11 @@ class Engine:
         }
 
     def _bounded(self, task: str, config: EarlyExitConfig, max_exit: int | None) -> EarlyExitConfig:
-        if max_exit is None or (config.max_exit is not None and config.max_exit <= max_exit):
+        if max_exit is None:
             return config
         try:
             bounded = EarlyExitConfig.of(config, max_exit=max_exit)
             self.checks()(task, bounded)
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return bounded
+        return config if config.max_exit is not None and config.max_exit <= max_exit else bounded

@@ -56,6 +56,17 @@ def test_a_group_that_fails_leaves_the_others(engine):
     assert len(batch.results[1]) == 1 and batch.sampled == []
 
 
+@pytest.mark.parametrize("own", [None, 2])
+def test_a_bound_that_the_model_does_not_have_is_refused_whatever_the_setting(engine, own):
+    configs = {MAIN: EarlyExitConfig.of(engine.configs[MAIN], max_exit=own)}
+    with pytest.raises(RequestError, match="max_exit=99"):
+        engine.predict([(TEXTS[0], None)], configs, max_exit=99)
+    never = {MAIN: EarlyExitConfig(policy="never", max_exit=own)}
+    for bound in (1, 3):
+        (found,) = engine.predict([(TEXTS[0], None)], never, max_exit=bound)
+        assert found["exit_layer"] == min(bound, own or 3)
+
+
 def test_one_request_that_fails_fails_alone(engine, monkeypatch):
     whole = engine.predict
 
