@@ -36,7 +36,8 @@ def set_front(body_bytes: int, count: Callable[[str, int], None]) -> None:
 
 class Front:
     """Answers 413 where a request says that its body is larger, or where more comes than it said, and notes in the
-    header `Server-Timing` of each answer the milliseconds until it was there.
+    header `Server-Timing` of each answer the milliseconds until it was there, and how many of these went by until the
+    server had handed over the body.
 
     Args:
         app: The application behind it.
@@ -50,18 +51,25 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, start = _GONE, perf_counter()
+        status, start, waited = _GONE, perf_counter(), 0.0
+
+        async def timed() -> Any:
+            nonlocal waited
+            before = perf_counter()
+            message = await receive()
+            waited += perf_counter() - before
+            return message
 
         async def noted(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                total = f"total;dur={1e3 * (perf_counter() - start):.2f}"
-                message = {**message, "headers": [*message["headers"], (b"server-timing", total.encode())]}
+                took = f"body;dur={1e3 * waited:.2f}, total;dur={1e3 * (perf_counter() - start):.2f}"
+                message = {**message, "headers": [*message["headers"], (b"server-timing", took.encode())]}
             await send(message)
 
         try:
-            await self._answer(scope, receive, noted)
+            await self._answer(scope, timed, noted)
         except Exception:
             status = 500
             raise

@@ -154,10 +154,11 @@ def _cpu_seconds(service: Running) -> float:
 def section(data: dict[str, Any]) -> list[str]:
     """Of the page: the table, and what of the difference is whose."""
     found, most, where = data["overhead"], data["most"], data["overhead_environment"]
-    head = ["one text at a time", "p50, ms", "p95, ms", "in the replica", "of it the model", "processor, ms"]
+    columns = {"total": "in the replica", "body": "of it the body", "model": "the model"}
+    head = ["one text at a time", "p50, ms", "p95, ms", *columns.values(), "processor, ms"]
     rows = []
     for name, own in found.items():
-        parts = [f"{own[key]:.2f}" if key in own else "" for key in ("total", "model")]
+        parts = [f"{own[key]:.2f}" if key in own else "" for key in columns]
         rows.append([name, f"{own['p50']:.2f}", f"{own['p95']:.2f}", *parts, f"{own['cpu']:.1f}"])
     model, late = found[BARE]["p50"], found[PAUSED]["p50"]
     said = []
@@ -168,8 +169,9 @@ def section(data: dict[str, Any]) -> list[str]:
             f"With {proxy} the service adds {added:.1f} ms at the median to the model's own time (the target was 3 "
             f"ms: {'reached' if added <= 3 else 'missed'}). Of these HTTP, FastAPI and Ray Serve take {empty:.1f} ms "
             f"without a model; the model itself takes {late - model:.1f} ms longer after a pause, and "
-            f"{own['model'] - late:.1f} ms more in the replica; what the replica does beside it takes "
-            f"{own['total'] - own['model']:.2f} ms."
+            f"{own['model'] - late:.1f} ms more in the replica; until Ray has handed over the body the replica waits "
+            f"{own['body']:.2f} ms, and what it does beside that and the model takes "
+            f"{own['total'] - own['model'] - own['body']:.2f} ms."
         )
     speeds = ", ".join(f"{value:.0f} with {name}" for name, value in most.items())
     return [
@@ -177,8 +179,8 @@ def section(data: dict[str, Any]) -> list[str]:
         "",
         " ".join(said),
         "",
-        "*In the replica* is the total of the header `Server-Timing`; *processor* is what all processes of the "
-        "service use for a request. At the adapter's own setting, in requests of one text from 24 connections, "
-        f"it answers texts per second: {speeds}. {where['date']}, load {where['load_1min']} at the start; turns of 25 "
-        "texts, the ways of a proxy side by side.",
+        "*In the replica*, *the body* and *the model* are of the header `Server-Timing`; *processor* is what all "
+        "processes of the service use for a request. At the adapter's own setting, in requests of one text from 24 "
+        f"connections, it answers texts per second: {speeds}. {where['date']}, load {where['load_1min']} at the "
+        "start; turns of 25 texts, the ways of a proxy side by side.",
     ]

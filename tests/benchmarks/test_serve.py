@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
-        for part in ("model;dur=1.50", "total;dur=2.25"):
+        for part in ("model;dur=1.50", "body;dur=0.25, total;dur=2.25"):
             self.send_header("Server-Timing", part)
         self.end_headers()
         self.wfile.write(body)
@@ -175,7 +175,7 @@ def test_the_load_test_and_its_page(running, tmp_path):
     data = json.loads((tmp_path / "serve.json").read_text())
     assert data["commands"] == [command, command + " --overhead"]
     service = data["overhead"]["the service behind HAProxy, full depth"]
-    assert (service["model"], service["total"]) == (1.5, 2.25) and service["p50"] > 0
+    assert (service["model"], service["body"], service["total"]) == (1.5, 0.25, 2.25) and service["p50"] > 0
     assert data["overhead"]["the model, in one process"]["p50"] == 1.0 and len(data["most"]) == 2
     for ways in data["runs"].values():
         assert {way: summary(requests, 0.5)["score"] for way, requests in ways.items()} == {
