@@ -19,7 +19,7 @@ from badge_peft.serving.requests import PolicyUpdate
 
 _GONE = 15.0  # seconds without a report after which a replica counts no more
 _CALM, _LONGEST = 1.0, 60.0  # seconds: of calm before more care is tried, and the most that this is doubled to
-_REPORTS = 400  # that are taken in a second, from all replicas
+REPORTS = 400  # that are taken in a second, from all replicas
 
 
 class Governor:
@@ -184,7 +184,7 @@ class Governor:
             "on_all_replicas": all(last.version == self.version for last in self._replicas.values()),
             "waiting": sum(last.waiting for last in self._replicas.values()),
             "ending": self._ending,
-            "report_every": max(self.interval, len(self._replicas) / _REPORTS),
+            "report_every": max(self.interval, len(self._replicas) / REPORTS),
             "drift": {task: m.alarm and dict(vars(m.alarm)) for task, m in self.monitors.items()},
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from badge_peft.serving.governor import REPORTS
 from capacity_parts.measure import FULL
 
 INTRODUCTION = """
@@ -77,6 +78,12 @@ def needed(data: dict[str, Any]) -> list[str]:
         f"In brackets the points of accuracy lost against full depth on the same kind of texts; {floors}. A harder "
         "day has three quarters of hard texts at its end (a quarter is usual): those of which full depth is least "
         "sure. - is a target that no number of replicas keeps.",
+        "",
+        "Where one machine in ten is slow, the router, which counts requests and not milliseconds, sends it its "
+        "share: more than one request in a hundred, so that the 99th percentile is that of the slow machines. A fleet "
+        f"of R replicas reports to the governor every R / {REPORTS} seconds, at most ten times a second, and hears of "
+        "a new setting as late: bursts that begin at once and last seconds, as here, are half over before a fleet of "
+        "hundreds has followed.",
     ]
 
 

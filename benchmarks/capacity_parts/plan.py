@@ -93,7 +93,7 @@ class Case:
     Args:
         traffic: Of which shape.
         size: Of `SIZES`.
-        slow: How many times longer each tenth replica takes.
+        slow: How many times longer one replica in ten takes, and one at least.
     """
 
     traffic: Traffic
@@ -106,12 +106,12 @@ class Case:
         return (
             self.traffic.name
             if self.slow == 1
-            else f"{self.traffic.name}, a tenth of the machines {self.slow:g}x slower"
+            else f"{self.traffic.name}, one machine in ten (at least one) {self.slow:g}x slower"
         )
 
     def fleet(self, count: int) -> list[float]:
         """The slowness of so many replicas."""
-        return [self.slow if number % 10 == 9 else 1.0 for number in range(count)]
+        return [self.slow if number % 10 == 0 else 1.0 for number in range(count)]
 
 
 def cases(seconds: float, sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:

@@ -123,7 +123,8 @@ def test_the_search_finds_the_least_number_of_replicas() -> None:
     assert replicas_needed(PLAIN, case, rate, target, guess=8)[0] == count >= rate * 0.012
     with pytest.raises(ValueError, match=r"target of 0.001 s is not kept with"):
         replicas_needed(PLAIN, case, rate, 0.001, guess=1)
-    assert Case(steady(1.0), 20, slow=2.0).fleet(20).count(2.0) == 2
+    slow = Case(steady(1.0), 20, slow=2.0)
+    assert [slow.fleet(count).count(2.0) for count in (1, 3, 20)] == [1, 1, 2]
 
 
 @pytest.mark.exhaustive
