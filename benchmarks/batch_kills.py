@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,23 @@ from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.chunks import TextFiles
 
 
-def answering_processes() -> list[psutil.Process]:
-    """Those of this process's own Ray."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if process.name().startswith("ray::MapWorker")]
+def answering_processes() -> dict[int, str]:
+    """The numbers of those of this process's own Ray, with their titles: what each does now."""
+    found: dict[int, str] = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found[process.pid] = " ".join(process.cmdline())
+    return {number: title for number, title in found.items() if title.startswith("ray::MapWorker")}
 
 
-def with_kills(engine: Any, kills: int, every: int, seed: int, killed: list[int]) -> Any:
-    """`answer_files`, which kills one of the processes after every few chunks; their numbers are put into `killed`."""
+def at_work(title: str) -> bool:
+    """Whether a process with this title is answering a chunk: Ray puts the method behind the name."""
+    return title.rstrip("() ").endswith(".submit")
+
+
+def with_kills(engine: Any, kills: int, every: int, seed: int, killed: list[str]) -> Any:
+    """`answer_files`, which kills one of the processes after every few chunks, one that is at work where one is; their
+    titles are put into `killed`."""
     draw = random.Random(seed)
 
     def answer_files(*arguments: Any) -> Iterator[dict[str, Any]]:
@@ -44,9 +54,10 @@ def with_kills(engine: Any, kills: int, every: int, seed: int, killed: list[int]
             if len(killed) < kills and number % every == every - 1:
                 while not (alive := answering_processes()):
                     time.sleep(0.1)
-                victim = draw.choice(alive)
-                os.kill(victim.pid, signal.SIGKILL)
-                killed.append(victim.pid)
+                busy = [number for number, title in alive.items() if at_work(title)]
+                victim = draw.choice(busy or list(alive))
+                os.kill(victim, signal.SIGKILL)
+                killed.append(alive[victim])
 
     return answer_files
 
@@ -71,15 +82,15 @@ def page(found: dict[str, Any]) -> str:
     where = found["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     said = f"{found['wrong']:,} rows differ" if found["wrong"] else "that of an undisturbed run, to the last bit"
-    cells = [found["workers"], found["kills"], found["files"], f"{found['rows']:,}", f"{found['wrong']:,}"]
+    cells = [f"{found[name]:,}" for name in ("workers", "kills", "busy", "files", "rows", "wrong")]
     return f"""# Batch scoring with processes killed
 
-{found["kills"]} of the processes that answer were killed (SIGKILL) while `badge-peft predict --engine ray` answered
-{found["files"]} files with {found["rows"]:,} texts. The output: {said}.
+{found["kills"]} processes were killed (SIGKILL), {found["busy"]} of them in the midst of a chunk, while `badge-peft
+predict --engine ray` answered {found["files"]} files with {found["rows"]:,} texts. The output: {said}.
 
-| processes | kills | files | rows | rows that differ | seconds |
-| --- | --- | --- | --- | --- | --- |
-| {" | ".join(map(str, cells))} | {found["seconds"]:.0f} |
+| processes at a time | kills | in the midst of a chunk | files | rows | rows that differ | seconds |
+| --- | --- | --- | --- | --- | --- | --- |
+| {" | ".join(cells)} | {found["seconds"]:.0f} |
 
 The undisturbed run is `predict` in one process. {where["cpu"]}, {where["cores"]} cores, which had other work, too: the
 seconds say little. Python {where["python"]}, {versions}; batch size {found["batch_size"]}, seed {found["seed"]}.
@@ -105,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     answering, killed, engine = (
         Answering(options.adapter, batch_size=options.batch_size),
-        list[int](),
+        list[str](),
         folders.answer_files,
     )
     where, start = environment.describe(1, "cpu"), time.perf_counter()
@@ -117,7 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
             folders.answer_files = engine
         seconds = time.perf_counter() - start
         files, rows, wrong = differing(options.folder, Path(out), answering)
-    found = {**vars(options), "kills": len(killed), "files": files, "rows": rows, "wrong": wrong, "seconds": seconds}
+    counts = {"kills": len(killed), "busy": sum(map(at_work, killed)), "files": files, "rows": rows, "wrong": wrong}
+    found = {**vars(options), **counts, "seconds": seconds}
     text = page({**found, "environment": where})
     print(text)
     if options.docs:
