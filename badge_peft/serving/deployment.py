@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
+from starlette.exceptions import HTTPException
 
 from badge_peft._version import package_version
 from badge_peft.serving.batching import Work
@@ -61,6 +62,14 @@ async def _misshapen(request: Request, error: Exception) -> JSONResponse:
 @api.exception_handler(400)  # FastAPI's own, where a body cannot be read
 async def _unread(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."}, 400)
+
+
+@api.exception_handler(404)
+@api.exception_handler(405)
+async def _nowhere(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"there is no {request.method} {request.url.path} here: the page /docs has what there is."
+    return JSONResponse({"detail": message}, error.status_code, error.headers)
 
 
 @serve.deployment
@@ -129,7 +138,7 @@ class Service:
     @_typed
     async def info(self) -> dict[str, Any]:
         """What is served, at which setting, within which limits."""
-        adapter = {"tasks": self.engine.tasks, "ranks": self.engine.ranks, "exits": self.engine.exits}
+        adapter = {name: getattr(self.engine, name) for name in ("tasks", "labels", "ranks", "exits")}
         back_end = "onnx" if self.settings.onnx else "torch"
         limits, state = asdict(self.settings.limits), await self.governor.state.remote()
         return {"version": package_version(), "back_end": back_end, **adapter, "limits": limits, "policy": state}

@@ -66,6 +66,8 @@ def test_the_service_answers_changes_survives_and_stops(adapter, running):
         (running.predict("x", tasks=["y"]), 400, "leave `tasks` out"),
         (running.predict("x", max_exit=99), 400, "max_exit=99"),
         (running.client.post("/predict", json={"input": "x"}), 422, "inputs"),
+        (running.client.get("/predict"), 405, "no GET /predict here: the page /docs"),
+        (running.client.get("/x"), 404, "no GET /x here"),
         (raw(running, rb'{"inputs": "\ud800"}'), 422, "surrogate"),
         (raw(running, b'{"inputs": "\xff"}'), 400, "UTF-8"),
         (raw(running, b'{"inputs": '), 422, "no JSON"),
@@ -94,6 +96,7 @@ def test_the_service_answers_changes_survives_and_stops(adapter, running):
     # what it says of itself
     assert running.client.get("/healthz").json() == {"status": "ok"}
     assert running.info()["policy"]["early_exit"]["default"]["depth"] == 2
+    assert running.info()["labels"] == {"default": ["bad", "good"]}
     assert "/predict" in running.client.get("/openapi.json").json()["paths"]
     assert running.client.get("/docs").status_code == 200
 
