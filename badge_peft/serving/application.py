@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from typing import Any
 
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.requests import Limits
-from badge_peft.serving.run import TOKEN, replica_options
+from badge_peft.serving.run import replica_options
 from badge_peft.serving.settings import ServiceSettings
 
 
@@ -33,7 +32,7 @@ def build(args: dict[str, Any]) -> Any:
     _check_names(limits, Limits)
     settings = ServiceSettings(**given, limits=Limits(**limits))
     made = Service.options(**replica_options(settings))  # type: ignore[attr-defined]  # Ray Serve's decorator adds it
-    return made.bind(settings, os.environ.get(TOKEN))
+    return made.bind(settings, None)  # this runs where the controller is: the token is in the replicas' environment
 
 
 def _check_names(given: dict[str, Any], kind: type) -> None:

@@ -30,7 +30,7 @@ from badge_peft.serving.requests import (
     check_token,
     shape_message,
 )
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import TOKEN, ServiceSettings
 
 _PATIENCE = 10.0  # seconds in which all replicas have to take a new setting
 
@@ -75,10 +75,15 @@ async def _nowhere(request: Request, error: Exception) -> JSONResponse:
 @serve.deployment
 @serve.ingress(api)
 class Service:
-    """One replica."""
+    """One replica.
+
+    Args:
+        settings: Of the service.
+        token: Who has it may change the policy; None: the one in this process's environment, if one is.
+    """
 
     def __init__(self, settings: ServiceSettings, token: str | None) -> None:
-        self.settings, self.token = settings, token
+        self.settings, self.token = settings, token or os.environ.get(TOKEN)
         self.engine = open_engine(settings)
         made = ray.remote(Governor).options(
             name=settings.governor,

@@ -21,9 +21,8 @@ from ray.serve.config import AutoscalingConfig
 from badge_peft.serving.connect import APPLICATION, check_port, join_cluster, start_ray, wait_for_proxy
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.preflight import check_settings
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import TOKEN, ServiceSettings
 
-TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
 
 

@@ -8,6 +8,8 @@ from uuid import uuid4
 
 from badge_peft.serving.requests import Limits
 
+TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable: who has what is in it may change the policy
+
 
 @dataclass(frozen=True)
 class ServiceSettings:

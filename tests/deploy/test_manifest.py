@@ -14,7 +14,8 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 #: Fields of ray.io/v1 (KubeRay 1.1 and newer), as far as the manifest goes; those with a * must be there. In a pod the
-#: names are those of Kubernetes' core/v1. What is no mapping is a type.
+#: names are those of Kubernetes' core/v1. What is no mapping is a type. Compared with KubeRay's API types and with the
+#: models of the Kubernetes client 37.
 RESOURCES = {"requests": {"cpu": str, "memory": str}, "limits": {"cpu": str, "memory": str}}
 CONTAINER = {
     "*name": str,
@@ -99,13 +100,17 @@ def test_what_it_deploys_fits_in_its_machines(manifest: dict[str, Any]) -> None:
     (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
     (deployment,) = application["deployments"]
     (workers,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    cores = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    (container,) = workers["template"]["spec"]["containers"]
+    assert "BADGE_PEFT_TOKEN" in {variable["name"] for variable in container["env"]}  # where the replicas are
+    cores = int(container["resources"]["limits"]["cpu"])
     assert application["args"]["threads"] == deployment["ray_actor_options"]["num_cpus"] <= cores
     most = deployment["autoscaling_config"]["max_replicas"] * deployment["ray_actor_options"]["num_cpus"]
     assert most <= cores * workers["maxReplicas"]
 
 
-def test_ray_serve_takes_the_config_and_the_service_its_arguments(manifest: dict[str, Any]) -> None:
+def test_ray_serve_takes_the_config_and_the_service_its_arguments(
+    manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="the extra `serve` is not installed")
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     from ray.serve.schema import ServeDeploySchema
@@ -114,8 +119,11 @@ def test_ray_serve_takes_the_config_and_the_service_its_arguments(manifest: dict
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     build = getattr(import_module(module), name)
+    monkeypatch.setenv("BADGE_PEFT_TOKEN", "of the head")  # where `build` runs, and no replica
     made = build(application.args)
     assert made._bound_deployment.name == application.deployments[0].name
+    settings, token = made._bound_deployment.init_args
+    assert settings.adapter == application.args["adapter"] and token is None  # each replica reads its environment
     for args, message in (
         ({"adaptor": "x"}, "no field 'adaptor'; ServiceSettings has adapter"),
         ({"threads": 1}, "no adapter"),
