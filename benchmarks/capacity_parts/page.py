@@ -77,8 +77,11 @@ def needed(data: dict[str, Any]) -> list[str]:
         "",
         f"In brackets the points of accuracy lost against full depth on the same kind of texts; {floors}. A harder "
         "day has three quarters of hard texts at its end (a quarter is usual): those of which full depth is least "
-        "sure. - is a target that no number of replicas keeps.",
+        "sure. - is a target that no number of replicas keeps. In the smallest fleets a day has so few texts that "
+        "half a point is chance.",
         "",
+        "A controller whose floor is the drop that the fixed setting was calibrated for cannot become faster than it: "
+        "it takes as many replicas, and is more careful while there is time. One with a lower floor takes fewer. "
         "Where one machine in ten is slow, the router, which counts requests and not milliseconds, sends it its "
         "share: more than one request in a hundred, so that the 99th percentile is that of the slow machines. A fleet "
         f"of R replicas reports to the governor every R / {REPORTS} seconds, at most ten times a second, and hears of "
@@ -94,7 +97,7 @@ def timeline(data: dict[str, Any]) -> list[str]:
     said = "; ".join(f"{name} {_milliseconds(value)}" for name, value in worst.items())
     return [
         f"{shown['replicas']} replicas, bursts of {shown['peak_texts']:,.0f} texts per second. The largest p99 of a "
-        f"second: {said}."
+        f"second: {said}. (The target is for all requests together; a line ends where requests are answered no more.)"
     ]
 
 
@@ -180,7 +183,8 @@ def pictures(data: dict[str, Any], folder: Path) -> None:
     figure = Figure(figsize=(6.0, 4.4), layout="constrained")
     latency, exits = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for (name, own), style in zip(shown["ways"].items(), ("k--", "-", "-"), strict=False):
-        latency.plot([1000 * min(value, 1e3) for value in own["p99"]], style, label=name, linewidth=1.4)
+        shown_ms = [1000 * value if value else math.nan for value in own["p99"]]  # 0: none was answered
+        latency.plot(shown_ms, style, label=name, linewidth=1.4)
         if name != FULL:
             exits.plot(own["mean_exit"], style, linewidth=1.4)
     latency.axhline(1000 * data["target"], color="#cc3311", linewidth=0.8)

@@ -52,7 +52,9 @@ class Plan:
         served["fixed exits"] = fixed
         for drop in DROPS:
             make = governed(own, self.target / 2, drop)  # it keeps the 95th percentile, and needs room below the 99th
-            served[f"a controller, {100 * drop:.0f} points at most"] = replace(fixed, governor=make)
+            served[f"a controller, {100 * drop:.0f} point{'s' * (drop > 0.01)} at most"] = replace(
+                fixed, governor=make
+            )
         return served
 
     def fits(self) -> tuple[ServiceTimes, ServiceTimes]:
