@@ -91,6 +91,7 @@ def serve(
         on_drift == "careful",
         limits=Limits(max_rows, max_characters, max_body_bytes, max_waiting),
     )
+    print("starting, which can take a minute", flush=True)
     run_service(settings, host, port, address, lambda: print(f"serving at http://{host}:{port}", flush=True))
 
 

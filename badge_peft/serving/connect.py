@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -54,7 +55,8 @@ def start_ray(host: str, port: int, cores: int) -> None:
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     for name, value in (_ENVIRONMENT | ports).items():
         os.environ.setdefault(name, value)
-    ray.init("local", namespace="serve", num_cpus=max(cores, os.cpu_count() or 1), include_dashboard=False)
+    cores = max(cores, os.cpu_count() or 1)
+    ray.init("local", namespace="serve", num_cpus=cores, include_dashboard=False, logging_level="WARNING")
     _start_serve(host, port)
 
 
@@ -66,7 +68,7 @@ def join_cluster(address: str, host: str, port: int) -> None:
         ValueError: it has a service already, or Ray Serve listens elsewhere there.
     """
     try:
-        ray.init(address, namespace="serve")
+        ray.init(address, namespace="serve", logging_level="WARNING")
     except ConnectionError as error:
         raise OSError(no_cluster(address, error)) from error
     _start_serve(host, port)
@@ -107,9 +109,10 @@ def wait_for_proxy(host: str, port: int, address: str | None) -> None:
 
 
 def _start_serve(host: str, port: int) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # each step of a start is no news to who asked for it
     # of Ray's own 60 seconds for a proxy, and of one that Ray has replaced: a busy machine gets it later
     with suppress(TimeoutError, ray.exceptions.RayActorError):
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
 
 
 def _free_ports(count: int) -> list[str]:
