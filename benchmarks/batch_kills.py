@@ -3,7 +3,8 @@
     python benchmarks/batch_kills.py ADAPTER FOLDER --docs docs/results/batch-scoring.md
 
 FOLDER is answered twice: by `predict` in this process, and on Ray, where after every few chunks one of the processes
-that answer gets SIGKILL. It needs the extra ray, and changes nothing of other Ray clusters on the machine.
+that answer gets SIGKILL, in the midst of a chunk where one is. It needs the extra ray, and changes nothing of other
+Ray clusters on the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ from badge_peft.workflows import folders
 from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.chunks import TextFiles
 
+_PATIENCE = 60.0  # seconds in which one of the processes has to be at work
 
-def answering_processes() -> dict[int, str]:
+
+def answering_processes(which: Callable[[str], bool] = bool) -> dict[int, str]:
     """The numbers of those of this process's own Ray, with their titles: what each does now."""
     found: dict[int, str] = {}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it has just ended
             found[process.pid] = " ".join(process.cmdline())
-    return {number: title for number, title in found.items() if title.startswith("ray::MapWorker")}
+    return {number: title for number, title in found.items() if title.startswith("ray::MapWorker") and which(title)}
 
 
 def at_work(title: str) -> bool:
@@ -44,18 +47,20 @@ def at_work(title: str) -> bool:
 
 
 def with_kills(engine: Any, kills: int, every: int, seed: int, killed: list[str]) -> Any:
-    """`answer_files`, which kills one of the processes after every few chunks, one that is at work where one is; their
-    titles are put into `killed`."""
+    """`answer_files`, which kills one of the processes after every few chunks, as soon as one is at work; their titles
+    are put into `killed`."""
     draw = random.Random(seed)
 
     def answer_files(*arguments: Any) -> Iterator[dict[str, Any]]:
         for number, chunk in enumerate(engine(*arguments)):
             yield chunk
             if len(killed) < kills and number % every == every - 1:
-                while not (alive := answering_processes()):
-                    time.sleep(0.1)
-                busy = [number for number, title in alive.items() if at_work(title)]
-                victim = draw.choice(busy or list(alive))
+                end = time.monotonic() + _PATIENCE
+                while not (busy := answering_processes(at_work)) and time.monotonic() < end:
+                    time.sleep(0.05)
+                if not (alive := busy or answering_processes()):
+                    continue
+                victim = draw.choice(list(alive))
                 os.kill(victim, signal.SIGKILL)
                 killed.append(alive[victim])
 
@@ -82,22 +87,25 @@ def page(found: dict[str, Any]) -> str:
     where = found["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     said = f"{found['wrong']:,} rows differ" if found["wrong"] else "that of an undisturbed run, to the last bit"
+    options = " ".join(
+        f"--{name.replace('_', '-')} {found[name]}" for name in ("kills", "every", "batch_size", "seed")
+    )
     cells = [f"{found[name]:,}" for name in ("workers", "kills", "busy", "files", "rows", "wrong")]
     return f"""# Batch scoring with processes killed
 
-{found["kills"]} processes were killed (SIGKILL), {found["busy"]} of them in the midst of a chunk, while `badge-peft
-predict --engine ray` answered {found["files"]} files with {found["rows"]:,} texts. The output: {said}.
+{found["kills"]} processes were killed (SIGKILL), {found["busy"]} of them in the midst of a chunk, while
+`badge-peft predict --engine ray` answered {found["files"]} files with {found["rows"]:,} texts. The output: {said}.
 
 | processes at a time | kills | in the midst of a chunk | files | rows | rows that differ | seconds |
 | --- | --- | --- | --- | --- | --- | --- |
 | {" | ".join(cells)} | {found["seconds"]:.0f} |
 
 The undisturbed run is `predict` in one process. {where["cpu"]}, {where["cores"]} cores, which had other work, too: the
-seconds say little. Python {where["python"]}, {versions}; batch size {found["batch_size"]}, seed {found["seed"]}.
-Made by
+seconds say little. Python {where["python"]}, {versions}.
+Chunks are 32 passes of {found["batch_size"]} texts; after every {found["every"]} a process is killed. Made by
 
 ```bash
-python benchmarks/batch_kills.py ADAPTER FOLDER --kills {found["kills"]} --docs docs/results/batch-scoring.md
+python benchmarks/batch_kills.py ADAPTER FOLDER {options} --docs docs/results/batch-scoring.md
 ```
 """
 
