@@ -17,7 +17,7 @@ def group_codes(groups: Any, rows: int) -> Array | None:
         rows: n.
 
     Raises:
-        ValueError: not one id for each row, or ids of several kinds.
+        ValueError: not one id for each row, a NaN, or ids of several kinds.
     """
     if groups is None:
         return None
@@ -26,6 +26,10 @@ def group_codes(groups: Any, rows: int) -> Array | None:
         raise ValueError(
             f"groups has shape {list(ids.shape)} for {rows} rows: give one id for each row, such as the number of its "
             "query."
+        )
+    if ids.dtype.kind == "f" and np.isnan(ids).any():
+        raise ValueError(
+            "groups has a NaN, which is no id: give one for each row, such as the number of its query."
         )
     try:
         return np.unique(ids, return_inverse=True)[1].reshape(rows)
