@@ -227,7 +227,7 @@ METHOD = """* No cross-encoder was at hand, so the encoder is fine-tuned as one 
   same rule and calibration without training, its head put behind every block. *Clusters*: training-free pruning in the
   manner of PRISM (Zhou et al., 2025): where the head's scores of the candidates are spread widely enough, they are
   grouped, and the groups below that of the k-th best leave; the threshold is chosen as the margins are. *One depth*:
-  all candidates stop at the block that costs the same, and its exit ranks.
+  all candidates stop at the exit whose block costs most nearly the same, and it ranks.
 * Candidates that left early are ranked behind the others, by the depth they reached."""
 
 

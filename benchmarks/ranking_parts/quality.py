@@ -148,10 +148,11 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
 
 
 def _of_exits(config: EarlyExitConfig, test: ExitLogits, k: int, seed: int) -> list[Measured]:
-    """Margins on exits, and one depth for all candidates that costs the same."""
+    """Margins on exits, and one depth for all candidates: the exit that costs most nearly the same."""
     found = ranked_by(test, config)
     record: Any = config.calibration
-    depth = max(1, round(float(found.stops.mean())))
+    mean = float(found.stops.mean())
+    depth = min((number for number in test.exits if number), key=lambda number: abs(number - mean))
     fixed = EarlyExitConfig(policy="fixed_depth", depth=depth, top_k=k)
     return [
         {"way": "exits", "seed": seed, "held_out": record["held_out"], **found.measure(k)},
