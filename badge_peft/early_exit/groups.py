@@ -28,9 +28,7 @@ def group_codes(groups: Any, rows: int) -> Array | None:
             "query."
         )
     if ids.dtype.kind == "f" and np.isnan(ids).any():
-        raise ValueError(
-            "groups has a NaN, which is no id: give one for each row, such as the number of its query."
-        )
+        raise ValueError("groups has a NaN, which is no id: give one for each row, such as the number of its query.")
     try:
         return np.unique(ids, return_inverse=True)[1].reshape(rows)
     except TypeError:

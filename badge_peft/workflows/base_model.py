@@ -95,9 +95,13 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
         model.config.problem_type = None if tokens else labels.problem_type
         return Base(model, labels, [], reads_tokens=tokens)
     if settings.exits.keep_head:
+        other = (
+            "exits for ranking follow the scores of a cross-encoder, so give one"
+            if settings.task == "ranking"
+            else "leave --keep-head out to train a new one from labeled rows, or give a fine-tuned model"
+        )
         raise ValueError(
-            f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): leave --keep-head "
-            "out to train a new one from labeled rows, or give a fine-tuned model."
+            f"{path} has no trained classification head to keep ({fresh[0]} is missing from it): {other}."
         )
     labels = LabelSet.of_tags(examples) if tokens else LabelSet.of_data(examples, settings.problem_type)
     if model.config.num_labels != len(labels.names):
