@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     qualities.add_argument("--max-train", type=int, default=10**9, help="pairs that the cross-encoder learns from")
     qualities.add_argument("--frozen-words", action="store_true", help="the cross-encoder's word embeddings stay")
     qualities.add_argument("--bf16", action="store_true", help="the cross-encoder learns with products in bfloat16")
+    qualities.add_argument("--listwise", type=int, default=0, help="queries of which it learns the order afterwards")
     qualities.add_argument("--negatives", type=int, default=4, help="pairs that are not relevant, for each that is")
     qualities.add_argument("--epochs", type=int, default=2, help="of the cross-encoder")
     qualities.add_argument("--exit-epochs", type=int, default=5, help="of the exits")

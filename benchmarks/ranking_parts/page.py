@@ -214,6 +214,7 @@ _SHOWN = (
     "train_queries",
     "train_candidates",
     "epochs",
+    "listwise",
     "frozen_words",
     "bf16",
     "exit_epochs",
