@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 #: Engine, what the deepest task alone may be exceeded by: eight tasks, BERT-base, 64 tokens, one row.
 TARGETS = {"torch": 1.15, "onnx": 1.08, "int8": 1.08}
 _TARGET = ("BERT-base", 1, 64, 8)
+_SHAPES = ((1, 64), (1, 256), (32, 64), (32, 256))  # rows and tokens that were asked for
 
 
 def write_page(data: Mapping[str, Any], path: str | Path) -> str:
@@ -121,7 +122,7 @@ def _shapes(cells: Mapping[tuple[str, str], Sequence[Row]]) -> str:
 
 
 def _left_out(cells: Mapping[tuple[str, str], Sequence[Row]]) -> str:
-    """Which combinations of what is on the page were not measured."""
+    """What was asked for and not measured."""
     every = [(row["rows"], row["length"], row["tasks"]) for rows in cells.values() for row in rows]
     shapes, counts = sorted({x[:2] for x in every}), sorted({x[2] for x in every})
     missing = sum(
@@ -130,4 +131,6 @@ def _left_out(cells: Mapping[tuple[str, str], Sequence[Row]]) -> str:
         for shape in shapes
         for n in counts
     )
-    return "" if not missing else " Left out, for the time that it takes: what has a `-`."
+    none = [f"{rows} x {length}" for rows, length in _SHAPES if (rows, length) not in shapes]
+    left = ["what has a `-`"] * bool(missing) + [f"rows x tokens of {', '.join(none)}"] * bool(none)
+    return f" Left out, for the time that it takes: {'; '.join(left)}." if left else ""
