@@ -191,7 +191,8 @@ def _made(models: Sequence[Stored]) -> str:
     for stored in models:
         found = stored["quality"]
         made, settings = found["made"], found["settings"]
-        given = [f"--{k.replace('_', '-')} {_argument(v)}".rstrip() for k, v in settings.items() if k in _SHOWN and v]
+        chosen = {k: v for k, v in settings.items() if k in _SHOWN and v and v != 10**9}  # which is all of them
+        given = [f"--{k.replace('_', '-')} {_argument(v)}".rstrip() for k, v in chosen.items()]
         shift = [] if found["shift"] is None else [f"--shift {found['shift']}"]
         parts = [f"--encoder {found['name']}", "--data wikiqa", *shift, "--work W", *given]
         lines.append(" \\\n    ".join(["python benchmarks/ranking.py quality", *parts]))
@@ -213,6 +214,7 @@ _SHOWN = (
     "shift_queries",
     "train_queries",
     "train_candidates",
+    "max_train",
     "epochs",
     "listwise",
     "frozen_words",
