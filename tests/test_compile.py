@@ -64,10 +64,10 @@ def test_equal_answers_on_every_backbone(case):
 
 
 def test_many_lengths_and_sizes_are_few_compilations():
-    model = make(blocks=3)
+    model = make(blocks=2)
     counter = CompileCounterWithBackend("eager")
-    compile_blocks(model, buckets=[8, 16], backend=counter)
-    for length in (3, 4, 7, 8, 9, 12, 15, 16):
+    compile_blocks(model, buckets=[4, 8], backend=counter)
+    for length in (2, 3, 4, 5, 7, 8):
         for rows in (1, 2 + length % 5):
             batch = {"input_ids": torch.randint(5, 99, (rows, length))}
             exits_of(model, batch)
