@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from badge_peft import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features
+from badge_peft.utils.problem import problem_of
 from tests.evaluation.rows import make_exits, make_logits, make_rows
 from tests.models import PAD, make_badge, make_model, shake
 
@@ -82,6 +84,29 @@ def test_answers_are_the_logits_of_the_block_where_each_row_stopped() -> None:
     data = full(3)
     answers = data.answers(torch.tensor([6, 0, 2]))
     assert torch.equal(answers, torch.stack([data.logits[0, 2], data.logits[1, 0], data.logits[2, 1]]))
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_a_part_has_derived_what_the_whole_has(problem: str) -> None:
+    data = ExitLogits(4 * torch.randn(30, 3, 4), problem_type=problem, groups=[i // 5 for i in range(30)])
+    asked = [(kind, j) for kind in ("ce", "js", "label") for j in (1, 2)]
+    for kind, j in asked:
+        data.history().to_earlier(kind, j)
+    rows = torch.randperm(30)[:17]
+    part, alone = data.select(rows), replace(data, logits=data.logits[rows], groups=data.groups[rows])
+    for kind, j in asked:
+        found, expected = (some.history().to_earlier(kind, j) for some in (part, alone))
+        assert found.tobytes() == expected.tobytes()
+    assert part.history().rows == 17 and part.history().groups.tolist() == alone.history().groups.tolist()
+    assert data.history().rows == 30  # which stays as it is
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_predicted_is_the_prediction_of_the_answers(problem: str) -> None:
+    data = ExitLogits(torch.randn(20, 3, 4), exit_layers=[0, 2, 6], problem_type=problem)
+    stops = torch.tensor([0, 2, 6, 6, 2] * 4)
+    expected = problem_of(problem).predictions(data.answers(stops))
+    assert data.predicted(stops.numpy()).tolist() == expected.tolist()
 
 
 def test_the_history_is_made_once() -> None:
