@@ -22,7 +22,10 @@ def test_calls_leave_nothing_behind():
     growth = grow(calls)
     assert growth.objects < 20  # one object a call would be 120
     # Python keeps 40 kB of freed memory of its own for the next call, but no 330 bytes of each
-    assert growth.traced < max(80_000, 2 * calls)
+    assert growth.traced < 80_000
+    # memory that was never used before comes in by pages in the first thousands of calls
+    assert growth.resident < 50_000_000
+    print(growth)
 
 
 def test_growth_would_be_seen(monkeypatch):
