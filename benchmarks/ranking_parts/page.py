@@ -63,7 +63,7 @@ def headline(stored: Stored) -> list[str]:
     if "clock" in stored:
         at = {row["way"]: row for row in _timed(stored, CANDIDATES)}
         lines.append(
-            f"A query of {CANDIDATES} candidates: {_median(at[LIBRARY]):.0f} ms by {LIBRARY}, "
+            f"{found['name']}, a query of {CANDIDATES} candidates: {_median(at[LIBRARY]):.0f} ms by {LIBRARY}, "
             f"{_median(at['PyTorch, early exits']):.0f} ms with exits in PyTorch, {_median(at[FASTEST]):.0f} ms with "
             f"exits in ONNX Runtime int8: {_faster(at[LIBRARY], at[FASTEST]):.1f} times faster."
         )
