@@ -90,7 +90,8 @@ def check_filled_in(modules_to_save: Any, target_modules: Any, base_fingerprint:
     names, sample = modules_to_save, base_fingerprint
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")
-    if target_modules is not None and not isinstance(target_modules, (str, list, set, tuple)):
+    listed = isinstance(target_modules, (list, set, tuple)) and all(isinstance(name, str) for name in target_modules)
+    if not (target_modules is None or isinstance(target_modules, str) or listed):
         raise ValueError(f"target_modules={target_modules!r} is not allowed: leave it None.")
     if sample is not None and not (
         isinstance(sample, dict)
