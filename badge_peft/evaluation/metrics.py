@@ -12,20 +12,15 @@ from torch import Tensor
 from badge_peft.evaluation.entities import EntityReader, are_tags
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.utils.checks import check_choice
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import differs, problem_of
 
 Array = np.ndarray
 Metric = str | Callable[[Array, Array], float]
 
 
 def _accuracy(predictions: Array, labels: Array) -> float:
-    return float(_right(predictions, labels).mean())
-
-
-def _right(predictions: Array, labels: Array) -> Array:
-    """[N] bool; multi-label: all labels of a row must be right, as scikit-learn has it."""
-    right = predictions == labels
-    return right if right.ndim == 1 else right.all(axis=1)
+    # multi-label: all labels of a row must be right, as scikit-learn has it
+    return float((~differs(predictions, labels)).mean())
 
 
 def _f1(predictions: Array, labels: Array) -> float:
@@ -221,7 +216,7 @@ def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> 
     assert exit_logits.labels is not None
     labels = exit_logits.labels.numpy()
     if metric != ENTITY_F1:
-        right = _right(predictions, labels).astype(np.float64)
+        right = (~differs(predictions, labels)).astype(np.float64)
         return units.total(right), units.total(np.ones(len(right)))
     both, answered, given = entity_reader(exit_logits).counts(predictions, labels, units)
     return 2.0 * both, (answered + given).astype(np.float64)

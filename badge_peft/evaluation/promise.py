@@ -12,7 +12,7 @@ from scipy.stats import beta
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import differs, problem_of
 
 Array = np.ndarray
 
@@ -65,11 +65,6 @@ class ExitPromise:
         level = 1 - 0.01 / (2 * len(stopped) + 1)
         most = None if self.disagreements is None else float(_upper(np.array(self.disagreements), self.rows, level))
         return most, _upper(stopped, self.rows, level), _upper(self.rows - stopped, self.rows, level)
-
-
-def differs(first: Array, second: Array) -> Array:
-    """[N] bool: which predictions, [N] or [N, K], are not the same."""
-    return (first != second).reshape(len(first), -1).any(axis=1)
 
 
 def _upper(successes: Array, rows: int, level: float) -> Array:

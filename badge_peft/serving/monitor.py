@@ -18,10 +18,10 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.curve import stored_promises
-from badge_peft.evaluation.promise import ExitPromise, differs
+from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.serving.detector import RateDetector
 from badge_peft.utils.checks import check_int, is_number
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import differs, problem_of
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray

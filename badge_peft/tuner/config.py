@@ -130,6 +130,8 @@ class BadgeConfig(PeftConfig):
                 "'TOKEN_CLS'."
             )
         check_int("r", self.r, at_least=1, optional=False)
+        if self.r >= 2**31:  # no size of a tensor, and beyond 2**63 torch fails with an error of its own
+            raise ValueError(f"r={self.r!r} is not allowed: it must be below 2**31.")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_links(self.carry, self.ladder, self.exit_type, self.final_exit, self.placement)

@@ -31,8 +31,6 @@ def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> No
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
-    if value >= 2**31:  # no size of a tensor, and beyond 2**63 torch fails with an error of its own
-        raise ValueError(f"{name}={value!r} is not allowed: it must be below 2**31.")
 
 
 def check_number(name: str, value: Any, allowed: Callable[[float], bool], rule: str) -> None:

@@ -99,8 +99,7 @@ class Problem:
 
     def same(self, logits: Tensor, others: Tensor) -> float | None:
         """Share of rows [N, K] with the same prediction; None for regression, which has none that is the same."""
-        equal = self.predictions(logits) == self.predictions(others)
-        return float(equal.reshape(len(equal), -1).all(axis=1).mean())
+        return float((~differs(self.predictions(logits), self.predictions(others))).mean())
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
         """One row of logits [K] as JSON-able values.
@@ -228,6 +227,12 @@ PROBLEM_TYPES = tuple(_PROBLEMS)
 def problem_of(problem_type: str) -> Problem:
     """The problem type by its name in transformers."""
     return _PROBLEMS[problem_type]
+
+
+def differs(first: Array, second: Array) -> Array:
+    """[N] bool: which predictions, [N] or [N, K], are not the same."""
+    different = first != second
+    return different if different.ndim == 1 else different.any(axis=1)
 
 
 def infer_problem_type(num_labels: int, labels: Tensor | None = None) -> str:

@@ -173,7 +173,7 @@ def section(data: dict[str, Any]) -> list[str]:
             f"{own['body']:.2f} ms, and what it does beside that and the model takes "
             f"{own['total'] - own['model'] - own['body']:.2f} ms."
         )
-    speeds = ", ".join(f"{value:.0f} {name if name in BEHIND else f'with {name}'}" for name, value in most.items())
+    speeds = ", ".join(f"{value:.0f} {name if name == BEHIND[1:] else f'with {name}'}" for name, value in most.items())
     return [
         markdown((head, rows)),
         "",

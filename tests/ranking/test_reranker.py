@@ -138,7 +138,7 @@ def test_no_more_rows_than_asked_for_are_ever_in_a_block() -> None:
     tokenizer = pair_tokenizer()
     model.set_early_exit_config(config)
     lengths = {len(tokenizer(QUERY, d).input_ids) for d in DOCUMENTS}
-    for memory in (2**30, 0):
+    for memory in (2**33, 0):  # 8 GiB is no size that an option may not have
         reranker = EarlyExitReranker(model, tokenizer, batch_size=4, max_state_bytes=memory)
         seen.clear()
         _, report = reranker.rank(QUERY, DOCUMENTS, 4, return_report=True)
@@ -192,7 +192,7 @@ def test_exits_that_decide_nothing_are_not_computed(monkeypatch: pytest.MonkeyPa
         lambda self, block, m, frame, own=ExitReader.read: [read.append(m), own(self, block, m, frame)][1],
     )
     reranker = EarlyExitReranker(model, tokenizer)
-    for memory in (2**30, 0):
+    for memory in (2**33, 0):  # 8 GiB is no size that an option may not have
         reranker.max_state_bytes = memory
         model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": [None, 9.0, None, 0.0]}})
         read.clear()
