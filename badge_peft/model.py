@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.mixin import EarlyExitMixin, early_exit_model
 from badge_peft.model_card import write_card_of_adapter
 from badge_peft.outputs import ignore_exit_logits, restore_output_keys
@@ -166,6 +167,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     ) -> BadgeConfig:
         name = self._name_of(peft_config)
         own = prepared_copy(self.model, peft_config, name)
+        check_fits(own.early_exit, own, cast(int, own.num_blocks))
         layout = get_layout(self.model, own.block_layout)
         checkpoint.check_file(self.model, own, layout)
         own.after_saving = write_card_of_adapter  # the one place where PEFT gives a tuner the folder

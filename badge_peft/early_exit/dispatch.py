@@ -9,12 +9,13 @@ from torch import nn
 
 from badge_peft.early_exit.adapter_names import BASE, RowOrder, check_adapter_names
 from badge_peft.early_exit.calls import Call, Question, RowFacts
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.early_exit.tasks import Tasks, check_tasks
 from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout
-from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.utils.problem import Problem
 
@@ -81,6 +82,23 @@ def reader_of(
     groups = None if own.groups is None else own.groups.numpy()
     mask = own.ends if exits.pooling == "last" else own.mask
     return PolicyReader(exits, rows, mask, first, policy, groups)
+
+
+def check_fits(rule: EarlyExitConfig | None, config: BadgeConfig, num_blocks: int) -> None:
+    """Refuses a rule that the exits of an adapter cannot follow, where it is stored and not by the first call.
+
+    Args:
+        rule: How the adapter is to stop; None is the default, which always fits.
+        config: Of the adapter, prepared for its model.
+        num_blocks: M.
+
+    Raises:
+        ValueError: `rule` does not fit; the message says what to do.
+    """
+    if rule is not None:
+        policy = build_policy(rule)
+        policy.check(exit_numbers(config, num_blocks), config.resolved_labels, config.resolved_problem_type)
+        policy.check_learned(config.learn_to_exit)
 
 
 def base_reader(asked: Question, about: RowFacts, num_blocks: int, num_labels: int) -> PolicyReader:

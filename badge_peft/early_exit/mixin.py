@@ -16,17 +16,16 @@ from badge_peft.early_exit.arguments import by_name, split_arguments, split_spec
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.calls import Call, OneAdapter, Question, RowFacts
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.dispatch import base_reader, call_of_several, reader_of
+from badge_peft.early_exit.dispatch import base_reader, call_of_several, check_fits, reader_of
 from badge_peft.early_exit.full_depth import FullDepthReader, check_labels, full_depth_output
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
-from badge_peft.tuner.config import BadgeConfig, exit_numbers
+from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.exits import AdapterExits
 
@@ -218,8 +217,7 @@ class EarlyExitMixin:
         """
         own = self.config_of(adapter_name)
         new = None if config is None else EarlyExitConfig.of(config)
-        if new is not None:
-            build_policy(new).check(exit_numbers(own, self.num_blocks), own.resolved_labels, own.resolved_problem_type)
+        check_fits(new, own, self.num_blocks)
         own.early_exit = new
 
     # ------------------------------------------------------------------------------------------------- pass and reader

@@ -40,11 +40,7 @@ class Decision:
             ValueError: its class has no nodes for what it decides, or it needs an LTE layer that the adapter lacks.
         """
         kind = type(self.policy)
-        if self.policy.reads_uncertainty and not learned:
-            raise ValueError(
-                f"policy={self.policy.name!r} needs an adapter with an LTE layer: train with "
-                "BadgeConfig(learn_to_exit=True)."
-            )
+        self.policy.check_learned(learned)
         if _depth(kind, "nodes", "score_nodes") > _depth(kind, "should_exit", "score"):
             able = [name for name, policy in POLICIES.items() if policy.nodes is not ExitPolicy.nodes]
             raise ValueError(

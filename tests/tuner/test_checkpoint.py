@@ -396,6 +396,36 @@ def test_an_adapter_whose_file_is_damaged_is_not_added(fields, part, tmp_path):
     assert list(model.peft_config) == ["default", "second"]
 
 
+MISFITS: list[Any] = [
+    ({"max_exit": 99}, "max_exit=99 is not allowed: the model has 3 blocks"),
+    ({"policy": "fixed_depth", "depth": 7}, "depth=7 is not allowed"),
+    ({"threshold": [0.1, 0.2]}, "threshold has 2 numbers, but there are 3 exits"),
+    ({"policy": "agreement"}, "has to be fitted first"),
+    ({"policy": "top_k", "parameters": {"margins": [1.0] * 3}}, "the model has 3 outputs"),
+    ({"policy": "learned"}, "needs an adapter with an LTE layer"),
+]
+
+
+@pytest.mark.parametrize(("rule", "message"), MISFITS, ids=str)
+def test_a_rule_that_the_exits_cannot_follow(rule, message, tmp_path):
+    """The first call would refuse it, when the adapter is in production."""
+    model = make_badge()
+    model.save_pretrained(tmp_path)
+    base = make_model()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, BadgeConfig(early_exit=rule))
+    untouched(base)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "early_exit": rule}))
+    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), message)
+    untouched(base)
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match=message):
+        model.set_early_exit_config(rule)
+    assert model.config_of().early_exit is None
+
+
 def in_memory(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that will be written over: older releases of safetensors leave them in it."""
     return {name: value.clone() for name, value in load_file(path).items()}

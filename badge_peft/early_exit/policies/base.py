@@ -178,6 +178,20 @@ class ExitPolicy(PolicyText):
         if cap is not None and cap < exits[0]:
             raise ValueError(f"max_exit={cap} is not allowed: the first exit is at block {exits[0]}.")
 
+    def check_learned(self, learned: bool) -> None:
+        """Refuses an adapter without the layer whose uncertainty `should_exit` reads.
+
+        Args:
+            learned: Whether the adapter has one (`learn_to_exit`).
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.reads_uncertainty and not learned:
+            raise ValueError(
+                f"policy={self.name!r} needs an adapter with an LTE layer: train with BadgeConfig(learn_to_exit=True)."
+            )
+
     @property
     def max_exit(self) -> int | None:
         """The block that no row goes past."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from badge_peft.early_exit.history import ExitHistory
@@ -30,11 +32,9 @@ class LearnedPolicy(ThresholdPolicy):
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: predicted uncertainty in [0, 1]."""
-        if history.uncertainty is None or np.isnan(history.uncertainty[j]).any():
-            raise ValueError(
-                "policy='learned' needs an adapter with an LTE layer: train with BadgeConfig(learn_to_exit=True)."
-            )
-        return history.uncertainty[j]
+        found = history.uncertainty
+        self.check_learned(found is not None and not np.isnan(found[j]).any())
+        return cast(Array, found)[j]
 
     def score_nodes(self, at: ExitNodes) -> Value:
         """[n]: predicted uncertainty."""
