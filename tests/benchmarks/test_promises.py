@@ -29,4 +29,24 @@ def test_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stored = json.loads(results.read_text())["task/max_prob/200"]
     assert stored["calibrate"] == found and len(stored["on itself"]["excess"]) == 1
     assert promises.main(["--json", str(results), "--docs", str(page)]) == 0
+    depth = 12 * (1 - stored["best exit"]["speedup"][0])
+    assert depth == pytest.approx(round(depth), abs=1e-3)  # one block answers every row
     assert f"| task | 200 | 1 | on itself | {stored['on itself']['excess'][0]:+.2f} |" in page.read_text()
+
+
+def test_the_page_says_where_no_setting_could_reach_the_target() -> None:
+    def drew(*excess: float) -> dict[str, list[float]]:
+        return {"excess": [*excess], "speedup": [0.5] * len(excess)}
+
+    data = {
+        "near/max_prob/200": {"calibrate": drew(0.1, 0.2), "best exit": drew(0.5, 0.6)},
+        "far/max_prob/200": {"calibrate": drew(2.0, 3.0), "best exit": drew(-1.0, -1.0)},
+        "noisy/max_prob/200": {"calibrate": drew(0.2, 1.5), "best exit": drew(0.2, 1.4)},
+    }
+    page = promises.page(data)
+    assert (
+        "in the mean: 1 of 3; missed: far 200, noisy 200 rows (by the best exit alone, too: noisy 200 rows)." in page
+    )
+    assert (
+        "at the 90th percentile: 1 of 3; missed: far 200, noisy 200 rows (by the best exit alone, too: noisy" in page
+    )
