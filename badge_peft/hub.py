@@ -20,6 +20,7 @@ from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
+from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 
 _NO_CONFIG = (AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError)
@@ -111,10 +112,12 @@ def _load_base(name: str, config: BadgeConfig, kwargs: dict[str, Any]) -> Any:
     """The base model, sized for an adapter."""
     if config.num_labels is not None:
         kwargs.setdefault("num_labels", config.num_labels)
-    if config.final_exit == "exit" or config.train_head:  # the base model's own head is not read, whatever its size
-        kwargs.setdefault("ignore_mismatched_sizes", True)
     auto: Any = AutoModelForTokenClassification if config.reads_tokens else AutoModelForSequenceClassification
-    return auto.from_pretrained(name, **kwargs)
+    if config.final_exit == "base_head" and not config.train_head:
+        return auto.from_pretrained(name, **kwargs)
+    kwargs.setdefault("ignore_mismatched_sizes", True)
+    with quiet():  # its head is not read, whatever its size, so a report that it is new would mislead
+        return auto.from_pretrained(name, **kwargs)
 
 
 def _load_tasks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,23 @@ def test_a_head_that_no_exit_reads_may_have_any_size(tmp_path: Path) -> None:
     loaded = load_pretrained(str(tmp_path / "adapter"))
     assert exits(loaded).shape[-1] == 5
     assert torch.equal(exits(loaded), exits(model.eval()))
+
+
+def test_no_report_on_a_head_that_no_exit_reads(tmp_path: Path) -> None:
+    save(tmp_path)
+    make_model().base_model.save_pretrained(tmp_path / "base")
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        assert "classifier" in "".join(said)
+        said.clear()
+        load_pretrained(str(tmp_path / "adapter"))
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    assert said == []
 
 
 def test_for_more_training_and_under_another_name(saved: tuple[str, PeftModel]) -> None:

@@ -188,7 +188,10 @@ def test_stored_logits_know_their_queries(tmp_path):
 
 def test_in_words():
     config = EarlyExitConfig(policy="top_k", top_k=5, threshold=0.5, parameters={"margins": [1.0, 0.0]})
-    assert describe(config) == "top_k, top_k=5, threshold=0.5"
+    assert describe(config) == "top_k, top_k=5, threshold=0.5, margins=[1]"
+    assert describe(EarlyExitConfig(policy="top_k")) == "top_k"
+    margins = [None, 2.34567, 0.0]
+    assert describe(EarlyExitConfig(policy="top_k", parameters={"margins": margins})) == "top_k, margins=[None, 2.346]"
     assert set_fields(config) == {"policy": "top_k", "threshold": 0.5, "top_k": 5}
     assert build_policy(config).resolve(1, REGRESSION) == config
     assert build_policy(config, threshold=None).resolve(1, REGRESSION).threshold == 1.0

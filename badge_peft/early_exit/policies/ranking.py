@@ -14,6 +14,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
 from badge_peft.early_exit.policies.evidence import Evidence
 from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.early_exit.policies.text import short
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.checks import is_number
@@ -140,6 +141,12 @@ class TopKPolicy(ThresholdPolicy):
         margins = self.config.parameters["margins"]
         if len(margins) != len(exits):
             raise ValueError(f"parameters has {len(margins)} margins, but there are {len(exits)} exits.")
+
+    @classmethod
+    def fitted_numbers(cls, config: EarlyExitConfig) -> str:
+        """The margins of all exits but the last, which is never left."""
+        margins = (config.parameters or {}).get("margins", [])[:-1]
+        return f"margins=[{', '.join('None' if x is None else short(float(x)) for x in margins)}]" if margins else ""
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         return 1.0

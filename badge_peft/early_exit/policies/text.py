@@ -52,6 +52,11 @@ class PolicyText:
         form = "-".join([cls.name, *own])
         return f"{form} t={config.patience}" if cls.counts_exits and config.patience is not None else form
 
+    @classmethod
+    def fitted_numbers(cls, config: EarlyExitConfig) -> str:
+        """What of `parameters` tells settings apart, for a line; empty where the other fields do."""
+        return ""
+
     def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
         """What the policy saw of the one row in `history` at exit j (index); None where it compares no number."""
         return None
@@ -80,7 +85,8 @@ def describe(config: EarlyExitConfig) -> str:
     shown = [f"{name}={short(value)}" for name, value in set_ if value is not None]
     if config.decide_every > 1:
         shown.append(f"decide_every={config.decide_every}")
-    return ", ".join([POLICIES[config.policy].title(config), *shown])
+    kind = POLICIES[config.policy]
+    return ", ".join(filter(None, [kind.title(config), *shown, kind.fitted_numbers(config)]))
 
 
 def short(value: float | list[float]) -> str:
