@@ -30,7 +30,8 @@ from latency_parts.settings import Size
 RULE = {"policy": "divergence", "divergence": "ce", "threshold": 0.2, "patience": 1}
 NOBODY = {**RULE, "threshold": 1e-9}  # decisions are made, and nobody leaves
 
-_SURE = 10.0  # logit of an exit that is sure; any above 4 agree to within tau, any below 2.5 do not
+#: Logit of an exit that is sure; any above 4 agree to within tau, any below 2.5 do not.
+SURE = 10.0
 _LOUD = 10.0  # times the usual embedding
 _SAMPLES = 2  # contexts per token and length that the weights are fitted on
 _RIDGE = 1e-2
@@ -155,7 +156,7 @@ def _fit(base: BertForSequenceClassification, size: Size, lengths: Sequence[int]
     found = []
     for m, parts in enumerate(states, start=1):
         x = torch.cat([torch.cat(parts), torch.ones(len(wanted), 1, dtype=torch.double)], dim=1)  # [n, d + 1]
-        y = _SURE * (wanted - 1 <= m).double()  # sure from exit k - 1 on
+        y = SURE * (wanted - 1 <= m).double()  # sure from exit k - 1 on
         gram = x @ x.T + _RIDGE * len(x) * torch.eye(len(x), dtype=torch.double)  # [n, n]: n may be below d
         found.append((x.T @ torch.linalg.solve(gram, y)).float())
     return found

@@ -48,11 +48,11 @@ on {environment["date"]}: {environment["cpu"]}, {environment["threads"]} threads
 {environment["load_1min"]} at the start; Python {environment["python"]}, {versions}.
 
 Random weights, float32 unless int8 is named, rows without padding. The tasks of a row stop at blocks spread evenly
-from 2 to M, by real decisions (divergence) whichever way they are called, which is checked; so the deepest task alone
-is a full pass with exits. The ways take turns in each round, and a number is the median over the rounds of the
-quotient within a round, quartiles in brackets. One stock model is timed and counted N times, and in ONNX Runtime one
-file stands for those of single tasks: N sets of weights would find less room in the caches, so this is in their
-favor. Sessions do not spin.{_left_out(cells)}
+from 2 to M, by decisions at every exit (divergence) whichever way they are called, which is checked; so the deepest
+task alone is a full pass that decides at every exit. The ways take turns in each round, and a number is the median
+over the rounds of the quotient within a round, quartiles in brackets. One stock model is timed and counted N times,
+and in ONNX Runtime one file stands for those of single tasks: N sets of weights would find less room in the caches, so
+this is in their favor. Sessions do not spin.{_left_out(cells)}
 
 ## One pass, times the deepest task alone
 

@@ -1,24 +1,25 @@
 """The ways to answer many tasks for the same rows, in PyTorch and in ONNX Runtime: one pass, a call for each task, a
 stock model for each.
 
-The adapters have the same random weights under different names, and each its own block before which it does not stop
-(`min_exit`), spread evenly from 2 to M. So the tasks of a row stop at different blocks, by real decisions. In ONNX
+Each task has an adapter whose exits are sure of their answer from one block on, whatever the row, and so stops at the
+block after it: these are spread evenly from 2 to M. All decide at every exit (DGE), alone and together. In ONNX
 Runtime one file of one adapter stands for the files of all: there the first token of a row says where it stops
-(`latency_parts/forced.py`), and in the file of all tasks `min_exit` does.
+(`latency_parts/forced.py`), and as many exits decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency_parts.forced import RULE, Forced, exits_of
+import peft
+import torch
+from latency_parts.forced import RULE, SURE, Forced, exits_of
 from latency_parts.onnx_runs import Sessions, to_numpy
-from mixed import add_tasks
 
-from badge_peft import EarlyExitConfig
+from badge_peft import BadgeConfig
 
 Call = Callable[[], list[list[int]]]
 
@@ -43,15 +44,15 @@ class TorchWays:
 
     def calls(self, tasks: int, rows: int, length: int) -> dict[str, Call]:
         """By name; each returns the exits [T][B] of the tasks that it answers. `STOCK` is one of the stock models."""
-        model, stock, (names, rules) = self.forced.model, self.forced.stock, ruled(self.forced, tasks)
+        model, stock, names = self.forced.model, self.forced.stock, add_stopping(self.forced, tasks)
         batch = self.forced.batch([2] * rows, length)
 
         def one_pass() -> list[list[int]]:
-            out = model.early_exit_forward(**batch, tasks=names, early_exit_config=rules)
+            out = model.early_exit_forward(**batch, tasks=names)
             return [exits_of(out[name]) for name in names]
 
         def alone(name: str) -> list[int]:  # without switching
-            return exits_of(model.early_exit_forward(**batch, tasks=[name], early_exit_config=rules[name])[name])
+            return exits_of(model.early_exit_forward(**batch, tasks=[name])[name])
 
         def stock_model() -> list[list[int]]:
             stock(**batch)
@@ -83,8 +84,8 @@ class OnnxWays:
 
     def calls(self, tasks: int, rows: int, length: int) -> dict[str, Call]:
         """As `TorchWays.calls`."""
-        names, rules = ruled(self.forced, tasks)
-        together = self.sessions.tasks(names, rules, self.int8)
+        names = add_stopping(self.forced, tasks)
+        together = self.sessions.tasks(names, self.int8)
         blocks = stops(tasks, self.forced.size.blocks)
         batch = to_numpy(self.forced.batch([2] * rows, length))
         own = [to_numpy(self.forced.batch([m] * rows, length)) for m in blocks]
@@ -108,18 +109,31 @@ class OnnxWays:
 class TaskSessions(Sessions):
     """Files of one task each, and of many."""
 
-    def tasks(self, names: Sequence[str], rules: Mapping[str, EarlyExitConfig], int8: bool) -> Callable[..., Any]:
+    def tasks(self, names: Sequence[str], int8: bool) -> Callable[..., Any]:
         """The file of these tasks: numpy inputs [B, S] -> by task `logits` [B, K] and `exit_layer` [B]."""
         from badge_peft.export import OnnxTasksModel, export_tasks_onnx
 
         folder = self.folder / f"tasks-{len(names)}{'-int8' if int8 else ''}"
         if not (folder / "model.onnx").exists():
-            export_tasks_onnx(self.forced.model, folder, tasks=names, early_exit_config=dict(rules), int8=int8)
+            export_tasks_onnx(self.forced.model, folder, tasks=names, int8=int8)
         return OnnxTasksModel.from_pretrained(folder, threads=self.threads, spinning=False)
 
 
-def ruled(forced: Forced, tasks: int) -> tuple[list[str], dict[str, EarlyExitConfig]]:
-    """The tasks' names, and how each stops."""
-    names = add_tasks(forced, tasks)[:tasks]
-    numbers = stops(tasks, forced.size.blocks)
-    return names, {name: EarlyExitConfig(**RULE, min_exit=m) for name, m in zip(names, numbers, strict=True)}
+@torch.no_grad()
+def add_stopping(forced: Forced, tasks: int) -> list[str]:
+    """Gives the model `tasks` adapters, each of which stops at its own block, and returns their names."""
+    names = []
+    weights = peft.get_peft_model_state_dict(forced.model, adapter_name="default")
+    for i, stop in enumerate(stops(tasks, forced.size.blocks)):
+        names.append(f"task{i}_of_{tasks}")
+        if names[-1] in forced.model.peft_config:
+            continue
+        forced.model.add_adapter(names[-1], BadgeConfig(train_head=False, early_exit=dict(RULE)))
+        peft.set_peft_model_state_dict(forced.model, weights, adapter_name=names[-1])
+        badge = forced.model.base_model
+        for number in badge.exit_layers(names[-1])[:-1]:  # the last is the model's own head
+            linear = badge.block_at(number).own_exit(names[-1], number).linear
+            linear.weight.zero_()
+            linear.bias.copy_(torch.tensor([SURE if number >= stop - 1 else 0.0, 0.0]))
+    forced.model.eval()
+    return names
