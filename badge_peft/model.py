@@ -167,7 +167,15 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     ) -> BadgeConfig:
         name = self._name_of(peft_config)
         own = prepared_copy(self.model, peft_config, name)
-        check_fits(own.early_exit, own, cast(int, own.num_blocks))
+        try:
+            check_fits(own.early_exit, own, cast(int, own.num_blocks))
+        except ValueError as error:
+            if own.source is None:
+                raise
+            raise ValueError(
+                f"{error} This is early_exit in the adapter_config.json of {own.source.path}: set it to null there, "
+                "and calibrate the adapter again."
+            ) from error
         layout = get_layout(self.model, own.block_layout)
         checkpoint.check_file(self.model, own, layout)
         own.after_saving = write_card_of_adapter  # the one place where PEFT gives a tuner the folder

@@ -417,13 +417,17 @@ def test_a_rule_that_the_exits_cannot_follow(rule, message, tmp_path):
     untouched(base)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "early_exit": rule}))
-    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), message)
+    remedy = f"{message}.* early_exit in the adapter_config.json of .*: set it to null there"
+    refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), remedy)
     untouched(base)
-    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
+    refused(model, lambda: model.load_adapter(tmp_path, "second"), remedy)
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match=message):
         model.set_early_exit_config(rule)
     assert model.config_of().early_exit is None
+    file.write_text(json.dumps({**json.loads(file.read_text()), "early_exit": None}))
+    model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default", "second"]
 
 
 def in_memory(path: Path) -> dict[str, Tensor]:
