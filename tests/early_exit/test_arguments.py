@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,8 @@ def test_a_config_that_does_not_fit_is_refused_when_it_is_set() -> None:
     with pytest.raises(ValueError, match="max_exit=99 is not allowed: the model has 3 blocks"):
         model.set_early_exit_config({"max_exit": 99})
     good = fields_of("agreement", [1, 2, 3], 3, SINGLE)
-    for wrong in ({"coefficients": [1, 2, 3]}, {"coefficients": None}, {"intercepts": [1]}, {"reference": "x"}):
+    some: list[dict[str, Any]] = [{"coefficients": [1, 2, 3]}, {"intercepts": [1]}, {"reference": "x"}]
+    for wrong in (*some, {"exits": None}, {"coefficients": None}, {"intercepts": None}):
         with pytest.raises(ValueError, match="parameters of policy='agreement' are not as calibrate writes them"):
             model.set_early_exit_config({**good, "parameters": {**good["parameters"], **wrong}})
     assert model.get_early_exit_config() == EarlyExitConfig()
