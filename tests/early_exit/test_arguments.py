@@ -50,6 +50,7 @@ def test_a_config_that_does_not_fit_is_refused_when_it_is_set() -> None:
         model.set_early_exit_config({"max_exit": 99})
     good = fields_of("agreement", [1, 2, 3], 3, SINGLE)
     some: list[dict[str, Any]] = [{"coefficients": [1, 2, 3]}, {"intercepts": [1]}, {"reference": "x"}]
+    some += [{"coefficients": [["a"]] * 3}, {"coefficients": [[1.0], [], [1.0]]}, {"exits": ["1", "2", "3"]}]
     for wrong in (*some, {"exits": None}, {"coefficients": None}, {"intercepts": None}):
         with pytest.raises(ValueError, match="parameters of policy='agreement' are not as calibrate writes them"):
             model.set_early_exit_config({**good, "parameters": {**good["parameters"], **wrong}})

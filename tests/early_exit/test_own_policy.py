@@ -168,6 +168,9 @@ def test_names_are_taken_once() -> None:
     for name in ("entropy", "auto", "", None):
         with pytest.raises(ValueError, match="is not allowed|is the name of"):
             register_policy(type("Mine", (ExitPolicy,), {} if name is None else {"name": name}))
+    for module in ("a_module", "z_module"):  # on either side of the other's
+        with pytest.raises(ValueError, match="is the name of"):
+            register_policy(type("Mine", (ExitPolicy,), {"name": "entropy", "__module__": module}))
 
 
 def test_a_class_that_is_defined_again_takes_its_place() -> None:
