@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from badge_peft.tuner.losses import exit_loss, loss_weights
+from badge_peft.tuner.losses import check_weights, exit_loss, loss_weights, uncertainty_loss
 from badge_peft.utils.problem import infer_problem_type, problem_of
 from tests.models import make_batch, make_labels, make_model
 
@@ -114,3 +114,25 @@ def test_weights(weights, exits, expected):
 def test_list_of_another_length():
     with pytest.raises(ValueError, match=r"exit_weights has 2 numbers, but there are 3 exits, at blocks \[1, 2, 3\]"):
         loss_weights([1.0, 1.0], [1, 2, 3])
+
+
+def test_loss_of_learning_to_exit():
+    """The mean over exits and labeled rows of (u - t)^2, t being 1 where the exit is wrong."""
+    logits = {
+        1: torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]),
+        2: torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 9.0]]),
+    }
+    uncertainty = {1: torch.tensor([0.25, 0.5, 0.9]), 2: torch.tensor([0.75, 0.0, 0.1])}
+    labels = torch.tensor([0, 0, -100])
+    expected = ((0.25**2 + (0.5 - 1) ** 2) / 2 + ((0.75 - 1) ** 2 + (0.0 - 1) ** 2) / 2) / 2
+    found = uncertainty_loss(uncertainty, logits, labels, "single_label_classification")
+    assert found.item() == pytest.approx(expected)
+    nobody = uncertainty_loss(uncertainty, logits, torch.full((3,), -100), "single_label_classification")
+    assert nobody.item() == 0.0
+
+
+def test_weights_of_exits():
+    assert check_weights([1, 0.0, 2]) == [1.0, 0.0, 2.0] and check_weights("linear") == "linear"
+    for wrong in ([0, 0], [1.0, -1.0], [-1.0, 2.0], ["1"], [], 3, "sums"):
+        with pytest.raises(ValueError, match="exit_weights="):
+            check_weights(wrong)

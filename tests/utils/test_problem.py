@@ -42,6 +42,23 @@ def test_which_rows_have_a_label() -> None:
         assert problem_of(kind).has_label(torch.zeros(2, 3)).tolist() == [True, True]
 
 
+def test_a_row_in_words() -> None:
+    names = ["bad", "odd", "good"]
+    row = LOGITS[0].numpy()
+    sure = math.exp(2.0) / sum(map(math.exp, (2.0, -1.0, 0.5)))
+    assert problem_of(SINGLE).format_prediction(row, names) == {
+        "label": "bad",
+        "confidence": pytest.approx(sure, abs=1e-6),
+    }
+    least = 1 / (1 + math.exp(-0.5))  # of the three decisions
+    found = problem_of(MULTI).format_prediction(row, names)
+    assert found == {"labels": ["bad", "good"], "confidence": pytest.approx(least, abs=1e-6)}
+    assert problem_of(REGRESSION).format_prediction(row, names) == {"value": [2.0, -1.0, 0.5]}
+    assert problem_of(REGRESSION).format_prediction(row[:1], ["value"]) == {"value": 2.0}
+    broken = LOGITS[0].numpy() * float("nan")
+    assert problem_of(SINGLE).format_prediction(broken, names)["confidence"] is None  # JSON has no NaN
+
+
 def test_the_names_are_those_of_transformers() -> None:
     assert PROBLEM_TYPES == (SINGLE, MULTI, REGRESSION)
     assert infer_problem_type(1, torch.tensor([3])) == infer_problem_type(1) == REGRESSION

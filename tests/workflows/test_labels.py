@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,20 @@ SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 
 def rows(labels: list[Any], class_names: list[str] | None = None) -> TextDataset:
     return TextDataset(["x"] * len(labels), labels=labels, class_names=class_names, columns={"label": "mark"})
+
+
+@pytest.mark.parametrize(("count", "kind"), [(1, "regression"), (2, SINGLE)])
+def test_the_labels_of_a_model(count: int, kind: str) -> None:
+    config = SimpleNamespace(num_labels=count, id2label=dict(enumerate("ab"[:count])), problem_type=None)
+    assert LabelSet.of_model(config) == LabelSet(list("ab"[:count]), kind)
+    config.problem_type = MULTI
+    assert LabelSet.of_model(config).problem_type == MULTI
+
+
+@pytest.mark.parametrize(("labels", "problem_type"), [([["a"], ["a", "b"]], None), (["a", "b"], MULTI)])
+def test_several_labels_per_row_need_a_head_that_is_there(labels: list[Any], problem_type: str | None) -> None:
+    with pytest.raises(ValueError, match="a new head for several labels per row is not supported"):
+        LabelSet.of_data(rows(labels), problem_type)
 
 
 def test_numbers_are_read_by_name_or_by_place_and_never_by_both() -> None:
