@@ -20,15 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-import peft
 import torch
 from latency_parts.environment import describe
-from latency_parts.forced import Forced, build, exits_of, spread
+from latency_parts.forced import Forced, add_copy, build, exits_of, spread
 from latency_parts.settings import SIZES
 from latency_parts.tables import markdown
 from latency_parts.turns import Timing, against_base
-
-import badge_peft
 
 Call = Callable[[], list[int]]
 
@@ -57,13 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 def add_tasks(forced: Forced, tasks: int) -> list[str]:
     """Gives the model `tasks` adapters of the same weights, and returns their names."""
     names = ["default", *(f"task{i}" for i in range(2, tasks + 1))]
-    weights = peft.get_peft_model_state_dict(forced.model)
-    config = forced.model.peft_config["default"]
     for name in names:
         if name not in forced.model.peft_config:
-            forced.model.add_adapter(name, badge_peft.BadgeConfig(train_head=False, early_exit=config.early_exit))
-            peft.set_peft_model_state_dict(forced.model, weights, adapter_name=name)
-    forced.model.eval()
+            add_copy(forced, name)
     return names
 
 

@@ -69,6 +69,15 @@ class Forced:
         return self
 
 
+def add_copy(forced: Forced, name: str) -> None:
+    """Gives the model an adapter of the same weights and rule as its first under another name."""
+    rule = forced.model.peft_config["default"].early_exit
+    forced.model.add_adapter(name, badge_peft.BadgeConfig(train_head=False, early_exit=rule))
+    weights = peft.get_peft_model_state_dict(forced.model, adapter_name="default")
+    peft.set_peft_model_state_dict(forced.model, weights, adapter_name=name)
+    forced.model.eval()
+
+
 def exits_of(output: Any) -> list[int]:
     """The blocks at which the rows left, of an output with `exit_layer` [B]."""
     return [int(number) for number in output.exit_layer]

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-from latency_parts.forced import RULE, SURE, Forced, exits_of
+from latency_parts.forced import SURE, Forced, add_copy, exits_of
 from latency_parts.onnx_runs import Sessions, to_numpy
-
-from badge_peft import BadgeConfig
 
 Call = Callable[[], list[list[int]]]
 
@@ -123,17 +120,14 @@ class TaskSessions(Sessions):
 def add_stopping(forced: Forced, tasks: int) -> list[str]:
     """Gives the model `tasks` adapters, each of which stops at its own block, and returns their names."""
     names = []
-    weights = peft.get_peft_model_state_dict(forced.model, adapter_name="default")
     for i, stop in enumerate(stops(tasks, forced.size.blocks)):
         names.append(f"task{i}_of_{tasks}")
         if names[-1] in forced.model.peft_config:
             continue
-        forced.model.add_adapter(names[-1], BadgeConfig(train_head=False, early_exit=dict(RULE)))
-        peft.set_peft_model_state_dict(forced.model, weights, adapter_name=names[-1])
+        add_copy(forced, names[-1])
         badge = forced.model.base_model
         for number in badge.exit_layers(names[-1])[:-1]:  # the last is the model's own head
             linear = badge.block_at(number).own_exit(names[-1], number).linear
             linear.weight.zero_()
             linear.bias.copy_(torch.tensor([SURE if number >= stop - 1 else 0.0, 0.0]))
-    forced.model.eval()
     return names
