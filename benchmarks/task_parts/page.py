@@ -52,8 +52,8 @@ from 2 to M, by decisions at every exit (divergence) whichever way they are call
 task alone is a full pass that decides at every exit. The ways take turns in each round, and a number is the median
 over the rounds of the quotient within a round, quartiles in brackets. One stock model is timed and counted N times,
 and in ONNX Runtime one file stands for those of single tasks: N sets of weights would find less room in the caches, so
-this is in their favor. Sessions do not spin. Two rounds (@2) tell one pass from several, and no
-more.{_left_out(cells)}
+this is in their favor. Sessions do not spin. Two or three rounds (@2, @3) tell one pass from several,
+and no more.{_left_out(cells)}
 
 ## One pass, times the deepest task alone
 
