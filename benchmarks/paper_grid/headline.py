@@ -47,6 +47,7 @@ COMPARED = (
 )
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
+OTHER_FORMS = "frozen"  # the grid that has most of them
 INTENT_TASKS = ("banking77", "clinc150")
 
 
@@ -239,16 +240,18 @@ hundred validation rows cannot show that half a point is kept; the setting with 
         seconds = sum(r.result["seconds"]["total"] for r in self.records)
         seeds = sorted({r.seed for r in self.records})
         left = f" {missing} runs of the grid are not stored." if missing else ""
+        name = Path(config).stem.removeprefix("paper_")
+        more = f" more methods and forms on a part of the rows [here](paper/{OTHER_FORMS}.md);"
         return f"""## How it was made
 
 {len(self.records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
-that the grid names (a part of some data sets).{left} The grid's own tables, the learning rates and the rows are on a
-[page of their own](paper/frozen.md); `policy="auto"` against the single rules [here](paper/policies.md); trained
-backbones and the paper's other tables [here](paper/small.md).
+that the grid names.{left} The grid's own tables, the learning rates and the rows are on a
+[page of their own](paper/{name}.md);{"" if name == OTHER_FORMS else more} `policy="auto"` against the single
+rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md).
 
 ```bash
-python benchmarks/paper.py run {config} --data-dir DATA --out runs/frozen --threads 1
-python benchmarks/paper.py headline {config} --out runs/frozen --picture docs/img/frozen.png
+python benchmarks/paper.py run {config} --data-dir DATA --out runs/{name} --threads 1
+python benchmarks/paper.py headline {config} --out runs/{name} --picture docs/img/frozen.png
 ```
 
 {versions}."""

@@ -345,9 +345,10 @@ def test_a_wrong_grid_is_refused(tmp_path: Path, change: dict[str, Any], message
 
 
 def test_the_grids_that_are_shipped_can_be_read() -> None:
-    for name in ("paper.yaml", "paper_small.yaml", "paper_frozen.yaml"):
-        runs = plan(load_settings(BENCHMARKS / name))
-        assert {"badge", "joint", "alternating", "past_future", "two_stage"} <= {r.settings["method"] for r in runs}
+    every = {"badge", "joint", "alternating", "past_future", "two_stage"}
+    for name in ("paper.yaml", "paper_small.yaml", "paper_frozen.yaml", "paper_full.yaml"):
+        found = {run.settings["method"] for run in plan(load_settings(BENCHMARKS / name))}
+        assert found >= every or (name, found) == ("paper_full.yaml", {"badge", "joint"})
 
 
 def test_statistics() -> None:

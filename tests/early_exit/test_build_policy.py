@@ -54,6 +54,17 @@ def test_a_change_inside_of_what_was_given_is_seen():
     assert build_policy(config).config.parameters == config.parameters != fields["parameters"]
 
 
+@pytest.mark.parametrize(
+    ("exits", "problem_type"),
+    [([0, 1, 2, 3], "single_label_classification"), ([1, 2, 3], "multi_label_classification")],
+)
+def test_what_was_fitted_elsewhere_is_refused(exits, problem_type):
+    policy = build_policy(fields_of("agreement", [1, 2, 3], 3, "single_label_classification"))
+    policy.check([1, 2, 3], 3, "single_label_classification")
+    with pytest.raises(ValueError, match=r"for single_label_classification with exits at blocks \[1, 2, 3\]"):
+        policy.check(exits, 3, problem_type)
+
+
 def test_numbers_of_other_types_are_refused():
     build_policy(policy="patience", patience=1)
     with pytest.raises(ValueError, match="patience=True"):

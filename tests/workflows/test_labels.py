@@ -60,8 +60,13 @@ def test_a_label_that_only_the_rows_to_score_have(
 
 
 def test_rows_to_score_of_which_no_label_is_known_are_refused() -> None:
-    with pytest.raises(ValueError, match="does not know the labels 'no', 'yes'"):
+    with pytest.raises(ValueError, match="does not know the labels 'no', 'yes' "):
         LabelSet(["bad", "good"], SINGLE).targets(rows(["yes", "no"]), scored=True)
+
+
+def test_of_many_unknown_labels_the_first_five_are_named() -> None:
+    with pytest.raises(ValueError, match="does not know the labels 'a', 'b', 'c', 'd', 'e', ... "):
+        LabelSet(["bad", "good"], SINGLE).targets(rows([*"abcdef"]))
 
 
 def test_two_labels_as_numbers_can_be_read_in_two_ways() -> None:
