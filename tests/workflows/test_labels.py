@@ -41,6 +41,13 @@ def test_numbers_are_read_by_name_or_by_place_and_never_by_both() -> None:
     assert LabelSet(["bad", "good"], SINGLE).targets(rows([1, 0, None])) == [1, 0, None]
 
 
+def test_labels_without_names_of_their_own_take_those_of_the_data_by_place() -> None:
+    unnamed = LabelSet(["LABEL_0", "LABEL_1"], SINGLE)
+    assert unnamed.targets(rows([1, 0], ["bad", "good"])) == [1, 0]
+    with pytest.raises(ValueError, match="does not know the labels 'bad', 'good'"):
+        unnamed.targets(rows([1, 0], ["bad", "good", "odd"]))
+
+
 @pytest.mark.parametrize(
     ("names", "labels", "class_names", "expected"),
     [
