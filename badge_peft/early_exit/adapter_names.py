@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from badge_peft.early_exit.calls import Question
 from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
-from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.tuner.architectures import BlockLayout, base_name
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.prepare import NO_HEAD
 from badge_peft.tuner.saved_modules import RowHeads
@@ -180,13 +180,14 @@ def check_frozen(
 
 
 def _changes(model: nn.Module, layout: BlockLayout, name: str, config: BadgeConfig) -> str | None:
-    """What of an adapter changes the model before its head; None: nothing does."""
+    """What of an adapter changes the model before its head, or a head of which it has a copy; None: nothing does."""
     if config.backbone != "frozen":
         return f"backbone={config.backbone!r}"
     if {NO_HEAD, *layout.head}.issuperset(config.modules_to_save or ()):
         return None  # without a walk through the model, which a call of 32 rows would notice
     for module_name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            if module_name.split(".")[0] not in layout.head:
-                return f"modules_to_save=[{module_name!r}]"
+            top, _, inside = module_name.partition(".")
+            if top not in layout.head or (inside and top in (config.modules_to_save or ())):
+                return f"modules_to_save=[{base_name(module_name)!r}]"
     return None

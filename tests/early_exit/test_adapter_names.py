@@ -260,6 +260,16 @@ def test_adapters_that_change_what_others_pass_through(fields, message):
         model.early_exit_forward(**batch, adapter_names=names)
 
 
+def test_a_part_of_the_head_may_be_an_adapters_own():
+    model = make_badge("roberta", modules_to_save=["out_proj"], train_head=False)
+    model.add_adapter("second", BadgeConfig(r=2, num_labels=4, final_exit="exit"))
+    batch, names = make_batch(ROWS, LENGTH), shuffled(["default", "second"], 1)
+    check(model, batch, names)
+    model.add_adapter("whole", BadgeConfig(r=2, modules_to_save=["out_proj"]))  # and the head around it
+    with pytest.raises(ValueError, match=r"'whole' has modules_to_save=\['classifier.out_proj'\].*call of their own"):
+        model.early_exit_forward(**batch, adapter_names=[*names[1:], "whole"])
+
+
 def test_a_rule_that_does_not_fit_one_of_the_adapters(model):
     with pytest.raises(ValueError, match="depth=1 is not allowed"):
         model.early_exit_forward(

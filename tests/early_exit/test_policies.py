@@ -441,6 +441,15 @@ def test_a_rows_signal_does_not_depend_on_the_rows_beside_it(name, problem_type)
             np.testing.assert_array_equal([policy.score(one, j)[0] for j in range(13)], signals[:, n])
 
 
+@pytest.mark.parametrize(
+    ("fields", "depths"),
+    [({}, [6, 5, 2, 1]), ({"min_exit": 2, "max_exit": 5}, [5, 2]), ({"min_exit": 3, "max_exit": 4}, [2])],
+)
+def test_depths_to_choose_from(fields, depths):
+    policy = build_policy(policy="fixed_depth", depth=6, **fields)
+    assert [config.depth for config in policy.grid([1, 2, 5, 6], SINGLE)] == depths
+
+
 def test_every_name_is_built():
     assert {*ON_LOGITS, "learned", "top_k"} == set(POLICIES)
     for name, policy in POLICIES.items():

@@ -18,7 +18,10 @@ from badge_peft.early_exit.policies.text import describe
             {"divergence": "kl", "window": "consecutive", "threshold": 0.25, "patience": 1},
             "divergence (kl), window=consecutive, threshold=0.25, patience=1",
         ),
-        ({"policy": "max_prob", "threshold": 0.123456, "decide_every": 2}, "max_prob, threshold=0.1235, decide_every=2"),
+        (
+            {"policy": "max_prob", "threshold": 0.123456, "decide_every": 2},
+            "max_prob, threshold=0.1235, decide_every=2",
+        ),
         ({"policy": "patience", "patience": 3}, "patience, patience=3"),
         ({"policy": "fixed_depth", "depth": 4}, "fixed_depth, depth=4"),
         ({"policy": "entropy", "threshold": [0.5, 1]}, "entropy, threshold=[0.5, 1]"),

@@ -23,6 +23,8 @@ def test_how_wrong_several_labels_are() -> None:
     labels = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
     found = problem_of(MULTI).error(LOGITS, labels)
     assert found.tolist() == problem_of(MULTI).error(LOGITS, labels.float()).tolist() == [0.0, 1.0, 1.0]
+    even = torch.zeros(2, 1)  # a probability of 0.5 is no yes
+    assert problem_of(MULTI).error(even, torch.tensor([[0], [1]])).tolist() == [0.0, 1.0]
 
 
 def test_how_wrong_values_are() -> None:
