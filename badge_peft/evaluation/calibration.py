@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies import FixedDepthPolicy, build_policy
 from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within
 from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
@@ -57,7 +57,8 @@ def calibrate(
         policy: A name, or a config whose open fields are searched. `auto` searches every policy.
         max_score_drop: The largest loss, in units of the score (0.01 is a point of accuracy): the fastest setting is
             chosen whose drop lies below it with a probability of about 85% (`cross_fit.LEVEL`). Where the rows cannot
-            carry that, the answer is the setting with the best score, with a warning.
+            carry that, a warning says so, and the answer is the setting with the best score if it loses nothing on
+            rows that did not choose it, else the exit that drops are counted from, for every row.
         target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
             below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
@@ -86,6 +87,7 @@ def calibrate(
     full = scores.per_exit[-1]
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     bound: dict[str, Any] = {}
+    shown = True
     if confidence is not None:
         best, rows = _certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
@@ -95,15 +97,16 @@ def calibrate(
             each = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup, per_exit=True)
             if _wins(each[1], held, target_speedup):
                 best, held = each
-        if held is None and max_score_drop is not None:
-            warnings.warn(
-                f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}: the setting "
-                "with the best score is returned, of equal ones the slowest. Give more rows, or allow more.",
-                stacklevel=2,
-            )
+        shown = held is not None or max_score_drop is None
         if held is not None:
             bound = {"drop": held.drop, "drop_interval": [held.low, held.high], "drop_from": reference}
-    if best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
+    if not shown:
+        warnings.warn(
+            f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}, so "
+            f"{_instead(best.config)} is returned. Give more rows, or allow more.",
+            stacklevel=2,
+        )
+    elif best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
             f"no setting of policy={asked!r} beats answering at block {best.config.depth} for every row on this data; "
             "that is what is returned. Try policy='auto'.",
@@ -153,10 +156,23 @@ def _cross_fitted(
             f"max_score_drop={max_score_drop} cannot be reached below max_exit: {name} scores {wanted:.4f} and "
             f"{most:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
         )
-    held = fastest_within(cross_fit(exit_logits, policy, metric, reference, per_exit=per_exit), max_score_drop)
+    found = cross_fit(exit_logits, policy, metric, reference, per_exit=per_exit)
+    held = fastest_within(found, max_score_drop)
     if held is not None:
         return best_at(points, held.goal), held
-    return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
+    fixed = [p for p in points if p.config.policy == FixedDepthPolicy.name]
+    plain = max(fixed, key=lambda p: (p.score, -p.mean_exit) if reference == "best" else (p.mean_exit, 0))
+    loses_nothing = bool(found) and found[0].drop <= 0  # of the goal 0, the best score
+    if loses_nothing or plain.score < wanted - max_score_drop - 1e-12:  # below a max_exit
+        return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
+    return plain, None
+
+
+def _instead(config: EarlyExitConfig) -> str:
+    """What is returned where no drop could be shown."""
+    if config.policy == FixedDepthPolicy.name:
+        return f"a setting that answers every row at block {config.depth}"
+    return "the setting with the best score"
 
 
 def _wins(held: HeldOut | None, other: HeldOut | None, target_speedup: float | None) -> bool:

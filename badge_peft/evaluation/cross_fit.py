@@ -71,7 +71,7 @@ def cross_fit(
         exit_logits: With labels.
         policy: As for `search`.
         metric: As for `exit_scores`.
-        reference: What a drop is counted from: the `last` exit, or the `best`.
+        reference: What a drop is counted from: the `last` exit, or the `best` on all of these rows.
         goals: Layer speed-ups, increasing; None spreads `SPEEDUPS` of them.
         seed: Of the division into folds and of the bootstrap.
         per_exit: As for `search`.
@@ -86,13 +86,10 @@ def cross_fit(
     rows = np.random.default_rng(seed).permutation(len(units))
     speedups: Array = np.linspace(0, 1, SPEEDUPS, endpoint=False) if goals is None else np.array(goals)
     stops = np.full((len(speedups), len(exit_logits)), -1, dtype=np.int64)
-    full = np.full(len(exit_logits), exit_logits.exits[-1], dtype=np.int64)
     for fold in np.array_split(rows, min(FOLDS, len(rows))):
         held = units.rows_of(fold)
         chosen_on = exit_logits.select(torch.from_numpy(units.rows_of(np.setdiff1d(rows, fold))))
         tested = exit_logits.select(torch.from_numpy(held)).history()
-        if reference == "best":
-            full[held] = exit_scores(chosen_on, metric).best_exit
         points = search(chosen_on, policy, SETTINGS, metric, per_exit)
         fastest = max(p.layer_speedup for p in points)
         best = None
@@ -103,6 +100,8 @@ def cross_fit(
     reached = (stops >= 0).all(axis=1)
     if not reached.any():
         return []
+    # one exit for all folds: the best that a fold finds is on average a worse one, from which little seems to be lost
+    full = exit_scores(exit_logits, metric).best_exit if reference == "best" else exit_logits.exits[-1]
     drops, resampled = _drops(exit_logits, full, stops[reached], metric, seed)
     smooth = np.stack([isotonic_regression(sample).x for sample in resampled.T], axis=1)
     low, high, bound = np.quantile(smooth, [0.05, 0.95, LEVEL], axis=1)
@@ -114,8 +113,10 @@ def cross_fit(
     return [HeldOut(*row) for row in numbers.T.tolist()]
 
 
-def _drops(exit_logits: ExitLogits, full: Array, stops: Array, metric: Metric, seed: int) -> tuple[Array, Array]:
-    """For each of `stops` [S, N] the drop of the score [S], and the same on resampled rows [S, RESAMPLES], paired."""
+def _drops(exit_logits: ExitLogits, exit_: int, stops: Array, metric: Metric, seed: int) -> tuple[Array, Array]:
+    """For each of `stops` [S, N] the drop of the score [S] below that of `exit_`, and the same on resampled rows
+    [S, RESAMPLES], paired."""
+    full = np.full(len(exit_logits), exit_, dtype=np.int64)
     stops, places = np.unique(stops, axis=0, return_inverse=True)
     places = places.reshape(-1)
     reference, *answers = [exit_logits.predicted(s) for s in (full, *stops)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from badge_peft.evaluation import calibrate, evaluate_policy, exit_scores
+from badge_peft.evaluation import calibrate, calibration, evaluate_policy, exit_scores
 from badge_peft.evaluation.cross_fit import SPEEDUPS, HeldOut, cross_fit, fastest_within
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.evaluation.tradeoff import search
 
 from .logits import MULTI, REGRESSION, SINGLE, plausible
 
@@ -89,8 +91,37 @@ def test_rows_that_cannot_carry_the_claim(rows):
     stored = plausible(SINGLE, 3, rows=rows, exits=4)
     with pytest.warns(UserWarning, match=f"{rows} rows cannot show that any setting loses at most 0.01"):
         config = calibrate(stored, "max_prob", max_score_drop=0.01)
-    assert evaluate_policy(stored, config).score == max(exit_scores(stored).best, config.calibration["score"])
+    assert evaluate_policy(stored, config).score >= exit_scores(stored).best
     assert "drop" not in config.calibration
+
+
+def test_without_a_bound_it_is_the_best_score_that_loses_nothing_elsewhere_or_else_the_best_exit():
+    seen = set()
+    for seed in range(12):
+        stored = plausible(SINGLE, 3, rows=60, exits=4, seed=seed)
+        for deployed in (False, True):
+            asked = replace(stored, deployed=deployed)
+            with pytest.warns(UserWarning, match="60 rows cannot show"):
+                config = calibrate(asked, "max_prob", max_score_drop=0)
+            found = cross_fit(asked, "max_prob", "accuracy", "last" if deployed else "best")[0]
+            if found.drop <= 0:
+                tried = search(asked, "max_prob", calibration.SETTINGS, "accuracy")
+                assert config.calibration["score"] == max(p.score for p in tried)
+            else:
+                depth = asked.exits[-1] if deployed else exit_scores(asked).best_exit
+                assert (config.policy, config.depth) == ("fixed_depth", depth)
+            seen.add((deployed, found.drop <= 0))
+    assert len(seen) == 4
+
+
+def test_the_best_exit_is_that_of_all_rows():
+    """Folds of noise have other best exits; a drop is counted from one of them."""
+    stored = noise(60, exits=4)
+    scores = exit_scores(stored)
+    for m, score in zip(stored.exits, scores.per_exit, strict=True):
+        alone = {"policy": "fixed_depth", "depth": m, "min_exit": m, "max_exit": m}
+        (held,) = cross_fit(stored, alone, "accuracy", "best", [0])
+        assert held.drop == pytest.approx(scores.best - score)
 
 
 def test_fastest_within():
