@@ -207,7 +207,8 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
         header += [text for form in (PLAIN, self.candidate) for text in (f"{form.title}: saved", "drop")]
         note = f"""`calibrate(policy="auto", max_score_drop={DROP})` on validation rows, its setting on test rows, one
 seed: the share of the blocks saved, and the points lost against the exit that is best on validation rows. A few
-hundred validation rows cannot show that half a point is kept ([what is taken then](../calibration.md#what-a-drop-is))."""
+hundred validation rows cannot show that half a point is kept
+([what is taken then](../calibration.md#what-a-drop-is))."""
         return f"## Blocks saved for half a point\n\n{note}\n\n{markdown(header, rows)}"
 
     def targets(self) -> str:

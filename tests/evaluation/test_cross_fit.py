@@ -114,14 +114,22 @@ def test_without_a_bound_it_is_the_best_score_that_loses_nothing_elsewhere_or_el
     assert len(seen) == 4
 
 
-def test_the_best_exit_is_that_of_all_rows():
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_the_best_exit_is_that_of_all_rows(metric):
     """Folds of noise have other best exits; a drop is counted from one of them."""
     stored = noise(60, exits=4)
-    scores = exit_scores(stored)
+    scores = exit_scores(stored, metric)
     for m, score in zip(stored.exits, scores.per_exit, strict=True):
         alone = {"policy": "fixed_depth", "depth": m, "min_exit": m, "max_exit": m}
-        (held,) = cross_fit(stored, alone, "accuracy", "best", [0])
+        (held,) = cross_fit(stored, alone, metric, "best", [0])
         assert held.drop == pytest.approx(scores.best - score)
+
+
+def test_a_row_more_is_counted_as_lost():
+    labels = torch.arange(40) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float()[:, None].expand(-1, 3, -1)
+    for held in cross_fit(ExitLogits(right, labels), "max_prob", "accuracy", "best"):
+        assert (held.drop, held.low, held.high) == (0, 0, 0) and held.bound == pytest.approx(1 / 41)
 
 
 def test_fastest_within():
