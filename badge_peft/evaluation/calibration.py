@@ -21,7 +21,7 @@ import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import FixedDepthPolicy, build_policy
-from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within
+from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within, fastest_without_loss
 from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
@@ -57,8 +57,8 @@ def calibrate(
         policy: A name, or a config whose open fields are searched. `auto` searches every policy.
         max_score_drop: The largest loss, in units of the score (0.01 is a point of accuracy): the fastest setting is
             chosen whose drop lies below it with a probability of 75% (`cross_fit.LEVEL`). Where the rows cannot
-            carry that, a warning says so, and the answer is the setting with the best score if it loses nothing on
-            rows that did not choose it, else the exit that drops are counted from, for every row.
+            carry that, a warning says so, and the answer is the fastest setting that loses nothing, here and on rows
+            that did not choose it; or else the exit that drops are counted from, for every row.
         target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
             below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
@@ -162,8 +162,10 @@ def _cross_fitted(
         return best_at(points, held.goal), held
     fixed = [p for p in points if p.config.policy == FixedDepthPolicy.name]
     plain = max(fixed, key=lambda p: (p.score, -p.mean_exit) if reference == "best" else (p.mean_exit, 0))
-    loses_nothing = bool(found) and found[0].drop <= 0  # of the goal 0, the best score
-    if loses_nothing or plain.score < wanted - max_score_drop - 1e-12:  # below a max_exit
+    free = fastest_without_loss(found)
+    if free is not None and (point := best_at(points, free.goal)).score >= wanted - 1e-12:
+        return point, None
+    if plain.score < wanted - max_score_drop - 1e-12:  # below a max_exit
         return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
     return plain, None
 
@@ -172,7 +174,7 @@ def _instead(config: EarlyExitConfig) -> str:
     """What is returned where no drop could be shown."""
     if config.policy == FixedDepthPolicy.name:
         return f"a setting that answers every row at block {config.depth}"
-    return "the setting with the best score"
+    return "the fastest setting that loses nothing here and on rows that did not choose it"
 
 
 def _wins(held: HeldOut | None, other: HeldOut | None, target_speedup: float | None) -> bool:

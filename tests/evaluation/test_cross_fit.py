@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from badge_peft.evaluation import calibrate, calibration, evaluate_policy, exit_scores
-from badge_peft.evaluation.cross_fit import SPEEDUPS, HeldOut, cross_fit, fastest_within
+from badge_peft.evaluation.cross_fit import SPEEDUPS, HeldOut, best_at, cross_fit, fastest_within, fastest_without_loss
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.tradeoff import search
 
@@ -95,7 +95,7 @@ def test_rows_that_cannot_carry_the_claim(rows):
     assert "drop" not in config.calibration
 
 
-def test_without_a_bound_it_is_the_best_score_that_loses_nothing_elsewhere_or_else_the_best_exit():
+def test_without_a_bound_it_is_the_fastest_that_loses_nothing_elsewhere_or_else_the_reference():
     seen = set()
     for seed in range(12):
         stored = plausible(SINGLE, 3, rows=60, exits=4, seed=seed)
@@ -103,15 +103,30 @@ def test_without_a_bound_it_is_the_best_score_that_loses_nothing_elsewhere_or_el
             asked = replace(stored, deployed=deployed)
             with pytest.warns(UserWarning, match="60 rows cannot show"):
                 config = calibrate(asked, "max_prob", max_score_drop=0)
-            found = cross_fit(asked, "max_prob", "accuracy", "last" if deployed else "best")[0]
-            if found.drop <= 0:
-                tried = search(asked, "max_prob", calibration.SETTINGS, "accuracy")
-                assert config.calibration["score"] == max(p.score for p in tried)
+            found = fastest_without_loss(cross_fit(asked, "max_prob", "accuracy", "last" if deployed else "best"))
+            scores = exit_scores(asked)
+            best = found and best_at(search(asked, "max_prob", calibration.SETTINGS, "accuracy"), found.goal)
+            free = best is not None and best.score >= (scores.per_exit[-1] if deployed else scores.best)
+            if free:
+                assert config.calibration["layer_speedup"] >= found.goal
+                assert config.calibration["score"] == best.score
             else:
-                depth = asked.exits[-1] if deployed else exit_scores(asked).best_exit
+                depth = asked.exits[-1] if deployed else scores.best_exit
                 assert (config.policy, config.depth) == ("fixed_depth", depth)
-            seen.add((deployed, found.drop <= 0))
+            seen.add((deployed, free))
     assert len(seen) == 4
+
+
+def test_fastest_without_loss():
+    def fastest(*drops):
+        found = [HeldOut(g / 10, g / 10, drop, drop, drop, drop) for g, drop in enumerate(drops)]
+        best = fastest_without_loss(found)
+        return None if best is None else found.index(best)
+
+    assert fastest(-0.1, 0.0, 0.1) == 1
+    assert fastest(0.1, -0.3, 0.2) == 1  # the two cost the same: -0.1 in the mean
+    assert fastest(0.1, 0.0) is None and fastest() is None
+    assert fastest(0.0, 0.0) == 1
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
