@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import badge_peft
 from badge_peft import BadgeConfig, EarlyExitConfig, MultiExitTrainingArguments
-from badge_peft.evaluation.calibration import rows_needed
+from badge_peft.evaluation.confidence import rows_needed
 from tests.models import make_model, shake
 from tests.pages import PAGES, README, ROOT, anchors, blocks, links, prose, run
 from tests.texts import make_tokenizer, sentences, write_csv

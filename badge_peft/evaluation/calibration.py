@@ -1,37 +1,24 @@
 """`calibrate`: the fastest setting that keeps a score, or the best score at a speed; with a bound on new data.
 
-What a setting costs is measured by cross-fitting (`cross_fit.py`). With `confidence` it is bounded by Learn-then-Test
-with a betting test: candidates are found on one half of the data and ordered from slow to fast; on the other half each
-is tested in turn ("its expected loss exceeds alpha"), and the first that cannot be rejected ends the walk. The walk
-keeps the probability of returning a setting with a larger loss at 1 - confidence, however many are tried.
-
-Sources: Angelopoulos et al., "Learn then Test", 2021; Laufer-Goldshtein et al., "Efficiently Controlling Multiple
-Risks with Pareto Testing", 2023. The test is the betting martingale of Waudby-Smith and Ramdas, "Estimating means of
-bounded random variables by betting", 2024, which notices that most rows keep their answer.
+What a setting costs is measured by cross-fitting (`cross_fit.py`), or bounded by a test (`confidence.py`).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
-import numpy as np
-import torch
-
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import FixedDepthPolicy, build_policy
+from badge_peft.early_exit.policies import FixedDepthPolicy
+from badge_peft.evaluation.confidence import certified
 from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within, fastest_without_loss
 from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
-from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, pareto, search
+from badge_peft.evaluation.tradeoff import TradeOffPoint, search
 from badge_peft.utils.checks import check_number
-from badge_peft.utils.problem import problem_of
 
 SETTINGS = 60  # per variant of a policy
-CERTIFIED_SETTINGS = 20  # fewer where each has to pass a test
-_LARGEST_BET = 0.75  # share of the wealth that one row can lose
 
 
 def calibrate(
@@ -89,7 +76,7 @@ def calibrate(
     bound: dict[str, Any] = {}
     shown = True
     if confidence is not None:
-        best, rows = _certified(scored, policy, max_score_drop, confidence, metric, per_exit)
+        best, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
         best, held = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup)
@@ -182,85 +169,3 @@ def _wins(held: HeldOut | None, other: HeldOut | None, target_speedup: float | N
     if held is None or other is None:
         return held is not None
     return held.drop < other.drop if target_speedup is not None else held.goal > other.goal
-
-
-def _certified(
-    exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric, per_exit: bool
-) -> tuple[TradeOffPoint, int]:
-    """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
-    the number of rows that tested it."""
-    needed = rows_to_certify(alpha, confidence, metric, exit_logits.kind)
-    assert alpha is not None
-    units = exit_logits.units
-    rows = torch.randperm(len(units), generator=torch.Generator().manual_seed(0)).numpy()
-    half = len(rows) // 2
-    if len(rows) < needed:
-        raise ValueError(
-            f"the data is too small: to certify a drop of at most {alpha} with confidence {confidence} takes at least "
-            f"{needed} rows even where no answer changes, and there are {len(rows)}. "
-            "Give more rows, or allow a larger drop."
-        )
-    search_half, test_half = (
-        exit_logits.select(torch.from_numpy(units.rows_of(part))) for part in (rows[:half], rows[half:])
-    )
-    assert test_half.labels is not None
-    error = problem_of(test_half.kind).error  # [n], 1 where the answer is wrong
-    full_depth = error(test_half.logits[:, -1], test_half.labels)
-    best = None
-    for point in pareto(search(search_half, policy, CERTIFIED_SETTINGS, metric, per_exit)):
-        stops = torch.from_numpy(build_policy(point.config).replay_history(test_half.history()))
-        losses = (error(test_half.answers(stops), test_half.labels) - full_depth).numpy()
-        losses = test_half.units.total(losses) / test_half.units.sizes  # of tokens, the mean over those of a text
-        if not _is_certified(losses, alpha, confidence):
-            break
-        best = point
-    if best is None:
-        raise ValueError(
-            f"no setting could be certified to lose at most {alpha} with confidence {confidence} on {half} test rows: "
-            "give more rows, or allow more."
-        )
-    return evaluate_policy(exit_logits, best.config, metric), len(test_half.units)
-
-
-def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Metric, problem_type: str) -> int:
-    """How many rows a bound takes, those that find the settings among them, even where no answer changes.
-
-    Raises:
-        ValueError: there is no bound for such a goal, metric or problem type.
-    """
-    if max_score_drop is None or metric != "accuracy" or problem_type != "single_label_classification":
-        raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
-    check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
-    share = "with confidence it is a share of the rows, below 1 (0.01 is a point of accuracy)"
-    check_number("max_score_drop", max_score_drop, lambda drop: drop < 1, share)
-    return 2 * rows_needed(max_score_drop, confidence)
-
-
-def rows_needed(alpha: float, confidence: float) -> int:
-    """Rows below which not even a setting that changes no answer can be certified."""
-    growth = math.log1p(_LARGEST_BET * alpha / (1 - alpha))
-    return math.ceil(math.log(1 / (1 - confidence)) / growth) if growth > 0 else 2**31
-
-
-def _is_certified(losses: np.ndarray, alpha: float, confidence: float) -> bool:
-    """Whether data rejects "the mean loss is alpha or more".
-
-    The wealth of a bet that pays where losses are small is a non-negative supermartingale under that hypothesis, so it
-    reaches 1 / (1 - confidence) with probability at most 1 - confidence.
-
-    Args:
-        losses: [n], in [-1, 1]: 1 where a right answer was lost, -1 where one was won.
-        alpha: In [0, 1).
-        confidence: In (0, 1).
-    """
-    gains = (1 - losses.astype(np.float64)) / 2  # in [0, 1]; its mean is at most `fair` under the hypothesis
-    fair = (1 - alpha) / 2
-    n = len(gains)
-    before = np.concatenate([[0.0], np.cumsum(gains)[:-1]])
-    squares = np.concatenate([[0.0], np.cumsum(gains**2)[:-1]])
-    seen = np.arange(n)
-    mean = (before + 0.5) / (seen + 1)
-    variance = np.maximum((squares + 0.25) / (seen + 1) - mean**2, 1e-12)  # of the rows before, so the bet is fair
-    bets = np.minimum(np.sqrt(2 * math.log(1 / (1 - confidence)) / (n * variance)), _LARGEST_BET / fair)
-    wealth = np.cumsum(np.log1p(bets * (gains - fair)))
-    return bool(n and wealth.max() >= math.log(1 / (1 - confidence)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from badge_peft.evaluation import calibrate, evaluate_policy, exit_scores
-from badge_peft.evaluation.calibration import _is_certified, rows_needed, rows_to_certify
+from badge_peft.evaluation.confidence import is_certified, rows_needed, rows_to_certify
 
 from .logits import MULTI, REGRESSION, SINGLE, plausible
 
@@ -41,17 +41,17 @@ def test_it_is_the_plain_martingale() -> None:
         alpha, confidence = rng.choice([0.01, 0.05, 0.2]), rng.choice([0.8, 0.9, 0.99])
         won = rng.choice([0.0, 0.02, 0.1])
         losses = draw(rng, rng.choice([1, 60, 250]), won + alpha * rng.uniform(0, 1.2), won)
-        found.append(_is_certified(np.array(losses), alpha, confidence))
+        found.append(is_certified(np.array(losses), alpha, confidence))
         assert found[-1] == certified(losses, alpha, confidence)
     assert 20 < sum(found) < 130
-    assert not _is_certified(np.array([]), 0.1, 0.9)
+    assert not is_certified(np.array([]), 0.1, 0.9)
 
 
 @pytest.mark.parametrize(("alpha", "won"), [(0.02, 0.0), (0.05, 0.05), (0.2, 0.1)])
 def test_a_loss_as_large_as_alpha_is_hardly_ever_certified(alpha: float, won: float) -> None:
     rng, tries, confidence = np.random.default_rng(0), 1000, 0.9
     wrong = sum(
-        _is_certified(rng.choice([1.0, -1.0, 0.0], 300, p=[alpha + won, won, 1 - alpha - 2 * won]), alpha, confidence)
+        is_certified(rng.choice([1.0, -1.0, 0.0], 300, p=[alpha + won, won, 1 - alpha - 2 * won]), alpha, confidence)
         for _ in range(tries)
     )
     assert wrong <= tries * (1 - confidence) + 3 * math.sqrt(tries * confidence * (1 - confidence))
@@ -60,8 +60,8 @@ def test_a_loss_as_large_as_alpha_is_hardly_ever_certified(alpha: float, won: fl
 @pytest.mark.parametrize(("alpha", "confidence"), [(0.01, 0.95), (0.05, 0.9), (0.3, 0.5)])
 def test_the_rows_that_a_bound_takes(alpha: float, confidence: float) -> None:
     needed = rows_needed(alpha, confidence)
-    assert _is_certified(np.zeros(needed), alpha, confidence)
-    assert not _is_certified(np.zeros(needed - 1), alpha, confidence)
+    assert is_certified(np.zeros(needed), alpha, confidence)
+    assert not is_certified(np.zeros(needed - 1), alpha, confidence)
     assert rows_to_certify(alpha, confidence, "accuracy", SINGLE) == 2 * needed
     assert rows_needed(0.0, 0.9) > 10**9
 
