@@ -105,9 +105,16 @@ def test_what_is_left_to_the_modules():
     assert mean_of_bypassed(bypass, **given) is not None
 
 
-@pytest.mark.parametrize("exit_type", ["linear", "pooled", "past_future"])
-def test_a_model_trains_as_by_its_modules(exit_type, monkeypatch):
-    model = make_badge(exit_type=exit_type, exit_pooling="mean", final_exit="exit").train()
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        *(({"exit_type": name}, 3) for name in ("linear", "pooled", "past_future")),
+        # exits that read all positions, or the bottleneck of the bypass before
+        *((fields, 0) for fields in ({"exit_type": "residual_mha"}, {"ladder": True}, {"carry": "states"})),
+    ],
+)
+def test_a_model_trains_as_by_its_modules(fields, asked, monkeypatch):
+    model = make_badge(exit_pooling="mean", final_exit="exit", **fields).train()
     batch = {**make_batch(), "labels": torch.tensor([0, 1, 2, 0])}
     losses, grads = [], []
     for by_function in (True, False):
@@ -123,7 +130,7 @@ def test_a_model_trains_as_by_its_modules(exit_type, monkeypatch):
         loss.backward()
         losses.append(float(loss))
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        assert len(calls) == 3
+        assert len(calls) == asked
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-5)
