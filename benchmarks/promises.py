@@ -35,7 +35,7 @@ within a point of the best exit. *calibrate*: the drop is measured on rows that 
 answers every row, so that nothing is lost to early exits; what it loses is that these rows do not tell which exit is
 best. Drops are in points of accuracy **above the allowed one**: 0 means that exactly the allowed point was lost, and
 less is better. They are counted from the exit that is best on the test rows. *within it*: in how many draws at most
-the allowed point was lost; `calibrate` means to keep it in three of four.
+the allowed point was lost.
 
 Made by
 

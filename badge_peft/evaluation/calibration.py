@@ -43,8 +43,8 @@ def calibrate(
             depth.
         policy: A name, or a config whose open fields are searched. `auto` searches every policy.
         max_score_drop: The largest loss, in units of the score (0.01 is a point of accuracy): the fastest setting is
-            chosen whose drop lies below it with a probability of 75% (`cross_fit.LEVEL`). Where the rows cannot
-            carry that, a warning says so, and the answer is the fastest setting that loses nothing, here and on rows
+            chosen whose drop lies below it at a level of 65% (`cross_fit.LEVEL`). Where the rows cannot carry
+            that, a warning says so, and the answer is the fastest setting that loses nothing, here and on rows
             that did not choose it; or else the exit that drops are counted from, for every row.
         target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
