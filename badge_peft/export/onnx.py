@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, MODEL, digests
-from badge_peft.export.pieces import OTHER, example_inputs
+from badge_peft.export.pieces import OTHER, example_inputs, with_those_before
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
 from badge_peft.export.runtime import OnnxEarlyExitModel
 from badge_peft.model import BadgeModel, get_badge_model
@@ -96,7 +95,7 @@ class OnnxExporter:
         from badge_peft.export.policies import Decision
 
         badge = get_badge_model(model)
-        check_model(badge, [badge.single_active_adapter()])
+        check_model(badge)
         config = badge.config_of()
         given = badge.get_early_exit_config() if early_exit_config is None else early_exit_config
         policy = build_policy(EarlyExitConfig.of(given))
@@ -108,9 +107,7 @@ class OnnxExporter:
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
         own = badge.adapter_exits(badge.single_active_adapter())
-        if own.are_linked:  # each needs those before it
-            last = max((m for m in read if own.has_final_exit or m < exits[-1]), default=-1)
-            read |= {m for m in self.exits if m <= last}
+        read = with_those_before(read, own)
         self.weights_hash = badge.weights_hash()
         self.badge = own_copy(badge)
         self._read, self._progress = read, progress
@@ -246,8 +243,8 @@ def check_difference(difference: float) -> float:
     return difference
 
 
-def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:
-    """Refuses a model that has no ONNX form with these adapters.
+def check_model(badge: BadgeModel) -> None:
+    """Refuses a model that has no ONNX form.
 
     Raises:
         ValueError: why, and the remedy.
@@ -255,10 +252,6 @@ def check_model(badge: BadgeModel, adapters: Sequence[str]) -> None:
     extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
-    if len(adapters) > 1 and any(badge.adapter_exits(name).are_linked for name in adapters):
-        raise ValueError(
-            "an adapter whose exits need one another (exit_type='past_future' or carry) is exported alone."
-        )
     other = sorted({str(p.dtype) for p in badge.model.parameters() if p.dtype != torch.float32})
     if other:
         raise ValueError(

@@ -21,6 +21,7 @@ from badge_peft.early_exit.readers import ExitReader
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
+from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.layer import BadgeBlock
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
@@ -29,6 +30,14 @@ OTHER = (3, 9)
 FOLLOWING = "following"
 #: Begin the names of what an exit leaves for the deeper ones (`ExitState.left`), and of what those before it left.
 LEFT, BEFORE = "left_", "before_"
+
+
+def with_those_before(read: set[int], exits: AdapterExits) -> set[int]:
+    """The block numbers of exits that are read; where exits need one another, of those before them, too."""
+    if not exits.are_linked:
+        return read
+    last = max((m for m in read if exits.has_final_exit or m < exits.numbers[-1]), default=-1)
+    return read | {m for m in exits.numbers if m <= last}
 
 
 def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:

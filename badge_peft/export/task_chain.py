@@ -18,6 +18,7 @@ from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.chain import Chain, in_int8
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, Graph
+from badge_peft.export.pieces import LEFT
 from badge_peft.export.policies import Decision
 from badge_peft.export.task_groups import TaskGroup, grouped
 from badge_peft.export.tokens import (
@@ -220,7 +221,8 @@ class TaskChain(Chain):
                     by_tokens_of(g, going, self.carried[f"{group.name}.exit_layer"]) if _has_units(group) else going
                 )
                 self._keep(g, own, units)
-        self._keep(g, {name: self.carried[name] for name in ("hidden", "rows") if name in self.carried}, going)
+        of_rows = {k: v for k, v in self.carried.items() if k in ("hidden", "rows") or k.startswith(LEFT)}
+        self._keep(g, of_rows, going)
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
 
     def _keep(self, g: Graph, values: Mapping[str, ir.Value], which: ir.Value) -> None:

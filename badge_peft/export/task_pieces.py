@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
-from badge_peft.export.pieces import FOLLOWING, PiecePass
+from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass
 from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import Frame
@@ -74,16 +74,26 @@ class TaskPiece(nn.Module):
         self.stacks: nn.ModuleList | None = None  # made in the first call, which must not be one that is traced
 
     def forward(
-        self, inputs: dict[str, Tensor], hidden: Tensor | None = None, shared: dict[str, Tensor] | None = None
+        self,
+        inputs: dict[str, Tensor],
+        hidden: Tensor | None = None,
+        shared: dict[str, Tensor] | None = None,
+        before: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Runs the piece; what it returns is called as in `ModelPiece`, but `logits` and `uncertainty`, which have the
-        name of their group's first task in front: `intent.logits`, of a group of T > 1 tasks [B, T, K]."""
+        """Runs the piece; what it takes and returns is called as in `ModelPiece`, but `logits` and `uncertainty` have
+        the name of their group's first task in front (`intent.logits`, of a group of T > 1 tasks [B, T, K]), and what
+        exits leave for others that of its task (`left_intent.logits`)."""
         exits = {task: self.badge.adapter_exits(task) for group in self.groups for task in group}
         rows, mask = inputs["input_ids"].shape[0], inputs["attention_mask"]
         readers = {task: ExitReader(own, rows, mask) for task, own in exits.items()}
+        for name, tensor in (before or {}).items():
+            task, _, left = name.removeprefix(BEFORE).rpartition(".")
+            if task in readers:
+                readers[task].state.left[left] = tensor
         stacks: Any = self.stacks
         run = TaskPiecePass(readers, stacks, self.number, hidden, list((shared or {}).values()), self.lengths)
-        run.heads = TaskHeads(dict.fromkeys(self._at_the_head(exits), _always), self._last_head())
+        at_head = self._at_the_head(exits)
+        run.heads = TaskHeads(dict.fromkeys(at_head, _always), self._last_head())
         with run:
             base = self.badge.model(return_dict=True, **inputs)
         if self.stacks is None:
@@ -98,6 +108,9 @@ class TaskPiece(nn.Module):
             named[f"{group[0]}.logits"] = side_by_side(run.logits, group, max(labels))
             if group[0] in run.uncertainty:
                 named[f"{group[0]}.uncertainty"] = run.uncertainty[group[0]]
+        for task, reader in readers.items():
+            if task not in at_head:
+                named |= {f"{LEFT}{task}.{name}": tensor.clone() for name, tensor in reader.state.left.items()}
         return named
 
     def _at_the_head(self, exits: Mapping[str, Any]) -> Sequence[str]:

@@ -19,7 +19,7 @@ from badge_peft.early_exit.tasks import check_tasks, config_of_each
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
-from badge_peft.export.pieces import OTHER, example_inputs
+from badge_peft.export.pieces import OTHER, example_inputs, with_those_before
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.words import entities_of
 from badge_peft.model import BadgeModel, get_badge_model
@@ -76,13 +76,7 @@ def export_tasks_onnx(
     badge = get_badge_model(model)
     names = list(badge.peft_config) if tasks is None else list(tasks)
     check_tasks(names, badge.model, badge.layout, badge.peft_config, badge.active_adapters)
-    check_model(badge, names)
-    for task in names:
-        if badge.adapter_exits(task).are_linked:
-            raise ValueError(
-                f"task {task!r} has exits that need one another (exit_type='past_future', carry or ladder), and a "
-                "file of tasks has no room for what they hand on: export it alone, export_onnx."
-            )
+    check_model(badge)
     given, decisions = config_of_each(early_exit_config, names), {}
     for task in names:
         config = badge.config_of(task)
@@ -105,6 +99,8 @@ def export_tasks_onnx(
                 "task: give one, early_exit_config={...}, or export the task alone."
             )
     read = {group.tasks: group.blocks() for group in grouped(decisions)}
+    for group, numbers in read.items():
+        read[group] = set().union(*(with_those_before(numbers, badge.adapter_exits(task)) for task in group))
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
     graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)

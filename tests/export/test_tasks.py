@@ -28,6 +28,16 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "early": ({"num_labels": 2, "final_exit": "exit"}, {"policy": "fixed_depth", "depth": 1}),
     "doubts": ({"final_exit": "exit", "learn_to_exit": True, "placement": "ffn"}, {"policy": "learned"}),
+    "cascade": ({"carry": "logits", "exit_layers": [0, 1, 2]}, {"policy": "entropy"}),
+    "twin": ({"carry": "logits", "exit_layers": [0, 1, 2]}, {"policy": "entropy"}),  # decides together with cascade
+    "steps": (
+        {"carry": "states", "ladder": True, "final_exit": "exit", "num_labels": 4},
+        {"policy": "entropy", "decide_every": 2},
+    ),
+    "future": (
+        {"exit_type": "past_future", "placement": "none", "final_exit": "exit", "num_labels": 2},
+        {"policy": "entropy"},
+    ),
 }
 
 
@@ -161,8 +171,6 @@ def test_what_is_refused(written: tuple[Any, Path, dict[str, Any]], folder: Path
     model, of_tasks, _ = written
     with pytest.raises(ValueError, match="no adapter 'other'"):
         export_tasks_onnx(model, tmp_path, tasks=["other"])
-    with pytest.raises(ValueError, match="task 'default' has exits that need one another .* export it alone"):
-        export_tasks_onnx(make_badge(carry="logits"), tmp_path)
     with pytest.raises(ValueError, match="holds a file of many tasks: OnnxTasksModel runs it"):
         OnnxEarlyExitModel.from_pretrained(of_tasks)
     with pytest.raises(ValueError, match="holds a file of one task: OnnxEarlyExitModel runs it"):
