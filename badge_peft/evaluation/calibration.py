@@ -74,7 +74,6 @@ def calibrate(
     full = scores.per_exit[-1]
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     bound: dict[str, Any] = {}
-    shown = True
     if confidence is not None:
         best, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
@@ -84,10 +83,9 @@ def calibrate(
             each = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup, per_exit=True)
             if _wins(each[1], held, target_speedup):
                 best, held = each
-        shown = held is not None or max_score_drop is None
         if held is not None:
             bound = {"drop": held.drop, "drop_interval": [held.low, held.high], "drop_from": reference}
-    if not shown:
+    if max_score_drop is not None and not bound:
         warnings.warn(
             f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}, so "
             f"{_instead(best.config)} is returned. Give more rows, or allow more.",
@@ -147,11 +145,11 @@ def _cross_fitted(
     held = fastest_within(found, max_score_drop)
     if held is not None:
         return best_at(points, held.goal), held
-    fixed = [p for p in points if p.config.policy == FixedDepthPolicy.name]
-    plain = max(fixed, key=lambda p: (p.score, -p.mean_exit) if reference == "best" else (p.mean_exit, 0))
     free = fastest_without_loss(found)
     if free is not None and (point := best_at(points, free.goal)).score >= wanted - 1e-12:
         return point, None
+    fixed = [p for p in points if p.config.policy == FixedDepthPolicy.name]
+    plain = max(fixed, key=lambda p: (p.score, -p.mean_exit) if reference == "best" else (p.mean_exit, 0))
     if plain.score < wanted - max_score_drop - 1e-12:  # below a max_exit
         return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
     return plain, None

@@ -106,11 +106,10 @@ class OnnxExporter:
         self.decision.check_exportable(learned=config.learn_to_exit)
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
-        own = badge.adapter_exits(badge.single_active_adapter())
-        read = with_those_before(read, own)
+        self._read = with_those_before(read, badge.adapter_exits(badge.single_active_adapter()))
+        self._progress = progress
         self.weights_hash = badge.weights_hash()
         self.badge = own_copy(badge)
-        self._read, self._progress = read, progress
 
     @cached_property
     def pieces(self) -> Any:

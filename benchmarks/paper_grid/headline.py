@@ -47,7 +47,7 @@ COMPARED = (
 )
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
-OTHER_FORMS = "frozen"  # the grid that has most of them
+OTHER_FORMS = "frozen", "paper-part.md"  # the grid that has most of them, and its page
 INTENT_TASKS = ("banking77", "clinc150")
 
 
@@ -69,7 +69,7 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
         numbers.gains(),
         numbers.saved(),
         numbers.targets(),
-        numbers.made(config, len(missing)),
+        numbers.made(config, len(missing), docs, picture),
     ]
     if picture is not None:
         from paper_grid.picture import draw_forms
@@ -234,7 +234,7 @@ hundred validation rows cannot show that half a point is kept
             rows.append([f"{INTENTS:.0%} on the intent tasks", text, _word(min(intents) >= INTENTS)])
         return f"## Targets\n\n{markdown([f'{self.candidate.title} against {PLAIN.title}', 'found', ''], rows)}"
 
-    def made(self, config: str, missing: int) -> str:
+    def made(self, config: str, missing: int, docs: Path, picture: Path | None) -> str:
         """The commands, and with what they ran."""
         environment = self.records[0].result["environment"]
         versions = ", ".join(f"{name} {value}" for name, value in environment.items())
@@ -242,17 +242,19 @@ hundred validation rows cannot show that half a point is kept
         seeds = sorted({r.seed for r in self.records})
         left = f" {missing} runs of the grid are not stored." if missing else ""
         name = Path(config).stem.removeprefix("paper_")
-        more = f" more methods and forms on a part of the rows [here](paper/{OTHER_FORMS}.md);"
+        grid, page = OTHER_FORMS
+        others = "" if name == grid else f" more methods and forms on a part of the rows [here]({page});"
+        options = f"--docs docs/results/{docs.name}" + (f" --picture docs/img/{picture.name}" if picture else "")
         return f"""## How it was made
 
 {len(self.records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
 that the grid names.{left} The grid's own tables, the learning rates and the rows are on a
-[page of their own](paper/{name}.md);{"" if name == OTHER_FORMS else more} `policy="auto"` against the single
+[page of their own](paper/{name}.md);{others} `policy="auto"` against the single
 rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md).
 
 ```bash
 python benchmarks/paper.py run {config} --data-dir DATA --out runs/{name} --threads 1
-python benchmarks/paper.py headline {config} --out runs/{name} --picture docs/img/frozen.png
+python benchmarks/paper.py headline {config} --out runs/{name} {options}
 ```
 
 {versions}."""
