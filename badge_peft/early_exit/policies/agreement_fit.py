@@ -15,6 +15,7 @@ from badge_peft.early_exit.policies.agreement_features import features
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
+TOLERANCE = 1e-8  # of the gradient: where scikit-learn's 1e-4 stops differs from machine to machine
 
 
 def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: int) -> dict[str, Any]:
@@ -58,13 +59,15 @@ def _logistic(x: Array, right: Array) -> tuple[Array, float]:
     rate = (right.sum() + 0.5) / (len(right) + 1)
     if right.all() or not right.any():  # nothing to tell apart: the smoothed rate
         return np.zeros(x.shape[1]), float(np.log(rate / (1 - rate)))
+    x = x.astype(np.float64)  # in which scikit-learn then fits
     scaler = StandardScaler().fit(x)
-    model = LogisticRegression(max_iter=1000).fit(scaler.transform(x), right)
+    model = LogisticRegression(tol=TOLERANCE, max_iter=10_000).fit(scaler.transform(x), right)
     weights = model.coef_[0] / scaler.scale_
     return weights, float(model.intercept_[0] - weights @ scaler.mean_)
 
 
 def _ridge(x: Array, distance: Array) -> tuple[Array, float]:
+    x = x.astype(np.float64)
     scaler = StandardScaler().fit(x)
     model = Ridge().fit(scaler.transform(x), distance)
     weights = model.coef_ / scaler.scale_
