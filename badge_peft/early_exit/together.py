@@ -11,6 +11,8 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policy_reader import PolicyReader, on_host
+from badge_peft.early_exit.readers import ExitReader
+from badge_peft.tuner.carry import carry_together
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.stacked import MISSING, read_stacked
@@ -65,7 +67,8 @@ class TaskReaders:
             if not reader.reads_uncertainty and not reader.exits.reads_tokens:
                 pools.setdefault(reader.exits.pooling, []).append(reader)
             key = reader.policy.company(reader.exits.num_labels)
-            alone = key is None or reader.exits.are_linked or not reader.schedule.decides
+            linked = reader.exits.are_linked and not reader.exits.carry_logits_alone
+            alone = key is None or linked or not reader.schedule.decides
             own: Hashable = id(reader) if alone else None
             exits = reader.exits
             alike.setdefault((key, own, tuple(exits.numbers), exits.problem_type), []).append(reader)
@@ -93,7 +96,8 @@ class TaskReaders:
         for pool, exits in self._pools if len(asking) > 1 else []:
             places = [i for i, reader in enumerate(pool) if reader in asked]
             for members, logits in read_stacked(block, number, frame, exits, places, pool[0].pooling):
-                found.put_product([pool[i] for i in members], logits)
+                own = [pool[i] for i in members]
+                found.put_product(own, carried(block, number, own, logits))
         for reader in asking:
             if reader not in found:
                 found.put(reader, *reader.read(block, number, frame))
@@ -117,6 +121,23 @@ class TaskReaders:
         for pool, _ in self._pools:  # what a pooling works out of the mask, it works out once
             for reader in pool:
                 reader.pooling = pool[0].pooling
+
+
+def carried(block: BadgeBlock, number: int, readers: Sequence[ExitReader], logits: Tensor) -> Tensor:
+    """What exits `number` of T readers answer, [T, n, K], given what they say by themselves."""
+    which = [i for i, reader in enumerate(readers) if reader.exits.carry is not None]
+    if not which:
+        return logits
+    own = [readers[i] for i in which]
+    found = carry_together(
+        [block.own_exit(reader.exits.adapter, number) for reader in own],
+        [reader.state for reader in own],
+        logits if len(which) == len(readers) else logits[which],
+        [reader.exits.num_labels for reader in own],
+    )
+    if len(which) == len(readers):
+        return found
+    return logits.index_copy(0, torch.tensor(which, device=logits.device), found)
 
 
 class JointDecision:
@@ -147,7 +168,8 @@ class JointDecision:
             return
         j = history.exits.index(number)
         final = {reader for reader in asking if reader.schedule.final[j]}
-        reading = [reader for reader in asking if reader not in final] if final else asking
+        # exits that others build on are read where no decision depends on them, too
+        reading = [reader for reader in asking if reader not in final and reader.schedule.needed[j]]
         deciding = {reader for reader in reading if reader.schedule.able[j]}
         if reading:
             self._undecided[j] = self._side_by_side(reading, found)

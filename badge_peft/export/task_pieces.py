@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
+from badge_peft.early_exit.together import carried
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass
 from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
@@ -43,8 +44,9 @@ class TaskPiecePass(PiecePass):
         if self.stacks is None:
             self.stacks = stacks_of(block, number, frame, readers)
         for stack in self.stacks:
-            found = stack(frame, block.layout.pre_norm, readers[stack.tasks[0]].pooling)
-            self.logits.append((stack.tasks, found))
+            own = [readers[task] for task in stack.tasks]
+            found = stack(frame, block.layout.pre_norm, own[0].pooling)
+            self.logits.append((stack.tasks, carried(block, number, own, found)))
         stacked = {task for stack in self.stacks for task in stack.tasks}
         for task, reader in readers.items():
             if task not in stacked:

@@ -27,15 +27,17 @@ class ExportedStack(nn.Module):
     def __init__(self, tasks: list[str], stack: StackedExits) -> None:
         super().__init__()
         self.tasks, self.stack = tasks, stack
-        for name, value in vars(stack).items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value)
+        self.which = tuple(range(len(tasks)))
+        weights = stack.weights(self.which)  # here, so that what makes them is not in the graph
+        self.names = [f"weights_{i}" for i in range(len(weights))]
+        for name, value in zip(self.names, weights, strict=True):
+            self.register_buffer(name, value)
 
     def forward(self, frame: Frame, pre_norm: bool, pooling: Pooling) -> Tensor:
         """Logits [T, n, K]; of labels that an exit lacks, `MISSING`."""
         stack = copy.copy(self.stack)
-        vars(stack).update(self._buffers, _parts={})
-        return stack.logits(frame, pre_norm, pooling, range(len(self.tasks)))
+        stack.parts = {self.which: tuple(self._buffers[name] for name in self.names)}
+        return stack.logits(frame, pre_norm, pooling, self.which)
 
 
 def stacks_of(block: BadgeBlock, number: int, frame: Frame, readers: Mapping[str, ExitReader]) -> list[ExportedStack]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from badge_peft.tuner.exit_state import ExitState
+from badge_peft.tuner.exit_state import ExitState, finite
 from badge_peft.tuner.exits import AdapterExits, Exit
 from badge_peft.tuner.pooling import Pooling
 
@@ -65,6 +68,33 @@ def _carry_logits(exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
     if exit_.carry is not None:
         logits = exit_.carry(logits, state.from_before("logits", logits))
     state.left["logits"] = logits.detach()
+    return logits
+
+
+def carry_together(
+    exits: Sequence[Exit], states: Sequence[ExitState], logits: Tensor, labels: Sequence[int]
+) -> Tensor:
+    """What the exits of T adapters answer that carry logits: as `build_on`, in a few operations for all of them.
+
+    Args:
+        exits: Exit m of each.
+        states: Of each adapter's call.
+        logits: Of the exits by themselves, [T, n, K].
+        labels: [T], of these K those that each has.
+
+    Returns:
+        [T, n, K].
+    """
+    building = [i for i, exit_ in enumerate(exits) if exit_.carry is not None]
+    if building:
+        width = logits.shape[-1]
+        before = [F.pad(states[i].left["logits"], (0, width - labels[i])) for i in building]
+        numbers = torch.stack([cast(CarriedLogits, exits[i].carry).weight for i in building])
+        added = numbers.to(logits.dtype).unsqueeze(-1) * finite(torch.stack(before).to(logits))
+        whole = len(building) == len(exits)
+        logits = logits + added if whole else logits.index_add(0, torch.tensor(building, device=logits.device), added)
+    for i, state in enumerate(states):
+        state.left["logits"] = logits[i, :, : labels[i]].detach()
     return logits
 
 

@@ -30,9 +30,8 @@ class ExitState:
         self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
 
     def from_before(self, name: str, like: Tensor) -> Tensor:
-        """What the exit before has left, where `like` is and in its precision. NaN and infinity count as 0: they say
-        nothing, and would spread to all deeper exits."""
-        return self.left[name].to(like).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        """What the exit before has left, where `like` is and in its precision, as `finite` has it."""
+        return finite(self.left[name].to(like))
 
     def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
         """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
@@ -47,3 +46,9 @@ class ExitState:
             if length is not None and value.dim() > 2:
                 value = value[:, :length]
             self.left[name] = torch.index_select(value, 0, index.to(value.device))
+
+
+def finite(left: Tensor) -> Tensor:
+    """What an exit has left for others. NaN and infinity count as 0: they say nothing, and would spread to all deeper
+    exits."""
+    return left.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

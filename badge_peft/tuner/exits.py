@@ -242,6 +242,11 @@ class AdapterExits:
         return bool(self.past_future) or self.carry is not None or self.ladder
 
     @property
+    def carry_logits_alone(self) -> bool:
+        """Whether the logits of the exit before are all that they need."""
+        return self.carry == "logits" and not (self.past_future or self.ladder)
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the exits answer each token: [B, S, K] in place of [B, K]."""
         return self.pooling == TOKENS

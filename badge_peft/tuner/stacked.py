@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from badge_peft.tuner.carry import CarriedLogits
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import AdapterExits
-from badge_peft.tuner.fast_path import PlainExit, plain_exit
+from badge_peft.tuner.fast_path import PlainExit, is_changed, plain_exit
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
 from badge_peft.tuner.watched import Watched
@@ -44,7 +45,7 @@ class StackedExits:
         self.source: str = first.source or ""
         self.activation, self.norm = first.activation, first.norm
         self.labels = [e.linear.out_features for e in exits]
-        self._parts: dict[tuple[int, ...], tuple[Any, ...]] = {}
+        self.parts: dict[tuple[int, ...], tuple[Any, ...]] = {}
         with torch.inference_mode(False), torch.no_grad():  # plain tensors, for calls in either mode
             self.down = torch.stack([e.down.weight for e in exits])  # [T, r, d]
             self.down_bias = _stack([e.down.bias for e in exits])  # [T, r]
@@ -70,7 +71,7 @@ class StackedExits:
 
     def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> Tensor:
         """Logits [T', n, K] of the T' exits `which`, in ascending order; of labels that an exit lacks, `MISSING`."""
-        down, down_bias, up, up_bias, weight, bias, shift, whole = self._of(tuple(which))
+        down, down_bias, up, up_bias, weight, bias, shift, whole = self.weights(tuple(which))
         source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
         residual = pooling.pick(cast(Tensor, frame.output if pre_norm else frame.ffn_sum))
         rows, size = source.shape[:-1], source.shape[-1]
@@ -91,10 +92,10 @@ class StackedExits:
         total = pooling.weights(source.unflatten(0, rows)).sum(dim=1)  # [n]: 1; 0 for a row of nothing but padding
         return found + shift * total.unsqueeze(-1)
 
-    def _of(self, which: tuple[int, ...]) -> tuple[Any, ...]:
+    def weights(self, which: tuple[int, ...]) -> tuple[Any, ...]:
         """The weights of these exits: of the bypasses' first layers [T' r, d] and biases [T' r], of all others
         [T', ...], biases as [T', 1, ...]."""
-        found = self._parts.get(which)
+        found = self.parts.get(which)
         if found is None:
             parts: Any = [self.down, self.down_bias, self.up, self.up_bias, self.weight]
             parts += [self.bias, self.shift, self.whole]
@@ -113,7 +114,7 @@ class StackedExits:
                     weight,
                     *(None if x is None else x.unsqueeze(1) for x in biases),
                 )
-            self._parts[which] = found
+            self.parts[which] = found
         return found
 
 
@@ -203,11 +204,14 @@ def read_stacked(
 
 def stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
     """The parts of exit `number` of an adapter, where it can be read beside others like it."""
-    if exits.are_linked or not block.has_exit(exits.adapter, number):
+    if exits.are_linked and not exits.carry_logits_alone or not block.has_exit(exits.adapter, number):
         return None
     bypass, norm = block.bypass_of(exits, number)
     placement, exit_ = block.badge_placement[exits.adapter], block.own_exit(exits.adapter, number)
     if exit_.linear.weight.is_inference():  # such a weight does not tell when it changes
+        return None
+    carry = exit_.carry
+    if carry is not None and (type(carry) is not CarriedLogits or is_changed(carry)):
         return None
     plain = plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
     return None if plain is None or plain.source is None or plain.dense is not None else plain
@@ -224,12 +228,13 @@ def _watch(watched: Watched, block: BadgeBlock, number: int, exits: AdapterExits
     dropout = watched.entry(exit_._modules, "dropout")
     watched.entry(dropout.__dict__, "training")
     watched.entry(exit_._modules, "linear")
+    carry = watched.entry(exit_._modules, "carry")
     for name in ("down", "up", "activation", "norm"):
         watched.entry(bypass._modules, name)
     own_norm = bypass._modules.get("norm")
     if own_norm is None and block.layout.last_norm is not None:
         watched.path(block, f"base_layer.{block.layout.last_norm}")
-    modules = (exit_, dropout, plain.linear, bypass, bypass.activation, plain.down, plain.up, own_norm)
+    modules = (exit_, dropout, carry, plain.linear, bypass, bypass.activation, plain.down, plain.up, own_norm)
     for module in modules:
         if module is not None:
             watched.calls(module)

@@ -82,6 +82,43 @@ def test_stacked_exits_are_those_of_each_task(case: str, pooling: str, placement
     assert 4 in products
 
 
+@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
+def test_exits_that_carry_logits(case: str, products: list[int]) -> None:
+    """All of them, or two beside two that stand alone; the first exits of some come later."""
+    batches = (make_batch(9, LENGTH), make_batch(1, LENGTH))
+    model = make(case, carry="logits")
+    for batch in batches:
+        check(model, batch)
+    assert 4 in products
+    for name, fields in {"seven": {"carry": None}, "three": {"exit_layers": [2, 3]}}.items():
+        model.delete_adapter(name)
+        own: dict[str, Any] = {"r": 4, "final_exit": "exit", "num_labels": LABELS[name], "carry": "logits", **fields}
+        model.add_adapter(name, BadgeConfig(**own))
+        shake(model, seed=5, only=f".{name}.")
+        model.set_adapter(name)
+        model.set_early_exit_config({"policy": "entropy", "threshold": 0.8, "normalize": True})
+    products.clear()
+    for batch in batches:
+        check(model.eval(), batch)
+    assert 4 in products and 3 in products
+
+
+def test_an_exit_that_is_read_for_the_next_one_alone(products: list[int]) -> None:
+    """No rule asks it; and where it says NaN, nobody doubts."""
+    model, batch = make(carry="logits"), make_batch(5, LENGTH)
+    with torch.no_grad():
+        blocks_of(model)[0].badge_exit["three"]["1"].linear.bias.fill_(torch.nan)
+    rules = {name: {"policy": "entropy", "threshold": 0.3, "min_exit": 2} for name in LABELS}
+    out = model.early_exit_forward(**batch, tasks=list(LABELS), early_exit_config=rules)
+    assert products[:2] == [4, 4]
+    for name in LABELS:
+        model.set_adapter(name)
+        want = model.early_exit_forward(**batch, early_exit_config=rules[name])
+        assert out[name].exit_layer.tolist() == want.exit_layer.tolist()
+        assert not out[name].non_finite.any() and not want.non_finite.any()
+        torch.testing.assert_close(out[name].logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_only_tasks_that_still_ask_are_in_a_product(products: list[int]) -> None:
     model, batch = make(), make_batch(1, LENGTH)
     depths = {"two": 3, "seven": 1, "three": 2, "five": 3}
@@ -130,6 +167,18 @@ def test_a_hook_on_an_exit_is_called(products: list[int]) -> None:
     check(model, make_batch(2, LENGTH))
     hook.remove()
     assert called and 3 in products  # the other three are read together
+
+
+def test_a_hook_on_what_is_carried_is_called(products: list[int]) -> None:
+    model, batch = make(carry="logits"), make_batch(2, LENGTH)
+    check(model, batch)  # stacks are kept from here on
+    called: list[int] = []
+    carry = blocks_of(model)[1].badge_exit["three"]["2"].carry
+    hook = carry.register_forward_hook(lambda *_: called.append(1))
+    products.clear()
+    check(model, batch)
+    hook.remove()
+    assert called == [1, 1]  # together with others, and alone
 
 
 def test_weights_that_have_changed_are_seen() -> None:
