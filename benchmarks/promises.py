@@ -55,8 +55,8 @@ python benchmarks/promises.py --docs docs/results/promises.md
 ```
 
 on a frozen all-MiniLM-L6-v2 (6 blocks, exits 0 to 6, 3 epochs, seed 0), trained on 4,000 rows (CLINC150: 6,000) of
-each task's rows in a fixed random order; all others are the pool. One thread of an AMD EPYC, Python 3.11.7, torch 2.13.0,
-transformers 5.24.0, numpy 2.4.6, scipy 1.17.1, scikit-learn 1.9.1; commit e1471cb.
+each task's rows in a fixed random order; all others are the pool. One thread of an AMD EPYC, Python 3.11.7, torch
+2.13.0, transformers 5.24.0, numpy 2.4.6, scipy 1.17.1, scikit-learn 1.9.1; commit e1471cb.
 """
 TARGETS = (("in the mean", "mean", 0.3), ("at the 90th percentile", "high", 1.0))
 RESULTS = "runs/promises.json"
