@@ -62,9 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(options.json, quick=options.sizes == ["tiny"], keep=options.resume)
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.sizes:
-            forced = build(SIZES[name], sorted({*_LENGTHS, *(shape.length for shape in options.shapes)}))
+            lengths = sorted({*_LENGTHS, *(shape.length for shape in options.shapes)})
+            forced = build(SIZES[name], lengths, carry=options.carry)
+            called = f"{name}, carry" if options.carry else name
             for engine in options.engines:
-                _measure_all(forced, name, engine, options, store, Path(options.cache or temporary) / name)
+                _measure_all(forced, called, engine, options, store, Path(options.cache or temporary) / called)
     return 0
 
 
@@ -135,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROWSxTOKENS[@ROUNDS]",
         help=f"default: {' '.join(map(str, shapes))}",
     )
+    parser.add_argument("--carry", choices=["logits"], help="of the exits (default: each stands alone)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and of each session")
     parser.add_argument("--json", default=RESULTS, help=f"the file of the results (default: {RESULTS})")
     parser.add_argument("--resume", action="store_true", help="measure only what the file does not have")

@@ -71,8 +71,9 @@ class Forced:
 
 def add_copy(forced: Forced, name: str) -> None:
     """Gives the model an adapter of the same weights and rule as its first under another name."""
-    rule = forced.model.peft_config["default"].early_exit
-    forced.model.add_adapter(name, badge_peft.BadgeConfig(train_head=False, early_exit=rule))
+    first = forced.model.peft_config["default"]
+    config = badge_peft.BadgeConfig(train_head=False, carry=first.carry, early_exit=first.early_exit)
+    forced.model.add_adapter(name, config)
     weights = peft.get_peft_model_state_dict(forced.model, adapter_name="default")
     peft.set_peft_model_state_dict(forced.model, weights, adapter_name=name)
     forced.model.eval()
@@ -83,7 +84,7 @@ def exits_of(output: Any) -> list[int]:
     return [int(number) for number in output.exit_layer]
 
 
-def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced:
+def build(size: Size, lengths: Sequence[int], with_stock: bool = True, carry: str | None = None) -> Forced:
     """Makes both models and fits the exits.
 
     Args:
@@ -91,13 +92,14 @@ def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced
         lengths: Tokens per row that will be measured.
         with_stock: False keeps one set of weights only, for the measurement of memory: `stock` is then the base model
             inside of `model`.
+        carry: Of the adapter; what is carried is multiplied by 0, so that rows stop where they do without.
     """
     torch.manual_seed(0)
     base = make_base(size)
     weights = _fit(shared_copy(base), size, lengths)  # transformers leaves hooks behind where it has captured states
     stock = copy.deepcopy(base) if with_stock else base
     outside = without_blocks(base)
-    config = badge_peft.BadgeConfig(train_head=False, early_exit=dict(RULE))
+    config = badge_peft.BadgeConfig(train_head=False, carry=carry, early_exit=dict(RULE))
     model = peft.get_peft_model(base, config).eval()
     _install(model, weights)
     return Forced(size, stock, model, outside)

@@ -19,9 +19,10 @@ from task_parts import page, ways  # noqa: E402
 TINY = SIZES["tiny"]
 
 
-def test_every_way_stops_where_it_should() -> None:
+@pytest.mark.parametrize("carry", [None, "logits"])
+def test_every_way_stops_where_it_should(carry: str | None) -> None:
     assert ways.stops(1, 12) == [12] and ways.stops(3, 12) == [2, 7, 12]
-    found = ways.TorchWays(build(TINY, [8])).calls(tasks=3, rows=2, length=8)
+    found = ways.TorchWays(build(TINY, [8], carry=carry)).calls(tasks=3, rows=2, length=8)
     planned = [[2, 2], [3, 3], [4, 4]]
     assert found[ways.ONE_PASS]() == found[ways.EACH]() == planned and found[ways.DEEPEST]() == planned[-1:]
 
