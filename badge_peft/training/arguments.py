@@ -49,7 +49,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     )
     distillation_temperature: float = option(1.0, "T of the distillation.")
     adapter_learning_rate: float | None = option(
-        None, "Of bypasses and exits; None = 1e-2. `learning_rate` is the backbone's."
+        None, "Of bypasses and exits; None = 1e-2, with residual_mha 2.5e-3. `learning_rate` is the backbone's."
     )
     head_learning_rate: float | None = option(
         None,

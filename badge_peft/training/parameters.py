@@ -10,6 +10,7 @@ from torch import nn
 from badge_peft.model import get_badge_model
 
 ADAPTER_LR = 1e-2
+ATTENTION_LR = 2.5e-3  # of exits that add attention to what they pool: docs/decisions/learning-rates.md
 BACKBONE_LR = {"frozen": 5e-5, "lora": 1e-3, "full": 5e-5}  # by backbone mode
 _PARTS = ("backbone", "head", "adapter")
 
@@ -26,7 +27,7 @@ def parameter_groups(
 
     Args:
         model: A PEFT model with a BADGE adapter.
-        adapter_lr: Learning rate of bypasses and exits; None is 1e-2.
+        adapter_lr: Learning rate of bypasses and exits; None is 1e-2, with `exit_type="residual_mha"` 2.5e-3.
         backbone_lr: Of the backbone or its LoRA; None is 5e-5, for a LoRA 1e-3.
         head_lr: Of the model's own head, where it is trained; None is the backbone's rate when the backbone is trained
             with it, else a tenth of the adapter's.
@@ -35,8 +36,9 @@ def parameter_groups(
     Raises:
         ValueError: nothing is trainable.
     """
-    mode = get_badge_model(model).config_of().backbone
-    adapter_lr = ADAPTER_LR if adapter_lr is None else adapter_lr
+    config = get_badge_model(model).config_of()
+    mode = config.backbone
+    adapter_lr = adapter_rate(config.exit_type) if adapter_lr is None else adapter_lr
     backbone_lr = BACKBONE_LR[mode] if backbone_lr is None else backbone_lr
     if head_lr is None:
         head_lr = backbone_lr if mode == "full" else adapter_lr / 10
@@ -58,6 +60,11 @@ def parameter_groups(
         for matrix in (True, False)
         if (part, matrix) in groups
     ]
+
+
+def adapter_rate(exit_type: str) -> float:
+    """The learning rate of bypasses and exits where none is given."""
+    return ATTENTION_LR if exit_type == "residual_mha" else ADAPTER_LR
 
 
 def make_optimizer(model: nn.Module, *rates: float | None, **named_rates: float | None) -> torch.optim.AdamW:

@@ -171,7 +171,17 @@ def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 
     fields["final_exit"] = options.final_exit or ("base_head" if has_head else "exit")
     if options.exit_type == "past_future":
         fields["final_exit"] = "exit"
+    fields["carry"] = _carry(options, others.get("task_type"))
     return BadgeConfig(**{"task_type": "SEQ_CLS", "train_head": not fields.pop("keep_head"), **fields, **others})
+
+
+def _carry(options: ExitOptions, task_type: str | None) -> str | None:
+    """What exits add of those before them: where nothing is asked for, logits, if that is what has been shown to win
+    (docs/decisions/linked-exits.md)."""
+    if options.carry is not None:
+        return None if options.carry == "none" else options.carry
+    shown = options.backbone == "frozen" and options.placement != "none" and options.exit_type != "past_future"
+    return "logits" if shown and task_type != "TOKEN_CLS" else None
 
 
 def parse_blocks(value: str | None, num_blocks: int = 1000) -> list[int] | None:

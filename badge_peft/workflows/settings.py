@@ -92,8 +92,8 @@ class ExitOptions(Settings):
             on. Default: all blocks.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
-        carry: What an exit adds of those before it: logits, of the last one, or states, of their bottlenecks. Default:
-            nothing.
+        carry: What an exit adds of those before it: logits, of the last one, states, of their bottlenecks, or none.
+            Default: logits, for texts on a frozen backbone; else none.
         ladder: A bypass also reads the bottleneck of the one before it.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """
@@ -124,7 +124,7 @@ class TrainingOptions(Settings):
             without.
         exit_weights: Weights of the exits in the loss: uniform, linear (by depth), or a list, such as [1,1,2].
         epochs: Number of epochs: passes over the texts.
-        adapter_lr: Learning rate of bypasses and exits. Default: 0.01.
+        adapter_lr: Learning rate of bypasses and exits. Default: 0.01; with residual_mha 0.0025.
         backbone_lr: Learning rate of the backbone (default 5e-5) or its LoRA (default 1e-3).
         batch_size: Batch size: texts per training step; several processes share them.
         no_cache_states: Run the blocks for every step. With a frozen backbone, what the exits read of a text is

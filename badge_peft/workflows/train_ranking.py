@@ -63,7 +63,8 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
         OSError: there is no such model or data.
     """
     start = time.perf_counter()
-    settings = replace(settings, exits=replace(settings.exits, keep_head=True))
+    exits = replace(settings.exits, keep_head=True, carry=settings.exits.carry or "none")
+    settings = replace(settings, exits=exits)
     check_ranking(settings)
     check_settings(settings)
     out, options = check_output_dir(settings), settings.training

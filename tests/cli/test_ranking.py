@@ -75,7 +75,8 @@ def test_the_report(ranked: Path) -> None:
     assert report["early_exit"]["score"] >= 0.6 and 0 < report["early_exit"]["layer_speedup"] < 1
     assert report["columns"] == {"text": "query", "text_pair": "document", "label": "label", "query_id": "query_id"}
     assert set(report["relevance"]) >= {"ndcg", "full_depth_ndcg", "mrr", "full_depth_mrr"}
-    assert json.loads((ranked / "reranker" / "adapter_config.json").read_text())["exit_pooling"] == "mean"
+    config = json.loads((ranked / "reranker" / "adapter_config.json").read_text())
+    assert (config["exit_pooling"], config["carry"]) == ("mean", None)
     told = (ranked / "told.txt").read_text()
     for part in (f"{12 * CANDIDATES} candidates of 12 queries", "exit rule: top_k, top_k=3", "nDCG@3", "MRR@3"):
         assert part in told

@@ -45,6 +45,7 @@ def test_each_part_has_its_rate() -> None:
         ({"backbone": "lora"}, {"backbone": 1e-3, "head": 1e-3, "adapter": 1e-2}),
         ({"backbone": "frozen"}, {"head": 1e-3, "adapter": 1e-2}),
         ({"backbone": "frozen", "train_head": False}, {"adapter": 1e-2}),
+        ({"exit_type": "residual_mha"}, {"head": 2.5e-4, "adapter": 2.5e-3}),
     ],
 )
 def test_default_rates(fields: dict[str, Any], expected: dict[str, float]) -> None:

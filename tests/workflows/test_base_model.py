@@ -1,4 +1,4 @@
-"""What the pooling file of sentence-transformers says, in both of its formats; lists of blocks."""
+"""What the pooling file of sentence-transformers says, in both of its formats; lists of blocks; what exits add."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from badge_peft.workflows import base_model
-from badge_peft.workflows.base_model import POOLING_FILE, parse_blocks, sentence_pooling
+from badge_peft.workflows.base_model import POOLING_FILE, badge_config, parse_blocks, sentence_pooling
+from badge_peft.workflows.settings import ExitOptions
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
@@ -75,6 +76,28 @@ def test_of_a_repository(error: Exception, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(base_model, "hf_hub_download", fail)
     assert sentence_pooling("user/encoder") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "carry"),
+    [
+        ({}, "logits"),
+        ({"exit_type": "residual_mha", "keep_head": True}, "logits"),
+        ({"carry": "states"}, "states"),
+        ({"carry": "none"}, None),
+        ({"backbone": "lora"}, None),
+        ({"placement": "none"}, None),
+        ({"exit_type": "past_future"}, None),
+        ({"backbone": "full", "carry": "logits"}, "logits"),
+    ],
+)
+def test_exits_carry_logits_where_it_has_been_shown_to_win(fields: dict[str, Any], carry: str | None) -> None:
+    assert badge_config(ExitOptions(**fields)).carry == carry
+
+
+def test_exits_of_tokens_carry_what_is_asked_for() -> None:
+    assert badge_config(ExitOptions(), task_type="TOKEN_CLS").carry is None
+    assert badge_config(ExitOptions(carry="logits"), task_type="TOKEN_CLS").carry == "logits"
 
 
 def test_blocks_are_read_from_lists_and_ranges() -> None:
