@@ -49,7 +49,6 @@ COMPARED = (
 )
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
-OTHER_FORMS = "frozen", "paper-part.md"  # the grid that has most of them, and its page
 INTENT_TASKS = ("banking77", "clinc150")
 
 
@@ -244,14 +243,12 @@ hundred validation rows cannot show that half a point is kept
         seeds = sorted({r.seed for r in self.records})
         left = f" {missing} runs of the grid are not stored." if missing else ""
         name = Path(config).stem.removeprefix("paper_")
-        grid, page = OTHER_FORMS
-        others = "" if name == grid else f" more methods and forms on a part of the rows [here]({page});"
         options = f"--docs docs/results/{docs.name}" + (f" --picture docs/img/{picture.name}" if picture else "")
         return f"""## How it was made
 
 {len(self.records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
 that the grid names.{left} The grid's own tables, the learning rates and the rows are on a
-[page of their own](paper/{name}.md);{others} `policy="auto"` against the single
+[page of their own](paper/{name}.md); `policy="auto"` against the single
 rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md).
 
 ```bash

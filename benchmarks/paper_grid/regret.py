@@ -147,7 +147,7 @@ lacks half of the rules.
 
 {markdown(header, rows)}
 ```bash
-python benchmarks/paper.py policies {config} --out runs/frozen
+python benchmarks/paper.py policies {config} --out runs/{Path(config).stem.removeprefix("paper_")}
 ```
 
 {versions}.
