@@ -33,9 +33,10 @@ METHODS: dict[str, Method] = {
     "alternating": Method("ALT", "alternating", {"placement": "none"}),
     "past_future": Method("GPF", "past_future", {"placement": "none", "exit_type": "past_future"}),
     "badge": Method("BADGE", "joint", {"placement": "block"}),
-    # Beyond Table 1: the exits of LTE for Figure 2, and bypasses with the best rival objective.
+    # Beyond Table 1: the exits of LTE for Figure 2, and bypasses with the objectives of rivals.
     "badge_lte": Method("BADGE + LTE", "joint", {"placement": "block", "learn_to_exit": True}, rates_of="badge"),
     "badge_alternating": Method("BADGE + ALT", "alternating", {"placement": "block"}),
+    "badge_gradient_equilibrium": Method("BADGE + GradEquil", "gradient_equilibrium", {"placement": "block"}),
 }
 
 SINGLE = ("single_final", "single_exits")
