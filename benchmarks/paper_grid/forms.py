@@ -41,13 +41,25 @@ class Form:
 JOINT = Form("joint", (), "JT")
 PLAIN = Form("badge", (), "BADGE")
 CARRY = Form("badge", (("carry", "logits"),), "BADGE + carry")
+STATES = Form("badge", (("carry", "states"),), "BADGE + carried states")
 LADDER = Form("badge", (("ladder", True),), "BADGE + ladder")
 BOTH = Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + carry + ladder")
 ATTENTION = Form("badge", (("exit_type", "residual_mha"),), "BADGE + attention")
 CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mha")), "BADGE + carry + attention")
 JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
 JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
-FORMS = (JOINT, PLAIN, CARRY, LADDER, BOTH, ATTENTION, CARRY_ATTENTION, JOINT_CARRY, JOINT_CARRY_ATTENTION)
+FORMS = (
+    JOINT,
+    PLAIN,
+    CARRY,
+    STATES,
+    LADDER,
+    BOTH,
+    ATTENTION,
+    CARRY_ATTENTION,
+    JOINT_CARRY,
+    JOINT_CARRY_ATTENTION,
+)
 CANDIDATES = (CARRY_ATTENTION, CARRY)  # the targets are asked of the first that was run
 OTHERS = (
     Form("two_stage", (), "2ST"),

@@ -20,6 +20,7 @@ from paper_grid.forms import (
     LADDER,
     OTHERS,
     PLAIN,
+    STATES,
     Form,
     Saved,
     found_forms,
@@ -37,6 +38,7 @@ from paper_grid.tables import markdown, task_title, title_of
 COMPARED = (
     (PLAIN, JOINT),
     (CARRY, PLAIN),
+    (STATES, PLAIN),
     (LADDER, PLAIN),
     (BOTH, PLAIN),
     (ATTENTION, PLAIN),
@@ -141,7 +143,7 @@ class Numbers:
             rows.append([f"{form.title} over {over.title}", *cells, str(len(found))])
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
-`carry="logits"` and `ladder=True` do:
+`carry` and `ladder` do:
 [exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder). Attention is
 [`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type).
 
