@@ -163,7 +163,7 @@ def page(data: dict[str, Any]) -> str:
         "",
         "```bash",
         "python benchmarks/drift.py --leave-out 30 train.jsonl pool.jsonl runs/TASK",
-        "badge-peft train MODEL runs/TASK/train.jsonl --eval-data runs/TASK/pool.jsonl --exit-layers 0-6 "
+        "badge-peft train MODEL runs/TASK/train.jsonl --eval-data runs/TASK/pool.jsonl --exit-layers 0-6 --carry none "
         "--policy divergence --output-dir runs/TASK/adapter",
         "badge-peft evaluate runs/TASK/adapter runs/TASK/other.jsonl --unlabeled --save-logits FILE",
         "python benchmarks/drift.py --logits TASK=runs/TASK/adapter/exit_logits.safetensors ... "

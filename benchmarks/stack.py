@@ -1,7 +1,7 @@
 """A stack of real tasks on one frozen encoder: what the frozen backbone costs each, and what one pass saves.
 
     badge-peft train ENCODER DATA/TASK/train.jsonl --eval-data DATA/TASK/validation.jsonl \
-        --backbone frozen --exit-layers 0-6 --output-dir ADAPTERS/TASK           # for each task
+        --backbone frozen --exit-layers 0-6 --carry none --output-dir ADAPTERS/TASK           # for each task
     python benchmarks/stack.py ENCODER DATA --adapters TASK=ADAPTERS/TASK ... --epochs 3 --bf16
     python benchmarks/stack.py ENCODER DATA --adapters TASK=ADAPTERS/TASK ... --time 200    # on a quiet machine
     python benchmarks/tasks.py --docs docs/results/tasks.md                      # the page

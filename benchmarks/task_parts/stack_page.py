@@ -34,7 +34,7 @@ at full depth. Rows to train, to calibrate and to test on are parts of DATA, not
 {_times(sections.get(TIMES))}
 ```bash
 badge-peft train MINILM DATA/TASK/train.jsonl --eval-data DATA/TASK/validation.jsonl \\
-    --backbone frozen --exit-layers 0-6 --output-dir ADAPTERS/TASK
+    --backbone frozen --exit-layers 0-6 --carry none --output-dir ADAPTERS/TASK
 python benchmarks/stack.py MINILM DATA --adapters {" ".join(f"{task}=ADAPTERS/{task}" for task in tasks)} ...
 ```
 """
