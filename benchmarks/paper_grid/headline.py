@@ -249,7 +249,8 @@ hundred validation rows cannot show that half a point is kept
 {len(self.records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
 that the grid names.{left} The grid's own tables, the learning rates and the rows are on a
 [page of their own](paper/{name}.md); `policy="auto"` against the single
-rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md).
+rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md), a LoRA
+[here](paper/lora.md), an encoder of 12 blocks [here](paper-e5.md).
 
 ```bash
 python benchmarks/paper.py run {config} --data-dir DATA --out runs/{name} --threads 1
