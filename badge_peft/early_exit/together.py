@@ -67,8 +67,7 @@ class TaskReaders:
             if not reader.reads_uncertainty and not reader.exits.reads_tokens:
                 pools.setdefault(reader.exits.pooling, []).append(reader)
             key = reader.policy.company(reader.exits.num_labels)
-            linked = reader.exits.are_linked and not reader.exits.carry_logits_alone
-            alone = key is None or linked or not reader.schedule.decides
+            alone = key is None or reader.exits.need_more_than_logits or not reader.schedule.decides
             own: Hashable = id(reader) if alone else None
             exits = reader.exits
             alike.setdefault((key, own, tuple(exits.numbers), exits.problem_type), []).append(reader)
@@ -125,19 +124,14 @@ class TaskReaders:
 
 def carried(block: BadgeBlock, number: int, readers: Sequence[ExitReader], logits: Tensor) -> Tensor:
     """What exits `number` of T readers answer, [T, n, K], given what they say by themselves."""
-    which = [i for i, reader in enumerate(readers) if reader.exits.carry is not None]
-    if not which:
+    if all(reader.exits.carry is None for reader in readers):
         return logits
-    own = [readers[i] for i in which]
-    found = carry_together(
-        [block.own_exit(reader.exits.adapter, number) for reader in own],
-        [reader.state for reader in own],
-        logits if len(which) == len(readers) else logits[which],
-        [reader.exits.num_labels for reader in own],
+    return carry_together(
+        [reader.exits for reader in readers],
+        [block.own_exit(reader.exits.adapter, number) for reader in readers],
+        [reader.state for reader in readers],
+        logits,
     )
-    if len(which) == len(readers):
-        return found
-    return logits.index_copy(0, torch.tensor(which, device=logits.device), found)
 
 
 class JointDecision:

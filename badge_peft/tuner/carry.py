@@ -72,29 +72,27 @@ def _carry_logits(exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
 
 
 def carry_together(
-    exits: Sequence[Exit], states: Sequence[ExitState], logits: Tensor, labels: Sequence[int]
+    adapters: Sequence[AdapterExits], exits: Sequence[Exit], states: Sequence[ExitState], logits: Tensor
 ) -> Tensor:
-    """What the exits of T adapters answer that carry logits: as `build_on`, in a few operations for all of them.
+    """What exit m of T adapters answers, [T, n, K]: as `build_on`, in a few operations for all that carry logits.
 
     Args:
+        adapters: All exits of each.
         exits: Exit m of each.
         states: Of each adapter's call.
-        logits: Of the exits by themselves, [T, n, K].
-        labels: [T], of these K those that each has.
-
-    Returns:
-        [T, n, K].
+        logits: Of the exits by themselves, [T, n, K]; K is the most labels of any.
     """
     building = [i for i, exit_ in enumerate(exits) if exit_.carry is not None]
     if building:
         width = logits.shape[-1]
-        before = [F.pad(states[i].left["logits"], (0, width - labels[i])) for i in building]
+        before = [F.pad(states[i].left["logits"], (0, width - adapters[i].num_labels)) for i in building]
         numbers = torch.stack([cast(CarriedLogits, exits[i].carry).weight for i in building])
         added = numbers.to(logits.dtype).unsqueeze(-1) * finite(torch.stack(before).to(logits))
         whole = len(building) == len(exits)
         logits = logits + added if whole else logits.index_add(0, torch.tensor(building, device=logits.device), added)
-    for i, state in enumerate(states):
-        state.left["logits"] = logits[i, :, : labels[i]].detach()
+    for i, own in enumerate(adapters):
+        if own.carry is not None:
+            states[i].left["logits"] = logits[i, :, : own.num_labels].detach()
     return logits
 
 

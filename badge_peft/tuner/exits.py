@@ -242,9 +242,9 @@ class AdapterExits:
         return bool(self.past_future) or self.carry is not None or self.ladder
 
     @property
-    def carry_logits_alone(self) -> bool:
-        """Whether the logits of the exit before are all that they need."""
-        return self.carry == "logits" and not (self.past_future or self.ladder)
+    def need_more_than_logits(self) -> bool:
+        """Whether exits need more of those before them than the logits of the last one."""
+        return bool(self.past_future) or self.keep_bottlenecks
 
     @property
     def reads_tokens(self) -> bool:

@@ -204,7 +204,7 @@ def read_stacked(
 
 def stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits) -> PlainExit | None:
     """The parts of exit `number` of an adapter, where it can be read beside others like it."""
-    if exits.are_linked and not exits.carry_logits_alone or not block.has_exit(exits.adapter, number):
+    if exits.need_more_than_logits or not block.has_exit(exits.adapter, number):
         return None
     bypass, norm = block.bypass_of(exits, number)
     placement, exit_ = block.badge_placement[exits.adapter], block.own_exit(exits.adapter, number)

@@ -31,12 +31,13 @@ def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: in
     best = answers[exits.index(reference)]
     coefficients, intercepts = [], []
     for j in range(exits.index(reference)):
+        x = features(history, j).astype(np.float64)  # in which scikit-learn then fits
         if problem.gives_labels:
             right = answers[j] == (best if labels is None else problem.targets(labels))
-            weights, bias = _logistic(features(history, j), right if right.ndim == 1 else right.all(axis=1))
+            weights, bias = _logistic(x, right if right.ndim == 1 else right.all(axis=1))
         else:
             distance = np.abs(answers[j] - best).reshape(len(best), -1).mean(axis=1)
-            weights, bias = _ridge(features(history, j), distance)
+            weights, bias = _ridge(x, distance)
         coefficients.append([float(f"{w:.7g}") for w in weights])
         intercepts.append(float(f"{bias:.7g}"))
     return {
@@ -59,7 +60,6 @@ def _logistic(x: Array, right: Array) -> tuple[Array, float]:
     rate = (right.sum() + 0.5) / (len(right) + 1)
     if right.all() or not right.any():  # nothing to tell apart: the smoothed rate
         return np.zeros(x.shape[1]), float(np.log(rate / (1 - rate)))
-    x = x.astype(np.float64)  # in which scikit-learn then fits
     scaler = StandardScaler().fit(x)
     model = LogisticRegression(tol=TOLERANCE, max_iter=10_000).fit(scaler.transform(x), right)
     weights = model.coef_[0] / scaler.scale_
@@ -67,7 +67,6 @@ def _logistic(x: Array, right: Array) -> tuple[Array, float]:
 
 
 def _ridge(x: Array, distance: Array) -> tuple[Array, float]:
-    x = x.astype(np.float64)
     scaler = StandardScaler().fit(x)
     model = Ridge().fit(scaler.transform(x), distance)
     weights = model.coef_ / scaler.scale_
