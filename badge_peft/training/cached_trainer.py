@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -37,9 +36,14 @@ class CachingTrainer(Trainer):
         """What the last training kept of its states (`kept`, `dtype`, `bytes`, `where`), or `reason`: why nothing."""
         return self._cache.report
 
-    def cached(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a call of `model` with this batch is given besides: the states of its rows, where they are kept."""
-        states = self._cache.training if model.training else self._cache.evaluation
+    def cached(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
+        """What a call of the model with this batch is given besides: the states of its rows, where they are kept.
+
+        Args:
+            inputs: The batch.
+            training: Whether it is one of training rows. Stage 2 of `two_stage` trains a model in evaluation mode.
+        """
+        states = self._cache.training if training else self._cache.evaluation
         return {} if states is None or ROWS not in inputs else {"cached_states": states, ROWS: inputs[ROWS]}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -138,10 +138,11 @@ class MultiExitTrainer(CachingTrainer):
         labels = inputs.get("labels")
         if labels is not None:
             check_labels(self.badge.config_of(), labels, count_rows(**features), count_positions(**features))
+        training = model.training
         if self._stage is not None:
             self._stage.set_modes(model)
         objective = self.exit_objective
-        outputs = model(**features, **self.cached(model, inputs), exit_pass=objective.exit_pass)
+        outputs = model(**features, **self.cached(inputs, training), exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits
         logits, labels, uncertainties = rows_of_loss(
             outputs.exit_logits, outputs.exit_uncertainty, labels, features.get("attention_mask"), config
@@ -149,7 +150,7 @@ class MultiExitTrainer(CachingTrainer):
         problem_type = config.resolved_problem_type
         number, criterion = self.state.global_step, self._criterion()
         loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS)))
-        if model.training:
+        if training:
             check_loss(loss, self.state.global_step + 1)
         if labels is not None and uncertainties is not None and self._trains_uncertainty():
             taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]

@@ -199,6 +199,27 @@ def test_the_second_stage_on_a_backbone_that_the_first_has_trained(tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
+def test_both_stages_read_the_states_of_the_training_rows(eval_strategy, tmp_path):
+    """Stage 2 has its backbone in evaluation mode, and the rows of an evaluation have states of their own."""
+    rows, others = (
+        [{**row, "label": i % 3} for i, row in enumerate(rows_of(make_batch(rows=8, seed=seed)))] for seed in (1, 3)
+    )
+    found, passes = [], []
+    for cached in (False, True):
+        model, calls = make(), []
+        options = {"cache_states": cached, "cache_dtype": "float32", "data_collator": collate}
+        log = {"eval_strategy": eval_strategy, "logging_strategy": "steps", "logging_steps": 1}
+        trainer = make_trainer(tmp_path / str(cached), model, rows, objective="two_stage", **options, **log, **HALF)
+        trainer.eval_dataset = others
+        model.base_model.wrapped[0].base_layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
+        passes.append(len(calls))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert passes[1] <= 6 < passes[0]  # three for each of the two: two of a check, and the one that is kept
+
+
 def test_batches_of_similar_length_and_text_columns(tmp_path):
     """As `multi_exit_arguments` has them, with evaluations and the best checkpoint."""
     batch, labels = make_batch(rows=12), Rows(rows=12).labels.tolist()
