@@ -61,12 +61,13 @@ FORMS = (
     JOINT_CARRY_ATTENTION,
 )
 CANDIDATES = (CARRY_ATTENTION, CARRY)  # the targets are asked of the first that was run
-OTHERS = (
-    Form("two_stage", (), "2ST"),
-    Form("alternating", (), "ALT"),
-    Form("gradient_equilibrium", (), "GradEquil"),
-    Form("past_future", (), "GPF"),
-)
+TWO_STAGE = Form("two_stage", (), "2ST")
+ALTERNATING = Form("alternating", (), "ALT")
+PAST_FUTURE = Form("past_future", (), "GPF")
+EQUILIBRIUM = Form("gradient_equilibrium", (), "GradEquil")
+TWO_STAGE_CARRY = Form("two_stage", (("carry", "logits"),), "2ST + carry")
+ALTERNATING_CARRY = Form("alternating", (("carry", "logits"),), "ALT + carry")
+OTHERS = (TWO_STAGE, TWO_STAGE_CARRY, ALTERNATING, ALTERNATING_CARRY, PAST_FUTURE, EQUILIBRIUM)
 
 
 @dataclass

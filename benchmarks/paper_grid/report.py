@@ -159,7 +159,8 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
             continue
         race = race_table(settings, base, store)
         best = max(race, key=lambda rates: race[rates])
-        edge = best[0] in (max(a for a, _ in race), min(a for a, _ in race))
+        tried = [sorted({rates[i] for rates in race}) for i in range(2)]  # a single rate has no edge
+        edge = any(len(some) > 1 and rate in (some[0], some[-1]) for rate, some in zip(best, tried, strict=True))
         trials = ", ".join(f"{a:g} / {b:g}: {100 * v:.1f}" for (a, b), v in race.items())
         rows[key] = [*key, f"{best[0]:g} / {best[1]:g}{' *' if edge else ''}", trials]
     return text + "\n\n" + tables.markdown(["task", "method", "best", "trials"], list(rows.values()))

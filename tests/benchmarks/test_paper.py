@@ -428,9 +428,12 @@ def test_headline(place: Path) -> None:
     docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
     assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
     text = docs.read_text()
-    for part in ("BADGE + carry over BADGE", "JT (2)", "## Gains, task by task", "## Blocks saved", "## Targets"):
+    for part in ("BADGE + carry over BADGE", "JT (2)", "paper/grid-gains.md", "## Blocks saved", "## Targets"):
         assert part in text, part
-    assert "nan" not in text and str(place) not in text
+    by_task = (place / "docs" / "paper" / "grid-gains.md").read_text()
+    for part in ("## S-best", "| BADGE over JT (2) | ", "| JT + carry over JT (2) | "):
+        assert part in by_task, part
+    assert "nan" not in text + by_task and str(place) not in text + by_task
     assert picture.stat().st_size > 1000
     settings, store = _settings(place), Store(place / "runs")
     records, _ = gather(settings, store)
