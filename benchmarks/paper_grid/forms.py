@@ -1,20 +1,18 @@
-"""Forms of exits on one frozen backbone, task by task: scores, gains over the plain bypass, blocks saved."""
+"""Forms of exits on one frozen backbone, task by task: scores, and gains of one over another."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
+from badge_peft.evaluation import ExitLogits
 from paper_grid.records import Place, Record, by_seed
 from paper_grid.resampled import Gain, gains
 from paper_grid.settings import Settings
 from paper_grid.store import Store
 
-DROP = 0.005  # half a point
 Fields = tuple[tuple[str, Any], ...]
 
 
@@ -45,22 +43,29 @@ STATES = Form("badge", (("carry", "states"),), "BADGE + carried states")
 LADDER = Form("badge", (("ladder", True),), "BADGE + ladder")
 BOTH = Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + carry + ladder")
 ATTENTION = Form("badge", (("exit_type", "residual_mha"),), "BADGE + attention")
+CARRY_0 = Form("badge", (("carry", "logits"), ("exit_0", True)), "BADGE + carry + exit 0")
 CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mha")), "BADGE + carry + attention")
+CARRY_ATTENTION_0 = Form(
+    "badge",
+    (("carry", "logits"), ("exit_0", True), ("exit_type", "residual_mha")),
+    "BADGE + carry + attention + exit 0",
+)
 JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
 JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
 FORMS = (
     JOINT,
     PLAIN,
     CARRY,
+    CARRY_0,
     STATES,
     LADDER,
     BOTH,
     ATTENTION,
     CARRY_ATTENTION,
+    CARRY_ATTENTION_0,
     JOINT_CARRY,
     JOINT_CARRY_ATTENTION,
 )
-CANDIDATES = (CARRY_ATTENTION, CARRY)  # the targets are asked of the first that was run
 TWO_STAGE = Form("two_stage", (), "2ST")
 ALTERNATING = Form("alternating", (), "ALT")
 PAST_FUTURE = Form("past_future", (), "GPF")
@@ -70,22 +75,14 @@ ALTERNATING_CARRY = Form("alternating", (("carry", "logits"),), "ALT + carry")
 OTHERS = (TWO_STAGE, TWO_STAGE_CARRY, ALTERNATING, ALTERNATING_CARRY, PAST_FUTURE, EQUILIBRIUM)
 
 
-@dataclass
-class Saved:
-    """What `calibrate(policy="auto", max_score_drop=DROP)` on validation rows gives on test rows.
-
-    Args:
-        saved: Share of blocks, by seed.
-        drop: From the exit that is best on validation rows, in points, by seed.
-    """
-
-    saved: dict[int, float]
-    drop: dict[int, float]
-
-
 def found_forms(records: list[Record], forms: tuple[Form, ...] = FORMS) -> list[Form]:
     """Those that some run is one of."""
     return [form for form in forms if any(form.fits(r, r.place) for r in records)]
+
+
+def records_of(records: list[Record], form: Form, place: Place) -> list[Record]:
+    """Its runs on a task, by seed."""
+    return sorted((r for r in records if form.fits(r, place)), key=lambda r: r.seed)
 
 
 def scores_of(records: list[Record], form: Form, place: Place, what: str) -> dict[int, float]:
@@ -95,7 +92,7 @@ def scores_of(records: list[Record], form: Form, place: Place, what: str) -> dic
 
 def logits_of(records: list[Record], form: Form, place: Place, store: Store, split: str) -> dict[int, ExitLogits]:
     """Seed -> stored logits."""
-    return {r.seed: store.logits(r.settled, split) for r in records if form.fits(r, place)}
+    return {r.seed: store.logits(r.settled, split) for r in records_of(records, form, place)}
 
 
 def gains_over(
@@ -104,18 +101,6 @@ def gains_over(
     """How far a form is ahead of another on one task."""
     ours, others = (logits_of(records, one, place, store, "test") for one in (form, over))
     return gains(ours, others, settings.tasks[place[0]].metric)
-
-
-def saved_by(record: Record, store: Store) -> tuple[float, float]:
-    """Share of blocks saved within half a point, and points lost, on the test rows of a run."""
-    metric = record.settled["metric"]
-    validation, test = (store.logits(record.settled, split) for split in ("validation", "test"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few rows: the careful setting that is returned then counts
-        config = calibrate(validation, "auto", max_score_drop=DROP, metric=metric)
-    point = evaluate_policy(test, config, metric)
-    best = validation.exits.index(exit_scores(validation, metric).best_exit)
-    return point.layer_speedup, 100 * (exit_scores(test, metric).per_exit[best] - point.score)
 
 
 def mean(values: dict[int, float]) -> float:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from itertools import product
 from pathlib import Path
 
-from badge_peft.utils.files import write_json
 from paper_grid.forms import (
     ALTERNATING,
     ALTERNATING_CARRY,
     ATTENTION,
     BOTH,
-    CANDIDATES,
     CARRY,
+    CARRY_0,
     CARRY_ATTENTION,
-    DROP,
+    CARRY_ATTENTION_0,
     EQUILIBRIUM,
     JOINT,
     JOINT_CARRY,
@@ -28,16 +25,16 @@ from paper_grid.forms import (
     TWO_STAGE,
     TWO_STAGE_CARRY,
     Form,
-    Saved,
     found_forms,
     gains_over,
     mean,
-    saved_by,
+    records_of,
     scores_of,
 )
 from paper_grid.gains_page import gains_page
 from paper_grid.records import Place, Record, gather, places
-from paper_grid.resampled import Gain
+from paper_grid.resampled import Gain, gains
+from paper_grid.savings import DROP, SHARE, Savings
 from paper_grid.settings import Settings
 from paper_grid.store import Store
 from paper_grid.tables import markdown, task_title, title_of
@@ -48,17 +45,22 @@ COMPARED = (
     (PLAIN, ALTERNATING),
     (PLAIN, PAST_FUTURE),
     (CARRY, PLAIN),
+    (CARRY_0, CARRY),
+    (CARRY_0, PLAIN),
     (STATES, PLAIN),
     (LADDER, PLAIN),
     (BOTH, PLAIN),
     (ATTENTION, PLAIN),
     (CARRY_ATTENTION, PLAIN),
+    (CARRY_ATTENTION_0, CARRY_ATTENTION),
+    (CARRY_ATTENTION_0, PLAIN),
     (JOINT_CARRY, JOINT),
     (TWO_STAGE_CARRY, TWO_STAGE),
     (ALTERNATING_CARRY, ALTERNATING),
     (JOINT_CARRY, PLAIN),
     (JOINT_CARRY_ATTENTION, PLAIN),
 )
+EARLY = (JOINT, PLAIN, CARRY, CARRY_0, CARRY_ATTENTION, CARRY_ATTENTION_0)  # whose early answers are looked at
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
 INTENT_TASKS = ("banking77", "clinc150")
@@ -88,7 +90,7 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     if picture is not None:
         from paper_grid.picture import draw_forms
 
-        draw_forms(settings, records, store, numbers.places[0], (PLAIN, numbers.candidate), picture)
+        draw_forms(settings, records, store, numbers.places[0], (PLAIN, numbers.early[-1]), picture)
         written.append(picture)
     by_task.parent.mkdir(parents=True, exist_ok=True)
     by_task.write_text(gains_page(settings, numbers.gained, numbers.compared, numbers.places), encoding="utf-8")
@@ -109,7 +111,6 @@ class Numbers:
         self.settings, self.store, self.records = settings, store, records
         self.places = [p for p in places(records) if p[2] == "frozen" and any(PLAIN.fits(r, p) for r in records)]
         self.forms = found_forms(records)
-        self.candidate = next((form for form in CANDIDATES if form in self.forms), PLAIN)
         self.gained: dict[tuple[Form, Form, Place], dict[str, Gain]] = {}
         for form, over in COMPARED:
             for place in self.places:
@@ -117,23 +118,24 @@ class Numbers:
                 if found is not None:
                     self.gained[form, over, place] = found
         self.compared = [pair for pair in COMPARED if any((*pair, p) in self.gained for p in self.places)]
-        self._saved = self._saved_blocks()
+        self.early = [form for form in EARLY if form in self.forms]
+        self._add_early(Savings(store))
 
-    def _saved_blocks(self) -> dict[str, dict[str, Saved]]:
-        """By form and task, of the first seed; calibrations take a while, so they are kept beside the runs."""
-        path = self.store.root / "saved.json"
-        kept: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
-        found: dict[str, dict[str, Saved]] = {}
-        for form, place in product((PLAIN, self.candidate), self.places):
-            mine = [r for r in self.records if form.fits(r, place)]
-            for record in sorted(mine, key=lambda r: r.seed)[:1]:
-                key = record.result["key"]
-                if key not in kept:
-                    kept[key] = list(saved_by(record, self.store))
-                    write_json(path, kept)
-                one = found.setdefault(form.title, {}).setdefault(place[0], Saved({}, {}))
-                one.saved[record.seed], one.drop[record.seed] = kept[key]
-        return found
+    def _add_early(self, savings: Savings) -> None:
+        """Blocks saved within `DROP`, and gains (`early`) where `SHARE` of the blocks is saved."""
+        self.saved_within: dict[tuple[Form, Place], list[tuple[float, float]]] = {}  # (share, drop), one for each seed
+        for place in self.places:
+            answers = {}
+            for form in self.early:
+                mine = records_of(self.records, form, place)
+                if form != JOINT:
+                    self.saved_within[form, place] = [savings.within_drop(record) for record in mine]
+                answers[form] = {record.seed: savings.answers(record, "share")[0] for record in mine}
+            for form, over in self.compared:
+                if form in answers and over in answers:
+                    found = gains(answers[form], answers[over], self.settings.tasks[place[0]].metric)
+                    if found is not None:
+                        self.gained[form, over, place]["early"] = found["avg"]
 
     def title(self, place: Place) -> str:
         """Of a task."""
@@ -141,7 +143,8 @@ class Numbers:
 
     def gains_of(self, form: Form, over: Form, what: str) -> list[Gain]:
         """One for each task."""
-        return [self.gained[form, over, p][what] for p in self.places if (form, over, p) in self.gained]
+        found = [self.gained.get((form, over, p), {}).get(what) for p in self.places]
+        return [gain for gain in found if gain is not None]
 
     def summary(self) -> str:
         """What came out, in a few sentences."""
@@ -149,18 +152,24 @@ class Numbers:
         rows = []
         for form, over in self.compared:
             cells = []
-            for what in ("avg", "best"):
+            for what in ("avg", "best", "early"):
                 found = self.gains_of(form, over, what)
+                if not found:
+                    cells.append("-")
+                    continue
                 above, below = sum(g.low > 0 for g in found), sum(g.high < 0 for g in found)
                 cells.append(f"{sum(g.mean for g in found) / len(found):+.1f}; above 0 on {above}, below on {below}")
-            rows.append([f"{form.title} over {over.title}", *cells, str(len(found))])
+            rows.append([f"{form.title} over {over.title}", *cells, str(len(self.gains_of(form, over, "avg")))])
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
 `carry` and `ladder` do:
 [exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder). Attention is
-[`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type).
+[`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type),
+[exit 0](../choosing.md#exits-exit_layers-final_exit) an exit on the embeddings; S-avg and S-best are of the exits
+behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
+`calibrate(policy="auto", target_speedup={SHARE})` takes on validation rows.
 
-{markdown(["", "S-avg", "S-best", "tasks"], rows)}"""
+{markdown(["", "S-avg", "S-best", f"{SHARE:.0%} saved", "tasks"], rows)}"""
 
     def scores(self) -> str:
         """S-avg / S-best of all forms."""
@@ -194,44 +203,44 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
 
     def saved(self) -> str:
         """Blocks saved within half a point."""
+        forms = [form for form in self.early if form != JOINT]
         rows = []
         for place in self.places:
-            cells = []
-            for form in (PLAIN, self.candidate):
-                one = self._saved.get(form.title, {}).get(place[0])
-                cells += [f"{mean(one.saved):.0%}", f"{mean(one.drop):+.1f}"] if one else ["-", "-"]
             held = next(r.result["data"]["rows"]["validation"] for r in self.records if r.place == place)
+            found = [self.saved_within[form, place] for form in forms]
+            cells = [f"{_mean(one, 0):.0%} ({_mean(one, 1):+.1f})" if one else "-" for one in found]
             rows.append([self.title(place), str(held), *cells])
-        header = ["task", "validation rows"]
-        header += [text for form in (PLAIN, self.candidate) for text in (f"{form.title}: saved", "drop")]
-        note = f"""`calibrate(policy="auto", max_score_drop={DROP})` on validation rows, its setting on test rows, one
-seed: the share of the blocks saved, and the points lost against the exit that is best on validation rows. A few
-hundred validation rows cannot show that half a point is kept
+        note = f"""The share of the blocks saved on test rows, by what `calibrate("auto", max_score_drop={DROP})`
+takes on validation rows, and in brackets the points lost against the exit that is best on validation rows; means over
+seeds. A few hundred validation rows cannot show that half a point is kept
 ([what is taken then](../calibration.md#what-a-drop-is))."""
+        header = ["saved (points lost)", "validation rows", *(form.title for form in forms)]
         return f"## Blocks saved for half a point\n\n{note}\n\n{markdown(header, rows)}"
 
     def targets(self) -> str:
-        """Reached or missed."""
+        """Reached or missed, by form."""
+        forms = [form for form in self.early if form not in (JOINT, PLAIN)]
         rows = []
         for what, name in (("avg", "S-avg"), ("best", "S-best")):
-            found = self.gains_of(self.candidate, PLAIN, what)
-            count = sum(g.low > 0 and g.mean >= GAIN for g in found)
-            goal = f"{name} {GAIN:+.1f}, interval above 0, on {ENOUGH} tasks"
-            rows.append([goal, f"{count} of {len(found)}", _word(count >= ENOUGH)])
-        saved = {task: mean(one.saved) for task, one in self._saved.get(self.candidate.title, {}).items()}
-        many = sum(share >= SAVED for share in saved.values())
+            cells = []
+            for form in forms:
+                found = self.gains_of(form, PLAIN, what)
+                count = sum(g.low > 0 and g.mean >= GAIN for g in found)
+                cells.append(f"{count} of {len(found)}, {_word(count >= ENOUGH)}")
+            rows.append([f"{name} {GAIN:+.1f} over {PLAIN.title}, interval above 0, on {ENOUGH} tasks", *cells])
+        saved = [{p[0]: _mean(self.saved_within[form, p], 0) for p in self.places} for form in forms]
+        many = [sum(share >= SAVED for share in found.values()) for found in saved]
         rows.append(
             [
                 f"{SAVED:.0%} of the blocks saved for half a point, on {SAVED_TASKS} tasks",
-                f"{many} of {len(saved)}",
-                _word(many >= SAVED_TASKS),
+                *(f"{count} of {len(self.places)}, {_word(count >= SAVED_TASKS)}" for count in many),
             ]
         )
-        intents = [saved[task] for task in INTENT_TASKS if task in saved]
-        if intents:
-            text = ", ".join(f"{share:.0%}" for share in intents)
-            rows.append([f"{INTENTS:.0%} on the intent tasks", text, _word(min(intents) >= INTENTS)])
-        return f"## Targets\n\n{markdown([f'{self.candidate.title} against {PLAIN.title}', 'found', ''], rows)}"
+        intents = [[found[task] for task in INTENT_TASKS if task in found] for found in saved]
+        if all(intents):
+            cells = [f"{', '.join(f'{share:.0%}' for share in one)}, {_word(min(one) >= INTENTS)}" for one in intents]
+            rows.append([f"{INTENTS:.0%} on the intent tasks", *cells])
+        return f"## Targets\n\n{markdown(['', *(form.title for form in forms)], rows)}"
 
     def made(self, config: str, name: str, missing: int, docs: Path, picture: Path | None) -> str:
         """The commands, and with what they ran."""
@@ -255,6 +264,11 @@ python benchmarks/paper.py headline {config} --out runs/{name} {options}
 ```
 
 {versions}."""
+
+
+def _mean(pairs: list[tuple[float, float]], which: int) -> float:
+    """Over seeds; 0 for none."""
+    return sum(pair[which] for pair in pairs) / len(pairs) if pairs else 0.0
 
 
 def _word(reached: bool) -> str:

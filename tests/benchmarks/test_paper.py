@@ -21,20 +21,21 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import paper  # noqa: E402
 from paper_grid import regret, resampled  # noqa: E402
-from paper_grid.forms import CARRY, PLAIN, logits_of, saved_by  # noqa: E402
+from paper_grid.forms import CARRY, PLAIN, logits_of  # noqa: E402
 from paper_grid.loop import Loop  # noqa: E402
 from paper_grid.models import make_model  # noqa: E402
 from paper_grid.plan import Run, key_of, plan  # noqa: E402
 from paper_grid.published import TABLE_1  # noqa: E402
 from paper_grid.rates import choose  # noqa: E402
 from paper_grid.records import gather, method_scores  # noqa: E402
+from paper_grid.savings import GOALS, Savings  # noqa: E402
 from paper_grid.settings import load_settings  # noqa: E402
 from paper_grid.states import means_of  # noqa: E402
 from paper_grid.statistics import Paired, paired, summary  # noqa: E402
 from paper_grid.store import Store  # noqa: E402
 from paper_grid.training import Workshop  # noqa: E402
 
-from badge_peft.evaluation import ExitLogits, exit_scores  # noqa: E402
+from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores  # noqa: E402
 from badge_peft.evaluation.metrics import METRICS  # noqa: E402
 from badge_peft.training import cache_states  # noqa: E402
 
@@ -424,7 +425,8 @@ def test_gains() -> None:
     assert resampled.gains(good, {7: good[0]}, "accuracy") is None
 
 
-def test_headline(place: Path) -> None:
+def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GOALS, "share", {"target_speedup": 0.25})  # of two blocks, 75% cannot be saved
     docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
     assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
     text = docs.read_text()
@@ -439,8 +441,14 @@ def test_headline(place: Path) -> None:
     records, _ = gather(settings, store)
     task = ("pairs", "tiny", "frozen")
     assert set(logits_of(records, CARRY, task, store, "test")) == {0, 1}
-    saved, _ = saved_by(next(r for r in records if PLAIN.fits(r, task)), store)
-    assert 0 <= saved < 1
+    record, savings = next(r for r in records if PLAIN.fits(r, task)), Savings(store)
+    answers, saved = savings.answers(record, "share")
+    rule, test = savings.rule(record, "share"), store.logits(record.settled, "test")
+    expected = evaluate_policy(test, rule, record.settled["metric"])
+    assert exit_scores(answers, record.settled["metric"]).best == pytest.approx(expected.score)
+    assert saved == pytest.approx(expected.layer_speedup)
+    assert 0 <= savings.within_drop(record)[0] < 1
+    assert Savings(store).rule(record, "share") == rule  # as it was kept
 
 
 def test_regrets_of_policies(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
