@@ -4,63 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paper_grid.forms import (
-    ALTERNATING,
-    ALTERNATING_CARRY,
-    ATTENTION,
-    BOTH,
-    CARRY,
-    CARRY_0,
-    CARRY_ATTENTION,
-    CARRY_ATTENTION_0,
-    EQUILIBRIUM,
-    JOINT,
-    JOINT_CARRY,
-    JOINT_CARRY_ATTENTION,
-    LADDER,
-    OTHERS,
-    PAST_FUTURE,
-    PLAIN,
-    STATES,
-    TWO_STAGE,
-    TWO_STAGE_CARRY,
-    Form,
-    found_forms,
-    gains_over,
-    mean,
-    records_of,
-    scores_of,
-)
+from paper_grid.forms import EQUILIBRIUM, JOINT, OTHERS, PLAIN, found_forms, mean, scores_of
 from paper_grid.gains_page import gains_page
-from paper_grid.records import Place, Record, gather, places
-from paper_grid.resampled import Gain, gains
-from paper_grid.savings import DROP, SHARE, Savings
+from paper_grid.numbers import Numbers
+from paper_grid.records import gather
+from paper_grid.savings import DROP, SHARE
 from paper_grid.settings import Settings
 from paper_grid.store import Store
-from paper_grid.tables import markdown, task_title, title_of
+from paper_grid.tables import markdown, title_of
 
-COMPARED = (
-    (PLAIN, JOINT),
-    (PLAIN, TWO_STAGE),
-    (PLAIN, ALTERNATING),
-    (PLAIN, PAST_FUTURE),
-    (CARRY, PLAIN),
-    (CARRY_0, CARRY),
-    (CARRY_0, PLAIN),
-    (STATES, PLAIN),
-    (LADDER, PLAIN),
-    (BOTH, PLAIN),
-    (ATTENTION, PLAIN),
-    (CARRY_ATTENTION, PLAIN),
-    (CARRY_ATTENTION_0, CARRY_ATTENTION),
-    (CARRY_ATTENTION_0, PLAIN),
-    (JOINT_CARRY, JOINT),
-    (TWO_STAGE_CARRY, TWO_STAGE),
-    (ALTERNATING_CARRY, ALTERNATING),
-    (JOINT_CARRY, PLAIN),
-    (JOINT_CARRY_ATTENTION, PLAIN),
-)
-EARLY = (JOINT, PLAIN, CARRY, CARRY_0, CARRY_ATTENTION, CARRY_ATTENTION_0)  # whose early answers are looked at
 GAIN, ENOUGH = 1.0, 5  # points, on so many tasks
 SAVED, SAVED_TASKS, INTENTS = 0.70, 4, 0.85
 INTENT_TASKS = ("banking77", "clinc150")
@@ -76,16 +28,17 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     if not any(PLAIN.fits(r, r.place) for r in records):
         raise ValueError(f"{store.root} holds no run of {PLAIN.title}: start with the command `run`.")
     numbers = Numbers(settings, store, records)
+    page = Page(settings, numbers)
     name = Path(config).stem.removeprefix("paper_")
     by_task = docs.parent / "paper" / f"{name}-gains.md"
     written = [docs, by_task]
     sections = [
         f"# {settings.title}",
-        numbers.summary(),
-        numbers.scores(),
-        numbers.saved(),
-        numbers.targets(),
-        numbers.made(config, name, len(missing), docs, picture),
+        page.summary(),
+        page.scores(),
+        page.saved(),
+        page.targets(),
+        page.made(config, name, len(missing), docs, picture),
     ]
     if picture is not None:
         from paper_grid.picture import draw_forms
@@ -98,68 +51,33 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     return written
 
 
-class Numbers:
-    """All that the page says.
+class Page:
+    """The sections of the page.
 
     Args:
         settings: The grid.
-        store: Its runs.
-        records: Those that are finished.
+        numbers: What they say.
     """
 
-    def __init__(self, settings: Settings, store: Store, records: list[Record]) -> None:
-        self.settings, self.store, self.records = settings, store, records
-        self.places = [p for p in places(records) if p[2] == "frozen" and any(PLAIN.fits(r, p) for r in records)]
-        self.forms = found_forms(records)
-        self.gained: dict[tuple[Form, Form, Place], dict[str, Gain]] = {}
-        for form, over in COMPARED:
-            for place in self.places:
-                found = gains_over(records, form, place, store, settings, over)
-                if found is not None:
-                    self.gained[form, over, place] = found
-        self.compared = [pair for pair in COMPARED if any((*pair, p) in self.gained for p in self.places)]
-        self.early = [form for form in EARLY if form in self.forms]
-        self._add_early(Savings(store))
-
-    def _add_early(self, savings: Savings) -> None:
-        """Blocks saved within `DROP`, and gains (`early`) where `SHARE` of the blocks is saved."""
-        self.saved_within: dict[tuple[Form, Place], list[tuple[float, float]]] = {}  # (share, drop), one for each seed
-        for place in self.places:
-            answers = {}
-            for form in self.early:
-                mine = records_of(self.records, form, place)
-                if form != JOINT:
-                    self.saved_within[form, place] = [savings.within_drop(record) for record in mine]
-                answers[form] = {record.seed: savings.answers(record, "share")[0] for record in mine}
-            for form, over in self.compared:
-                if form in answers and over in answers:
-                    found = gains(answers[form], answers[over], self.settings.tasks[place[0]].metric)
-                    if found is not None:
-                        self.gained[form, over, place]["early"] = found["avg"]
-
-    def title(self, place: Place) -> str:
-        """Of a task."""
-        return task_title(self.settings, place[0])
-
-    def gains_of(self, form: Form, over: Form, what: str) -> list[Gain]:
-        """One for each task."""
-        found = [self.gained.get((form, over, p), {}).get(what) for p in self.places]
-        return [gain for gain in found if gain is not None]
+    def __init__(self, settings: Settings, numbers: Numbers) -> None:
+        self.settings, self.numbers = settings, numbers
 
     def summary(self) -> str:
         """What came out, in a few sentences."""
-        backbones = ", ".join(dict.fromkeys(title_of(self.settings, p[1]) for p in self.places))
+        backbones = ", ".join(dict.fromkeys(title_of(self.settings, p[1]) for p in self.numbers.places))
         rows = []
-        for form, over in self.compared:
+        for form, over in self.numbers.compared:
             cells = []
             for what in ("avg", "best", "early"):
-                found = self.gains_of(form, over, what)
+                found = self.numbers.gains_of(form, over, what)
                 if not found:
                     cells.append("-")
                     continue
                 above, below = sum(g.low > 0 for g in found), sum(g.high < 0 for g in found)
                 cells.append(f"{sum(g.mean for g in found) / len(found):+.1f}; above 0 on {above}, below on {below}")
-            rows.append([f"{form.title} over {over.title}", *cells, str(len(self.gains_of(form, over, "avg")))])
+            rows.append(
+                [f"{form.title} over {over.title}", *cells, str(len(self.numbers.gains_of(form, over, "avg")))]
+            )
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
 `carry` and `ladder` do:
@@ -173,23 +91,24 @@ behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
 
     def scores(self) -> str:
         """S-avg / S-best of all forms."""
-        forms = [*self.forms, *found_forms(self.records, OTHERS)]
+        forms = [*self.numbers.forms, *found_forms(self.numbers.records, OTHERS)]
         rows = []
         for form in forms:
             cells = []
-            for place in self.places:
-                avg, best = (scores_of(self.records, form, place, what) for what in ("avg", "best"))
+            for place in self.numbers.places:
+                avg, best = (scores_of(self.numbers.records, form, place, what) for what in ("avg", "best"))
                 cells.append(f"{mean(avg):.1f} / {mean(best):.1f}" if avg else "-")
-            counts = {len(scores_of(self.records, form, place, "avg")) for place in self.places} - {0}
+            counts = {len(scores_of(self.numbers.records, form, place, "avg")) for place in self.numbers.places} - {0}
             rows.append([f"{form.title} ({'-'.join(map(str, sorted(counts)))})", *cells])
-        header = ["S-avg / S-best (seeds)", *map(self.title, self.places)]
+        header = ["S-avg / S-best (seeds)", *map(self.numbers.title, self.numbers.places)]
         same = self._same_as_joint()
         return "## Scores on test data, mean over seeds\n\n" + markdown(header, rows) + (f"\n{same}" if same else "")
 
     def _same_as_joint(self) -> str:
         """GradEquil rescales what reaches the blocks, and frozen ones receive nothing."""
         ours, others = (
-            [scores_of(self.records, form, p, "avg") for p in self.places] for form in (JOINT, EQUILIBRIUM)
+            [scores_of(self.numbers.records, form, p, "avg") for p in self.numbers.places]
+            for form in (JOINT, EQUILIBRIUM)
         )
         far = [
             abs(a[seed] - b[seed]) for a, b in zip(ours, others, strict=True) for seed in sorted(a.keys() & b.keys())
@@ -203,13 +122,13 @@ behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
 
     def saved(self) -> str:
         """Blocks saved within half a point."""
-        forms = [form for form in self.early if form != JOINT]
+        forms = [form for form in self.numbers.early if form != JOINT]
         rows = []
-        for place in self.places:
-            held = next(r.result["data"]["rows"]["validation"] for r in self.records if r.place == place)
-            found = [self.saved_within[form, place] for form in forms]
+        for place in self.numbers.places:
+            held = next(r.result["data"]["rows"]["validation"] for r in self.numbers.records if r.place == place)
+            found = [self.numbers.saved_within[form, place] for form in forms]
             cells = [f"{_mean(one, 0):.0%} ({_mean(one, 1):+.1f})" if one else "-" for one in found]
-            rows.append([self.title(place), str(held), *cells])
+            rows.append([self.numbers.title(place), str(held), *cells])
         note = f"""The share of the blocks saved on test rows, by what `calibrate("auto", max_score_drop={DROP})`
 takes on validation rows, and in brackets the points lost against the exit that is best on validation rows; means over
 seeds. A few hundred validation rows cannot show that half a point is kept
@@ -219,21 +138,21 @@ seeds. A few hundred validation rows cannot show that half a point is kept
 
     def targets(self) -> str:
         """Reached or missed, by form."""
-        forms = [form for form in self.early if form not in (JOINT, PLAIN)]
+        forms = [form for form in self.numbers.early if form not in (JOINT, PLAIN)]
         rows = []
         for what, name in (("avg", "S-avg"), ("best", "S-best")):
             cells = []
             for form in forms:
-                found = self.gains_of(form, PLAIN, what)
+                found = self.numbers.gains_of(form, PLAIN, what)
                 count = sum(g.low > 0 and g.mean >= GAIN for g in found)
                 cells.append(f"{count} of {len(found)}, {_word(count >= ENOUGH)}")
             rows.append([f"{name} {GAIN:+.1f} over {PLAIN.title}, interval above 0, on {ENOUGH} tasks", *cells])
-        saved = [{p[0]: _mean(self.saved_within[form, p], 0) for p in self.places} for form in forms]
+        saved = [{p[0]: _mean(self.numbers.saved_within[form, p], 0) for p in self.numbers.places} for form in forms]
         many = [sum(share >= SAVED for share in found.values()) for found in saved]
         rows.append(
             [
                 f"{SAVED:.0%} of the blocks saved for half a point, on {SAVED_TASKS} tasks",
-                *(f"{count} of {len(self.places)}, {_word(count >= SAVED_TASKS)}" for count in many),
+                *(f"{count} of {len(self.numbers.places)}, {_word(count >= SAVED_TASKS)}" for count in many),
             ]
         )
         intents = [[found[task] for task in INTENT_TASKS if task in found] for found in saved]
@@ -244,15 +163,16 @@ seeds. A few hundred validation rows cannot show that half a point is kept
 
     def made(self, config: str, name: str, missing: int, docs: Path, picture: Path | None) -> str:
         """The commands, and with what they ran."""
-        environment = self.records[0].result["environment"]
+        environment = self.numbers.records[0].result["environment"]
         versions = ", ".join(f"{name} {value}" for name, value in environment.items())
-        seconds = sum(r.result["seconds"]["total"] for r in self.records)
-        seeds = sorted({r.seed for r in self.records})
+        records = self.numbers.records
+        seconds = sum(r.result["seconds"]["total"] for r in records)
+        seeds = sorted({r.seed for r in self.numbers.records})
         left = f" {missing} runs of the grid are not stored." if missing else ""
         options = f"--docs docs/results/{docs.name}" + (f" --picture docs/img/{picture.name}" if picture else "")
         return f"""## How it was made
 
-{len(self.records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
+{len(records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
 that the grid names.{left} [Task by task, with intervals](paper/{name}-gains.md); the grid's own tables, the
 learning rates and the rows are on a [page of their own](paper/{name}.md); `policy="auto"` against the single
 rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md), a LoRA
