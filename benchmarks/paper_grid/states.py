@@ -114,4 +114,5 @@ def _reads(run: dict[str, Any]) -> str:
     """Adapters with the same answer read the same states."""
     adapter = run["adapter"]
     attends = adapter.get("exit_type") == "mha"
-    return f"{adapter['placement']} {adapter.get('exit_layers')} {run['exit_0']} {run['depth']} {attends}"
+    more = run["exit_0"] and adapter["placement"] != "block"  # where the first bypass reads what exit 0 reads
+    return f"{adapter['placement']} {adapter.get('exit_layers')} {more} {run['depth']} {attends}"

@@ -211,7 +211,9 @@ def test_runs_of_a_frozen_task_share_one_pass(place: Path, tmp_path: Path, monke
     workshop = Workshop(settings, Store(tmp_path), str(place / "data"), str(place / "models"))
     frozen = [run for run in plan(settings) if run.settings["mode"] == "frozen" and run.settings["seed"] == 0]
     for run in frozen:
-        if run.settings["variant"] in ({}, {"carry": "logits"}, {"r": 4}):
+        shared: list[dict[str, Any]] = [{}, {"carry": "logits"}, {"r": 4}]
+        shared += [{"exit_0": True}] if run.settings["method"] == "badge" else []
+        if run.settings["variant"] in shared:
             settled, _ = choose(settings, run, store)
             scores = workshop.run(settled)["scores"]
             assert run.settings["method"] == "joint" or scores == (store.read(settled) or {})["scores"], run.label
