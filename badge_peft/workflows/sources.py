@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from badge_peft.utils.paths import is_local
+from badge_peft.workflows.csv_rows import open_rows
 
 FORMATS = {
     ".csv": "csv",
@@ -66,15 +67,6 @@ def lines_of(file: Iterable[str]) -> Iterator[str]:
     return (line.removesuffix("\n").removesuffix("\r") for line in file)
 
 
-def delimiter_of(header: str, tabs: bool = False) -> str:
-    """What stands between the columns of a csv file with this first line: a comma, but for a header that has none and
-    has semicolons or tabs."""
-    if tabs:
-        return "\t"
-    plain = re.sub(r'"[^"]*"', "", header)
-    return next((d for d in (",", ";", "\t") if d in plain), ",")
-
-
 def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
     """Streams files into memory: the user's cache is left alone, and a changed file is never missed."""
     options: dict[str, Any] = {}
@@ -85,13 +77,14 @@ def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
         else:
             if format == "csv":  # "None", "NA" and "null" are texts, too
                 with open_text(path, "") as file:
-                    sep = delimiter_of(file.readline(), suffix_of(path) == ".tsv")
+                    sep, rows = open_rows(file, suffix_of(path) == ".tsv")
+                    next(rows, None)  # were it too long, pandas would take the first column for names of rows
                 options = {"keep_default_na": False, "na_values": [""], "sep": sep}
             with _plainly_named(path) as there:
                 arguments = {"path": there} if format is None else {"path": format, "data_files": there}
                 splits = load_dataset(**arguments, streaming=True, **options)
                 found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if not all(map(len, found.values())):
         raise ValueError(f"{path} cannot be read: it has no rows.")

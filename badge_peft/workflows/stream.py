@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from io import TextIOWrapper
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,8 +17,9 @@ from pyarrow.parquet import ParquetFile
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.texts import whole
 from badge_peft.workflows.columns import find_columns
+from badge_peft.workflows.csv_rows import open_rows
 from badge_peft.workflows.settings import TextColumns
-from badge_peft.workflows.sources import delimiter_of, lines_of, open_text, suffix_of
+from badge_peft.workflows.sources import lines_of, open_text, suffix_of
 from badge_peft.workflows.token_rows import find_words
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
@@ -117,7 +117,7 @@ def _rows(source: str, format: str) -> Iterator[dict[str, Any]]:
             elif format == "jsonl":
                 yield from _json_lines(file)
             else:
-                yield from _csv_rows(file, format == "tsv")
+                yield from open_rows(file, format == "tsv")[1]
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not in UTF-8: {error}.") from error
     except (ArrowInvalid, csv.Error) as error:
@@ -128,12 +128,6 @@ def _standard_input(newline: str) -> AbstractContextManager[TextIO]:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(newline=newline)
     return nullcontext(sys.stdin)
-
-
-def _csv_rows(file: TextIO, tabs: bool) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # training takes longer texts than 131,072 characters
-    header = file.readline()
-    yield from csv.DictReader(chain([header], file), delimiter=delimiter_of(header, tabs))
 
 
 def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
