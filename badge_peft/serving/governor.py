@@ -103,7 +103,7 @@ class Governor:
         unknown = sorted(set(change.tasks or {}) - set(self._own))
         if unknown:
             raise ValueError(f"there is no task {unknown[0]!r}: they are {', '.join(self._own)}.")
-        configs = dict(self._chosen)
+        configs, given = dict(self._chosen), bool(change.early_exit or any((change.tasks or {}).values()))
         for task, config in self._chosen.items():
             fields = {**(change.early_exit or {}), **(change.tasks or {}).get(task, {})}
             if fields:
@@ -116,9 +116,12 @@ class Governor:
         if moved and target:
             raise ValueError(f"target={target} moves the setting: switch it off with target=0 to set one yourself.")
         if (target, drop) != (self.target, self.max_score_drop):
+            moves = self.target is not None
             self._start(target, drop)
-            if not moved:
-                configs = dict(self._chosen if target else self._own)
+            if target:
+                configs = dict(self._chosen)
+            elif moves and not given:  # what the controller has left is nobody's choice
+                configs = dict(self._own)
         if change.reset_drift:
             for monitor in self.monitors.values():
                 monitor.reset()

@@ -244,3 +244,13 @@ def test_the_end_is_told_to_all_replicas_and_what_waits_is_known():
     assert (state["waiting"], state["on_all_replicas"]) == (0, True)
     again, _ = governor()
     assert report(again, version=known["version"], state=known)["ending"] is True
+
+
+def test_a_setting_that_was_chosen_stays_where_only_the_floor_changes():
+    of, _ = governor()
+    of.update(PolicyUpdate(early_exit={"threshold": 0.123}))
+    assert of.update(PolicyUpdate(max_score_drop=0.02))["early_exit"]["default"]["threshold"] == 0.123
+    of.update(PolicyUpdate(target=0.1, max_score_drop=0.05))
+    own = of.controller.config.threshold  # chosen by name, though the controller is there already
+    state = of.update(PolicyUpdate(target=0, early_exit={"threshold": own}))
+    assert state["early_exit"]["default"]["threshold"] == own != calibrated().threshold
