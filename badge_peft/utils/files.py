@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -88,8 +88,9 @@ def install(source: Path, folder: Path, last: Sequence[str] = ()) -> None:
 def _beside(target: Path) -> Path:
     """A new name in the folder of `target`, with its suffix; what was left behind under such names is removed."""
     for file in target.parent.glob(f".{'[0-9a-f]' * 32}.{glob.escape(target.name)}"):
-        if time.time() - file.stat().st_mtime > _LEFT_BEHIND:
-            _remove(file)
+        with suppress(FileNotFoundError):  # another process has put it in its place meanwhile
+            if time.time() - file.lstat().st_mtime > _LEFT_BEHIND:
+                _remove(file)
     return target.with_name(f".{uuid4().hex}.{target.name}")
 
 

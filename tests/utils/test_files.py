@@ -108,3 +108,9 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "new") == []
     install(source, folder)
     assert os.listdir(tmp_path / "new") == ["folder"] and (folder / "a").read_text() == "a"
+
+
+def test_a_temporary_file_of_another_process_that_is_gone_again_is_no_error(tmp_path):
+    (tmp_path / f".{'0' * 32}.a.json").symlink_to(tmp_path / "nothing")
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
