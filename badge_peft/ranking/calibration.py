@@ -88,6 +88,8 @@ def calibrate_ranking(
         )
     stored = as_exit_scores(exit_scores, query_ids)
     relevance = stored.labels if labels is None else labels
+    if labels is None and relevance is not None and not relevance.any():
+        relevance = None  # no row of the data is relevant: there is nothing to record
     if relevance is not None:
         full = ranking_scores(stored.logits[:, -1, 0], relevance, stored.groups, top_k)
     asked = EarlyExitConfig(policy="top_k", top_k=top_k, **fields)

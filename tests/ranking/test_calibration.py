@@ -172,3 +172,12 @@ def test_what_is_refused(arguments, message):
     scores, ids, _ = make_scores()
     with pytest.raises(ValueError, match=message):
         calibrate_ranking(**{"exit_scores": scores, "query_ids": ids, **arguments})
+
+
+def test_data_in_which_nothing_is_relevant_is_data_without_labels():
+    scores, ids, labels = make_scores()
+    stored = ExitLogits(torch.from_numpy(scores)[..., None], torch.zeros(len(ids)), groups=ids)
+    record = calibrate_ranking(stored, keep=0.5).calibration
+    assert "ndcg" not in record and record["queries"] == 40
+    with pytest.raises(ValueError, match="no query has a candidate"):  # labels that are given by name
+        calibrate_ranking(stored, keep=0.5, labels=0 * labels)
