@@ -81,7 +81,8 @@ class TextDataset:
 
     def queries(self) -> list[str]:
         """An id of each row's query: what its column says, else its text."""
-        return self.texts if self.query_ids is None else [str(query) for query in self.query_ids]
+        ids = self.query_ids or [None] * len(self)
+        return [text if query is None else str(query) for text, query in zip(self.texts, ids, strict=True)]
 
     def classes(self) -> list[set[str]]:
         """Of each row what its label is an example of: itself, or the kinds of its entities."""

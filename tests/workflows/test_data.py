@@ -272,3 +272,8 @@ def test_columns_as_they_were_in_training(tmp_path: Path) -> None:
     assert read_examples(path, recorded={"text": "gone", "label": "gone"}).texts == ["a"]
     with pytest.raises(ValueError, match="trained on pairs of texts.*'gone'.*--text-pair-column"):
         read_examples(path, recorded={"text_pair": "gone"})
+
+
+def test_a_row_without_a_query_id_belongs_to_the_query_of_its_text() -> None:
+    rows = TextDataset(["a", "b", "b", "c"], ["x", "y", "z", "w"], query_ids=["q1", None, None, None])
+    assert rows.queries() == ["q1", "b", "b", "c"]
