@@ -130,8 +130,7 @@ def _drops(exit_logits: ExitLogits, exit_: int, stops: Array, metric: Metric, se
         sampled = (above @ counts) / np.maximum(below @ counts, 1)
         scores = above.sum(axis=1) / np.maximum(below.sum(axis=1), 1)
         return (scores[0] - scores[1:])[places], (sampled[0] - sampled[1:])[places]
-    assert exit_logits.labels is not None
-    measure, labels = scorer(exit_logits, metric), exit_logits.labels.numpy()
+    measure, labels = scorer(exit_logits, metric), exit_logits.targets
     drops = measure(reference) - np.array([measure(a) for a in answers])
     resampled = np.empty((len(answers), RESAMPLES))
     for r in range(RESAMPLES):

@@ -138,6 +138,17 @@ class ExitLogits:
         problem = problem_of(self.kind)
         return np.stack([problem.predictions(self.logits[:, j]) for j in range(len(self.exits))])
 
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """[N], or [N, K] of several labels or values: the labels, as `predictions` has them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.labels is None:
+            raise ValueError("the exit logits have no labels, so there is nothing to score against.")
+        return problem_of(self.kind).targets(self.labels)
+
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks, with what their policies have derived."""
         names = ("labels", "uncertainty", "groups", "texts")

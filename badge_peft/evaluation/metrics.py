@@ -174,10 +174,7 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
     Raises:
         ValueError: as `exit_scores`.
     """
-    if exit_logits.labels is None:
-        raise ValueError("the exit logits have no labels, so there is nothing to score against.")
-    problem = problem_of(exit_logits.kind)
-    labels = exit_logits.labels.numpy()
+    problem, labels = problem_of(exit_logits.kind), exit_logits.targets
     if isinstance(metric, str):
         check_choice("metric", metric, METRIC_NAMES)
         fitting = [name for name in METRICS if (name in _REGRESSION) != problem.gives_labels]
@@ -212,9 +209,7 @@ def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> 
     Raises:
         ValueError: the labels are no tags.
     """
-    units = exit_logits.units
-    assert exit_logits.labels is not None
-    labels = exit_logits.labels.numpy()
+    units, labels = exit_logits.units, exit_logits.targets
     if metric != ENTITY_F1:
         right = (~differs(predictions, labels)).astype(np.float64)
         return units.total(right), units.total(np.ones(len(right)))

@@ -159,7 +159,7 @@ class MultiLabel(Problem):
 
     def targets(self, labels: Tensor) -> Array:
         """0 / 1 decisions [N, K]."""
-        return labels.numpy() > 0.5
+        return (labels > 0.5).long().numpy()
 
     def predictions(self, logits: Tensor) -> Array:
         """0 / 1 decisions [N, K]."""

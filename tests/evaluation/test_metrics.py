@@ -185,3 +185,14 @@ def test_several_values_per_row_have_the_mean_correlation() -> None:
         expected = [np.mean([function(logits[:, j, k], labels[:, k])[0] for k in range(3)]) for j in (0, 1)]
         assert exit_scores(data, name).per_exit == pytest.approx(expected)
     assert exit_scores(data, "neg_mse").per_exit[0] == pytest.approx(-float(((logits[:, 0] - labels) ** 2).mean()))
+
+
+def test_labels_between_0_and_1_are_decisions_by_the_larger_half() -> None:
+    logits = torch.tensor([[[2.0, -2.0]], [[2.0, -2.0]], [[-2.0, 2.0]]])
+    soft, hard = torch.tensor([[0.9, 0.1], [0.6, 0.6], [0.2, 1.0]]), torch.tensor([[1.0, 0], [1, 1], [0, 1]])
+    for metric in ("accuracy", "f1", "macro_f1", lambda p, y: float((p == y).mean())):
+        found, wanted = (
+            exit_scores(ExitLogits(logits, labels, problem_type="multi_label_classification"), metric).per_exit
+            for labels in (soft, hard)
+        )
+        assert found == wanted and found[0] > 0.5
