@@ -14,6 +14,7 @@ import numpy as np
 
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.evaluation.entities import OUTSIDE, EntityReader, are_tags
+from badge_peft.utils.problem import json_number
 from badge_peft.utils.texts import whole
 
 Array = np.ndarray
@@ -86,8 +87,8 @@ def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) 
 
     Returns:
         `tags` [W], O for a word that was cut off, and `entities`: of each its `label`, `start` and `end` in the text,
-        `text`, `confidence` (the mean probability of its words' tags) and `exit` (the deepest of its words'). Labels
-        that are no tags make an entity of each word.
+        `text`, `confidence` (the mean probability of its words' tags, None where that is no number) and `exit` (the
+        deepest of its words'). Labels that are no tags make an entity of each word.
     """
     read = [w for w, place in enumerate(words.places) if place is not None]
     places = [place for place in words.places if place is not None]
@@ -112,7 +113,7 @@ def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) 
                 "start": start,
                 "end": last,
                 "text": words.text[start:last],
-                "confidence": round(float(sure[first:end].mean()), 6),
+                "confidence": json_number(sure[first:end].mean()),
                 "exit": int(exits[places[first:end]].max()),
             }
         )

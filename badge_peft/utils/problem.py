@@ -115,7 +115,7 @@ class Problem:
         with np.errstate(over="ignore", invalid="ignore"):
             weights = np.exp(logits - logits.max())
             best = int(logits.argmax())
-            return {"label": names[best], "confidence": _json_number(weights[best] / weights.sum())}
+            return {"label": names[best], "confidence": json_number(weights[best] / weights.sum())}
 
 
 class MultiLabel(Problem):
@@ -174,7 +174,7 @@ class MultiLabel(Problem):
         with np.errstate(over="ignore", invalid="ignore"):
             sure = (1 / (1 + np.exp(-np.abs(logits)))).min()  # the larger of p and 1 - p
         chosen = [name for name, value in zip(names, logits, strict=True) if value > 0]
-        return {"labels": chosen, "confidence": _json_number(sure)}
+        return {"labels": chosen, "confidence": json_number(sure)}
 
 
 class Regression(MultiLabel):
@@ -216,7 +216,7 @@ class Regression(MultiLabel):
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
         """`value`, a number or a list of them."""
-        values = [_json_number(value) for value in logits]
+        values = [json_number(value) for value in logits]
         return {"value": values[0] if len(values) == 1 else values}
 
 
@@ -247,6 +247,6 @@ def _first_row(wrong: Tensor, rows: int) -> int:
     return int(wrong.reshape(rows, -1).any(dim=1).nonzero()[0])
 
 
-def _json_number(value: Any) -> float | None:
-    """JSON has no NaN."""
+def json_number(value: Any) -> float | None:
+    """With six digits behind the point; None in the place of NaN and infinity, which JSON does not have."""
     return round(float(value), 6) if math.isfinite(value) else None

@@ -14,6 +14,7 @@ from seqeval.metrics import f1_score
 from badge_peft import ExitLogits, exit_scores
 from badge_peft.evaluation.entities import EntityReader, are_tags, tag_type
 from badge_peft.evaluation.units import Units
+from badge_peft.evaluation.words import Words, answers_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
 
 TAGS = ["O", "B-x", "I-x", "B-y", "I-y", "B-a-b"]
@@ -89,3 +90,9 @@ def test_texts_and_names_that_do_not_fit() -> None:
         ExitLogits(torch.zeros(2, 1, 2), texts=[0, 0, 1])
     with pytest.raises(ValueError, match="label_names has 1 names for 2 labels"):
         ExitLogits(torch.zeros(2, 1, 2), label_names=["O"])
+
+
+def test_a_confidence_that_is_no_number_is_none() -> None:
+    words = Words("ab c", [(0, 2), (3, 4)], [0, 1])
+    found = answers_of(words, np.array([[0, np.inf], [0.0, 5.0]]), np.array([1, 1]), ["O", "B-x"])
+    assert [entity["confidence"] for entity in found["entities"]] == [None, pytest.approx(0.9933, abs=1e-4)]
