@@ -17,7 +17,7 @@ from badge_peft._version import package_version
 from badge_peft.evaluation import ExitLogits
 from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model
-from badge_peft.model_card import CARD, CONFIG, REPORT
+from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT
 from badge_peft.utils import distributed
 from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.base_model import Base
@@ -125,3 +125,4 @@ def install_adapter(
         write_json(staged / REPORT, report)
         # PEFT takes the config inside of the weights where it finds that of another adapter beside them
         install(staged, out, last=(SAFETENSORS_WEIGHTS_NAME, CONFIG, LOGITS, REPORT, CARD))
+    (out / PICTURE).unlink(missing_ok=True)  # of another training; this one's is still to be drawn

@@ -324,3 +324,12 @@ def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(
         one_line(cli(*train, "--epochs", 1, fails=True), "saved in", "not calibrated", "badge-peft calibrate")
     cli("calibrate", out, "--top-k", 1)
     assert load_pretrained(str(out)).get_early_exit_config().policy == "top_k"
+
+
+def test_the_picture_of_another_training_does_not_stay(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "tradeoff.png").write_bytes(b"of a classifier")
+    cli(
+        *("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", tmp_path),
+        *("--overwrite", "--top-k", 3, "--keep", 0.2, "--epochs", 1, "--batch-size", 16),
+    )
+    assert not (tmp_path / "tradeoff.png").exists() and "tradeoff.png" not in (tmp_path / "README.md").read_text()
