@@ -50,7 +50,8 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:
 
 
 def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: str) -> list[dict[str, Any]]:
-    """As transformers' pipeline answers: the best label and its probability; of a regression the value.
+    """As transformers' pipeline answers: the best label and its probability; of a regression the value. JSON has no
+    NaN and no infinity: None stands in their place.
 
     Args:
         logits: [n, K].
@@ -60,7 +61,7 @@ def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: s
     """
     problem, values = problem_of(problem_type), np.asarray(logits, dtype=np.float32)
     scores: Any
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if not problem.gives_labels:
             scores = values
         elif problem.many_labels:
@@ -69,12 +70,16 @@ def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: s
             weights = np.exp(values - values.max(-1, keepdims=True))
             scores = weights / weights.sum(-1, keepdims=True)
     return [
-        {"label": labels[best], "score": float(row[best]), "exit_layer": int(number)}
+        {"label": labels[best], "score": _number(row[best]), "exit_layer": int(number)}
         for row, best, number in zip(scores, scores.argmax(-1), exit_layer, strict=True)
     ]
 
 
 def reranked(found: Sequence[Mapping[str, Any]], report: ExitReport) -> tuple[list[dict[str, Any]], list[int]]:
     """What a reranker says, as text-embeddings-inference has it, and the block that each candidate stopped at."""
-    answers = [{"index": int(item["corpus_id"]), "score": float(item["score"])} for item in found]
+    answers = [{"index": int(item["corpus_id"]), "score": _number(item["score"])} for item in found]
     return answers, report.exit_layer.tolist()
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

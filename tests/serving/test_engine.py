@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft import pipeline  # noqa: E402
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
+from badge_peft.ranking import ExitReport  # noqa: E402
 from badge_peft.serving import ExitMonitor  # noqa: E402
+from badge_peft.serving.answers import labeled, reranked  # noqa: E402
 from badge_peft.serving.batching import Work, answer_together  # noqa: E402
 from badge_peft.serving.engine import MAIN, Engine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
-from tests.serving.adapters import save_adapter  # noqa: E402
+from tests.serving.adapters import NAMES, save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
 TEXTS = [text for text, _ in sentences(12, seed=5)]
@@ -131,3 +134,13 @@ def test_rerank(tmp_path, engine):
     assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
     with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete
         ranks.predict([(text, None) for text in TEXTS[:2]], {MAIN: rule})
+
+
+def test_numbers_that_json_does_not_have_are_none():
+    answers = labeled(
+        np.array([[np.nan, 0.0], [0.0, np.inf], [0.0, 1.0]]), [1, 1, 1], NAMES, "single_label_classification"
+    )
+    assert [answer["score"] is None for answer in answers] == [True, True, False]
+    assert labeled(np.array([[np.inf]]), [1], ["value"], "regression")[0]["score"] is None
+    report = ExitReport(1, 3, 3, {}, 0, np.array([3]))
+    assert reranked([{"corpus_id": 0, "score": float("nan")}], report)[0] == [{"index": 0, "score": None}]
