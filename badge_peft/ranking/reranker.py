@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
@@ -162,9 +163,8 @@ class EarlyExitReranker:
             check_int(name, number, at_least=1)
         config = self._config(len(texts) if top_k is None else top_k, full_depth or top_k is None, fields)
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
-        policy = build_policy(config)
-        policy.check(self.badge.exit_layers(), 1, self.badge.config_of().resolved_problem_type)
-        found = self._run(rows, policy, batch_size or self.batch_size)
+        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
+        found = self._run(rows, build_policy(config), batch_size or self.batch_size)
         if found.non_finite.any():
             warnings.warn(
                 f"{found.non_finite.sum()} of {len(texts)} candidates had scores that are NaN or infinite at an exit. "

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.early_exit.policies import build_policy, policy_class
+from badge_peft.early_exit.policies import policy_class
 from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
 from badge_peft.serving.answers import answered, columns, labeled, reranked
 from badge_peft.serving.requests import RequestError, Row
+from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
 
 MAIN = "default"  # what the one adapter of a service without tasks is called
@@ -42,16 +44,16 @@ class SettingCheck:
     """Refuses settings that do not suit an adapter.
 
     Args:
-        exits: For each task its exits, and how many labels they have.
-        problems: For each task its problem type.
+        adapters: For each task the config of its adapter.
+        num_blocks: M.
     """
 
-    exits: dict[str, tuple[list[int], int]]
-    problems: dict[str, str]
+    adapters: dict[str, BadgeConfig]
+    num_blocks: int
 
     def __call__(self, task: str, config: EarlyExitConfig) -> None:
         """Raises a ValueError where `config` does not suit `task`."""
-        build_policy(config).check(*self.exits[task], self.problems[task])
+        check_fits(config, self.adapters[task], self.num_blocks)
 
 
 class Engine:
@@ -93,7 +95,9 @@ class Engine:
 
     def checks(self) -> SettingCheck:
         """What refuses settings that do not suit the adapter; another process can have it."""
-        return SettingCheck({task: (m, len(self.labels[task])) for task, m in self.exits.items()}, dict(self.problems))
+        names: list[str | None] = [*self.tasks] or [None]
+        adapters = {name or MAIN: self.badge.config_of(name) for name in names}
+        return SettingCheck(adapters, self.badge.num_blocks)
 
     def predict(
         self,

@@ -12,7 +12,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy, policy_class
+from badge_peft.early_exit.dispatch import check_fits
+from badge_peft.early_exit.policies import policy_class
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
@@ -92,7 +93,7 @@ class Adapter:
         own = self.badge.get_early_exit_config()
         same = given.get("policy", own.policy) == own.policy
         config = EarlyExitConfig.of(own if same else None, **given)
-        build_policy(config).check(self.badge.exit_layers(), len(self.labels.names), self.labels.problem_type)
+        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
         return config
 
 

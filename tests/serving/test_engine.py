@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -106,6 +108,8 @@ def test_shadow_runs_are_what_the_monitor_takes(engine):
 def test_a_setting_that_does_not_suit_is_refused(engine):
     with pytest.raises(ValueError, match="depth=9"):
         engine.checks()(MAIN, EarlyExitConfig(policy="fixed_depth", depth=9))
+    with pytest.raises(ValueError, match="learn_to_exit"):  # or each request would fail
+        pickle.loads(pickle.dumps(engine.checks()))(MAIN, EarlyExitConfig(policy="learned"))
 
 
 def test_many_tasks(folder):
