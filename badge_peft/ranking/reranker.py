@@ -134,6 +134,7 @@ class EarlyExitReranker:
         return_report: bool = False,
         batch_size: int | None = None,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        early_exit_config: EarlyExitConfig | None = None,
         **fields: Any,
     ) -> Any:
         """The best documents for a query, by the scores of the model's own head.
@@ -148,6 +149,7 @@ class EarlyExitReranker:
             return_report: Return an `ExitReport` as well.
             batch_size: In place of the reranker's own.
             activation: In place of the reranker's own.
+            early_exit_config: How candidates leave, in place of the adapter's own.
             **fields: Of `EarlyExitConfig`, in place of the adapter's own: `threshold=1.5` makes its margins wider.
 
         Returns:
@@ -161,7 +163,8 @@ class EarlyExitReranker:
         texts = check_documents(query, documents)
         for name, number in (("top_k", top_k), ("batch_size", batch_size)):
             check_int(name, number, at_least=1)
-        config = self._config(len(texts) if top_k is None else top_k, full_depth or top_k is None, fields)
+        whole = full_depth or top_k is None
+        config = self._config(len(texts) if top_k is None else top_k, whole, early_exit_config, fields)
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
         check_fits(config, self.badge.config_of(), self.badge.num_blocks)
         found = self._run(rows, build_policy(config), batch_size or self.batch_size)
@@ -232,11 +235,13 @@ class EarlyExitReranker:
             self.model.eval()
         return CandidatePass(self.badge, rows, policy, batch_size, self.max_state_bytes).run()
 
-    def _config(self, top_k: int, full_depth: bool, fields: dict[str, Any]) -> EarlyExitConfig:
+    def _config(
+        self, top_k: int, full_depth: bool, given: EarlyExitConfig | None, fields: dict[str, Any]
+    ) -> EarlyExitConfig:
         """How the candidates of a call leave."""
         if full_depth:
             return EarlyExitConfig(policy="never")
-        own = EarlyExitConfig.of(self.badge.get_early_exit_config(), **fields)
+        own = EarlyExitConfig.of(given or self.badge.get_early_exit_config(), **fields)
         self.check_calibrated(own)
         calibrated = 10 if own.top_k is None else own.top_k
         if top_k <= calibrated:

@@ -146,20 +146,17 @@ class Engine:
     def rerank(
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
     ) -> tuple[list[dict[str, Any]], list[int]]:
-        """`index` and `score`, best first, with `config` of another policy than `top_k` at full depth; and for each
-        text the block that it stopped at.
+        """`index` and `score`, best first, as `config` says, of another policy than `top_k` at full depth; and for
+        each text the block that it stopped at.
 
         Raises:
             RequestError: 400 where the model does not rank, or the query is empty.
         """
         if self._reranker is None:
             raise RequestError(400, "this service does not rank: its model has several outputs. Use /predict.")
-        full_depth = config.policy != "top_k"
-        fields: dict[str, Any] = {} if full_depth or config.threshold is None else {"threshold": config.threshold}
+        how: dict[str, Any] = {"full_depth": config.policy != "top_k", "early_exit_config": config}
         try:
-            ranked = self._reranker.rank(
-                query, list(texts), top_k=top_k, full_depth=full_depth, return_report=True, **fields
-            )
+            ranked = self._reranker.rank(query, list(texts), top_k=top_k, return_report=True, **how)
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         return reranked(*ranked)

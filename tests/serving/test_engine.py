@@ -136,6 +136,8 @@ def test_rerank(tmp_path, engine):
     ranks.badge.set_early_exit_config(rule)
     best, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 1, rule)
     assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
+    for bound in (1, 2):  # of the setting, not of the adapter
+        assert max(ranks.rerank(TEXTS[0], TEXTS[1:6], 1, EarlyExitConfig.of(rule, max_exit=bound))[1]) == bound
     with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete
         ranks.predict([(text, None) for text in TEXTS[:2]], {MAIN: rule})
 
