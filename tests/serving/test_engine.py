@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -140,6 +141,14 @@ def test_rerank(tmp_path, engine):
         assert max(ranks.rerank(TEXTS[0], TEXTS[1:6], 1, EarlyExitConfig.of(rule, max_exit=bound))[1]) == bound
     with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete
         ranks.predict([(text, None) for text in TEXTS[:2]], {MAIN: rule})
+
+
+def test_texts_are_cut_at_what_the_model_reads_where_the_tokenizer_knows_no_limit(tmp_path):
+    folder = save_adapter(tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 10**30}))
+    without = Engine(str(folder))
+    assert len(without.predict([("film " * 500, None)], without.configs)) == 1
 
 
 def test_numbers_that_json_does_not_have_are_none():
