@@ -5,18 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from badge_peft.tuner.architectures import max_positions
-
-_NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
-
-
-def longest_pair(model: nn.Module, tokenizer: Any, max_length: int | None) -> int:
-    """Tokens of a pair at most: what is asked for, or what tokenizer and model can read, whichever is least."""
-    own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
-    return min(x for x in (own, max_positions(model), max_length) if x is not None)
-
 
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: Any, max_length: int

@@ -16,10 +16,12 @@ from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
-from badge_peft.ranking.pairs import check_documents, encode_pairs, longest_pair
+from badge_peft.ranking.pairs import check_documents, encode_pairs
 from badge_peft.ranking.report import ExitReport
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
+from badge_peft.tuner.architectures import max_positions
 from badge_peft.utils.checks import check_int
+from badge_peft.utils.texts import longest_text
 
 Array = np.ndarray
 
@@ -74,7 +76,7 @@ class EarlyExitReranker:
             raise ValueError("tokenizer is None: give that of the model, or use EarlyExitReranker.from_pretrained.")
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.max_length = longest_pair(self.badge.model, tokenizer, max_length)
+        self.max_length = longest_text(tokenizer, max_positions(self.badge.model), max_length)
         self.batch_size = batch_size
         self.activation = activation
         self.max_state_bytes = max_state_bytes

@@ -12,6 +12,13 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def longest_text(tokenizer: Any, *limits: int | None) -> int:
+    """Tokens of a text at most: what a tokenizer reads, 512 where it knows no limit, or the least of the `limits` that
+    are not None."""
+    own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
+    return min([own, *(limit for limit in limits if limit is not None)])
+
+
 def length_limit(tokenizer: Any) -> int:
     """Tokens that a tokenizer reads of a text."""
     return min(tokenizer.model_max_length, _NO_LIMIT)

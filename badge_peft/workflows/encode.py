@@ -9,10 +9,8 @@ from transformers import AutoTokenizer
 
 from badge_peft.hub import has_tokenizer
 from badge_peft.tuner.architectures import max_positions
-from badge_peft.utils.texts import length_limit, whole
+from badge_peft.utils.texts import length_limit, longest_text, whole
 from badge_peft.workflows.data import TextDataset
-
-_NO_LIMIT = 100_000  # a tokenizer that knows no limit says 10^30
 
 
 def load_tokenizer(path: str, model: Any, max_length: int | None = None) -> Any:
@@ -41,8 +39,7 @@ def load_tokenizer(path: str, model: Any, max_length: int | None = None) -> Any:
             f"the tokenizer in {path} has no padding token, and texts of different lengths need one. Set "
             "tokenizer.pad_token = tokenizer.eos_token (or another token that no text has), and save it."
         )
-    own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
-    tokenizer.model_max_length = min(x for x in (own, max_positions(model), max_length) if x is not None)
+    tokenizer.model_max_length = longest_text(tokenizer, max_positions(model), max_length)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
