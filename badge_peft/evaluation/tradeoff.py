@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, scorer
 from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
+from badge_peft.utils.files import write_json
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class TradeOff:
         return [point.to_dict() for point in self.points]
 
     def save(self, path: str | Path) -> None:
-        """Writes a JSON file."""
-        data = {"metric": self.metric, "num_blocks": self.num_blocks, "points": self.to_dicts()}
-        Path(path).write_text(json.dumps(data, indent=2) + "\n")
+        """Writes a JSON file, whole or not at all."""
+        write_json(path, {"metric": self.metric, "num_blocks": self.num_blocks, "points": self.to_dicts()})
 
 
 def evaluate_policy(
