@@ -84,7 +84,7 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
     ) -> Any:
         """The answer of one text, a dict or a list; the default function follows the adapter's problem type."""
         if function_to_apply is None:
-            function_to_apply = _FUNCTIONS.get(get_badge_model(self.model).config_of().problem_type or "")
+            function_to_apply = _FUNCTIONS[get_badge_model(self.model).config_of().resolved_problem_type]
         said = super().postprocess(model_outputs, function_to_apply=function_to_apply, **kwargs)
         for answer in said if isinstance(said, list) else [said]:
             answer["exit_layer"] = int(model_outputs["exit_layer"][0])
