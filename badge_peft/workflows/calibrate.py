@@ -9,7 +9,7 @@ from typing import Any
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
-from badge_peft.model_card import CARD, write_model_card
+from badge_peft.model_card import CARD, read_card, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
@@ -46,6 +46,7 @@ def calibrate_adapter(
     """
     check_policy_name(goal.policy, "auto")
     read_config(folder)
+    read_card(Path(folder))  # what stands there is kept
     if recorded_task(folder) == "ranking":
         goal.ranking_arguments()
     else:

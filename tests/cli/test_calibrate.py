@@ -107,3 +107,10 @@ def test_logits_of_other_weights_or_exits_are_refused(adapter: Path, place: Path
 def _others(folder: Path) -> dict[str, bytes]:
     changing = ("adapter_config.json", "README.md")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in changing}
+
+
+def test_a_card_that_cannot_be_kept_is_refused_before_anything_is_written(adapter: Path, cli: Cli) -> None:
+    (adapter / "README.md").write_text("---\ntags: [\n---\nby hand")
+    before = (adapter / "adapter_config.json").read_bytes()
+    one_line(cli("calibrate", adapter, "--policy", "entropy", "--target-speedup", 0.3, fails=True), "README.md")
+    assert (adapter / "adapter_config.json").read_bytes() == before
