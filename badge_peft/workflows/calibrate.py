@@ -45,9 +45,9 @@ def calibrate_adapter(
         ValueError: something is not what it should be; nothing has been written then.
     """
     check_policy_name(goal.policy, "auto")
-    read_config(folder)
+    config = read_config(folder)
     read_card(Path(folder))  # what stands there is kept
-    if recorded_task(folder) == "ranking":
+    if recorded_task(folder, config.get("early_exit")) == "ranking":
         goal.ranking_arguments()
     else:
         goal.arguments()

@@ -326,6 +326,15 @@ def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(
     assert load_pretrained(str(out)).get_early_exit_config().policy == "top_k"
 
 
+def test_an_adapter_is_known_by_its_policy_where_no_report_lies_beside_it(
+    ranked: Path, tmp_path: Path, cli: Cli
+) -> None:
+    adapter = Path(shutil.copytree(ranked / "reranker", tmp_path / "reranker"))
+    (adapter / "report.json").unlink()
+    cli("calibrate", adapter, ranked / "pairs.jsonl", "--keep", 0.5)
+    assert load_pretrained(str(adapter)).get_early_exit_config().calibration["keep"] == 0.5
+
+
 def test_the_picture_of_another_training_does_not_stay(ranked: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "tradeoff.png").write_bytes(b"of a classifier")
     cli(
