@@ -107,9 +107,11 @@ def sweep(
     """
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
+    from badge_peft.evaluation.plots import plot_tradeoff
     from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
     from badge_peft.workflows.evaluate import logits_of, metric_of
+    from badge_peft.workflows.rankings import check_metric
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
@@ -118,6 +120,9 @@ def sweep(
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
     shared.prepare_folder(plot, json_file)
     if exit_logits.groups is not None:
+        check_metric(metric)
+        if names is not None:
+            raise ValueError(f"policies={policies!r} is not for ranking, whose policy is top_k: leave it out.")
         found = sweep_ranking(exit_logits, top_k, points)
         print(tradeoff_table(found, against_full_depth=True))
     else:
@@ -127,8 +132,6 @@ def sweep(
     if json_file is not None:
         found.save(json_file)
     if plot is not None:
-        from badge_peft.evaluation.plots import plot_tradeoff
-
         plot_tradeoff(found, plot)
 
 
@@ -168,6 +171,7 @@ def bench(
     from badge_peft.workflows.bench import bench_adapter
     from badge_peft.workflows.bench_ranking import bench_rankings
     from badge_peft.workflows.kinds import check_texts_only
+    from badge_peft.workflows.rankings import check_metric
     from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
@@ -198,6 +202,8 @@ def bench(
     check_texts_only(opened.task, "bench")
     config = opened.early_exit_config(**vars(overrides))
     examples = opened.read(data, columns)
+    if opened.task == "ranking":
+        check_metric(metric)
     shared.prepare_folder(json_file)
     if opened.task == "ranking":
         report = bench_rankings(opened, examples, config, rows, batch_size or 32, threads, onnx)

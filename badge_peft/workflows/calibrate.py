@@ -14,6 +14,7 @@ from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
 from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.rankings import check_metric
 from badge_peft.workflows.settings import Columns
 
 
@@ -49,6 +50,7 @@ def calibrate_adapter(
     read_card(Path(folder))  # what stands there is kept
     if recorded_task(folder, config.get("early_exit")) == "ranking":
         goal.ranking_arguments()
+        check_metric(metric)
     else:
         goal.arguments()
     chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)

@@ -25,7 +25,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
 from badge_peft.workflows.adapter_dir import Adapter, open_adapter
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.rankings import measure_ranking, with_queries
+from badge_peft.workflows.rankings import check_metric, measure_ranking, with_queries
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.stored import stored_logits
 
@@ -45,11 +45,22 @@ def evaluate_adapter(
         metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
         batch_size: Rows per pass.
         latency: How many rows to time, one by one, in the first process; 0 for none.
+
+    Raises:
+        ValueError: a metric that does not suit; a metric or times of an adapter that ranks.
     """
+    ranks = adapter.task == "ranking"
+    if ranks:
+        check_metric(metric)
+        if latency:
+            raise ValueError(
+                f"latency={latency} times rows one by one, and candidates of a query are ranked together: leave it "
+                "out, and time queries with `badge-peft bench`."
+            )
     metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names), adapter.tags)
     encoded = adapter.encode(examples)
     exit_logits = collect_exit_logits(adapter.model, encoded, batch_size, progress=True, split_between_processes=True)
-    if adapter.task == "ranking":
+    if ranks:
         exit_logits = with_queries(exit_logits, examples)
     report = {**measure(exit_logits, adapter.badge.get_early_exit_config(), metric), "split": examples.split}
     if latency and distributed.is_main():
@@ -79,6 +90,12 @@ def logits_of(
         ValueError: something is not what it should be.
     """
     if data is None:
+        given = [name for name, value in vars(columns).items() if value != getattr(Columns(), name)]
+        if given:
+            raise ValueError(
+                f"{given[0]}={getattr(columns, given[0])!r} says what is read of data, and none is named: name it, or "
+                f"leave {given[0]} out to take the exit logits that are stored."
+            )
         return stored_logits(path)
     if Path(path).is_file():
         raise ValueError(f"{path} holds exit logits, so no data is needed: leave {data} out, or give an adapter.")

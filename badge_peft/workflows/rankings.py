@@ -98,6 +98,18 @@ def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[st
     return found
 
 
+def check_metric(metric: str | None) -> None:
+    """Refuses a metric that is asked for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if metric is not None:
+        raise ValueError(
+            f"metric={metric!r} is not for ranking, which is measured by the top k that it keeps: leave it out."
+        )
+
+
 def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
     """The candidates of one query after another: rows that follow one another and have the same query."""
     return (list(rows) for _, rows in groupby(pairs, key=lambda pair: pair[0]))

@@ -114,3 +114,8 @@ def test_a_card_that_cannot_be_kept_is_refused_before_anything_is_written(adapte
     before = (adapter / "adapter_config.json").read_bytes()
     one_line(cli("calibrate", adapter, "--policy", "entropy", "--target-speedup", 0.3, fails=True), "README.md")
     assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+def test_what_is_read_of_data_is_not_for_stored_logits(adapter: Path, cli: Cli) -> None:
+    one_line(cli("calibrate", adapter, "--unlabeled", fails=True), "unlabeled=True", "name it")
+    one_line(cli("sweep", adapter, "--label-column", "intent", fails=True), "label_column='intent'")

@@ -326,6 +326,16 @@ def test_margins_that_cannot_be_shown_leave_an_adapter_to_calibrate(
     assert load_pretrained(str(out)).get_early_exit_config().policy == "top_k"
 
 
+def test_options_of_classification_are_refused(ranked: Path, tmp_path: Path, cli: Cli) -> None:
+    adapter, rows = ranked / "reranker", ranked / "other.jsonl"
+    one_line(cli("evaluate", adapter, rows, "--metric", "spearman", fails=True), "metric='spearman'")
+    one_line(cli("evaluate", adapter, rows, "--latency", 3, fails=True), "latency=3", "badge-peft bench")
+    one_line(cli("sweep", adapter, "--metric", "f1", fails=True), "metric='f1'")
+    one_line(cli("sweep", adapter, "--policies", "entropy", fails=True), "policies='entropy'")
+    one_line(cli("bench", adapter, rows, "--metric", "f1", "--no-onnx", fails=True), "metric='f1'")
+    one_line(cli("calibrate", adapter, "--metric", "f1", fails=True), "metric='f1'")
+
+
 def test_an_adapter_is_known_by_its_policy_where_no_report_lies_beside_it(
     ranked: Path, tmp_path: Path, cli: Cli
 ) -> None:
