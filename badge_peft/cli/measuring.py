@@ -107,7 +107,7 @@ def sweep(
     """
     from badge_peft import evaluation
     from badge_peft.early_exit.policies import POLICIES
-    from badge_peft.evaluation.plots import plot_tradeoff
+    from badge_peft.evaluation.plots import check_picture, plot_tradeoff
     from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
     from badge_peft.workflows.evaluate import logits_of, metric_of
@@ -117,8 +117,10 @@ def sweep(
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:
         check_choice("policies", name, tuple(POLICIES))
-    exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
+    if plot is not None:
+        check_picture(plot)
     shared.prepare_folder(plot, json_file)
+    exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
     if exit_logits.groups is not None:
         check_metric(metric)
         if names is not None:

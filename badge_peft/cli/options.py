@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -91,10 +92,20 @@ def places(tasks: list[str] | None, given: Sequence[str | None], names: Sequence
 
 
 def prepare_folder(*files: Path | None) -> None:
-    """Makes the folders that files are to be written to, so that nothing fails at the end."""
+    """Makes the folders that files are to be written to, so that nothing fails at the end.
+
+    Raises:
+        ValueError: one of the files is a folder.
+        OSError: its folder cannot be made, or written to.
+    """
     for file in files:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: name a file.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
+            pass
 
 
 def write(report: dict[str, Any], file: Path | None) -> None:

@@ -36,6 +36,22 @@ _RING: dict[str, Any] = {
 }
 
 
+def check_picture(path: str | Path) -> None:
+    """Refuses a picture that could not be written, before anything is computed for it.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: its suffix says a format that matplotlib does not write.
+    """
+    require("plots", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    suffix = Path(path).suffix.lower()
+    if suffix and suffix.lstrip(".") not in known:
+        raise ValueError(f"{path} is no picture, by its suffix {suffix!r}: it must be one of {', '.join(known)}.")
+
+
 def plot_tradeoff(
     tradeoff: TradeOff,
     path: str | Path | None = None,

@@ -41,3 +41,13 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, adapter: Path, tmp_pa
     one_line(cli("sweep", adapter, fails=True), "exit_logits.safetensors", "--save-logits")
     ExitLogits(torch.zeros(4, 2, 2)).save(tmp_path / "l.safetensors")
     one_line(cli("sweep", tmp_path / "l.safetensors", place / "rows.csv", fails=True), "no data is needed")
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    for arguments, word in (
+        (("--plot", tmp_path / "s.xyz", "--json", tmp_path / "s.json"), "'.xyz'"),
+        (("--json", tmp_path), "is a folder"),
+    ):
+        told = cli("sweep", trained, *arguments, fails=True)
+        one_line(told, word)
+        assert not told.stdout and not list(tmp_path.iterdir())
