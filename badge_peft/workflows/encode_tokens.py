@@ -13,6 +13,7 @@ from badge_peft.evaluation.words import Words, tokenize_words
 from badge_peft.utils.problem import NO_LABEL
 from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.kinds import check_one_text
 
 
 def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None = None) -> Dataset:
@@ -27,6 +28,7 @@ def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None
     Raises:
         ValueError: a tag or a kind of entity that the model does not know; the message names the row.
     """
+    check_one_text(rows.pairs)
     if rows.tagged and names is not None:
         rows = rows.labeled()
     columns, words = tokenize_words(rows.words or rows.texts, tokenizer, length_limit(tokenizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from badge_peft.workflows.data import TextDataset
@@ -29,6 +30,19 @@ def check_kind(rows: TextDataset, reads_tokens: bool, model: str, source: str | 
         raise ValueError(
             f"{model} classifies texts, and {source} has a label for each token (column {column!r}): give a model for "
             "token classification or an encoder without a head, or name a column of labels with --label-column."
+        )
+
+
+def check_one_text(pairs: Iterable[str | None] | None) -> None:
+    """Refuses pairs of texts where tokens are labeled: the second ones would not be read.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if any(pair is not None for pair in pairs or ()):
+        raise ValueError(
+            "tokens of one text are labeled, and these are pairs of texts: leave the second ones out, or name the "
+            "column of the texts with --text-column."
         )
 
 

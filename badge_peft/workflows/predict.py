@@ -18,6 +18,7 @@ from badge_peft.utils.problem import problem_of
 from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.encode import encode_texts
+from badge_peft.workflows.kinds import check_one_text
 from badge_peft.workflows.rankings import queries_of, rank_queries
 
 Pair = tuple[Any, str | None]
@@ -98,6 +99,7 @@ def _answer(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> lis
 
 def _tag(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[dict[str, Any]]:
     """The tags of one batch. The first sub-token of a word answers for it, and the others hold no text."""
+    check_one_text(pair for _, pair in texts)
     rows, words = tokenize_words([text for text, _ in texts], adapter.tokenizer, length_limit(adapter.tokenizer))
     batch = pad_features(rows, adapter.model.get_base_model(), tokens=True)
     batch = {name: value.to(adapter.device) for name, value in batch.items()}

@@ -23,6 +23,7 @@ from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter, check_adapter, choose_device, recorded_columns
 from badge_peft.workflows.encode import encode_texts, load_tokenizer
 from badge_peft.workflows.evaluate import evaluate_adapter
+from badge_peft.workflows.kinds import check_one_text
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.predict import Pair, answer_in_turn, tagged
 from badge_peft.workflows.settings import Columns
@@ -217,6 +218,7 @@ def batch_of(
     """Texts as a padded batch, and the words of each, where a task labels tokens."""
     base = stack.shared.model.get_base_model()
     if any(adapter.tags is not None for adapter in stack.adapters.values()):
+        check_one_text(pairs)
         own, words = tokenize_words(texts, stack.shared.tokenizer, length_limit(stack.shared.tokenizer))
         return pad_features(own, base, tokens=True), words
     second = [pair for pair in pairs or [] if pair is not None]

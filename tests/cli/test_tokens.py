@@ -181,6 +181,10 @@ def test_many_tasks_with_tokens_among_them(corpus: Path, adapter: Path, cli: Cli
     data = write_jsonl(tmp_path / "both.jsonl", [{**row, "names": row.pop("entities")} for row in rows])
     out = cli("evaluate", *tasks, data, "--json", tmp_path / "t.json").stdout
     assert "entity f1" in out and json.loads((tmp_path / "t.json").read_text())["tasks"]["names"]["labels"] == "given"
+    pairs = write_csv(tmp_path / "pairs.csv", [("the film", "was good")], ("text", "text_pair"))
+    for place in (tasks, (adapter,)):
+        told = cli("predict", *place, pairs, "--text-pair-column", "text_pair", fails=True)
+        one_line(told, "pairs of texts", "--text-column")
 
 
 def test_a_tagger_in_service_teaches_its_exits(corpus: Path, cli: Cli, tmp_path: Path) -> None:
