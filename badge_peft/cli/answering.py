@@ -145,6 +145,7 @@ def export(
     adapter, dir = shared.places(task, (adapter, dir), ("DIR",))
     if dir is None:
         raise ValueError("there is no DIR to write to: name a folder.")
+    shared.check_folder(dir)
     tasks = tasks_of(task or [], adapter)
     if tasks is not None:
         if data is not None:

@@ -108,6 +108,21 @@ def prepare_folder(*files: Path | None) -> None:
             pass
 
 
+def check_folder(folder: str) -> None:
+    """Refuses a folder that cannot be made, or written to, before anything is computed for it.
+
+    Raises:
+        ValueError: it is a file, or lies in one.
+        OSError: it cannot be written to.
+    """
+    place = Path(folder).absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: name a folder.")
+    with TemporaryFile(dir=there):
+        pass
+
+
 def write(report: dict[str, Any], file: Path | None) -> None:
     """Writes a result to the JSON file that was asked for, if one was."""
     if file is not None:

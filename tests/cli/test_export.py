@@ -66,6 +66,10 @@ def test_errors_are_told_plainly(trained, cli, tmp_path, monkeypatch):
     assert "there is no folder" in said
     said = cli("export", trained, tmp_path / "x", "--policy", "fixed_depth", "--depth", 99, fails=True).output
     assert "depth=99 is not allowed" in said
+    for taken in (tmp_path / "taken", tmp_path / "taken" / "inside"):  # said before anything is exported
+        (tmp_path / "taken").touch()
+        result = cli("export", trained, taken, fails=True)
+        assert f"{tmp_path / 'taken'} is a file" in result.stderr and "exporting" not in result.output
     import badge_peft.utils.extras as needs
 
     monkeypatch.setattr(needs, "find_spec", lambda name: None)
