@@ -138,8 +138,9 @@ def _cross_fitted(
     if most < wanted - max_score_drop - 1e-12:
         name = "the best exit" if reference == "best" else "full depth"
         raise ValueError(
-            f"max_score_drop={max_score_drop} cannot be reached below max_exit: {name} scores {wanted:.4f} and "
-            f"{most:.4f} is the most there. Allow a larger drop, or a deeper max_exit."
+            f"max_score_drop={max_score_drop} cannot be reached between min_exit and max_exit: {name} scores "
+            f"{wanted:.4f} and {most:.4f} is the most there. Allow a larger drop, an earlier min_exit or a deeper "
+            "max_exit."
         )
     found = cross_fit(exit_logits, policy, metric, reference, per_exit=per_exit)
     held = fastest_within(found, max_score_drop)

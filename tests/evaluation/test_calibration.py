@@ -291,3 +291,11 @@ def test_the_model_stops_where_the_calibration_said(policy):
     assert 1 - out.exit_layer.double().mean().item() / 3 == pytest.approx(config.calibration["layer_speedup"])
     right = (out.logits.argmax(-1) == labels).double().mean().item()
     assert right == pytest.approx(config.calibration["score"])
+
+
+def test_a_drop_that_min_exit_forbids_is_said_to_be_its_fault() -> None:
+    labels = torch.arange(100) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float()
+    stored = ExitLogits(torch.stack([right, 1 - right, right.roll(1, 0)], dim=1), labels)
+    with pytest.raises(ValueError, match="an earlier min_exit"):
+        calibrate(stored, {"policy": "entropy", "min_exit": 2}, max_score_drop=0.1)
