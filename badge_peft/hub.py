@@ -237,7 +237,7 @@ def without_local_paths(data: Any) -> Any:
 
     def texts(value: Any) -> None:
         if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
-            found.add(value)
+            found.update([value] if PureWindowsPath(value).name else [])  # a label may be a slash
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             texts(inner)
 

@@ -286,6 +286,7 @@ def test_a_report_goes_up_without_local_paths(saved: tuple[str, PeftModel], hub:
         "settings": {"output_dir": "/home/ann/my models/bert/exits", "tokenizer": None, "eval_data": "org/data"},
         "per_exit": [0.5, 1.0],
     }
+        "label_names": ["/", "a"],
     (folder / "report.json").write_text(json.dumps(report))
     push_to_hub(folder, "exits")
     assert json.loads(hub.pushed["report.json"]) == {
@@ -295,6 +296,7 @@ def test_a_report_goes_up_without_local_paths(saved: tuple[str, PeftModel], hub:
         "settings": {"output_dir": "exits", "tokenizer": None, "eval_data": "org/data"},
         "per_exit": [0.5, 1.0],
     }
+        "label_names": ["/", "a"],
     assert json.loads((folder / "report.json").read_text()) == report
 
 
