@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from json import JSONDecodeError
+from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,7 +43,7 @@ PUSHED = (
 
 
 def load_pretrained(
-    path_or_repo: str | Mapping[str, str],
+    path_or_repo: str | PathLike[str] | Mapping[str, str],
     *,
     revision: str | None = None,
     base_model: Any = None,
@@ -70,10 +71,10 @@ def load_pretrained(
             a pass.
     """
     hub: Any = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-    tasks = path_or_repo if isinstance(path_or_repo, Mapping) else find_tasks(path_or_repo)
+    tasks = path_or_repo if isinstance(path_or_repo, Mapping) else find_tasks(Path(path_or_repo))
     if tasks is not None:
         return _load_tasks(dict(tasks), base_model, is_trainable, hub, kwargs)
-    assert isinstance(path_or_repo, str)
+    path_or_repo = str(path_or_repo)
     try:
         config = PeftConfig.from_pretrained(path_or_repo, revision=revision, **hub)
     except _NO_CONFIG as error:  # PEFT takes for granted that the file is a config
@@ -98,8 +99,8 @@ def load_pretrained(
             raise ValueError(f"{path_or_repo} does not name its base model: pass base_model=...")
         if config.revision:
             kwargs.setdefault("revision", config.revision)
-    if isinstance(base_model, str):
-        base_model = _load_base(base_model, config, kwargs)
+    if isinstance(base_model, (str, PathLike)):
+        base_model = _load_base(str(base_model), config, kwargs)
     model = PeftModel.from_pretrained(
         base_model, path_or_repo, adapter_name=adapter_name, is_trainable=is_trainable, revision=revision, **hub
     )

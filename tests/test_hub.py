@@ -54,6 +54,8 @@ def test_it_loads_the_base_that_the_adapter_names(saved: tuple[str, PeftModel]) 
     assert torch.equal(exits(model), exits(before))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    places = Path(path), Path(path).parent / "base"
+    assert torch.equal(exits(load_pretrained(places[0], base_model=places[1])), exits(before))
 
 
 def test_labels_are_those_of_the_adapter_until_it_is_taken_off(tmp_path: Path) -> None:
@@ -284,9 +286,9 @@ def test_a_report_goes_up_without_local_paths(saved: tuple[str, PeftModel], hub:
         "data": "C:\\Users\\ann\\rows.csv",
         "evaluation": "held out of C:\\Users\\ann\\rows.csv",
         "settings": {"output_dir": "/home/ann/my models/bert/exits", "tokenizer": None, "eval_data": "org/data"},
+        "label_names": ["/", "a"],
         "per_exit": [0.5, 1.0],
     }
-        "label_names": ["/", "a"],
     (folder / "report.json").write_text(json.dumps(report))
     push_to_hub(folder, "exits")
     assert json.loads(hub.pushed["report.json"]) == {
@@ -294,9 +296,9 @@ def test_a_report_goes_up_without_local_paths(saved: tuple[str, PeftModel], hub:
         "data": "rows.csv",
         "evaluation": "held out of rows.csv",
         "settings": {"output_dir": "exits", "tokenizer": None, "eval_data": "org/data"},
+        "label_names": ["/", "a"],
         "per_exit": [0.5, 1.0],
     }
-        "label_names": ["/", "a"],
     assert json.loads((folder / "report.json").read_text()) == report
 
 
