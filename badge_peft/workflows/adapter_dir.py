@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.dispatch import check_fits
-from badge_peft.early_exit.policies import policy_class
+from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
@@ -87,14 +87,33 @@ class Adapter:
         its own defaults: a threshold of one policy means nothing to another.
 
         Raises:
-            ValueError: a field has a value that is not allowed, or the policy does not suit the model.
+            ValueError: a field has a value that is not allowed, or that the policy does not read, or the policy does
+                not suit the model.
         """
+        config = self._overridden(overrides)
+        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
+        for name in self.unread(**overrides):
+            raise ValueError(
+                f"{name}={overrides[name]!r} changes nothing, as policy={config.policy!r} does not read it: leave it "
+                "out, or name another policy with --policy."
+            )
+        return config
+
+    def unread(self, **overrides: Any) -> list[str]:
+        """Those of the `overrides` of `early_exit_config` that the policy in force does not read."""
+        policy = build_policy(self._overridden(overrides))
+        reads = {
+            "threshold": policy.uses_threshold(self.labels.problem_type),
+            "patience": policy.counts_exits,
+            "depth": policy.takes_depth,
+        }
+        return [name for name, is_read in reads.items() if not is_read and overrides.get(name) is not None]
+
+    def _overridden(self, overrides: dict[str, Any]) -> EarlyExitConfig:
         given = {name: value for name, value in overrides.items() if value is not None}
         own = self.badge.get_early_exit_config()
         same = given.get("policy", own.policy) == own.policy
-        config = EarlyExitConfig.of(own if same else None, **given)
-        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
-        return config
+        return EarlyExitConfig.of(own if same else None, **given)
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:

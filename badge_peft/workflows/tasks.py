@@ -57,8 +57,19 @@ class TaskStack:
         return adapter
 
     def early_exit_configs(self, **overrides: Any) -> dict[str, EarlyExitConfig]:
-        """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all of them."""
-        return {task: self.use(task).early_exit_config(**overrides) for task in self.names}
+        """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all tasks whose policy
+        reads them.
+
+        Raises:
+            ValueError: as there, where no task reads one.
+        """
+        unread = {task: set(self.use(task).unread(**overrides)) for task in self.names}
+        by_none = set.intersection(*unread.values())
+        found = {}
+        for task in self.names:
+            read = {name: value for name, value in overrides.items() if name not in unread[task] - by_none}
+            found[task] = self.use(task).early_exit_config(**read)
+        return found
 
     def answer(self, batch: dict[str, torch.Tensor], configs: dict[str, EarlyExitConfig]) -> MultiTaskOutput:
         """The answers of a padded batch, from one pass."""

@@ -76,6 +76,8 @@ def test_overrides(trained: Path, cli: Cli) -> None:
     assert exits("--threshold", 0.0) == {1}  # of the adapter's own max_prob
     assert exits("--policy", "divergence", "--threshold", 100, "--patience", 2) == {3}
     assert exits("--policy", "divergence", "--threshold", 100, "--patience", 1) == {2}
+    for unread in (("--patience", 2), ("--depth", 1), ("--policy", "never", "--threshold", 0.5)):
+        one_line(cli("predict", trained, *unread, input="a film", fails=True), "changes nothing", "--policy")
 
 
 def test_one_batch_at_a_time_is_read(trained: Path) -> None:

@@ -80,6 +80,9 @@ def test_a_bundle_and_standard_input(tasks: dict[str, str], place: Path, cli: Cl
 def test_overrides_hold_for_all_tasks(tasks: dict[str, str], place: Path, cli: Cli) -> None:
     found = lines(cli("predict", *options(tasks), place / "texts.txt", "--policy", "fixed_depth", "--depth", 1))
     assert {line["blocks"] for line in found} == {1}
+    found = lines(cli("predict", *options(tasks), place / "texts.txt", "--threshold", 0.0))
+    assert {line["tasks"]["mood"]["exit"] for line in found} == {1}  # others do not read it, or stop nowhere
+    one_line(cli("predict", *options(tasks), place / "texts.txt", "--depth", 1, fails=True), "depth=1 changes nothing")
 
 
 def test_evaluate_reads_each_tasks_labels_from_the_column_of_its_name(
