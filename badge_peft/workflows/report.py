@@ -167,10 +167,12 @@ def bench_summary(report: dict[str, Any]) -> str:
     """How it was measured, in a few lines."""
     where = report["device"] if report["device"] != "cpu" else "the CPU"
     texts = "texts" if "queries" not in report else f"candidates of {report['queries']} queries"
+    timed_onnx = any("ONNX" in row["name"] for row in report["results"])
+    onnx = ", ONNX Runtime on the CPU without spinning" if timed_onnx else ""
     return (
         f"exit rule: {describe(EarlyExitConfig.of(report['rule']))}\n"
         f"{report['rows']} {texts}, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
-        f"PyTorch on {where}, ONNX Runtime on the CPU without spinning; the tokenizer's time is not in it"
+        f"PyTorch on {where}{onnx}; the tokenizer's time is not in it"
     )
 
 
