@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def retrieve(queries: Sequence[str], corpus: Sequence[str], candidates: int = 10
 
     Raises:
         ModuleNotFoundError: bm25s is not installed.
-        ValueError: no queries, an empty corpus, or `candidates` below 1.
+        ValueError: no queries, an empty corpus, or one without a word that counts, or `candidates` below 1.
     """
     require("ranking", "bm25s")
     import bm25s
@@ -28,8 +29,14 @@ def retrieve(queries: Sequence[str], corpus: Sequence[str], candidates: int = 10
     check_int("candidates", candidates, at_least=1, optional=False)
     if not queries or not corpus:
         raise ValueError("BM25 needs queries and a corpus of documents: one of them is empty.")
+    documents: Any = bm25s.tokenize(list(corpus), stopwords="en", show_progress=False)
+    if not documents.vocab:
+        raise ValueError(
+            f"no document of the corpus, {corpus[0][:40]!r} the first, has a word that BM25 looks for: words of two "
+            "letters or more, and more than 'the' or 'and'. Give another corpus, or another column of it."
+        )
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(corpus), stopwords="en", show_progress=False), show_progress=False)
+    index.index(documents, show_progress=False)
     tokens = bm25s.tokenize(list(queries), stopwords="en", show_progress=False)
     places, _ = index.retrieve(tokens, k=min(candidates, len(corpus)), show_progress=False)
     return [row.tolist() for row in np.asarray(places)]

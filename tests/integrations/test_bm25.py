@@ -23,3 +23,5 @@ def test_what_is_refused() -> None:
             retrieve(queries, corpus)
     with pytest.raises(ValueError, match="candidates=0 is not allowed"):
         retrieve(["a"], CORPUS, 0)
+    with pytest.raises(ValueError, match="'the' the first, has a word"):
+        retrieve(["film"], ["the", "a .", ""])
