@@ -22,6 +22,8 @@ class Watched:
         self._hooks: list[dict[Any, Any]] = []
         self._tensors: list[Tensor] = []
         self._versions: list[int] = []
+        self._places: list[int] = []
+        self._storages: list[Tensor] = []  # keep what was read there, so that nothing else takes its place in memory
 
     def entry(self, holder: dict[Any, Any], key: Any) -> Any:
         """Watches which object `holder` has under `key`, and returns it."""
@@ -49,6 +51,8 @@ class Watched:
             if value is not None:
                 self._tensors.append(value)
                 self._versions.append(value._version)
+                self._places.append(value.data_ptr())
+                self._storages.append(value.data)
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
@@ -56,4 +60,6 @@ class Watched:
             all(map(is_, map(dict.get, self._holders, self._keys), self._values))
             and not any(self._hooks)
             and [tensor._version for tensor in self._tensors] == self._versions
+            # `model.half()` and `model.to("cuda")` put another storage into a tensor, and its version stays
+            and [tensor.data_ptr() for tensor in self._tensors] == self._places
         )

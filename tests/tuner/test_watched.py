@@ -35,6 +35,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a module above": lambda model: model.update({"a": nn.ModuleDict({"b": nn.Linear(2, 2)})}),
     "a parameter": lambda model: setattr(model["norm"], "weight", nn.Parameter(torch.ones(2))),
     "what is in a parameter": lambda model: torch.nn.init.zeros_(model["norm"].bias),
+    "where that is": lambda model: setattr(model["norm"].bias, "data", torch.ones(2)),
+    "its precision, and back": lambda model: model.half().float(),
     "a mode": lambda model: model.eval(),
     "a hook": lambda model: model["a"]["b"].register_forward_hook(lambda *_: None),
     "a pre-hook": lambda model: model["norm"].register_forward_pre_hook(lambda *_: None),
