@@ -21,6 +21,7 @@ from badge_peft.early_exit.readers import ExitReader
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
+from badge_peft.tuner.decoders import read_mask
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.layer import BadgeBlock
 
@@ -38,6 +39,12 @@ def with_those_before(read: set[int], exits: AdapterExits) -> set[int]:
         return read
     last = max((m for m in read if exits.has_final_exit or m < exits.numbers[-1]), default=-1)
     return read | {m for m in exits.numbers if m <= last}
+
+
+def exit_reader(badge: BadgeModel, exits: AdapterExits, inputs: dict[str, Tensor]) -> ExitReader:
+    """Who reads exits for all rows, at the positions at which a call of the model does."""
+    mask = read_mask(badge.model, badge.layout, exits.pooling, inputs)
+    return ExitReader(exits, inputs["input_ids"].shape[0], mask)
 
 
 def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
@@ -147,7 +154,7 @@ class ModelPiece(nn.Module):
             for them.
         """
         exits = self.badge.adapter_exits(self.badge.single_active_adapter())
-        reader = ExitReader(exits, inputs["input_ids"].shape[0], inputs["attention_mask"]) if self.read else None
+        reader = exit_reader(self.badge, exits, inputs) if self.read else None
         if reader is not None:
             reader.state.left = {name.removeprefix(BEFORE): tensor for name, tensor in (before or {}).items()}
         run = PiecePass(reader, self.number, hidden, list((shared or {}).values()), self.lengths)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.early_exit.together import carried
-from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass
+from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass, exit_reader
 from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import Frame
@@ -86,8 +86,7 @@ class TaskPiece(nn.Module):
         the name of their group's first task in front (`intent.logits`, of a group of T > 1 tasks [B, T, K]), and what
         exits leave for others that of its task (`left_intent.logits`)."""
         exits = {task: self.badge.adapter_exits(task) for group in self.groups for task in group}
-        rows, mask = inputs["input_ids"].shape[0], inputs["attention_mask"]
-        readers = {task: ExitReader(own, rows, mask) for task, own in exits.items()}
+        readers = {task: exit_reader(self.badge, own, inputs) for task, own in exits.items()}
         for name, tensor in (before or {}).items():
             task, _, left = name.removeprefix(BEFORE).rpartition(".")
             if task in readers:

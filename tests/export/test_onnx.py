@@ -419,12 +419,13 @@ def test_parts_of_two_exports_are_noticed(folder, tmp_path):
 
 
 def test_a_decoder(tmp_path):
-    """Causal masks, rotary positions, and the last token."""
+    """Causal masks, rotary positions, and the last token: that which is not padding, whatever the mask says."""
     model = make_badge(base=make_decoder("llama", num_hidden_layers=1), exit_layers=[0, 1])
     export_onnx(model, tmp_path, early_exit_config={"policy": "entropy"})
     session = OnnxEarlyExitModel.from_pretrained(tmp_path)
-    for side in ("right", "left"):
-        batch = make_batch(5, 9, side=side)
+    padded = make_batch(5, 9)
+    whole = {**padded, "attention_mask": torch.ones_like(padded["attention_mask"])}
+    for batch in (padded, make_batch(5, 9, side="left"), whole):
         rule = mixed_rule(exits_of(model, batch), [0, 1])
         out = session(**{name: tensor.numpy() for name, tensor in batch.items()}, threshold=rule["threshold"])
         wanted = early_exit_forward(model, **batch, **rule)
