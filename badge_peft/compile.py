@@ -14,6 +14,7 @@ from torch import nn
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.compiled import CompiledBlocks
+from badge_peft.tuner.decoders import unfilled_inputs
 from badge_peft.tuner.extensions import extension_of
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
@@ -30,7 +31,8 @@ def compile_blocks(
     takes its time.
 
     Longer sequences than the largest bucket run as before, as do training, calls that ask for `hidden_states` or
-    `attentions`, and those with a mask that is not [B, S]. Compiled code is neither copied by `deepcopy` nor pickled:
+    `attentions`, those with a mask that is not [B, S], and those of a decoder that would take what is filled in for
+    text: without a padding token, or of `inputs_embeds`. Compiled code is neither copied by `deepcopy` nor pickled:
     the copy compiles again.
 
     Args:
@@ -53,7 +55,8 @@ def compile_blocks(
     else:
         lengths = _checked(buckets, limit)
     pad_token = getattr(badge.model.config, "pad_token_id", None) or 0
-    badge.compiled = CompiledBlocks(lengths, pad_token, torch_compile_options)
+    unfilled = unfilled_inputs(badge.model, badge.layout)
+    badge.compiled = CompiledBlocks(lengths, pad_token, torch_compile_options, unfilled)
     return badge.compiled
 
 

@@ -26,7 +26,7 @@ from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig
-from badge_peft.tuner.decoders import decoder_arguments, read_mask
+from badge_peft.tuner.decoders import decoder_arguments, positions_read, read_mask
 from badge_peft.tuner.exits import AdapterExits
 
 _NO_LABELS = (
@@ -182,7 +182,8 @@ class EarlyExitMixin:
         mask, ends = inputs.get("attention_mask"), read_mask(self.model, self.layout, "last", inputs)
         about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
         readers = [self._reader(question, about, overrides) for question in call.questions]
-        running = self._pass(EarlyExitPass, call.together(readers), batch_size, mask)
+        read = positions_read(self.model, self.layout, inputs)
+        running = self._pass(EarlyExitPass, call.together(readers), batch_size, read)
         running.heads = call.heads(readers)
         with running:
             base = self.model(return_dict=True, **inputs)

@@ -31,7 +31,7 @@ class EarlyExitPass(BlockPass):
         readers: `ExitReader`s; each asks about some of the rows, and several may ask about the same. `TaskReaders` is
             one that stands for several.
         batch_size: B.
-        attention_mask: [B, S] or None.
+        attention_mask: [B, S] or None: positions behind the last one that is not 0 may be cut off.
         num_blocks: M.
         **kwargs: As for `BlockPass`.
     """

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.context import Recorder
 
+_FILLED = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
+
 
 class CompiledBlocks:
     """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns.
@@ -20,12 +22,16 @@ class CompiledBlocks:
         buckets: Lengths, increasing.
         pad_token: Token that fills `input_ids` up.
         options: For `torch.compile`.
+        unfilled: Inputs of the model that are never filled up.
     """
 
-    def __init__(self, buckets: list[int], pad_token: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, buckets: list[int], pad_token: int, options: dict[str, Any], unfilled: frozenset[str] = frozenset()
+    ) -> None:
         self.buckets = buckets
         self.pad_token = pad_token
         self.options = options
+        self.filled = _FILLED - unfilled
         self._steps: dict[Any, Callable[..., Any]] = {}
 
     def remove(self) -> None:
@@ -77,7 +83,7 @@ class CompiledBlocks:
         padded = dict(inputs)
         for name, value in {**inputs, "attention_mask": mask}.items():
             if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length:
-                if name not in _FILLED:
+                if name not in self.filled:
                     return inputs  # its value at a padded position is unknown
                 sizes = (0, 0) * (value.dim() - 2) + (0, more)
                 padded[name] = F.pad(value, sizes, value=self.pad_token if name == "input_ids" else 0)
@@ -85,9 +91,6 @@ class CompiledBlocks:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_steps": {}}
-
-
-_FILLED = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"})
 
 
 def _step(layer: Any, recorders: list[Recorder], args: Any, kwargs: Any) -> Any:

@@ -105,6 +105,23 @@ def read_mask(model: nn.Module, layout: BlockLayout, pooling: str, arguments: di
     return None if pad is None else ids != pad
 
 
+def positions_read(model: nn.Module, layout: BlockLayout, arguments: dict[str, Any]) -> Tensor | None:
+    """[B, S], not 0 where a block or the model's own head reads a position; None: anywhere."""
+    mask = arguments.get("attention_mask")
+    if mask is None or mask.dim() != 2 or layout.pooling != "last":
+        return mask
+    ends = read_mask(model, layout, "last", arguments)
+    # of embeddings the head reads the last one, padding or not
+    return None if ends is None or arguments.get("input_ids") is None else (mask != 0) | ends
+
+
+def unfilled_inputs(model: nn.Module, layout: BlockLayout) -> frozenset[str]:
+    """Inputs behind which nothing may be put: the model's own head would read it, which knows padding by its token."""
+    if layout.pooling != "last":
+        return frozenset()
+    return frozenset({"inputs_embeds"} if _pad_token(model) is not None else {"inputs_embeds", "input_ids"})
+
+
 def _pad_token(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "pad_token_id", None)
 

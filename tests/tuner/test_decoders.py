@@ -10,13 +10,14 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import badge_peft
-from badge_peft import BadgeConfig
+from badge_peft import BadgeConfig, compile_blocks
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.ranking import EarlyExitReranker
 from badge_peft.tuner.decoders import decoder_layout
 from tests.decoders import FAMILIES, make_decoder
 from tests.design import pairs
-from tests.models import LABELS, PAD, make_batch, shake
+from tests.early_exit.rules import answers, mixed_rule
+from tests.models import LABELS, PAD, exits_of, make_batch, shake
 from tests.ranking.pairs import QUERY, all_scores, expected, make_documents
 from tests.texts import make_tokenizer
 
@@ -107,6 +108,38 @@ def test_the_head_and_the_exits_read_the_last_token_that_is_not_padding():
         both = model(**batch).exit_logits
         short = model(input_ids=torch.tensor([[5, 6, 7]])).exit_logits
     torch.testing.assert_close(both[0], short[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_what_the_head_reads_is_not_cut_off_as_padding(given):
+    """The head knows padding by its token, and of embeddings it reads the last; the mask by which rows are cut may say
+    otherwise."""
+    model, tried = badge("llama"), 0
+    mask = torch.arange(9) < torch.tensor([9, 5, 6, 4, 5])[:, None]
+    for seed in range(8):
+        ids = torch.randint(5, 99, mask.shape, generator=torch.Generator().manual_seed(seed))
+        value = {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids).detach()}[given]
+        batch = {given: value, "attention_mask": mask.long()}
+        logits = exits_of(model, batch)
+        rule = mixed_rule(logits, [1, 2, 3])
+        out = model.early_exit_forward(**batch, **rule)
+        torch.testing.assert_close(out.logits, answers(logits, [1, 2, 3], out.exit_layer), atol=1e-4, rtol=1e-4)
+        tried += int(out.exit_layer[0] < 3)  # the longest row has left, and others go to the end
+    assert tried
+
+
+def test_compiled_blocks_put_nothing_behind_what_the_head_reads():
+    model = badge("llama")
+    batch = make_batch(1, 6)
+    embeds = {"inputs_embeds": torch.randn(2, 6, 32), "attention_mask": torch.ones(2, 6).long()}
+    of_text, of_embeds = exits_of(model, batch), exits_of(model, embeds)
+    handle = compile_blocks(model, buckets=[8], backend="eager")
+    with torch.no_grad():
+        assert handle.pad(batch)["input_ids"].shape == (1, 8)
+    torch.testing.assert_close(exits_of(model, embeds), of_embeds, atol=1e-5, rtol=1e-5)
+    model.config.pad_token_id = model.base_model.model.config.pad_token_id = None
+    compile_blocks(model, buckets=[8], backend="eager")
+    torch.testing.assert_close(exits_of(model, batch), of_text, atol=1e-5, rtol=1e-5)
 
 
 def test_refusals():
