@@ -22,7 +22,7 @@ from badge_peft.early_exit.policy_reader import PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.architectures import BlockLayout, base_name
 from badge_peft.tuner.config import BadgeConfig
-from badge_peft.tuner.prepare import NO_HEAD
+from badge_peft.tuner.prepare import NO_HEAD, classifies_tokens
 from badge_peft.tuner.saved_modules import RowHeads
 
 #: PEFT's name for rows without an adapter: the base model answers them, at full depth.
@@ -122,7 +122,7 @@ def check_adapter_names(
             f"adapter_names has {BASE!r}, but {type(model).__name__} has no head that could answer: give these "
             "rows the name of an adapter."
         )
-    tokens = [name for name in names if name != BASE and configs[name].reads_tokens]
+    tokens = [name for name in names if (classifies_tokens(model) if name == BASE else configs[name].reads_tokens)]
     if tokens and len(names) > 1:
         raise ValueError(
             f"adapter {tokens[0]!r} classifies tokens, so its rows have answers of another shape than those of "

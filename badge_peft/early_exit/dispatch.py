@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.exits import AdapterExits
+from badge_peft.tuner.pooling import TOKENS
+from badge_peft.tuner.prepare import classifies_tokens
 from badge_peft.utils.problem import Problem
 
 
@@ -101,8 +104,8 @@ def check_fits(rule: EarlyExitConfig | None, config: BadgeConfig, num_blocks: in
         policy.check_learned(config.learn_to_exit)
 
 
-def base_reader(asked: Question, about: RowFacts, num_blocks: int, num_labels: int) -> PolicyReader:
+def base_reader(asked: Question, about: RowFacts, num_blocks: int, model: Any) -> PolicyReader:
     """Who answers rows without an adapter: the base model, at full depth."""
-    exits = AdapterExits(BASE, [num_blocks], "cls", num_labels, Problem.name, False)
-    mask = about.part(asked.first, asked.rows).mask
-    return PolicyReader(exits, asked.rows, mask, asked.first, build_policy(policy="never"))
+    pooling = TOKENS if classifies_tokens(model) else "cls"
+    exits = AdapterExits(BASE, [num_blocks], pooling, model.config.num_labels, Problem.name, False)
+    return reader_of(replace(asked, config={"policy": "never"}), about, exits, None, {})

@@ -232,7 +232,7 @@ class EarlyExitMixin:
     def _reader(self, asked: Question, about: RowFacts, overrides: dict[str, Any]) -> PolicyReader:
         name = asked.adapter
         if name == BASE:
-            return base_reader(asked, about, self.num_blocks, self.model.config.num_labels)
+            return base_reader(asked, about, self.num_blocks, self.model)
         return reader_of(asked, about, self.adapter_exits(name), self.config_of(name).early_exit, overrides)
 
 

@@ -122,20 +122,25 @@ def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> N
     kind = type(model).__name__
     missing = not hasattr(model, layout.head[-1])
     if config.reads_tokens:
-        if missing or not kind.endswith("ForTokenClassification"):
+        if missing or not classifies_tokens(model):
             raise ValueError(
                 f"task_type='TOKEN_CLS' is not allowed on {kind}, whose head does not classify tokens: load the model "
                 "with AutoModelForTokenClassification, or use final_exit='exit' and num_labels=..., which needs no "
                 "head."
             )
         return
-    if missing or kind.endswith(("ForTokenClassification", "ForMultipleChoice")):
+    if missing or classifies_tokens(model) or kind.endswith("ForMultipleChoice"):
         why = f"has no module {layout.head[-1]!r}" if missing else "does not classify sequences"
         raise ValueError(
             f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
             "AutoModelForSequenceClassification, or use final_exit='exit' and num_labels=..., which needs no head. "
             "For a label for each token: task_type='TOKEN_CLS' on AutoModelForTokenClassification."
         )
+
+
+def classifies_tokens(model: nn.Module) -> bool:
+    """Whether the model's own head answers each token."""
+    return type(model).__name__.endswith("ForTokenClassification")
 
 
 def _check_placement(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:

@@ -226,6 +226,19 @@ def test_tasks_of_tokens_and_of_texts_in_one_pass() -> None:
     assert mixed.token_exit_layer.tolist() == out["tags"].token_exit_layer.tolist()
     with pytest.raises(ValueError, match="'tags' classifies tokens, so its rows have answers of another shape"):
         model.early_exit_forward(**batch, adapter_names=["tags"] * (ROWS - 1) + ["text"])
+    with pytest.raises(ValueError, match="'__base__' classifies tokens, so its rows have answers of another shape"):
+        model.early_exit_forward(**batch, adapter_names=["text"] * (ROWS - 1) + ["__base__"])
+
+
+@pytest.mark.parametrize("rule", [{}, {"policy": "fixed_depth", "depth": 1}], ids=str)
+def test_rows_without_an_adapter_are_answered_by_the_base_model(rule: dict[str, Any]) -> None:
+    model, batch = make(exit_layers=[1]), make_batch(ROWS, LENGTH)
+    out = model.early_exit_forward(**batch, adapter_names=["__base__"] * ROWS, **rule)
+    real = batch["attention_mask"] != 0
+    with torch.no_grad():
+        assert torch.equal(out.logits[real], make_base()(**batch).logits[real])
+    assert (out.exit_layer == model.base_model.num_blocks).all()
+    assert torch.equal(out.token_exit_layer, out.exit_layer[:, None] * real)
 
 
 # ------------------------------------------------------------------------------------------------ training, saving
