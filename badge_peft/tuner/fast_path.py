@@ -3,8 +3,8 @@
 At short lengths a block takes no longer than a few dozen Python calls, so what an exit costs is mostly calls of
 modules. The common exits (`linear` and `pooled`, with a bypass at `block` or `ffn` or none) are computed here on their
 weights: the same operations in the same order as the modules', to the last bit. Everything else is left to the
-modules: training, tracing, other exits and placements, mixed precisions, pre-LN models without a bypass, and modules
-that have a hook or have been replaced.
+modules: training, tracing, autocast, other exits and placements, mixed precisions, pre-LN models without a bypass, and
+modules that have a hook or have been replaced.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ def fast_exit(
     plain = plain_exit(exit_, bypass, placement, pre_norm, norm, frame)
     if plain is None:
         return None
-    states = _states(plain, pre_norm, frame, pooling)
-    if states.dtype != plain.linear._parameters["weight"].dtype:  # under autocast
-        return None
-    vector = pooling.reduce(states)
+    vector = pooling.reduce(_states(plain, pre_norm, frame, pooling))
     if plain.dense is not None:
         vector = _linear(plain.dense, vector).tanh()
     return vector, _linear(plain.linear, vector)
@@ -94,6 +91,8 @@ def plain_exit(
     those of `fast_exit`."""
     # a trace is made with gradients and checked without: both shall see the modules
     if torch.is_grad_enabled() or frame.scale_weights is not None or torch.jit.is_tracing():
+        return None
+    if torch.is_autocast_enabled(frame.output.device.type):  # the sum in place would be in its precision
         return None
     parts: Any = exit_._modules
     kind = type(exit_)
