@@ -60,7 +60,7 @@ class EarlyExitConfig:
     calibration: dict[str, Any] | None = option(None, "What `calibrate` recorded: data size, score, speed-up, bound.")
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "normalize"):
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", "normalize"):
             self._set(name, to_python(getattr(self, name)))
         for name in ("threshold", "temperature"):
             value: Any = getattr(self, name)

@@ -87,6 +87,7 @@ def test_names_that_are_allowed_are_in_the_message(field, allowed):
         ("max_exit", np.uint8(3), 3),
         ("depth", np.int64(4), 4),
         ("top_k", np.int64(3), 3),
+        ("decide_every", np.int64(2), 2),
         ("normalize", np.bool_(True), True),
         ("temperature", [np.float32(0.5), np.float64(2.0)], [0.5, 2.0]),
     ],
