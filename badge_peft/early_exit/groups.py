@@ -21,7 +21,8 @@ def group_codes(groups: Any, rows: int) -> Array | None:
     """
     if groups is None:
         return None
-    ids = np.asarray(groups.tolist() if hasattr(groups, "tolist") else list(groups))
+    given = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    ids = np.asarray(given)
     if ids.shape != (rows,):
         raise ValueError(
             f"groups has shape {list(ids.shape)} for {rows} rows: give one id for each row, such as the number of its "
@@ -30,9 +31,11 @@ def group_codes(groups: Any, rows: int) -> Array | None:
     if ids.dtype.kind == "f" and np.isnan(ids).any():
         raise ValueError("groups has a NaN, which is no id: give one for each row, such as the number of its query.")
     try:
+        if ids.dtype.kind == "U" and not all(isinstance(each, str) for each in given):
+            raise TypeError  # of which numpy has made strings, the same one of 1 and "1"
         return np.unique(ids, return_inverse=True)[1].reshape(rows)
     except TypeError:
-        kinds = ", ".join(sorted({type(each).__name__ for each in ids}))
+        kinds = ", ".join(sorted({type(each).__name__ for each in given}))
         raise ValueError(f"groups has ids of several kinds ({kinds}): give numbers alone, or strings alone.") from None
 
 

@@ -107,6 +107,8 @@ def test_live_is_replay(case, final_exit, one_query):
 def test_ids_of_several_kinds_and_missing_ones_are_refused():
     with pytest.raises(ValueError, match=r"ids of several kinds \(NoneType, int\): give numbers alone"):
         group_codes([1, None, 2], 3)
+    with pytest.raises(ValueError, match=r"ids of several kinds \(int, str\): give numbers alone"):
+        group_codes([1, "1", "2"], 3)
     for ids in ([1.0, math.nan, 2.0], torch.tensor([1.0, math.nan, 2.0])):
         with pytest.raises(ValueError, match="groups has a NaN, which is no id"):
             group_codes(ids, 3)
