@@ -103,7 +103,8 @@ def count_rows(*args: Any, **kwargs: Any) -> int:
     """B, from whatever the base model is called with.
 
     Raises:
-        ValueError: neither `input_ids` nor `inputs_embeds` is there, or the batch is empty.
+        ValueError: neither `input_ids` nor `inputs_embeds` is there, they have no rows and positions, or the batch is
+            empty.
     """
     inputs = kwargs.get("input_ids")
     if inputs is None:
@@ -116,6 +117,10 @@ def count_rows(*args: Any, **kwargs: Any) -> int:
         raise ValueError(
             f"inputs are {type(inputs).__name__}, and the model needs tensors: torch.tensor(...), or a tokenizer's "
             "return_tensors='pt'."
+        )
+    if inputs.dim() < 2:
+        raise ValueError(
+            f"inputs have shape {list(inputs.shape)}, and the model needs [batch, sequence]: unsqueeze(0) one text."
         )
     if inputs.shape[0] == 0 or inputs.shape[1] == 0:
         raise ValueError(f"the batch is empty: its inputs have shape {list(inputs.shape)}.")

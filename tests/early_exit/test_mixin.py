@@ -145,6 +145,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"batch is empty.*\[{shape[0]}, {shape[1]}\]"):
             model.early_exit_forward(input_ids=torch.zeros(shape, dtype=torch.long))
 
+    def test_inputs_without_rows(self, model):
+        for call in (model, model.early_exit_forward):
+            with pytest.raises(ValueError, match=r"inputs have shape \[3\], and the model needs \[batch, sequence\]"):
+                call(input_ids=torch.tensor([5, 6, 7]))
+
     def test_no_inputs(self, model):
         with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
             model.early_exit_forward(attention_mask=make_batch()["attention_mask"])
