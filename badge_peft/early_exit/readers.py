@@ -23,7 +23,7 @@ class ExitReader:
     Args:
         exits: Of the adapter.
         rows: How many rows it asks about, n.
-        attention_mask: [n, S] or None, of these rows.
+        attention_mask: [n, S] or None, of these rows; [1, S] holds for all of them.
         first: The first of them in the batch.
 
     Attributes:
@@ -40,6 +40,8 @@ class ExitReader:
                 f"exit_pooling={exits.pooling!r} needs an attention_mask of shape [batch, sequence], got "
                 f"{list(attention_mask.shape)}."
             )
+        if attention_mask is not None and attention_mask.shape[0] == 1:
+            attention_mask = attention_mask.expand(rows, *attention_mask.shape[1:])
         self.exits = exits
         self.rows = rows
         self.first = first

@@ -80,7 +80,7 @@ class Survivors:
 
     def _row_ends(self, mask: Tensor) -> Array:
         if self._ends is None:
-            self._ends = row_ends(mask)
+            self._ends = row_ends(mask.expand(self.batch_size, -1))  # one row may stand for all
         return self._ends
 
 

@@ -215,6 +215,19 @@ class TestErrors:
             make(exit_pooling="mean").early_exit_forward(**{**make_batch(4), "attention_mask": mask})
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_a_mask_for_all_rows(pooling):
+    """transformers takes it where nothing is padding."""
+    model, ids = make(exit_pooling=pooling), make_batch(ROWS)["input_ids"]
+    mask = torch.ones(1, ids.shape[1]).long()
+    one, each = ({"input_ids": ids, "attention_mask": x} for x in (mask, mask.expand(ROWS, -1)))
+    logits = exits_of(model, each)
+    assert torch.equal(exits_of(model, one), logits)
+    rule = mixed_rule(logits, model.base_model.exit_layers())
+    found, want = (model.early_exit_forward(**inputs, **rule) for inputs in (one, each))
+    assert torch.equal(found.logits, want.logits) and len(set(want.exit_layer.tolist())) > 1
+
+
 def test_training_mode_warns(model, rule):
     model.train()
     with pytest.warns(UserWarning, match=r"training mode.*model.eval\(\)") as caught:
