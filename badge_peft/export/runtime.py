@@ -14,7 +14,7 @@ import numpy as np
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL, ExportedFolder, check_folder
 from badge_peft.export.words import entities_of
-from badge_peft.utils.checks import check_int, is_number
+from badge_peft.utils.checks import check_int, is_number, to_python
 from badge_peft.utils.extras import require
 from badge_peft.utils.problem import problem_of
 
@@ -118,7 +118,7 @@ class OnnxEarlyExitModel(ExportedFolder):
             ValueError: an empty batch, more positions than the model has, or a threshold, patience or top_k that is
                 not allowed.
         """
-        counts = {"patience": patience, "top_k": top_k}
+        counts = {"patience": to_python(patience), "top_k": to_python(top_k)}
         own = "top_k" if "top_k" in self.config else "patience"
         for name, count in counts.items():
             check_int(name, count, at_least=1)
@@ -155,11 +155,11 @@ class OnnxEarlyExitModel(ExportedFolder):
 
     def _threshold(self, given: Any) -> np.ndarray:
         """In the shape that the file takes: a scalar, or [E]."""
-        own = self.config["threshold"]
+        own, given = self.config["threshold"], to_python(given)
         if is_number(given):
             return np.full(np.shape(own), given, dtype=np.float32)
         count = len(own) if isinstance(own, list) else 0
-        if not count or np.shape(given) != (count,) or not all(map(is_number, given)):
+        if not count or np.shape(given) != (count,) or not all(map(is_number, map(to_python, given))):
             also = f", a list of {count}, one for each exit" if count else ""
             raise ValueError(f"threshold={given!r} is not allowed: it must be a finite number{also} or None.")
         return np.asarray(given, dtype=np.float32)

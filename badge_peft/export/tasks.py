@@ -23,7 +23,7 @@ from badge_peft.export.pieces import OTHER, example_inputs, with_those_before
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.words import entities_of
 from badge_peft.model import BadgeModel, get_badge_model
-from badge_peft.utils.checks import check_int, is_number
+from badge_peft.utils.checks import check_int, is_number, to_python
 from badge_peft.utils.extras import require_onnx_exporter
 from badge_peft.utils.files import install
 from badge_peft.utils.problem import problem_of
@@ -194,11 +194,11 @@ def _by_task(given: Any, names: Sequence[str], field: str) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        return dict.fromkeys(names, given)
+        return dict.fromkeys(names, to_python(given))
     unknown = [task for task in given if task not in names]
     if unknown:
         raise ValueError(f"{field} has {unknown[0]!r}, which is no task of this file; they are {', '.join(names)}.")
-    return {task: value for task, value in given.items() if value is not None}
+    return {task: to_python(value) for task, value in given.items() if value is not None}
 
 
 def _metadata(

@@ -156,6 +156,8 @@ def test_speed_is_a_matter_of_the_call(folder, model):
     assert depths == sorted(depths, reverse=True) and depths[0] == 3 and depths[-1] == 1
     depths = [session(**fields, threshold=50.0, patience=t).exit_layer.tolist() for t in (1, 2, 3, 9, 2**70)]
     assert depths == [[1] * 6, [2] * 6, [3] * 6, [3] * 6, [3] * 6]
+    of_numpy = session(**fields, threshold=np.float32(50.0), patience=np.int64(2))
+    assert of_numpy.exit_layer.tolist() == [2] * 6
 
 
 def test_blocks_behind_the_exit_are_not_computed(folder, tmp_path):

@@ -110,7 +110,7 @@ def test_thresholds_come_with_the_call(written: tuple[Any, Path, dict[str, Any]]
     assert never["stock"].exit_layer.tolist() == never["many"].exit_layer.tolist() == [2] * ROWS
     plain = session(**ids)
     assert never["score"].exit_layer.tolist() == plain["score"].exit_layer.tolist()
-    patient = session(**ids, patience=2)
+    patient = session(**ids, patience=np.int64(2), threshold={"score": np.float32(0.5)})
     assert patient["many"].exit_layer.tolist() == [2] * ROWS
     with pytest.raises(ValueError, match="threshold has 'other', which is no task of this file; they are stock, many"):
         session(**ids, threshold={"other": 1.0})
