@@ -60,8 +60,7 @@ class PolicyReader(ExitReader):
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._dtype: torch.dtype | None = None  # of the exits' logits
-        # linked exits are computed up to the last one on which a decision may depend
-        self._last_read = last_read(policy, exits) if exits.are_linked else -1
+        self._linked = linked_exits(policy, exits)
 
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are active the answer of the model's own head, [n, K]."""
@@ -100,7 +99,7 @@ class PolicyReader(ExitReader):
         needed = self.schedule.needed[j]
         if needed and not self.schedule.final[j]:
             needed = self.policy.may_stop(self.history)
-        if not needed and j > self._last_read:
+        if not needed and number not in self._linked:
             self._dtype = self._dtype or logits_dtype(block.own_exit(self.exits.adapter, number))
             self._undecided.append(None)
             return False
@@ -114,7 +113,7 @@ class PolicyReader(ExitReader):
         if self.schedule.final[j]:
             self.stop(logits, active, np.ones(self.num_active, dtype=bool), number)
             return
-        if j <= self._last_read and not self.schedule.needed[j]:  # a deeper exit builds on this one
+        if not self.schedule.needed[j]:  # a deeper exit builds on this one
             self._undecided.append(None)
             return
         found = [logits] if uncertainty is None else [logits, uncertainty]
@@ -186,11 +185,11 @@ class PolicyReader(ExitReader):
         self.num_active -= len(rows)
 
 
-def last_read(policy: ExitPolicy, exits: AdapterExits) -> int:
-    """The last exit of the adapter's own (index) on which a decision may depend; -1 where there is none."""
+def linked_exits(policy: ExitPolicy, exits: AdapterExits) -> set[int]:
+    """Block numbers of exits that need one another, up to the last one on which a decision may depend."""
     schedule = schedule_of(policy, exits.numbers)
-    own = min(schedule.end + 1, len(exits.numbers) - (not exits.has_final_exit))
-    return max((j for j in range(own) if schedule.needed[j]), default=-1)
+    reached = zip(exits.numbers[: schedule.end + 1], schedule.needed, strict=False)
+    return exits.linked_to(number for number, needed in reached if needed)
 
 
 def logits_dtype(exit_: Exit) -> torch.dtype:

@@ -19,7 +19,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, MODEL, digests
-from badge_peft.export.pieces import OTHER, example_inputs, with_those_before
+from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
 from badge_peft.export.runtime import OnnxEarlyExitModel
 from badge_peft.model import BadgeModel, get_badge_model
@@ -106,7 +106,7 @@ class OnnxExporter:
         self.decision.check_exportable(learned=config.learn_to_exit)
         self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
         read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
-        self._read = with_those_before(read, badge.adapter_exits(badge.single_active_adapter()))
+        self._read = read | badge.adapter_exits(badge.single_active_adapter()).linked_to(read)
         self._progress = progress
         self.weights_hash = badge.weights_hash()
         self.badge = own_copy(badge)

@@ -33,14 +33,6 @@ FOLLOWING = "following"
 LEFT, BEFORE = "left_", "before_"
 
 
-def with_those_before(read: set[int], exits: AdapterExits) -> set[int]:
-    """The block numbers of exits that are read; where exits need one another, of those before them, too."""
-    if not exits.are_linked:
-        return read
-    last = max((m for m in read if exits.has_final_exit or m < exits.numbers[-1]), default=-1)
-    return read | {m for m in exits.numbers if m <= last}
-
-
 def exit_reader(badge: BadgeModel, exits: AdapterExits, inputs: dict[str, Tensor]) -> ExitReader:
     """Who reads exits for all rows, at the positions at which a call of the model does."""
     mask = read_mask(badge.model, badge.layout, exits.pooling, inputs)

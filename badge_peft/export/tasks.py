@@ -19,7 +19,7 @@ from badge_peft.early_exit.tasks import check_tasks, config_of_each
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
-from badge_peft.export.pieces import OTHER, example_inputs, with_those_before
+from badge_peft.export.pieces import OTHER, example_inputs
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.words import entities_of
 from badge_peft.model import BadgeModel, get_badge_model
@@ -100,7 +100,7 @@ def export_tasks_onnx(
             )
     read = {group.tasks: group.blocks() for group in grouped(decisions)}
     for group, numbers in read.items():
-        read[group] = set().union(*(with_those_before(numbers, badge.adapter_exits(task)) for task in group))
+        read[group] = numbers.union(*(badge.adapter_exits(task).linked_to(numbers) for task in group))
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
     graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)

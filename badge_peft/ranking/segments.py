@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.policy_reader import PolicyReader, last_read
+from badge_peft.early_exit.policy_reader import PolicyReader, linked_exits
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
@@ -134,7 +134,7 @@ class CandidatePass:
         self.device = next(badge.model.parameters()).device
         self._store: StateStore | None = None
         self._left = LeftStates(self.lengths, max_state_bytes)
-        self._last_read = last_read(policy, self.exits) if self.exits.are_linked else -1
+        self._linked = linked_exits(policy, self.exits)
         self._tuple_length: int | None = None
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class CandidatePass:
                 continue
             needed = (i for i in range(first, j + 1) if self.policy.needs_logits(numbers, i))
             read = [i for i in needed if open_ or i == j]
-            linked = [numbers[i] for i in range(first, j + 1) if i <= self._last_read]
+            linked = [m for m in numbers[first : j + 1] if m in self._linked]
             scores = self._segment(active, range(block, numbers[j] + 1), [numbers[i] for i in read], linked, final)
             for i in range(first, j + 1):
                 history.append(scores[read.index(i)][:, None]) if i in read else history.skip()

@@ -6,6 +6,7 @@ a reader may look at the vector (learning to exit does).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -240,6 +241,15 @@ class AdapterExits:
     def are_linked(self) -> bool:
         """Whether exits need what those before them have left in the call's `ExitState`."""
         return bool(self.past_future) or self.carry is not None or self.ladder
+
+    def linked_to(self, read: Iterable[int]) -> set[int]:
+        """Block numbers of its own exits that are computed for those that are `read`: where exits need one another,
+        all up to the last of these."""
+        if not self.are_linked:
+            return set()
+        own = self.numbers if self.has_final_exit else self.numbers[:-1]
+        last = max(set(own).intersection(read), default=-1)
+        return {m for m in own if m <= last}
 
     @property
     def need_more_than_logits(self) -> bool:
