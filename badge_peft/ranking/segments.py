@@ -30,6 +30,7 @@ from badge_peft.ranking.slices import SlicedPass, StatesChanged
 from badge_peft.ranking.states import LeftStates, StateStore
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
+from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.layer import BadgeBlock
 
 Array = np.ndarray
@@ -156,7 +157,7 @@ class CandidatePass:
     def _together(self) -> RankedCandidates:
         order, numbers = np.argsort(-self.lengths, kind="stable"), self.exits.numbers
         batch, n = self._batch(order.tolist()), len(self.rows)
-        mask = batch["attention_mask"]
+        mask = self._read_mask(batch)
         reader = PolicyReader(self.exits, n, mask, 0, self.policy)
         with SlicedPass(reader, self.lengths[order], mask, self.batch_size, self.badge.num_blocks):
             base = self.badge.model(return_dict=True, **batch)
@@ -207,7 +208,7 @@ class CandidatePass:
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         for place, rows in self._slices(active):
             batch = self._batch(rows)
-            reader = ExitReader(self.exits, len(rows), batch["attention_mask"])
+            reader = ExitReader(self.exits, len(rows), self._read_mask(batch))
             reader.state.left = self._left.get(rows)
             before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
             running = SegmentPass(reader, blocks, [*exits, *linked], before, self._tuple_length)
@@ -230,7 +231,13 @@ class CandidatePass:
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The inputs of these candidates."""
         batch = pad_features([self.rows[i] for i in rows], self.badge.model)
-        return {name: value.to(self.device) for name, value in batch.items()}
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        return decoder_arguments(self.badge.model, batch, len(rows))
+
+    def _read_mask(self, batch: dict[str, Tensor]) -> Tensor:
+        """Where the exits read."""
+        mask = read_mask(self.badge.model, self.badge.layout, self.exits.pooling, batch)
+        return batch["attention_mask"] if mask is None else mask
 
     def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
         """Where each slice begins, and its candidates."""

@@ -16,10 +16,10 @@ from tests.texts import BAD, GOOD, WORDS, make_tokenizer
 QUERY = "was the film good"
 
 
-def pair_tokenizer() -> Any:
+def pair_tokenizer(end: str = " [SEP]:1") -> Any:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]", pair=f"[CLS] $A [SEP] $B:1{end}", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
     return tokenizer
 

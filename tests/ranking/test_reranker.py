@@ -15,6 +15,7 @@ from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.ranking import EarlyExitReranker, calibrate_ranking, segments
 from badge_peft.ranking.slices import slice_bounds
+from tests.decoders import make_decoder
 from tests.models import CASES, blocks_of, make_badge, make_model, one_of_each_kind
 from tests.texts import WORDS
 
@@ -38,9 +39,9 @@ def ranker(case: str = "bert", **fields: Any) -> Any:
     return RANKERS[key]
 
 
-def check(model: Any, documents: list[str], config: EarlyExitConfig, **fields: Any) -> Any:
+def check(model: Any, documents: list[str], config: EarlyExitConfig, tokenizer: Any = None, **fields: Any) -> Any:
     """One ranking against the replay of full depth; returns its report."""
-    tokenizer = pair_tokenizer()
+    tokenizer = tokenizer or pair_tokenizer()
     scores, exits = all_scores(model, tokenizer, QUERY, documents), model.exit_layers()
     best, stops = expected(scores, exits, config, config.top_k)
     model.set_early_exit_config(config)
@@ -64,6 +65,17 @@ def test_a_ranking_is_the_replay_of_full_depth(case: str, fields: dict[str, int]
     config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS))
     report = check(model, DOCUMENTS, config, **fields)
     assert 0 < report.blocks_saved < 1 and len(set(report.exit_layer.tolist())) > 1
+
+
+@pytest.mark.parametrize("fields", [{}, IN_SEGMENTS], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_ranks(family: str, fields: dict[str, int]) -> None:
+    """It would keep keys and values, and its head reads the last token that is not the padding token."""
+    model = make_badge(family, make_decoder(family, num_labels=1), train_head=False)
+    documents, tokenizer = [*make_documents(9), "good bad [PAD]", "[PAD]"], pair_tokenizer(end="")
+    config = top_k(3, all_scores(model, tokenizer, QUERY, documents))
+    report = check(model, documents, config, tokenizer, batch_size=4, **fields)
+    assert len(set(report.exit_layer.tolist())) > 1
 
 
 @pytest.mark.parametrize(
