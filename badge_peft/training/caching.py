@@ -21,6 +21,8 @@ from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.decoders import decoder_arguments
 from badge_peft.tuner.fingerprint import fingerprint
+from badge_peft.tuner.identity import weights_hash
+from badge_peft.tuner.lora import is_lora
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 
@@ -110,9 +112,7 @@ class StatePasses:
     def collect(self, batch_size: int, dtype: str, memory_gb: float, folder: Path, progress: bool) -> CachedStates:
         """As `cache_states`. Several processes share the passes and the files; each has to make the call."""
         check_choice("cache_dtype", dtype, tuple(CACHE_DTYPES))
-        if is_trained(self.badge.model, self.badge.layout):
-            mode = self.badge.config_of().backbone
-            raise CannotCache(f"the backbone is trained (backbone={mode!r}), and its states change with every step")
+        check_backbone(self.badge)
         order = sorted(range(len(self.rows)), key=lambda i: -self.counts[i])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         rank, size = distributed.rank_world()
@@ -186,9 +186,26 @@ class StatePasses:
 _LABELS = {"label", "labels", "label_ids"}
 
 
-def backbone_of(badge: BadgeModel) -> dict[str, list[Any]]:
+def check_backbone(badge: BadgeModel) -> None:
+    """Refuses a backbone whose states change with every step.
+
+    Raises:
+        CannotCache: it is trained.
+    """
+    if is_trained(badge.model, badge.layout):
+        mode = badge.config_of().backbone
+        raise CannotCache(f"the backbone is trained (backbone={mode!r}), and its states change with every step")
+
+
+def backbone_of(badge: BadgeModel) -> dict[str, Any]:
     """What tells the backbone from others; heads are left out."""
-    return fingerprint(badge.model, skip=(*badge.layout.head, "pooler"))
+    skip = (*badge.layout.head, "pooler")
+    added = {  # by an adapter: a fingerprint knows nothing of these
+        name: parameter.detach()
+        for name, parameter in badge.model.named_parameters()
+        if (is_lora(name) or ".modules_to_save." in name) and not any(part in skip for part in name.split("."))
+    }
+    return {**fingerprint(badge.model, skip=skip), "added": weights_hash(added)}
 
 
 def _count(row: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from transformers import (
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
-from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of
+from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of, check_backbone
 from badge_peft.training.equilibrium import GradientEquilibriumPass
 from badge_peft.training.numbered import NumberedCollator, NumberedRows, flat_rows, holds_batches
 from badge_peft.training.objectives import GROUPS
@@ -124,6 +124,7 @@ class StateCache:
 
     def _states_of(self, rows: Any, trainer: Any, given: CachedStates | None = None) -> CachedStates:
         """The states of a data set: those that are known, as long as they fit the model, those given, or new ones."""
+        check_backbone(trainer.badge)  # states of a stage before may be known
         for known in self._known:
             if known[0] is rows:
                 if _misfit(known[1], trainer) is None:

@@ -481,6 +481,28 @@ def test_trials_share_the_states(tmp_path, monkeypatch):
     assert best.hyperparameters and trainer._cache.training is None
 
 
+def test_trials_that_train_the_backbone_have_states_of_their_own(tmp_path):
+    """The second stage of a trial leaves states behind, which are those of its LoRA."""
+    pytest.importorskip("optuna")
+    made = []
+
+    def model_init():
+        made.append(make(backbone="lora", final_exit="exit"))
+        return made[-1]
+
+    options = {**HALF, "cache_states": "auto", "objective": "two_stage", "learning_rate": 0.5}
+    trainer = make_trainer(tmp_path, None, model_init=model_init, **options)
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"seed": trial.suggest_categorical("seed", [3])},
+        compute_objective=lambda metrics: metrics["eval_s_avg"],
+        direction="maximize",
+        n_trials=2,
+    )
+    first, second = (weights(model) for model in made[-2:])
+    assert any(first[name].any() for name in first if "lora_B" in name)
+    assert not moved(first, second)
+
+
 @pytest.mark.parametrize("labeled", [True, False])
 def test_evaluations_of_a_training_read_their_states_too(labeled, tmp_path, monkeypatch):
     made = [make(), make()]
