@@ -92,7 +92,9 @@ class StateCache:
         found = trainer.eval_dataset if rows is None else rows
         found = trainer.eval_dataset[found] if isinstance(found, str) else found
         self.evaluation = None
-        if self.training is not None and _has_rows(found):
+        # Trainer keeps loaders with such workers, several sets that are handed to it under one name
+        kept = trainer.args.dataloader_persistent_workers
+        if self.training is not None and not kept and _has_rows(found):
             try:
                 self.evaluation = self._states_of(found, trainer)
             except (CannotCache, OSError) as error:

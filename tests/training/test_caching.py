@@ -523,6 +523,20 @@ def test_evaluations_of_a_training_read_their_states_too(labeled, tmp_path, monk
     assert sum("eval_a_exit_1" in entry for entry in found[1]) == 3
 
 
+def test_evaluations_with_workers_that_stay(tmp_path):
+    """Trainer keeps their loaders by name."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    log = {"eval_strategy": "epoch", "metric_for_best_model": "a_s_avg"}
+    trainer = make_trainer(tmp_path, make(), cache_states=True, **log, **workers, **HALF)
+    trainer.eval_dataset = {"a": Rows(rows=5), "b": Rows(rows=7)}
+    trainer.train()
+    trainer.args.dataloader_persistent_workers = False
+    expected = {name: trainer.evaluate(rows)["eval_loss"] for name, rows in trainer.eval_dataset.items()}
+    assert expected["a"] != expected["b"]
+    found = {name: e[key] for e in trainer.state.log_history for name in "ab" if (key := f"eval_{name}_loss") in e}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_arguments_of_a_plain_trainer_are_not_needed(tmp_path):
     trainer = MultiExitTrainer(model=make(), args=arguments(tmp_path, **HALF), train_dataset=Rows())
     trainer.train()
