@@ -85,21 +85,36 @@ def check_evaluation(
         batches: The batches of a data set, as an evaluation would see them.
 
     Raises:
-        ValueError: the evaluation rows have no labels.
+        ValueError: the evaluation rows have no labels, or of several sets none is chosen.
     """
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or eval_dataset is None:
         return
-    sets = [eval_dataset]
-    if isinstance(eval_dataset, dict):  # their scores are called eval_<name>_s_avg
-        named = [v for k, v in eval_dataset.items() if metric.removeprefix("eval_").startswith(f"{k}_")]
-        sets = named or list(eval_dataset.values())
-    if not any(_has_labels(rows, label_names, batches) for rows in sets):
+    rows = eval_dataset
+    if isinstance(eval_dataset, dict):
+        chosen = chosen_set(metric, eval_dataset)
+        if chosen is None:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} cannot be computed: eval_dataset has several sets, and the scores "
+                f"of each begin with its name, {', '.join(map(repr, eval_dataset))}. Name the one that chooses, such "
+                f"as metric_for_best_model='{next(iter(eval_dataset), 'name')}_s_avg'."
+            )
+        rows = eval_dataset[chosen]
+    if not _has_labels(rows, label_names, batches):
         raise ValueError(
             f"metric_for_best_model={metric!r} cannot be computed: the evaluation rows have no labels. Give "
             f"eval_dataset a column {label_names[0] if label_names else 'labels'!r}, or train with "
             "eval_strategy='no' and load_best_model_at_end=False."
         )
+
+
+def chosen_set(metric: str | None, eval_dataset: Any) -> str | None:
+    """The name of the evaluation set whose score `metric` is, as `a_s_avg` and `eval_a_s_avg` are those of `a`; None
+    where none is, or there is only one set."""
+    if metric is None or not isinstance(eval_dataset, dict):
+        return None
+    named = [name for name in eval_dataset if metric.removeprefix("eval_").startswith(f"{name}_")]
+    return max(named, key=len, default=None)
 
 
 def _has_labels(rows: Any, label_names: Sequence[str], batches: Callable[[Any], Iterable[Mapping[str, Any]]]) -> bool:

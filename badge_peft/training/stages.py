@@ -39,14 +39,20 @@ class Stage:
         """Its folder."""
         return str(Path(str(args.output_dir), self.folder))
 
-    def arguments(self, args: MultiExitTrainingArguments) -> MultiExitTrainingArguments:
-        """`args`, or a copy with the folder and the metric of the stage."""
+    def arguments(self, args: MultiExitTrainingArguments, chosen_on: str | None = None) -> MultiExitTrainingArguments:
+        """`args`, or a copy with the folder and the metric of the stage.
+
+        Args:
+            args: Of the training.
+            chosen_on: Of several evaluation sets the one that chooses the best checkpoint.
+        """
         if not self.folder:
             return args
         own = copy.copy(args)
         own.output_dir = self.path(args)
         if self.metric is not None and args.load_best_model_at_end:
-            own.metric_for_best_model = self.metric
+            own.metric_for_best_model = self.metric if chosen_on is None else f"{chosen_on}_{self.metric}"
+            own.greater_is_better = True  # that of `args` is of their metric, which may be a loss
         return own
 
     def resume(self, args: MultiExitTrainingArguments, wanted: Any) -> Any:

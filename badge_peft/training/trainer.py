@@ -26,7 +26,13 @@ from badge_peft.training.finite import check_loss, check_parameters
 from badge_peft.training.numbered import ROWS
 from badge_peft.training.objectives import GROUPS, Objective, Step
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
+from badge_peft.training.preflight import (
+    check_best_model,
+    check_evaluation,
+    check_final_exit,
+    check_processes,
+    chosen_set,
+)
 from badge_peft.training.rows import rows_of_loss, rows_of_scores
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 from badge_peft.training.state_cache import StateCache
@@ -260,7 +266,10 @@ class MultiExitTrainer(CachingTrainer):
     def _running(self, stage: Stage) -> Iterator[None]:
         """The trainer with the arguments of `stage`, on the parameters that it trains."""
         args = self.args
-        self.args, self._stage = stage.arguments(args), stage
+        self.args, self._stage = (
+            stage.arguments(args, chosen_set(args.metric_for_best_model, self.eval_dataset)),
+            stage,
+        )
         if stage.folder:
             self.optimizer, self.lr_scheduler = None, None
             self.model_wrapped = self._module  # DDP knows what is trained from the moment that it is made

@@ -58,7 +58,13 @@ def test_arguments_of_a_stage_are_a_copy(tmp_path) -> None:
     home = str(tmp_path / "home")
     assert found == [(f"{home}/stage1", "final"), (f"{home}/stage2", "s_avg")]
     assert (args.output_dir, args.metric_for_best_model) == (home, "s_avg")
-    args.load_best_model_at_end = False
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
+    chosen = [
+        (own.metric_for_best_model, own.greater_is_better) for own in (first.arguments(args), second.arguments(args))
+    ]
+    assert chosen == [("final", True), ("eval_loss", False)]
+    assert first.arguments(args, "a").metric_for_best_model == "a_final"
+    args.load_best_model_at_end, args.metric_for_best_model = False, "s_avg"
     assert first.arguments(args).metric_for_best_model == "s_avg"  # nothing is chosen by it
     assert Stage(Objective()).arguments(args) is args
 

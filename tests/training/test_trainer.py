@@ -223,7 +223,7 @@ def test_evaluation_rows_without_labels_are_refused_before_training(options, obj
     trainer = make_trainer(tmp_path / "out", model, objective=objective, **{**EACH_STEP, **options})
     bare = Rows(labeled=False)
     table = TextDataset.from_list([{k: v.tolist() for k, v in bare[i].items()} for i in range(len(bare))])
-    for rows in (bare, table, {"one": bare, "two": table}):
+    for rows in (bare, table):
         trainer.eval_dataset = rows
         name = options.get("metric_for_best_model", "s_avg")
         with pytest.raises(ValueError, match=f"metric_for_best_model='{name}' .* no labels.*column 'labels'"):
@@ -260,6 +260,20 @@ def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
         check(trainer)
     trainer.args.eval_strategy = "no"
     check(trainer)
+
+
+@pytest.mark.parametrize("objective", ["joint", "two_stage"])
+def test_one_of_several_evaluation_sets_chooses(objective, tmp_path):
+    sets = {"a": Rows(labeled=False), "a_b": Rows()}
+    trainer = make_trainer(tmp_path, make(), objective=objective, **EACH_STEP)
+    trainer.eval_dataset = sets
+    with pytest.raises(ValueError, match="metric_for_best_model='s_avg' .* several sets.*'a', 'a_b'"):
+        trainer.train()
+    options = {**EACH_STEP, "metric_for_best_model": "a_b_s_avg"}
+    trainer = make_trainer(tmp_path, make(), objective=objective, max_steps=1, **options)
+    trainer.eval_dataset = sets
+    trainer.train()
+    assert trainer.state.best_global_step == 1
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates
