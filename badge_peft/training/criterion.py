@@ -13,7 +13,7 @@ from torch import Tensor
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.tuner.losses import exit_loss
 from badge_peft.utils.checks import is_number
-from badge_peft.utils.problem import Problem
+from badge_peft.utils.problem import NO_LABEL, Problem
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class Criterion:
             return self.function(MultiExitOutput(logits=logits), labels, num_items_in_batch=(labels != -100).sum())
         if not self.label_smoothing and self.class_weights is None:
             return exit_loss(logits, labels, problem_type)
-        weight = None if self.class_weights is None else torch.tensor(self.class_weights, device=logits.device)
-        return F.cross_entropy(logits.float(), labels.view(-1), weight, label_smoothing=self.label_smoothing)
+        weight = torch.tensor(self.class_weights or [1.0] * logits.shape[-1], device=logits.device)
+        labels = labels.view(-1)
+        smoothing = self.label_smoothing
+        loss = F.cross_entropy(logits.float(), labels, weight, reduction="sum", label_smoothing=smoothing)
+        total = weight[labels[labels != NO_LABEL]].sum()
+        return loss / total if total > 0 else 0 * loss  # a batch of which nothing counts has no loss, and not NaN
 
     def check(self, problem_type: str, num_labels: int, distillation: float) -> None:
         """Refuses what would be left out without a word.

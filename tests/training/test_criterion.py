@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
+from badge_peft.training.criterion import Criterion
 from tests.models import exits_of
 
 from .runs import MULTI, PROBLEMS, REGRESSION, ROWS, Rows, arguments, close, make, make_trainer, moved, weights
@@ -40,6 +41,16 @@ def test_class_weights(kind, tmp_path) -> None:
     trainer.args.check()
     expected = sum(F.cross_entropy(x, data.labels, torch.tensor(WEIGHTS)).item() for x in logits)
     assert loss_of(trainer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"), [({"class_weights": [0.0, 1.0, 1.0]}, 0), ({"label_smoothing": 0.1}, -100)], ids=str
+)
+def test_a_batch_of_which_nothing_counts_has_no_loss(fields, label) -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = Criterion(**fields)(logits, torch.full((4,), label), "single_label_classification")
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
 
 
 @pytest.mark.parametrize("objective", ["joint", "two_stage", "alternating", "gradient_equilibrium", "single_exit"])
