@@ -90,14 +90,14 @@ class Stage:
             for parameter in others:
                 parameter.requires_grad = True
 
-    def set_modes(self, model: nn.Module) -> None:
-        """Where all that the exits read is frozen, it is in evaluation mode: a teacher without dropout gives the same
-        answer every time."""
+    def set_modes(self, model: nn.Module, last: int) -> None:
+        """Where all that the exits read is frozen, it is in evaluation mode, and so is exit M, which is `last`: a
+        teacher without dropout gives the same answer every time."""
         if self.earlier_exits is not True:
             return
         training = model.training
         for name, module in model.named_modules():
-            module.training = training and ".badge_" in name
+            module.training = training and is_earlier_exit(f"{name}.", last)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -146,7 +146,7 @@ class MultiExitTrainer(CachingTrainer):
             check_labels(self.badge.config_of(), labels, count_rows(**features), count_positions(**features))
         training = model.training
         if self._stage is not None:
-            self._stage.set_modes(model)
+            self._stage.set_modes(model, self.exits[-1])
         objective = self.exit_objective
         outputs = model(**features, **self.cached(inputs, training), exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits

@@ -449,9 +449,10 @@ def test_the_backbone_is_quiet_in_stage_two(tmp_path):
     assert modes.seen["stage2"] == {("backbone", False), ("exit", True)}
 
 
-def test_the_teacher_of_stage_two_is_the_same_every_time(tmp_path):
+@pytest.mark.parametrize("final_exit", ["base_head", "exit"])
+def test_the_teacher_of_stage_two_is_the_same_every_time(final_exit, tmp_path):
     base = make_model(hidden_dropout_prob=0.5)
-    model = get_peft_model(base, BadgeConfig(r=4))
+    model = get_peft_model(base, BadgeConfig(r=4, final_exit=final_exit, exit_dropout=0.5))
     seen = {"stage1": [], "stage2": []}
 
     class Watch(TrainerCallback):

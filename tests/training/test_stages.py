@@ -108,10 +108,10 @@ def test_only_the_exits_of_a_frozen_teacher_are_in_training_mode(tmp_path) -> No
     model = make()
     for stage, training in ((first, {True}), (second, {False})):
         model.train()
-        stage.set_modes(model)
+        stage.set_modes(model, 3)
         of = {name: module.training for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
         assert {mode for name, mode in of.items() if ".badge_" not in name} == training
         assert {module.training for name, module in model.named_modules() if ".badge_" in name} == {True}
     model.eval()
-    second.set_modes(model)
+    second.set_modes(model, 3)
     assert not any(module.training for module in model.modules())
