@@ -239,12 +239,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, tempe
         student: [B, K].
         teacher: [B, K], without gradient.
         problem_type: As transformers has it.
-        temperature: T.
+        temperature: T, of distributions; values have none.
     """
-    student, teacher = student.float() / temperature, teacher.float() / temperature
+    student, teacher = student.float(), teacher.float()
     problem = problem_of(problem_type)
     if not problem.gives_labels:
         return F.mse_loss(student, teacher)
+    student, teacher = student / temperature, teacher / temperature
     if not problem.many_labels:
         kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
         return kl * temperature**2

@@ -103,12 +103,13 @@ def test_distillation_loss(problem_type, temperature):
     assert float(distillation_loss(LOGITS[0], LOGITS[0], problem_type, temperature)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_distillation_of_regression_is_the_squared_distance():
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_distillation_of_regression_is_the_squared_distance(temperature):
     student, teacher = LOGITS[0, :, :1], LOGITS[1, :, :1]
     expected = (
         sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)) / 5
     )
-    assert float(distillation_loss(student, teacher, REGRESSION)) == pytest.approx(expected, rel=1e-5)
+    assert float(distillation_loss(student, teacher, REGRESSION, temperature)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
