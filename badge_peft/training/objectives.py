@@ -36,6 +36,7 @@ class Step:
         output: Of the pass.
         criterion: The loss of one exit against labels.
         groups: [B], the query of each row, where the batch has it.
+        training: Whether a step is made of it, or an evaluation.
     """
 
     exits: list[int]
@@ -46,6 +47,7 @@ class Step:
     output: MultiExitOutput
     criterion: Criterion = field(default_factory=Criterion)
     groups: Tensor | None = None
+    training: bool = True
 
     def loss(self, index: int) -> Tensor:
         """Loss of one exit against the labels."""
@@ -118,10 +120,11 @@ class Objective:
 
 @dataclass
 class Alternating(Objective):
-    """ALT (BERxiT): the final exit alone at odd optimizer steps (counted from 1), all exits at even ones."""
+    """ALT (BERxiT): the final exit alone at odd optimizer steps (counted from 1), all exits at even ones and in every
+    evaluation."""
 
     def __call__(self, step: Step) -> Tensor:
-        if step.number % 2 == 0:
+        if step.training and step.number % 2 == 0:
             return step.loss(-1)
         return super().__call__(step)
 

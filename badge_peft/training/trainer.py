@@ -155,7 +155,9 @@ class MultiExitTrainer(CachingTrainer):
         )
         problem_type = config.resolved_problem_type
         number, criterion = self.state.global_step, self._criterion()
-        loss = objective(Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS)))
+        loss = objective(
+            Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS), training)
+        )
         if training:
             check_loss(loss, self.state.global_step + 1)
         if labels is not None and uncertainties is not None and self._trains_uncertainty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,11 @@ def test_alternating_by_step(number):
     """The first step trains the final exit alone, the second all of them, and so on."""
     found = Alternating()(step(number=number))
     assert float(found) == pytest.approx(hard(3) if number % 2 == 0 else sum(map(hard, range(4))), rel=1e-6)
+
+
+def test_alternating_is_evaluated_by_all_exits():
+    evaluated = replace(step(number=0), training=False)
+    assert float(Alternating()(evaluated)) == pytest.approx(sum(map(hard, range(4))), rel=1e-6)
 
 
 @pytest.mark.parametrize(("depth", "index"), [(1, 0), (3, 2), (5, 3)])
