@@ -70,6 +70,39 @@ def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
         )
 
 
+def check_optimizer_options(given: tuple[Any, dict[str, Any]] | None) -> None:
+    """Refuses a learning rate that would not be used.
+
+    Args:
+        given: Trainer's `optimizer_cls_and_kwargs`.
+
+    Raises:
+        ValueError: it has a rate.
+    """
+    if given is not None and "lr" in given[1]:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has lr={given[1]['lr']}, but each part of the model has a rate of its own: "
+            "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
+        )
+
+
+def check_given_optimizer(given: bool, folder: str) -> None:
+    """Refuses an optimizer, or a schedule, that a training in stages would replace.
+
+    Args:
+        given: Whether the trainer was given one.
+        folder: Of the first stage; "" where the training has no stages.
+
+    Raises:
+        ValueError: both.
+    """
+    if given and folder:
+        raise ValueError(
+            "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
+            "parameters. Leave it out, and set optim or optimizer_cls_and_kwargs and the rates in the arguments."
+        )
+
+
 def check_evaluation(
     args: TrainingArguments,
     eval_dataset: Any,

@@ -30,6 +30,8 @@ from badge_peft.training.preflight import (
     check_best_model,
     check_evaluation,
     check_final_exit,
+    check_given_optimizer,
+    check_optimizer_options,
     check_processes,
     chosen_set,
 )
@@ -70,6 +72,7 @@ class MultiExitTrainer(CachingTrainer):
 
     args: MultiExitTrainingArguments
     _stage: Stage | None = None  # the one that runs
+    _has_trained = False
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class MultiExitTrainer(CachingTrainer):
         self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
+        check_optimizer_options(self.optimizer_cls_and_kwargs)
+        self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
         self._choose_metric()
@@ -190,10 +195,12 @@ class MultiExitTrainer(CachingTrainer):
         return layer is not None and any(p.requires_grad for p in layer.parameters())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The arguments' optimizer, with a learning rate for each part of the model."""
+        """The arguments' optimizer or `optimizer_cls_and_kwargs`, with a learning rate for each part of the model."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            options.pop("lr", None)
+            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, self.model)
+            )
+            cls, options = found[0], {name: value for name, value in found[1].items() if name != "lr"}
             groups = parameter_groups(
                 self._module,
                 self.args.adapter_learning_rate,
@@ -215,8 +222,8 @@ class MultiExitTrainer(CachingTrainer):
         Raises:
             ValueError: steps without a gradient lie ahead, or evaluations without labels, label smoothing, class
                 weights or a loss function that nothing would read, a best checkpoint that holds no weights of the
-                adapter, or several processes that do not know of one another; or a trial of a search has set a field
-                to a value that is not allowed.
+                adapter, an optimizer of your own for a training in stages, or several processes that do not know of
+                one another; or a trial of a search has set a field to a value that is not allowed.
         """
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
         self.args.check()
@@ -239,6 +246,9 @@ class MultiExitTrainer(CachingTrainer):
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
+        check_given_optimizer(self._given_optimizer, stages[0].folder)
+        if self._has_trained and not self._given_optimizer:
+            self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before
         self.num_stages = len(stages)
         try:
             for stage in stages:
@@ -250,6 +260,7 @@ class MultiExitTrainer(CachingTrainer):
                         self.save_model(str(Path(str(self.args.output_dir), "best")))
                 resume_from_checkpoint = None
         finally:
+            self._has_trained = True
             self._cache.close()
         return output
 

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, TrainingArguments
 from badge_peft import exit_scores
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.training import MultiExitTrainer, multi_exit_arguments
+from badge_peft.training import MultiExitTrainer, multi_exit_arguments, parameter_groups
 from badge_peft.training.preflight import check_evaluation
 from tests import reference
 from tests.models import exits_of, make_badge, needs_safe_torch_load
@@ -319,6 +319,41 @@ def test_learning_rates_by_part(fields, options, rates, tmp_path):
     assert parts["adapter"] == {name for name in names.values() if ".badge_" in name}
     assert set.union(*parts.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(".modules_to_save." in name for name in parts["head"])
+
+
+def test_each_training_has_an_optimizer_of_its_own(tmp_path):
+    """With the rates that the arguments have by then, and the parameters of its objective."""
+    model = make()
+    trainer = make_trainer(tmp_path, model, objective="two_stage")
+    trainer.train()
+    before = weights(model)
+    trainer.args.objective, trainer.args.adapter_learning_rate, trainer.args.head_learning_rate = "joint", 0.0, 0.1
+    trainer.train()
+    assert moved(before, weights(model)) == {name for name in before if ".modules_to_save." in name}
+
+
+def test_a_kind_of_optimizer(tmp_path):
+    kind = (torch.optim.Adagrad, {"eps": 0.5})
+    trainer = MultiExitTrainer(make(), arguments(tmp_path), train_dataset=Rows(), optimizer_cls_and_kwargs=kind)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.Adagrad and optimizer.defaults["eps"] == 0.5
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"head": 1e-3, "adapter": 1e-2}
+    with pytest.raises(ValueError, match="optimizer_cls_and_kwargs has lr=0.3"):
+        MultiExitTrainer(make(), arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.3}))
+
+
+def test_a_given_optimizer_is_used_or_refused(tmp_path):
+    model = make()
+    given, before = torch.optim.SGD(parameter_groups(model, 0.5)), weights(model)
+    trainer = MultiExitTrainer(model, arguments(tmp_path), train_dataset=Rows(), optimizers=(given, None))
+    trainer.args.objective = "two_stage"
+    with pytest.raises(ValueError, match="optimizers=... is not allowed with objective='two_stage'"):
+        trainer.train()
+    assert not moved(before, weights(model))
+    trainer.args.objective = "joint"
+    for _ in range(2):
+        trainer.train()
+        assert trainer.optimizer.optimizer is given
 
 
 def test_a_schedule_scales_every_rate(tmp_path):
