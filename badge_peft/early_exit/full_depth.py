@@ -106,7 +106,7 @@ def full_depth_output(
         loss = sum_losses(losses, loss_weights(config.exit_weights, exits))
         if reader.exit_uncertainty:
             doubts = {m: flat(x) for m, x in reader.exit_uncertainty.items()}
-            loss = loss + uncertainty_loss(doubts, each, labels, config.resolved_problem_type)
+            loss = loss + uncertainty_loss(doubts, each, labels, config.resolved_problem_type, num_items)
     return MultiExitOutput(
         loss=loss,
         logits=logits[-1],

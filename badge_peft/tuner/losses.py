@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from badge_peft.utils.checks import check_choice, is_number
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import NO_LABEL, problem_of
 
 
 def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any = None) -> Tensor:
@@ -29,7 +29,11 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any 
 
 
 def uncertainty_loss(
-    uncertainty: dict[int, Tensor], exit_logits: dict[int, Tensor], labels: Tensor, problem_type: str
+    uncertainty: dict[int, Tensor],
+    exit_logits: dict[int, Tensor],
+    labels: Tensor,
+    problem_type: str,
+    num_items: Any = None,
 ) -> Tensor:
     """The loss of learning to exit: the mean over exits and rows of (u - t)^2, where t says how wrong the exit is: 1
     or 0, for regression |tanh(y' - y)|. Source: BERxiT, section 4.2 (with the complement, certainty, there).
@@ -39,6 +43,7 @@ def uncertainty_loss(
         exit_logits: Block number -> [B, K].
         labels: As for `exit_loss`.
         problem_type: As for `exit_loss`.
+        num_items: As for `exit_loss`; the mean is weighted by the share of these labels that is here.
     """
     problem, losses = problem_of(problem_type), []
     counts = problem.has_label(labels)
@@ -46,7 +51,10 @@ def uncertainty_loss(
         wrong = problem.error(exit_logits[m].detach(), labels)
         squares = F.mse_loss(predicted.float(), wrong, reduction="none")
         losses.append((squares * counts).sum() / counts.sum().clamp(min=1))
-    return torch.stack(losses).mean()
+    loss = torch.stack(losses).mean()
+    if num_items is None:
+        return loss
+    return loss * (labels != NO_LABEL).sum() / torch.as_tensor(num_items, device=loss.device)
 
 
 def check_weights(weights: Any) -> str | list[float]:

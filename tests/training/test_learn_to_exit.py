@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
 from badge_peft.early_exit.policies import build_policy
@@ -17,7 +18,7 @@ from tests import reference
 from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
 from tests.thresholds import in_a_gap
 
-from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, make, make_trainer, moved, weights
+from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
 
 BATCH = make_batch()
 RATES = {"adapter_learning_rate": 0.1, "max_steps": 5}
@@ -256,6 +257,17 @@ def test_without_the_layer_it_says_so():
 def test_wrong_value(value):
     with pytest.raises(ValueError, match=f"learn_to_exit={value!r} is not allowed: it must be True or False"):
         BadgeConfig(learn_to_exit=value)
+
+
+def test_accumulation_of_a_plain_trainer_does_not_change_it(tmp_path):
+    found = []
+    for size, steps in ((8, 1), (2, 4)):
+        model = make(learn_to_exit=True)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        Trainer(model, arguments(tmp_path, **options), train_dataset=Rows(), optimizers=(optimizer, None)).train()
+        found.append(weights(model))
+    close(found[1], found[0])
 
 
 def test_doubts_are_no_prediction_of_the_trainer(tmp_path):
