@@ -320,5 +320,6 @@ class MultiExitTrainer(CachingTrainer):
         report = {"s_avg": scores.avg, "s_best": scores.best, "final": scores.per_exit[-1]}
         report.update({f"exit_{m}": s for m, s in zip(self.exits, scores.per_exit, strict=True)})
         if self._user_metrics is not None:
-            report.update(self._user_metrics(EvalPrediction(logits, prediction.label_ids), **kwargs))
+            own = EvalPrediction(logits, prediction.label_ids, prediction.inputs, prediction.losses)
+            report.update(self._user_metrics(own, **kwargs))
         return report

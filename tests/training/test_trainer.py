@@ -89,6 +89,14 @@ def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_pa
     np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
 
 
+def test_compute_metrics_of_the_user_sees_what_it_asks_for(tmp_path):
+    seen: list[EvalPrediction] = []
+    options = {"include_for_metrics": ["inputs", "loss"], "compute_metrics": lambda p: seen.append(p) or {}}
+    found = make_trainer(tmp_path, make(), **options).evaluate()
+    np.testing.assert_array_equal(seen[0].inputs, Rows().batch["input_ids"].numpy())
+    assert seen[0].losses.mean() == pytest.approx(found["eval_loss"])
+
+
 @pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("learn_to_exit", [False, True])
 def test_predict(learn_to_exit, labeled, tmp_path):
