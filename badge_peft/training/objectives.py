@@ -225,9 +225,14 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
     """The objective called `name`; `two_stage` gives its first stage.
 
     Raises:
-        ValueError: no such objective, or `single_exit` without a depth.
+        ValueError: no such objective, `single_exit` without a depth, or distillation where no loss has a share for it.
     """
     check_choice("objective", name, OBJECTIVES)
+    if options.get("distillation") and name in ("single_exit", "past_future"):
+        raise ValueError(
+            f"distillation={options['distillation']} is not allowed with objective={name!r}, in whose loss nothing "
+            "follows exit M: leave it out, or take another objective, such as 'joint'."
+        )
     if name == "single_exit":
         if depth is None:
             raise ValueError("objective='single_exit' needs depth: the block number of the exit.")

@@ -14,8 +14,10 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from badge_peft.training.arguments import MultiExitTrainingArguments
+from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.objectives import EarlierExits, Objective, make_objective
+
+_OF_OBJECTIVE = ("depth", "exit_weights", "distillation", "distillation_temperature")
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,17 @@ def make_stages(
         args: Objective and its options.
         exit_weights: The adapter's, for where `args` have none.
         own: An objective in place of that of `args`.
+
+    Raises:
+        ValueError: `args` have options that `own` does not read.
     """
     if own is not None:
+        for name in _OF_OBJECTIVE:
+            if getattr(args, name) != OWN_FIELDS[name]:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} would be ignored: the objective is an object of your own, with "
+                    f"options of its own. Leave it out, and give it to {type(own).__name__}."
+                )
         return [Stage(own)]
     weights = exit_weights if args.exit_weights is None else args.exit_weights
     options: dict[str, Any] = {

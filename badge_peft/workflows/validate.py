@@ -10,7 +10,7 @@ from badge_peft.evaluation.confidence import rows_to_certify
 from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model_card import read_card
 from badge_peft.training.arguments import from_json
-from badge_peft.training.objectives import OBJECTIVES
+from badge_peft.training.objectives import make_objective
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
 from badge_peft.tuner.losses import check_weights
@@ -33,7 +33,7 @@ def check_settings(settings: TrainSettings) -> None:
             batch evenly.
     """
     exits, training = settings.exits, settings.training
-    check_choice("objective", training.objective, OBJECTIVES)
+    make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)
     policy = settings.goal.policy
     check_policy_name(policy, "auto")
     kind = POLICIES.get(policy)

@@ -10,7 +10,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from badge_peft.training import MultiExitTrainer, MultiExitTrainingArguments, multi_exit_arguments
-from badge_peft.training.objectives import OBJECTIVES, FinalExit
+from badge_peft.training.objectives import OBJECTIVES, FinalExit, Objective
 
 from .runs import Rows, Stop, arguments, make, make_trainer, moved, weights
 
@@ -195,6 +195,15 @@ def test_arguments_and_keywords_give_the_same_training(own, tmp_path) -> None:
 def test_an_objective_of_ones_own(tmp_path) -> None:
     trainer = make_trainer(tmp_path, make(), objective=FinalExit())
     assert isinstance(trainer.exit_objective, FinalExit) and trainer.args.objective == "joint"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("depth", 2), ("exit_weights", "linear"), ("distillation", 0.5), ("distillation_temperature", 2.0)],
+)
+def test_what_an_objective_of_ones_own_does_not_read(name, value, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r} would be ignored: .* give it to Objective"):
+        make_trainer(tmp_path, make(), objective=Objective(), **{name: value})
 
 
 def test_arguments_are_read_by_each_training(tmp_path) -> None:

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from badge_peft.training.criterion import Criterion
+from badge_peft.training.objectives import Objective
 from tests.models import exits_of
 
 from .runs import MULTI, PROBLEMS, REGRESSION, ROWS, Rows, arguments, close, make, make_trainer, moved, weights
@@ -100,6 +101,9 @@ def test_refused_where_nothing_would_read_them(tmp_path) -> None:
     trainer.args.distillation = 1.0
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: with distillation=1"):
         trainer.train()
+    own = make_trainer(tmp_path, make(), objective=Objective(distillation=1.0), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: with distillation=1"):
+        own.train()
     trainer.args.distillation, trainer.compute_loss_func = 0.0, weighted
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored beside compute_loss_func"):
         trainer.train()

@@ -169,6 +169,12 @@ def test_bad_values(build, message):
         build()
 
 
+@pytest.mark.parametrize("name", ["single_exit", "past_future"])
+def test_distillation_that_nothing_would_read(name):
+    with pytest.raises(ValueError, match=f"distillation=0.5 is not allowed with objective='{name}'"):
+        make_objective(name, 1, distillation=0.5)
+
+
 def test_by_name():
     kinds = {
         "joint": (Objective, EarlyExitPass),
@@ -180,9 +186,10 @@ def test_by_name():
     }
     assert tuple(kinds) == OBJECTIVES
     for name, (kind, run) in kinds.items():
-        objective = make_objective(name, depth=2, distillation=0.5, temperature=2.0, weights="linear")
+        share = 0.0 if name in ("past_future", "single_exit") else 0.5
+        objective = make_objective(name, depth=2, distillation=share, temperature=2.0, weights="linear")
         assert type(objective) is kind and objective.exit_pass is run
-        assert (objective.distillation, objective.temperature, objective.weights) == (0.5, 2.0, "linear")
+        assert (objective.distillation, objective.temperature, objective.weights) == (share, 2.0, "linear")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

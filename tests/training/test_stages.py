@@ -36,16 +36,17 @@ def arguments(tmp_path, **values) -> MultiExitTrainingArguments:
     ],
 )
 def test_stages_of_an_objective(name, kinds, tmp_path) -> None:
-    args = arguments(tmp_path, objective=name, depth=2, distillation=0.25, distillation_temperature=3.0)
+    share = 0.0 if name in ("single_exit", "past_future") else 0.25
+    args = arguments(tmp_path, objective=name, depth=2, distillation=share, distillation_temperature=3.0)
     stages = make_stages(args, "linear")
     assert [type(stage.objective) for stage in stages] == kinds
     for stage in stages:
-        assert (stage.objective.distillation, stage.objective.temperature) == (0.25, 3.0)
+        assert (stage.objective.distillation, stage.objective.temperature) == (share, 3.0)
         assert stage.objective.weights == (None if name == "past_future" else "linear")  # GPF has its own
     args.exit_weights = [1.0, 2.0, 3.0]
     assert make_stages(args, "linear")[-1].objective.weights == [1.0, 2.0, 3.0]
     own = FinalExit()
-    assert [stage.objective for stage in make_stages(args, "linear", own)] == [own]
+    assert [stage.objective for stage in make_stages(arguments(tmp_path), "linear", own)] == [own]
 
 
 def test_arguments_of_a_stage_are_a_copy(tmp_path) -> None:
