@@ -146,10 +146,12 @@ class Search:
             study = optuna.create_study(
                 study_name="badge-peft train",
                 storage=JournalStorage(JournalFileBackend(str(path))),
-                sampler=optuna.samplers.TPESampler(seed=self.settings.training.seed, n_startup_trials=5),
                 direction="maximize",
                 load_if_exists=True,
             )
+        # a search that goes on must not draw what it has tried
+        seed = self.settings.training.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
         if study.user_attrs.setdefault("identity", self._identity) != self._identity:
             raise ValueError(
                 f"{path} holds the trials of another model, other data or other settings: remove it, or name another "

@@ -96,6 +96,17 @@ def test_what_cannot_be_searched(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_search_that_goes_on_draws_anew(tmp_path: Path) -> None:
+    asked: Any = SimpleNamespace(settings=TrainSettings(output_dir=tmp_path), _identity="the same")
+    drawn = []
+    for _ in range(2):
+        study = search.Search._study(asked)
+        trial = study.ask()
+        drawn.append(SearchSpace(asked.settings, True).suggest(trial))
+        study.tell(trial, 0.5)
+    assert drawn[0] != drawn[1]
+
+
 def test_a_first_trial_that_fails_is_an_error(
     place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
