@@ -127,6 +127,11 @@ def _check_search(settings: TrainSettings) -> None:
             f"trials={settings.search.trials} is not allowed with backbone={settings.exits.backbone!r}: all trials "
             "train on the same states, which takes a frozen backbone."
         )
+    if settings.training.no_cache_states:
+        raise ValueError(
+            f"trials={settings.search.trials} is not allowed with no_cache_states: all trials train on the same "
+            "states. Leave one of them out."
+        )
     if settings.search.search_for == "speed" and settings.goal.target_speedup is not None:
         raise ValueError(
             "for='speed' looks for the most blocks saved within max_score_drop, and target_speedup says how many: "

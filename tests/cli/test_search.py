@@ -83,6 +83,7 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
     ("options", "message"),
     [
         (("--backbone", "lora"), "trials=2 is not allowed with backbone='lora'"),
+        (("--no-cache-states",), "trials=2 is not allowed with no_cache_states"),
         (("--for", "fame"), "for='fame' is not allowed: it must be one of score, speed"),
         (("--for", "speed", "--target-speedup", 0.5), "for='speed' looks for the most blocks saved"),
         (("--exit-weights", "[0,0]"), "exit_weights=[0, 0] is not allowed"),
