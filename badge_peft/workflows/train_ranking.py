@@ -137,7 +137,7 @@ def _train(
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
-        for batch in query_batches(queries, options.batch_size, options.seed)
+        for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
     ]
     at_random: dict[str, Any] = {"group_by_length": False}
     if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
