@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from badge_peft.training.arguments import MultiExitTrainingArguments
-from badge_peft.training.numbered import ROWS, unnumbered
+from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
 from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage
 from badge_peft.training.state_cache import StateCache
@@ -63,6 +63,12 @@ class CachingTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         with self._cache.evaluation_rows(self, eval_dataset) as rows:
             return super().get_eval_dataloader(rows)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which would cut the last batch to the number of its items, where items are lists of rows."""
+        if holds_batches(unnumbered(dataloader.dataset)):
+            self.gather_function = self.accelerator.gather
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return same_order(super()._get_train_sampler(unnumbered(train_dataset)), self.args)

@@ -43,7 +43,7 @@ class NumberedRows(Dataset):
 
 def holds_batches(rows: Any) -> bool:
     """Whether the items of a data set are lists of rows."""
-    return len(rows) > 0 and isinstance(rows[0], list)
+    return hasattr(rows, "__len__") and len(rows) > 0 and isinstance(rows[0], list)
 
 
 def flat_rows(rows: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from badge_peft import BadgeConfig, cache_states, collect_exit_logits
 from badge_peft.outputs import MultiExitOutput
@@ -22,8 +22,10 @@ from badge_peft.training import (
 )
 from badge_peft.training.objectives import Step
 from badge_peft.training.ranking import listwise_loss
-from tests.models import make_badge, make_model
+from tests.models import exits_of, make_badge, make_model
 from tests.ranking.pairs import QUERY, make_documents, pair_tokenizer
+
+from .runs import REGRESSION, Rows, arguments, make
 
 SCORES = torch.randn(3, 7, 1, generator=torch.Generator().manual_seed(0))  # [E, B, 1]
 GROUPS = torch.tensor([4, 9, 4, 4, 9, 2, 9])
@@ -94,6 +96,21 @@ def test_what_is_refused():
         objective.check(two.peft_config["default"], [1, 2, 3])
     with pytest.raises(ValueError, match=r"train_head=False and final_exit='base_head'"):
         objective.check(trained.peft_config["default"], [1, 2, 3])
+
+
+def test_every_row_of_an_item_is_evaluated(tmp_path):
+    data = Rows(REGRESSION, 1, rows=10)
+    items = [[{**data[i], "groups": i // 2} for i in (first, first + 1)] for first in range(0, 10, 2)]
+    trainer = MultiExitTrainer(
+        make(REGRESSION, 1, train_head=False),
+        arguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False),
+        objective=RankingDistillation(),
+        data_collator=QueryCollator(default_data_collator),
+    )
+    found = trainer.predict(items)
+    np.testing.assert_array_equal(found.label_ids, data.labels.flatten().numpy())
+    expected = exits_of(trainer.model.eval(), data.batch)[:, -1]
+    np.testing.assert_allclose(found.predictions, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def rows_of_queries():
