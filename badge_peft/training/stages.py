@@ -102,6 +102,31 @@ class Stage:
             module.training = training and is_earlier_exit(f"{name}.", last)
 
 
+def stages_left(stages: list[Stage], args: MultiExitTrainingArguments, wanted: Any) -> list[Stage]:
+    """Of several stages those that a resumed training has before it.
+
+    Args:
+        stages: All, in their order.
+        args: Of the training.
+        wanted: As `resume_from_checkpoint`: a checkpoint, or True for the newest.
+
+    Raises:
+        ValueError: a checkpoint of none of the stages.
+    """
+    if not wanted or len(stages) == 1:
+        return stages
+    if wanted is True:
+        reached = [stage.has_checkpoint(args) for stage in stages]
+    else:
+        reached = [stage.folder in Path(wanted).parts for stage in stages]
+        if not any(reached):
+            raise ValueError(
+                f"resume_from_checkpoint={str(wanted)!r} is a checkpoint of no stage: name one in a folder "
+                f"{' or '.join(stage.folder for stage in stages)}, or take True for the newest."
+            )
+    return stages[max((i for i, found in enumerate(reached) if found), default=0) :]
+
+
 def newest_checkpoint(folder: Path) -> str | None:
     """The last checkpoint in `folder` that was written whole: the state of the trainer, its last file, can be read.
     None where there is none."""

@@ -36,7 +36,7 @@ from badge_peft.training.preflight import (
     chosen_set,
 )
 from badge_peft.training.rows import rows_of_loss, rows_of_scores
-from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
+from badge_peft.training.stages import Stage, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.state_cache import StateCache
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
@@ -239,10 +239,9 @@ class MultiExitTrainer(CachingTrainer):
         trains_final_exit = any(
             p.requires_grad and not is_earlier_exit(name, exits[-1]) for name, p in self._module.named_parameters()
         )
-        if len(stages) > 1 and (
-            not trains_final_exit or (resume_from_checkpoint and stages[1].has_checkpoint(self.args))
-        ):
+        if len(stages) > 1 and not trains_final_exit:
             stages = stages[1:]
+        stages = stages_left(stages, self.args, resume_from_checkpoint)
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)

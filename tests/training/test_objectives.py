@@ -589,6 +589,20 @@ def test_resume_in_either_stage(stage, at, fields, tmp_path):
     assert moved(weights(again), weights(make(**fields)))
 
 
+def test_resume_from_a_checkpoint_of_either_stage(tmp_path):
+    """The one that is named, also where later ones are there."""
+    options = {"objective": "two_stage", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = make()
+    make_trainer(tmp_path / "whole", whole, **options).train()
+    for stage, place in (("stage1", "whole"), ("stage2", "elsewhere")):
+        again = make()
+        trainer = make_trainer(tmp_path / place, again, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / stage / "checkpoint-1"))
+        close(weights(again), weights(whole))
+    with pytest.raises(ValueError, match="a checkpoint of no stage: name one in a folder stage1 or stage2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_resume_with_nothing_to_resume_from_starts_anew(tmp_path):
     whole, again = make(), make()
     make_trainer(tmp_path / "a", whole, objective="two_stage").train()
