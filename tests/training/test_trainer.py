@@ -15,6 +15,7 @@ from badge_peft import exit_scores
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments, parameter_groups
+from badge_peft.training.objectives import SingleExit
 from badge_peft.training.preflight import check_evaluation
 from tests import reference
 from tests.models import exits_of, make_badge, needs_safe_torch_load
@@ -172,6 +173,7 @@ SCORES = [[0.1, 0.2, 0.9], [0.6, 0.5, 0.4], [0.7, 0.1, 0.1], [0.2, 0.3, 0.3]]
         ({"metric_for_best_model": "exit_1", "greater_is_better": True}, "exit_1", 3),
         ({"metric_for_best_model": "eval_final", "greater_is_better": False}, "eval_final", 3),
         ({"objective": "single_exit", "depth": 1}, "exit_1", 3),
+        ({"objective": SingleExit(depth=1)}, "exit_1", 3),
     ],
     ids=str,
 )
