@@ -87,7 +87,7 @@ def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> Mu
         model=model,
         args=arguments(path, **options),
         train_dataset=data,
-        eval_dataset=Rows(data.problem_type, data.num_labels) if hasattr(data, "problem_type") else data,
+        eval_dataset=data,
         **own,
     )
 
