@@ -51,7 +51,7 @@ class StateCache:
         self.training: CachedStates | None = None
         self.evaluation: CachedStates | None = None
         self.report: dict[str, Any] = {}
-        self._known: list[tuple[Any, CachedStates]] = []  # with the data sets that they belong to
+        self._known: list[tuple[Any, CachedStates, dict[str, Any]]] = []  # of a data set, with their report
         self._is_kept = False
 
     @contextmanager
@@ -119,7 +119,7 @@ class StateCache:
         """Ends a training, and gives memory and files back."""
         self.training = self.evaluation = None
         if not self._is_kept:
-            for _, states in self._known:
+            for _, states, _ in self._known:
                 if states is not self.given:
                     states.close()
             self._known.clear()
@@ -127,12 +127,15 @@ class StateCache:
     def _states_of(self, rows: Any, trainer: Any, given: CachedStates | None = None) -> CachedStates:
         """The states of a data set: those that are known, as long as they fit the model, those given, or new ones."""
         check_backbone(trainer.badge)  # states of a stage before may be known
+        args, trains = trainer.args, rows is trainer.train_dataset
         for known in self._known:
+            _, states, report = known
             if known[0] is rows:
-                if _misfit(known[1], trainer) is None:
-                    return known[1]
-                if known[1] is not given:
-                    known[1].close()
+                if _misfit(states, trainer) is None and report.get("dtype", args.cache_dtype) == args.cache_dtype:
+                    self.report = report if trains else self.report
+                    return states
+                if states is not self.given:
+                    states.close()
                 self._known.remove(known)
                 break
         plain, collate = _without_unused_columns(trainer, rows)
@@ -145,19 +148,18 @@ class StateCache:
                 misfit = "the states are those of other texts"
             if misfit is not None:
                 raise CannotCache(misfit)
-            states, self.report = given, {"kept": True, "bytes": given.nbytes, "where": "given"}
+            states, report = given, {"kept": True, "bytes": given.nbytes, "where": "given"}
         else:
-            args = trainer.args
             folder, dtype = Path(str(args.output_dir)), args.cache_dtype
-            room = args.cache_memory_gb - sum(known.nbytes for _, known in self._known if not known.is_mapped) / 1e9
+            room = args.cache_memory_gb - sum(known.nbytes for _, known, _ in self._known if not known.is_mapped) / 1e9
             passes = StatePasses(trainer.badge, features, collate, trainer.accelerator.autocast)
             states = passes.collect(BATCH_SIZE, dtype, room, folder, not args.disable_tqdm)
             place = str(folder if states.is_mapped else "memory")
-            if rows is trainer.train_dataset:
-                self.report = {"kept": True, "dtype": dtype, "bytes": states.nbytes, "where": place}
+            report = {"kept": True, "dtype": dtype, "bytes": states.nbytes, "where": place}
             size = states.nbytes / 1e9
             logger.info("states of %d rows are cached as %s: %.2f GB in %s.", len(features), dtype, size, place)
-        self._known.append((rows, states))
+        self.report = report if trains else self.report
+        self._known.append((rows, states, report))
         return states
 
 

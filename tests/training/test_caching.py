@@ -481,6 +481,19 @@ def test_trials_share_the_states(tmp_path, monkeypatch):
     assert best.hyperparameters and trainer._cache.training is None
 
 
+def test_a_trial_may_choose_how_states_are_kept(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    dtypes, kept = ["float16", "float32"], []
+    trainer = make_trainer(tmp_path, None, model_init=lambda: make(), cache_states="auto", **HALF)
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"cache_dtype": trial.suggest_categorical("cache_dtype", dtypes)},
+        compute_objective=lambda metrics: kept.append((trainer.args.cache_dtype, trainer.state_cache["dtype"])) or 0.0,
+        n_trials=2,
+        sampler=optuna.samplers.GridSampler({"cache_dtype": dtypes}),
+    )
+    assert sorted(kept) == [(dtype, dtype) for dtype in dtypes]
+
+
 def test_trials_that_train_the_backbone_have_states_of_their_own(tmp_path):
     """The second stage of a trial leaves states behind, which are those of its LoRA."""
     pytest.importorskip("optuna")
