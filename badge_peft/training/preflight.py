@@ -52,6 +52,19 @@ def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: 
     )
 
 
+def check_batch_metrics(args: TrainingArguments) -> None:
+    """Refuses scores of one batch at a time, which do not add up to those of all rows.
+
+    Raises:
+        ValueError: `batch_eval_metrics`.
+    """
+    if args.batch_eval_metrics:
+        raise ValueError(
+            "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
+            "out."
+        )
+
+
 def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
     """Refuses to load, at the end, the weights of another adapter.
 

@@ -27,6 +27,7 @@ from badge_peft.training.numbered import ROWS
 from badge_peft.training.objectives import GROUPS, Objective, SingleExit, Step
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
+    check_batch_metrics,
     check_best_model,
     check_evaluation,
     check_final_exit,
@@ -97,6 +98,7 @@ class MultiExitTrainer(CachingTrainer):
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
         check_optimizer_options(self.optimizer_cls_and_kwargs)
+        check_batch_metrics(self.args)
         self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"

@@ -7,7 +7,13 @@ import torch
 
 from badge_peft.training import MultiExitTrainingArguments
 from badge_peft.training.objectives import Alternating, Objective
-from badge_peft.training.preflight import check_best_model, check_evaluation, check_final_exit, check_processes
+from badge_peft.training.preflight import (
+    check_batch_metrics,
+    check_best_model,
+    check_evaluation,
+    check_final_exit,
+    check_processes,
+)
 
 
 @pytest.mark.parametrize(("started", "known", "fails"), [(1, 1, False), (2, 1, True), (2, 2, False)])
@@ -45,6 +51,14 @@ def test_evaluations_without_labels(tmp_path) -> None:
     with pytest.raises(ValueError, match="metric_for_best_model='s_avg' .* no labels.*column 'labels'"):
         check_evaluation(args, [{"text": "a"}], ["labels"], batches)
     check_evaluation(args, None, ["labels"], batches)
+
+
+def test_scores_of_one_batch_at_a_time(tmp_path) -> None:
+    args = MultiExitTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    check_batch_metrics(args)
+    args.batch_eval_metrics = True
+    with pytest.raises(ValueError, match="batch_eval_metrics=True is not allowed: the scores of the exits"):
+        check_batch_metrics(args)
 
 
 def test_the_best_checkpoint_of_another_adapter(tmp_path) -> None:
