@@ -98,7 +98,7 @@ def _words(value: list[Any], number: int, column: str, tokens: bool) -> list[str
             f"row {number} has a list in column {column!r}, and the adapter classifies texts: give texts, or "
             "an adapter for tokens."
         )
-    if not value or not all(isinstance(word, str) for word in value):
+    if not all(isinstance(word, str) for word in value):
         raise ValueError(f"row {number} has no list of tokens in column {column!r}: {str(value)[:80]}.")
     return [whole(word) for word in value]
 

@@ -167,6 +167,15 @@ def test_predict_names_entities_of_texts(corpus: Path, adapter: Path, cli: Cli) 
     assert [line["exit"] for line in batched] == [json.loads(line)["exit"] for line in alone]
 
 
+def test_a_row_without_tokens_has_no_entities(adapter: Path, cli: Cli) -> None:
+    """As an empty text has none; training leaves both out."""
+    given = "".join(json.dumps({"tokens": words}) + "\n" for words in ([], ["a", "fine"], []))
+    found = [json.loads(x) for x in cli("predict", adapter, "--format", "jsonl", input=given).stdout.splitlines()]
+    (empty,) = map(json.loads, cli("predict", adapter, input="\n").stdout.splitlines())
+    assert found[0] == found[2] == {"tokens": [], "tags": [], "entities": [], "exit": empty["exit"]}
+    assert empty["entities"] == [] and len(found[1]["tags"]) == 2
+
+
 def test_many_tasks_with_tokens_among_them(corpus: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:
     text = write_csv(tmp_path / "texts.csv", ROWS[:60])
     cli("train", corpus / "encoder", text, "--output-dir", tmp_path / "mood", *FAST)
