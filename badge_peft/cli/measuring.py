@@ -117,6 +117,10 @@ def sweep(
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
     for name in names or []:
         check_choice("policies", name, tuple(POLICIES))
+    if names == []:
+        raise ValueError(
+            f"policies={policies!r} names no policy: name some of {', '.join(POLICIES)}, or leave it out."
+        )
     if plot is not None:
         check_picture(plot)
     shared.prepare_folder(plot, json_file)

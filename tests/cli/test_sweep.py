@@ -34,6 +34,7 @@ def test_data_and_a_file_of_logits_give_the_same(trained: Path, place: Path, cli
 
 def test_wrong_input(trained: Path, place: Path, cli: Cli, adapter: Path, tmp_path: Path) -> None:
     one_line(cli("sweep", trained, "--policies", "patience,luck", fails=True), "policies='luck'", "divergence")
+    one_line(cli("sweep", trained, "--policies", " ,", fails=True), "policies=' ,' names no policy", "divergence")
     one_line(cli("sweep", tmp_path / "nothing", fails=True), "no file or folder")
     one_line(cli("sweep", place / "rows.csv", fails=True), "rows.csv", "no exit logits")
     one_line(cli("sweep", place, fails=True), "holds no adapter")
