@@ -72,7 +72,8 @@ def certified(
         best = point
     if best is None:
         raise ValueError(
-            f"no setting could be certified to lose at most {alpha} with confidence {confidence} on {half} test rows: "
+            f"no setting could be certified to lose at most {alpha} with confidence {confidence} on "
+            f"{len(rows) - half} test rows: "
             "give more rows, or allow more."
         )
     return evaluate_policy(exit_logits, best.config, metric), len(test_half.units)

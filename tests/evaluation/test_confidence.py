@@ -8,8 +8,9 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
-from badge_peft.evaluation import calibrate, evaluate_policy, exit_scores
+from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
 from badge_peft.evaluation.confidence import is_certified, rows_needed, rows_to_certify
 
 from .logits import MULTI, REGRESSION, SINGLE, plausible
@@ -75,6 +76,17 @@ def test_it_holds_on_new_rows() -> None:
     assert exit_scores(new).per_exit[-1] - evaluate_policy(new, config).score < 0.02
     easier = calibrate(stored, "divergence", max_score_drop=0.1, confidence=0.9)
     assert easier.calibration is not None and easier.calibration["layer_speedup"] > record["layer_speedup"]
+
+
+def test_the_rows_that_certified_nothing_are_those_of_the_test() -> None:
+    """Exit 1 is right on all rows that choose, and wrong on all that test it, one more of an odd number."""
+    rows = 2 * rows_needed(0.05, 0.95) + 1
+    order, labels = torch.randperm(rows, generator=torch.Generator().manual_seed(0)), torch.arange(rows) % 2
+    answers = torch.stack([labels, labels], dim=1)
+    answers[order[rows // 2 :], 0] += 1
+    logits = 5.0 * torch.nn.functional.one_hot(answers % 2)
+    with pytest.raises(ValueError, match=f"on {rows // 2 + 1} test rows: give more rows"):
+        calibrate(ExitLogits(logits, labels=labels), "patience", max_score_drop=0.05, confidence=0.95)
 
 
 def test_what_cannot_be_certified() -> None:
