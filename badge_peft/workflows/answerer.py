@@ -17,6 +17,7 @@ from badge_peft.workflows.predict import Pair, predict
 from badge_peft.workflows.tasks import open_tasks, predict_tasks
 
 _WHOLE = ("exit", "rank", "blocks", "start", "end")  # what `predict` gives as a whole number
+_OF_TOKENS = ("text", "tokens", "tags", "entities", "exit")  # of texts and of lists of tokens, which may be mixed
 _ENTITY = ("label", "start", "end", "text", "confidence", "exit")
 
 
@@ -81,7 +82,8 @@ class Answerer:
     def table(self, texts: list[Pair]) -> pa.Table:
         """The same as columns, of the same types for any texts: none give the columns without rows."""
         lines = list(self(texts or [("", "" if self.by_query else None)]))
-        schema = pa.schema([(name, _type_of(name, value)) for name, value in lines[0].items()])
+        columns = dict.fromkeys(_OF_TOKENS) if self.tokens else lines[0]
+        schema = pa.schema([(name, _type_of(name, value)) for name, value in columns.items()])
         return pa.Table.from_pylist(lines, schema).slice(0, len(texts))
 
 

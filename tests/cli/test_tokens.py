@@ -16,6 +16,7 @@ from transformers import AutoModelForTokenClassification
 from badge_peft import ExitLogits, load_pretrained
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.settings import Columns
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
@@ -174,6 +175,17 @@ def test_a_row_without_tokens_has_no_entities(adapter: Path, cli: Cli) -> None:
     (empty,) = map(json.loads, cli("predict", adapter, input="\n").stdout.splitlines())
     assert found[0] == found[2] == {"tokens": [], "tags": [], "entities": [], "exit": empty["exit"]}
     assert empty["entities"] == [] and len(found[1]["tags"]) == 2
+
+
+def test_a_table_of_answers_has_the_same_columns_for_texts_and_tokens(adapter: Path) -> None:
+    answerer = Answerer(Answering(str(adapter), device="cpu"))
+    text, tokens = ("a fine film", None), (["a", "fine"], None)
+    found, first, none = answerer.table([text, tokens]), answerer.table([tokens]), answerer.table([])
+    assert found.schema == first.schema == none.schema and len(none) == 0
+    rows = found.to_pylist()
+    assert rows[0]["text"] == text[0] and rows[0]["tokens"] is rows[0]["tags"] is None
+    assert rows[1] == first.to_pylist()[0] and rows[1]["tokens"] == tokens[0] and len(rows[1]["tags"]) == 2
+    assert rows[1]["text"] is None and all(row["entities"] is not None for row in rows)
 
 
 def test_many_tasks_with_tokens_among_them(corpus: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:
