@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.policies.agreement import AgreementPolicy
 from badge_peft.early_exit.policies.agreement_features import features
 from badge_peft.early_exit.policies.agreement_fit import fitted_parameters
 
@@ -54,6 +58,15 @@ def test_the_rounding_of_logits_does_not_move_the_fit(problem_type: str) -> None
     )
     for name in ("coefficients", "intercepts"):
         np.testing.assert_allclose(np.hstack(one[name]), np.hstack(other[name]), rtol=1e-4, atol=1e-4)
+
+
+def test_no_row_goes_beyond_the_reference() -> None:
+    history, asked = ExitHistory.of(_logits(), [1, 2, 3], SINGLE), EarlyExitConfig(policy="agreement", max_exit=3)
+    fitted = AgreementPolicy.fit(asked, history, None, reference=2)
+    assert fitted.max_exit == 3 and AgreementPolicy(fitted).max_exit == 2
+    assert AgreementPolicy.fit(replace(asked, max_exit=None), history, None, reference=2).max_exit == 2
+    with pytest.raises(ValueError, match="min_exit=3 is deeper than exit 2, beyond which no row goes"):
+        AgreementPolicy.fit(replace(asked, min_exit=3), history, None, reference=2)
 
 
 def _logits() -> np.ndarray:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
@@ -63,6 +64,19 @@ def test_what_was_fitted_elsewhere_is_refused(exits, problem_type):
     policy.check([1, 2, 3], 3, "single_label_classification")
     with pytest.raises(ValueError, match=r"for single_label_classification with exits at blocks \[1, 2, 3\]"):
         policy.check(exits, 3, problem_type)
+
+
+@pytest.mark.parametrize(("problem_type", "labels"), [("single_label_classification", 3), ("regression", 1)])
+def test_no_row_goes_beyond_what_was_fitted(problem_type, labels):
+    """The reference answers at the latest: nothing was fitted for what is deeper."""
+    fields = fields_of("agreement", [1, 2, 3], labels, problem_type)
+    fields["parameters"]["reference"] = 2
+    logits = torch.randn(50, 3, labels, generator=torch.Generator().manual_seed(0))
+    for cap, last in ((None, 2), (3, 2), (2, 2), (1, 1)):
+        policy = build_policy(**fields, max_exit=cap, threshold=1.0 if labels > 1 else 0.0)
+        assert int(policy.replay(logits, problem_type=problem_type).max()) == policy.max_exit == last
+    with pytest.raises(ValueError, match="max_exit=4 is not allowed: the model has 3 blocks"):
+        build_policy(**fields, max_exit=4).check([1, 2, 3], labels, problem_type)
 
 
 def test_numbers_of_other_types_are_refused():

@@ -77,11 +77,18 @@ class AgreementPolicy(ThresholdPolicy):
                 "the parameters of policy='agreement' are not as calibrate writes them, numbers for each exit: "
                 "calibrate again."
             )
+        if config.min_exit is not None and config.min_exit > fitted["reference"]:
+            raise ValueError(
+                f"min_exit={config.min_exit} is deeper than exit {fitted['reference']}, beyond which no row goes with "
+                "policy='agreement': it was the best on the data that it was fitted on. Ask for less, or take another "
+                "policy."
+            )
 
     @property
     def max_exit(self) -> int | None:
-        """The reference, unless the config has another."""
-        return self.fitted["reference"] if self.config.max_exit is None else self.config.max_exit
+        """The reference, or what the config has before it: for deeper exits nothing was fitted."""
+        cap, reference = self.config.max_exit, self.fitted["reference"]
+        return reference if cap is None else min(cap, reference)
 
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""

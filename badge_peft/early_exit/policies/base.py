@@ -172,7 +172,7 @@ class ExitPolicy(PolicyText):
         """
         last = exits[-1]
         cap = self.max_exit
-        for name, value in (("min_exit", self.config.min_exit), ("max_exit", cap)):
+        for name, value in (("min_exit", self.config.min_exit), ("max_exit", self.config.max_exit)):
             if value is not None and value > last:
                 raise ValueError(f"{name}={value} is not allowed: the model has {last} blocks.")
         if cap is not None and cap < exits[0]:
