@@ -31,7 +31,7 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
     kind = SlicedChain if decision.policy.by_group else TokenChain if decision.reads_tokens else Chain
     chain = kind(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
     if isinstance(chain, SlicedChain):
-        chain.positions = pieces.positions
+        chain.positions, chain.padding_token = pieces.positions, pieces.padding_token
     for number, piece in pieces.graphs.items():
         chain.add(number, in_int8(piece) if int8 else [piece])
     return chain.model()

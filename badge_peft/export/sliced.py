@@ -22,7 +22,7 @@ from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
 
 SLICE = 8  # candidates in a block at once: more save calls, and cost more padding than that
 
-MASK = "attention_mask"
+IDS, MASK = "input_ids", "attention_mask"
 _RESULTS = (FOLLOWING, "logits", "uncertainty")  # what a piece gives to the graph, beside what its exit leaves
 Values = Mapping[str, ir.Value]
 
@@ -33,9 +33,11 @@ class SlicedChain(Chain):
     Attributes:
         positions: Name of what a block takes -> its dimensions that are positions. None: something has a dimension
             that follows the number of positions otherwise, and nothing can be cut: a slice stays as long as the query.
+        padding_token: As in `ExportedBlocks`: what a decoder's head reads is not cut, either.
     """
 
     positions: dict[str, list[int]] | None = None
+    padding_token: int | None = None
 
     def compute(self, g: Graph, number: int, parts: Sequence[ir.Graph], given: Values) -> dict[str, ir.Value]:
         """As `Chain.compute`, where it is a block."""
@@ -82,8 +84,10 @@ class SlicedChain(Chain):
             has_rows = name == "hidden" or name in self.per_row or name.startswith(BEFORE)
             cut[name] = g.op("Slice", value, start, end, g.ints([0])) if has_rows else value
         if self.positions is not None:
-            real = g.op("Cast", g.op("Cast", cut[MASK], to=BOOL), to=INT64)
-            last = g.op("ReduceMax", g.op("Mul", real, places), keepdims=0)
+            real = g.op("Cast", cut[MASK], to=BOOL)
+            if self.padding_token is not None:
+                real = g.op("Or", real, g.op("Not", g.op("Equal", cut[IDS], g.ints(self.padding_token))))
+            last = g.op("ReduceMax", g.op("Mul", g.op("Cast", real, to=INT64), places), keepdims=0)
             last = g.op("Unsqueeze", g.op("Max", last, g.ints(1)), g.ints([0]))
             for name, axes in self.positions.items():
                 if name in cut:

@@ -19,6 +19,7 @@ from badge_peft.export.pieces import BEFORE, EXAMPLE, FOLLOWING, LEFT, OTHER, Mo
 from badge_peft.export.structure import structure_of, with_weights
 from badge_peft.export.task_pieces import TaskPiece
 from badge_peft.model import BadgeModel
+from badge_peft.tuner.decoders import padding_token
 
 #: Of a tensor [B, S, ...].
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -35,12 +36,14 @@ class ExportedBlocks:
         per_row: Names of the shared tensors that have one row per input.
         positions: Name of what a block takes -> its dimensions that are positions; None where something has one that
             follows their number in another way.
+        padding_token: The token by which a decoder's head knows padding; None: what reads positions goes by the mask.
     """
 
     inputs: list[str]
     graphs: dict[int, ir.Graph]
     per_row: set[str]
     positions: dict[str, list[int]] | None
+    padding_token: int | None = None
 
 
 @torch.no_grad()
@@ -81,6 +84,7 @@ def export_blocks(
             {**inputs, "hidden": made[FOLLOWING], **shared},
             {**others, "hidden": made_of_others[FOLLOWING], **made_of_others},
         ),
+        padding_token(badge.model, badge.layout),
     )
     known: dict[str, Any] = {}
     before: dict[str, Tensor] = {}  # what the exits so far have left for the deeper ones

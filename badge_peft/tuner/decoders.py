@@ -115,6 +115,11 @@ def positions_read(model: nn.Module, layout: BlockLayout, arguments: dict[str, A
     return None if ends is None or arguments.get("input_ids") is None else (mask != 0) | ends
 
 
+def padding_token(model: nn.Module, layout: BlockLayout) -> int | None:
+    """The token by which the model's own head knows padding, whatever the mask says; None: it goes by the mask."""
+    return _pad_token(model) if layout.pooling == "last" else None
+
+
 def unfilled_inputs(model: nn.Module, layout: BlockLayout) -> frozenset[str]:
     """Inputs behind which nothing may be put: the model's own head would read it, which knows padding by its token."""
     if layout.pooling != "last":

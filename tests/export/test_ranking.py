@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.ranking import EarlyExitReranker
+from tests.decoders import make_decoder
 from tests.early_exit.reference import REGRESSION
+from tests.models import make_badge
 from tests.ranking.pairs import QUERY, all_scores, make_documents, make_ranker, pair_tokenizer
 
 pytest.importorskip("onnxruntime")
@@ -174,3 +176,20 @@ def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
     plain = OnnxEarlyExitModel(folder, None, {"early_exit": {"policy": "never"}})
     with pytest.raises(ValueError, match="exported with policy='never', which ranks nothing"):
         OnnxReranker(plain)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_decoders_head_reads_is_not_cut_off(masked: bool, tmp_path: Path) -> None:
+    """The last token that is not padding, whatever the mask says."""
+    from badge_peft.export import OnnxEarlyExitModel, export_onnx
+
+    base = make_decoder("llama", num_hidden_layers=1, num_labels=1)
+    model = make_badge(base=base, exit_layers=[0, 1]).eval()
+    model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": [0.5, 0.0]}})
+    export_onnx(model, tmp_path)
+    ids = torch.randint(5, 99, (12, 9), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([6, 5, 6, 4, 5, 3] * 2)[:, None]
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(9) < lengths if masked else ids > 0).long()}
+    out = OnnxEarlyExitModel.from_pretrained(tmp_path)(**{k: v.numpy() for k, v in batch.items()}, top_k=12)
+    with torch.no_grad():
+        np.testing.assert_allclose(out.logits, model(**batch).logits.numpy(), atol=1e-4)
