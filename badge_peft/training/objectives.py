@@ -95,6 +95,8 @@ class Objective:
             ValueError: saying why.
         """
         loss_weights(self.weights or "uniform", exits)
+        if self.distillation:
+            check_earlier_exits(f"distillation={self.distillation}", exits)
 
     def final_exit_alone(self, exits: list[int]) -> bool:
         """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
@@ -205,6 +207,11 @@ class EarlierExits(Objective):
     """Stage 2 of two-stage training: every exit but M, on a backbone that no longer moves. With labels as DeeBERT does
     it (Eq. 6), or with `distillation` from exit M as FastBERT does, whose teacher is not disturbed by dropout here."""
 
+    def check(self, config: BadgeConfig, exits: list[int]) -> None:
+        """There must be such exits."""
+        check_earlier_exits("objective='two_stage'", exits)
+        super().check(config, exits)
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """As for joint training, without exit M."""
         return None if index == len(step.exits) - 1 else super().exit(step, index)
@@ -238,6 +245,23 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
             raise ValueError("objective='single_exit' needs depth: the block number of the exit.")
         options["depth"] = depth
     return _KINDS[name](**options)
+
+
+def check_earlier_exits(what: str, exits: list[int]) -> None:
+    """Refuses an option that trains the exits below M where there are none.
+
+    Args:
+        what: The option, as it was given.
+        exits: Block numbers of the exits; the last is M.
+
+    Raises:
+        ValueError: M is the only one.
+    """
+    if len(exits) == 1:
+        raise ValueError(
+            f"{what} is not allowed: it trains the exits below exit {exits[0]}, and there is no other exit. Give the "
+            "adapter earlier ones (exit_layers), or train with objective='joint' and labels alone."
+        )
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:

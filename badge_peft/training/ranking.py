@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.training.objectives import GROUPS, Objective, Step
+from badge_peft.training.objectives import GROUPS, Objective, Step, check_earlier_exits
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.checks import check_number
 
@@ -46,6 +46,7 @@ class RankingDistillation(Objective):
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
         """One score, and a full depth that does not change meanwhile."""
         super().check(config, exits)
+        check_earlier_exits("objective=RankingDistillation()", exits)
         if config.resolved_labels != 1:
             raise ValueError(
                 f"the model has {config.resolved_labels} outputs, and candidates are ranked by one score: load it "

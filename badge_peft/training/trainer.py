@@ -103,7 +103,8 @@ class MultiExitTrainer(CachingTrainer):
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
         self._choose_metric()
-        self.exit_objective.check(self.badge.config_of(), self.exits)
+        for stage in self._stages():
+            stage.objective.check(self.badge.config_of(), self.exits)
         self.add_callback(EarlyStopping())
 
     @property

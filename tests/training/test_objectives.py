@@ -30,6 +30,7 @@ from badge_peft.training.objectives import (
     distillation_loss,
     make_objective,
 )
+from badge_peft.training.ranking import RankingDistillation
 from badge_peft.tuner.losses import exit_loss
 from tests import reference
 from tests.design import pairs
@@ -647,3 +648,19 @@ def test_a_deployed_model_has_nothing_to_train_in_stage_one(tmp_path):
     make_trainer(tmp_path, model, Rows(labeled=False), objective="two_stage", distillation=1.0).train()
     assert moved(before, weights(model)) == {name for name in before if ".badge_" in name}
     assert not (tmp_path / "stage1").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"distillation": 1.0}, "distillation=1.0"),
+        ({"objective": "two_stage"}, "objective='two_stage'"),
+        ({"objective": RankingDistillation()}, r"objective=RankingDistillation\(\)"),
+    ],
+)
+def test_nothing_follows_exit_m_where_it_is_alone(options, what, tmp_path):
+    problem = (REGRESSION, 1) if "Ranking" in what else (SINGLE, 3)
+    model = make(*problem, exit_layers=[3], final_exit="exit")
+    with pytest.raises(ValueError, match=f"{what} is not allowed: it trains the exits below exit 3"):
+        make_trainer(tmp_path, model, Rows(*problem), **options)
+    make_trainer(tmp_path, model, Rows(*problem), max_steps=1).train()
