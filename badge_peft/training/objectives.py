@@ -20,6 +20,10 @@ from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number
 from badge_peft.utils.problem import problem_of
 
+NOT_IN_STAGES = (
+    "objective='two_stage' is not allowed with exit_type='past_future': exit M reads the weights of the exits below "
+    "it, and stage 2 would move its answers. Use objective='past_future' or 'joint'."
+)
 GROUPS = "groups"  # the name in a batch of the query that each row belongs to
 
 
@@ -208,8 +212,10 @@ class EarlierExits(Objective):
     it (Eq. 6), or with `distillation` from exit M as FastBERT does, whose teacher is not disturbed by dropout here."""
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """There must be such exits."""
+        """There must be such exits, and exit M must not share their weights."""
         check_earlier_exits("objective='two_stage'", exits)
+        if config.exit_type == "past_future":
+            raise ValueError(NOT_IN_STAGES)
         super().check(config, exits)
 
     def exit(self, step: Step, index: int) -> Tensor | None:

@@ -39,7 +39,8 @@ class SearchSpace:
         found = dict(_OF_EXITS) if exits.placement != "none" else {}
         if training.objective in _OF_TRAINING["objective"]:
             found["exit_weights"] = _OF_TRAINING["exit_weights"]
-            if self.learns_labels and not exits.keep_head:
+            # of exits that share weights, none stays as it is while the others are trained
+            if self.learns_labels and not exits.keep_head and exits.exit_type != "past_future":
                 found["objective"] = _OF_TRAINING["objective"]
         return {name: tuple(dict.fromkeys((given[name], *values))) for name, values in found.items()}
 

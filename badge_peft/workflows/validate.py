@@ -10,7 +10,7 @@ from badge_peft.evaluation.confidence import rows_to_certify
 from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model_card import read_card
 from badge_peft.training.arguments import from_json
-from badge_peft.training.objectives import make_objective
+from badge_peft.training.objectives import NOT_IN_STAGES, make_objective
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
 from badge_peft.tuner.losses import check_weights
@@ -67,6 +67,8 @@ def check_settings(settings: TrainSettings) -> None:
             "objective='two_stage' first trains the backbone and the final exit, and backbone='frozen' with "
             "keep_head leaves both as they are: use objective='joint'."
         )
+    if training.objective == "two_stage" and exits.exit_type == "past_future":
+        raise ValueError(NOT_IN_STAGES)
     if exits.keep_head and exits.final_exit == "exit":
         raise ValueError("final_exit='exit' puts an exit in the place of the model's head: leave out keep_head.")
     badge_config(exits)

@@ -159,5 +159,6 @@ def test_what_is_searched() -> None:
     whole = {"adapter_lr", "r", "activation", "norm", "exit_weights", "objective"}
     assert names() == names(adapter_lr=0.2, exit_weights="[1,1,1]") == whole
     assert names(learns=False) == names(ExitOptions(keep_head=True)) == whole - {"objective"}
+    assert names(ExitOptions(exit_type="past_future", final_exit="exit")) == whole - {"objective"}
     assert names(ExitOptions(placement="none")) == {"adapter_lr", "exit_weights", "objective"}
     assert names(objective="single_exit", depth=1) == {"adapter_lr", "r", "activation", "norm"}

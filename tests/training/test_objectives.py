@@ -664,3 +664,9 @@ def test_nothing_follows_exit_m_where_it_is_alone(options, what, tmp_path):
     with pytest.raises(ValueError, match=f"{what} is not allowed: it trains the exits below exit 3"):
         make_trainer(tmp_path, model, Rows(*problem), **options)
     make_trainer(tmp_path, model, Rows(*problem), max_steps=1).train()
+
+
+def test_two_stages_are_not_for_exits_that_share_weights(tmp_path):
+    model = make(exit_type="past_future", final_exit="exit")
+    with pytest.raises(ValueError, match="objective='two_stage' is not allowed with exit_type='past_future'"):
+        make_trainer(tmp_path, model, objective="two_stage")
