@@ -178,4 +178,31 @@ def is_earlier_exit(name: str, last: int) -> bool:
     """Whether a parameter belongs to a bypass or an exit below M, which is `last` (or judges them, as LTE does), or
     brings them into exit M: trained without them, that would make of M's answer what they happen to start with."""
     rest = name.partition(".badge_")[2]
-    return bool(rest) and (f".{last}." not in rest or ".carry." in rest or ".ladder." in rest)
+    return bool(rest) and (f".{last}." not in rest or _brings_earlier(rest))
+
+
+def check_final_stays(stages: list[Stage], model: nn.Module, adapter: str, last: int) -> None:
+    """Refuses a stage of the earlier exits that would move exit M.
+
+    Args:
+        stages: Of the training.
+        model: As it begins.
+        adapter: Name of the one that is trained.
+        last: M.
+
+    Raises:
+        ValueError: there is such a stage, and exit M builds on the exits below it.
+    """
+    if not any(stage.earlier_exits for stage in stages):
+        return
+    for name, parameter in model.named_parameters():
+        if f".{adapter}.{last}." in name and _brings_earlier(name) and parameter.any():
+            raise ValueError(
+                f"objective='two_stage' is not allowed for this adapter: exit {last} has learned to build on the "
+                f"exits below it ({name} is not zero), and stage 2 would move its answers. Use objective='joint', or "
+                "begin with a new adapter."
+            )
+
+
+def _brings_earlier(name: str) -> bool:
+    return ".carry." in name or ".ladder." in name

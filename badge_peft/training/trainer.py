@@ -37,7 +37,7 @@ from badge_peft.training.preflight import (
     chosen_set,
 )
 from badge_peft.training.rows import rows_of_loss, rows_of_scores
-from badge_peft.training.stages import Stage, is_earlier_exit, make_stages, stages_left
+from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.state_cache import StateCache
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
@@ -252,6 +252,7 @@ class MultiExitTrainer(CachingTrainer):
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
+        check_final_stays(stages, self._module, self.badge.single_active_adapter(), exits[-1])
         check_given_optimizer(self._given_optimizer, stages[0].folder)
         if self._has_trained and not self._given_optimizer:
             self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before

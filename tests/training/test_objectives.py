@@ -670,3 +670,18 @@ def test_two_stages_are_not_for_exits_that_share_weights(tmp_path):
     model = make(exit_type="past_future", final_exit="exit")
     with pytest.raises(ValueError, match="objective='two_stage' is not allowed with exit_type='past_future'"):
         make_trainer(tmp_path, model, objective="two_stage")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"), [*((f, "carry") for f in LINKS if "carry" in f), ({"ladder": True}, "ladder")]
+)
+def test_two_stages_are_not_for_an_exit_m_that_builds_on_the_others(fields, part, tmp_path):
+    """As a joint training leaves it; one that begins anew keeps these weights at zero."""
+    model = make(final_exit="exit", **fields)
+    make_trainer(tmp_path, model, max_steps=1).train()
+    before = weights(model)
+    assert any(f".3.{part}." in name and value.any() for name, value in before.items())
+    trainer = make_trainer(tmp_path, model, objective="two_stage")
+    with pytest.raises(ValueError, match=r"'two_stage' is not allowed .*exit 3 has learned .*\.3\..*not zero"):
+        trainer.train()
+    assert not moved(before, weights(model)) and trainer.state.global_step == 0
