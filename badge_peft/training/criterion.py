@@ -44,13 +44,13 @@ class Criterion:
         total = weight[labels[labels != NO_LABEL]].sum()
         return loss / total if total > 0 else 0 * loss  # a batch of which nothing counts has no loss, and not NaN
 
-    def check(self, problem_type: str, num_labels: int, distillation: float) -> None:
+    def check(self, problem_type: str, num_labels: int, reads_labels: bool) -> None:
         """Refuses what would be left out without a word.
 
         Args:
             problem_type: As transformers has it.
             num_labels: K.
-            distillation: Share of the loss that needs no labels.
+            reads_labels: Whether any loss of the objective is one against labels.
 
         Raises:
             ValueError: label smoothing or class weights without classes, or beside a function; weights of another
@@ -70,10 +70,10 @@ class Criterion:
                 f"class_weights has {len(self.class_weights)} numbers, but the model has {num_labels} classes: give "
                 "one for each."
             )
-        if distillation == 1 and (given or self.function is not None):
+        if not reads_labels and (given or self.function is not None):
             raise ValueError(
-                f"{given[0] if given else 'compute_loss_func'} would be ignored: with distillation=1 the loss reads "
-                "no label. Use a smaller share."
+                f"{given[0] if given else 'compute_loss_func'} would be ignored: the objective reads no label. Leave "
+                "it out, or use an objective with distillation below 1."
             )
 
 

@@ -106,6 +106,11 @@ class Objective:
         """Whether the loss of some step is that of exit M (the last of `exits`) and no other."""
         return False
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the loss of any exit is one against labels."""
+        return self.distillation < 1
+
     def trains_lte_at(self, number: int) -> bool:
         """Whether learning to exit (LTE) is trained at exit `number`: where this objective trains the exit."""
         return True

@@ -58,6 +58,11 @@ class RankingDistillation(Objective):
                 "train_head=False and final_exit='base_head'."
             )
 
+    @property
+    def reads_labels(self) -> bool:
+        """No."""
+        return False
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """Of every exit but M."""
         if index == len(step.exits) - 1:

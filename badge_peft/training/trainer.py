@@ -193,7 +193,7 @@ class MultiExitTrainer(CachingTrainer):
         """The loss of one exit against labels, once it is known that the objective honors all that was asked for."""
         config = self.badge.config_of()
         criterion = Criterion(self.args.label_smoothing_factor, self.args.class_weights, self._loss_function)
-        criterion.check(config.resolved_problem_type, config.resolved_labels, self.exit_objective.distillation)
+        criterion.check(config.resolved_problem_type, config.resolved_labels, self.exit_objective.reads_labels)
         return criterion
 
     def _trains_uncertainty(self) -> bool:

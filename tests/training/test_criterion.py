@@ -99,10 +99,10 @@ def test_refused_without_classes(name, problem, tmp_path) -> None:
 def test_refused_where_nothing_would_read_them(tmp_path) -> None:
     trainer = make_trainer(tmp_path, make(), label_smoothing_factor=0.1)
     trainer.args.distillation = 1.0
-    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: with distillation=1"):
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: the objective reads"):
         trainer.train()
     own = make_trainer(tmp_path, make(), objective=Objective(distillation=1.0), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: with distillation=1"):
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: the objective reads"):
         own.train()
     trainer.args.distillation, trainer.compute_loss_func = 0.0, weighted
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored beside compute_loss_func"):

@@ -98,6 +98,19 @@ def test_what_is_refused():
         objective.check(trained.peft_config["default"], [1, 2, 3])
 
 
+def test_a_loss_function_that_nothing_would_call(tmp_path):
+    trainer = MultiExitTrainer(
+        make(REGRESSION, 1, train_head=False),
+        arguments(tmp_path),
+        objective=RankingDistillation(),
+        train_dataset=Rows(REGRESSION, 1),
+        compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum(),
+    )
+    with pytest.raises(ValueError, match="compute_loss_func would be ignored: the objective reads no label"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_every_row_of_an_item_is_evaluated(tmp_path):
     data = Rows(REGRESSION, 1, rows=10)
     items = [[{**data[i], "groups": i // 2} for i in (first, first + 1)] for first in range(0, 10, 2)]
