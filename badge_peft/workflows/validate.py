@@ -162,6 +162,11 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
             )
         if training.objective != "joint":
             raise ValueError(f"objective={training.objective!r} needs labels; without them it is 'joint'.")
+        if training.distillation not in (None, 1):
+            raise ValueError(
+                f"distillation={training.distillation} needs labels, of which the rest of the loss is made; without "
+                "them the exits follow the model's own answers alone: leave it out."
+            )
         if exits.learn_to_exit:
             raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
     policy, speedup = POLICIES.get(settings.goal.policy), settings.goal.target_speedup

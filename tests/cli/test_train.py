@@ -264,6 +264,7 @@ def test_a_goal_out_of_reach_is_refused_before_the_training(place: Path, cli: Cl
         (("{model}", "{txt}"), ("--keep-head", "--label-column")),
         (("{model}", "{txt}", "--keep-head", "--backbone", "lora"), ("--backbone frozen",)),
         (("{model}", "{txt}", "--keep-head", "--objective", "alternating"), ("'alternating'", "needs labels")),
+        (("{model}", "{txt}", "--keep-head", "--distillation", "0.5"), ("distillation=0.5", "needs labels")),
         (("{model}", "{csv}", "--exit-type", "past_future", "--objective", "two_stage"), ("'two_stage'", "'joint'")),
         (("{model}", "{csv}", "--keep-head", "--placement", "side"), ("placement='side'", "mhsa")),
         (("{model}", "{csv}", "--keep-head", "--exit-layers", "2-1"), ("exit_layers='2-1'", "0-12")),
