@@ -56,7 +56,8 @@ class MultiExitTrainer(CachingTrainer):
             or an `Objective`. Source: appendix A.3 of the paper and the papers that each objective names.
         metric: Of each exit, as for `exit_scores` (`args.exit_metric`, or a function); by default accuracy, for
             regression Pearson. The evaluation reports `eval_s_avg`, `eval_s_best`, `eval_final` and `eval_exit_<m>`;
-            `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`).
+            `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`); `loss`
+            is what transformers says where nobody does, so for the loss itself write `eval_loss`.
         cache_states: With a frozen backbone in evaluation mode, what exits read of a row is the same in every epoch:
             it is computed once and kept. "auto", where it can be; True; False; or the states of these rows, as
             `badge_peft.cache_states` makes them, for one more adapter on the same texts.
