@@ -66,7 +66,8 @@ def arguments(path: Path, **changes: Any) -> TrainingArguments:
 
 
 def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> MultiExitTrainer:
-    """A trainer; options that `MultiExitTrainer` does not know are arguments."""
+    """A trainer, which evaluates on `data`, too, where there is no `eval_dataset`; options that `MultiExitTrainer`
+    does not know are arguments."""
     data = Rows() if data is None else data
     names = ("objective", "depth", "exit_weights", "distillation", "distillation_temperature", "metric", "callbacks")
     names += (
@@ -79,6 +80,7 @@ def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> Mu
         "cache_dtype",
         "cache_memory_gb",
         "data_collator",
+        "eval_dataset",
     )
     own = {name: options.pop(name) for name in names if name in options}
     own.setdefault("adapter_learning_rate", 0.1)
@@ -87,8 +89,7 @@ def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> Mu
         model=model,
         args=arguments(path, **options),
         train_dataset=data,
-        eval_dataset=data,
-        **own,
+        **{"eval_dataset": data, **own},
     )
 
 

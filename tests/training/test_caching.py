@@ -222,9 +222,12 @@ def test_both_stages_read_the_states_of_the_training_rows(eval_strategy, tmp_pat
 
 def test_batches_of_similar_length_and_text_columns(tmp_path):
     """As `multi_exit_arguments` has them, with evaluations and the best checkpoint."""
-    batch, labels = make_batch(rows=12), Rows(rows=12).labels.tolist()
-    data = TextDataset.from_list(
-        [{**row, "label": label, "text": "-"} for row, label in zip(rows_of(batch), labels, strict=True)]
+    labels = Rows(rows=12).labels.tolist()
+    data, others = (
+        TextDataset.from_list(
+            [{**row, "label": label, "text": "-"} for row, label in zip(rows_of(batch), labels, strict=True)]
+        )
+        for batch in (make_batch(rows=12), make_batch(rows=12, seed=2))
     )
     found = []
     for i, cached in enumerate((False, True)):
@@ -243,7 +246,7 @@ def test_batches_of_similar_length_and_text_columns(tmp_path):
             ),
             data_collator=collate,
             train_dataset=data,
-            eval_dataset=data,
+            eval_dataset=others,
             cache_states=cached,
             cache_dtype="float32",
         )

@@ -121,7 +121,7 @@ def test_a_trained_doubt_knows_which_rows_are_wrong(tmp_path):
 
 def test_the_trainers_loss_is_the_models(tmp_path):
     data, model = Rows(), make(learn_to_exit=True)
-    found = make_trainer(tmp_path, model, data).evaluate()["eval_loss"]
+    found = make_trainer(tmp_path, model, Rows(rows=5), eval_dataset=data).evaluate()["eval_loss"]
     with torch.no_grad():
         assert found == pytest.approx(float(model.eval()(**data.batch, labels=data.labels).loss), rel=1e-4)
 

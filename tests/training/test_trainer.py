@@ -50,7 +50,8 @@ def expected_scores(model, data, metric):
 def test_scores_of_an_evaluation(problem_type, num_labels, exit_layers, tmp_path):
     data = Rows(problem_type, num_labels, rows=40)
     model = make(problem_type, num_labels, exit_layers=exit_layers)
-    found = make_trainer(tmp_path, model, data, per_device_eval_batch_size=3).evaluate()
+    others = Rows(problem_type, num_labels)
+    found = make_trainer(tmp_path, model, others, eval_dataset=data, per_device_eval_batch_size=3).evaluate()
     scores = expected_scores(model, data, "pearson" if problem_type == REGRESSION else "accuracy")
     assert len(set(scores.per_exit)) > 1
     numbers = model.base_model.exit_layers()
@@ -64,7 +65,9 @@ def test_scores_of_an_evaluation(problem_type, num_labels, exit_layers, tmp_path
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews", lambda predictions, labels: float(predictions.sum())])
 def test_metric(metric, tmp_path):
     data, model = Rows(), make()
-    found = make_trainer(tmp_path, model, data, metric=metric).evaluate(metric_key_prefix="dev")
+    found = make_trainer(tmp_path, model, Rows(rows=5), eval_dataset=data, metric=metric).evaluate(
+        metric_key_prefix="dev"
+    )
     scores = expected_scores(model, data, metric)
     assert [found[f"dev_exit_{m}"] for m in (1, 2, 3)] == pytest.approx(scores.per_exit)
     assert found["dev_s_avg"] == pytest.approx(sum(scores.per_exit) / 3)
@@ -80,7 +83,12 @@ def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_pa
 
     data, model = Rows(), make(learn_to_exit=learn_to_exit)
     found = make_trainer(
-        tmp_path, model, data, compute_metrics=compute_metrics, per_device_eval_batch_size=3
+        tmp_path,
+        model,
+        Rows(rows=5),
+        eval_dataset=data,
+        compute_metrics=compute_metrics,
+        per_device_eval_batch_size=3,
     ).evaluate()
     assert found["eval_mine"] == 7.0 and "eval_s_avg" in found
     assert isinstance(seen[0].predictions, np.ndarray)
@@ -102,7 +110,7 @@ def test_compute_metrics_of_the_user_sees_what_it_asks_for(tmp_path):
 @pytest.mark.parametrize("learn_to_exit", [False, True])
 def test_predict(learn_to_exit, labeled, tmp_path):
     data, model = Rows(labeled=labeled), make(learn_to_exit=learn_to_exit)
-    output = make_trainer(tmp_path, model, Rows(), per_device_eval_batch_size=3).predict(data)
+    output = make_trainer(tmp_path, model, Rows(rows=5), per_device_eval_batch_size=3).predict(data)
     logits = exits_of(model.eval(), data.batch)[:, -1].numpy()
     np.testing.assert_allclose(output.predictions, logits, rtol=1e-4, atol=1e-5)
     if labeled:
@@ -128,9 +136,8 @@ def test_loss_of_an_evaluation_is_the_objectives(tmp_path):
         ({"exit_weights": [1.0, 2.0, 3.0]}, losses[0] + 2 * losses[1] + 3 * losses[2]),
         ({"objective": "single_exit", "depth": 1}, losses[0]),
     ):
-        assert make_trainer(tmp_path, model, data, **options).evaluate()["eval_loss"] == pytest.approx(
-            expected, rel=1e-4
-        )
+        trainer = make_trainer(tmp_path, model, Rows(rows=5), eval_dataset=data, **options)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_wrong_labels_are_refused(tmp_path):
