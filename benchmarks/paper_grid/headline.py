@@ -37,6 +37,7 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
         page.summary(),
         page.scores(),
         page.saved(),
+        page.answered(),
         page.targets(),
         page.made(config, name, len(missing), docs, picture),
     ]
@@ -135,6 +136,19 @@ seeds. A few hundred validation rows cannot show that half a point is kept
 ([what is taken then](../calibration.md#what-a-drop-is))."""
         header = ["saved (points lost)", "validation rows", *(form.title for form in forms)]
         return f"## Blocks saved for half a point\n\n{note}\n\n{markdown(header, rows)}"
+
+    def answered(self) -> str:
+        """Scores of early answers where many blocks are saved."""
+        numbers = self.numbers
+        rows = []
+        for place in numbers.places:
+            found = [numbers.answered[form, place] for form in numbers.early]
+            cells = [f"{_mean(one, 1):.1f} ({_mean(one, 0):.0%})" if one else "-" for one in found]
+            rows.append([numbers.title(place), *cells])
+        note = f"""The score of test rows, by what `calibrate("auto", target_speedup={SHARE})` takes on validation
+rows, and in brackets the share of the blocks saved; means over seeds."""
+        header = ["score (saved)", *(form.title for form in numbers.early)]
+        return f"## Answers at {SHARE:.0%} of the blocks saved\n\n{note}\n\n{markdown(header, rows)}"
 
     def targets(self) -> str:
         """Reached or missed, by form."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from badge_peft.evaluation import exit_scores
 from paper_grid.forms import (
     ALTERNATING,
     ALTERNATING_CARRY,
@@ -71,6 +72,8 @@ class Numbers:
         early: The forms of `EARLY` among them.
         gained: By pair and place the gain in S-avg (`avg`), in S-best (`best`), and of early answers (`early`).
         saved_within: By form and place, for each seed the share of blocks saved within `DROP`, and points lost.
+        answered: By form and place, for each seed the share of blocks saved where it should be `SHARE`, and the score
+            of the answers.
     """
 
     def __init__(self, settings: Settings, store: Store, records: list[Record]) -> None:
@@ -89,18 +92,23 @@ class Numbers:
 
     def _add_early(self, savings: Savings) -> None:
         self.saved_within: dict[tuple[Form, Place], list[tuple[float, float]]] = {}
+        self.answered: dict[tuple[Form, Place], list[tuple[float, float]]] = {}
         for place in self.places:
-            answers = {}
+            answers, metric = {}, self.settings.tasks[place[0]].metric
             for form in self.early:
                 mine = records_of(self.records, form, place)
                 if form != JOINT:
                     self.saved_within[form, place] = [savings.within_drop(record) for record in mine]
-                answers[form] = {record.seed: savings.answers(record, "share")[0] for record in mine}
+                found = {record.seed: savings.answers(record, "share") for record in mine}
+                answers[form] = {seed: one for seed, (one, _) in found.items()}
+                self.answered[form, place] = [
+                    (share, 100 * exit_scores(one, metric).best) for one, share in found.values()
+                ]
             for form, over in self.compared:
                 if form in answers and over in answers:
-                    found = gains(answers[form], answers[over], self.settings.tasks[place[0]].metric)
-                    if found is not None:
-                        self.gained[form, over, place]["early"] = found["avg"]
+                    gained = gains(answers[form], answers[over], metric)
+                    if gained is not None:
+                        self.gained[form, over, place]["early"] = gained["avg"]
 
     def title(self, place: Place) -> str:
         """Of a task."""

@@ -432,7 +432,8 @@ def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
     assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
     text = docs.read_text()
-    for part in ("BADGE + carry over BADGE", "JT (2)", "paper/grid-gains.md", "## Blocks saved", "## Targets"):
+    sections = ("## Blocks saved", "## Answers", "## Targets")
+    for part in ("BADGE + carry over BADGE", "JT (2)", "paper/grid-gains.md", *sections):
         assert part in text, part
     by_task = (place / "docs" / "paper" / "grid-gains.md").read_text()
     for part in ("## S-best", "| BADGE over JT (2) | ", "| JT + carry over JT (2) | "):
