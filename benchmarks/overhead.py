@@ -1,5 +1,4 @@
-"""What the exits cost when no row leaves: full depth with every exit computed, against the stock model; and what the
-fast path of exits (`badge_peft/tuner/fast_path.py`) earns against their modules.
+"""What the exits cost when no row leaves: full depth with every exit computed, against the stock model.
 
 usage: python benchmarks/overhead.py [--hidden 768] [--blocks 12] [--lengths 16 64 128] [--rounds 40] [--threads 2]
 
@@ -13,8 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -25,10 +22,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import badge_peft
 from badge_peft.evaluation.timing import Runner, take_turns
-from badge_peft.tuner import layer
 
 NEVER = {"policy": "divergence", "threshold": 1e-9}  # decisions are made, and no row leaves
-EARLY, MODULES = "early exit, none taken", "the same by modules"
+EARLY = "early exit, none taken"
 
 
 def main() -> None:
@@ -61,36 +57,17 @@ def main() -> None:
             "stock": partial(stock, **batch),
             "all exits": partial(model, **batch),
             EARLY: partial(model.early_exit_forward, **batch, **NEVER),
-            MODULES: partial(model.early_exit_forward, **batch, **NEVER),
         }
         with torch.inference_mode():
             same = torch.equal(stock(**batch).logits, model(**batch).logits)
-            runners = [
-                Runner(
-                    lambda _, call=call: call(),
-                    read=lambda _: None,
-                    around=by_modules if name == MODULES else nullcontext,
-                )
-                for name, call in calls.items()
-            ]
+            runners = [Runner(lambda _, call=call: call(), read=lambda _: None) for call in calls.values()]
             timed = take_turns(runners, [None], args.rounds)
         times = {name: np.asarray(found.seconds) for name, found in zip(calls, timed, strict=True)}
         line = f"S={length}: stock {np.median(times['stock']) * 1e3:.2f} ms; logits bit-equal: {same}"
-        for name, base in (("all exits", "stock"), (EARLY, "stock"), (MODULES, EARLY)):
-            q1, median, q3 = np.quantile(times[name] / times[base], [0.25, 0.5, 0.75])
-            line += f"; {name} / {base} {median:.3f} ({q1:.3f}-{q3:.3f})"
+        for name in ("all exits", EARLY):
+            q1, median, q3 = np.quantile(times[name] / times["stock"], [0.25, 0.5, 0.75])
+            line += f"; {name} / stock {median:.3f} ({q1:.3f}-{q3:.3f})"
         print(line)
-
-
-@contextmanager
-def by_modules() -> Iterator[None]:
-    """Inside, no exit takes the fast path."""
-    fast = layer.fast_exit
-    layer.fast_exit = lambda *args: None
-    try:
-        yield
-    finally:
-        layer.fast_exit = fast
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
 from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
-from badge_peft.tuner.fast_path import fast_exit
 from badge_peft.tuner.mean_bypass import mean_of_bypassed
 from badge_peft.tuner.poolers import pool_by, start_from_pooler
 from badge_peft.tuner.pooling import Pooling
@@ -110,11 +109,6 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         exit_ = self.own_exit(exits.adapter, number)
         bypass, norm = self.bypass_of(exits, number)
         placement = self.badge_placement[exits.adapter]
-        fast = None
-        if bypass is None or not state.keeps_bottleneck:
-            fast = fast_exit(exit_, bypass, placement, number > 0 and self.layout.pre_norm, norm, frame, pooling)
-        if fast is not None:
-            return fast[0], build_on(exits, exit_, fast[1], state, pooling)
         if not exit_.reads_sequence and not state.keeps_bottleneck:
             mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, norm, frame, pooling)
             if mean is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.fast_path import is_changed, is_plain
+from badge_peft.tuner.plain_exit import is_changed, is_plain
 from badge_peft.tuner.pooling import Pooling
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from badge_peft.tuner.carry import CarriedLogits
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import AdapterExits
-from badge_peft.tuner.fast_path import PlainExit, is_changed, plain_exit
 from badge_peft.tuner.layer import BadgeBlock
+from badge_peft.tuner.plain_exit import PlainExit, is_changed, plain_exit
 from badge_peft.tuner.pooling import Pooling
 from badge_peft.tuner.watched import Watched
 
@@ -42,8 +42,7 @@ class StackedExits:
 
     def __init__(self, exits: Sequence[PlainExit]) -> None:
         first = exits[0]
-        self.source: str = first.source or ""
-        self.activation, self.norm = first.activation, first.norm
+        self.source, self.activation, self.norm = first.source, first.activation, first.norm
         self.labels = [e.linear.out_features for e in exits]
         self.parts: dict[tuple[int, ...], tuple[Any, ...]] = {}
         with torch.inference_mode(False), torch.no_grad():  # plain tensors, for calls in either mode
@@ -213,8 +212,7 @@ def stackable(block: BadgeBlock, number: int, frame: Frame, exits: AdapterExits)
     carry = exit_.carry
     if carry is not None and (type(carry) is not CarriedLogits or is_changed(carry)):
         return None
-    plain = plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
-    return None if plain is None or plain.source is None or plain.dense is not None else plain
+    return plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
 
 
 def _watch(watched: Watched, block: BadgeBlock, number: int, exits: AdapterExits, plain: PlainExit) -> None:
