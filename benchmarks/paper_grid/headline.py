@@ -183,6 +183,7 @@ rows, and in brackets the share of the blocks saved; means over seeds."""
         seconds = sum(r.result["seconds"]["total"] for r in records)
         seeds = sorted({r.seed for r in self.numbers.records})
         left = f" {missing} runs of the grid are not stored." if missing else ""
+        models = " --model-dir MODELS" if any(b.folder for b in self.settings.backbones.values()) else ""
         options = f"--docs docs/results/{docs.name}" + (f" --picture docs/img/{picture.name}" if picture else "")
         return f"""## How it was made
 
@@ -193,7 +194,7 @@ rules [here](paper/policies.md); trained backbones and the paper's other tables 
 [here](paper/lora.md), an encoder of 12 blocks [here](paper-e5.md).
 
 ```bash
-python benchmarks/paper.py run {config} --data-dir DATA --out runs/{name} --threads 1
+python benchmarks/paper.py run {config} --data-dir DATA{models} --out runs/{name} --threads 1
 python benchmarks/paper.py headline {config} --out runs/{name} {options}
 ```
 
