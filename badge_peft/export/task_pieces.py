@@ -45,7 +45,7 @@ class TaskPiecePass(PiecePass):
             self.stacks = stacks_of(block, number, frame, readers)
         for stack in self.stacks:
             own = [readers[task] for task in stack.tasks]
-            found = stack(frame, block.layout.pre_norm, own[0].pooling)
+            found = stack(frame, own[0].pooling)
             self.logits.append((stack.tasks, carried(block, number, own, found)))
         stacked = {task for stack in self.stacks for task in stack.tasks}
         for task, reader in readers.items():

@@ -33,11 +33,11 @@ class ExportedStack(nn.Module):
         for name, value in zip(self.names, weights, strict=True):
             self.register_buffer(name, value)
 
-    def forward(self, frame: Frame, pre_norm: bool, pooling: Pooling) -> Tensor:
+    def forward(self, frame: Frame, pooling: Pooling) -> Tensor:
         """Logits [T, n, K]; of labels that an exit lacks, `MISSING`."""
         stack = copy.copy(self.stack)
         stack.parts = {self.which: tuple(self._buffers[name] for name in self.names)}
-        return stack.logits(frame, pre_norm, pooling, self.which)
+        return stack.logits(frame, pooling, self.which)
 
 
 def stacks_of(block: BadgeBlock, number: int, frame: Frame, readers: Mapping[str, ExitReader]) -> list[ExportedStack]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from badge_peft.tuner.bypass import Bypass
+from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import LinearExit
 
@@ -27,7 +27,7 @@ class PlainExit(NamedTuple):
     """An exit and its bypass as the modules whose weights make all of it.
 
     Args:
-        source: What the bypass reads: the name of a tensor in `Frame`.
+        reads: Names in `Frame` of what the bypass reads, and of H_{m,F}, to which it is added.
         down: W_down.
         activation: g1; None is the identity.
         up: W_up.
@@ -35,7 +35,7 @@ class PlainExit(NamedTuple):
         linear: Gives the logits.
     """
 
-    source: str
+    reads: tuple[str, ...]
     down: Any
     activation: Callable[[Tensor], Tensor] | None
     up: Any
@@ -53,7 +53,7 @@ def plain_exit(
         exit_: The exit.
         bypass: Its bypass, where it has one.
         placement: Of the bypass.
-        pre_norm: Whether blocks normalize their inputs: then H_{m,F} is the block's output.
+        pre_norm: Whether blocks normalize their inputs.
         norm: LN' where it is shared; called past its hooks, as the modules do it.
         frame: What the block has just computed.
     """
@@ -63,10 +63,11 @@ def plain_exit(
     if type(parts["dropout"]) is not nn.Dropout or parts["dropout"].training or is_changed(parts["dropout"]):
         return None
     linear = parts["linear"]
-    source = {"block": "block_input", "ffn": "attention"}.get(placement)
-    residual = frame.output if pre_norm else frame.ffn_sum
-    states = None if source is None else getattr(frame, source)
-    if source is None or states is None or residual is None or type(bypass) is not Bypass or is_changed(bypass):
+    if placement not in ("block", "ffn") or type(bypass) is not Bypass or is_changed(bypass):
+        return None
+    reads = states_read(placement, pre_norm)
+    states, residual = (getattr(frame, name) for name in reads)
+    if states is None or residual is None:
         return None
     parts = bypass._modules
     down, up, activation = parts["down"], parts["up"], parts["activation"]
@@ -81,7 +82,7 @@ def plain_exit(
     weights = (norm.weight, down._parameters["weight"], linear._parameters["weight"])
     if any(x.dtype != states.dtype for x in (residual, *weights)):
         return None
-    return PlainExit(source, down, _ACTIVATIONS[type(activation)], up, norm, linear)
+    return PlainExit(reads, down, _ACTIVATIONS[type(activation)], up, norm, linear)
 
 
 def is_plain(module: Any) -> bool:

@@ -8,7 +8,7 @@ has changed since. With many rows there is enough to multiply in each, and the e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +42,7 @@ class StackedExits:
 
     def __init__(self, exits: Sequence[PlainExit]) -> None:
         first = exits[0]
-        self.source, self.activation, self.norm = first.source, first.activation, first.norm
+        self.reads, self.activation, self.norm = first.reads, first.activation, first.norm
         self.labels = [e.linear.out_features for e in exits]
         self.parts: dict[tuple[int, ...], tuple[Any, ...]] = {}
         with torch.inference_mode(False), torch.no_grad():  # plain tensors, for calls in either mode
@@ -63,16 +63,15 @@ class StackedExits:
             self.shift = None if shift is None else torch.bmm(weight, shift.unsqueeze(-1)).squeeze(-1)
             self.whole = self.bias if self.shift is None else self.bias + self.shift
 
-    def fits(self, frame: Frame, pre_norm: bool) -> bool:
+    def fits(self, frame: Frame) -> bool:
         """Whether the block has given what these exits read, in their precision."""
-        source, residual = getattr(frame, self.source), frame.output if pre_norm else frame.ffn_sum
+        source, residual = (getattr(frame, name) for name in self.reads)
         return source is not None and residual is not None and source.dtype == residual.dtype == self.weight.dtype
 
-    def logits(self, frame: Frame, pre_norm: bool, pooling: Pooling, which: Sequence[int]) -> Tensor:
+    def logits(self, frame: Frame, pooling: Pooling, which: Sequence[int]) -> Tensor:
         """Logits [T', n, K] of the T' exits `which`, in ascending order; of labels that an exit lacks, `MISSING`."""
         down, down_bias, up, up_bias, weight, bias, shift, whole = self.weights(tuple(which))
-        source = pooling.pick(getattr(frame, self.source))  # [n, d] or [n, S, d]
-        residual = pooling.pick(cast(Tensor, frame.output if pre_norm else frame.ffn_sum))
+        source, residual = (pooling.pick(getattr(frame, name)) for name in self.reads)  # [n, d] or [n, S, d]
         rows, size = source.shape[:-1], source.shape[-1]
         if len(rows) > 1:
             source, residual = source.reshape(-1, size), residual.reshape(-1, size)
@@ -193,11 +192,11 @@ def read_stacked(
         stack, _ = stacks.places.get(i, (None, 0))
         if stack is not None:
             together.setdefault(stack, []).append(i)
-    pre_norm, places = block.layout.pre_norm, stacks.places
+    places = stacks.places
     return [
-        (members, stack.logits(frame, pre_norm, pooling, [places[i][1] for i in members]))
+        (members, stack.logits(frame, pooling, [places[i][1] for i in members]))
         for stack, members in together.items()
-        if len(members) > 1 and stack.fits(frame, pre_norm)
+        if len(members) > 1 and stack.fits(frame)
     ]
 
 
@@ -244,7 +243,7 @@ def shape_of(plain: PlainExit) -> tuple[Any, ...]:
     """What exits that are stacked have in common."""
     norm, linear = plain.norm, plain.linear
     parts = (plain.down.out_features, plain.down.bias is None, plain.up.bias is None, norm.bias is None, norm.eps)
-    return (plain.source, plain.activation, *parts, linear.bias is None, linear.weight.dtype)
+    return (plain.reads, plain.activation, *parts, linear.bias is None, linear.weight.dtype)
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -63,9 +63,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = stacked.StackedExits.logits
 
-    def counted(self: Any, frame: Any, pre_norm: bool, pooling: Any, which: Any) -> Any:
+    def counted(self: Any, frame: Any, pooling: Any, which: Any) -> Any:
         seen.append(len(which))
-        return real(self, frame, pre_norm, pooling, which)
+        return real(self, frame, pooling, which)
 
     monkeypatch.setattr(stacked.StackedExits, "logits", counted)
     return seen

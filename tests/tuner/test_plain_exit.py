@@ -29,9 +29,9 @@ class Compared(FullDepthReader):
         plain = plain_exit(exit_, bypass, placement, block.layout.pre_norm, norm, frame)
         self.counts[plain is not None] += 1
         if plain is not None:
-            inner = F.linear(self.pooling.pick(getattr(frame, plain.source)), plain.down.weight, plain.down.bias)
+            inner = F.linear(self.pooling.pick(getattr(frame, plain.reads[0])), plain.down.weight, plain.down.bias)
             inner = inner if plain.activation is None else plain.activation(inner)
-            residual = self.pooling.pick(frame.output if block.layout.pre_norm else frame.ffn_sum)
+            residual = self.pooling.pick(getattr(frame, plain.reads[1]))
             states = plain.norm(F.linear(inner, plain.up.weight, plain.up.bias) + residual)
             torch.testing.assert_close(self.pooling.reduce(states), vector)
         return logits, None
