@@ -182,7 +182,7 @@ class EarlyExitMixin:
         mask, ends = inputs.get("attention_mask"), read_mask(self.model, self.layout, "last", inputs)
         about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
         readers = [self._reader(question, about, overrides) for question in call.questions]
-        read = positions_read(self.model, self.layout, inputs)
+        read = positions_read(self.layout, inputs, ends)
         running = self._pass(EarlyExitPass, call.together(readers), batch_size, read)
         running.heads = call.heads(readers)
         with running:

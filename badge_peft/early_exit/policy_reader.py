@@ -10,7 +10,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.policies.schedule import schedule_of
+from badge_peft.early_exit.policies.schedule import Schedule, schedule_of
 from badge_peft.early_exit.readers import Array, ExitReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
@@ -60,7 +60,7 @@ class PolicyReader(ExitReader):
         self._position = 0  # of the next exit among all exits
         self._undecided: list[list[Tensor] | None] = []  # exits since the last decision; None: one not computed
         self._dtype: torch.dtype | None = None  # of the exits' logits
-        self._linked = linked_exits(policy, exits)
+        self._linked = linked_exits(self.schedule, exits)
 
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are active the answer of the model's own head, [n, K]."""
@@ -185,9 +185,8 @@ class PolicyReader(ExitReader):
         self.num_active -= len(rows)
 
 
-def linked_exits(policy: ExitPolicy, exits: AdapterExits) -> set[int]:
+def linked_exits(schedule: Schedule, exits: AdapterExits) -> set[int]:
     """Block numbers of exits that need one another, up to the last one on which a decision may depend."""
-    schedule = schedule_of(policy, exits.numbers)
     reached = zip(exits.numbers[: schedule.end + 1], schedule.needed, strict=False)
     return exits.linked_to(number for number, needed in reached if needed)
 

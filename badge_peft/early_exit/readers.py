@@ -5,10 +5,13 @@ A reader has the adapter's exits, a policy, the history of its rows and their an
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from badge_peft.tuner.context import Frame
+from badge_peft.tuner.decoders import read_mask
 from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.layer import BadgeBlock
@@ -87,3 +90,9 @@ class ExitReader:
         """
         self.pooling = self.pooling.rows(index, length)
         self.state.keep_rows(index, length)
+
+
+def exit_reader(badge: Any, exits: AdapterExits, inputs: dict[str, Tensor]) -> ExitReader:
+    """Who reads exits for all rows of `badge`, a `BadgeModel`, at the positions at which a call of it does."""
+    mask = read_mask(badge.model, badge.layout, exits.pooling, inputs)
+    return ExitReader(exits, inputs["input_ids"].shape[0], mask)

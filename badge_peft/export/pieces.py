@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from badge_peft.early_exit.pass_ import as_result
-from badge_peft.early_exit.readers import ExitReader
+from badge_peft.early_exit.readers import ExitReader, exit_reader
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.decoders import read_mask
-from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.layer import BadgeBlock
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
@@ -31,12 +29,6 @@ OTHER = (3, 9)
 FOLLOWING = "following"
 #: Begin the names of what an exit leaves for the deeper ones (`ExitState.left`), and of what those before it left.
 LEFT, BEFORE = "left_", "before_"
-
-
-def exit_reader(badge: BadgeModel, exits: AdapterExits, inputs: dict[str, Tensor]) -> ExitReader:
-    """Who reads exits for all rows, at the positions at which a call of the model does."""
-    mask = read_mask(badge.model, badge.layout, exits.pooling, inputs)
-    return ExitReader(exits, inputs["input_ids"].shape[0], mask)
 
 
 def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.policies import ExitPolicy
+from badge_peft.early_exit.policies.schedule import schedule_of
 from badge_peft.early_exit.policy_reader import PolicyReader, linked_exits
-from badge_peft.early_exit.readers import ExitReader
+from badge_peft.early_exit.readers import ExitReader, exit_reader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
 from badge_peft.ranking.slices import SlicedPass, StatesChanged
@@ -135,7 +136,7 @@ class CandidatePass:
         self.device = next(badge.model.parameters()).device
         self._store: StateStore | None = None
         self._left = LeftStates(self.lengths, max_state_bytes)
-        self._linked = linked_exits(policy, self.exits)
+        self._linked = linked_exits(schedule_of(policy, self.exits.numbers), self.exits)
         self._tuple_length: int | None = None
 
     @torch.no_grad()
@@ -157,7 +158,8 @@ class CandidatePass:
     def _together(self) -> RankedCandidates:
         order, numbers = np.argsort(-self.lengths, kind="stable"), self.exits.numbers
         batch, n = self._batch(order.tolist()), len(self.rows)
-        mask = self._read_mask(batch)
+        mask = read_mask(self.badge.model, self.badge.layout, self.exits.pooling, batch)
+        mask = batch["attention_mask"] if mask is None else mask  # None: all positions of a single row
         reader = PolicyReader(self.exits, n, mask, 0, self.policy)
         with SlicedPass(reader, self.lengths[order], mask, self.batch_size, self.badge.num_blocks):
             base = self.badge.model(return_dict=True, **batch)
@@ -208,7 +210,7 @@ class CandidatePass:
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         for place, rows in self._slices(active):
             batch = self._batch(rows)
-            reader = ExitReader(self.exits, len(rows), self._read_mask(batch))
+            reader = exit_reader(self.badge, self.exits, batch)
             reader.state.left = self._left.get(rows)
             before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
             running = SegmentPass(reader, blocks, [*exits, *linked], before, self._tuple_length)
@@ -233,11 +235,6 @@ class CandidatePass:
         batch = pad_features([self.rows[i] for i in rows], self.badge.model)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return decoder_arguments(self.badge.model, batch, len(rows))
-
-    def _read_mask(self, batch: dict[str, Tensor]) -> Tensor:
-        """Where the exits read."""
-        mask = read_mask(self.badge.model, self.badge.layout, self.exits.pooling, batch)
-        return batch["attention_mask"] if mask is None else mask
 
     def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
         """Where each slice begins, and its candidates."""

@@ -105,12 +105,12 @@ def read_mask(model: nn.Module, layout: BlockLayout, pooling: str, arguments: di
     return None if pad is None else ids != pad
 
 
-def positions_read(model: nn.Module, layout: BlockLayout, arguments: dict[str, Any]) -> Tensor | None:
-    """[B, S], not 0 where a block or the model's own head reads a position; None: anywhere."""
+def positions_read(layout: BlockLayout, arguments: dict[str, Any], ends: Tensor | None) -> Tensor | None:
+    """[B, S], not 0 where a block or the model's own head reads a position; None: anywhere. `ends` is the `read_mask`
+    of the last position."""
     mask = arguments.get("attention_mask")
     if mask is None or mask.dim() != 2 or layout.pooling != "last":
         return mask
-    ends = read_mask(model, layout, "last", arguments)
     # of embeddings the head reads the last one, padding or not
     return None if ends is None or arguments.get("input_ids") is None else (mask != 0) | ends
 
