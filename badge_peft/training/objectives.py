@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from badge_peft.early_exit.full_depth import sum_losses
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training.criterion import Criterion
+from badge_peft.training.distillation import distillation_loss
 from badge_peft.training.equilibrium import GradientEquilibriumPass
 from badge_peft.training.imitation import NEEDS, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number
-from badge_peft.utils.problem import problem_of
 
 NOT_IN_STAGES = (
     "objective='two_stage' is not allowed with exit_type='past_future': exit M reads the weights of the exits below "
@@ -107,6 +105,11 @@ class Objective:
         return False
 
     @property
+    def best_by(self) -> str:
+        """The score by which checkpoints are compared, where the arguments leave it open."""
+        return "s_avg"
+
+    @property
     def reads_labels(self) -> bool:
         """Whether the loss of any exit is one against labels."""
         return self.distillation < 1
@@ -192,6 +195,10 @@ class SingleExit(Objective):
             raise ValueError(f"depth={self.depth} is not allowed: the model has exits at blocks {exits}.")
         return exits.index(self.depth)
 
+    @property
+    def best_by(self) -> str:
+        return f"exit_{self.depth}"
+
     def final_exit_alone(self, exits: list[int]) -> bool:
         return self.depth == exits[-1]
 
@@ -273,25 +280,3 @@ def check_earlier_exits(what: str, exits: list[int]) -> None:
             f"{what} is not allowed: it trains the exits below exit {exits[0]}, and there is no other exit. Give the "
             "adapter earlier ones (exit_layers), or train with objective='joint' and labels alone."
         )
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student), the mean over rows; multi-label: summed over labels; regression: squared difference.
-
-    Args:
-        student: [B, K].
-        teacher: [B, K], without gradient.
-        problem_type: As transformers has it.
-        temperature: T, of distributions; values have none.
-    """
-    student, teacher = student.float(), teacher.float()
-    problem = problem_of(problem_type)
-    if not problem.gives_labels:
-        return F.mse_loss(student, teacher)
-    student, teacher = student / temperature, teacher / temperature
-    if not problem.many_labels:
-        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
-        return kl * temperature**2
-    both = torch.stack([student, -student], dim=-1), torch.stack([teacher, -teacher], dim=-1)
-    kl = F.kl_div(F.logsigmoid(both[0]), F.logsigmoid(both[1]), reduction="sum", log_target=True)
-    return kl / len(student) * temperature**2

@@ -24,7 +24,7 @@ from badge_peft.training.callbacks import EarlyStopping
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
 from badge_peft.training.numbered import ROWS
-from badge_peft.training.objectives import GROUPS, Objective, SingleExit, Step
+from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
     check_batch_metrics,
@@ -135,12 +135,9 @@ class MultiExitTrainer(CachingTrainer):
     def _choose_metric(self) -> None:
         """By which score checkpoints are compared, where the arguments leave it open."""
         if self._chooses_metric:
-            own, depth = self._own_objective, None  # between two trials of a search there is no model to ask
-            if isinstance(own, SingleExit):
-                depth = own.depth
-            elif own is None and self.args.objective == "single_exit":
-                depth = self.args.depth
-            self.args.metric_for_best_model = "s_avg" if depth is None else f"exit_{depth}"
+            # between two trials of a search there is no model to ask for stages
+            own = self._own_objective or make_objective(self.args.objective, self.args.depth)
+            self.args.metric_for_best_model = own.best_by
             self.args.greater_is_better = True
 
     # ------------------------------------------------------------------------------------------------------- the loss

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
+from badge_peft.training.distillation import distillation_loss
 from badge_peft.training.equilibrium import GradientEquilibriumPass
 from badge_peft.training.imitation import ImitationPass
 from badge_peft.training.objectives import (
@@ -27,7 +28,6 @@ from badge_peft.training.objectives import (
     PastFuture,
     SingleExit,
     Step,
-    distillation_loss,
     make_objective,
 )
 from badge_peft.training.ranking import RankingDistillation
@@ -36,7 +36,7 @@ from tests import reference
 from tests.design import pairs
 from tests.models import LINKS, exits_of, make_batch, make_model
 
-from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, Stop, close, kl, make, make_trainer, moved, weights
+from .runs import PROBLEMS, REGRESSION, SINGLE, Rows, Stop, close, kl, make, make_trainer, moved, weights
 
 LOGITS = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))  # [E, B, K]
 LABELS = torch.tensor([0, 2, 1, 1, 0])
@@ -95,32 +95,6 @@ def test_the_teacher_takes_no_gradient(kind):
     kind(distillation=1.0)(step(logits=logits)).backward()
     assert logits.grad[:3].abs().sum(dim=(1, 2)).min() > 0
     assert not logits.grad[3].any()
-
-
-@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_distillation_loss(problem_type, temperature):
-    found = distillation_loss(LOGITS[0], LOGITS[1], problem_type, temperature)
-    assert float(found) == pytest.approx(kl(LOGITS[1], LOGITS[0], problem_type, temperature), rel=1e-5)
-    assert float(distillation_loss(LOGITS[0], LOGITS[0], problem_type, temperature)) == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_distillation_of_regression_is_the_squared_distance(temperature):
-    student, teacher = LOGITS[0, :, :1], LOGITS[1, :, :1]
-    expected = (
-        sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)) / 5
-    )
-    assert float(distillation_loss(student, teacher, REGRESSION, temperature)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_distillation_of_large_logits_is_no_nan(problem_type, dtype):
-    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]]).to(dtype).requires_grad_()
-    loss = distillation_loss(student, -student.detach(), problem_type)
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all() and loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("number", range(6))
