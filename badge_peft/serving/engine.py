@@ -21,7 +21,7 @@ from badge_peft.serving.requests import RequestError, Row
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.texts import length_limit
+from badge_peft.utils.texts import longest_text
 
 MAIN = "default"  # what the one adapter of a service without tasks is called
 BY_QUERY = "this service ranks the candidates of a query, which the rows of /predict are not: use /rerank."
@@ -86,8 +86,7 @@ class Engine:
             made = pipeline(model=adapter, model_kwargs={"base_model": base_model} if base_model else None)
         self.tasks: list[str] = list(made.tasks) if isinstance(made, MultiTaskPipeline) else []
         self.model, self.tokenizer, self.badge = made.model, made.tokenizer, get_badge_model(made.model)
-        positions, limit = max_positions(self.badge.model), length_limit(self.tokenizer)
-        self._longest = limit if positions is None else min(positions, limit)
+        self._longest = longest_text(self.tokenizer, max_positions(self.badge.model))
         names: list[str | None] = [*self.tasks] or [None]
         check_texts([name or MAIN for name in names if self.badge.config_of(name).reads_tokens])
         self.configs = {name or MAIN: self.badge.get_early_exit_config(name) for name in names}

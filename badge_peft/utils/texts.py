@@ -13,10 +13,10 @@ def whole(text: str) -> str:
 
 
 def longest_text(tokenizer: Any, *limits: int | None) -> int:
-    """Tokens of a text at most: what a tokenizer reads, 512 where it knows no limit, or the least of the `limits` that
-    are not None."""
-    own = 512 if tokenizer.model_max_length > _NO_LIMIT else tokenizer.model_max_length
-    return min([own, *(limit for limit in limits if limit is not None)])
+    """Tokens of a text at most: the least of what a tokenizer reads and of the `limits` that are not None; 512 where
+    none is known."""
+    known = [limit for limit in (tokenizer.model_max_length, *limits) if limit is not None and limit <= _NO_LIMIT]
+    return min(known, default=512)
 
 
 def length_limit(tokenizer: Any) -> int:
