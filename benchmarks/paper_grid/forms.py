@@ -50,6 +50,11 @@ CARRY_ATTENTION_0 = Form(
     (("carry", "logits"), ("exit_0", True), ("exit_type", "residual_mha")),
     "BADGE + carry + attention + exit 0",
 )
+CARRY_LINEAR = Form("badge", (("carry", "logits"), ("exit_weights", "linear")), "BADGE + carry, linear weights")
+CARRY_DISTILLED = Form("badge_distilled", (("carry", "logits"),), "BADGE + carry + distillation")
+CARRY_DISTILLED_SOFT = Form("badge_distilled_soft", (("carry", "logits"),), "BADGE + carry + distillation, T = 2")
+CARRY_WIDE = Form("badge", (("carry", "logits"), ("r", 64)), "BADGE + carry, r = 64")
+CARRY_CLS = Form("badge", (("carry", "logits"), ("exit_pooling", "cls")), "BADGE + carry, first token")
 JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
 JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
 FORMS = (
@@ -57,6 +62,11 @@ FORMS = (
     PLAIN,
     CARRY,
     CARRY_0,
+    CARRY_LINEAR,
+    CARRY_DISTILLED,
+    CARRY_DISTILLED_SOFT,
+    CARRY_WIDE,
+    CARRY_CLS,
     STATES,
     LADDER,
     BOTH,

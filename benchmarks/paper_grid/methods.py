@@ -15,12 +15,14 @@ class Method:
         objective: Of `MultiExitTrainer`.
         adapter: Fields of `BadgeConfig` that make it what it is; a grid's variants come on top.
         rates_of: The method whose learning rates it shares, where a search of its own would be a waste.
+        training: Further arguments of `MultiExitTrainer`.
     """
 
     title: str
     objective: str = "joint"
     adapter: dict[str, Any] = field(default_factory=dict)
     rates_of: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
@@ -36,6 +38,16 @@ METHODS: dict[str, Method] = {
     # Beyond Table 1: the exits of LTE for Figure 2, and bypasses with the objectives of rivals.
     "badge_lte": Method("BADGE + LTE", "joint", {"placement": "block", "learn_to_exit": True}, rates_of="badge"),
     "badge_alternating": Method("BADGE + ALT", "alternating", {"placement": "block"}),
+    "badge_distilled": Method(
+        "BADGE + distillation", "joint", {"placement": "block"}, rates_of="badge", training={"distillation": 0.5}
+    ),
+    "badge_distilled_soft": Method(
+        "BADGE + distillation, T = 2",
+        "joint",
+        {"placement": "block"},
+        rates_of="badge",
+        training={"distillation": 0.5, "distillation_temperature": 2.0},
+    ),
     "badge_gradient_equilibrium": Method("BADGE + GradEquil", "gradient_equilibrium", {"placement": "block"}),
 }
 

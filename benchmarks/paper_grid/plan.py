@@ -123,6 +123,7 @@ def make_run(
         "bf16": settings.bf16,
         "seed": seed,
         "purpose": "result",
+        **({"training": METHODS[method].training} if METHODS[method].training else {}),
     }
 
 

@@ -116,6 +116,7 @@ class Workshop:
             adapter_learning_rate=run["adapter_lr"],
             metric=run["metric"],
             early_stopping_patience=run["patience"],
+            **run.get("training", {}),
             **options,
         )
         trainer.remove_callback(PrinterCallback)
