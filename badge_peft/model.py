@@ -258,10 +258,12 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             backbone.train_for(self.model, full if requires_grad else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter, with the LoRA that belongs to it."""
+        """Removes an adapter, with the LoRA that belongs to it. Where it was the active one, another becomes active."""
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         lora.delete(self.model, adapter_name)
-        lora.set_active(self.model, self.active_adapters, inference_mode=False)
+        if was_active and self.active_adapters:  # PEFT leaves its head out where the deleted one had none
+            self.set_adapter(self.active_adapters, inference_mode=self.config_of().inference_mode)
 
     # ------------------------------------------------------------------------------------------------------- leaving
 

@@ -103,3 +103,17 @@ def test_training_one_leaves_the_others_alone(tmp_path: Path) -> None:
             assert same(answers(model), alone[other], other not in LOW) == (other != name), (name, other)
         model.set_adapter(name)
         alone[name] = answers(model)
+
+
+def test_deleting_the_active_one_makes_another_answer_as_when_alone(tmp_path: Path) -> None:
+    alone = save_each("bert", tmp_path)
+    model = load_all("bert", tmp_path)
+    model.delete_adapter("seven")  # not the active one: nothing else changes
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for gone in ("one", "two", "three", "five", "four"):
+        model.set_adapter(gone)
+        with pytest.warns(UserWarning, match="was active"):
+            model.delete_adapter(gone)
+        left = model.active_adapter
+        assert same(answers(model), alone[left], left not in LOW), (gone, left)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
