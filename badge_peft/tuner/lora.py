@@ -99,8 +99,8 @@ def is_lora(key: str) -> bool:
 
 
 def is_adapter_key(key: str, adapter_name: str) -> bool:
-    """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`."""
-    return is_lora(key) and (f".{adapter_name}." in key or key.endswith(f".{adapter_name}"))
+    """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`, which may be called `lora_x`."""
+    return re.search(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)", key) is not None
 
 
 def _with(config: LoraConfig, **changes: Any) -> LoraConfig:

@@ -488,6 +488,13 @@ def test_names_that_lora_has_taken(name):
         make_lora(adapter_name=name)
 
 
+def test_a_name_that_starts_as_those_of_lora_do(tmp_path):
+    model = make_lora(adapter_name="lora_v1")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "lora_v1")
+    assert torch.equal(exits_of(loaded, BATCH), exits_of(model, BATCH))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_new_lora_is_in_the_mode_of_its_model(training):
     model = get_peft_model(make_model("bert").train(training), BadgeConfig(backbone="lora"))
