@@ -7,6 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from badge_peft.tuner.architectures import BlockLayout
+from badge_peft.utils.checks import check_int, is_number
 
 _LORA_STARTS = (True, False, "gaussian", "orthogonal")
 _NOT_IN_LORA = {
@@ -35,6 +36,12 @@ def lora_fields(value: Any) -> dict[str, Any] | None:
         config = value if isinstance(value, LoraConfig) else LoraConfig(**value)
     except TypeError as error:
         raise ValueError(f"lora={value!r} is not allowed: {error}.") from error
+    check_int("lora r", config.r, at_least=1, optional=False)
+    if not is_number(config.lora_alpha) or not is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        raise ValueError(
+            f"lora lora_alpha={config.lora_alpha!r}, lora_dropout={config.lora_dropout!r} is not allowed: the first "
+            "must be a number, the second one in [0, 1)."
+        )
     default = LoraConfig().to_dict()
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if v != default[k]}
     for name, remedy in _NOT_IN_LORA.items():

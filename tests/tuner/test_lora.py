@@ -488,6 +488,15 @@ def test_names_that_lora_has_taken(name):
         make_lora(adapter_name=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("r", 0), ("r", "8"), ("lora_alpha", float("nan")), ("lora_dropout", "0.1"), ("lora_dropout", 2)],
+)
+def test_wrong_numbers(name, value):
+    with pytest.raises(ValueError, match=f"lora .*{name}={value!r}.* is not allowed"):
+        BadgeConfig(backbone="lora", lora={name: value})
+
+
 def test_a_name_that_starts_as_those_of_lora_do(tmp_path):
     model = make_lora(adapter_name="lora_v1")
     model.save_pretrained(tmp_path)
