@@ -102,6 +102,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
 
     ours = {*_PEFT_HEADS, *layout.head, NO_HEAD}
     extra = [name for name in config.modules_to_save or [] if name not in ours]
+    _check_no_blocks(model, extra, blocks)
     check_trainable(model, [*extra, *head], config.backbone)
     if config.base_fingerprint is None:
         unread: tuple[str, ...] = () if config.final_exit == "base_head" else (*layout.head, "pooler")
@@ -113,6 +114,17 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     config.badge_version = config.badge_version or package_version()
     config.modules_to_save = [*extra, *head] or [NO_HEAD]
     return config
+
+
+def _check_no_blocks(model: nn.Module, modules_to_save: list[str], blocks: list[str]) -> None:
+    """PEFT looks into no module that is saved as a whole, so a block in one would be left without its exit."""
+    for name, _ in model.named_modules():
+        ends = [saved for saved in modules_to_save if name.endswith(saved)]  # as PEFT looks for them
+        if ends and any(f"{block}.".startswith(f"{name}.") for block in blocks):
+            raise ValueError(
+                f"modules_to_save={ends[0]!r} is not allowed: it is {name!r}, which is or holds a block. To train the "
+                "blocks set backbone='full' or 'lora'."
+            )
 
 
 def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:

@@ -147,6 +147,15 @@ def test_other_names_are_fine(name, tmp_path):
     assert torch.equal(exits_of(back.eval(), make_batch()), before)
 
 
+@pytest.mark.parametrize("names", [["encoder"], ["bert"], ["embeddings", "layer.1"]], ids=str)
+def test_modules_to_save_that_hold_a_block(names):
+    base = make_model()
+    check = unchanged(base)
+    with pytest.raises(ValueError, match=f"modules_to_save='{names[-1]}' is not allowed: .* is or holds a block"):
+        get_peft_model(base, BadgeConfig(modules_to_save=names))
+    check()
+
+
 def test_labels_and_problem_type_come_from_the_model():
     model = make_badge(base=make_model(num_labels=5, problem_type="multi_label_classification"))
     config = model.peft_config["default"]
