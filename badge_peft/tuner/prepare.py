@@ -11,6 +11,7 @@ from torch import nn
 from badge_peft._version import package_version
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
 from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
+from badge_peft.tuner.config_rules import check_label_names
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from badge_peft.tuner.losses import loss_weights
@@ -74,6 +75,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
     others = getattr(model, "peft_config", None) or {}
     num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
+    check_label_names(config.label_names, num_labels)
     kind = pooling_kind(model, config, layout)
     if kind != TOKENS and kind not in CHOICES["exit_pooling"][1:]:
         raise ValueError(

@@ -156,6 +156,14 @@ def test_modules_to_save_that_hold_a_block(names):
     check()
 
 
+def test_as_many_label_names_as_the_model_has_labels():
+    base = make_model()
+    check = unchanged(base)
+    with pytest.raises(ValueError, match=r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"):
+        get_peft_model(base, BadgeConfig(label_names=["a", "b"]))
+    check()
+
+
 def test_labels_and_problem_type_come_from_the_model():
     model = make_badge(base=make_model(num_labels=5, problem_type="multi_label_classification"))
     config = model.peft_config["default"]
