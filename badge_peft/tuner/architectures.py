@@ -179,7 +179,7 @@ def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
     """`cls`, `mean` or `last`: what the model's own head reads."""
     if layout.pooling in ("cls", "mean", "last"):
         return layout.pooling
-    return str(getattr(model.config, layout.pooling))
+    return str(getattr(model.config, str(layout.pooling), None))
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -58,6 +58,8 @@ class BlockLayout:
         for name, value in vars(self).copy().items():
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, str) and str(self.__dataclass_fields__[name].type).startswith("tuple"):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a tuple of names, ({value!r},).")
 
     @classmethod
     def of(cls, value: Any) -> BlockLayout:

@@ -123,6 +123,12 @@ def test_layout_that_does_not_fit(change, message):
     assert [name for name, _ in base.named_modules()] == names
 
 
+@pytest.mark.parametrize("pooling", ["max", None])
+def test_a_pooling_that_neither_the_table_nor_the_models_config_knows(pooling):
+    with pytest.raises(ValueError, match=rf"own pooling {pooling}='None' is not one of cls, mean, last: set"):
+        get_peft_model(make_model("bert"), BadgeConfig(block_layout={**ERNIE, "pooling": pooling}))
+
+
 def test_unknown_architecture_names_those_that_are_known_and_the_remedy():
     base = ernie()
     before = base(**make_batch()).logits

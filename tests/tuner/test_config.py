@@ -157,6 +157,11 @@ def test_wrong_early_exit(value, message):
         BadgeConfig(early_exit=value)
 
 
+def test_one_name_is_no_tuple_of_names():
+    with pytest.raises(ValueError, match=r"head='score' is not allowed: it must be a tuple of names, \('score',\)"):
+        BadgeConfig(block_layout={**LAYOUT, "head": "score"})
+
+
 def test_unknown_task_type_is_named():
     with pytest.raises(ValueError, match="NONSENSE"):
         BadgeConfig(task_type="NONSENSE")
