@@ -146,7 +146,8 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
         self.exit_layers = sorted_layers(self.exit_layers)
         self.exit_weights = check_weights(self.exit_weights)
-        check_int("num_labels", self.num_labels, at_least=1)
+        for name in ("num_labels", "num_blocks", "hidden_size"):
+            check_int(name, getattr(self, name), at_least=1)
         check_label_names(self.label_names, self.num_labels)
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)

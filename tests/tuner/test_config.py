@@ -121,6 +121,7 @@ def test_every_field_says_what_it_is():
         *(("exit_weights", value, "uniform") for value in ("linaer", 1.0, None)),
         *(("exit_weights", value, "numbers >= 0") for value in ([], [0, 0], [1, -1], [1, "a"], [math.nan, 1], [True])),
         *(("num_labels", value, "at least 1") for value in (0, 2.5, "2", True)),
+        *((name, value, "at least 1") for name in ("num_blocks", "hidden_size") for value in (0, "3")),
         *(("problem_type", value, "single_label_classification, multi_label_classification") for value in ("x", 1)),
         *(("label_names", value, "list of different strings") for value in ("ab", ("a", "b"), ["a", "a"], [0, 1])),
         *(("task_type", value, "SEQ_CLS") for value in ("QUESTION_ANS", TaskType.CAUSAL_LM)),
