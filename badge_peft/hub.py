@@ -70,6 +70,11 @@ def load_pretrained(
         ValueError: there is no adapter, it is not BADGE's, or it does not fit the base model; tasks that cannot share
             a pass.
     """
+    if isinstance(path_or_repo, Mapping) and revision is not None:
+        raise ValueError(
+            f"revision={revision!r} is not allowed with the repositories of many tasks, which have one each: give the "
+            "folder of huggingface_hub.snapshot_download(repo, revision=...) in the place of a repository."
+        )
     hub: Any = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
     tasks = path_or_repo if isinstance(path_or_repo, Mapping) else find_tasks(Path(path_or_repo))
     if tasks is not None:

@@ -218,7 +218,7 @@ def pipeline(
     source = None
     if isinstance(model, Mapping):
         sources = [str(place) for place in model.values()]
-        model = load_pretrained(model, **(model_kwargs or {}))
+        model = load_pretrained(model, revision=revision, **(model_kwargs or {}))
         source, tasks = sources[0], tasks or list(model.peft_config)
     elif isinstance(model, (str, PathLike)):
         source = str(model)

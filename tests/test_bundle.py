@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from badge_peft import BadgeConfig, bundle, load_pretrained, save_tasks
+from badge_peft import BadgeConfig, bundle, load_pretrained, pipeline, save_tasks
 from tests.models import make_batch, make_model, shake
 from tests.texts import make_tokenizer, save_base
 
@@ -108,6 +108,13 @@ def test_a_bundle_of_the_hub(tasks: dict[str, str], tmp_path: Path, monkeypatch:
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_one_revision_of_many_repositories_is_refused() -> None:
+    with pytest.raises(ValueError, match="revision='v1' is not allowed with the repositories of many tasks"):
+        load_pretrained({"intent": "user/intent", "pii": "user/pii"}, revision="v1")
+    with pytest.raises(ValueError, match="revision='v1' is not allowed"):
+        pipeline(model={"intent": "user/intent", "pii": "user/pii"}, revision="v1")
 
 
 def test_other_base_models(tasks: dict[str, str], tmp_path: Path) -> None:
