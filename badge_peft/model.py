@@ -258,7 +258,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             backbone.train_for(self.model, full if requires_grad else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter, with the LoRA that belongs to it. Where it was the active one, another becomes active."""
+        """Removes an adapter, with the LoRA that belongs to it. Where it was active, another one becomes it."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         lora.delete(self.model, adapter_name)
@@ -268,8 +268,10 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     # ------------------------------------------------------------------------------------------------------- leaving
 
     def name_labels(self, names: list[str]) -> None:
-        """Makes `names` the labels in the model's config, until `unload`."""
+        """Makes `names` the labels in the model's config, until `unload`, where the base model has as many."""
         config: Any = self.model.config
+        if len(names) != config.num_labels:  # which transformers counts by these names
+            return
         self._own_labels = self._own_labels or {"id2label": config.id2label, "label2id": config.label2id}
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}

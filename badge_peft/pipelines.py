@@ -38,13 +38,7 @@ class _ExitRules:
 
     def check_model_type(self, supported_models: Any) -> None:
         """A PEFT model is none of the classes that transformers lists here: what counts is the adapter."""
-        config = get_badge_model(self.model).config_of()
-        names = self.model.config.id2label or {}
-        if any(i not in names for i in range(config.resolved_labels)):
-            raise ValueError(
-                f"the exits have {config.resolved_labels} outputs, but the model's config names {len(names)} labels: "
-                "set id2label in model.config, or BadgeConfig(label_names=...) before training."
-            )
+        get_badge_model(self.model)
 
     def _sanitize_parameters(
         self, early_exit_config: Any = None, **kwargs: Any
@@ -73,7 +67,7 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
     `EarlyExitConfig` may be given when the pipeline is made and with each call; those of the call win.
 
     Raises:
-        ValueError: the model carries no BADGE adapter or has no name for a label, or a field is wrong.
+        ValueError: the model carries no BADGE adapter, or a field is wrong.
     """
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
@@ -83,11 +77,18 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
         self, model_outputs: Any, function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answer of one text, a dict or a list; the default function follows the adapter's problem type."""
-        if function_to_apply is None:
-            function_to_apply = _FUNCTIONS[get_badge_model(self.model).config_of().resolved_problem_type]
-        said = super().postprocess(model_outputs, function_to_apply=function_to_apply, **kwargs)
+        return self._answer(None, model_outputs, function_to_apply, **kwargs)
+
+    def _answer(self, adapter: str | None, outputs: Mapping[str, Any], function_to_apply: Any, **kwargs: Any) -> Any:
+        """What `adapter` (None: the active one) says of one text, under its own names of the labels."""
+        badge = get_badge_model(self.model)
+        function = function_to_apply or _FUNCTIONS[badge.config_of(adapter).resolved_problem_type]
+        names = dict(enumerate(badge.label_names(adapter)))
+        of_adapter: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label=names)))
+        logits: Any = {"logits": outputs["logits"]}
+        said: Any = TextClassificationPipeline.postprocess(of_adapter, logits, function_to_apply=function, **kwargs)
         for answer in said if isinstance(said, list) else [said]:
-            answer["exit_layer"] = int(model_outputs["exit_layer"][0])
+            answer["exit_layer"] = int(outputs["exit_layer"][0])
         return said
 
 
@@ -99,8 +100,20 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
     `EarlyExitPipeline`.
 
     Raises:
-        ValueError: as `EarlyExitPipeline`.
+        ValueError: as `EarlyExitPipeline`, or the model's config has other labels than the adapter.
     """
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """transformers reads the names of the labels from the model's config."""
+        badge = get_badge_model(self.model)
+        if badge.config_of().label_names is not None:
+            badge.name_labels(badge.label_names())
+        names, wanted = self.model.config.id2label or {}, badge.label_names()
+        if [names.get(i) for i in range(len(wanted))] != wanted:
+            raise ValueError(
+                f"the exits have the labels {', '.join(wanted)}, but the model's config has {len(names)} others: set "
+                "id2label in model.config."
+            )
 
     def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]  # typed for any
         inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
@@ -155,18 +168,10 @@ class MultiTaskPipeline(EarlyExitPipeline):
         self, model_outputs: dict[tuple[str, str], Tensor], function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answers of one text, by task."""
-        badge = get_badge_model(self.model)
         found = {}
         for task in self.tasks:
-            names = dict(enumerate(badge.label_names(task)))
-            function = function_to_apply or _FUNCTIONS[badge.config_of(task).resolved_problem_type]
-            of_task: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label=names)))
-            said: Any = TextClassificationPipeline.postprocess(
-                of_task, {"logits": model_outputs[task, "logits"]}, function_to_apply=function, **kwargs
-            )
-            for answer in said if isinstance(said, list) else [said]:
-                answer["exit_layer"] = int(model_outputs[task, "exit_layer"][0])
-            found[task] = said
+            outputs = {name: model_outputs[task, name] for name in ("logits", "exit_layer")}
+            found[task] = self._answer(task, outputs, function_to_apply, **kwargs)
         return found
 
 

@@ -175,9 +175,20 @@ def test_what_is_refused(adapter: Path) -> None:
         badge_peft.pipeline(model=lora, tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match="no argument 'treshold': did you mean 'threshold'"):
         badge_peft.pipeline(model=str(adapter))("a film", treshold=0.5)
-    more = make_badge(num_labels=5, final_exit="exit")
-    with pytest.raises(ValueError, match="have 5 outputs, but the model's config names 3 labels: set id2label"):
-        badge_peft.pipeline(model=more, tokenizer=make_tokenizer())
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 3}, {"num_labels": 2, "final_exit": "exit"}], ids=str)
+def test_labels_have_the_names_of_the_adapter_however_it_was_made(fields: dict[str, Any], tmp_path: Path) -> None:
+    named = make_badge(label_names=["a", "b", "c"][: fields["num_labels"]], **fields)
+    named.save_pretrained(tmp_path)
+    beside = make_badge()
+    beside.load_adapter(tmp_path, "named")
+    beside.set_adapter("named")
+    loaded = badge_peft.load_pretrained(tmp_path, base_model=make_model())
+    for model in (named, beside.eval(), loaded):
+        found: Any = badge_peft.pipeline(model=model, tokenizer=make_tokenizer())(TEXTS[0], top_k=None)
+        assert {answer["label"] for answer in found} == set(named.base_model.label_names())
+        assert model.config.num_labels == 3  # the base model's own head has as many
 
 
 # ---------------------------------------------------------------------------------------------------------- many tasks
@@ -298,3 +309,17 @@ def test_tokens_stop_by_themselves(token_adapter: Path) -> None:
         assert [entity["exit_layer"] for entity in found] == out.token_exit_layer[0, 1:-1].tolist()
     with pytest.raises(ValueError, match="task='text-classification' is not allowed for this adapter.*'token-class"):
         badge_peft.pipeline(model=str(token_adapter))
+
+
+def test_tokens_have_the_labels_of_the_adapter(token_adapter: Path) -> None:
+    for fields in ({}, {"num_labels": 2, "final_exit": "exit"}):
+        base = AutoModelForTokenClassification.from_pretrained(token_adapter.parent / "base")
+        names = ["O", "B-a", "I-a", "B-b"][: fields.get("num_labels", 4)]
+        model = get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS", r=4, label_names=names, **fields)).eval()
+        if fields:
+            with pytest.raises(ValueError, match="the labels O, B-a, but .* has 4 others: set id2label"):
+                badge_peft.pipeline("ner", model=model, tokenizer=make_tokenizer())
+        else:
+            tag = badge_peft.pipeline("ner", model=model, tokenizer=make_tokenizer(), ignore_labels=[])
+            found: Any = tag(TEXTS[0])
+            assert {entity["entity"] for entity in found} <= set(names)
