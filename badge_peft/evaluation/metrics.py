@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +146,7 @@ def exit_scores(exit_logits: ExitLogits, metric: Metric = "accuracy") -> ExitSco
             [N], 0 / 1 decisions [N, K] (multi-label) or values [N] or [N, K] (regression).
 
     Raises:
-        ValueError: no labels, an unknown metric, or one that does not suit the problem type.
+        ValueError: no labels, an unknown metric, one that does not suit the problem type, or one that gives NaN.
     """
     measure = scorer(exit_logits, metric)
     per_exit = [measure(predictions) for predictions in exit_logits.predictions]
@@ -172,12 +173,12 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
     takes the labels of these, too.
 
     Raises:
-        ValueError: as `exit_scores`.
+        ValueError: as `exit_scores`; by the function, where a score is NaN or infinite.
     """
-    problem, labels = problem_of(exit_logits.kind), exit_logits.targets
+    problem, labels, name = problem_of(exit_logits.kind), exit_logits.targets, metric_name(metric)
     if isinstance(metric, str):
         check_choice("metric", metric, METRIC_NAMES)
-        fitting = [name for name in METRICS if (name in _REGRESSION) != problem.gives_labels]
+        fitting = [known for known in METRICS if (known in _REGRESSION) != problem.gives_labels]
         fitting += [ENTITY_F1] if exit_logits.texts is not None else []
         if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
@@ -185,7 +186,17 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
             return lambda predictions: _ratio(*ratio_parts(exit_logits, predictions, ENTITY_F1))
         metric = METRICS[metric]
     measure = metric
-    return lambda predictions, labels=labels: float(measure(predictions, labels))  # a plain number, for JSON
+
+    def measured(predictions: Array, labels: Array = labels) -> float:
+        value = float(measure(predictions, labels))  # a plain number, for JSON
+        if not math.isfinite(value):
+            raise ValueError(
+                f"metric={name!r} gives {value} on {len(labels)} rows, and nothing can be chosen by it: "
+                "it must give a finite number for any predictions, 0 where it is not defined."
+            )
+        return value
+
+    return measured
 
 
 def _ratio(above: Array, below: Array) -> float:

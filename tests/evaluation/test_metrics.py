@@ -117,6 +117,19 @@ def test_a_metric_of_ones_own() -> None:
     assert scores.metric == "share_of_zeros"
 
 
+def test_a_metric_that_gives_nan_is_refused() -> None:
+    """NaN is neither within a drop nor beyond it: the exit that it was given for would be chosen."""
+    found = by_hand()
+    found.logits[:, 0] = torch.tensor([1.0, 0.0])  # a constant answer
+    with pytest.raises(ValueError, match="metric='undefined' gives nan on 4 rows"):
+        calibrate(found, "max_prob", max_score_drop=0.1, metric=undefined)
+
+
+def undefined(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """As scipy's correlations are of constants."""
+    return float("nan") if np.ptp(predictions) == 0 else float((predictions == labels).mean())
+
+
 def test_score_takes_answers_that_no_single_exit_gave() -> None:
     data = by_hand()
     assert score(data, data.answers(torch.tensor([1, 2, 4, 2]))) == 1.0
