@@ -12,18 +12,16 @@ from badge_peft.early_exit.registry import POLICIES
 
 _DEFAULT = {name: field.default for name, field in EarlyExitConfig.__dataclass_fields__.items()}
 
-_IN_A_LINE = ("top_k", "threshold", "patience", "depth", "min_exit", "max_exit")
-_IN_A_TABLE = (
-    "policy",
-    "divergence",
+_IN_A_LINE = (
+    "top_k",
     "threshold",
     "patience",
-    "window",
-    "top_k",
+    "depth",
     "min_exit",
     "max_exit",
-    "depth",
+    "decide_every",
     "normalize",
+    "temperature",
 )
 
 
@@ -81,17 +79,16 @@ class PolicyText:
 
 def describe(config: EarlyExitConfig) -> str:
     """The policy and what is set: `divergence (ce), threshold=0.2, patience=1`."""
-    set_ = ((name, getattr(config, name)) for name in _IN_A_LINE)
-    shown = [f"{name}={short(value)}" for name, value in set_ if value is not None]
-    if config.decide_every > 1:
-        shown.append(f"decide_every={config.decide_every}")
+    shown = [f"{name}={short(value)}" for name, value in _set(config).items()]
     kind = POLICIES[config.policy]
     return ", ".join(filter(None, [kind.title(config), *shown, kind.fitted_numbers(config)]))
 
 
 def short(value: float | list[float]) -> str:
     """Four digits, also of each number of a list."""
-    return f"[{', '.join(map(short, value))}]" if isinstance(value, list) else f"{value:.4g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(short, value))}]"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def policy_label(config: EarlyExitConfig) -> str:
@@ -102,5 +99,8 @@ def policy_label(config: EarlyExitConfig) -> str:
 def set_fields(config: EarlyExitConfig) -> dict[str, Any]:
     """The fields that say how a config stops, of those that its policy reads; open ones are left out."""
     own = ("policy", *POLICIES[config.policy].own_fields)
-    shown = [name for name in _IN_A_TABLE if name in own or _DEFAULT[name] in (None, False)]
-    return {name: value for name in shown if (value := getattr(config, name)) not in (None, False)}
+    return {name: getattr(config, name) for name in own} | _set(config)
+
+
+def _set(config: EarlyExitConfig) -> dict[str, Any]:
+    return {name: value for name in _IN_A_LINE if (value := getattr(config, name)) != _DEFAULT[name]}
