@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
-from badge_peft.early_exit.policies.text import policy_label
+from badge_peft.early_exit.policies.text import describe, policy_label, set_fields
 from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, scorer
 from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
+from badge_peft.utils.checks import check_int
 from badge_peft.utils.files import write_json
 
 
@@ -39,12 +40,9 @@ class TradeOffPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: the numbers, and the fields of the config that are set."""
-        keep = ("policy", "divergence", "threshold", "patience", "window", "top_k", "min_exit", "max_exit", "depth")
-        config = {k: v for k, v in self.config.to_dict().items() if k in keep and v is not None}
-        if self.config.decide_every > 1:
-            config["decide_every"] = self.config.decide_every
         numbers = {"mean_exit": self.mean_exit, "layer_speedup": self.layer_speedup, "score": self.score}
-        return {"name": self.name, **config, **numbers}
+        form = {"divergence": self.config.divergence, "window": self.config.window}
+        return {"name": self.name, **form, **set_fields(self.config), **numbers}
 
 
 @dataclass
@@ -72,7 +70,7 @@ class TradeOff:
 
     def best_at(self, name: str, speedup: float) -> TradeOffPoint | None:
         """The best score of a curve at a layer speed-up of at least `speedup`; None where the curve does not reach."""
-        reached = [p for p in self.curve(name) if p.layer_speedup >= speedup]
+        reached = [p for p in self.curve(name) if p.layer_speedup >= speedup - 1e-12]
         return max(reached, key=lambda p: (p.score, p.layer_speedup), default=None)
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -109,18 +107,25 @@ def sweep(
         policies: Names, or configs whose threshold (or depth, or patience) is left open. None: `divergence`,
             `patience`, `entropy` and `max_prob`, those that suit the problem type. A name takes the policy's default
             patience.
-        points: Per policy, spread over the speed-ups it can give. `patience` and `fixed_depth` have one point per
-            block and no more.
+        points: Per policy, at least 1, spread over the speed-ups it can give. `patience` and `fixed_depth` have one
+            point per block and no more.
         metric: As for `exit_scores`.
 
     Returns:
-        The points, with the fixed depths first.
+        The points, with the fixed depths first. Where several of the `policies` are variants of one, their curves are
+        named by what they set: `entropy, min_exit=3`.
     """
+    check_int("points", points, at_least=1, optional=False)
     if policies is None:
         policies = default_policies(exit_logits.kind)
-    asked = [{"policy": p} if isinstance(p, str) else p for p in policies if p != "fixed_depth"]
-    fixed = EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)
-    found = curve_points(exit_logits, [fixed, *(fitted(p, exit_logits) for p in asked)], points, metric)
+    asked = [EarlyExitConfig.of({"policy": p} if isinstance(p, str) else p) for p in policies if p != "fixed_depth"]
+    found = curve_points(exit_logits, [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)], points, metric)
+    names = [policy_label(config) for config in asked]
+    for config, name in zip(asked, names, strict=True):
+        curve = curve_points(exit_logits, [fitted(config, exit_logits)], points, metric)
+        if names.count(name) > 1:
+            name = describe(replace(config, threshold=None))
+        found += [replace(point, name=name) for point in curve]
     return TradeOff(found, metric_name(metric), exit_logits.depth)
 
 

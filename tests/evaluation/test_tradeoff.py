@@ -187,6 +187,28 @@ def test_curves():
     assert found.best_at("a", 0.71) is None and found.best_at("c", 0.0) is None
 
 
+def test_rounding_does_not_keep_a_depth_from_its_own_speedup():
+    found = sweep(plausible(rows=30, exits=5), ["never"])
+    assert 1 - 4 / 5 < 0.2  # in floating point
+    assert TradeOff(found.curve("fixed_depth")[:2], "accuracy", 5).best_at("fixed_depth", 0.2).config.depth == 4
+
+
+def test_variants_of_a_policy_have_curves_of_their_own():
+    variants = [{}, {"min_exit": 3}, {"normalize": True}, {"decide_every": 2, "max_exit": 4}]
+    found = sweep(plausible(rows=60, exits=5), [{"policy": "entropy", **fields} for fields in variants], points=4)
+    names = ["entropy", "entropy, min_exit=3", "entropy, normalize=True", "entropy, max_exit=4, decide_every=2"]
+    assert found.names == ["fixed_depth", *names]
+    for name, fields in zip(names, variants, strict=True):
+        assert 0 < len(found.curve(name)) <= 4
+        assert all(point.to_dict().items() >= fields.items() for point in found.curve(name))
+
+
+@pytest.mark.parametrize("points", [0, -1, 2.5])
+def test_a_sweep_has_a_whole_number_of_points(points):
+    with pytest.raises(ValueError, match="points=.* must be a whole number of at least 1"):
+        sweep(plausible(rows=30), points=points)
+
+
 def test_files(tmp_path):
     found = TradeOff(POINTS, "accuracy", 12)
     assert found.to_dicts()[1] == {
