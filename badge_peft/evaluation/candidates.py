@@ -52,15 +52,18 @@ def fitted(config: EarlyExitConfig | dict[str, Any], exit_logits: ExitLogits) ->
     policy = policy_class(config)
     if not policy.needs_fit:
         return config
-    return policy.fit(config, exit_logits.history(), exit_logits.labels, best_exit(exit_logits))
+    reference = best_exit(exit_logits, config.min_exit or 0)
+    return policy.fit(config, exit_logits.history(), exit_logits.labels, reference)
 
 
-def best_exit(exit_logits: ExitLogits) -> int:
-    """Block number of the exit that is best on this data: the most often right (regression: the closest); without
-    labels, the last."""
+def best_exit(exit_logits: ExitLogits, min_exit: int = 0) -> int:
+    """Block number of the exit from `min_exit` on that is best on this data: the most often right (regression: the
+    closest); without labels, the last."""
     if exit_logits.labels is None:
         return exit_logits.exits[-1]
-    return exit_scores(exit_logits, problem_of(exit_logits.kind).error_metric).best_exit
+    scores = exit_scores(exit_logits, problem_of(exit_logits.kind).error_metric)
+    able = {m: s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if m >= min_exit}
+    return max(able, key=lambda m: able[m], default=exit_logits.exits[-1])
 
 
 def settings(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import policy_label
 from badge_peft.evaluation import candidates
 from badge_peft.evaluation.candidates import families, running_min_score
+from badge_peft.evaluation.exit_logits import ExitLogits
 
 from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
 
@@ -167,6 +170,21 @@ def test_auto_is_every_policy(problem_type, num_labels, signals):
     for family in found:  # and each can be worked out
         for config, stops in candidates.settings(family, stored.history(), 3):
             assert len(stops) == 40 and config.policy == family.policy
+
+
+def test_agreement_is_fitted_for_an_exit_that_may_answer():
+    """The best of the rows lies before `min_exit`, on all of them or on the part that a fold chooses on."""
+    stored = ExitLogits(torch.tensor([[[9.0, 0], [0, 9], [9, 0]], [[9, 0], [9, 0], [0, 9]]]), torch.tensor([0, 0]))
+    assert [candidates.best_exit(stored, m) for m in (0, 1, 2, 3, 4)] == [1, 1, 2, 3, 3]
+    (found,) = families({"policy": "agreement", "min_exit": 2}, stored)
+    assert (found.min_exit, found.max_exit, found.parameters["reference"]) == (2, 2, 2)
+
+
+def test_agreement_says_what_it_was_fitted_to():
+    labeled = plausible(rows=60, exits=3)
+    for stored, target in ((labeled, "correct"), (replace(labeled, labels=None).labeled(), "agreement")):
+        (found,) = families("agreement", stored)
+        assert found.parameters["target"] == target
 
 
 @pytest.mark.parametrize("cap", [0, 1, 3])

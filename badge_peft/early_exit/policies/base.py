@@ -254,7 +254,7 @@ class ExitPolicy(PolicyText):
             config: What is asked for.
             history: The rows, all exits seen.
             labels: Of the rows, where there are any.
-            reference: Block number of the exit that is best on these rows.
+            reference: Block number of the exit, from `min_exit` on, that is best on these rows.
         """
         return config
 
