@@ -38,7 +38,7 @@ class Criterion:
         if not self.label_smoothing and self.class_weights is None:
             return exit_loss(logits, labels, problem_type)
         weight = torch.tensor(self.class_weights or [1.0] * logits.shape[-1], device=logits.device)
-        labels = labels.view(-1)
+        labels = labels.reshape(-1).long()
         smoothing = self.label_smoothing
         loss = F.cross_entropy(logits.float(), labels, weight, reduction="sum", label_smoothing=smoothing)
         total = weight[labels[labels != NO_LABEL]].sum()

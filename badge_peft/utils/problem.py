@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from badge_peft.utils.checks import check_choice
+
 Array = np.ndarray
 NO_LABEL = -100  # as torch's cross-entropy has it: the row is not trained on, and not scored
 UNKNOWN_LABEL = -200  # of a class that the model lacks, among rows to score: whatever the model answers is wrong
@@ -36,7 +38,7 @@ class Problem:
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         """As transformers computes it for its own head: logits [B, K] in float32, labels [B] or [B, K]."""
-        labels = labels.view(-1)
+        labels = labels.reshape(-1).long()  # the only whole numbers that torch's loss takes, but bytes
         if reduction != "mean":
             return F.cross_entropy(logits, labels, reduction=reduction)
         count = (labels != NO_LABEL).sum().clamp(min=1)  # a batch without a label has no loss, and not NaN
@@ -44,11 +46,11 @@ class Problem:
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[B]: how wrong each row is, 1 or 0; for regression |tanh(y' - y)|. Source: BERxiT, section 4.2."""
-        return (logits.argmax(dim=-1) != labels.view(-1)).float()
+        return (logits.argmax(dim=-1) != labels.reshape(-1)).float()
 
     def has_label(self, labels: Tensor) -> Tensor:
         """[B]: which rows count."""
-        return labels.view(-1) != NO_LABEL
+        return labels.reshape(-1) != NO_LABEL
 
     def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
         """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
@@ -225,7 +227,13 @@ PROBLEM_TYPES = tuple(_PROBLEMS)
 
 
 def problem_of(problem_type: str) -> Problem:
-    """The problem type by its name in transformers."""
+    """The problem type by its name in transformers.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if problem_type not in _PROBLEMS:
+        check_choice("problem_type", problem_type, PROBLEM_TYPES)
     return _PROBLEMS[problem_type]
 
 

@@ -44,6 +44,13 @@ def test_which_rows_have_a_label() -> None:
         assert problem_of(kind).has_label(torch.zeros(2, 3)).tolist() == [True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool], ids=str)
+def test_any_whole_numbers_have_a_loss(dtype: torch.dtype) -> None:
+    labels = torch.tensor([[0, 9], [1, 9], [0, 9]])[:, 0]  # nor does it matter how they lie in memory
+    expected = torch.nn.functional.cross_entropy(LOGITS, labels)
+    assert torch.equal(problem_of(SINGLE).loss(LOGITS, labels.to(dtype), "mean"), expected)
+
+
 def test_a_row_in_words() -> None:
     names = ["bad", "odd", "good"]
     row = LOGITS[0].numpy()
