@@ -190,7 +190,7 @@ def as_history(
     """An `ExitHistory` from whatever `replay` accepts.
 
     Raises:
-        ValueError: the logits are not [N, E, K], or `exit_layers` or `groups` do not match them.
+        ValueError: the logits are not [N, E, K], or `exit_layers`, `uncertainty` or `groups` do not match them.
     """
     if hasattr(exit_logits, "history"):  # ExitLogits
         history = exit_logits.history()
@@ -204,6 +204,8 @@ def as_history(
     if problem_type is None:
         problem_type = infer_problem_type(logits.shape[2])
     seen = None if uncertainty is None else _numpy(uncertainty)
+    if seen is not None and seen.shape != logits.shape[:2]:
+        raise ValueError(f"uncertainty must be {list(logits.shape[:2])}, got shape {list(seen.shape)}.")
     return ExitHistory.of(logits, exits, problem_type, seen, group_codes(groups, len(logits)))
 
 

@@ -178,6 +178,17 @@ class TestReplayInput:
         with pytest.raises(ValueError, match="4 increasing block numbers"):
             NeverPolicy().replay(self.logits, exit_layers=exits)
 
+    @pytest.mark.parametrize("shape", [(1, 4), (5,), (5, 6), (5, 4, 1)])
+    def test_uncertainty_of_another_shape_is_refused(self, shape):
+        with pytest.raises(ValueError, match=r"uncertainty must be \[5, 4\]"):
+            NeverPolicy().replay(self.logits, uncertainty=np.zeros(shape))
+
+    def test_an_unknown_problem_type_is_refused(self):
+        with pytest.raises(
+            ValueError, match="problem_type='multilabel' is not allowed: .* multi_label_classification"
+        ):
+            NeverPolicy().replay(self.logits, problem_type="multilabel")
+
 
 def test_distance_is_symmetric_and_finite():
     a, b = np.array([[np.inf], [1.0]], np.float32), np.array([[[-np.inf], [3.0]]], np.float32)
