@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +15,8 @@ def to_python(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is an int or float that a finite float can hold, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ WRONG = [
     *(("policy", v) for v in ("dge", "Divergence", "", None, 1, ["never"])),
     *(("divergence", v) for v in ("jsd", "CE", None)),
     *(("window", v) for v in ("any", 2, None)),
-    *(("threshold", v) for v in (*NOT_NUMBERS, [], [0.1, None], [0.1, math.nan], [True], ["a"], {})),
+    *(("threshold", v) for v in (*NOT_NUMBERS, 10**400, [], [0.1, None], [0.1, math.nan], [True], ["a"], {})),
     *(("patience", v) for v in (0, *NOT_WHOLE)),
     *(("min_exit", v) for v in NOT_WHOLE),
     *(("max_exit", v) for v in NOT_WHOLE),
