@@ -15,6 +15,7 @@ from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tok
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
+from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import NO_LABEL, problem_of
 
 _NUMBER = "number"  # of a row
@@ -52,9 +53,11 @@ def collect_exit_logits(
         cached_states: Of these rows, by `cache_states`: no block runs then.
 
     Raises:
-        ValueError: the data set is empty, `cached_states` are those of other texts, or what `ExitLogits` refuses.
+        ValueError: the data set is empty, an argument is out of range, `cached_states` are those of other texts, or
+            what `ExitLogits` refuses.
     """
     badge = get_badge_model(model)
+    check_int("batch_size", batch_size, at_least=1, optional=False)
     if not len(dataset):
         raise ValueError("the data set is empty: there is nothing to collect.")
     config = badge.config_of()

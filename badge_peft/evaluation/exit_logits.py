@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,7 +72,7 @@ class ExitLogits:
         n, e, k = self.logits.shape
         self.logits = self.logits.detach().float().cpu()
         self.uncertainty = None if self.uncertainty is None else self.uncertainty.detach().float().cpu()
-        self.exit_layers = list(self.exit_layers) if self.exit_layers is not None else list(range(1, e + 1))
+        self.exit_layers = [int(m) for m in (range(1, e + 1) if self.exit_layers is None else self.exit_layers)]
         if len(self.exit_layers) != e or sorted(set(self.exit_layers)) != self.exit_layers:
             raise ValueError(f"exit_layers={self.exit_layers} must be {e} increasing block numbers.")
         if self.uncertainty is not None and tuple(self.uncertainty.shape) != (n, e):
@@ -80,20 +80,22 @@ class ExitLogits:
         self._check_finite()
         if self.problem_type is None:
             self.problem_type = infer_problem_type(k)
+        problem = problem_of(self.problem_type)
         if self.labels is not None:
             if len(self.labels) != n:
                 raise ValueError(f"there are {len(self.labels)} labels for {n} rows of logits.")
-            self.labels = problem_of(self.problem_type).scored_labels(self.labels.detach().cpu(), k, n)
+            self.labels = problem.scored_labels(self.labels.detach().cpu(), k, n)
         codes = group_codes(self.groups, n)
         self.groups = None if codes is None else torch.from_numpy(codes)
         if self.texts is not None:
             self.texts = torch.as_tensor(self.texts)
             if self.texts.shape != (n,):
                 raise ValueError(f"texts has shape {list(self.texts.shape)} for {n} tokens: it needs one for each.")
+            if len(self.texts.unique()) != len(self.units):
+                raise ValueError("texts has one number in several places: tokens of a text must lie side by side.")
         if self.label_names is not None and len(self.label_names) != k:
             raise ValueError(f"label_names has {len(self.label_names)} names for {k} labels.")
-        if self.num_blocks is None:
-            self.num_blocks = self.exit_layers[-1]
+        self.num_blocks = self.exit_layers[-1] if self.num_blocks is None else int(self.num_blocks)
 
     def _check_finite(self) -> None:
         """The largest of NaN is the first label: such rows would make exits that look alike, and agree with full
@@ -203,10 +205,12 @@ class ExitLogits:
         Raises:
             ValueError: the file holds something else.
         """
-        with safe_open(str(path), framework="pt") as file:
-            meta = (file.metadata() or {}).get("exit_logits")
-            names = set(file.keys())
-            if meta is None or "logits" not in names:
-                raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
-            tensors = {name: file.get_tensor(name) for name in names & _TENSORS}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = (file.metadata() or {}).get("exit_logits")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS.intersection(file.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no exit logits: {error}.") from error
+        if meta is None or "logits" not in tensors:
+            raise ValueError(f"{path} holds no exit logits: write it with ExitLogits.save.")
         return cls(uncertainty=tensors.pop(_UNCERTAINTY, None), **tensors, **json.loads(meta))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.hub import LOGITS
 from badge_peft.workflows.adapter_dir import check_adapter, read_config
@@ -29,10 +27,7 @@ def stored_logits(path: str | Path) -> ExitLogits:
             )
     elif not file.exists():
         raise FileNotFoundError(f"there is no file or folder {path}.")
-    try:
-        found = ExitLogits.load(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} holds no exit logits: {error}.") from error
+    found = ExitLogits.load(file)
     if Path(path).is_dir():
         check_fit(path, found)
     return found

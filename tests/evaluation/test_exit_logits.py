@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -127,6 +128,7 @@ def test_the_history_is_made_once() -> None:
         ({"exit_layers": [1, 1, 2]}, "increasing"),
         ({"labels": torch.zeros(4)}, "4 labels for 2 rows"),
         ({"uncertainty": torch.zeros(2, 2)}, r"uncertainty must be \[2, 3\]"),
+        ({"problem_type": "multilabel"}, "problem_type='multilabel' is not allowed: it must be one of single_label"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -134,10 +136,27 @@ def test_what_does_not_belong_together_is_refused(fields: dict[str, Any], messag
         ExitLogits(**{"logits": torch.zeros(2, 3, 4), **fields})
 
 
+def test_tokens_of_a_text_lie_side_by_side() -> None:
+    """Each run of a number would count as a text."""
+    assert len(ExitLogits(torch.zeros(4, 2, 3), texts=[5, 5, 2, 2]).units) == 2
+    with pytest.raises(ValueError, match="side by side"):
+        ExitLogits(torch.zeros(4, 2, 3), texts=[0, 1, 0, 1])
+
+
+def test_block_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    data = ExitLogits(torch.zeros(2, 3, 4), exit_layers=np.arange(1, 4), num_blocks=np.int64(5))
+    data.save(tmp_path / "x.safetensors")
+    found = ExitLogits.load(tmp_path / "x.safetensors")
+    assert (found.exits, found.depth) == ([1, 2, 3], 5)
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     save_file({"weights": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no exit logits"):
         ExitLogits.load(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    with pytest.raises(ValueError, match="text.safetensors holds no exit logits"):
+        ExitLogits.load(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError):
         ExitLogits.load(tmp_path / "nowhere.safetensors")
 
@@ -233,6 +252,9 @@ def test_padding() -> None:
 
 
 def test_refusals() -> None:
+    for batch_size in (0, -1, 2.0):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size} is not allowed: .* at least 1"):
+            collect_exit_logits(make_exits(), make_rows(1), batch_size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="data set is empty"):
         collect_exit_logits(make_exits(), [])
     with pytest.raises(ValueError, match="no input_ids, only text.*tokenize"):
