@@ -20,6 +20,7 @@ from torch import Tensor
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.evaluation.units import Units
+from badge_peft.utils.checks import check_int
 from badge_peft.utils.files import replacing
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
@@ -96,6 +97,7 @@ class ExitLogits:
         if self.label_names is not None and len(self.label_names) != k:
             raise ValueError(f"label_names has {len(self.label_names)} names for {k} labels.")
         self.num_blocks = self.exit_layers[-1] if self.num_blocks is None else int(self.num_blocks)
+        check_int("num_blocks", self.num_blocks, at_least=max(1, self.exit_layers[-1]))
 
     def _check_finite(self) -> None:
         """The largest of NaN is the first label: such rows would make exits that look alike, and agree with full

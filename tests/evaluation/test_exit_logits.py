@@ -128,6 +128,8 @@ def test_the_history_is_made_once() -> None:
         ({"exit_layers": [1, 1, 2]}, "increasing"),
         ({"labels": torch.zeros(4)}, "4 labels for 2 rows"),
         ({"uncertainty": torch.zeros(2, 2)}, r"uncertainty must be \[2, 3\]"),
+        ({"num_blocks": 2}, "num_blocks=2 is not allowed: it must be a whole number of at least 3"),
+        ({"logits": torch.zeros(2, 1, 3), "exit_layers": [0]}, "num_blocks=0 is not allowed: .* at least 1"),
         ({"problem_type": "multilabel"}, "problem_type='multilabel' is not allowed: it must be one of single_label"),
     ],
 )
