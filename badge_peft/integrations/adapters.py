@@ -79,15 +79,20 @@ class AdaptersLibrary(ModelExtension):
                 "the adapters library, which may run a block's norm twice a chunk: set it to 0 in the model's config."
             )
 
-    def check_saved(self, model: nn.Module, fingerprint: dict[str, Any]) -> None:
-        """The names of the active adapters, which the stored sample of weights has, too."""
-        then = {found for found in map(adapter_of, fingerprint) if found}
-        now = active_adapters(model)
-        if then != now:
+    def setup(self, model: nn.Module) -> str | None:
+        """The active adapters and how they are composed."""
+        setup = _setup(model)
+        return None if setup is None else _words(setup)
+
+    def check_saved(self, model: nn.Module, setup: str | None) -> None:
+        """The active adapters' names and composition; the sample of weights has their weights."""
+        now = self.setup(model)
+        if setup != now:
             raise ValueError(
-                f"these exits were trained with {_list(then)} of the adapters library active, here with {_list(now)}. "
-                "First load and activate what was active then, under the same names: adapters.init(model), and "
-                "model.load_adapter(folder, set_active=True) or model.set_active_adapters(...)."
+                f"these exits were trained with {setup or 'no adapter'} of the adapters library active, here with "
+                f"{now or 'no adapter'}. First load and activate what was active then, under the same names: "
+                "adapters.init(model), and model.load_adapter(folder, set_active=True) or "
+                "model.set_active_adapters(...)."
             )
 
     def head_labels(self, model: nn.Module) -> tuple[int | None, str | None]:
@@ -97,7 +102,7 @@ class AdaptersLibrary(ModelExtension):
 
     def takes_part(self, model: nn.Module) -> Callable[[str], bool]:
         """The library's own parameters where their adapter is active, and all others."""
-        active = {None, *active_adapters(model)}
+        active = {None, *active_adapters(model), *_fusions(_setup(model))}
         return lambda name: adapter_of(name) in active
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
@@ -246,5 +251,20 @@ def _check_config(name: str, config: Any, placement: str) -> None:
         )
 
 
-def _list(names: set[str]) -> str:
-    return ", ".join(map(repr, sorted(names))) or "no adapter"
+def _words(block: Any) -> str:
+    """An adapter's name, or `Stack[one, two]`, with the weights of an average."""
+    if isinstance(block, str):
+        return block
+    kind, inside = type(block).__name__, ", ".join(map(_words, block))
+    if kind == "Stack" and len(block) == 1:  # as the library has a single adapter
+        return inside
+    weights = getattr(block, "weights", None)
+    return f"{kind}[{inside}]" + (f" with weights {[round(w, 6) for w in weights]}" if weights else "")
+
+
+def _fusions(block: Any) -> set[str]:
+    """Names of the fusion layers that take part."""
+    if block is None or isinstance(block, str):
+        return set()
+    own = {block.name} if type(block).__name__ == "Fuse" else set()
+    return own.union(*map(_fusions, block))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -22,8 +21,13 @@ class ModelExtension:
     def check(self, model: nn.Module, config: BadgeConfig) -> None:
         """Refuses, with a ValueError, what `config` cannot be put on."""
 
-    def check_saved(self, model: nn.Module, fingerprint: dict[str, Any]) -> None:
-        """Refuses, with a ValueError, a model that is not as it was when the exits were trained."""
+    def setup(self, model: nn.Module) -> str | None:
+        """What of the library takes part in a pass, and how, in words that are stored with exits; None: nothing."""
+        return None
+
+    def check_saved(self, model: nn.Module, setup: str | None) -> None:
+        """Refuses, with a ValueError, a model whose `setup` is not the one with which exits were trained. Each
+        extension is asked, whether it applies to `model` or not."""
 
     def head_labels(self, model: nn.Module) -> tuple[int | None, str | None]:
         """Labels and problem type of the library's own head; (None, None) where the model's config has them."""
@@ -52,6 +56,12 @@ def register_extension(extension: ModelExtension) -> None:
     """Makes `extension` known; once for each kind."""
     if not any(type(known) is type(extension) for known in _KNOWN):
         _KNOWN.append(extension)
+
+
+def check_saved(model: nn.Module, setup: str | None) -> None:
+    """Asks each extension."""
+    for extension in _KNOWN:
+        extension.check_saved(model, setup)
 
 
 def extension_of(model: nn.Module) -> ModelExtension:

@@ -24,14 +24,16 @@ TOLERANCE = 2**-8  # relative: the rounding of bfloat16. Fine-tuning moves weigh
 #: What of the model's config changes what its weights give, where it has such a field.
 FIELDS = ("hidden_act", "hidden_activation", "activation", "layer_norm_eps", "norm_eps")
 _ROWS = "input_embeddings.rows"
+_SETUP = "config.setup"
 
 Sample = dict[str, list[Any]]
 
 
 def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> Sample:
-    """Sampled values by parameter name, as the base model names it, and `FIELDS` of its config; parameters under
-    `skip` are left out, and those that are not part of a pass."""
-    takes_part = extension_of(model).takes_part(model)
+    """Sampled values by parameter name, as the base model names it, `FIELDS` of its config, and the setup of the
+    library that has prepared it; parameters under `skip` are left out, and those that are not part of a pass."""
+    extension = extension_of(model)
+    takes_part, setup = extension.takes_part(model), extension.setup(model)
     named = [
         (base_name(name), p)
         for name, p in model.named_parameters()
@@ -54,12 +56,19 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> Sample:
     # trains biases alone.
     sampled |= set({re.sub(r"\.\d+(?=\.)", ".*", name): name for name, _ in named}.values())
     found: Sample = {name: _sample(p, VALUES[p.dim()]) for name, p in named if name in sampled}
+    if setup is not None:
+        found[_SETUP] = [setup]
     if not found:
         return {}
     config: Any = getattr(model, "config", None)
     found.update({f"config.{name}": [getattr(config, name)] for name in FIELDS if hasattr(config, name)})
     embeddings = _input_embeddings(model)
     return found if embeddings is None else {**found, _ROWS: [embeddings.shape[0]]}
+
+
+def stored_setup(expected: Sample) -> str | None:
+    """The setup, as the extension says it, with which the exits were trained; None: there was none."""
+    return expected.get(_SETUP, [None])[0]
 
 
 def check_fingerprint(model: nn.Module, expected: Sample) -> None:

@@ -12,8 +12,8 @@ from badge_peft._version import package_version
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
 from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.config_rules import check_label_names
-from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint
+from badge_peft.tuner.extensions import check_saved, extension_of
+from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint, stored_setup
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.pooling import TOKENS
@@ -98,7 +98,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     own_head = config.train_head and config.final_exit == "base_head"
     head = tuple(name for name in layout.head if hasattr(model, name) or not config.reads_tokens) if own_head else ()
     if config.base_fingerprint is not None:
-        extension.check_saved(model, config.base_fingerprint)
+        check_saved(model, stored_setup(config.base_fingerprint))
         if config.backbone != "full":
             check_fingerprint(model, config.base_fingerprint)
 

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from badge_peft import BadgeConfig, MultiExitTrainer, compile_blocks  # noqa: E402
 from badge_peft.early_exit.policies import build_policy  # noqa: E402
 from badge_peft.export import OnnxEarlyExitModel, export_onnx  # noqa: E402
+from badge_peft.tuner.identity import CONFIG_TENSOR  # noqa: E402
 from tests.early_exit.rules import answers, labels_are_safe, mixed_rule  # noqa: E402
 from tests.labels import label  # noqa: E402
 from tests.models import LABELS, blocks_of, exits_of, make_batch, make_labels, make_model, shake  # noqa: E402
@@ -235,7 +236,8 @@ def test_both_save_and_come_back(case, kind, tmp_path):
     model = on_top(prepared(kind, case), adapter_name="exits")
     expected = exits_of(model, BATCH)
     model.save_pretrained(tmp_path)
-    assert all("badge_" in key for key in load_file(tmp_path / "exits" / "adapter_model.safetensors"))
+    tensors = load_file(tmp_path / "exits" / "adapter_model.safetensors").keys() - {CONFIG_TENSOR}
+    assert tensors and all("badge_" in key for key in tensors)
     model.save_adapter(str(tmp_path / "task"), "task", use_safetensors=True)  # through PEFT to the library's own
     plain = prepared(kind, case)
     plain.save_adapter(str(tmp_path / "plain"), "task", use_safetensors=True)
@@ -274,8 +276,15 @@ def test_state_dicts_of_a_model_without_exits_still_fit():
 @pytest.mark.parametrize("backbone", ["frozen", "full"])
 @pytest.mark.parametrize(
     ("then", "now"),
-    [("task", None), (None, "task"), ("task", "other"), (Stack("task", "other"), "task")],
-    ids=["forgotten", "too-many", "another", "one-of-two"],
+    [
+        ("task", None),
+        (None, "task"),
+        ("task", "other"),
+        (Stack("task", "other"), "task"),
+        (Stack("task", "other"), Stack("other", "task")),
+        (Average("task", "other"), Average("task", "other", weights=[0.9, 0.1])),
+    ],
+    ids=["forgotten", "too-many", "another", "one-of-two", "another-order", "other-weights"],
 )
 def test_exits_are_not_loaded_on_other_active_adapters(then, now, backbone, tmp_path):
     names = ("task", "other")
@@ -286,6 +295,23 @@ def test_exits_are_not_loaded_on_other_active_adapters(then, now, backbone, tmp_
     assert not blocks_of(base)
     base.set_active_adapters(then)
     PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_exits_are_not_loaded_on_the_plain_model(tmp_path):
+    on_top(prepared()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="exits were trained with task of .* active, here with no adapter"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("fuse", [Fuse("one", "two"), Fuse("one", "two", name="mix")], ids=["unnamed", "named"])
+def test_another_fusion_of_the_same_adapters_is_noticed(fuse, tmp_path):
+    given = {"active": fuse, "names": ("one", "two"), "fuse": fuse}
+    on_top(prepared(**given)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(prepared(**given), tmp_path)
+    base = prepared(**given)
+    shake(base, seed=12, only=".adapter_fusion_layer.")
+    with pytest.raises(ValueError, match=r"another backbone: the weight .*\.adapter_fusion_layer\."):
+        PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["seq_bn", "par_bn", "lora"])
