@@ -47,8 +47,9 @@ def from_causal_lm(
     kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING).get(type(config), None)
     head = model.get_output_embeddings()
     prefix = model.base_model_prefix
-    if kind is None or not isinstance(head, nn.Linear) or kind.base_model_prefix != prefix:
-        raise ValueError(f"{type(model).__name__} has no classifier in transformers that shares its backbone.")
+    none = f"{type(model).__name__} has no classifier in transformers that shares its backbone and scores its states."
+    if kind is None or not isinstance(head, nn.Linear):
+        raise ValueError(none)
     if head.bias is not None:
         raise ValueError(f"the head of {type(model).__name__} has a bias, and that of a {kind.__name__} has none.")
     numbers, names, pad = _tokens(model, label_tokens, tokenizer)
@@ -61,6 +62,8 @@ def from_causal_lm(
             stacklevel=2,
         )
     weight = head.weight.detach()[torch.tensor(numbers, device=head.weight.device)]
+    # what Cohere and MiniCPM3 do to their logits beside
+    weight = weight * (getattr(model, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
     if one_score:
         weight, names = weight[1:] - weight[:1], names[1:]
         config.problem_type = "regression"
@@ -70,6 +73,9 @@ def from_causal_lm(
         config.pad_token_id = pad
     with torch.device("meta"):  # its backbone is not wanted
         classifier = kind(config)
+    same_backbone = type(getattr(classifier, prefix, None)) is type(getattr(model, prefix))
+    if not same_backbone or not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise ValueError(none)
     setattr(classifier, prefix, getattr(model, prefix))
     classifier.score = nn.Linear(weight.shape[1], len(names), bias=False, device=weight.device, dtype=weight.dtype)
     classifier.score.weight.data.copy_(weight)
@@ -80,6 +86,8 @@ def _tokens(model: Any, label_tokens: Sequence[str | int], tokenizer: Any) -> tu
     """The tokens' numbers and names, and the padding token's number."""
     given = [label_tokens] if isinstance(label_tokens, str) else list(label_tokens)
     if tokenizer is None and any(isinstance(token, str) for token in given):
+        if not model.config._name_or_path:
+            raise ValueError("the model does not say where its tokenizer is: pass tokenizer=..., or tokens' numbers.")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     numbers = []
     for token in given:

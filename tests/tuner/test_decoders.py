@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import badge_peft
 from badge_peft import BadgeConfig, compile_blocks
@@ -170,6 +170,16 @@ class TestFromCausalLM:
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, wanted)
 
+    @pytest.mark.skipif("minicpm3" not in CONFIG_MAPPING, reason="transformers is too old for it")
+    def test_logits_that_are_scaled(self):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        config = AutoConfig.for_model("minicpm3", vocab_size=40, pad_token_id=1, dim_model_base=8, **sizes)
+        lm, tokens = AutoModelForCausalLM.from_config(config).eval(), torch.tensor([[3, 4, 5]])
+        assert config.logits_scaling == 4
+        with torch.no_grad():
+            found = badge_peft.from_causal_lm(lm, [7, 9])(tokens).logits
+            torch.testing.assert_close(found, lm(tokens).logits[:, -1, [7, 9]])
+
     def test_one_score_is_the_difference_and_ranks(self):
         """With exits: margins of infinity give the language model's order, others what a replay says."""
         lm, tokenizer = make_decoder("llama", AutoModelForCausalLM), make_tokenizer()
@@ -219,3 +229,17 @@ class TestFromCausalLM:
             )
         with pytest.raises(ValueError, match="has no classifier in transformers"):
             badge_peft.from_causal_lm(make_decoder("granite", AutoModelForCausalLM), tokens, make_tokenizer())
+
+    def test_a_classifier_of_another_make_is_refused(self):
+        """BART's reads an encoder, too; ModernBERT's has a dense layer before its last one."""
+        sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+        bart = AutoConfig.for_model("bart", vocab_size=40, is_decoder=True, is_encoder_decoder=False, **sizes)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        bert = AutoConfig.for_model("modernbert-decoder", vocab_size=40, decoder_bias=False, pad_token_id=1, **sizes)
+        for config in (bart, bert):
+            with pytest.raises(ValueError, match="has no classifier in transformers"):
+                badge_peft.from_causal_lm(AutoModelForCausalLM.from_config(config), [5, 6])
+
+    def test_a_model_without_a_name(self):
+        with pytest.raises(ValueError, match="pass tokenizer="):
+            badge_peft.from_causal_lm(make_decoder("llama", AutoModelForCausalLM), ["good", "bad"])
