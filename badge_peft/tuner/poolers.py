@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout, backbone_name
 from badge_peft.tuner.exits import PooledExit
+from badge_peft.tuner.preconditions import is_quantized
 
 
 def own_pooler(model: nn.Module, layout: BlockLayout, adapter_name: str | None = None) -> nn.Module | None:
@@ -48,7 +49,7 @@ def pool_by(pooler: nn.Module, vector: Tensor) -> Tensor:
 def start_from_pooler(exits: nn.Module | None, pooler: nn.Module | None) -> None:
     """Makes the dense layers of `pooled` exits copies of the model's own, where it is a plain one of their size."""
     weight, bias = getattr(pooler, "weight", None), getattr(pooler, "bias", None)
-    if exits is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if exits is None or not isinstance(weight, Tensor) or is_quantized(weight):
         return
     for exit_ in exits.children():
         if isinstance(exit_, PooledExit) and exit_.dense.weight.shape == weight.shape:
