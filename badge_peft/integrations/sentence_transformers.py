@@ -15,8 +15,8 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
     """Puts a ranking adapter on a `CrossEncoder`, so that `cross_encoder.rank` exits early.
 
     `rank` takes and returns what it did, and scores are those of before, with the encoder's own activation. `predict`,
-    `rank` without a `top_k`, and calls with prompts, pools, devices or documents that are no texts run at full depth,
-    as ever.
+    `rank` without a `top_k`, and calls with prompts, pools, devices, an empty query or documents that are no texts run
+    at full depth, as ever.
 
     Args:
         cross_encoder: With one output, on the model that the adapter was made for.
@@ -46,9 +46,23 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
         model, cross_encoder.tokenizer, max_length=longest, activation=cross_encoder.activation_fn
     )
     reranker.check_calibrated()
-    full_depth: Callable[..., Any] = type(cross_encoder).rank.__get__(cross_encoder)
+    cross_encoder.rank = _Rank(cross_encoder, reranker)
+    return reranker
 
-    def rank(
+
+class _Rank:
+    """`CrossEncoder.rank` with exits. A class, as an encoder is pickled for each process of a pool.
+
+    Args:
+        cross_encoder: The encoder.
+        reranker: That ranks in its place.
+    """
+
+    def __init__(self, cross_encoder: Any, reranker: EarlyExitReranker) -> None:
+        self.cross_encoder, self.reranker = cross_encoder, reranker
+
+    def __call__(
+        self,
         query: Any,
         documents: Sequence[Any],
         top_k: int | None = None,
@@ -59,11 +73,14 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
         activation_fn: Callable[..., Any] | None = None,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        texts = isinstance(query, str) and all(isinstance(document, str) for document in documents)
-        prompt = getattr(cross_encoder, "default_prompt_name", None)
+        """As `CrossEncoder.rank`."""
+        encoder = self.cross_encoder
+        texts = all(isinstance(text, str) for text in (query, *documents))
+        prompt = getattr(encoder, "default_prompt_name", None)
         asks_more = bool(others or prompt or any(value is not None for value in more.values()))
-        if top_k is None or asks_more or not texts or not len(documents):
-            return full_depth(
+        if top_k is None or asks_more or not texts or not query.strip() or not len(documents):
+            full_depth: list[dict[str, Any]] = type(encoder).rank(
+                encoder,
                 query,
                 documents,
                 top_k,
@@ -74,15 +91,13 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
                 activation_fn=activation_fn,
                 **more,
             )
-        found: list[dict[str, Any]] = reranker.rank(
+            return full_depth
+        found: list[dict[str, Any]] = self.reranker.rank(
             query,
             documents,
             top_k,
             return_documents,
             batch_size=batch_size,
-            activation=activation_fn or cross_encoder.activation_fn,
+            activation=activation_fn or encoder.activation_fn,
         )
         return found
-
-    cross_encoder.rank = rank
-    return reranker

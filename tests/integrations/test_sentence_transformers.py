@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ def test_what_only_full_depth_knows_is_left_to_it(place: Path) -> None:
     assert encoder.rank(QUERY, DOCUMENTS) == full
     if "device" in inspect.signature(type(encoder).rank).parameters:  # sentence-transformers 6
         assert encoder.rank(QUERY, DOCUMENTS, top_k=3, device="cpu") == full[:3]
+
     assert encoder.rank(QUERY, [], top_k=3) == []
+    assert encoder.rank(" ", DOCUMENTS, top_k=3) == encoder.rank(" ", DOCUMENTS)[:3]
+    copied = pickle.loads(pickle.dumps(encoder))  # as a pool of processes does
+    assert copied.rank(QUERY, DOCUMENTS, top_k=3) == encoder.rank(QUERY, DOCUMENTS, top_k=3)
     raw = encoder.rank(QUERY, DOCUMENTS, top_k=3, activation_fn=torch.nn.Identity(), batch_size=5)
     again = reranker.rank(QUERY, DOCUMENTS, 3, activation=torch.nn.Identity())
     assert [a["corpus_id"] for a in raw] == [a["corpus_id"] for a in again]
