@@ -44,7 +44,11 @@ class Running:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=whole, cwd=folder)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        self.wait_for(lambda: f"serving at http://127.0.0.1:{port}" in self.log.read_text())
+        try:
+            self.wait_for(lambda: f"serving at http://127.0.0.1:{port}" in self.log.read_text())
+        except BaseException:  # nobody else knows of the process
+            self.kill()
+            raise
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 400) -> None:
         end = time.monotonic() + seconds

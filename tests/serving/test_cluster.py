@@ -51,13 +51,15 @@ def address():
     with Path(place, "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AUTH})
     end = time.monotonic() + 120
-    while "Ray runtime started" not in (said := Path(place, "log").read_text()):
-        assert process.poll() is None and time.monotonic() < end, said[-3000:]
-        time.sleep(0.2)
-    yield f"127.0.0.1:{port}"
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    shutil.rmtree(place, ignore_errors=True)
+    try:
+        while "Ray runtime started" not in (said := Path(place, "log").read_text()):
+            assert process.poll() is None and time.monotonic() < end, said[-3000:]
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
