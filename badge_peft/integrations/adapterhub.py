@@ -93,7 +93,8 @@ def _by_block(source: AdapterSource, model: nn.Module, layout: BlockLayout) -> d
             "it must be the same, and one whose blocks end in a norm (all in the table but modernbert)."
         )
     names = block_names(model, layout)
-    prefix = f"{backbone_name(model)}." if backbone_name(model) else ""
+    # a file of a model with a head has it, and the base may be without one, or the other way round
+    prefix = f"{backbone_name(model) or getattr(model, 'base_model_prefix', '')}."
     left = set(source.tensors)
     found: dict[int, dict[str, Tensor]] = {}
     for number, block in enumerate(names, start=1):
@@ -131,6 +132,8 @@ def _checked(source: AdapterSource, number: int, tensors: dict[str, Tensor], d: 
             f"the adapter {source.name!r} has tensors of shapes {shapes} in block {number}, and base_model has "
             f"hidden_size={d}: give the model that the adapter was trained on."
         )
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"the adapter {source.name!r} has weights that are NaN or infinite in block {number}.")
     return tensors
 
 

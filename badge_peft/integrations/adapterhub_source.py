@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from badge_peft.integrations.adapters import adapter_of, is_prepared
+from badge_peft.utils.checks import is_number
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 # their names -> ours
@@ -152,7 +153,7 @@ def _source(name: str, model_type: str, config: Any, tensors: dict[str, Tensor])
             f"{', '.join(_ACTIVATIONS)}. {_REMEDY}."
         )
     scaling = config.get("scaling", 1.0)
-    if scaling not in _SCALINGS and (isinstance(scaling, bool) or not isinstance(scaling, (int, float))):
+    if scaling not in _SCALINGS and not is_number(scaling):
         raise ValueError(
             f"scaling={scaling!r} of the adapter {name!r} is not allowed: it must be a number, {', '.join(_SCALINGS)}."
         )

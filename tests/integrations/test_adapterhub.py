@@ -226,6 +226,15 @@ def test_blocks_that_were_left_out_start_from_their_own_states(tmp_path):
     assert not torch.allclose(exits[:, 1], reads(model, 2, states[2]), atol=1e-2)
 
 
+@pytest.mark.parametrize("prefix", [True, False], ids=["with head", "encoder alone"])
+def test_a_base_without_a_head(prefix, tmp_path):
+    fields = {"final_exit": "exit", "exit_pooling": "cls"}
+    folder = write(tmp_path / "a", prefix=prefix)
+    found = from_adapterhub(folder, make_model().bert, num_labels=3, **fields)
+    for block, other in zip(blocks_of(found), blocks_of(from_adapterhub(folder, make_model(), **fields)), strict=True):
+        assert torch.equal(*(one.badge_bypass["default"][str(one.numbers[0])].up.weight for one in (block, other)))
+
+
 def test_the_library_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "adapters", None)  # importing it is an error now
     model = from_adapterhub(str(write(tmp_path / "a")), make_model())
@@ -268,6 +277,8 @@ REFUSED = {
     "no last norm": ({"original_ln_after": False}, "original_ln_after=False"),
     "activation": ({"non_linearity": "gelu_new"}, "non_linearity='gelu_new' .* must be one of relu, gelu"),
     "scaling": ({"scaling": "half"}, "scaling='half' .* must be a number, learned, channel"),
+    "scaling by nothing": ({"scaling": float("nan")}, "scaling=nan .* must be a number, learned, channel"),
+    "not finite": ({"weights": lambda t: {k: v / 0 for k, v in t.items()}}, "NaN or infinite in block 1"),
     "lora": ({"architecture": "lora"}, "architecture='lora', which is not allowed: only a bottleneck"),
     "union": ({"architecture": "union"}, "architecture='union'"),
     "config by name": ({"top": {"config": "par_bn"}}, "architecture='par_bn'"),
