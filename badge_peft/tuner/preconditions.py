@@ -15,12 +15,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from badge_peft.registry import PREFIX
 from badge_peft.tuner.config import is_badge
 
 # Names inside of our modules and of PEFT's wrappers, but for the block numbers.
 _NAMES = frozenset(
-    "badge_bypass down up activation norm badge_exit linear dropout dense query key value output imitate gate balance "
-    "carry ladder badge_doubt lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "down up activation norm linear dropout dense query key value output imitate gate balance "
+    "carry ladder lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
     "base_model model base_layer modules_to_save original_module".split()
 )
 _MERGE = (
@@ -102,10 +103,11 @@ def check_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
     named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
     taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
-    if adapter_name in taken or adapter_name in _NAMES or adapter_name.isdigit():
+    ours = adapter_name.startswith(PREFIX)  # by which parameters of exits are known, for a learning rate of their own
+    if ours or adapter_name in taken or adapter_name in _NAMES or adapter_name.isdigit():
         raise ValueError(
-            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name, "
-            "and PEFT would confuse the two when it saves. Choose another name: get_peft_model and load_adapter "
+            f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name or "
+            "starts with it, and the two would be confused. Choose another name: get_peft_model and load_adapter "
             "take it as adapter_name='exits', say."
         )
     if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):

@@ -108,7 +108,16 @@ OWN_NAMES = {
 def test_adapter_with_the_name_of_a_module(case):
     names = sorted(
         {"classifier", "dense", "embeddings", "1", "0", "12", "weight", "bias", "down", "up", "norm", "base_layer"}
-        | {"model", "base_model", "modules_to_save", "original_module", "badge_bypass", "badge_exit", "badge_doubt"}
+        | {
+            "model",
+            "base_model",
+            "modules_to_save",
+            "original_module",
+            "badge_bypass",
+            "badge_exit",
+            "badge_doubt",
+            "badge_v1",
+        }
         | (OWN_NAMES - {""})
     )
     base = make_model(case)
