@@ -70,6 +70,20 @@ class AdapterSource:
         return None if found == expected or config is None else {**config, "weights_hash": found}
 
 
+def check_latest(folder: Path) -> None:
+    """Refuses a folder in which PEFT would read the weights of an earlier saving.
+
+    Raises:
+        ValueError: there are two files of weights, and the one that is read is the older one.
+    """
+    read, other = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if read.exists() and other.exists() and read.stat().st_mtime_ns < other.stat().st_mtime_ns:
+        raise ValueError(
+            f"{read} is of an earlier saving, and PEFT would read it in the place of {other.name}: take it away, and "
+            "save the adapter again."
+        )
+
+
 def hash_in(folder: Path) -> str | None:
     """The hash of the weights in `folder`; None where there are none that can be read."""
     try:

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.registry import NAME, add_peft_type
-from badge_peft.tuner.adapter_file import AdapterSource, hash_in
+from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
 from badge_peft.tuner.config_rules import check_filled_in, check_label_names, check_links, check_tokens, sorted_layers
@@ -200,8 +200,13 @@ class BadgeConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, whole or not at all, and calls `after_saving` where this is the config of an
-        adapter on a model."""
+        adapter on a model.
+
+        Raises:
+            ValueError: the weights beside it are of two savings, and PEFT would read those of the earlier one.
+        """
         folder = Path(save_directory)
+        check_latest(folder)
         self.weights_hash = hash_in(folder)
         if self.early_exit is not None:
             self.early_exit = self.early_exit.measured_on(self.weights_hash)

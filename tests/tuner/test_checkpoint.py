@@ -472,6 +472,21 @@ def test_weights_that_cannot_be_read(damage, safe, tmp_path):
         assert torch.equal(exits_of(loaded.eval(), make_batch()), exits_of(kept, make_batch()))
 
 
+def test_weights_of_an_earlier_saving_that_would_be_read_in_their_place(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    shake(model)
+    with pytest.raises(ValueError, match=f"{FILE} is of an earlier saving, and PEFT would read it .*: take it away"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / FILE).unlink()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    shake(model, seed=5)
+    for safe in (False, True):  # the file of the last saving is the one that is read
+        model.save_pretrained(tmp_path, safe_serialization=safe)
+        loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+        assert torch.equal(exits_of(loaded, make_batch()), exits_of(model, make_batch()))
+
+
 def changed_file(path: Path, change: Any, **fields: Any) -> None:
     """An adapter in `path` whose tensors went through `change`."""
     trained(**fields).save_pretrained(path)
