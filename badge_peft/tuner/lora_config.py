@@ -18,6 +18,8 @@ _NOT_IN_LORA = {
     "layer_replication": "it changes the number of blocks",
     "target_parameters": "name modules in target_modules",
     "trainable_token_indices": "only modules inside of the blocks are adapted",
+    "alora_invocation_tokens": "texts have no invocation, so it would change nothing",
+    "arrow_config": "it chooses among several LoRAs, and an adapter has one",
     "init_lora_weights": f"it changes the base weights or needs data; use one of {_LORA_STARTS}",
 }
 
