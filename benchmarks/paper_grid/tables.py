@@ -13,6 +13,12 @@ from paper_grid.records import Place, Record, method_scores, places, variant_sco
 from paper_grid.settings import Settings
 from paper_grid.statistics import Paired, paired, summary
 
+#: Bypasses with a rival's objective, and the methods of which they are made.
+_COMBINED = {
+    "badge_alternating": ("badge", "alternating"),
+    "badge_gradient_equilibrium": ("badge", "gradient_equilibrium"),
+}
+
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table."""
@@ -35,7 +41,7 @@ def table_1(settings: Settings, records: list[Record]) -> str:
     for backbone, mode in _sides(records):
         found = _tasks(records, backbone, mode)
         rows = []
-        for row in (*TABLE_1, "badge_lte", "badge_alternating"):
+        for row in (*TABLE_1, "badge_lte", "badge_alternating", "badge_gradient_equilibrium"):
             cells = []
             for place in found:
                 avg, best = (method_scores(records, place, row, what) for what in ("avg", "best"))
@@ -51,30 +57,31 @@ def table_1(settings: Settings, records: list[Record]) -> str:
 
 
 def _differences(settings: Settings, records: list[Record], found: list[Place]) -> str:
-    """BADGE minus every other row, S-avg: per task over seeds, and over all pairs of task and seed."""
-    rows = []
-    for row in TABLE_1:
-        if row in ("badge", "single_final"):
-            continue
-        cells, everything = [], []
-        for place in found:
-            pair = paired(
-                dict(method_scores(records, place, "badge", "avg")), dict(method_scores(records, place, row, "avg"))
-            )
-            cells.append(pair.text if pair else "-")
-            everything += pair.differences if pair else []
-        if everything:
-            together = Paired(everything)
-            expected = published.paper_difference(row)
-            rows.append([f"BADGE - {TITLES[row]}", *cells, together.text, expected, together.verdict()])
-    if not rows:
-        return ""
-    header = ["S-avg", *(task_title(settings, p[0]) for p in found), "all pairs", "paper", "the paper's ordering"]
+    """One method minus another, S-avg and S-best: per task over seeds, and over all pairs of task and seed."""
+    ours = [("badge", row) for row in TABLE_1 if row not in ("badge", "single_final")]
+    combined = [(row, other) for row, parts in _COMBINED.items() for other in parts]
+    text = ""
+    for what, name in (("avg", "S-avg"), ("best", "S-best")):
+        rows = []
+        for method, other in (*ours, *combined):
+            pairs = [
+                paired(*(dict(method_scores(records, place, one, what)) for one in (method, other))) for place in found
+            ]
+            everything = [difference for pair in pairs if pair for difference in pair.differences]
+            if everything:
+                together = Paired(everything)
+                cells = [f"{TITLES[method]} - {TITLES[other]}", *(pair.text if pair else "-" for pair in pairs)]
+                known = what == "avg" and method == "badge"
+                paper = [published.paper_difference(other), together.verdict()] if known else ["-", "-"]
+                rows.append([*cells, together.text, *paper])
+        if rows:
+            header = [name, *(task_title(settings, p[0]) for p in found), "all pairs", "paper", "the paper's ordering"]
+            text += markdown(header, rows) + "\n"
     note = (
         "Paired by seed: mean difference [95% interval, Student's t] (pairs). `all pairs` takes the pairs of all "
         "tasks together, as if tasks were alike.\n\n"
     )
-    return note + markdown(header, rows) + "\n"
+    return note + text if text else ""
 
 
 def paper_table_1() -> str:
