@@ -172,7 +172,7 @@ class ExitMonitor:
         kind = max(evidence, key=lambda name: evidence[name])
         if evidence[kind] < 2 * self.rows_per_false_alarm:  # two tests, each with half of the false alarms
             return False
-        self.alarm = DriftAlarm(kind, self.rows, self.agreement if most is not None else None, promise.agreement)
+        self.alarm = DriftAlarm(kind, self.rows, self.agreement, promise.agreement)
         logger.warning("drift: %s. Calibrate the adapter on rows of the present traffic.", self.alarm)
         if self.on_alarm is not None:
             self.on_alarm(self.alarm)
@@ -180,8 +180,10 @@ class ExitMonitor:
 
     @property
     def agreement(self) -> float | None:
-        """Share of the last rows that had full depth's answer; None before there was one."""
-        return 1 - sum(wrong for _, wrong in self._seen) / len(self._seen) if self._seen else None
+        """Share of the last rows that had full depth's answer; None before there was one, and for regression."""
+        if not self._seen or not self.problem.gives_labels:
+            return None
+        return 1 - sum(wrong for _, wrong in self._seen) / len(self._seen)
 
     @property
     def exit_shares(self) -> dict[int, float]:

@@ -99,7 +99,8 @@ def test_other_problems(problem_type, labels):
     assert promise.rows == 800 and promise.rows_stopped[3] == 800
     monitor = ExitMonitor({config: promise}, problem_type)
     assert monitor.observe(*shadow(exit_logits, config, torch.arange(800))) is None
-    assert (promise.agreement is None) == (problem_type == REGRESSION)
+    for found in (promise, monitor):
+        assert (found.agreement is None) == (problem_type == REGRESSION)
     if problem_type == MULTI:
         early, full = (exit_logits.logits[:, m] > 0 for m in (3, -1))
         assert promise.disagreements == (early != full).any(-1).sum()
