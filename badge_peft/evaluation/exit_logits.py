@@ -150,7 +150,10 @@ class ExitLogits:
             ValueError: there are none.
         """
         if self.labels is None:
-            raise ValueError("the exit logits have no labels, so there is nothing to score against.")
+            raise ValueError(
+                "the exit logits have no labels, so there is nothing to score against: exit_logits.labeled() takes "
+                "full depth's own predictions as labels."
+            )
         return problem_of(self.kind).targets(self.labels)
 
     def select(self, rows: Tensor) -> ExitLogits:

@@ -154,7 +154,7 @@ def test_metric():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: sweep(ExitLogits(x.logits)), "no labels"),
+        (lambda x: sweep(ExitLogits(x.logits)), r"no labels.*exit_logits\.labeled\(\)"),
         (lambda x: sweep(x, ["guess"]), "policy='guess' is not allowed"),
         (
             lambda x: sweep(ExitLogits(x.logits[..., :1], x.labels.float()), ["max_prob"], metric="pearson"),
