@@ -172,8 +172,9 @@ class TrainSettings(Settings):
         tokenizer: Where the tokenizer is, if not with the model: a folder or a repository.
         max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
         problem_type: For an encoder without a head: regression takes whole numbers as values, not classes.
-        metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman, neg_mse; for tags
-            entity_f1. Default: accuracy, for regression pearson, for tags entity_f1.
+        metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman,
+            pearson_and_spearman, neg_mse; for tags entity_f1. Default: accuracy, for regression pearson, for tags
+            entity_f1.
         latency: How many rows to time, one by one; 0 for none.
         columns: What is read of the data.
         exits: The adapter.
