@@ -111,7 +111,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def base_license(name: str | None, revision: str | None = None) -> str | None:
-    """The licence that the base model's card or config states, from its folder or the Hub's cache: without a network.
+    """The license that the base model's card or config states, from its folder or the Hub's cache: without a network.
 
     Args:
         name: Path or repository of the base model.

@@ -76,7 +76,7 @@ def run(task: Task, tokenizer: Any, args: Arguments, fields: dict[str, Any], see
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             seed=seed,
-            eval_strategy="no",  # the last step counts: no variant is favoured by a choice among checkpoints
+            eval_strategy="no",  # the last step counts: no variant is favored by a choice among checkpoints
             save_strategy="no",
             load_best_model_at_end=False,
             logging_strategy="no",

@@ -93,7 +93,7 @@ class AgreementPolicy(ThresholdPolicy):
     def score(self, history: ExitHistory, j: int) -> Array:
         """[n]: probability; for regression the predicted difference."""
         weights = np.array(self.fitted["coefficients"][j], dtype=np.float32)
-        # a sum, not a matrix product: a row's result must not depend on its neighbours
+        # a sum, not a matrix product: a row's result must not depend on its neighbors
         linear = (features(history, j) * weights).sum(axis=-1) + np.float32(self.fitted["intercepts"][j])
         if not self.stops_above:
             return linear
