@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import badge_peft
 from badge_peft import BadgeConfig, EarlyExitConfig, MultiExitTrainingArguments
+from badge_peft.cli.commands import app
 from badge_peft.evaluation.confidence import rows_needed
 from tests.models import make_model, shake
 from tests.pages import PAGES, README, ROOT, anchors, blocks, links, prose, run
@@ -156,6 +158,22 @@ def test_every_python_block_is_run_or_says_why_not(page: Path) -> None:
         return
     left = [f"{path}:{block.line}" for block in blocks(page) if not block.skipped]
     assert not left, f"run these blocks in a test, or put `<!-- not run: why -->` before each: {', '.join(left)}"
+
+
+def test_every_command_that_is_printed_is_understood() -> None:
+    lines = [
+        line
+        for page in (README, *PAGES)
+        for b in blocks(page, "bash")
+        for line in b.code.replace("\\\n", " ").split("\n")
+    ]
+    found = [
+        m[1] for line in lines if (m := re.match(r"(?:.*[|/=1] ?|.* -m )?badge(?:-peft|_peft\.cli) ([a-z].*)", line))
+    ]
+    assert len(found) > 50
+    for command in found:
+        tokens = shlex.split(re.split(r" > | \| ", command)[0], comments=True)
+        app.parse_args(tokens, exit_on_error=False, print_error=False)
 
 
 # --------------------------------------------------------------------------------------------------------- the links
