@@ -1,4 +1,4 @@
-"""The gains of forms, task by task: the figures behind the means of the short page."""
+"""Scores and gains of forms, task by task: the figures behind the means of the short page."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ Pair = tuple[Form, Form]  # a form, and what it is compared with
 
 def gains_page(
     settings: Settings,
+    scores: str,
     gained: Mapping[tuple[Form, Form, Place], dict[str, Gain]],
     compared: Sequence[Pair],
     places: Sequence[Place],
 ) -> str:
-    """Two tables, of S-avg and S-best: a row for each pair, a column for each task.
+    """The scores, and two tables of gains, in S-avg and S-best: a row for each pair, a column for each task.
 
     Args:
         settings: The grid.
+        scores: A section.
         gained: By pair and place.
         compared: The pairs, in order.
         places: The columns.
     """
-    note = f"""Points, [{LEVEL:.0%} interval] of a paired bootstrap over seeds and test rows ({RESAMPLES} resamples),
-of the seeds that both have."""
-    text = f"# {settings.title}, task by task\n\n{note}\n"
+    note = f"""Gains are in points, [{LEVEL:.0%} interval] of a paired bootstrap over seeds and test rows ({RESAMPLES}
+resamples), of the seeds that both have."""
+    text = f"# {settings.title}, task by task\n\n{scores.strip()}\n\n{note}\n"
     header = [task_title(settings, place[0]) for place in places]
     for what, name in (("avg", "S-avg"), ("best", "S-best")):
         rows = []
@@ -38,5 +40,5 @@ of the seeds that both have."""
             seeds = sorted({one[what].seeds for one in found if one})
             title = f"{form.title} over {over.title} ({'-'.join(map(str, seeds))})"
             rows.append([title, *(one[what].text if one else "-" for one in found)])
-        text += f"\n## {name}\n\n{markdown([f'{name} (seeds)', *header], rows)}"
+        text += f"\n## Gains in {name}\n\n{markdown([f'{name} (seeds)', *header], rows)}"
     return text

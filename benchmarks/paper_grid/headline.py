@@ -35,7 +35,6 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     sections = [
         f"# {settings.title}",
         page.summary(),
-        page.scores(),
         page.saved(),
         page.answered(),
         page.targets(),
@@ -47,7 +46,9 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
         draw_forms(settings, records, store, numbers.places[0], (PLAIN, numbers.early[-1]), picture)
         written.append(picture)
     by_task.parent.mkdir(parents=True, exist_ok=True)
-    by_task.write_text(gains_page(settings, numbers.gained, numbers.compared, numbers.places), encoding="utf-8")
+    by_task.write_text(
+        gains_page(settings, page.scores(), numbers.gained, numbers.compared, numbers.places), encoding="utf-8"
+    )
     docs.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
     return written
 
@@ -76,9 +77,9 @@ class Page:
                     continue
                 above, below = sum(g.low > 0 for g in found), sum(g.high < 0 for g in found)
                 cells.append(f"{sum(g.mean for g in found) / len(found):+.1f}; above 0 on {above}, below on {below}")
-            rows.append(
-                [f"{form.title} over {over.title}", *cells, str(len(self.numbers.gains_of(form, over, "avg")))]
-            )
+            found = self.numbers.gains_of(form, over, "avg")
+            seeds = "-".join(map(str, sorted({gain.seeds for gain in found})))
+            rows.append([f"{form.title} over {over.title}", *cells, str(len(found)), seeds])
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
 `carry` and `ladder` do:
@@ -88,7 +89,8 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
 behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
 `calibrate(policy="auto", target_speedup={SHARE})` takes on validation rows.
 
-{markdown(["", "S-avg", "S-best", f"{SHARE:.0%} saved", "tasks"], rows)}"""
+{markdown(["", "S-avg", "S-best", f"{SHARE:.0%} saved", "tasks", "seeds"], rows)}
+{self._same_as_joint()}"""
 
     def scores(self) -> str:
         """S-avg / S-best of all forms."""
@@ -102,8 +104,7 @@ behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
             counts = {len(scores_of(self.numbers.records, form, place, "avg")) for place in self.numbers.places} - {0}
             rows.append([f"{form.title} ({'-'.join(map(str, sorted(counts)))})", *cells])
         header = ["S-avg / S-best (seeds)", *map(self.numbers.title, self.numbers.places)]
-        same = self._same_as_joint()
-        return "## Scores on test data, mean over seeds\n\n" + markdown(header, rows) + (f"\n{same}" if same else "")
+        return "## Scores on test data, mean over seeds\n\n" + markdown(header, rows)
 
     def _same_as_joint(self) -> str:
         """GradEquil rescales what reaches the blocks, and frozen ones receive nothing."""
@@ -188,7 +189,7 @@ rows, and in brackets the share of the blocks saved; means over seeds."""
         return f"""## How it was made
 
 {len(records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
-that the grid names.{left} [Task by task, with intervals](paper/{name}-gains.md); the grid's own tables, the
+that the grid names.{left} [Task by task, scores and intervals](paper/{name}-gains.md); the grid's own tables, the
 learning rates and the rows are on a [page of their own](paper/{name}.md); `policy="auto"` against the single
 rules [here](paper/policies.md); trained backbones and the paper's other tables [here](paper/small.md), a LoRA
 [here](paper/lora.md), an encoder of 12 blocks [here](paper-e5.md).
