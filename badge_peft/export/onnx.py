@@ -251,6 +251,11 @@ def check_model(badge: BadgeModel) -> None:
     extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
+    if badge.layout.pooling == "last" and torch.__version__ < "2.10.dev0":
+        raise ValueError(
+            f"torch {torch.__version__} cannot trace the masks of a decoder: export it with torch 2.10 or newer. The "
+            "file runs without torch."
+        )
     other = sorted({str(p.dtype) for p in badge.model.parameters() if p.dtype != torch.float32})
     if other:
         raise ValueError(

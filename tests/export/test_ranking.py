@@ -178,6 +178,7 @@ def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
         OnnxReranker(plain)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10.dev0", reason="it cannot trace a decoder's masks")
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_a_decoders_head_reads_is_not_cut_off(masked: bool, tmp_path: Path) -> None:
     """The last token that is not padding, whatever the mask says."""
