@@ -84,7 +84,7 @@ def sweep(
     *,
     policies: str | None = None,
     points: Annotated[int, Parameter(validator=Number(gte=2))] = 20,
-    top_k: PositiveInt = 10,
+    top_k: PositiveInt | None = None,
     metric: shared.Metric = None,
     plot: Path | None = None,
     json_file: shared.JsonFile = None,
@@ -102,7 +102,7 @@ def sweep(
         adapter_or_logits: An adapter's folder (or repository), or a file of exit logits.
         policies: Policies to compare, with commas. Default: divergence,patience,entropy,max_prob.
         points: Settings of each policy.
-        top_k: For ranking: how many candidates of a query count.
+        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, else 10.
         plot: Draw the curves into this file (png, svg or pdf).
     """
     from badge_peft import evaluation
@@ -111,7 +111,7 @@ def sweep(
     from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
     from badge_peft.workflows.evaluate import logits_of, metric_of
-    from badge_peft.workflows.rankings import check_metric
+    from badge_peft.workflows.rankings import check_metric, own_top_k
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
@@ -129,7 +129,7 @@ def sweep(
         check_metric(metric)
         if names is not None:
             raise ValueError(f"policies={policies!r} is not for ranking, whose policy is top_k: leave it out.")
-        found = sweep_ranking(exit_logits, top_k, points)
+        found = sweep_ranking(exit_logits, top_k or own_top_k(adapter_or_logits), points)
         print(tradeoff_table(found, against_full_depth=True))
     else:
         scored = exit_logits.labeled()

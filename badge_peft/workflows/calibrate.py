@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
 from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.rankings import check_metric
+from badge_peft.workflows.rankings import check_metric, own_top_k
 from badge_peft.workflows.settings import Columns
 
 
@@ -35,7 +36,7 @@ def calibrate_adapter(
         folder: Of the adapter; local.
         data: Rows to calibrate on; None takes the exit logits stored in the folder. How they are read and run is said
             by `columns`, `base_model`, `batch_size` and `device`, as in `logits_of`.
-        goal: Which policies to search, and for what.
+        goal: Which policies to search, and for what; of a ranking, top_k is by default the adapter's own.
         metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
 
     Returns:
@@ -51,6 +52,7 @@ def calibrate_adapter(
     if recorded_task(folder, config.get("early_exit")) == "ranking":
         goal.ranking_arguments()
         check_metric(metric)
+        goal = goal if goal.top_k is not None else replace(goal, top_k=own_top_k(folder))
     else:
         goal.arguments()
     chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)

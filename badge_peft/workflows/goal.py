@@ -21,7 +21,8 @@ class Goal(Settings):
             is taken.
         confidence: Such as 0.95: choose so that with this probability the drop holds on new data of the same kind,
             too. Takes more rows.
-        top_k: For ranking: how many candidates of a query count. Default: 10.
+        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, of a new
+            one 10.
         keep: For ranking, in the place of a largest drop: share of the queries whose top k is to be full depth's.
             Default: 0.95.
         per_exit: Also try a threshold, and for max_prob a temperature, for each exit; they are taken where they are

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from badge_peft.evaluation import ExitLogits
 from badge_peft.ranking.calibration import METRIC, evaluate_ranking, final_ranks
 from badge_peft.ranking.metrics import ranking_scores
 from badge_peft.ranking.segments import CandidatePass
-from badge_peft.workflows.adapter_dir import Adapter
+from badge_peft.workflows.adapter_dir import Adapter, read_config
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode_texts
 
@@ -52,6 +53,13 @@ def _relevance(label: Any, examples: TextDataset, i: int) -> float:
             "(--unlabeled)."
         )
     return value
+
+
+def own_top_k(path: str | Path) -> int:
+    """The k of the rule that an adapter's folder has; 10 where it has none, and for all else."""
+    early_exit = read_config(path).get("early_exit") if Path(path).is_dir() else None
+    own = None if early_exit is None else EarlyExitConfig.of(early_exit).top_k
+    return 10 if own is None else own
 
 
 def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[str, Any]:

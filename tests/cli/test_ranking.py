@@ -128,6 +128,10 @@ def test_calibrate(ranked: Path, tmp_path: Path, cli: Cli) -> None:
     cli("calibrate", adapter, ranked / "other.jsonl", "--top-k", 2)
     config = load_pretrained(str(adapter)).get_early_exit_config()
     assert (config.top_k, config.calibration["queries"], config.calibration["keep"]) == (2, 4, 0.95)
+    for path, k in ((adapter, 2), (adapter / "exit_logits.safetensors", 10)):
+        assert f"top_k={k}" in cli("sweep", path, "--points", 2).output
+    cli("calibrate", adapter)
+    assert load_pretrained(str(adapter)).get_early_exit_config().top_k == 2
     before = (adapter / "adapter_config.json").read_bytes()
     one_line(cli("calibrate", adapter, "--max-score-drop", 0.1, fails=True), "not for ranking", "keep")
     one_line(
