@@ -29,8 +29,6 @@ def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: in
     problem, exits = problem_of(history.problem_type), history.exits
     answers = [problem.predictions(torch.from_numpy(logits)) for logits in history.logits]
     best = answers[exits.index(reference)]
-    # without labels, `calibrate` has full depth's own answers as labels
-    own = labels is None or not (answers[-1] != problem.targets(labels)).any()
     coefficients, intercepts = [], []
     for j in range(exits.index(reference)):
         x = features(history, j).astype(np.float64)  # in which scikit-learn then fits
@@ -45,7 +43,7 @@ def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: in
     return {
         "exits": list(exits),
         "reference": reference,
-        "target": "agreement" if own else "correct",
+        "target": "agreement" if labels is None else "correct",
         "problem_type": history.problem_type,
         "coefficients": _padded(coefficients, history),
         "intercepts": intercepts + [0.0] * (len(exits) - len(intercepts)),
