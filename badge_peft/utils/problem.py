@@ -232,8 +232,7 @@ def problem_of(problem_type: str) -> Problem:
     Raises:
         ValueError: there is none of this name.
     """
-    if problem_type not in _PROBLEMS:
-        check_choice("problem_type", problem_type, PROBLEM_TYPES)
+    check_choice("problem_type", problem_type, PROBLEM_TYPES)
     return _PROBLEMS[problem_type]
 
 
