@@ -41,7 +41,7 @@ def table_1(settings: Settings, records: list[Record]) -> str:
     for backbone, mode in _sides(records):
         found = _tasks(records, backbone, mode)
         rows = []
-        for row in (*TABLE_1, "badge_lte", "badge_alternating", "badge_gradient_equilibrium"):
+        for row in (*TABLE_1, "badge_lte", *_COMBINED):
             cells = []
             for place in found:
                 avg, best = (method_scores(records, place, row, what) for what in ("avg", "best"))
