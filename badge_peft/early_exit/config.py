@@ -59,6 +59,11 @@ class EarlyExitConfig:
     )
     calibration: dict[str, Any] | None = option(None, "What `calibrate` recorded: data size, score, speed-up, bound.")
 
+    @property
+    def resolved_top_k(self) -> int:
+        """`top_k`, or what None stands for."""
+        return 10 if self.top_k is None else self.top_k
+
     def __post_init__(self) -> None:
         for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", "normalize"):
             self._set(name, to_python(getattr(self, name)))

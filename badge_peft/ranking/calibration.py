@@ -159,7 +159,7 @@ def evaluate_ranking(exit_logits: ExitLogits, config: EarlyExitConfig, ordered: 
     """What a config of `top_k` keeps and saves on stored scores that have `groups`, by replay."""
     stops = build_policy(config).replay_history(exit_logits.history())
     answers = exit_logits.answers(torch.from_numpy(stops))[:, 0].numpy()
-    k = 10 if config.top_k is None else config.top_k
+    k = config.resolved_top_k
     full, codes = exit_logits.logits[:, -1, 0].numpy(), exit_logits.groups.numpy()
     kept = top_k_kept(full, answers, stops == stops.max(), codes, k, ordered)
     mean = float(stops.mean())
@@ -179,7 +179,7 @@ def _count(stored: ExitLogits) -> int:
 def _points(stored: ExitLogits, asked: EarlyExitConfig, ordered: bool) -> list[RankingPoint]:
     """Every setting that is considered."""
     scores, codes = stored.logits[:, :, 0].double().numpy(), stored.groups.numpy()
-    k = 10 if asked.top_k is None else asked.top_k
+    k = asked.resolved_top_k
     settings = margin_settings(scores, codes, stored.exits, asked, k)
     return [evaluate_ranking(stored, config, ordered) for config in settings]
 

@@ -245,7 +245,7 @@ class EarlyExitReranker:
             return EarlyExitConfig(policy="never")
         own = EarlyExitConfig.of(given or self.badge.get_early_exit_config(), **fields)
         self.check_calibrated(own)
-        calibrated = 10 if own.top_k is None else own.top_k
+        calibrated = own.resolved_top_k
         if top_k <= calibrated:
             return own
         warnings.warn(

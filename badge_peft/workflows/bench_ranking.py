@@ -72,7 +72,7 @@ def bench_rankings(
         turns = [Runner(run, device=adapter.device) for run in runners.values()]
         with torch.inference_mode():
             timed = take_turns(turns, batches, warmup=batches[:_WARMUP], pause=_PAUSE, progress="timing")
-    k = 10 if config.top_k is None else config.top_k
+    k = config.resolved_top_k
     return {
         "rows": len(rows),
         "queries": len(batches),

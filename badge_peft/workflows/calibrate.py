@@ -15,7 +15,7 @@ from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
 from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.rankings import check_metric, own_top_k
+from badge_peft.workflows.rankings import check_metric
 from badge_peft.workflows.settings import Columns
 
 
@@ -52,7 +52,8 @@ def calibrate_adapter(
     if recorded_task(folder, config.get("early_exit")) == "ranking":
         goal.ranking_arguments()
         check_metric(metric)
-        goal = goal if goal.top_k is not None else replace(goal, top_k=own_top_k(folder))
+        if goal.top_k is None:
+            goal = replace(goal, top_k=EarlyExitConfig.of(config.get("early_exit")).resolved_top_k)
     else:
         goal.arguments()
     chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)

@@ -58,14 +58,13 @@ def _relevance(label: Any, examples: TextDataset, i: int) -> float:
 def own_top_k(path: str | Path) -> int:
     """The k of the rule that an adapter's folder has; 10 where it has none, and for all else."""
     early_exit = read_config(path).get("early_exit") if Path(path).is_dir() else None
-    own = None if early_exit is None else EarlyExitConfig.of(early_exit).top_k
-    return 10 if own is None else own
+    return EarlyExitConfig.of(early_exit).resolved_top_k
 
 
 def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[str, Any]:
     """As `workflows.evaluate.measure`, of rows with queries: scores are the share of queries whose top k is that of
     full depth; with labels, nDCG@k and MRR@k are in `relevance`."""
-    k = 10 if config.top_k is None else config.top_k
+    k = config.resolved_top_k
     depths = [EarlyExitConfig(policy="fixed_depth", depth=m, top_k=k) for m in exit_logits.exits]
     per_exit = [evaluate_ranking(exit_logits, fixed).score for fixed in depths]
     point = evaluate_ranking(exit_logits, config)

@@ -52,7 +52,7 @@ class TopKPolicy(ThresholdPolicy):
     @property
     def group_size(self) -> int:
         """k: how many candidates of a query count."""
-        return 10 if self.config.top_k is None else self.config.top_k
+        return self.config.resolved_top_k
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Not at an exit whose margin has no end, either."""
