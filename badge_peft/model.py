@@ -260,8 +260,11 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter, with the LoRA that belongs to it. Where it was active, another one becomes it."""
         was_active = adapter_name in self.active_adapters
+        trained_backbone = adapter_name in self.peft_config and self._owner([adapter_name]) is not None
         super().delete_adapter(adapter_name)
         lora.delete(self.model, adapter_name)
+        if trained_backbone:
+            backbone.train_for(self.model, None)
         if was_active and self.active_adapters:  # PEFT leaves its head out where the deleted one had none
             self.set_adapter(self.active_adapters, inference_mode=self.config_of().inference_mode)
 

@@ -185,6 +185,13 @@ def test_without_any_adapter_it_is_the_base_model():
     assert "exit_logits" not in out and torch.equal(out.logits, logits_of(make_model()))
 
 
+def test_without_its_adapter_a_trained_backbone_is_frozen():
+    model = make_badge(backbone="full")
+    assert [name for name, p in model.named_parameters() if p.requires_grad]
+    model.delete_adapter("default")
+    assert not [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def test_two_active_adapters_are_refused():
     model = two_adapters(num_labels=3)
     before = exits_of(model, make_batch())
