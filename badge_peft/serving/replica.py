@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -16,7 +15,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.answers import passes
 from badge_peft.serving.batching import Batcher, Work, answer_together
 from badge_peft.serving.engine import MAIN, Engine
-from badge_peft.serving.report import Report, Waiting
+from badge_peft.serving.report import Done, Report, Waiting
 from badge_peft.serving.requests import RerankRequest, Row, check_open, check_room, check_rows
 from badge_peft.serving.settings import ServiceSettings
 
@@ -55,21 +54,15 @@ class Replica:
         self._speed: float | None = None  # rows that a second of passes answers
         self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
         self._model = ThreadPoolExecutor(1)  # one pass at a time, of as many threads as the settings say
-        self._fresh()
+        self._done = Done()
         self._shadow_rows: list[tuple[str, Row]] = []
         self._draw = random.Random()
         self._reporting = asyncio.Lock()
         self._joined = asyncio.Event()
 
-    def _fresh(self) -> None:
-        self._latencies: list[float] = []
-        self._measured: list[float] = []
-        self._answered: Counter[tuple[str, int]] = Counter()
-        self._statuses: Counter[tuple[str, int]] = Counter()
-
     def count(self, path: str, status: int) -> None:
         """A request has ended: see `set_front`."""
-        self._statuses[path, status] += 1
+        self._done.statuses[path, status] += 1
 
     async def predict(self, work: Work) -> Any:
         """The answers to the rows of a request, which share their passes with other requests.
@@ -90,7 +83,7 @@ class Replica:
             config = self.configs.get(MAIN)  # None: of many tasks, which do not rank
             (found, exits), seconds = await self._run(self.engine.rerank, body.query, body.texts, body.top_k, config)
             self._note_speed(len(exits), seconds)
-            self._answered.update((MAIN, number) for number in exits)
+            self._done.answered.update((MAIN, number) for number in exits)
             return found
 
         return await self.accept(body.rows(), call)
@@ -112,9 +105,10 @@ class Replica:
             found = await call()
         finally:
             self.waiting.leave(ticket, len(rows))
-        self._latencies.append(perf_counter() - start)
+        seconds = perf_counter() - start
+        self._done.latencies.append(seconds)
         if version == self.version:
-            self._measured.append(self._latencies[-1])
+            self._done.measured.append(seconds)
         return found
 
     async def _answer(self, works: list[Work]) -> list[Any]:
@@ -122,7 +116,7 @@ class Replica:
         self._note_speed(sum(len(work.rows) for work in works), seconds)
         for work in works:
             work.seconds = seconds
-        self._answered.update(batch.answered)
+        self._done.answered.update(batch.answered)
         self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
         return batch.results
 
@@ -146,22 +140,27 @@ class Replica:
     async def report(self) -> dict[str, Any]:
         """Tells the governor what was done, runs shadow rows where there is time, and takes the setting."""
         async with self._reporting:  # one after the other, or an older setting might come last
-            shadows = await self._run_shadows() if self.waiting.rows == 0 else []
+            if self.waiting.rows == 0:
+                self._done.shadows += await self._run_shadows()
+            done, self._done = self._done, Done()
             report = Report(
                 self.name,
                 self.version,
-                self._latencies,
-                self._measured,
-                [(task, number, count) for (task, number), count in self._answered.items()],
-                [(path, status, count) for (path, status), count in self._statuses.items()],
+                done.latencies,
+                done.measured,
+                [(task, number, count) for (task, number), count in done.answered.items()],
+                [(path, status, count) for (path, status), count in done.statuses.items()],
                 self.waiting.rows,
                 self.waiting.oldest(perf_counter()),
                 self.waiting.rows / self._speed if self._speed else 0.0,
-                shadows,
+                done.shadows,
                 self._state,
             )
-            self._fresh()
-            self._state = state = await self._tell(report)
+            try:
+                self._state = state = await self._tell(report)
+            except Exception:
+                self._done = done + self._done
+                raise
             if state["version"] != self.version:
                 self.configs = {task: EarlyExitConfig.of(fields) for task, fields in state["early_exit"].items()}
                 self.version, self.ending = state["version"], state["ending"]

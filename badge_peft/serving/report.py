@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,32 @@ class Report:
     expected: float = 0.0
     shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     state: dict[str, Any] | None = None
+
+
+@dataclass
+class Done:
+    """What a replica did since the last report that has arrived.
+
+    Args:
+        latencies, measured, shadows: As a report has them.
+        answered: Rows by task and exit.
+        statuses: Requests by path and status.
+    """
+
+    latencies: list[float] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
+    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def __add__(self, later: Done) -> Done:
+        return Done(
+            self.latencies + later.latencies,
+            self.measured + later.measured,
+            self.answered + later.answered,
+            self.statuses + later.statuses,
+            self.shadows + later.shadows,
+        )
 
 
 class Waiting:

@@ -222,6 +222,28 @@ def test_a_report_that_fails_is_not_the_last(caplog):
     asyncio.run(scene())
 
 
+def test_what_a_failed_report_said_is_in_the_next():
+    async def scene():
+        replica, _, told = make(shadow_share=1.0)
+        await replica.report()
+        await ask(replica)
+        replica.count("/predict", 200)
+        tell, replica._tell = replica._tell, None
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                await replica.report()
+            await ask(replica, ROWS[:1])
+            replica.count("/predict", 200)
+        replica._tell = tell
+        await replica.report()
+        found = told.reports[-1]
+        assert found.statuses == [("/predict", 200, 3)] and found.answered == [(MAIN, 2, 4)]
+        assert len(found.latencies) == len(found.measured) == 3
+        assert sum(said["rows"] for _, said in found.shadows) == 4
+
+    asyncio.run(scene())
+
+
 def test_the_oldest_request_is_the_first_that_is_left():
     waiting = Waiting()
     assert waiting.oldest(5.0) == 0.0
