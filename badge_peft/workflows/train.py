@@ -94,7 +94,7 @@ def train_on(
     trainable, total = model.get_nb_trainable_parameters()
     pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
-    print(f"3. training, {training.epochs} epochs over {len(train_rows)} rows")
+    print(f"3. training over {len(train_rows)} rows, epochs: {training.epochs}")
     measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
     if states is not None:
         states.close()

@@ -91,7 +91,7 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained")
-    print(f"3. training, {options.epochs} epochs over {len(rows)} candidates")
+    print(f"3. training over {len(rows)} candidates, epochs: {options.epochs}")
     measured_training = _train(model, rows, examples.queries(), tokenizer, options)
     exit_logits = collect_exit_logits(
         model, eval_rows, options.batch_size, progress=True, split_between_processes=True
