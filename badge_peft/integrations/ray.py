@@ -53,7 +53,7 @@ def predict_dataset(
 
     Returns:
         A lazy dataset with the columns `label`, `confidence` and `exit` more, or what `predict` gives in their place
-        for other problems and for many tasks.
+        for other problems and for many tasks. `dataset` itself, where it has neither columns nor rows.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -68,7 +68,10 @@ def predict_dataset(
             "the candidates of a query are ranked together, and the batches of a dataset would part them: use "
             "`badge-peft predict --engine ray`, which reads files in order."
         )
-    known = list(dataset.schema().names)
+    schema = dataset.schema()
+    if schema is None:  # a dataset without rows, which may have no columns either
+        return dataset
+    known = list(schema.names)
     names = find_columns(known, columns, answerer.columns)
     added = [name for name in answerer.table([]).column_names if name != "text"]
     taken = [name for name in added if name in known]

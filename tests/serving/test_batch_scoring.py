@@ -99,6 +99,7 @@ def test_a_dataset(adapter: str, expected: Any, cluster: None) -> None:
     assert [{**row, "text": row["review"]} for row in found] == [
         {**row, **answer} for row, answer in zip(rows, expected, strict=True)
     ]
+    assert predict_dataset(ray.data.from_items([]), adapter).take_all() == []
     never = predict_dataset(ray.data.from_items(rows[:3]), adapter, workers=1, policy="fixed_depth", depth=2)
     assert {row["exit"] for row in never.take_all()} == {2}
     for bad, message in (
