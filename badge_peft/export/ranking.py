@@ -12,6 +12,7 @@ from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.ranking.pairs import check_documents, encode_pairs
 from badge_peft.ranking.report import ExitReport
 from badge_peft.utils.checks import check_int
+from badge_peft.utils.texts import longest_text
 
 
 class OnnxReranker:
@@ -70,9 +71,11 @@ class OnnxReranker:
         check_int("top_k", top_k, at_least=1)
         own = int(self.model.config["top_k"])
         k = own if top_k is None else top_k
-        rows, cut = encode_pairs([(query, text) for text in texts], self.model.tokenizer, self._max_length)
+        tokenizer = self.model.tokenizer
+        longest = longest_text(tokenizer, self.model.config["max_length"])
+        rows, cut = encode_pairs([(query, text) for text in texts], tokenizer, longest)
         order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])))  # as slices want it
-        columns = self.model.tokenizer.pad([rows[i] for i in order], return_tensors="np")
+        columns = tokenizer.pad([rows[i] for i in order], return_tensors="np")
         fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
         output = self.model(**fields, threshold=threshold, top_k=max(k, own))
         back = np.argsort(order)
@@ -90,9 +93,3 @@ class OnnxReranker:
         left = {number: int((exits > number).sum()) for number in self.model.config["exit_layers"]}
         run = int(exits.sum())
         return answers, ExitReport(len(texts), self.model.config["num_blocks"], run, left, cut, exits)
-
-    @property
-    def _max_length(self) -> int:
-        """Tokens of a pair."""
-        limit: int | None = self.model.config["max_length"]
-        return 512 if limit is None else limit
