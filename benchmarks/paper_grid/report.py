@@ -142,9 +142,9 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
     s = settings.search
     text = (
         f"S-avg on validation data of the trials ({_seeds(s.seeds)}, {s.epochs} epochs, at most "
-        f"{s.max_train or 'all'} training rows): rate of bypasses and exits / rate of the backbone. The best is used; * marks a best at the "
-        "edge of what was tried, where a wider search may find better. A bottleneck's size, exit 0, the depth of a "
-        "single exit and LTE take the rates of the plain method."
+        f"{s.max_train or 'all'} training rows): rate of bypasses and exits / rate of the backbone. The best is used; "
+        "* marks a best at the edge of what was tried, where a wider search may find better. A bottleneck's size, "
+        "exit 0, the depth of a single exit and LTE take the rates of the plain method."
     )
     if s.share:
         text += " " + "; ".join(f"{a} takes the rates of {b}" for a, b in s.share.items()) + "."
