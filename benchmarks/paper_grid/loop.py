@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paper_grid.plan import Run, key_of
-from paper_grid.rates import choose, trial_base, trials, trials_at
+from paper_grid.rates import choose, trial_base, trials, with_rates
 from paper_grid.settings import Settings
 from paper_grid.store import Store
 
@@ -121,10 +121,11 @@ def state(settings: Settings, runs: list[Run], store: Store) -> tuple[list[str],
     todo: dict[str, None] = {}
     for run in runs:
         base = trial_base(settings, run.settings)
-        if base is not None and settings.search is not None:
+        if base is not None:
             missing, race = trials(settings, base, store)
-            for trial in (trial for rates in race for trial in trials_at(settings.search, base, rates)):
-                text = f"search {Run('search', trial).label} lr {trial['adapter_lr']:g} / {trial['backbone_lr']:g}"
+            for rates in race:
+                trial = with_rates(base, rates)
+                text = f"search {Run('search', trial).label} lr {rates[0]:g} / {rates[1]:g}"
                 (todo if trial in missing else done)[text] = None
         settled, source = choose(settings, run, store)
         (todo if store.read(settled) is None else done)[f"{run.label} ({source} rates)"] = None

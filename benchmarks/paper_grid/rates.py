@@ -1,8 +1,7 @@
-"""Learning rates: every method at its own best, chosen on validation data with short trainings."""
+"""Learning rates: every method at its own best, chosen on validation data with one seed and short trainings."""
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Any
 
 from badge_peft.training.parameters import ADAPTER_LR, BACKBONE_LR
@@ -35,7 +34,7 @@ def trial_base(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None
     method = search.methods.get(method, method)
     variant = {k: v for k, v in run["variant"].items() if k in ("placement", "exit_type")}
     depth = run["blocks"] if run["depth"] else None
-    base = make_run(settings, task, run["backbone"], run["mode"], method, variant, search.seeds[0], depth)
+    base = make_run(settings, task, run["backbone"], run["mode"], method, variant, search.seed, depth)
     rows = dict(base["rows"])
     if search.max_train is not None:
         rows["train"] = min(search.max_train, rows["train"] or search.max_train)
@@ -52,15 +51,10 @@ def trials(settings: Settings, base: dict[str, Any], store: Store) -> tuple[list
     assert search is not None
     adapter, backbone = _choices(settings, search, base["mode"])
     race = [(a, backbone[0]) for a in adapter]
-    if not _missing(search, base, race, store):
-        best = max(race, key=lambda rates: _score(search, base, rates, store))
+    if not _missing(base, race, store):
+        best = max(race, key=lambda rates: _score(base, rates, store))
         race += [(best[0], b) for b in backbone[1:]]
-    return _missing(search, base, race, store), race
-
-
-def trials_at(search: Search, base: dict[str, Any], rates: Rates) -> list[dict[str, Any]]:
-    """The trials that score these rates together, one for each seed of the search."""
-    return [{**with_rates(base, rates), "seed": seed} for seed in search.seeds]
+    return _missing(base, race, store), race
 
 
 def choose(settings: Settings, run: Run, store: Store) -> tuple[dict[str, Any], str]:
@@ -68,18 +62,17 @@ def choose(settings: Settings, run: Run, store: Store) -> tuple[dict[str, Any], 
 
     While trials are missing, the default rates are given.
     """
-    base, search = trial_base(settings, run.settings), settings.search
+    base = trial_base(settings, run.settings)
     tuned = store.tuned(tuned_name(run.settings))
     if tuned is not None:
         best = {k: tuned["best"][k] for k in _TUNED if k in tuned["best"]}
         settled = with_rates(run.settings, default_rates(settings, run.settings["mode"]))
         activation = best.pop("activation", settled["adapter"]["activation"])
         return {**settled, **best, "adapter": {**settled["adapter"], "activation": activation}}, "optuna"
-    if base is not None and search is not None:
+    if base is not None:
         missing, race = trials(settings, base, store)
         if not missing:
-            best = max(race, key=lambda rates: _score(search, base, rates, store))
-            return with_rates(run.settings, best), "search"
+            return with_rates(run.settings, max(race, key=lambda rates: _score(base, rates, store))), "search"
     return with_rates(run.settings, default_rates(settings, run.settings["mode"])), "default"
 
 
@@ -96,11 +89,9 @@ def with_rates(run: dict[str, Any], rates: Rates) -> dict[str, Any]:
 
 
 def race_table(settings: Settings, base: dict[str, Any], store: Store) -> dict[Rates, float]:
-    """Rates -> S-avg on validation data, the mean over seeds, of the rates whose trials are done."""
+    """Rates -> S-avg on validation data, of the trials that are done."""
     _, race = trials(settings, base, store)
-    search = settings.search
-    assert search is not None
-    return {rates: _score(search, base, rates, store) for rates in race if not _missing(search, base, [rates], store)}
+    return {rates: _score(base, rates, store) for rates in race if store.read(with_rates(base, rates)) is not None}
 
 
 def _choices(settings: Settings, search: Search, mode: str) -> tuple[list[float], list[float]]:
@@ -108,11 +99,12 @@ def _choices(settings: Settings, search: Search, mode: str) -> tuple[list[float]
     return search.adapter_lr[mode], backbone or [default_rates(settings, mode)[1]]
 
 
-def _missing(search: Search, base: dict[str, Any], race: list[Rates], store: Store) -> list[dict[str, Any]]:
-    wanted = [trial for rates in race for trial in trials_at(search, base, rates)]
+def _missing(base: dict[str, Any], race: list[Rates], store: Store) -> list[dict[str, Any]]:
+    wanted = [with_rates(base, rates) for rates in race]
     return [trial for trial in wanted if store.read(trial) is None]
 
 
-def _score(search: Search, base: dict[str, Any], rates: Rates, store: Store) -> float:
-    found = [store.read(trial) for trial in trials_at(search, base, rates)]
-    return fmean(result["scores"]["validation"]["avg"] for result in found if result is not None)
+def _score(base: dict[str, Any], rates: Rates, store: Store) -> float:
+    found = store.read(with_rates(base, rates))
+    assert found is not None
+    return float(found["scores"]["validation"]["avg"])

@@ -141,10 +141,10 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
         )
     s = settings.search
     text = (
-        f"S-avg on validation data of the trials ({_seeds(s.seeds)}, {s.epochs} epochs, at most "
-        f"{s.max_train or 'all'} training rows): rate of bypasses and exits / rate of the backbone. The best is used; "
-        "* marks a best at the edge of what was tried, where a wider search may find better. A bottleneck's size, "
-        "exit 0, the depth of a single exit and LTE take the rates of the plain method."
+        f"S-avg on validation data of the trials (seed {s.seed}, {s.epochs} epochs, at most {s.max_train or 'all'} "
+        "training rows): rate of bypasses and exits / rate of the backbone. The best is used; * marks a best at the "
+        "edge of what was tried, where a wider search may find better. A bottleneck's size, exit 0, the depth of a "
+        "single exit and LTE take the rates of the plain method."
     )
     if s.share:
         text += " " + "; ".join(f"{a} takes the rates of {b}" for a, b in s.share.items()) + "."
@@ -164,10 +164,6 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
         trials = ", ".join(f"{a:g} / {b:g}: {100 * v:.1f}" for (a, b), v in race.items())
         rows[key] = [*key, f"{best[0]:g} / {best[1]:g}{' *' if edge else ''}", trials]
     return text + "\n\n" + tables.markdown(["task", "method", "best", "trials"], list(rows.values()))
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"seed {seeds[0]}" if len(seeds) == 1 else f"the mean of seeds {', '.join(map(str, seeds))}"
 
 
 def _data(settings: Settings, records: list[Record]) -> str:

@@ -78,8 +78,7 @@ class Search:
     Args:
         adapter_lr: Backbone mode -> rates of bypasses and exits to try.
         backbone_lr: Backbone mode -> rates of the backbone to try; the first is used while adapter rates are tried.
-        seeds: Of the trials: rates are scored by the mean over them.
-        epochs: Of a trial.
+        seed, epochs: Of the trials.
         max_train: Rows of a trial; None takes the task's.
         share: Task -> the task whose rates it takes.
         methods: Method -> the method whose rates it takes.
@@ -87,7 +86,7 @@ class Search:
 
     adapter_lr: dict[str, list[float]]
     backbone_lr: dict[str, list[float]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seed: int = 0
     epochs: int = 1
     max_train: int | None = None
     share: dict[str, str] = field(default_factory=dict)

@@ -181,26 +181,6 @@ def test_rates_come_from_the_search(place: Path) -> None:
         assert set(stored["scores"]) == {"validation"}
 
 
-def test_rates_are_scored_by_the_mean_over_seeds(place: Path, tmp_path: Path) -> None:
-    settings = _settings(place)
-    assert settings.search is not None
-    settings.search.seeds = [0, 1]
-    run = next(run for run in plan(settings) if run.settings["mode"] == "full")
-    found = {(1e-3, 5e-5): (0.5, 0.5), (1e-2, 5e-5): (0.7, 0.2), (1e-3, 1e-4): (0.4, 0.7)}  # by seed
-    store = Store(tmp_path)
-
-    def train(trial: dict[str, Any]) -> dict[str, Any]:
-        score = found[trial["adapter_lr"], trial["backbone_lr"]][trial["seed"]]
-        result = {"settings": trial, "scores": {"validation": {"avg": score, "best": score}}, "seconds": {"total": 0}}
-        store.write(trial, result, {})
-        return result
-
-    assert choose(settings, run, store)[1] == "default"
-    Loop(settings, store, train).go([run], search_only=True)
-    settled, source = choose(settings, run, store)
-    assert source == "search" and (settled["adapter_lr"], settled["backbone_lr"]) == (1e-3, 1e-4)
-
-
 def test_what_is_stored_is_not_run_again(place: Path) -> None:
     settings, store = _settings(place), Store(place / "runs")
     runs = plan(settings)
