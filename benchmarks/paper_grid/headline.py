@@ -191,7 +191,8 @@ rows, and in brackets the share of the blocks saved; means over seeds."""
 {len(records)} runs in {seconds / 60:.0f} minutes of one thread, seeds {seeds[0]} to {seeds[-1]}, on the rows
 that the grid names.{left} [Task by task, scores and intervals](paper/{name}-gains.md); the grid's own tables, the
 learning rates and the rows are on a [page of their own](paper/{name}.md); `policy="auto"` against the single
-rules [here](paper/policies.md); a backbone that is trained [here](paper/trained.md), a LoRA [here](paper/lora.md), the
+rules [here](paper/policies.md); a backbone that is trained [here](paper/trained.md), at one learning rate for every
+method [here](paper/trained-one-rate.md); a LoRA [here](paper/lora.md), the
 paper's other tables [here](paper/small.md), an encoder of 12 blocks [here](paper-e5.md).
 
 ```bash
