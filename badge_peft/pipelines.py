@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from difflib import get_close_matches
 from os import PathLike
 from types import SimpleNamespace
@@ -84,7 +85,8 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
         badge = get_badge_model(self.model)
         function = function_to_apply or _FUNCTIONS[badge.config_of(adapter).resolved_problem_type]
         names = dict(enumerate(badge.label_names(adapter)))
-        of_adapter: Any = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label=names)))
+        of_adapter: Any = copy(self)
+        of_adapter.model = SimpleNamespace(config=SimpleNamespace(id2label=names))
         logits: Any = {"logits": outputs["logits"]}
         said: Any = TextClassificationPipeline.postprocess(of_adapter, logits, function_to_apply=function, **kwargs)
         for answer in said if isinstance(said, list) else [said]:
