@@ -46,6 +46,7 @@ def write_report(
     figure_2, pictures = _figure_2(settings, records, store, docs.with_suffix("")) if figures else ("", [])
     sections = [
         f"# {settings.title}",
+        *([settings.note.strip()] if settings.note else []),
         _made_by(settings, records, missing, config, docs.name),
         "## Table 1: training methods",
         "Scores on test data in per cent: the median over seeds (and the range). S-avg is the mean over exits 1..M, "

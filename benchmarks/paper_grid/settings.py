@@ -122,7 +122,7 @@ class Group:
 
 @dataclass
 class Settings:
-    """A whole YAML file."""
+    """A whole YAML file; `note` is what a reader of its page has to know first, as Markdown."""
 
     title: str
     tasks: dict[str, Task]
@@ -138,6 +138,7 @@ class Settings:
     data_seed: int = 0
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     savings: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.66, 0.75])
+    note: str = ""
 
 
 def load_settings(path: str | Path) -> Settings:

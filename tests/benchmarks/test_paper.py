@@ -54,6 +54,7 @@ METHODS = [
 ]
 GRID: dict[str, Any] = {
     "title": "A tiny grid",
+    "note": "Too small to say anything.",
     "epochs": 1,
     "batch_size": 8,
     "tasks": {"pairs": {"data": "pairs", "metric": "acc_and_f1", "max_train": 24, "max_length": 16}},
@@ -267,6 +268,7 @@ def test_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert title in text
     for heading in ("Table 1", "Table 2", "Table 3", "Table 6", "Figure 2", "Exit 0", "Learning rates", "Data"):
         assert f"## {heading}" in text
+    assert text.startswith("# A tiny grid\n\nToo small to say anything.\n\n")
     assert "Nothing: every run of the grid is stored." in text
     assert "70.2 / 77.9" in text  # the paper's own, beside ours
     assert "nan" not in text
