@@ -128,7 +128,6 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
         output_dir: Where checkpoints go.
         **overrides: Any field of `MultiExitTrainingArguments`, which wins.
     """
-    known = {f.name for f in fields(TrainingArguments)}
     options: dict[str, Any] = {
         "learning_rate": BACKBONE_LR[get_badge_model(model).config_of().backbone],
         "lr_scheduler_type": "linear",
@@ -142,11 +141,16 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
         "use_cpu": on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU it only brings a warning
     }
-    if "train_sampling_strategy" in known:  # transformers 5
-        options |= {"train_sampling_strategy": "group_by_length", "warmup_steps": 0.1}
-    else:
-        options |= {"group_by_length": True, "warmup_ratio": 0.1}
+    options |= sampling(by_length=True)
+    options |= {"warmup_steps": 0.1} if "train_sampling_strategy" in options else {"warmup_ratio": 0.1}
     return MultiExitTrainingArguments(output_dir=output_dir, **{**options, **overrides})
+
+
+def sampling(by_length: bool) -> dict[str, Any]:
+    """The argument for batches of similar length, or of rows at random, as the installed transformers has it."""
+    if "train_sampling_strategy" in {f.name for f in fields(TrainingArguments)}:  # transformers 5
+        return {"train_sampling_strategy": "group_by_length" if by_length else "random"}
+    return {"group_by_length": by_length}
 
 
 def _flag(name: str, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, set_seed
 
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import collect_exit_logits
@@ -27,6 +27,7 @@ from badge_peft.training import (
     multi_exit_arguments,
     query_batches,
 )
+from badge_peft.training.arguments import sampling
 from badge_peft.tuner.architectures import get_layout, head_pooling
 from badge_peft.tuner.exits import EXITS
 from badge_peft.utils import distributed
@@ -139,9 +140,6 @@ def _train(
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
         for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
     ]
-    at_random: dict[str, Any] = {"group_by_length": False}
-    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
-        at_random = {"train_sampling_strategy": "random"}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = multi_exit_arguments(
             model,
@@ -155,7 +153,7 @@ def _train(
             load_best_model_at_end=False,
             logging_steps=max(1, options.epochs * len(items) // 50),
             remove_unused_columns=False,
-            **at_random,
+            **sampling(by_length=False),
         )
         trainer = MultiExitTrainer(
             model=model,

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from badge_peft import BadgeConfig, MultiExitTrainer, cache_states
 from badge_peft.integrations.bm25 import retrieve
 from badge_peft.training import QueryCollator, RankingDistillation, multi_exit_arguments, query_batches
+from badge_peft.training.arguments import sampling
 from ranking_parts.pools import Pool, Row
 
 BATCH = 32
@@ -190,7 +191,7 @@ def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -
                 load_best_model_at_end=False,
                 logging_steps=10**9,
                 remove_unused_columns=False,
-                train_sampling_strategy="random",
+                **sampling(by_length=False),
                 seed=seed,
                 disable_tqdm=True,
             ),

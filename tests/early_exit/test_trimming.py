@@ -60,7 +60,7 @@ def cases_with_mixed_exits(model, lengths, wanted=3):
     """Batches of which some rows stop early and others never, with their lengths, logits and such a rule; the long row
     is each time another."""
     found = 0
-    for seed in range(20):
+    for seed in range(100):
         lengths = [*lengths[1:], lengths[0]]
         batch = batch_of(lengths, seed=seed)
         logits, exits = exits_of(model, batch), model.base_model.exit_layers()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
+from transformers import DataCollatorWithPadding, default_data_collator
 
 from badge_peft import BadgeConfig, cache_states, collect_exit_logits
 from badge_peft.outputs import MultiExitOutput
@@ -20,6 +19,7 @@ from badge_peft.training import (
     multi_exit_arguments,
     query_batches,
 )
+from badge_peft.training.arguments import sampling
 from badge_peft.training.objectives import Step
 from badge_peft.training.ranking import listwise_loss
 from tests.models import exits_of, make_badge, make_model
@@ -136,7 +136,6 @@ def rows_of_queries():
 
 def make_trainer(path, model, epochs, **options):
     rows, ids = rows_of_queries()
-    sampling = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
     arguments = multi_exit_arguments(
         model,
         str(path),
@@ -147,7 +146,7 @@ def make_trainer(path, model, epochs, **options):
         load_best_model_at_end=False,
         remove_unused_columns=False,
         logging_steps=1,
-        **({"train_sampling_strategy": "random"} if sampling else {"group_by_length": False}),
+        **sampling(by_length=False),
     )
     return MultiExitTrainer(
         model=model,

@@ -54,6 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     command = ["demo", "--model", base, "--dataset", data, "--output-dir", folder / "out", "--max-eval", 60]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
+        warnings.simplefilter("ignore", ResourceWarning)  # nobody sees them outside of tests
         warnings.showwarning = print_warning
         done = invoke(*command, "--epochs", 15, "--learning-rate", 0.03)
     assert done.exit_code == 0, done.output
