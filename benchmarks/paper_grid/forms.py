@@ -82,7 +82,16 @@ PAST_FUTURE = Form("past_future", (), "GPF")
 EQUILIBRIUM = Form("gradient_equilibrium", (), "GradEquil")
 TWO_STAGE_CARRY = Form("two_stage", (("carry", "logits"),), "2ST + carry")
 ALTERNATING_CARRY = Form("alternating", (("carry", "logits"),), "ALT + carry")
-OTHERS = (TWO_STAGE, TWO_STAGE_CARRY, ALTERNATING, ALTERNATING_CARRY, PAST_FUTURE, EQUILIBRIUM)
+PAST_FUTURE_CARRY = Form("past_future", (("carry", "logits"),), "GPF + carry")
+OTHERS = (
+    TWO_STAGE,
+    TWO_STAGE_CARRY,
+    ALTERNATING,
+    ALTERNATING_CARRY,
+    PAST_FUTURE,
+    PAST_FUTURE_CARRY,
+    EQUILIBRIUM,
+)
 
 
 def found_forms(records: list[Record], forms: tuple[Form, ...] = FORMS) -> list[Form]:
