@@ -142,8 +142,8 @@ class Governor:
         self._late = max(self._late, report.oldest, report.expected)
         self._waits |= report.waiting > 0
         if report.version == self.version:
-            self._latencies += report.measured
-        for task, rows in report.shadows:
+            self._latencies += report.done.measured
+        for task, rows in report.done.shadows:
             if task in self.monitors:
                 monitor, config = self.monitors[task], EarlyExitConfig.of(rows["config"], calibration=None)
                 if config in monitor.promises:

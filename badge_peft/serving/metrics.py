@@ -38,11 +38,11 @@ class ServiceMetrics:
 
     def count(self, report: Report) -> None:
         """Adds what a replica did."""
-        for seconds in report.latencies:
+        for seconds in report.done.latencies:
             self._latency.observe(seconds)
-        for path, status, count in report.statuses:
+        for (path, status), count in report.done.statuses.items():
             self._requests.labels(path, str(status)).inc(count)
-        for task, number, rows in report.answered:
+        for (task, number), rows in report.done.answered.items():
             self._rows.labels(task, str(number)).inc(rows)
             self._blocks.labels(task).inc(number * rows)
         self._waiting.labels(report.replica).set(report.waiting)

@@ -146,14 +146,10 @@ class Replica:
             report = Report(
                 self.name,
                 self.version,
-                done.latencies,
-                done.measured,
-                [(task, number, count) for (task, number), count in done.answered.items()],
-                [(path, status, count) for (path, status), count in done.statuses.items()],
+                done,
                 self.waiting.rows,
                 self.waiting.oldest(perf_counter()),
                 self.waiting.rows / self._speed if self._speed else 0.0,
-                done.shadows,
                 self._state,
             )
             try:

@@ -8,44 +8,15 @@ from typing import Any
 
 
 @dataclass
-class Report:
-    """What one replica did since its last report.
-
-    Args:
-        replica: Its name.
-        version: Of the setting that it answers at.
-        latencies: Seconds that requests took.
-        measured: Those of requests that were answered at that setting from first to last.
-        answered: Of tasks and exits, how many rows: (task, exit, rows).
-        statuses: Of paths and statuses, how many requests ended so: (path, status, requests).
-        waiting: Rows that are accepted and not answered.
-        oldest: Seconds that the oldest of them has waited; 0 where none waits.
-        expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
-        shadows: For tasks what `Engine.shadow` gave.
-        state: What the governor said last.
-    """
-
-    replica: str
-    version: int = 0
-    latencies: list[float] = field(default_factory=list)
-    measured: list[float] = field(default_factory=list)
-    answered: list[tuple[str, int, int]] = field(default_factory=list)
-    statuses: list[tuple[str, int, int]] = field(default_factory=list)
-    waiting: int = 0
-    oldest: float = 0.0
-    expected: float = 0.0
-    shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    state: dict[str, Any] | None = None
-
-
-@dataclass
 class Done:
     """What a replica did since the last report that has arrived.
 
     Args:
-        latencies, measured, shadows: As a report has them.
+        latencies: Seconds that requests took.
+        measured: Those of requests that were answered at one setting from first to last.
         answered: Rows by task and exit.
         statuses: Requests by path and status.
+        shadows: For tasks what `Engine.shadow` gave.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -62,6 +33,29 @@ class Done:
             self.statuses + later.statuses,
             self.shadows + later.shadows,
         )
+
+
+@dataclass
+class Report:
+    """How one replica stands, and what it did since its last report.
+
+    Args:
+        replica: Its name.
+        version: Of the setting that it answers at.
+        done: What it did.
+        waiting: Rows that are accepted and not answered.
+        oldest: Seconds that the oldest of them has waited; 0 where none waits.
+        expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
+        state: What the governor said last.
+    """
+
+    replica: str
+    version: int = 0
+    done: Done = field(default_factory=Done)
+    waiting: int = 0
+    oldest: float = 0.0
+    expected: float = 0.0
+    state: dict[str, Any] | None = None
 
 
 class Waiting:

@@ -11,7 +11,7 @@ import numpy as np
 import simpy
 
 from badge_peft.serving.governor import Governor
-from badge_peft.serving.report import Report
+from badge_peft.serving.report import Done, Report
 from capacity_parts.service import Outcome, Service
 from capacity_parts.traffic import Traffic
 
@@ -136,8 +136,7 @@ class _Fleet:
                 Report(
                     replica.name,
                     replica.version,
-                    replica.latencies,
-                    replica.measured,
+                    Done(replica.latencies, replica.measured),
                     waiting=rows,
                     oldest=now - oldest[0] if oldest else 0.0,
                     expected=rows / replica.speed if replica.speed else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("prometheus_client", reason="the extra `serve` is not instal
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.evaluation import calibrate  # noqa: E402
 from badge_peft.serving.governor import Governor  # noqa: E402
-from badge_peft.serving.report import Report  # noqa: E402
+from badge_peft.serving.report import Done, Report  # noqa: E402
 from badge_peft.serving.requests import PolicyUpdate  # noqa: E402
 from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
@@ -37,8 +38,9 @@ def governor(**arguments) -> tuple[Governor, Clock]:
 
 
 def report(of: Governor, latencies=(), version=None, shadows=(), replica="a", **more):
-    seconds, done = list(latencies), {"answered": [("default", 3, 2)], "statuses": [("/predict", 200, 1)]}
-    return of.report(Report(replica, version or of.version, seconds, seconds, shadows=list(shadows), **done, **more))
+    seconds = list(latencies)
+    done = Done(seconds, seconds, Counter({("default", 3): 2}), Counter({("/predict", 200): 1}), list(shadows))
+    return of.report(Report(replica, version or of.version, done, **more))
 
 
 def no_check(task, config) -> None:

@@ -13,7 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.serving.batching import Work  # noqa: E402
 from badge_peft.serving.engine import MAIN  # noqa: E402
 from badge_peft.serving.replica import Replica  # noqa: E402
-from badge_peft.serving.report import Waiting  # noqa: E402
+from badge_peft.serving.report import Done, Waiting  # noqa: E402
 from badge_peft.serving.requests import Limits, RequestError, RerankRequest  # noqa: E402
 from badge_peft.serving.settings import ServiceSettings  # noqa: E402
 
@@ -93,11 +93,12 @@ def test_what_was_done_is_told_once():
         await replica.report()
         first, second = told.reports
         assert (first.version, second.version) == (0, 1)
-        assert second.statuses == [("/predict", 200, 2), ("/policy", 401, 1)] and second.answered == [(MAIN, 2, 2)]
-        assert len(second.latencies) == 1 and second.measured == second.latencies
+        assert second.done.statuses == {("/predict", 200): 2, ("/policy", 401): 1}
+        assert second.done.answered == {(MAIN, 2): 2}
+        assert len(second.done.latencies) == 1 and second.done.measured == second.done.latencies
         assert (second.waiting, second.oldest) == (0, 0.0)
         await replica.report()
-        assert told.reports[-1].statuses == [] and told.reports[-1].latencies == []
+        assert told.reports[-1].done == Done()
         assert first.state is None and told.reports[-1].state is told.state
 
     asyncio.run(scene())
@@ -129,8 +130,8 @@ def test_candidates_are_ranked_at_the_setting_in_force_and_their_exits_are_told(
         with pytest.raises(RequestError, match="send parts"):
             await replica.rerank(RerankRequest(query="q", texts=["a"] * 4))
         await replica.report()
-        assert sorted(told.reports[-1].answered) == [(MAIN, 2, 1), (MAIN, 3, 2)]
-        assert len(told.reports[-1].latencies) == 1
+        assert told.reports[-1].done.answered == {(MAIN, 2): 1, (MAIN, 3): 2}
+        assert len(told.reports[-1].done.latencies) == 1
 
     asyncio.run(scene())
 
@@ -167,7 +168,7 @@ def test_a_request_that_saw_two_settings_measures_neither():
         await waits
         assert {answer["threshold"] for answer in await ask(replica)} == {0.7}
         await replica.report()
-        assert len(told.reports[-1].latencies) == 2 and len(told.reports[-1].measured) == 1
+        assert len(told.reports[-1].done.latencies) == 2 and len(told.reports[-1].done.measured) == 1
 
     asyncio.run(scene())
 
@@ -203,7 +204,7 @@ def test_shadow_rows_run_when_nothing_waits():
         await waits
         await replica.report()
         assert sorted(engine.shadowed) == sorted([*ROWS, ROWS[0]])
-        assert sum(said["rows"] for _, said in told.reports[-1].shadows) == 3
+        assert sum(said["rows"] for _, said in told.reports[-1].done.shadows) == 3
 
     asyncio.run(scene())
 
@@ -236,8 +237,8 @@ def test_what_a_failed_report_said_is_in_the_next():
             replica.count("/predict", 200)
         replica._tell = tell
         await replica.report()
-        found = told.reports[-1]
-        assert found.statuses == [("/predict", 200, 3)] and found.answered == [(MAIN, 2, 4)]
+        found = told.reports[-1].done
+        assert found.statuses == {("/predict", 200): 3} and found.answered == {(MAIN, 2): 4}
         assert len(found.latencies) == len(found.measured) == 3
         assert sum(said["rows"] for _, said in found.shadows) == 4
 
