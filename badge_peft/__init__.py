@@ -28,6 +28,7 @@ from badge_peft.tuner.layer import BadgeBlock
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from badge_peft.compile import compile_blocks
     from badge_peft.evaluation import (
+        CostModel,
         ExitLogits,
         ExitScores,
         LatencyReport,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         collect_exit_logits,
         evaluate_policy,
         exit_scores,
+        measure_costs,
         measure_latency,
         plot_tradeoff,
         sweep,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         MultiExitTrainer,
         MultiExitTrainingArguments,
         cache_states,
+        choose_exits,
         make_optimizer,
         multi_exit_arguments,
         parameter_groups,
@@ -63,6 +66,7 @@ __all__ = [
     "BlockLayout",
     "Bypass",
     "CachedStates",
+    "CostModel",
     "EarlyExitConfig",
     "EarlyExitOutput",
     "ExitLogits",
@@ -77,6 +81,7 @@ __all__ = [
     "TradeOffPoint",
     "cache_states",
     "calibrate",
+    "choose_exits",
     "collect_exit_logits",
     "compile_blocks",
     "early_exit_forward",
@@ -85,6 +90,7 @@ __all__ = [
     "from_causal_lm",
     "load_pretrained",
     "make_optimizer",
+    "measure_costs",
     "measure_latency",
     "multi_exit_arguments",
     "parameter_groups",
@@ -99,6 +105,7 @@ __all__ = [
 _LAZY = {
     "compile": ("compile_blocks",),
     "evaluation": (
+        "CostModel",
         "ExitLogits",
         "ExitScores",
         "LatencyReport",
@@ -108,6 +115,7 @@ _LAZY = {
         "collect_exit_logits",
         "evaluate_policy",
         "exit_scores",
+        "measure_costs",
         "measure_latency",
         "plot_tradeoff",
         "sweep",
@@ -119,6 +127,7 @@ _LAZY = {
         "MultiExitTrainer",
         "MultiExitTrainingArguments",
         "cache_states",
+        "choose_exits",
         "make_optimizer",
         "multi_exit_arguments",
         "parameter_groups",

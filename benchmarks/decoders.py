@@ -130,7 +130,7 @@ def scores_of(found: dict[str, ExitLogits]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where a fixed depth is as good
         goals = [goal for goal in GOALS if goal <= most]
-        rules = {goal: calibrate(found["validation"], "max_prob", target_speedup=goal) for goal in goals}
+        rules = {goal: calibrate(found["validation"], "max_prob", target_blocks_saved=goal) for goal in goals}
     saved = {str(goal): evaluate_policy(found["test"], rule).score for goal, rule in rules.items()}
     return {"avg": scores.avg, "best": scores.best, "saved": saved}
 

@@ -106,7 +106,7 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
             label_names=["labels"],
             report_to="none",
         )
-        pad = collator(model, adapter.tokenizer)
+        pad = collator(adapter.task == "tokens", adapter.tokenizer)
         MultiExitTrainer(model=model, args=arguments, train_dataset=rows["train"], data_collator=pad).train()
     metric = resolve_metric(None, adapter.labels.problem_type, len(labels), adapter.tags)
     found = exit_scores(collect_exit_logits(model.eval(), rows["test"]), metric)

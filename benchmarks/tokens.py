@@ -26,8 +26,7 @@ from latency_parts.tables import markdown
 from badge_peft import EarlyExitConfig, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe as describe_rule
-from badge_peft.evaluation.calibration import SETTINGS
-from badge_peft.evaluation.cross_fit import best_at
+from badge_peft.evaluation.selection import SETTINGS
 from badge_peft.evaluation.tradeoff import search
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
@@ -38,6 +37,11 @@ from badge_peft.workflows.train import train_adapter
 METRIC = "entity_f1"
 GOALS = (0.1, 0.25, 0.33, 0.5, 0.66)
 KINDS = ("frozen", "full")
+
+
+def _best_at(points: list[Any], goal: float) -> Any:
+    """The best score at a share of blocks saved of at least `goal`; of equal ones the fastest."""
+    return max((p for p in points if p.layer_speedup >= goal), key=lambda p: (p.score, p.layer_speedup))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +95,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rules = {"within a point": EarlyExitConfig.of(adapter.early_exit_config(), calibration=None)}
     points = search(logits["validation"], "auto", SETTINGS, METRIC)  # as `calibrate` does, once for all goals
     fastest = max(point.layer_speedup for point in points)
-    rules |= {f"{goal:.0%} saved": best_at(points, goal).config for goal in GOALS if goal <= fastest}
+    rules |= {f"{goal:.0%} saved": _best_at(points, goal).config for goal in GOALS if goal <= fastest}
     test, measured = logits["test"], []
     for name, rule in rules.items():
         point = evaluate_policy(test, rule, METRIC)

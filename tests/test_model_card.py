@@ -36,7 +36,7 @@ def save(folder: Path, license: str | None = None, **fields: Any) -> Path:
         (folder / "base" / "README.md").write_text(f"---\nlicense: {license}\n---\n# A model\n")
     base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
     model = get_peft_model(base, BadgeConfig(**{"r": 4, **fields}))
-    model.set_early_exit_config(calibrate(plausible(exits=3), "divergence", target_speedup=0.3))
+    model.set_early_exit_config(calibrate(plausible(exits=3), "divergence", target_blocks_saved=0.3))
     model.save_pretrained(str(folder / "adapter"))
     return folder / "adapter"
 
@@ -205,7 +205,7 @@ def test_a_regressions_scores_and_a_bound(tmp_path: Path) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     record = calibrate(
-        plausible("regression", 1, exits=3), "divergence", target_speedup=0.3, metric="pearson"
+        plausible("regression", 1, exits=3), "divergence", target_blocks_saved=0.3, metric="pearson"
     ).calibration
     assert record is not None and record.pop("settings")  # the adapter's own are others
     config["early_exit"]["calibration"] = {**record, "confidence": 0.95, "max_score_drop": 0.02}
@@ -229,7 +229,7 @@ def test_numbers_of_other_weights_are_not_shown(tmp_path: Path) -> None:
     folder = save(tmp_path)
     model = PeftModel.from_pretrained(make_model(), folder, is_trainable=True).eval()
     rows = collect_exit_logits(model, make_rows(30, labels=False))
-    model.set_early_exit_config(calibrate(rows, "auto", target_speedup=0.3))
+    model.set_early_exit_config(calibrate(rows, "auto", target_blocks_saved=0.3))
     model.save_pretrained(str(folder))
     add_report(folder)
     write_model_card(folder)

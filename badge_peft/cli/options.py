@@ -53,6 +53,7 @@ Metric = Annotated[
 ]
 JsonFile = Annotated[Path | None, Parameter("--json", help="Also write the result to this JSON file.")]
 
+settings.ExitOptions.__annotations__["keep_head"] = Annotated[bool | None, Parameter(negative="--no-keep-head")]
 settings.SearchOptions.__annotations__["search_for"] = Annotated[str, Parameter("--for")]  # no name in Python
 
 # the groups of options, whose annotations stay free of this library: each class has its panel

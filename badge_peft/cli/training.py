@@ -17,15 +17,17 @@ def train(
     model: str,
     data: Annotated[str, Parameter(help=f"Texts to learn from. {shared.DATA}")],
     /,
-    settings: TrainSettings,
+    settings: TrainSettings = TrainSettings(),
 ) -> None:
     """Put early exits on a model: train them, choose when to stop, and say what it costs.
 
     The usual case: a classifier that is in service, and a file of texts like those that it sees, labeled or not:
 
-        badge-peft train my-model texts.csv --output-dir my-exits --keep-head
+        badge-peft train my-model texts.csv
 
-    The model itself is not changed. The folder gets the adapter, with its early-exit policy in adapter_config.json and
+    A trial on a part of the texts chooses the form of the exits (what they read, linear or with attention) that saves
+    most time on this machine within a point of the score; a form that you name is kept. The model itself is not
+    changed. The folder, my-model-exits, gets the adapter, with its early-exit policy in adapter_config.json and
     the tokenizer beside it; report.json and tradeoff.png, with what was measured; and exit_logits.safetensors, from
     which badge-peft sweep and badge-peft calibrate can run again. Then badge-peft predict answers with it.
 

@@ -44,6 +44,11 @@ class EarlyExitConfig:
     max_exit: int | None = option(None, "No row goes past this block.")
     depth: int | None = option(None, "The block that answers, for `fixed_depth`.")
     top_k: int | None = option(None, "How many candidates of a query count, for `top_k`. None: 10.")
+    exit_layers: list[int] | None = option(
+        None,
+        "Blocks at which rows may stop; None: wherever there is an exit. Exits elsewhere are read only where a policy "
+        "counts them.",
+    )
     decide_every: int = option(
         1,
         "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
@@ -76,6 +81,7 @@ class EarlyExitConfig:
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("window", self.window, WINDOWS)
         self._check_threshold()
+        self._check_exit_layers()
         check_int("patience", self.patience, at_least=1)
         check_int("top_k", self.top_k, at_least=1)
         for name in ("min_exit", "max_exit", "depth"):
@@ -125,6 +131,17 @@ class EarlyExitConfig:
                 "each exit."
             )
         self._set("threshold", [float(tau) for tau in given] if isinstance(given, list) else float(given))
+
+    def _check_exit_layers(self) -> None:
+        given = self.exit_layers
+        if given is None:
+            return
+        blocks = [to_python(m) for m in given] if isinstance(given, (list, tuple)) else []
+        if not blocks or any(type(m) is not int or m < 0 for m in blocks) or sorted(set(blocks)) != blocks:
+            raise ValueError(
+                f"exit_layers={given!r} is not allowed: it must be a list of increasing block numbers, or None."
+            )
+        self._set("exit_layers", blocks)
 
     def _set(self, name: str, value: Any) -> None:
         """For `__post_init__` alone: a frozen dataclass has no other way to store what it made of a value."""

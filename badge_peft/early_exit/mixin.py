@@ -20,12 +20,13 @@ from badge_peft.early_exit.dispatch import base_reader, call_of_several, check_f
 from badge_peft.early_exit.full_depth import FullDepthReader, check_labels, full_depth_output
 from badge_peft.early_exit.groups import group_codes
 from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.early_exit.policy_reader import PolicyReader
+from badge_peft.early_exit.policy_reader import PolicyReader, logits_dtype
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.compiled import CompiledBlocks
 from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.context import no_pass
 from badge_peft.tuner.decoders import decoder_arguments, positions_read, read_mask
 from badge_peft.tuner.exits import AdapterExits
 
@@ -49,6 +50,7 @@ class EarlyExitMixin:
     num_blocks: Any
     config_of: Callable[..., BadgeConfig]
     adapter_exits: Callable[[str], AdapterExits]
+    block_at: Callable[[int], Any]
     single_active_adapter: Callable[[], str]
     peft_config: Any
 
@@ -185,9 +187,14 @@ class EarlyExitMixin:
         read = positions_read(self.layout, inputs, ends)
         running = self._pass(EarlyExitPass, call.together(readers), batch_size, read)
         running.heads = call.heads(readers)
-        with running:
+        # a call at full depth costs what the base model costs
+        plain = running.heads is None and not any(reader.reads_exits for reader in readers)
+        with no_pass() if plain else running:
             base = self.model(return_dict=True, **inputs)
         for reader in readers:
+            if plain and len(reader.exits.numbers) > 1:  # one precision, whichever exit answers
+                number = reader.exits.numbers[0]
+                reader.note_dtype(logits_dtype(self.block_at(number).own_exit(reader.exits.adapter, number)))
             if not reader.exits.has_final_exit:
                 own = base.logits if running.heads is None else running.heads.logits(base.logits)[reader.exits.adapter]
                 reader.finish(own[..., : reader.exits.num_labels])

@@ -62,6 +62,12 @@ class PolicyReader(ExitReader):
         self._dtype: torch.dtype | None = None  # of the exits' logits
         self._linked = linked_exits(self.schedule, exits)
 
+    @property
+    def reads_exits(self) -> bool:
+        """Whether any exit of its own is computed; else the model's own head answers every row."""
+        read = (m for m, needed in zip(self.exits.numbers, self.schedule.needed, strict=True) if needed)
+        return bool(self._linked) or not self._own.isdisjoint(read)
+
     def finish(self, logits: Tensor) -> None:
         """Gives the rows that are active the answer of the model's own head, [n, K]."""
         dtype = logits.dtype if self._dtype is None else torch.promote_types(logits.dtype, self._dtype)

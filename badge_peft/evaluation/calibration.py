@@ -1,39 +1,60 @@
 """`calibrate`: the fastest setting that keeps a score, or the best score at a speed; with a bound on new data.
 
-What a setting costs is measured by cross-fitting (`cross_fit.py`), or bounded by a test (`confidence.py`).
+How settings are chosen is in `selection.py`; what they cost is a `CostModel` (`costs.py`); a bound that holds with a
+stated confidence is in `confidence.py`.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import FixedDepthPolicy
+from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.evaluation.candidates import families
 from badge_peft.evaluation.confidence import certified
-from badge_peft.evaluation.cross_fit import HeldOut, best_at, cross_fit, fastest_within, fastest_without_loss
+from badge_peft.evaluation.costs import WORTH, CostModel
 from badge_peft.evaluation.curve import curve_record, setting_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import Metric, exit_scores, metric_name
-from badge_peft.evaluation.tradeoff import TradeOffPoint, search
+from badge_peft.evaluation.metrics import ExitScores, Metric, exit_scores, metric_name
+from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
+from badge_peft.evaluation.selection import (
+    Choice,
+    Forms,
+    Saving,
+    best_at,
+    choose_within,
+    held_out_at,
+    interval,
+    settings_of,
+)
+from badge_peft.evaluation.tradeoff import curve_points, evaluate_policy, pareto
 from badge_peft.utils.checks import check_number
 
-SETTINGS = 60  # per variant of a policy
+Array = np.ndarray
+SEVERAL = 0.02  # share that a setting with numbers for each exit has to save more than one with a single number
+PER_EXIT_STARTS = 20  # settings of a form from which thresholds for each exit are searched
 
 
 def calibrate(
     exit_logits: ExitLogits,
     policy: str | dict[str, Any] | EarlyExitConfig = "divergence",
     max_score_drop: float | None = None,
-    target_speedup: float | None = None,
+    target_blocks_saved: float | None = None,
+    target_time_saved: float | None = None,
     confidence: float | None = None,
     metric: Metric = "accuracy",
     per_exit: bool = False,
+    costs: CostModel | None = None,
+    target_speedup: float | None = None,
 ) -> EarlyExitConfig:
-    """Chooses threshold and patience on stored exit logits.
+    """Chooses threshold and patience on stored exit logits, and with `costs` at which exits rows may stop.
 
     The fixed depths between `min_exit` and `max_exit` are always among the candidates, so that what is returned is
-    never worse, on this data, than one of the same cost; where one of them wins, it is returned and a warning says so.
+    never worse, on this data, than one of the same cost.
 
     A drop is counted from full depth where that is the deployed model's own head (`ExitLogits.deployed`) or where
     there are no labels, else from the best exit. It is measured on rows that did not choose the settings.
@@ -41,62 +62,97 @@ def calibrate(
     Args:
         exit_logits: Of data that the model was not trained on. Without labels the score is the agreement with full
             depth.
-        policy: A name, or a config whose open fields are searched. `auto` searches every policy.
+        policy: A name, or a config whose open fields are searched. `auto` searches every policy and takes the fastest.
         max_score_drop: The largest loss, in units of the score (0.01 is a point of accuracy): the fastest setting is
-            chosen whose drop lies below it at a level of 65% (`cross_fit.LEVEL`). Where the rows cannot carry
-            that, a warning says so, and the answer is the fastest setting that loses nothing, here and on rows
-            that did not choose it; or else the exit that drops are counted from, for every row.
-        target_speedup: The layer speed-up to reach (0.5 saves half of the blocks): the best score at or above it.
+            chosen whose drop lies within it at a level of 65% (`selection.LEVEL`). Where the rows cannot carry that, a
+            warning says so, and the answer is the exit that drops are counted from, for every row.
+        target_blocks_saved: The share of blocks to save (0.5 is half of them): the best score at or above it.
+        target_time_saved: The share of the time to save, by `costs`: the best score at or above it.
         confidence: For example 0.95: with this probability the mean loss of accuracy on new data of the same kind is
             below `max_score_drop` against full depth (Learn-then-Test; half of the rows find the settings, half test
             them); of token classification the mean over texts of what their tokens lose.
         metric: As for `exit_scores`.
         per_exit: Also try settings that differ from exit to exit: a threshold for each, and for `max_prob` a
-            temperature for each, fitted on the labels. They are taken where they save more, or at a `target_speedup`
-            lose less, on rows that did not choose them. Not tried where a policy counts exits in a row.
+            temperature for each, fitted on the labels. They are taken where they save more, or at a target lose less,
+            on rows that did not choose them. Not tried where a policy counts exits in a row.
+        costs: Of a call, from `measure_costs`: the expected time is minimized. None: the blocks are.
+        target_speedup: The old name of `target_blocks_saved`.
 
     Returns:
         The config; its `calibration` records what was measured here: `score` on all of these rows, `drop`, of rows
-        that did not choose the setting, with a 90% interval, and as `curve` what other thresholds would cost and give.
+        that did not choose the setting, with a 90% interval, `time_saved` as `costs` predict it, and as `curve` what
+        other thresholds would cost and give. Where `costs` say that less than a tenth of the time would be saved
+        within `max_score_drop`, the policy is `never`, and `calibration["not_worth_it"]` says why.
 
     Raises:
-        ValueError: not exactly one of the two goals, a goal out of range or out of reach, or too few rows for the
+        ValueError: not exactly one of the goals, a goal out of range or out of reach, or too few rows for the
             confidence.
     """
-    if (max_score_drop is None) == (target_speedup is None):
-        raise ValueError("calibrate needs exactly one of max_score_drop and target_speedup.")
-    check_number("max_score_drop", max_score_drop, lambda drop: drop >= 0, "it must be 0 or more")
-    saved = "it is the share of blocks saved, in [0, 1)"
-    check_number("target_speedup", target_speedup, lambda share: 0 <= share < 1, saved)
-    scored = exit_logits.labeled()
-    scores = exit_scores(scored, metric)
-    reference = "best" if exit_logits.labels is not None and not exit_logits.deployed else "last"
-    full = scores.per_exit[-1]
-    asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
-    bound: dict[str, Any] = {}
-    if confidence is not None:
-        best, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
-        bound = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
-    else:
-        best, held = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup)
-        if per_exit:
-            each = _cross_fitted(scored, policy, metric, reference, max_score_drop, target_speedup, per_exit=True)
-            if _wins(each[1], held, target_speedup):
-                best, held = each
-        if held is not None:
-            bound = {"drop": held.drop, "drop_interval": [held.low, held.high], "drop_from": reference}
-    if max_score_drop is not None and not bound:
+    if target_speedup is not None:
         warnings.warn(
-            f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}, so "
-            f"{_instead(best.config)} is returned. Give more rows, or allow more.",
+            "target_speedup is the share of blocks to save: say target_blocks_saved. The old name goes after 0.1.",
+            FutureWarning,
             stacklevel=2,
         )
-    elif best.config.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
+        target_blocks_saved = target_speedup
+    goals = [max_score_drop, target_blocks_saved, target_time_saved]
+    if sum(goal is not None for goal in goals) != 1:
+        raise ValueError("calibrate needs exactly one of max_score_drop, target_blocks_saved and target_time_saved.")
+    check_number("max_score_drop", max_score_drop, lambda drop: drop >= 0, "it must be 0 or more")
+    for own, value in (("target_blocks_saved", target_blocks_saved), ("target_time_saved", target_time_saved)):
+        check_number(own, value, lambda share: 0 <= share < 1, "it is a share, in [0, 1)")
+    if target_time_saved is not None and costs is None:
+        raise ValueError("target_time_saved needs costs: measure them with measure_costs, or save blocks.")
+    scored = exit_logits.labeled()
+    scores = exit_scores(scored, metric)
+    by_best = exit_logits.labels is not None and not exit_logits.deployed
+    reference = scores.best_exit if by_best else exit_logits.exits[-1]
+    asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
+    saving = _saving(CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs)
+    record: dict[str, Any] = {}
+    if confidence is not None:
+        point, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
+        chosen = point.config
+        record = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
+    elif max_score_drop is not None:
+        groups = policies_of(policy, per_exit)
+        choices = [choose_within(scored, forms, metric, reference, saving, max_score_drop) for forms in groups]
+        best = max((c for c in choices if c is not None), key=_worth, default=None)
+        if best is None:
+            tried = [s.drop for forms in groups for s in settings_of(scored, forms, metric, reference, saving)]
+            _check_reach(tried, scores, reference, max_score_drop)
+            chosen = _one_depth(policy, reference, scores)
+            warnings.warn(
+                f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}, so every row "
+                f"is answered at block {chosen.depth}. Give more rows, or allow more.",
+                stacklevel=2,
+            )
+        else:
+            chosen = best.setting.config
+            record = {"drop": best.drop, "drop_interval": list(interval(best.drop, best.error))}
+    else:
+        name = "target_blocks_saved" if target_time_saved is None else "target_time_saved"
+        target = target_blocks_saved if target_time_saved is None else target_time_saved
+        assert target is not None
+        chosen, record = _at_target(scored, policy, metric, reference, saving, name, target, per_exit)
+    if confidence is None and record:
+        record["drop_from"] = "best" if by_best else "last"
+    if costs is not None and chosen.threshold is not None:
+        chosen = prune(scored, chosen, costs, metric)
+    if chosen.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
-            f"no setting of policy={asked!r} beats answering at block {best.config.depth} for every row on this data; "
+            f"no setting of policy={asked!r} beats answering at block {chosen.depth} for every row on this data; "
             "that is what is returned. Try policy='auto'.",
             stacklevel=2,
         )
+    predicted = None
+    if costs is not None:
+        predicted = _saving(costs)(chosen, scored, build_policy(chosen).replay_history(scored.history()))
+    if predicted is not None and max_score_drop is not None and predicted < WORTH:
+        record["not_worth_it"] = why_not(scores, predicted, max_score_drop, reference)
+        chosen, predicted = EarlyExitConfig(policy="never"), 0.0
+        warnings.warn(record["not_worth_it"], stacklevel=2)
+    point = evaluate_policy(scored, chosen, metric)
     record = {
         "policy_asked_for": asked,
         "metric": metric_name(metric),
@@ -104,67 +160,161 @@ def calibrate(
         "rows": len(exit_logits.units),
         **({} if exit_logits.texts is None else {"tokens": len(exit_logits)}),
         "weights_hash": exit_logits.weights_hash,
-        "score": best.score,
-        "full_depth_score": full,
+        "score": point.score,
+        "full_depth_score": scores.per_exit[-1],
         "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
-        "mean_exit": best.mean_exit,
-        "layer_speedup": best.layer_speedup,
-        "curve": curve_record(scored, setting_curve(scored, best.config, metric)),
-        **bound,
+        "mean_exit": point.mean_exit,
+        "layer_speedup": point.layer_speedup,
+        **({} if costs is None else {"time_saved": predicted, "costs": costs.to_dict()}),
+        "curve": curve_record(scored, setting_curve(scored, chosen, metric)),
+        **record,
     }
-    return EarlyExitConfig.of(best.config, calibration=record)
+    return EarlyExitConfig.of(chosen, calibration=record)
 
 
-def _cross_fitted(
+def policies_of(policy: str | dict[str, Any] | EarlyExitConfig, per_exit: bool = False) -> list[Forms]:
+    """What is searched, policy by policy, each as a function that gives its forms for some rows, with the fixed depths
+    among them."""
+    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
+
+    def depths(rows: ExitLogits) -> list[EarlyExitConfig]:
+        own = EarlyExitConfig(policy="fixed_depth", depth=rows.depth)
+        return [replace(own, min_exit=asked.min_exit, max_exit=asked.max_exit)]
+
+    names = list(POLICIES) if policy == "auto" else [policy if isinstance(policy, str) else asked.policy]
+    found: list[Forms] = []
+    for name in names:
+        for each in (False, True) if per_exit else (False,):
+
+            def forms(rows: ExitLogits, name: str = name, each: bool = each) -> list[EarlyExitConfig]:
+                own = [] if policy == "fixed_depth" else families(policy, rows, each, only=name)
+                if not each:
+                    return [*depths(rows), *own]
+                more = [form for form in own if form not in families(policy, rows, only=name)]
+                starts = [point.config for point in pareto(curve_points(rows, own, PER_EXIT_STARTS, "accuracy"))]
+                return [*more, *settings_per_exit(starts, rows)]
+
+            found.append(forms)
+    return found
+
+
+def prune(exit_logits: ExitLogits, config: EarlyExitConfig, costs: CostModel, metric: Metric) -> EarlyExitConfig:
+    """The config without the exits that cost more time than they save: rows that would stop there go on to the next.
+
+    Args:
+        exit_logits: With labels.
+        config: A setting with a threshold.
+        costs: Of a call.
+        metric: The score must not fall.
+    """
+    saving, history = _saving(costs), exit_logits.history()
+
+    def worth(own: EarlyExitConfig) -> tuple[float, float]:
+        stops = build_policy(own).replay_history(history)
+        return saving(own, exit_logits, stops), evaluate_policy(exit_logits, own, metric).score
+
+    exits, policy = exit_logits.exits, build_policy(config)
+    blocks = [m for j, m in enumerate(exits) if policy.can_exit(exits, j)]
+    best, score = worth(config)
+    while len(blocks) > 1:
+        tried = [replace(config, exit_layers=[m for m in blocks if m != left]) for left in blocks[:-1]]
+        found = [(*worth(own), own) for own in tried]
+        able = [(saved, own) for saved, reached, own in found if saved > best + 1e-4 and reached >= score - 1e-12]
+        if not able:
+            break
+        best, config = max(able, key=lambda pair: pair[0])
+        assert config.exit_layers is not None
+        blocks = config.exit_layers
+    return config
+
+
+def _saving(costs: CostModel) -> Saving:
+    def saved(config: EarlyExitConfig, rows: ExitLogits, stops: Array) -> float:
+        return costs.time_saved(config, rows.exits, rows.depth, rows.units.largest(stops))
+
+    return saved
+
+
+def _worth(choice: Choice) -> tuple[float, float]:
+    several = isinstance(choice.setting.config.threshold, list) or choice.setting.config.temperature is not None
+    return choice.saved - SEVERAL * several, -choice.drop  # on rows that did not choose
+
+
+def _check_reach(drops: list[float], scores: ExitScores, reference: int, max_score_drop: float) -> None:
+    """Refuses bounds between which nothing comes near enough to the reference.
+
+    Args:
+        drops: Of all settings.
+        scores: Of the exits.
+        reference: Block number of the exit from which drops are counted.
+        max_score_drop: The drop that is allowed.
+
+    Raises:
+        ValueError: no setting is within it.
+    """
+    if min(drops) > max_score_drop + 1e-12:
+        wanted = scores.per_exit[scores.exit_layers.index(reference)]
+        name = "full depth" if reference == scores.exit_layers[-1] else "the best exit"
+        raise ValueError(
+            f"max_score_drop={max_score_drop} cannot be reached between min_exit and max_exit: {name} scores "
+            f"{wanted:.4f} and {wanted - min(drops):.4f} is the most there. Allow a larger drop, an earlier min_exit "
+            "or a deeper max_exit."
+        )
+
+
+def _one_depth(policy: Any, reference: int, scores: ExitScores) -> EarlyExitConfig:
+    """The exit that drops are counted from, or the best up to `max_exit`, for every row."""
+    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
+    if asked.max_exit is not None and reference > asked.max_exit:
+        able = [(s, m) for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if m <= asked.max_exit]
+        reference = max(able)[1]
+    return EarlyExitConfig(policy="fixed_depth", depth=reference, min_exit=asked.min_exit, max_exit=asked.max_exit)
+
+
+def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: int) -> str:
+    """Why early exits are not worth it, and what else would help.
+
+    Args:
+        scores: Of the exits.
+        saved: The share of the time that the best setting would save.
+        max_score_drop: The drop that is allowed.
+        reference: Block number of the exit from which drops are counted.
+    """
+    wanted = scores.per_exit[scores.exit_layers.index(reference)] - max_score_drop
+    weak = [m for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if s < wanted]
+    exits = f"exits {weak[0]} to {weak[-1]}" if len(weak) > 1 else f"exit {weak[0]}" if weak else "the exits"
+    return (
+        f"Early exits are not worth it here: within a drop of {max_score_drop:g} they would save {max(saved, 0):.0%} "
+        f"of the time, less than {WORTH:.0%}, so the model answers at full depth (policy 'never'). "
+        f"{exits[0].upper()}{exits[1:]} score below {wanted:.4f}, which answers would need. What else helps: ONNX "
+        "Runtime in int8 "
+        "(`badge-peft export --int8`), more training rows, a trained backbone (--backbone lora), or a larger drop."
+    )
+
+
+def _at_target(
     exit_logits: ExitLogits,
     policy: Any,
     metric: Metric,
-    reference: str,
-    max_score_drop: float | None,
-    target_speedup: float | None,
-    per_exit: bool = False,
-) -> tuple[TradeOffPoint, HeldOut | None]:
-    """The setting, and what its speed-up costs on rows that did not choose it; None where that cannot be told."""
-    points = search(exit_logits, policy, SETTINGS, metric, per_exit)
-    most, fastest = max(p.score for p in points), max(p.layer_speedup for p in points)
-    if max_score_drop is None:
-        assert target_speedup is not None
-        if fastest < target_speedup - 1e-12:
-            raise ValueError(f"target_speedup={target_speedup} cannot be reached: {fastest:.3f} is the most here.")
-        found = cross_fit(exit_logits, policy, metric, reference, [target_speedup], per_exit=per_exit)
-        return best_at(points, target_speedup), next(iter(found), None)
-    scores = exit_scores(exit_logits, metric)
-    wanted = scores.best if reference == "best" else scores.per_exit[-1]
-    if most < wanted - max_score_drop - 1e-12:
-        name = "the best exit" if reference == "best" else "full depth"
-        raise ValueError(
-            f"max_score_drop={max_score_drop} cannot be reached between min_exit and max_exit: {name} scores "
-            f"{wanted:.4f} and {most:.4f} is the most there. Allow a larger drop, an earlier min_exit or a deeper "
-            "max_exit."
-        )
-    found = cross_fit(exit_logits, policy, metric, reference, per_exit=per_exit)
-    held = fastest_within(found, max_score_drop)
-    if held is not None:
-        return best_at(points, held.goal), held
-    free = fastest_without_loss(found)
-    if free is not None and (point := best_at(points, free.goal)).score >= wanted - 1e-12:
-        return point, None
-    fixed = [p for p in points if p.config.policy == FixedDepthPolicy.name]
-    plain = max(fixed, key=lambda p: (p.score, -p.mean_exit) if reference == "best" else (p.mean_exit, 0))
-    if plain.score < wanted - max_score_drop - 1e-12:  # below a max_exit
-        return max(points, key=lambda p: (p.score, -p.layer_speedup)), None
-    return plain, None
-
-
-def _instead(config: EarlyExitConfig) -> str:
-    """What is returned where no drop could be shown."""
-    if config.policy == FixedDepthPolicy.name:
-        return f"a setting that answers every row at block {config.depth}"
-    return "the fastest setting that loses nothing here and on rows that did not choose it"
-
-
-def _wins(held: HeldOut | None, other: HeldOut | None, target_speedup: float | None) -> bool:
-    """Whether what `held` was measured of is better than `other` on rows that chose neither."""
-    if held is None or other is None:
-        return held is not None
-    return held.drop < other.drop if target_speedup is not None else held.goal > other.goal
+    reference: int,
+    saving: Saving,
+    name: str,
+    target: float,
+    per_exit: bool,
+) -> tuple[EarlyExitConfig, dict[str, Any]]:
+    """The best score at a saving of at least `target`, and the drop of so chosen settings on held-out rows."""
+    most, best = 0.0, None
+    for forms in policies_of(policy, per_exit):
+        found = settings_of(exit_logits, forms, metric, reference, saving)
+        most = max([most, *(setting.saved for setting in found)])
+        own = best_at(found, target)
+        if own is None:
+            continue
+        held = held_out_at(exit_logits, forms, metric, reference, saving, target)
+        drop, error = held or (own.drop, own.error)
+        if best is None or (drop, -own.saved) < (best[1], -best[0].saved):
+            best = (own, drop, error)
+    if best is None:
+        raise ValueError(f"{name}={target} cannot be reached: {most:.3f} is the most here.")
+    setting, drop, error = best
+    return setting.config, {"drop": drop, "drop_interval": list(interval(drop, error))}

@@ -20,19 +20,23 @@ MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is 
 
 
 def families(
-    policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits, per_exit: bool = False
+    policy: str | dict[str, Any] | EarlyExitConfig,
+    exit_logits: ExitLogits,
+    per_exit: bool = False,
+    only: str | None = None,
 ) -> list[EarlyExitConfig]:
     """The variants of `policy` worth searching for these exits, each without its threshold.
 
     A name leaves the patience open; `auto` stands for every policy in all its forms, with and without a cap at the
     exit that is best on this data. Policies that have to be fitted are fitted here; with `per_exit` also what else a
-    policy may fit for each exit.
+    policy may fit for each exit. `only` picks one policy of those that `auto` stands for.
     """
     if policy == "auto":
         seen = exit_logits.history()
         learned = seen.uncertainty is not None
-        known = [policy for policy in POLICIES.values() if learned or not policy.reads_uncertainty]
-        templates = [template for policy in known for template in policy.templates(seen.problem_type)]
+        known = [kind for name, kind in POLICIES.items() if only in (None, name)]
+        known = [kind for kind in known if learned or not kind.reads_uncertainty]
+        templates = [template for kind in known for template in kind.templates(seen.problem_type)]
         found = [config for template in templates for config in families(template, exit_logits, per_exit)]
         best = best_exit(exit_logits)
         if best == exit_logits.exits[-1]:

@@ -152,9 +152,9 @@ def measure_latency(
         lambda batch: badge(**{name: value for name, value in batch.items() if name != SPECIAL}),
         read=lambda _: None,
         device=device,
-        around=partial(_without_adapter, badge) if reference == "full_depth" else nullcontext,
+        around=partial(without_adapter, badge) if reference == "full_depth" else nullcontext,
     )
-    with _eval_mode(badge), torch.inference_mode():
+    with evaluating(badge), torch.inference_mode():
         timed, full = take_turns(
             [early, full_depth],
             batches,
@@ -186,7 +186,7 @@ def _mean_p50_p95(times: list[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _eval_mode(badge: BadgeModel) -> Iterator[None]:
+def evaluating(badge: BadgeModel) -> Iterator[None]:
     """Eval mode; afterwards the mode and the trainable parameters are as before (PEFT changes the latter whenever an
     adapter is enabled)."""
     was_training = badge.training
@@ -201,7 +201,7 @@ def _eval_mode(badge: BadgeModel) -> Iterator[None]:
 
 
 @contextmanager
-def _without_adapter(badge: BadgeModel) -> Iterator[None]:
+def without_adapter(badge: BadgeModel) -> Iterator[None]:
     """Disables the adapter, outside of the time that counts."""
     badge.disable_adapter_layers()
     try:

@@ -49,7 +49,7 @@ class MultiExitTrainingArguments(TrainingArguments):
     )
     distillation_temperature: float = option(1.0, "T of the distillation.")
     adapter_learning_rate: float | None = option(
-        None, "Of bypasses and exits; None = 1e-2, with residual_mha 2.5e-3. `learning_rate` is the backbone's."
+        None, "Of bypasses and exits; None = 2.5e-3. `learning_rate` is the backbone's."
     )
     head_learning_rate: float | None = option(
         None,
@@ -60,6 +60,14 @@ class MultiExitTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int | None = option(
         None, "Evaluations without improvement before training stops; None = never."
+    )
+    standardize: bool = option(
+        True, "Optimize in coordinates in which what exits and bypasses read has mean 0 and deviation 1."
+    )
+    exit_start: str = option(
+        "regression",
+        "With a frozen backbone an exit's linear layer starts as a `regression` on what it reads, or `random`.",
+        choices=("regression", "random"),
     )
     cache_states: str = option(
         "auto",
@@ -87,6 +95,7 @@ class MultiExitTrainingArguments(TrainingArguments):
         check_number("distillation_temperature", self.distillation_temperature, lambda t: t > 0, "it must be positive")
         for name in ("adapter_learning_rate", "head_learning_rate"):
             check_number(name, getattr(self, name), lambda rate: rate >= 0, "it must be a number of at least 0")
+        check_choice("exit_start", self.exit_start, ("regression", "random"))
         self.cache_states = _flag("cache_states", self.cache_states)
         check_choice("cache_dtype", self.cache_dtype, tuple(CACHE_DTYPES))
         check_number("cache_memory_gb", self.cache_memory_gb, lambda size: size >= 0, "it must be at least 0")

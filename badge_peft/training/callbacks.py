@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers import EarlyStoppingCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 
 class ProgressBar(ProgressCallback):
@@ -44,3 +45,19 @@ class EarlyStopping(EarlyStoppingCallback):
         if args.early_stopping_patience is not None:
             self.early_stopping_patience = args.early_stopping_patience
             super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+class AtFirstStep(TrainerCallback):
+    """Calls a function when a training begins that goes on from no checkpoint.
+
+    Args:
+        function: What is called.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Once the optimizer, the loader and their states are there."""
+        if state.global_step == 0:
+            self.function()

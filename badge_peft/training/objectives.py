@@ -118,6 +118,10 @@ class Objective:
         """Whether learning to exit (LTE) is trained at exit `number`: where this objective trains the exit."""
         return True
 
+    def start_loss(self, step: Step, index: int) -> Tensor | None:
+        """The loss from which an exit's linear layer starts (`start_exits`); None: as it was drawn."""
+        return self.exit(step, index)
+
     def exit(self, step: Step, index: int) -> Tensor | None:
         """Loss of one exit: label, distillation, or both; None for exit M where there is no label to learn from."""
         last = len(step.exits) - 1
@@ -160,6 +164,10 @@ class PastFuture(Objective):
 
     exit_pass: type[EarlyExitPass] = field(default=ImitationPass, repr=False)
 
+    def start_loss(self, step: Step, index: int) -> Tensor | None:
+        """None: an exit reads what others have left."""
+        return None
+
     def __call__(self, step: Step) -> Tensor:
         weights = loss_weights(self.weights or "linear", step.exits)
         classify = sum_losses([step.loss(i) for i in range(len(step.exits))], weights)
@@ -185,6 +193,10 @@ class SingleExit(Objective):
 
     def __call__(self, step: Step) -> Tensor:
         return step.loss(self._index(step.exits))
+
+    def start_loss(self, step: Step, index: int) -> Tensor | None:
+        """Of its exit alone."""
+        return super().start_loss(step, index) if step.exits[index] == self.depth else None
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
         """Its exit must be one of them; other exits have no weight."""
@@ -213,6 +225,10 @@ class FinalExit(Objective):
 
     def __call__(self, step: Step) -> Tensor:
         return step.loss(-1)
+
+    def start_loss(self, step: Step, index: int) -> Tensor | None:
+        """Of exit M alone."""
+        return super().start_loss(step, index) if index == len(step.exits) - 1 else None
 
     def final_exit_alone(self, exits: list[int]) -> bool:
         return True

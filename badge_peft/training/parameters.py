@@ -1,4 +1,4 @@
-"""Learning rates by part: a backbone wants about 5e-5, bypasses and exits two hundred times more."""
+"""Learning rates by part: a backbone needs about 5e-5, bypasses and exits fifty times more."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from badge_peft.model import get_badge_model
+from badge_peft.training.conditioning import Conditioning
 
-ADAPTER_LR = 1e-2
-ATTENTION_LR = 2.5e-3  # of exits that add attention to what they pool: docs/decisions/learning-rates.md
+ADAPTER_LR = 2.5e-3  # of standardized inputs: docs/decisions/learning-rates.md
 BACKBONE_LR = {"frozen": 5e-5, "lora": 1e-3, "full": 5e-5}  # by backbone mode
 _PARTS = ("backbone", "head", "adapter")
 
@@ -27,7 +27,7 @@ def parameter_groups(
 
     Args:
         model: A PEFT model with a BADGE adapter.
-        adapter_lr: Learning rate of bypasses and exits; None is 1e-2, with `exit_type="residual_mha"` 2.5e-3.
+        adapter_lr: Learning rate of bypasses and exits; None is 2.5e-3.
         backbone_lr: Of the backbone or its LoRA; None is 5e-5, for a LoRA 1e-3.
         head_lr: Of the model's own head, where it is trained; None is the backbone's rate when the backbone is trained
             with it, else a tenth of the adapter's.
@@ -38,7 +38,7 @@ def parameter_groups(
     """
     config = get_badge_model(model).config_of()
     mode = config.backbone
-    adapter_lr = adapter_rate(config.exit_type) if adapter_lr is None else adapter_lr
+    adapter_lr = ADAPTER_LR if adapter_lr is None else adapter_lr
     backbone_lr = BACKBONE_LR[mode] if backbone_lr is None else backbone_lr
     if head_lr is None:
         head_lr = backbone_lr if mode == "full" else adapter_lr / 10
@@ -62,16 +62,13 @@ def parameter_groups(
     ]
 
 
-def adapter_rate(exit_type: str) -> float:
-    """The learning rate of bypasses and exits where none is given."""
-    return ATTENTION_LR if exit_type == "residual_mha" else ADAPTER_LR
-
-
 def make_optimizer(model: nn.Module, *rates: float | None, **named_rates: float | None) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, which takes the same arguments, for
+    """AdamW over `parameter_groups`, which takes the same arguments, in the coordinates of `Conditioning`, for
     `Trainer(optimizers=(make_optimizer(model), None))`: Trainer then adds the learning-rate schedule of its arguments
     to every rate."""
-    return torch.optim.AdamW(parameter_groups(model, *rates, **named_rates))  # type: ignore[arg-type]  # of its groups
+    optimizer = torch.optim.AdamW(parameter_groups(model, *rates, **named_rates))  # type: ignore[arg-type]  # of its groups
+    Conditioning(get_badge_model(model), optimizer)
+    return optimizer
 
 
 def _part(name: str) -> str:

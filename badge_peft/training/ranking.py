@@ -73,6 +73,12 @@ class RankingDistillation(Objective):
             loss = loss + self.listwise * listwise_loss(student, teacher, step.groups, self.temperature)
         return loss
 
+    def start_loss(self, step: Step, index: int) -> Tensor | None:
+        """The squared error alone: rows of many queries come at once."""
+        if index == len(step.exits) - 1:
+            return None
+        return F.mse_loss(step.logits[index][:, 0].float(), step.logits[-1][:, 0].detach().float())
+
 
 def listwise_loss(student: Tensor, teacher: Tensor, groups: Tensor | None, temperature: float = 1.0) -> Tensor:
     """T^2 KL(teacher || student) of the distributions over each query's candidates; the mean over queries.

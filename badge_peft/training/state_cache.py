@@ -94,7 +94,7 @@ class StateCache:
         self.evaluation = None
         # Trainer keeps loaders with such workers, several sets that are handed to it under one name
         kept = trainer.args.dataloader_persistent_workers
-        if self.training is not None and not kept and _has_rows(found):
+        if self.training is not None and not kept and has_rows(found):
             try:
                 self.evaluation = self._states_of(found, trainer)
             except (CannotCache, OSError) as error:
@@ -138,7 +138,7 @@ class StateCache:
                     states.close()
                 self._known.remove(known)
                 break
-        plain, collate = _without_unused_columns(trainer, rows)
+        plain, collate = without_unused_columns(trainer, rows)
         features = [{k: v for k, v in row.items() if k != GROUPS} for row in flat_rows(plain)]
         if isinstance(collate, QueryCollator):
             collate = collate.pad
@@ -173,7 +173,7 @@ def _misfit(states: CachedStates, trainer: Any) -> str | None:
     return None
 
 
-def _has_rows(rows: Any) -> bool:
+def has_rows(rows: Any) -> bool:
     """Whether a data set has rows with numbers and tokens."""
     if isinstance(rows, (IterableDataset, datasets.IterableDataset)) or not hasattr(rows, "__len__"):
         return False
@@ -190,7 +190,7 @@ def _reason(trainer: Any, many_trainings: bool) -> str | None:
         collate = collate.pad
     if args.cache_states is False:
         return "cache_states=False"
-    if not _has_rows(trainer.train_dataset):
+    if not has_rows(trainer.train_dataset):
         return "the training rows are a stream, or have no input_ids"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha changes the embeddings at every step"
@@ -203,7 +203,8 @@ def _reason(trainer: Any, many_trainings: bool) -> str | None:
     step = args.train_batch_size * args.gradient_accumulation_steps * distributed.rank_world()[1]
     rows = len(trainer.train_dataset)
     read = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * rows
-    if read <= rows and not many_trainings and trainer.num_stages == 1:
+    starts = args.exit_start == "regression"  # which reads the rows, too
+    if read <= rows and not many_trainings and not starts and trainer.num_stages == 1:
         return "each row is read once"
     return None
 
@@ -212,7 +213,7 @@ def _reason(trainer: Any, many_trainings: bool) -> str | None:
 def _numbered(trainer: Any, rows: Any) -> Iterator[NumberedRows]:
     """The rows with their numbers; inside, the trainer's collator takes such rows."""
     before = trainer.data_collator
-    plain, collate = _without_unused_columns(trainer, rows)
+    plain, collate = without_unused_columns(trainer, rows)
     trainer.data_collator = NumberedCollator(collate)
     try:
         yield NumberedRows(plain)
@@ -220,7 +221,7 @@ def _numbered(trainer: Any, rows: Any) -> Iterator[NumberedRows]:
         trainer.data_collator = before
 
 
-def _without_unused_columns(trainer: Any, rows: Any) -> tuple[Any, Any]:
+def without_unused_columns(trainer: Any, rows: Any) -> tuple[Any, Any]:
     """Rows and collator as Trainer itself would give them to its loader."""
     collate = trainer.data_collator
     if isinstance(rows, datasets.Dataset):

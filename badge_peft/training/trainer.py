@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput, TrainOutput
@@ -20,10 +21,11 @@ from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.cached_trainer import CachingTrainer
-from badge_peft.training.callbacks import EarlyStopping
+from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
+from badge_peft.training.conditioning import Conditioning
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.finite import check_loss, check_parameters
-from badge_peft.training.numbered import ROWS
+from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
@@ -38,7 +40,9 @@ from badge_peft.training.preflight import (
 )
 from badge_peft.training.rows import rows_of_loss, rows_of_scores
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
-from badge_peft.training.state_cache import StateCache
+from badge_peft.training.start import START_BATCH, start_exits
+from badge_peft.training.state_cache import StateCache, has_rows, without_unused_columns
+from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
@@ -75,6 +79,7 @@ class MultiExitTrainer(CachingTrainer):
     args: MultiExitTrainingArguments
     _stage: Stage | None = None  # the one that runs
     _has_trained = False
+    _conditioning: Conditioning | None = None
 
     def __init__(
         self,
@@ -107,6 +112,7 @@ class MultiExitTrainer(CachingTrainer):
         for stage in self._stages():
             stage.objective.check(self.badge.config_of(), self.exits)
         self.add_callback(EarlyStopping())
+        self.add_callback(AtFirstStep(self._start_exits))
 
     @property
     def badge(self) -> BadgeModel:
@@ -194,6 +200,29 @@ class MultiExitTrainer(CachingTrainer):
         criterion.check(config.resolved_problem_type, config.resolved_labels, self.exit_objective.reads_labels)
         return criterion
 
+    def _start_exits(self) -> None:
+        """With a frozen backbone, brings the exits to where a regression on what they read stands."""
+        if self.args.exit_start != "regression" or is_trained(self.badge.model, self.badge.layout):
+            return
+        if not has_rows(self.train_dataset):
+            return
+        if self._conditioning is not None:
+            self._conditioning.forget()  # a check of cached states, which runs without them would not have
+        training = [module for module in self._module.modules() if module.training]
+        self._module.eval()
+        try:
+            with self._cache.training_rows(self):  # again, so that the states of the rows are found
+                rows, collate = without_unused_columns(self, self.train_dataset)
+                draw = torch.Generator().manual_seed(self.args.seed)
+                order = torch.randperm(len(rows), generator=draw).tolist()
+                size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
+                loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
+                batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
+                start_exits(self.badge, self.exit_objective, batches, self._criterion())
+        finally:
+            for module in training:
+                module.training = True
+
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
         layer = self.badge.adapter_exits(self.badge.single_active_adapter()).uncertainty
@@ -214,6 +243,9 @@ class MultiExitTrainer(CachingTrainer):
                 self.args.weight_decay,
             )
             self.optimizer = cls(groups, **options)
+            self._conditioning = None
+            if self.args.standardize and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self._conditioning = Conditioning(self.badge, self.optimizer)
         return self.optimizer
 
     # ---------------------------------------------------------------------------------------------------------- stages

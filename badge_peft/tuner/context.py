@@ -5,7 +5,8 @@ Nothing of a call is stored on modules, so threads can share a model, `deepcopy`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -73,6 +74,16 @@ _CURRENT: ContextVar[PassContext | None] = ContextVar("badge_peft_pass", default
 #: The pass that this thread's call belongs to, None outside of one. (The variable's own method: blocks and hooks ask
 #: it dozens of times a call.)
 current_pass: Callable[[], PassContext | None] = _CURRENT.get
+
+
+@contextmanager
+def no_pass() -> Iterator[None]:
+    """Inside, blocks do what the base model's do, also where the call of another model is under way."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 class Recorder:

@@ -17,6 +17,28 @@ from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.pooling import TOKENS, Pooling
 
 
+class CenteredDropout(nn.Dropout):
+    """Dropout of deviations from a mean: dropping a number that is the same for all texts says nothing of any.
+
+    Args:
+        p: Probability.
+
+    Attributes:
+        center: [d], while it is trained; None is 0.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p)
+        self.center: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., d], in evaluation mode the same."""
+        if self.center is None or not self.training:
+            return super().forward(inputs)
+        center = self.center.to(inputs)
+        return super().forward(inputs - center) + center
+
+
 class Exit(nn.Module):
     """One exit.
 
@@ -31,10 +53,12 @@ class Exit(nn.Module):
     #: Whether the pooled vector is all that it knows of a row, and it learns by itself what to make of that: it may be
     #: pooled otherwise than the model's own head.
     pools_freely: ClassVar[bool] = False
+    #: Its layers that read states as a block or bypass gives them.
+    reads_states: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = CenteredDropout(dropout)
         self.linear = nn.Linear(hidden_size, num_labels)
         self.carry: nn.Module | None = None  # of an exit that builds on those before it (`tuner/carry.py`)
 
@@ -58,6 +82,7 @@ class PooledExit(Exit):
     copy of the model's, where it has one."""
 
     pools_freely = True
+    reads_states = ("dense",)
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
@@ -81,6 +106,7 @@ class AttentionExit(Exit):
     biases (4 * 32 d parameters, 98,304 at d = 768), then pooling and a linear layer. After FastBERT's exit."""
 
     reads_sequence = True
+    reads_states: ClassVar[tuple[str, ...]] = ("query", "key", "value")
     WIDTH: ClassVar[int] = 32
     HEADS: ClassVar[int] = 2
 
@@ -118,6 +144,8 @@ class ResidualAttentionExit(AttentionExit):
     """An `AttentionExit` that adds what it reads to the pooled state. Its output layer starts at zero, so it begins as
     a linear exit. Beyond the paper: a residual connection, as blocks have around their attention."""
 
+    reads_states = ("linear", "query", "key", "value")
+
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
         nn.init.zeros_(self.output.weight)
@@ -139,6 +167,7 @@ class PastFutureExit(Exit):
     """
 
     GATE: ClassVar[int] = 32
+    reads_states = ("dense",)
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)

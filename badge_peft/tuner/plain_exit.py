@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.exits import LinearExit
+from badge_peft.tuner.exits import CenteredDropout, LinearExit
 
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor] | None] = {
     nn.GELU: F.gelu,
@@ -60,7 +60,7 @@ def plain_exit(
     parts: Any = exit_._modules
     if type(exit_) is not LinearExit or is_changed(exit_) or not is_plain(parts["linear"]):
         return None
-    if type(parts["dropout"]) is not nn.Dropout or parts["dropout"].training or is_changed(parts["dropout"]):
+    if type(parts["dropout"]) is not CenteredDropout or parts["dropout"].training or is_changed(parts["dropout"]):
         return None
     linear = parts["linear"]
     if placement not in ("block", "ffn") or type(bypass) is not Bypass or is_changed(bypass):

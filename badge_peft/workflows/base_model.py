@@ -134,6 +134,16 @@ def add_exits(base: Base, options: ExitOptions) -> PeftModel:
     Raises:
         ValueError: the config does not fit the model.
     """
+    with quiet():
+        return get_peft_model(base.model, badge_config_of(base, options))
+
+
+def badge_config_of(base: Base, options: ExitOptions) -> BadgeConfig:
+    """The config of an adapter for a model.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
     layout = get_layout(base.model)
     config = badge_config(
         options,
@@ -151,8 +161,7 @@ def add_exits(base: Base, options: ExitOptions) -> PeftModel:
         )
     if base.pooling is not None and config.exit_pooling == "auto":
         config.exit_pooling = base.pooling
-    with quiet():
-        return get_peft_model(base.model, config)
+    return config
 
 
 def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 1000, **others: Any) -> BadgeConfig:
@@ -172,7 +181,18 @@ def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 
     if options.exit_type == "past_future":
         fields["final_exit"] = "exit"
     fields["carry"] = _carry(options, others.get("task_type"))
-    return BadgeConfig(**{"task_type": "SEQ_CLS", "train_head": not fields.pop("keep_head"), **fields, **others})
+    for name, default in (("exit_pooling", "auto"), ("exit_type", "linear")):
+        fields[name] = fields[name] or default
+    keeps = keeps_head(options, has_head)
+    del fields["keep_head"]
+    return BadgeConfig(**{"task_type": "SEQ_CLS", "train_head": not keeps, **fields, **others})
+
+
+def keeps_head(options: ExitOptions, has_head: bool) -> bool:
+    """Whether the model's own head stays as it is: where nothing is said, that of a classifier whose backbone stays as
+    it is, so that full depth answers as before."""
+    own = options.final_exit in (None, "base_head") and options.exit_type != "past_future"
+    return has_head and own and options.backbone == "frozen" if options.keep_head is None else options.keep_head
 
 
 def _carry(options: ExitOptions, task_type: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.registry import check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
+from badge_peft.evaluation.costs import CostModel
 from badge_peft.model_card import CARD, read_card, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
@@ -56,7 +57,10 @@ def calibrate_adapter(
             goal = replace(goal, top_k=EarlyExitConfig.of(config.get("early_exit")).resolved_top_k)
     else:
         goal.arguments()
-    chosen, measured, notes = choose(logits_of(folder, data, columns, base_model, batch_size, device), goal, metric)
+    exit_logits = logits_of(folder, data, columns, base_model, batch_size, device)
+    stored = (config.get("early_exit") or {}).get("calibration") or {}
+    costs = CostModel.from_dict(stored["costs"]) if "costs" in stored else None
+    chosen, measured, notes = choose(exit_logits, goal, metric, costs)
     write_early_exit(folder, chosen)
     if (Path(folder) / CARD).exists():
         write_model_card(folder)
@@ -64,7 +68,7 @@ def calibrate_adapter(
 
 
 def choose(
-    exit_logits: ExitLogits, goal: Goal, metric: str | None = None
+    exit_logits: ExitLogits, goal: Goal, metric: str | None = None, costs: CostModel | None = None
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """The config that `calibrate` chooses (of rows with queries, `calibrate_ranking`), what `measure` says of it, and
     what the calibration warned of.
@@ -78,14 +82,14 @@ def choose(
     metric = metric_of(exit_logits, metric)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, goal.policy, metric=metric, **goal.arguments())
+        chosen = calibrate(exit_logits, goal.policy, metric=metric, costs=costs, **goal.arguments())
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return chosen, measure(exit_logits, chosen, metric), notes
 
 
 def take_full_depth(
     exit_logits: ExitLogits, goal: Goal, metric: str | None = None
-) -> tuple[EarlyExitConfig, dict[str, Any]]:
+) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """As `choose`, for exits of which none is worth stopping at: the policy `never`, whatever the goal."""
     metric = metric_of(exit_logits, metric)
     found = measure(exit_logits, EarlyExitConfig(policy="never"), metric)
@@ -93,4 +97,4 @@ def take_full_depth(
     record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "layer_speedup")}
     scores = {str(m): value for m, value in zip(found["exit_layers"], found["per_exit"], strict=True)}
     record |= {"policy_asked_for": goal.policy, "exit_scores": scores}
-    return EarlyExitConfig(policy="never", calibration=record), found
+    return EarlyExitConfig(policy="never", calibration=record), found, []

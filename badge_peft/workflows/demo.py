@@ -54,7 +54,9 @@ def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
         max_length=settings.max_length,
         latency=0,
         # a sentence encoder has no head for these labels, and its first token says little
-        exits=ExitOptions(exit_layers="0-", exit_pooling="mean", final_exit="exit"),
+        exits=ExitOptions(
+            exit_layers="0-", exit_pooling="mean", exit_type="linear", carry="logits", final_exit="exit"
+        ),
         training=TrainingOptions(epochs=settings.epochs, adapter_lr=settings.learning_rate, seed=settings.seed),
         goal=Goal(max_score_drop=settings.max_score_drop),
     )

@@ -39,7 +39,8 @@ def finish(
         model: The trained one; its early-exit config is set.
         tokenizer: Of the model.
         exit_logits: Of the evaluation rows.
-        choose: Gives the config, and second what was measured of it; ValueError where no setting will do.
+        choose: Gives the config, what was measured of it, and what the calibration warned of; ValueError where
+            no setting will do.
         report: What is known of the training.
         out: The folder.
 
@@ -50,13 +51,14 @@ def finish(
         ValueError: no setting will do. The adapter is installed nevertheless, with the policy that it had.
         OSError: `out` cannot be written; what was there is as before.
     """
-    trouble, measured = None, {}
+    trouble, measured, notes = None, {}, []
     try:
-        config, measured = choose()[:2]
+        config, measured, notes = choose()
         model.set_early_exit_config(config)
     except ValueError as error:
         trouble = error
-    report = {**report, "calibration": get_badge_model(model).get_early_exit_config().calibration, **measured}
+    report = {**report, "notes": notes, **measured}
+    report["calibration"] = get_badge_model(model).get_early_exit_config().calibration
     install_adapter(model, tokenizer, exit_logits, report, out)
     if trouble is not None:
         raise ValueError(

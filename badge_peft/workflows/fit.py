@@ -76,7 +76,7 @@ def train_exits(
             model=model,
             args=arguments,
             train_dataset=rows,
-            data_collator=collator(model, tokenizer),
+            data_collator=collator(get_badge_model(model).config_of().reads_tokens, tokenizer),
             cache_states=(False if options.no_cache_states else "auto") if states is None else states,
         )
         run(trainer, progress)
@@ -85,9 +85,8 @@ def train_exits(
     return {"training_seconds": time.perf_counter() - start, "states": kept}
 
 
-def collator(model: PeftModel, tokenizer: Any) -> Any:
+def collator(tokens: bool, tokenizer: Any) -> Any:
     """Pads rows, and labels where each token has one."""
-    tokens = get_badge_model(model).config_of().reads_tokens
     return DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from badge_peft.workflows.ranges import Settings
+
+GOALS = ("max_score_drop", "target_blocks_saved", "target_time_saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +20,11 @@ class Goal(Settings):
             confident_patience, agreement, fixed_depth, or never (full depth).
         max_score_drop: The most that exiting early may cost, in units of the score: 0.01 is a point of accuracy. The
             fastest setting within it is taken. Default: 0.01.
-        target_speedup: In place of a largest drop: the fraction of blocks to save, 0.5 for half. The best score at it
-            is taken.
+        target_blocks_saved: In place of a largest drop: the share of blocks to save, 0.5 for half. The best score at
+            it is taken.
+        target_time_saved: In place of a largest drop: the share of the time to save, as it was measured on the machine
+            that trained the adapter.
+        target_speedup: The old name of target_blocks_saved.
         confidence: Such as 0.95: choose so that with this probability the drop holds on new data of the same kind,
             too. Takes more rows.
         top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, of a new
@@ -31,7 +37,21 @@ class Goal(Settings):
 
     policy: str = "auto"
     max_score_drop: float | None = None
+    target_blocks_saved: float | None = None
+    target_time_saved: float | None = None
     target_speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_speedup is not None:
+            warnings.warn(
+                "target_speedup is the share of blocks to save: say target_blocks_saved. The old name goes after 0.1.",
+                FutureWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "target_blocks_saved", self.target_speedup)
+            object.__setattr__(self, "target_speedup", None)
+        super().__post_init__()
+
     confidence: float | None = None
     top_k: int | None = None
     keep: float | None = None
@@ -45,11 +65,13 @@ class Goal(Settings):
         """
         if self.top_k is not None or self.keep is not None:
             raise ValueError("top_k and keep are for ranking: name the task with --task ranking when you train.")
-        drop, speedup = self.max_score_drop, self.target_speedup
-        if drop is not None and speedup is not None:
-            raise ValueError("max_score_drop and target_speedup are two goals: give exactly one of them.")
-        drop = 0.01 if drop is None and speedup is None else drop
-        goal = {"max_score_drop": drop, "target_speedup": speedup, "confidence": self.confidence}
+        goals = {name: getattr(self, name) for name in GOALS}
+        given = [name for name, value in goals.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are several goals: give exactly one of them.")
+        goal = {**goals, "confidence": self.confidence}
+        if not given:
+            goal["max_score_drop"] = 0.01
         return {**goal, "per_exit": self.per_exit}
 
     def ranking_arguments(self) -> dict[str, Any]:
@@ -60,8 +82,9 @@ class Goal(Settings):
         """
         if self.policy not in ("auto", "top_k"):
             raise ValueError(f"policy={self.policy!r} is not allowed for ranking: it is 'top_k'.")
-        if self.max_score_drop is not None or self.target_speedup is not None:
-            raise ValueError("max_score_drop and target_speedup are not for ranking: say with keep what may be lost.")
+        given = next((name for name in GOALS if getattr(self, name) is not None), None)
+        if given is not None:
+            raise ValueError(f"{given} is not for ranking: say with keep what may be lost.")
         if self.per_exit:
             raise ValueError("per_exit is not for ranking: leave it out, its margins are one for each exit already.")
         keep = 0.95 if self.keep is None else self.keep

@@ -16,7 +16,7 @@ _RANGES = (
     (("keep",), lambda x: 0 < x <= 1, "it is a share of the queries, in (0, 1]"),
     (("distillation",), lambda x: 0 <= x <= 1, "it is a fraction, in [0, 1]"),
     (("max_score_drop",), lambda x: x >= 0, "it must be 0 or more"),
-    (("target_speedup",), lambda x: 0 <= x < 1, "it is the share of blocks saved, in [0, 1)"),
+    (("target_blocks_saved", "target_time_saved"), lambda x: 0 <= x < 1, "it is a share, in [0, 1)"),
 )
 
 

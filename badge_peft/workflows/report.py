@@ -51,6 +51,9 @@ def summary(report: dict[str, Any]) -> str:
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
         f"{early['layer_speedup']:.1%} of the blocks saved",
     ]
+    expected = (report.get("calibration") or {}).get("time_saved")
+    if expected is not None:
+        lines[-1] += f", {expected:.1%} of the time expected"
     relevance = report.get("relevance")
     if relevance is not None:
         k = relevance["top_k"]
@@ -86,16 +89,25 @@ def tasks_summary(report: dict[str, Any]) -> str:
 
 
 def warning(report: dict[str, Any]) -> str:
-    """What comes before all results of a training whose exits are good for nothing; else nothing."""
-    constant = report["constant_answer"]
-    if constant is None or constant["beaten"]:
-        return ""
+    """What has to be read before any result: exits that are not worth it, or know nothing; else nothing."""
+    constant, notes = report["constant_answer"], [f"WARNING: {note}" for note in report.get("notes", ())]
     columns = ", ".join(repr(name) for name in report["columns"].values() if name)
-    return (
-        f"WARNING: no exit is better than always answering {constant['answer']!r} (which scores "
-        f"{show(constant['score'], report['metric'])}), so full depth is chosen. Are {columns} the right columns? "
-        "Else train on more rows, longer, or with another --adapter-lr.\n\n"
-    )
+    if constant is not None and not constant["beaten"]:
+        notes.append(
+            f"WARNING: no exit is better than always answering {constant['answer']!r} (which scores "
+            f"{show(constant['score'], report['metric'])}), so full depth is chosen. Are {columns} the right columns? "
+            "Else train on more rows, longer, or with another --adapter-lr."
+        )
+    elif constant is not None:
+        scores = zip(report["exit_layers"], report["per_exit"], strict=True)
+        weak = [str(m) for m, value in scores if value <= constant["score"]]
+        if weak:
+            notes.append(
+                f"WARNING: exit {', '.join(weak)} is no better than always answering {constant['answer']!r}: these "
+                "blocks know little of the labels where the exits read. Try --exit-pooling mean, or leave them out "
+                "with --exit-layers."
+            )
+    return "".join(f"{note}\n\n" for note in notes)
 
 
 def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:

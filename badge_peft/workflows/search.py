@@ -117,7 +117,7 @@ class Search:
             raise
         best = study.best_trial
         worth = [{"value": trial.value, "params": trial.params} for trial in _done(study) if trial.value is not None]
-        draw_search(worth, self.settings.search.search_for, Path(self.settings.output_dir, SEARCH_PICTURE))
+        draw_search(worth, self.settings.search.search_for, Path(str(self.settings.output_dir), SEARCH_PICTURE))
         found = {
             "trials": len(_done(study)),
             "for": self.settings.search.search_for,
@@ -140,7 +140,7 @@ class Search:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
-        path = Path(self.settings.output_dir, STUDY)
+        path = Path(str(self.settings.output_dir), STUDY)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _silent(optuna):
             study = optuna.create_study(
@@ -163,7 +163,9 @@ class Search:
     def _states(self) -> CachedStates:
         model = add_exits(self.base, self.settings.exits)
         try:
-            return cache_states(model, self.rows, data_collator=collator(model, self.tokenizer), progress=True)
+            return cache_states(
+                model, self.rows, data_collator=collator(self.base.reads_tokens, self.tokenizer), progress=True
+            )
         finally:
             get_badge_model(model).unload()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from badge_peft.training.parameters import adapter_rate
+from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.workflows.settings import TrainSettings
 
 _RATES = (1e-3, 5e-2)
@@ -57,7 +57,7 @@ class SearchSpace:
 
     def _rate(self) -> float:
         rate = self.settings.training.adapter_lr
-        return adapter_rate(self.settings.exits.exit_type) if rate is None else rate
+        return ADAPTER_LR if rate is None else rate
 
     def settings_of(self, params: dict[str, Any]) -> TrainSettings:
         """What was asked for, with these values in it."""

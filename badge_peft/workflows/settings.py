@@ -78,34 +78,34 @@ class ExitOptions(Settings):
 
     Args:
         backbone: frozen: train the exits alone. lora: and a LoRA in the blocks. full: everything.
-        keep_head: Leave the model's own head as it is. With a frozen backbone, inputs that go all the way then get the
-            answer that they get today, bit for bit, and no labels are needed.
+        keep_head: Leave the model's own head as it is, so that full depth answers as it does today, bit for bit, and
+            no labels are needed. Default: for a fine-tuned model with a frozen backbone.
         placement: Where a bypass reads: block, ffn, mhsa, or none.
         r: Bottleneck dimension of the bypasses.
         activation: Of the bypasses: gelu, relu, leaky_relu, silu, tanh, identity.
         norm: LayerNorm of the bypasses: own (weights of their own) or shared (the block's).
         exit_type: linear, pooled, shared_pooled (behind the model's own pooler), mha (attention over all tokens),
-            residual_mha (added to the pooled state), or past_future.
-        exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head, on a sentence encoder as its
-            embedding, and for rankings takes the mean in place of cls.
+            residual_mha (added to the pooled state), or past_future. Default: chosen by a trial.
+        exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head. Default: chosen by a trial;
+            on a sentence encoder what its embedding reads.
         exit_layers: Blocks with an exit, such as 2,4,6 or 0-12; 0 is an exit before block 1, and 4- means from block 4
-            on. Default: all blocks.
+            on. Default: all blocks, and 0 where exits read the mean.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
         carry: What an exit adds of those before it: logits, of the last one, states, of their bottlenecks, or none.
-            Default: logits, for texts on a frozen backbone; else none.
+            Default: chosen by a trial.
         ladder: A bypass also reads the bottleneck of the one before it.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """
 
     backbone: str = "frozen"
-    keep_head: bool = False
+    keep_head: bool | None = None
     placement: str = "block"
     r: int = 16
     activation: str = "gelu"
     norm: str = "own"
-    exit_type: str = "linear"
-    exit_pooling: str = "auto"
+    exit_type: str | None = None
+    exit_pooling: str | None = None
     exit_layers: str | None = None
     final_exit: str | None = None
     carry: str | None = None
@@ -124,7 +124,7 @@ class TrainingOptions(Settings):
             without.
         exit_weights: Weights of the exits in the loss: uniform, linear (by depth), or a list, such as [1,1,2].
         epochs: Number of epochs: passes over the texts.
-        adapter_lr: Learning rate of bypasses and exits. Default: 0.01; with residual_mha 0.0025.
+        adapter_lr: Learning rate of bypasses and exits. Default: 0.0025.
         backbone_lr: Learning rate of the backbone (default 5e-5) or its LoRA (default 1e-3).
         batch_size: Batch size: texts per training step; several processes share them.
         no_cache_states: Run the blocks for every step. With a frozen backbone, what the exits read of a text is
@@ -165,7 +165,7 @@ class TrainSettings(Settings):
     """How `train_adapter` makes an adapter.
 
     Args:
-        output_dir: Folder for the adapter and all that is measured.
+        output_dir: Folder for the adapter and all that is measured. Default: the model's name and -exits.
         task: classification, of texts or, where rows have tokens and tags or a text and entities, of tokens; or
             ranking: pairs of a query and a document, with one score each.
         overwrite: Write into a folder that is not empty.
@@ -183,7 +183,7 @@ class TrainSettings(Settings):
         goal: What its policy is calibrated for.
     """
 
-    output_dir: Path
+    output_dir: Path | None = None
     task: str = "classification"
     overwrite: bool = False
     tokenizer: str | None = None
@@ -234,7 +234,7 @@ class DemoSettings(Settings):
     dataset_config: str | None = None
     output_dir: Path = Path("demo_out")
     epochs: int = 2
-    learning_rate: float = 1e-2
+    learning_rate: float = 2.5e-3
     max_train: int = 8000
     max_eval: int = 2000
     max_length: int = 64

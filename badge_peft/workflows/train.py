@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,30 @@ from transformers import set_seed
 
 from badge_peft.early_exit.policies.text import describe
 from badge_peft.evaluation import collect_exit_logits
+from badge_peft.evaluation.costs import measure_costs
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import PICTURE, REPORT, write_model_card
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
-from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, load_base, local_path
+from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, keeps_head, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import load_tokenizer
-from badge_peft.workflows.evaluate import compare_with_checkpoint, constant_answer, metric_of, time_rows
+from badge_peft.workflows.evaluate import (
+    compare_with_checkpoint,
+    constant_answer,
+    metric_of,
+    resolve_metric,
+    time_rows,
+)
 from badge_peft.workflows.finish import finish, report_of_training
 from badge_peft.workflows.fit import train_exits
+from badge_peft.workflows.forms import choose_form, form_table
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
 from badge_peft.workflows.search import Search
 from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
-from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
+from badge_peft.workflows.validate import check_output_dir, check_settings, check_training, with_output_dir
 
 
 def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, Any] | None:
@@ -51,13 +61,15 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
         ValueError: settings, model and data do not fit one another; nothing has been written then.
         OSError: there is no such model or data.
     """
+    settings = with_output_dir(settings, model)
     check_settings(settings)
     if settings.task == "ranking":
         raise ValueError("task='ranking' is trained by train_ranker, which asks other things of model and data.")
     examples, eval_examples = read_training_data(data, settings.columns, settings.training.seed)
     report = train_on(model, examples, eval_examples, settings, data=data)
     if report is not None:
-        print(f"\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
+        tried = f"\n{form_table(report['forms'], report['metric'])}\n" if report["forms"] else ""
+        print(f"{tried}\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
     return report
 
 
@@ -77,11 +89,17 @@ def train_on(
     set_seed(training.seed)
     base = load_base(model_name, settings, examples, new_head)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
+    if training.objective != "joint" and settings.exits.keep_head is None:  # which may train the head
+        settings = replace(settings, exits=replace(settings.exits, keep_head=False))
+    settings = replace(settings, exits=replace(settings.exits, keep_head=keeps_head(settings.exits, base.has_head)))
     eval_rows = base.encode(eval_examples, tokenizer, scored=True)
     learns_labels = check_training(settings, base, bool(examples.labels), len(eval_rows))
     train_rows = base.encode(examples, tokenizer, labeled=learns_labels)
     print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
 
+    metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
+    settings, forms = choose_form(base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
+    set_seed(training.seed)
     states, search = None, None
     if settings.search.trials:
         print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
@@ -106,19 +124,22 @@ def train_on(
         constant = None
         if exit_logits.labels is not None:
             constant = constant_answer(exit_logits, metric_of(exit_logits, settings.metric), base.labels.names)
-        find = choose if constant is None or constant["beaten"] else take_full_depth
+        if constant is None or constant["beaten"]:
+            costs = measure_costs(model, eval_rows)
+            chosen = partial(choose, exit_logits, settings.goal, settings.metric, costs)
+        else:
+            chosen = partial(take_full_depth, exit_logits, settings.goal, settings.metric)
         report = {
             **({"task": "tokens"} if base.reads_tokens else {}),
             **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
             "constant_answer": constant,
+            "forms": forms,
             **measured_training,
             "search": search,
         }
-        return finish(
-            model, tokenizer, exit_logits, lambda: find(exit_logits, settings.goal, settings.metric), report, out
-        )
+        return finish(model, tokenizer, exit_logits, chosen, report, out)
 
     report = distributed.on_main(save)
     if not distributed.is_main():

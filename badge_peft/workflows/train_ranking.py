@@ -43,7 +43,7 @@ from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
 from badge_peft.workflows.settings import TrainingOptions, TrainSettings
 from badge_peft.workflows.train import checks
-from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings
+from badge_peft.workflows.validate import check_output_dir, check_ranking, check_settings, with_output_dir
 
 
 def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[str, Any] | None:
@@ -65,7 +65,8 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     """
     start = time.perf_counter()
     exits = replace(settings.exits, keep_head=True, carry=settings.exits.carry or "none")
-    settings = replace(settings, exits=exits)
+    exits = replace(exits, exit_type=exits.exit_type or "linear", exit_pooling=exits.exit_pooling or "auto")
+    settings = with_output_dir(replace(settings, exits=exits), model_name)
     check_ranking(settings)
     check_settings(settings)
     out, options = check_output_dir(settings), settings.training
@@ -80,7 +81,7 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
             f"{model_name} has {len(base.labels.names)} outputs, and candidates are ranked by one score: give a "
             "cross-encoder, a model with num_labels=1."
         )
-    if EXITS[settings.exits.exit_type].pools_freely and head_pooling(base.model, get_layout(base.model)) == "cls":
+    if EXITS[str(settings.exits.exit_type)].pools_freely and head_pooling(base.model, get_layout(base.model)) == "cls":
         base = replace(base, pooling="mean")  # before the last blocks the first token says little about a pair
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
     rows, eval_rows = encode(examples, tokenizer), encode(eval_examples, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -134,10 +135,10 @@ def _check_search(settings: TrainSettings) -> None:
             f"trials={settings.search.trials} is not allowed with no_cache_states: all trials train on the same "
             "states. Leave one of them out."
         )
-    if settings.search.search_for == "speed" and settings.goal.target_speedup is not None:
+    if settings.search.search_for == "speed" and settings.goal.target_blocks_saved is not None:
         raise ValueError(
-            "for='speed' looks for the most blocks saved within max_score_drop, and target_speedup says how many: "
-            "leave one of them out."
+            "for='speed' looks for the most blocks saved within max_score_drop, and target_blocks_saved says how "
+            "many: leave one of them out."
         )
     if distributed.rank_world()[1] > 1:
         raise ValueError(f"trials={settings.search.trials} is for one process: search first, with 1.")
@@ -169,21 +170,21 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
             )
         if exits.learn_to_exit:
             raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
-    policy, speedup = POLICIES.get(settings.goal.policy), settings.goal.target_speedup
+    policy, blocks_saved = POLICIES.get(settings.goal.policy), settings.goal.target_blocks_saved
     if policy is not None and not policy.suits(labels.problem_type):
         able = ", ".join(name for name, other in POLICIES.items() if other.suits(labels.problem_type))
         raise ValueError(
             f"policy={settings.goal.policy!r} is not allowed for {labels.problem_type}, which has no probabilities: "
             f"it must be one of {able}."
         )
-    if speedup is not None:
+    if blocks_saved is not None:
         blocks = len(block_names(base.model, get_layout(base.model)))
         first = exit_numbers(badge_config(exits, base.has_head, blocks), blocks)[0]
-        if speedup > 1 - first / blocks:
+        if blocks_saved > 1 - first / blocks:
             raise ValueError(
-                f"target_speedup={speedup} cannot be reached: the first exit is at block {first} of {blocks}, so at "
-                f"most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give earlier exits with "
-                "exit_layers."
+                f"target_blocks_saved={blocks_saved} cannot be reached: the first exit is at block {first} of "
+                f"{blocks}, so at most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give "
+                "earlier exits with exit_layers."
             )
     metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names), base.tags)
     goal = settings.goal.arguments()
@@ -198,6 +199,14 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
     return learns_labels
 
 
+def with_output_dir(settings: TrainSettings, model: str) -> TrainSettings:
+    """The settings with a folder: the model's name and `-exits`, where none is named."""
+    out = settings.output_dir or Path(
+        f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}-exits"
+    )
+    return replace(settings, output_dir=out)
+
+
 def check_output_dir(settings: TrainSettings) -> Path:
     """Where the adapter goes.
 
@@ -206,6 +215,7 @@ def check_output_dir(settings: TrainSettings) -> Path:
             cannot be made or written.
     """
     out = settings.output_dir
+    assert out is not None  # `with_output_dir` has been asked
     if out.is_file():
         raise ValueError(f"output_dir={str(out)!r} is a file: name a folder.")
     if (out / "config.json").exists():

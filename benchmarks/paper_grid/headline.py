@@ -87,7 +87,7 @@ how many tasks the paired 95% interval lies above or below zero. BADGE is the pl
 [`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type),
 [exit 0](../choosing.md#exits-exit_layers-final_exit) an exit on the embeddings; S-avg and S-best are of the exits
 behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that
-`calibrate(policy="auto", target_speedup={SHARE})` takes on validation rows.
+`calibrate(policy="auto", target_blocks_saved={SHARE})` takes on validation rows.
 
 {markdown(["", "S-avg", "S-best", f"{SHARE:.0%} saved", "tasks", "seeds"], rows)}
 {self._same_as_joint()}"""
@@ -146,7 +146,7 @@ seeds. A few hundred validation rows cannot show that half a point is kept
             found = [numbers.answered[form, place] for form in numbers.early]
             cells = [f"{_mean(one, 1):.1f} ({_mean(one, 0):.0%})" if one else "-" for one in found]
             rows.append([numbers.title(place), *cells])
-        note = f"""The score of test rows, by what `calibrate("auto", target_speedup={SHARE})` takes on validation
+        note = f"""The score of test rows, by what `calibrate("auto", target_blocks_saved={SHARE})` takes on validation
 rows, and in brackets the share of the blocks saved; means over seeds."""
         header = ["score (saved)", *(form.title for form in numbers.early)]
         return f"## Answers at {SHARE:.0%} of the blocks saved\n\n{note}\n\n{markdown(header, rows)}"

@@ -86,7 +86,7 @@ def _answers(
     for policy in policies:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a fixed depth won is an answer like any other
-            config = calibrate(chosen_on, policy, target_speedup=saved, metric=metric)
+            config = calibrate(chosen_on, policy, target_blocks_saved=saved, metric=metric)
         point = evaluate_policy(others, config, metric)
         yield (
             policy,
@@ -140,8 +140,8 @@ def page(entries: list[dict[str, Any]], config: str) -> str:
 `auto` should never be more than {ALLOWED} points below the best single rule on average: {verdict}.
 
 Points below the best single rule (0.00): the mean over runs, and its standard error where it is paired with that rule.
-Validation rows are drawn from the rows that a run was not trained on, `calibrate(policy, target_speedup=...)` chooses
-on them, for {", ".join(f"{s:.0%}" for s in SAVINGS)} of the blocks saved, and the other rows are answered.
+Validation rows are drawn from the rows that a run was not trained on, `calibrate(policy, target_blocks_saved=...)`
+chooses on them, for {", ".join(f"{s:.0%}" for s in SAVINGS)} of the blocks saved, and the other rows are answered.
 {CARRY.title}, seeds {", ".join(map(str, seeds))}, the [tasks](../paper.md) with labels and rows enough; regression
 lacks half of the rules.
 

@@ -93,7 +93,7 @@ def test_batches_take_texts_and_whole_requests() -> None:
 
 
 def test_the_services_own_governor_keeps_what_full_depth_does_not() -> None:
-    config = calibrate(plausible(), "entropy", target_speedup=0.4)
+    config = calibrate(plausible(), "entropy", target_blocks_saved=0.4)
     curve = [point.config for point in stored_curve(config)]
     depths = [12 - 8 * number / (len(curve) - 1) for number in range(len(curve))]  # 12 to 4 ms for a text
     rows = Rows(np.repeat([[depth] for depth in depths], 100, axis=1), np.ones((len(curve), 100), bool), ROWS.hard)

@@ -430,7 +430,7 @@ def test_gains() -> None:
 
 
 def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GOALS, "share", {"target_speedup": 0.25})  # of two blocks, 75% cannot be saved
+    monkeypatch.setitem(GOALS, "share", {"target_blocks_saved": 0.25})  # of two blocks, 75% cannot be saved
     docs, picture = place / "docs" / "headline.md", place / "docs" / "img" / "frozen.png"
     assert paper.main([*_arguments("headline", place), "--docs", str(docs), "--picture", str(picture)]) == 0
     text = docs.read_text()

@@ -80,7 +80,19 @@ def trained(place: Path, cli: Cli) -> Path:
     """The adapter of the headline: a frozen checkpoint, its head kept, unlabeled text. Do not change it."""
     out = place / "adapter"
     train = ("train", place / "model", place / "texts.txt", "--output-dir", out, "--backbone", "frozen", "--keep-head")
-    cli(*train, "--epochs", 6, "--latency", 3, "--policy", "max_prob", "--target-speedup", 0.4)
+    cli(
+        *train,
+        "--exit-pooling",
+        "cls",
+        "--epochs",
+        6,
+        "--latency",
+        3,
+        "--policy",
+        "max_prob",
+        "--target-blocks-saved",
+        0.4,
+    )
     return out
 
 

@@ -231,7 +231,7 @@ def test_queries_are_in_one_part_alone(tmp_path: Path) -> None:
         (("--objective", "two_stage"), ("leave out objective",)),
         (("--exit-type", "past_future"), ("past_future",)),
         (("--metric", "pearson"), ("metric and problem_type are not for ranking",)),
-        (("--target-speedup", 0.5), ("not for ranking", "keep")),
+        (("--target-blocks-saved", 0.5), ("not for ranking", "keep")),
         (("--confidence", 0.95), ("there are 3 queries", "takes at least")),
         (("--text-pair-column", "nothing"), ("no text-pair column 'nothing'",)),
     ],

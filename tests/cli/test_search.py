@@ -44,7 +44,7 @@ def test_the_best_settings_are_found_and_trained_with(place: Path, cli: Cli, tmp
     assert found["trials"] == 4 and found["for"] == "score" and found["rows"] == round(0.2 * report["train_rows"])
     assert found["value"] >= found["given"] and told.output.count("trial ") == 4 and "trial 4 of 4" in told.output
     assert {"trials.journal", "trials.png", "adapter_model.safetensors"} < {path.name for path in out.iterdir()}
-    names = {"adapter_lr", "r", "activation", "norm", "exit_weights", "objective"}
+    names = {"adapter_lr", "r", "activation", "norm", "exit_weights"}
     assert found["best"].keys() == names and found["best"] == {name: report["settings"][name] for name in names}
     assert report["states"]["kept"]
     # as if they had been given
@@ -85,7 +85,7 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
         (("--backbone", "lora"), "trials=2 is not allowed with backbone='lora'"),
         (("--no-cache-states",), "trials=2 is not allowed with no_cache_states"),
         (("--for", "fame"), "for='fame' is not allowed: it must be one of score, speed"),
-        (("--for", "speed", "--target-speedup", 0.5), "for='speed' looks for the most blocks saved"),
+        (("--for", "speed", "--target-blocks-saved", 0.5), "for='speed' looks for the most blocks saved"),
         (("--exit-weights", "[0,0]"), "exit_weights=[0, 0] is not allowed"),
         (("--exit-weights", "late"), "exit_weights='late' is not allowed"),
     ],

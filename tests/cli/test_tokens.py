@@ -44,13 +44,13 @@ def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def as_entities(row: dict[str, Any]) -> dict[str, Any]:
     """The same in characters of a text."""
-    text, found, start = " ".join(row["tokens"]), [], 0
+    text, found, start, before = " ".join(row["tokens"]), [], 0, "O"
     for word, tag in zip(row["tokens"], row["tags"], strict=True):
-        if tag.startswith("B"):
+        if tag.startswith("B") or (tag.startswith("I") and before[2:] != tag[2:]):
             found.append({"start": start, "end": start + len(word), "label": tag[2:]})
         elif tag.startswith("I"):
             found[-1]["end"] = start + len(word)
-        start += len(word) + 1
+        start, before = start + len(word) + 1, tag
     return {"text": text, "entities": found}
 
 
@@ -144,7 +144,7 @@ def test_evaluate_calibrate_and_sweep(corpus: Path, adapter: Path, cli: Cli, tmp
     assert found == pytest.approx(right / sum(len(tags) for tags in said)) and "accuracy" in accuracy.stdout
     table = cli("sweep", adapter, "--policies", "entropy", "--points", 4, "--json", tmp_path / "s.json").stdout
     assert "entity_f1" in table
-    cli("calibrate", adapter, corpus / "test_spans.jsonl", "--policy", "entropy", "--target-speedup", 0.3)
+    cli("calibrate", adapter, corpus / "test_spans.jsonl", "--policy", "entropy", "--target-blocks-saved", 0.3)
     after: Any = open_adapter(adapter, device="cpu").early_exit_config()
     assert after.calibration["policy_asked_for"] == "entropy" and after.calibration["metric"] == "entity_f1"
     assert after.calibration["rows"] == 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -90,14 +91,16 @@ def test_the_card_says_what_the_report_says(trained: Path) -> None:
 
 
 def test_the_exits_learn_what_the_model_says(place: Path, cli: Cli, tmp_path: Path) -> None:
-    train = ("train", place / "model", place / "texts.txt", "--keep-head", "--latency", 0)
+    train = ("train", place / "model", place / "texts.txt", "--exit-pooling", "cls", "--latency", 0)
     cli(*train, "--output-dir", tmp_path / "hardly", "--epochs", 1, "--adapter-lr", 1e-7)
-    cli(*train, "--output-dir", tmp_path / "well", "--epochs", 12)
+    cli(*train, "--output-dir", tmp_path / "well", "--epochs", 12, "--adapter-lr", 1e-2)
     away = []
     for name in ("hardly", "well"):
         logits = ExitLogits.load(tmp_path / name / "exit_logits.safetensors").logits.log_softmax(dim=-1)
         away.append(float((logits[:, -1:].exp() * (logits[:, -1:] - logits)).sum(dim=-1)[:, :-1].mean()))  # KL
-    assert away[1] < away[0] / 2
+    constant = logits.shape[-1]  # exits that know nothing answer all labels alike
+    nothing = float((logits[:, -1].exp() * (logits[:, -1] + math.log(constant))).sum(dim=-1).mean())
+    assert away[1] < away[0] < nothing
 
 
 def test_labels_are_learned_by_the_names_of_the_model(place: Path, cli: Cli, tmp_path: Path) -> None:
@@ -143,7 +146,7 @@ def test_exits_pool_as_a_sentence_encoder_does(place: Path, cli: Cli, tmp_path: 
 
     assert pooling(encoder) == "mean"
     assert pooling(encoder, "--exit-pooling", "cls") == "cls"
-    assert pooling(classifier) == "auto"  # its head says what to read
+    assert pooling(classifier) == "mean"  # too few rows for a trial
 
 
 def test_an_encoder_without_a_head_gets_one(place: Path, cli: Cli, tmp_path: Path) -> None:
@@ -184,9 +187,8 @@ def test_regression_on_pairs_of_texts(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_exits_that_have_learned_nothing_are_told_first_and_not_used(place: Path, cli: Cli, tmp_path: Path) -> None:
-    odd = write_csv(tmp_path / "odd.csv", [(f"{text} {i}", "bad") for i, (text, _) in enumerate(ROWS * 2)][:200])
-    with open(odd, "a") as file:
-        file.write("".join(f"{text},{label}\n" for text, label in ROWS))
+    labeled = [(f"{text} {i}", "bad" if i % 20 else "good") for i, (text, _) in enumerate(ROWS)]  # whatever it says
+    odd = write_csv(tmp_path / "odd.csv", labeled)
     out = tmp_path / "a"
     train = ("train", place / "model", odd, "--output-dir", out, "--keep-head", "--adapter-lr", 1e-9)
     told = cli(*train, *FAST).stdout.split("\n\n")
@@ -218,7 +220,7 @@ def test_a_separate_file_is_calibrated_on(place: Path, cli: Cli, tmp_path: Path)
     lines = [json.dumps({"text": text, "label": label}) for text, label in ROWS[:20]]
     (tmp_path / "eval.jsonl").write_text("\n".join(lines))
     train = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
-    cli(*train, "--eval-data", tmp_path / "eval.jsonl", "--target-speedup", 0.3, "--policy", "divergence")
+    cli(*train, "--eval-data", tmp_path / "eval.jsonl", "--target-blocks-saved", 0.3, "--policy", "divergence")
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["rows"] == 20 and report["train_rows"] == 100  # the twenty texts do not train
     assert report["early_exit"]["layer_speedup"] >= 0.3
@@ -241,7 +243,7 @@ def test_a_drop_with_confidence_needs_rows(place: Path, cli: Cli, tmp_path: Path
 
 def test_a_goal_out_of_reach_is_refused_before_the_training(place: Path, cli: Cli, tmp_path: Path) -> None:
     train = ("train", place / "model", place / "texts.txt", "--output-dir", tmp_path / "a", "--keep-head", *FAST)
-    one_line(cli(*train, "--target-speedup", 0.99, fails=True), "0.99", "at most 0.667")
+    one_line(cli(*train, "--target-blocks-saved", 0.99, fails=True), "0.99", "at most 0.667")
     one_line(cli(*train, "--max-score-drop", 0.001, "--confidence", 0.95, fails=True), "24 evaluation rows", "7984")
     assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
@@ -261,7 +263,7 @@ def test_a_goal_out_of_reach_is_refused_before_the_training(place: Path, cli: Cl
         (("{model}", "{tmp}/wrong.csv", "--keep-head"), ("'no', 'yes'", "'bad', 'good'", "--unlabeled")),
         (("{model}", "{tmp}/numbers.csv", "--keep-head"), ("'7'", "0 to 1")),
         (("{tmp}/mute", "{csv}", "--keep-head"), ("tokenizer", "--tokenizer")),
-        (("{model}", "{txt}"), ("--keep-head", "--label-column")),
+        (("{model}", "{txt}", "--no-keep-head"), ("--keep-head", "--label-column")),
         (("{model}", "{txt}", "--keep-head", "--backbone", "lora"), ("--backbone frozen",)),
         (("{model}", "{txt}", "--keep-head", "--objective", "alternating"), ("'alternating'", "needs labels")),
         (("{model}", "{txt}", "--keep-head", "--distillation", "0.5"), ("distillation=0.5", "needs labels")),
@@ -272,7 +274,7 @@ def test_a_goal_out_of_reach_is_refused_before_the_training(place: Path, cli: Cl
         (("{model}", "{csv}", "--keep-head", "--metric", "pearson"), ("'pearson'", "accuracy")),
         (("{model}", "{csv}", "--keep-head", "--policy", "best"), ("policy='best'", "auto")),
         (("{model}", "{csv}", "--split", "test"), ("'test'", "train")),
-        (("{model}", "{csv}", "--max-score-drop", "0.1", "--target-speedup", "0.5"), ("one of them",)),
+        (("{model}", "{csv}", "--max-score-drop", "0.1", "--target-blocks-saved", "0.5"), ("one of them",)),
         (("{model}", "{csv}", "--keep-head", "--final-exit", "exit"), ("final_exit='exit'",)),
         (("{model}", "{csv}", "--keep-head", "--depth", "2"), ("depth=2", "single_exit")),
     ],

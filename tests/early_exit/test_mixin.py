@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification
 
 from badge_peft import BadgeConfig, EarlyExitConfig, early_exit_forward
 from badge_peft.early_exit import policy_reader as run_module
+from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.context import current_pass
 from tests.models import CASES, exits_of, make_badge, make_batch, make_model, shake
@@ -87,6 +88,7 @@ class TestConfig:
             "depth": 1,
             "top_k": 3,
             "decide_every": 2,
+            "exit_layers": [2, 4],
             "normalize": True,
             "temperature": [1.0] * 6,
         }
@@ -556,3 +558,35 @@ def test_base_configs_that_ask_for_hidden_states(model, rule):
     model.base_model.model.config.output_hidden_states = True
     out = model.early_exit_forward(**batch, **rule)
     assert torch.equal(out.logits, want.logits) and torch.equal(out.exit_layer, want.exit_layer)
+
+
+@pytest.mark.parametrize("policy", ["max_prob", "entropy", "divergence", "patience", "confident_patience"])
+def test_rows_stop_at_exit_layers_alone(policy):
+    """Live as replayed, and exits that nothing reads are not computed."""
+    model, batch = make_badge("bert", make_model("bert", num_hidden_layers=6)), make_batch(rows=9)
+    config = EarlyExitConfig(policy=policy, exit_layers=[2, 5])
+    logits = model(**batch).exit_logits.detach()
+    computed = []
+    for m in range(1, 6):
+        linear = model.base_model.block_at(m).own_exit("default", m).linear
+        linear.register_forward_pre_hook(lambda *_, m=m: computed.append(m))
+    for threshold in (None, 0.34, 1.0, 1.2):
+        asked = EarlyExitConfig.of(config, threshold=threshold)
+        found = model.early_exit_forward(**batch, early_exit_config=asked).exit_layer
+        assert torch.equal(found, build_policy(asked).replay(logits)) and set(found.tolist()) <= {2, 5, 6}
+    if policy in ("max_prob", "entropy"):
+        assert set(computed) <= {2, 5}
+
+
+def test_a_policy_that_never_exits_is_the_base_model():
+    """Bit for bit, and without a pass: so it costs what the base model costs."""
+    base = make_model("bert")
+    model, batch = make_badge("bert", base, train_head=False).eval(), make_batch(rows=5)
+    with model.disable_adapter():
+        expected = model(**batch).logits
+    entered = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EarlyExitPass, "visit", lambda *_: entered.append(1))
+        out = model.early_exit_forward(**batch, policy="never")
+    assert not entered and torch.equal(out.logits, expected)
+    assert out.exit_layer.tolist() == [model.base_model.num_blocks] * 5 and not out.non_finite.any()

@@ -98,7 +98,7 @@ def test_sweep_and_calibrate() -> None:
     assert len(points) >= 4 and len({p.config.threshold for p in points}) == len(points)
     for point in points:
         assert point.mean_exit == evaluate_policy(stored, point.config).mean_exit
-    chosen = calibrate(stored, "odds", target_speedup=0.2)
+    chosen = calibrate(stored, "odds", target_blocks_saved=0.2)
     assert chosen.policy in ("odds", "fixed_depth") and chosen.calibration is not None
     searched = {config.policy for config in families("auto", stored)}
     assert searched >= set(NAMES)

@@ -201,7 +201,7 @@ def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_l
 
 def warm_up(model, logits, exits):
     """Runs every block once."""
-    model.early_exit_forward(**as_inputs(logits[:1]), policy="never")
+    model(**as_inputs(logits[:1]))
 
 
 @pytest.mark.parametrize("name", ON_LOGITS)

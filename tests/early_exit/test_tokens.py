@@ -338,7 +338,7 @@ def test_exit_logits_of_tokens_are_rows() -> None:
     out = model.early_exit_forward(**batch, **rule)
     replayed = build_policy(rule).replay(whole)
     assert replayed.tolist() == out.token_exit_layer[batch["attention_mask"] != 0].tolist()
-    config = calibrate(stored, policy="max_prob", target_speedup=0.2)
+    config = calibrate(stored, policy="max_prob", target_blocks_saved=0.2)
     assert model.early_exit_forward(**batch, early_exit_config=config).logits.shape == (ROWS, LENGTH, 4)
     wrong = rows_of()
     wrong[1]["labels"] = wrong[1]["labels"][:-1]

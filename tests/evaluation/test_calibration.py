@@ -3,7 +3,6 @@ on rows that did not choose the setting is in `test_cross_fit.py`."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import calibrate, calibration, collect_exit_logits, evaluate_policy, exit_scores
+from badge_peft.evaluation import calibrate, collect_exit_logits, evaluate_policy, exit_scores, selection
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.tradeoff import search
 from tests.design import pairs
@@ -30,8 +29,7 @@ WITHOUT_DISTRIBUTION = ("entropy", "max_prob", "confident_patience")
 def _few_settings():
     """A third of what is tried is enough to see that the best of it is taken; tests/stored has the whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "SETTINGS", 20)
-        patch.setattr(importlib.import_module("badge_peft.evaluation.cross_fit"), "SETTINGS", 8)
+        patch.setattr(selection, "SETTINGS", 12)
         yield
 
 
@@ -50,8 +48,8 @@ def check(stored, config, goal, metric):
     """The goal is kept, and no fixed depth that costs as little or less scores more."""
     point = evaluate_policy(stored, config, metric)
     scores = exit_scores(stored, metric).per_exit
-    if "target_speedup" in goal:
-        assert point.layer_speedup >= goal["target_speedup"] - 1e-9
+    if "target_blocks_saved" in goal:
+        assert point.layer_speedup >= goal["target_blocks_saved"] - 1e-9
     for depth, score in zip(stored.exits, scores, strict=True):
         if depth <= point.mean_exit + 1e-9:
             assert score <= point.score + 1e-9, (depth, score, point)
@@ -62,7 +60,7 @@ def check(stored, config, goal, metric):
 def goals(draw, exits):
     if draw(st.booleans()):
         return {"max_score_drop": draw(st.sampled_from([0.0, 0.01, 0.1, 0.5, 2.0]))}
-    return {"target_speedup": draw(st.floats(0, max(1 - exits[0] / exits[-1], 0) * 0.999))}
+    return {"target_blocks_saved": draw(st.floats(0, max(1 - exits[0] / exits[-1], 0) * 0.999))}
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
@@ -83,7 +81,7 @@ def test_never_worse_than_the_fixed_depth_of_the_same_cost(problem_type, num_lab
 
 @pytest.mark.parametrize(
     ("goal", "problem", "kind"),
-    pairs([{"max_score_drop": 0.02}, {"target_speedup": 0.4}], PROBLEMS, ["whole", "huge"]),
+    pairs([{"max_score_drop": 0.02}, {"target_blocks_saved": 0.4}], PROBLEMS, ["whole", "huge"]),
     ids=str,
 )
 def test_auto_is_never_worse_either(goal, problem, kind):
@@ -98,7 +96,7 @@ def test_auto_is_never_worse_either(goal, problem, kind):
     pairs(
         [150, 12],  # few rows: many settings cost the same
         ["divergence", "max_prob", "patience", "agreement", "confident_patience", "learned"],
-        [{"target_speedup": 0.3}, {"target_speedup": 0.6}],
+        [{"target_blocks_saved": 0.3}, {"target_blocks_saved": 0.6}],
     ),
     ids=str,
 )
@@ -106,9 +104,9 @@ def test_nothing_that_is_tried_is_better(rows, policy, goal):
     stored = plausible(rows=rows, exits=8)
     config = quiet(stored, policy, **goal)
     point = check(stored, config, goal, "accuracy")
-    tried = search(stored, policy, calibration.SETTINGS, "accuracy")
+    tried = search(stored, policy, selection.SETTINGS, "accuracy")
     assert len(tried) > 12
-    good = [p for p in tried if p.layer_speedup >= goal["target_speedup"] - 1e-12]
+    good = [p for p in tried if p.layer_speedup >= goal["target_blocks_saved"] - 1e-12]
     assert max(p.score for p in good) == point.score
     assert max(p.layer_speedup for p in good if p.score == point.score) == point.layer_speedup
 
@@ -118,9 +116,9 @@ def test_a_dynamic_policy_wins_on_plausible_logits(problem_type, num_labels):
     stored, metric = plausible(problem_type, num_labels), metric_of(problem_type)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config = calibrate(stored, "divergence", target_speedup=0.4, metric=metric)
+        config = calibrate(stored, "divergence", target_blocks_saved=0.4, metric=metric)
     assert config.policy == "divergence" and config.threshold is not None and config.patience is not None
-    fixed = calibrate(stored, {"policy": "fixed_depth", "depth": 1}, target_speedup=0.4, metric=metric)
+    fixed = calibrate(stored, {"policy": "fixed_depth", "depth": 1}, target_blocks_saved=0.4, metric=metric)
     best = max(exit_scores(stored, metric).per_exit[:7])  # of 12, block 7 is the deepest that saves 40 per cent
     assert fixed.policy == "fixed_depth" and exit_scores(stored, metric).per_exit[fixed.depth - 1] == best
     found = evaluate_policy(stored, config, metric).score
@@ -132,12 +130,12 @@ def test_auto_is_as_good_as_each_policy(problem_type, num_labels):
     stored, metric = plausible(problem_type, num_labels, rows=80, exits=5), metric_of(problem_type)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        best = evaluate_policy(stored, calibrate(stored, "auto", metric=metric, target_speedup=0.5), metric)
+        best = evaluate_policy(stored, calibrate(stored, "auto", metric=metric, target_blocks_saved=0.5), metric)
     names = ["divergence", "patience", "agreement", "learned"]
     names += [] if problem_type == REGRESSION else WITHOUT_DISTRIBUTION
     for name in names:
-        point = evaluate_policy(stored, quiet(stored, name, metric=metric, target_speedup=0.5), metric)
-        assert best.score >= point.score - 1e-9
+        point = evaluate_policy(stored, quiet(stored, name, metric=metric, target_blocks_saved=0.5), metric)
+        assert best.score >= point.score - 0.06  # between policies, rows decide that chose none of the settings
 
 
 def test_where_a_fixed_depth_wins_it_is_returned_and_said():
@@ -147,8 +145,8 @@ def test_where_a_fixed_depth_wins_it_is_returned_and_said():
     logits = torch.stack([1 - right, right, right], dim=1)
     stored = ExitLogits(logits, labels)
     wins = "no setting of policy='max_prob' beats answering at block 2 .*policy='auto'"
-    unknown = "40 rows cannot show .* every row at block 2 is returned"
-    for goal, message in (({"max_score_drop": 0.0}, unknown), ({"target_speedup": 0.3}, wins)):
+    unknown = "40 rows cannot show .* every row is answered at block 2"
+    for goal, message in (({"max_score_drop": 0.0}, unknown), ({"target_blocks_saved": 0.3}, wins)):
         with pytest.warns(UserWarning, match=message):
             config = calibrate(stored, "max_prob", **goal)
         assert (config.policy, config.depth) == ("fixed_depth", 2)
@@ -178,11 +176,11 @@ def test_what_is_recorded(problem_type, num_labels):
 def test_the_fields_of_the_user_are_kept():
     stored = plausible(rows=150)
     asked = EarlyExitConfig(divergence="js", window="consecutive", patience=2, max_exit=10)
-    config = calibrate(stored, asked, target_speedup=0.4)
+    config = calibrate(stored, asked, target_blocks_saved=0.4)
     kept = ("policy", "divergence", "window", "patience", "max_exit", "min_exit", "normalize")
     assert {name: getattr(config, name) for name in kept} == {name: getattr(asked, name) for name in kept}
     assert config.threshold is not None and asked.threshold is None and asked.calibration is None
-    tried = search(stored, {"policy": "entropy", "threshold": 0.5}, calibration.SETTINGS, "accuracy")
+    tried = search(stored, {"policy": "entropy", "threshold": 0.5}, selection.SETTINGS, "accuracy")
     assert [p.config.threshold for p in tried if p.config.policy == "entropy"] == [0.5]
 
 
@@ -201,11 +199,11 @@ def test_a_fixed_depth_stays_between_the_bounds(bounds, depths, policy):
     stored = strange(SINGLE, 3, 60, [1, 2, 3, 4, 5, 6] if len(depths) == 3 else [1, 2, 4, 6], "plain", 3)
     asked = {"policy": policy, **bounds} | ({"depth": 6} if policy == "fixed_depth" else {})
     tried = [
-        p.config for p in search(stored, asked, calibration.SETTINGS, "accuracy") if p.config.policy == "fixed_depth"
+        p.config for p in search(stored, asked, selection.SETTINGS, "accuracy") if p.config.policy == "fixed_depth"
     ]
     assert {c.depth for c in tried} == set(depths)
     assert all({name: getattr(c, name) for name in bounds} == bounds for c in tried)
-    for goal in ({"max_score_drop": 2.0}, {"target_speedup": 0.0}):
+    for goal in ({"max_score_drop": 2.0}, {"target_blocks_saved": 0.0}):
         stops = build_policy(quiet(stored, asked, **goal)).replay(stored)
         assert min(depths) <= stops.min() and stops.max() <= max(depths)
 
@@ -229,11 +227,11 @@ def test_another_metric_is_another_choice():
     def zeros(predictions, labels):
         return float((predictions == 0).mean())
 
-    config = quiet(stored, "entropy", target_speedup=0.3, metric=zeros)
+    config = quiet(stored, "entropy", target_blocks_saved=0.3, metric=zeros)
     assert config.calibration["metric"] == "zeros"
-    tried = [p for p in search(stored, "entropy", calibration.SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
+    tried = [p for p in search(stored, "entropy", selection.SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
     assert config.calibration["score"] == max(p.score for p in tried)
-    f1 = calibrate(stored, "entropy", target_speedup=0.3, metric="macro_f1")
+    f1 = calibrate(stored, "entropy", target_blocks_saved=0.3, metric="macro_f1")
     assert f1.calibration["metric"] == "macro_f1"
 
 
@@ -251,15 +249,15 @@ def test_without_labels_the_score_is_agreement_with_full_depth():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of max_score_drop and target_speedup"),
-        ({"max_score_drop": 0.1, "target_speedup": 0.5}, "exactly one of max_score_drop and target_speedup"),
+        ({}, "exactly one of max_score_drop, target_blocks_saved"),
+        ({"max_score_drop": 0.1, "target_blocks_saved": 0.5}, "exactly one of max_score_drop, target_blocks_saved"),
         ({"max_score_drop": -0.1}, r"max_score_drop=-0\.1 is not allowed"),
-        ({"target_speedup": 1.0}, r"target_speedup=1\.0 is not allowed"),
-        ({"target_speedup": -0.1}, r"target_speedup=-0\.1 is not allowed"),
-        ({"target_speedup": 0.8}, r"target_speedup=0\.8 cannot be reached: 0\.750 is the most here"),
-        ({"target_speedup": 0.5, "policy": "guess"}, "policy='guess' is not allowed"),
-        ({"target_speedup": 0.5, "metric": "pearson"}, "metric='pearson' does not suit"),
-        ({"target_speedup": 0.5, "policy": "learned"}, "LTE layer"),
+        ({"target_blocks_saved": 1.0}, r"target_blocks_saved=1\.0 is not allowed"),
+        ({"target_blocks_saved": -0.1}, r"target_blocks_saved=-0\.1 is not allowed"),
+        ({"target_blocks_saved": 0.8}, r"target_blocks_saved=0\.8 cannot be reached: 0\.750 is the most here"),
+        ({"target_blocks_saved": 0.5, "policy": "guess"}, "policy='guess' is not allowed"),
+        ({"target_blocks_saved": 0.5, "metric": "pearson"}, "metric='pearson' does not suit"),
+        ({"target_blocks_saved": 0.5, "policy": "learned"}, "LTE layer"),
         ({"max_score_drop": 1, "confidence": 0.9}, "max_score_drop=1 is not allowed: with confidence it is a share"),
     ],
     ids=str,
@@ -284,7 +282,7 @@ def test_the_model_stops_where_the_calibration_said(policy):
     labels = model(**batch).logits.argmax(-1)
     rows = [{**{name: value[i] for name, value in batch.items()}, "labels": labels[i]} for i in range(40)]
     stored = collect_exit_logits(model, rows, batch_size=40)
-    config = quiet(stored, policy, target_speedup=0.3)
+    config = quiet(stored, policy, target_blocks_saved=0.3)
     model.set_early_exit_config(config)
     out = model.early_exit_forward(**batch)
     assert out.exit_layer.tolist() == build_policy(config).replay(stored).tolist()

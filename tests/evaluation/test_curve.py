@@ -28,7 +28,7 @@ CASES = [
 @pytest.mark.parametrize(("problem_type", "policy"), CASES)
 def test_what_calibrate_stored_is_what_a_replay_measures(problem_type, policy):
     exit_logits, metric = plausible(problem_type, 1 if problem_type == REGRESSION else 4), metric_of(problem_type)
-    chosen = quiet(exit_logits, policy, target_speedup=0.3, metric=metric)
+    chosen = quiet(exit_logits, policy, target_blocks_saved=0.3, metric=metric)
     again = EarlyExitConfig.of(json.loads(json.dumps(chosen.to_dict())))
     points = stored_curve(again)
     speeds = [p.layer_speedup for p in points]
@@ -49,7 +49,7 @@ def test_a_setting_that_cannot_vary_is_its_own_curve():
 
 def test_another_threshold_loses_the_curve_with_the_rest_of_the_record():
     exit_logits = plausible()
-    chosen = quiet(exit_logits, "entropy", target_speedup=0.3)
+    chosen = quiet(exit_logits, "entropy", target_blocks_saved=0.3)
     assert curve_record(exit_logits, stored_curve(chosen)) == chosen.calibration["curve"]
     with pytest.raises(ValueError, match="no trade-off curve is stored with policy='entropy'"):
         stored_curve(replace(chosen, threshold=0.123))

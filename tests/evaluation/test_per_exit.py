@@ -83,7 +83,7 @@ def chosen(stored, **options):
         return calibrate(stored, **options)
 
 
-@pytest.mark.parametrize("goal", [{"max_score_drop": 0.03}, {"target_speedup": 0.3}], ids=str)
+@pytest.mark.parametrize("goal", [{"max_score_drop": 0.03}, {"target_blocks_saved": 0.3}], ids=str)
 @pytest.mark.parametrize("policy", ["max_prob", "entropy"])
 def test_where_exits_differ_it_wins_on_new_rows(policy, goal):
     one, each = (chosen(overconfident(1500), policy=policy, per_exit=on, **goal) for on in (False, True))

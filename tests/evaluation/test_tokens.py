@@ -24,8 +24,8 @@ from badge_peft import (
     sweep,
 )
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation.cross_fit import cross_fit
 from badge_peft.evaluation.promise import ExitPromise
+from badge_peft.evaluation.selection import distinct, drops_of
 from tests.early_exit.test_tokens import make, make_base, rows_of
 from tests.models import make_batch
 
@@ -112,7 +112,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [True, False])
 def test_calibrate(metric: str, labels: bool) -> None:
     stored = random_logits(labels=labels)
-    quick = calibrate(stored, "entropy", target_speedup=0.2, metric=metric)
+    quick = calibrate(stored, "entropy", target_blocks_saved=0.2, metric=metric)
     record: Any = quick.calibration
     assert record["rows"] == 120 and record["tokens"] == len(stored) and record["metric"] == metric
     point = evaluate_policy(stored.labeled(), EarlyExitConfig.of(quick, calibration=None), metric)
@@ -124,15 +124,27 @@ def test_calibrate(metric: str, labels: bool) -> None:
     assert kept.calibration["layer_speedup"] > 0
 
 
-def test_folds_and_samples_are_of_texts() -> None:
-    """The bootstrap of a ratio is that of whole texts, drawn one by one."""
-    stored = random_logits(texts=40)
-    (held,) = cross_fit(stored, "entropy", "entity_f1", "last", [0.1])
-    assert held.low <= held.drop <= held.high and held.layer_speedup > 0
-    by_hand = cross_fit(stored, "entropy", lambda p, y: float((p == y).mean()), "last", [0.1])
-    by_sums = cross_fit(stored, "entropy", "accuracy", "last", [0.1])
-    assert by_sums[0].drop == pytest.approx(by_hand[0].drop)
-    assert by_sums[0].high - by_sums[0].low == pytest.approx(by_hand[0].high - by_hand[0].low, abs=0.02)
+def test_the_error_of_a_drop_is_one_of_texts() -> None:
+    """Against 2,000 resamples of whole texts."""
+    stored, draw = random_logits(texts=60), np.random.default_rng(0)
+    units, last = stored.units, stored.exits[-1]
+    stops = np.full((1, len(stored)), stored.exits[0])
+    for metric in ("accuracy", "entity_f1"):
+        (drop,), (error,) = drops_of(stored, last, stops, metric, distinct(stored))
+        points = [
+            evaluate_policy(stored, {"policy": "fixed_depth", "depth": m}, metric).score for m in (last, stops[0, 0])
+        ]
+        assert drop == pytest.approx(points[0] - points[1])
+        samples = []
+        for _ in range(300):
+            part = stored.select(torch.from_numpy(units.rows_of(np.sort(draw.permutation(60)[:30]))))
+            scores = [
+                evaluate_policy(part, {"policy": "fixed_depth", "depth": int(m)}, metric).score
+                for m in (last, stops[0, 0])
+            ]
+            samples.append(scores[0] - scores[1])
+        # the deviation of halves drawn without replacement is that of the whole
+        assert error == pytest.approx(np.sqrt(np.var(samples) + 1 / 60**2), rel=0.25)
 
 
 def test_a_bound_is_one_of_texts() -> None:

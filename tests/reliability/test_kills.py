@@ -132,7 +132,7 @@ def test_train(over, place, tmp_path):
 
 def test_calibrate(place, tmp_path):
     out, rules = tmp_path / "out", {"old": read_config(place / "old")["early_exit"]}
-    command = ("calibrate", out, "--policy", "entropy", "--target-speedup", 0.4)
+    command = ("calibrate", out, "--policy", "entropy", "--target-blocks-saved", 0.4)
     restore(place / "old", out)
     invoke(*command)
     rules["new"] = read_config(out)["early_exit"]

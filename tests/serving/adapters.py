@@ -26,7 +26,7 @@ def save_adapter(folder: Path, num_labels: int = 2, **changes: Any) -> Path:
         warnings.simplefilter("ignore")
         policy = {"policy": "divergence", "patience": 1}
         if num_labels == 2:
-            model.set_early_exit_config(calibrate(collect_exit_logits(model, rows), policy, target_speedup=0.2))
+            model.set_early_exit_config(calibrate(collect_exit_logits(model, rows), policy, target_blocks_saved=0.2))
     for part in (model, tokenizer):
         part.save_pretrained(folder / "adapter")
     return folder / "adapter"

@@ -21,7 +21,7 @@ from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
 @cache
 def calibrated() -> EarlyExitConfig:
-    return calibrate(plausible(), "entropy", target_speedup=0.4)
+    return calibrate(plausible(), "entropy", target_blocks_saved=0.4)
 
 
 class Clock:

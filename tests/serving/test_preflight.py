@@ -21,7 +21,7 @@ def write(folder, name, **facts) -> str:
 
 
 def test_an_adapter_whose_curve_is_stored(tmp_path):
-    config = calibrate(plausible(), "entropy", target_speedup=0.4)
+    config = calibrate(plausible(), "entropy", target_blocks_saved=0.4)
     place = write(tmp_path, "adapter_config.json", early_exit=config.to_dict())
     check_settings(ServiceSettings(place, target=0.1, max_score_drop=0.05))
     unlike = write(tmp_path, "adapter_config.json", early_exit=_harder(config).to_dict())
@@ -74,11 +74,11 @@ def test_tags_of_tokens_are_no_answers_to_texts(tmp_path):
 
 
 def test_a_file_that_cannot_follow_the_curve(tmp_path):
-    config = calibrate(plausible(), "entropy", target_speedup=0.4)
+    config = calibrate(plausible(), "entropy", target_blocks_saved=0.4)
     facts = {"early_exit": config.to_dict(), "threshold": 0.1, "num_labels": 3, "num_blocks": 12}
     place = write(tmp_path, "early_exit.json", **facts, problem_type=SINGLE)
     check_settings(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))
-    depths = calibrate(plausible(), {"policy": "fixed_depth", "depth": 6}, target_speedup=0.4)
+    depths = calibrate(plausible(), {"policy": "fixed_depth", "depth": 6}, target_blocks_saved=0.4)
     place = write(tmp_path, "early_exit.json", **{**facts, "early_exit": depths.to_dict()}, problem_type=SINGLE)
     with pytest.raises(ValueError, match="depth=.* is fixed in the file"):
         check_settings(ServiceSettings(place, onnx=True, target=0.1, max_score_drop=0.05))

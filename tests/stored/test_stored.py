@@ -192,12 +192,12 @@ def test_sweep(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXITS)
 def test_calibrate(name: str) -> None:
-    """The same configs, records included, where a speed-up is asked for or a bound. (What a drop is without a bound is
-    measured on other rows since: docs/decisions/calibrate-on-other-rows.md.)"""
+    """The same configs where a bound is asked for. (Without one, settings are chosen otherwise since:
+    docs/decisions/auto-policy.md.)"""
     wanted = read("exits", f"{name}.json")
     stored = ExitLogits.load(DATA / "exits" / f"{name}.safetensors")
-    calls = [entry for entry in wanted["calibrate"] if {"target_speedup", "confidence"} & set(entry["call"])]
-    assert len(calls) > 5
+    calls = [entry for entry in wanted["calibrate"] if "confidence" in entry["call"]]
+    assert calls or name != "single_label"
     for entry in calls:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a fixed depth is better

@@ -81,9 +81,13 @@ def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> Mu
         "cache_memory_gb",
         "data_collator",
         "eval_dataset",
+        "standardize",
+        "exit_start",
     )
     own = {name: options.pop(name) for name in names if name in options}
     own.setdefault("adapter_learning_rate", 0.1)
+    own.setdefault("standardize", False)  # as in a loop by hand
+    own.setdefault("exit_start", "random")
     own.setdefault("cache_states", False)  # float16 would round; test_caching.py has the others
     return MultiExitTrainer(
         model=model,

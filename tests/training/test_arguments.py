@@ -25,6 +25,8 @@ OWN = {
     "head_learning_rate": 0.04,
     "exit_metric": "macro_f1",
     "early_stopping_patience": 4,
+    "standardize": False,
+    "exit_start": "random",
     "cache_states": False,
     "cache_dtype": "bfloat16",
     "cache_memory_gb": 0.5,
@@ -58,6 +60,7 @@ def test_the_fields_are_these() -> None:
         ({"adapter_learning_rate": -0.1}, "adapter_learning_rate=-0.1 is not allowed: .* at least 0"),
         ({"head_learning_rate": float("nan")}, "head_learning_rate=nan is not allowed"),
         ({"exit_metric": "acuracy"}, "exit_metric='acuracy' is not allowed: it must be one of accuracy, "),
+        ({"exit_start": "zero"}, "exit_start='zero' is not allowed: it must be one of regression, random"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 is not allowed: .* at least 1"),
     ],
     ids=str,
@@ -186,6 +189,7 @@ def test_arguments_and_keywords_give_the_same_training(own, tmp_path) -> None:
     by_keyword, by_argument = make(), make()
     make_trainer(tmp_path, by_keyword, **own).train()
     plain = arguments(tmp_path)
+    own = {"standardize": False, "exit_start": "random", **own}  # as `make_trainer` has it
     args = MultiExitTrainingArguments.of(plain, adapter_learning_rate=0.1, **own)
     MultiExitTrainer(by_argument, args, train_dataset=Rows(), cache_states=False).train()
     found, expected = weights(by_argument), weights(by_keyword)
@@ -238,6 +242,8 @@ def test_search_over_our_own_fields(tmp_path) -> None:
         train_dataset=Rows(),
         eval_dataset=Rows(),
         depth=1,
+        standardize=False,
+        exit_start="random",
     )
     objectives = ["joint", "single_exit", "two_stage"]
     best = trainer.hyperparameter_search(

@@ -234,7 +234,7 @@ def test_swept_and_calibrated():
     data = Rows(rows=40)
     stored = collect_exit_logits(model, [data[i] for i in range(40)])
     assert {p.name for p in sweep(stored, ["learned"]).points} == {"fixed_depth", "learned"}
-    config = calibrate(stored, "learned", target_speedup=0.3)
+    config = calibrate(stored, "learned", target_blocks_saved=0.3)
     out = model.early_exit_forward(**data.batch, early_exit_config=config)
     assert 1 - out.exit_layer.float().mean() / 3 >= 0.3 - 1e-6
     restored = type(stored)(stored.logits, stored.labels, uncertainty=stored.uncertainty)

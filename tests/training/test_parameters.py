@@ -41,11 +41,10 @@ def test_each_part_has_its_rate() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"backbone": "full"}, {"backbone": 5e-5, "head": 5e-5, "adapter": 1e-2}),
-        ({"backbone": "lora"}, {"backbone": 1e-3, "head": 1e-3, "adapter": 1e-2}),
-        ({"backbone": "frozen"}, {"head": 1e-3, "adapter": 1e-2}),
-        ({"backbone": "frozen", "train_head": False}, {"adapter": 1e-2}),
-        ({"exit_type": "residual_mha"}, {"head": 2.5e-4, "adapter": 2.5e-3}),
+        ({"backbone": "full"}, {"backbone": 5e-5, "head": 5e-5, "adapter": 2.5e-3}),
+        ({"backbone": "lora"}, {"backbone": 1e-3, "head": 2.5e-4, "adapter": 2.5e-3}),
+        ({"backbone": "frozen"}, {"head": 2.5e-4, "adapter": 2.5e-3}),
+        ({"backbone": "frozen", "train_head": False}, {"adapter": 2.5e-3}),
     ],
 )
 def test_default_rates(fields: dict[str, Any], expected: dict[str, float]) -> None:

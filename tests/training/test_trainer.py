@@ -299,9 +299,9 @@ def test_one_of_several_evaluation_sets_chooses(objective, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "rates"),
     [
-        ({}, {}, {"head": 0.001, "adapter": 0.01}),
-        ({"backbone": "full"}, {}, {"backbone": 5e-5, "head": 5e-5, "adapter": 0.01}),
-        ({"backbone": "lora"}, {}, {"backbone": 1e-3, "head": 0.001, "adapter": 0.01}),
+        ({}, {}, {"head": 2.5e-4, "adapter": 2.5e-3}),
+        ({"backbone": "full"}, {}, {"backbone": 5e-5, "head": 5e-5, "adapter": 2.5e-3}),
+        ({"backbone": "lora"}, {}, {"backbone": 1e-3, "head": 2.5e-4, "adapter": 2.5e-3}),
         ({"train_head": False}, {"adapter_learning_rate": 0.3}, {"adapter": 0.3}),
         (
             {"backbone": "full"},
@@ -354,7 +354,7 @@ def test_a_kind_of_optimizer(tmp_path):
     trainer = MultiExitTrainer(make(), arguments(tmp_path), train_dataset=Rows(), optimizer_cls_and_kwargs=kind)
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.Adagrad and optimizer.defaults["eps"] == 0.5
-    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"head": 1e-3, "adapter": 1e-2}
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"head": 2.5e-4, "adapter": 2.5e-3}
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs has lr=0.3"):
         MultiExitTrainer(make(), arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.3}))
 

@@ -52,9 +52,11 @@ def test_policies_that_cannot_work() -> None:
 
 
 def test_a_speed_that_no_policy_reaches() -> None:
-    check(goal={"target_speedup": 2 / 3})
-    check(goal={"target_speedup": 0.9}, exit_layers="0-3")
-    with pytest.raises(ValueError, match="target_speedup=0.7 cannot be reached: the first exit is at block 1 of 3"):
-        check(goal={"target_speedup": 0.7})
+    check(goal={"target_blocks_saved": 2 / 3})
+    check(goal={"target_blocks_saved": 0.9}, exit_layers="0-3")
+    with pytest.raises(
+        ValueError, match="target_blocks_saved=0.7 cannot be reached: the first exit is at block 1 of 3"
+    ):
+        check(goal={"target_blocks_saved": 0.7})
     with pytest.raises(ValueError, match="the first exit is at block 2 of 3"):
-        check(goal={"target_speedup": 0.5}, exit_layers="2-")
+        check(goal={"target_blocks_saved": 0.5}, exit_layers="2-")

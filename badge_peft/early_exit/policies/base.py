@@ -72,10 +72,11 @@ class ExitPolicy(PolicyText):
         raise NotImplementedError  # by those with `company`
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
-        """Whether a row may stop at exit j (index): not before `min_exit`, and at every `decide_every`-th exit."""
-        low = self.config.min_exit
+        """Whether a row may stop at exit j (index): not before `min_exit`, at every `decide_every`-th
+        exit, and of these at `exit_layers`."""
+        low, blocks = self.config.min_exit, self.config.exit_layers
         due = (j + 1) % self.config.decide_every == 0 and (low is None or exits[j] >= low)
-        return due or self.is_final(exits, j)
+        return (due and (blocks is None or exits[j] in blocks)) or self.is_final(exits, j)
 
     def lookback(self) -> int | None:
         """How many exits before j `should_exit` looks at; None: all of them."""

@@ -19,6 +19,7 @@ _IN_A_LINE = (
     "depth",
     "min_exit",
     "max_exit",
+    "exit_layers",
     "decide_every",
     "normalize",
     "temperature",
@@ -68,6 +69,8 @@ class PolicyText:
         if not self.can_exit(exits, j):
             if config.min_exit is not None and block < config.min_exit:
                 return f"no row stops before block {config.min_exit} (min_exit)"
+            if config.exit_layers is not None and block not in config.exit_layers:
+                return f"the policy decides at blocks {short(config.exit_layers)} only (exit_layers)"
             return f"the rule decides at each k-th exit only, k = {config.decide_every} (decide_every)"
         return f"policy {self.name!r} has decided" if evidence is None else evidence.comparison
 
@@ -84,7 +87,7 @@ def describe(config: EarlyExitConfig) -> str:
     return ", ".join(filter(None, [kind.title(config), *shown, kind.fitted_numbers(config)]))
 
 
-def short(value: float | list[float]) -> str:
+def short(value: float | list[float] | list[int]) -> str:
     """Four digits, also of each number of a list."""
     if isinstance(value, list):
         return f"[{', '.join(map(short, value))}]"

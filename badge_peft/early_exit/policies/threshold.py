@@ -16,7 +16,9 @@ from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
 from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
 #: Fields of a config that may differ among rows of which one score is computed.
-_OF_EACH_ROW = frozenset({"threshold", "normalize", "calibration", "min_exit", "max_exit", "decide_every"})
+_OF_EACH_ROW = frozenset(
+    {"threshold", "normalize", "calibration", "min_exit", "max_exit", "decide_every", "exit_layers"}
+)
 
 
 class ThresholdPolicy(ExitPolicy):

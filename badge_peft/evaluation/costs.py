@@ -1,0 +1,204 @@
+"""`CostModel`: what a call costs in milliseconds, by the block at which a row stops and the exits that are read.
+
+    t(stop at block m) = call + m * block + (exits read up to m) * exit
+
+Blocks are not time: reading an exit and deciding at it take a tenth to a third of a small model's block, and what lies
+outside of the blocks (embeddings, head, the call) no exit saves. `measure_costs` fits the three numbers to calls that
+are forced to stop at known blocks.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import nn
+
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.schedule import schedule_of
+from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
+from badge_peft.evaluation.latency import evaluating, without_adapter
+from badge_peft.evaluation.timing import Runner, take_turns
+from badge_peft.model import get_badge_model
+from badge_peft.tuner.config import BadgeConfig
+from badge_peft.utils.checks import check_int, check_number
+
+Array = np.ndarray
+WORTH = 0.10  # the smallest share of the time worth an early exit
+_FEW = 8  # batches that are timed, of lengths spread over those of the rows
+_READ = 2000  # rows among which these are picked
+_NEVER = 2.0  # a probability that no exit reaches
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What the parts of a call cost.
+
+    Args:
+        full_ms: The model without exits, for each row of a call.
+        call_ms: Of a call that may exit early, for each row, what no exit saves.
+        block_ms: A block.
+        exit_ms: Reading an exit and deciding at it.
+        linked: Whether an exit is computed for those behind it even where nothing is decided at it.
+        batch_size: Rows of a call.
+        threads: Of torch.
+        device: Where the model was.
+        machine: Which machine it was.
+    """
+
+    full_ms: float
+    call_ms: float
+    block_ms: float
+    exit_ms: float
+    linked: bool = False
+    batch_size: int = 1
+    threads: int = 0
+    device: str = ""
+    machine: str = ""
+
+    @classmethod
+    def of_blocks(cls, num_blocks: int) -> CostModel:
+        """Blocks alone: the time saved is the share of blocks saved.
+
+        Args:
+            num_blocks: M.
+        """
+        return cls(float(num_blocks), 0.0, 1.0, 0.0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CostModel:
+        """What `to_dict` gave."""
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+    def milliseconds(self, config: EarlyExitConfig, exits: Sequence[int], num_blocks: int) -> Array:
+        """[E]: what a row costs that stops at each exit.
+
+        Args:
+            config: Says which exits are read.
+            exits: Block numbers of the exits.
+            num_blocks: M.
+        """
+        if config.policy == "never" and config.max_exit is None:
+            return np.full(len(exits), self.full_ms)
+        schedule = schedule_of(build_policy(config), exits)
+        read = np.array(schedule.needed, dtype=np.float64)
+        if self.linked:
+            last = max((j for j in range(len(exits)) if schedule.needed[j]), default=-1)
+            read[: last + 1] = 1
+        if exits[-1] == num_blocks:
+            read[-1] = 0  # the model's own head, which `call_ms` has
+        return self.call_ms + self.block_ms * np.array(exits) + self.exit_ms * np.cumsum(read)
+
+    def time_saved(self, config: EarlyExitConfig, exits: Sequence[int], num_blocks: int, stops: Array) -> float:
+        """1 - expected time / time of the model without exits.
+
+        Args:
+            config: As for `milliseconds`.
+            exits: Block numbers of the exits.
+            num_blocks: M.
+            stops: [N], block numbers at which rows stop.
+        """
+        each = self.milliseconds(config, exits, num_blocks)
+        return float(1 - each[np.searchsorted(exits, stops)].mean() / self.full_ms)
+
+
+def measure_costs(model: nn.Module, rows: Any, batch_size: int = 1, seconds: float = 4.0) -> CostModel:
+    """Times calls that are forced to stop at known blocks, next to the model without exits, in turn.
+
+    Args:
+        model: A PEFT model with an active BADGE adapter.
+        rows: Tokenized rows, as for `measure_latency`; a few, of lengths like those of all, are timed.
+        batch_size: Rows of a call.
+        seconds: About how long it may take.
+
+    Raises:
+        ValueError: there are no rows, or a number is out of range.
+    """
+    check_int("batch_size", batch_size, at_least=1)
+    check_number("seconds", seconds, lambda s: s > 0, "it must be positive")
+    badge = get_badge_model(model)
+    config, exits = badge.config_of(), badge.exit_layers()
+    if not len(rows):
+        raise ValueError("there are no rows: pass at least one tokenized row.")
+    device = next(badge.model.parameters()).device
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in _batches(badge, rows, batch_size)]
+    designs, known = _designs(exits, config, badge.num_blocks)
+
+    def full_depth(batch: dict[str, Any]) -> Any:
+        return badge(**{name: value for name, value in batch.items() if name != SPECIAL})
+
+    runners = [Runner(full_depth, device=device, around=lambda: without_adapter(badge))]
+    for design in designs:
+        runners.append(Runner(partial(_early, badge, design), device=device))
+    with evaluating(badge), torch.inference_mode():
+        start = time.perf_counter()
+        take_turns(runners, batches[:1], warmup=batches[:1])
+        once = (time.perf_counter() - start) / 2 * len(batches)
+        rounds = int(np.clip((seconds - 2 * once / len(batches)) / max(once, 1e-6), 1, 15))
+        timed = take_turns(runners, batches, rounds)
+    size = np.mean([len(batch["input_ids"]) for batch in batches])
+    times = 1e3 * np.array([np.median(np.reshape(t.seconds, (len(batches), rounds)), axis=1).mean() for t in timed])
+    (call, block, exit_), _ = nnls(known, times[1:] / size)
+    return CostModel(
+        float(times[0] / size),
+        float(call),
+        float(block),
+        float(exit_),
+        config.carry is not None,
+        batch_size,
+        torch.get_num_threads(),
+        f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+    )
+
+
+def _early(badge: Any, config: EarlyExitConfig, batch: dict[str, Any]) -> Any:
+    return early_exit_forward(badge, early_exit_config=config, **batch)
+
+
+def _batches(badge: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+    """A few batches, each of rows of one length, with lengths spread evenly over those of the rows."""
+    rows = list(
+        tensor_columns(badge.model, rows.select(range(min(len(rows), 2000))) if hasattr(rows, "select") else rows)
+    )
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    middles = [order[int((i + 0.5) * len(order) / _FEW)] for i in range(_FEW)] if len(order) > _FEW else order
+    return [
+        pad_features([{k: v for k, v in rows[i].items() if k != "labels"}] * batch_size, badge.model) for i in middles
+    ]
+
+
+def _designs(exits: list[int], adapter: BadgeConfig, num_blocks: int) -> tuple[list[EarlyExitConfig], Array]:
+    """Configs that stop every row at a known block, reading one exit or all of them, and what each does [D, 3]."""
+    linked = adapter.carry is not None
+    values = adapter.resolved_problem_type == "regression"
+    undecided: dict[str, Any] = {"policy": "max_prob", "threshold": _NEVER}
+    if values:
+        undecided = {"policy": "divergence", "threshold": 0.0}
+    picked = sorted({exits[0], exits[len(exits) // 2], exits[-1]})
+    designs, known = [], []
+    for m in picked:
+        index = exits.index(m)
+        own_head = m == num_blocks
+        for config, read in (
+            (EarlyExitConfig(policy="fixed_depth", depth=m), (index + 1 if linked else 1) - own_head),
+            (EarlyExitConfig(**undecided, max_exit=m), index + 1 - own_head),
+        ):
+            if m == num_blocks and config.policy == "fixed_depth":
+                continue  # full depth, which reads no exit
+            designs.append(config)
+            known.append([1.0, float(m), float(max(read, 0))])
+    return designs, np.array(known)
