@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from badge_peft.utils.checks import check_int
-from badge_peft.utils.clusters import no_cluster
+from badge_peft.utils.clusters import ask_for_token, no_cluster
 from badge_peft.utils.extras import require
 from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
@@ -130,9 +130,11 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
     Raises:
         ModuleNotFoundError: Ray is not installed.
         OSError: there is no cluster at the address, or none could be started.
+        ValueError: as `ask_for_token`.
     """
     require("ray", "ray", "pandas")
     check_int("workers", workers, at_least=1)
+    ask_for_token(address)
     import ray
     import ray.data
 
