@@ -66,12 +66,14 @@ def serve(
         address: Of a Ray cluster to run on. Default: this machine alone.
     """
     from badge_peft.utils.checks import check_choice
+    from badge_peft.utils.clusters import ask_for_token
     from badge_peft.utils.extras import require
 
     check_choice("on_drift", on_drift, ("alarm", "careful"))
     scaling = _autoscaling(autoscaling, replicas)
     require("serve", "ray", "pydantic", "fastapi", "prometheus_client")
     adapter = _file(adapters, base_model) if onnx else _adapter(adapters)
+    ask_for_token(address)
     from badge_peft.serving.requests import Limits
     from badge_peft.serving.run import run_service
     from badge_peft.serving.settings import ServiceSettings

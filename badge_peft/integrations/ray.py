@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from badge_peft.utils.checks import check_int
-from badge_peft.utils.clusters import no_cluster
+from badge_peft.utils.clusters import ask_for_token, no_cluster
 from badge_peft.utils.extras import require
 from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
@@ -46,7 +46,8 @@ def predict_dataset(
         adapter: A folder that every machine can read, or a repository; or a dict from tasks to such.
         columns: Where the texts are; a text column that is not named is found by its usual names.
         batch_size: Texts per pass.
-        workers: How many processes answer, each with one core, or one GPU. Default: as many as there are.
+        workers: How many processes answer, each with one core, or one GPU. Default: as many as there are, but for a
+            core that reads the dataset.
         base_model: As for `load_pretrained`.
         device: `cpu` or `cuda`. Default: GPUs where the cluster has some.
         **overrides: `policy`, `threshold`, `patience`, `depth`, in place of the adapter's own.
@@ -82,7 +83,7 @@ def predict_dataset(
         fn_constructor_args=(answering, names, added),
         batch_size=_BATCHES * batch_size,
         batch_format="pyarrow",
-        **_pool(workers, device),
+        **_pool(workers, device, reads=True),
     )
 
 
@@ -130,9 +131,11 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
     Raises:
         ModuleNotFoundError: Ray is not installed.
         OSError: there is no cluster at the address, or none could be started.
+        ValueError: as `ask_for_token`.
     """
     require("ray", "ray", "pandas")
     check_int("workers", workers, at_least=1)
+    ask_for_token(address)
     import ray
     import ray.data
 
@@ -156,15 +159,18 @@ def cluster(address: str | None = None, workers: int | None = None) -> Iterator[
         ray.shutdown()
 
 
-def _pool(workers: int | None, device: str | None) -> dict[str, Any]:
-    """What `map_batches` is told of the processes that answer."""
+def _pool(workers: int | None, device: str | None, reads: bool = False) -> dict[str, Any]:
+    """What `map_batches` is told of the processes that answer; `reads`: what reads the rows needs a core, too."""
     import ray.data
 
     check_int("workers", workers, at_least=1)
     there = ray.cluster_resources() if ray.is_initialized() else {}
     on_gpu = there.get("GPU", 0) >= 1 if device is None else device.startswith("cuda")
-    count = workers or max(1, int(there.get("GPU" if on_gpu else "CPU", os.cpu_count() or 1)))
-    return {"compute": ray.data.ActorPoolStrategy(size=count), "num_gpus" if on_gpu else "num_cpus": 1}
+    units = int(there.get("GPU" if on_gpu else "CPU", os.cpu_count() or 1))
+    count = workers or max(1, units - (reads and not on_gpu))
+    # with no core left to read with nothing would ever come: then Ray does not count the cores of those that answer
+    each = 0 if reads and not on_gpu and 0 < units <= count else 1
+    return {"compute": ray.data.ActorPoolStrategy(size=count), "num_gpus" if on_gpu else "num_cpus": each}
 
 
 def _read(row: dict[str, Any], files: TextFiles, size: int, by_query: bool) -> Iterator[dict[str, Any]]:

@@ -10,13 +10,15 @@ from contextlib import ExitStack, suppress
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
+import grpc  # which Ray brings
 import ray
 from ray import serve
 
-from badge_peft.utils.clusters import no_cluster
+from badge_peft.utils.clusters import AUTH, no_cluster
 
 APPLICATION = "badge-peft"
 _PROXY = 300  # seconds within which a proxy has to listen
+_LAST = 1.0  # seconds in which answers that replicas have given are with their clients
 _ENVIRONMENT = {  # of the processes of a Ray that is started here
     # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -65,12 +67,18 @@ def join_cluster(address: str, host: str, port: int) -> None:
 
     Raises:
         OSError: there is no such cluster.
-        ValueError: it has a service already, or Ray Serve listens elsewhere there.
+        ValueError: it has a service already, Ray Serve listens elsewhere there, or it asks nobody for a token and the
+            environment does not say that it may.
     """
     try:
         ray.init(address, namespace="serve", logging_level="WARNING")
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise OSError(no_cluster(address, error)) from error
+    if os.environ.get(AUTH, "token") == "token" and _obeys_everybody():
+        raise ValueError(
+            f"the cluster at {address} asks nobody for a token: all who reach it run code there. Start it with "
+            f"{AUTH}=token, or join it as it is with {AUTH}=disabled."
+        )
     _start_serve(host, port)
     if APPLICATION in serve.status().applications:
         raise ValueError(
@@ -85,6 +93,14 @@ def join_cluster(address: str, host: str, port: int) -> None:
             f"Ray Serve listens at {there.host}:{there.port} on this cluster: give --host {there.host} --port "
             f"{there.port}, or end it with `serve shutdown`."
         )
+
+
+def _obeys_everybody() -> bool:
+    """Whether the cluster answers a call without a token."""
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel, suppress(grpc.RpcError):
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=30)
+        return True
+    return False
 
 
 def wait_for_proxy(host: str, port: int, address: str | None) -> None:
@@ -106,6 +122,16 @@ def wait_for_proxy(host: str, port: int, address: str | None) -> None:
             return
         time.sleep(0.1)
     raise ValueError(f"the service has not started: nobody answers at {host}:{port}.")
+
+
+def end_serve() -> None:
+    """Ends Ray Serve where it was started here, its proxy first, which else says that there is no such path."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        time.sleep(_LAST)
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith("SERVE_PROXY"):
+                ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+    serve.shutdown()
 
 
 def _start_serve(host: str, port: int) -> None:

@@ -104,7 +104,7 @@ class Service:
         )
         name = f"{os.uname().nodename}-{os.getpid()}"
         self.replica = Replica(name, self.engine, settings, self.governor.report.remote)
-        set_front(settings.limits.body_bytes, self.replica.count)
+        set_front(settings.limits, self.replica.count)
         self._task = asyncio.get_running_loop().create_task(self.replica.report_for_ever())
 
     async def reconfigure(self, _: Any) -> None:

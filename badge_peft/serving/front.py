@@ -1,13 +1,16 @@
-"""An ASGI middleware in front of the service's own code: it refuses bodies above a size before anything reads them
-whole, and tells how each request ended, whoever answered it."""
+"""An ASGI middleware in front of the service's own code: it bounds what bodies take, each and all together, in bytes
+and in seconds, before anything reads them whole, and tells how each request ended, whoever answered it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
+
+from badge_peft.serving.requests import Limits, RequestError
 
 PATHS = ("/predict", "/rerank", "/policy", "/healthz", "/info", "/metrics")
 _GONE = 499  # the client has gone before its answer; the number that nginx gives it
@@ -17,27 +20,30 @@ _GONE = 499  # the client has gone before its answer; the number that nginx give
 class _Process:
     """Of this process, whose one replica makes it known; the middleware is made with the application, before."""
 
-    body_bytes: int = 4 * 2**20
+    limits: Limits = field(default_factory=Limits)
     count: Callable[[str, int], None] = lambda path, status: None
+    requests: int = 0  # that are here now
+    held: int = 0  # bytes of their bodies
 
 
 _PROCESS = _Process()
 
 
-def set_front(body_bytes: int, count: Callable[[str, int], None]) -> None:
+def set_front(limits: Limits, count: Callable[[str, int], None]) -> None:
     """Sets what the middleware of this process does.
 
     Args:
-        body_bytes: So many are allowed in a body.
+        limits: Of bodies.
         count: Is given the path (one of `PATHS`, or `other`) and the status of each request that has ended.
     """
-    _PROCESS.body_bytes, _PROCESS.count = body_bytes, count
+    _PROCESS.limits, _PROCESS.count = limits, count
 
 
 class Front:
-    """Answers 413 where a request says that its body is larger, or where more comes than it said, and notes in the
-    header `Server-Timing` of each answer the milliseconds until it was there, and how many of these went by until the
-    server had handed over the body.
+    """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, and 429
+    where all that are here take more than `Limits.all_bytes` and this one more than its share of that: a few large or
+    slow ones do not shut out the small ones. Notes in the header `Server-Timing` of each answer the milliseconds until
+    it was there, and how many of these went by until the server had handed over the body.
 
     Args:
         app: The application behind it.
@@ -78,30 +84,71 @@ class Front:
             _PROCESS.count(path if path in PATHS else "other", status)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        limit, parts, size, more = _PROCESS.body_bytes, [], 0, True
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > limit:
-            await _refuse(send, limit)
-            return
+        body, seconds = _Body(scope, _PROCESS), _PROCESS.limits.body_seconds
+        _PROCESS.requests += 1
+        try:
+            try:
+                if not await asyncio.wait_for(body.read(receive), seconds):
+                    return
+            except asyncio.TimeoutError:
+                late = RequestError(408, f"the body has not come within {seconds:g} s: send less at a time.")
+                await _refuse(send, late)
+                return
+            except RequestError as error:
+                await _refuse(send, error)
+                return
+            whole = [{"type": "http.request", "body": b"".join(body.parts), "more_body": False}]
+
+            async def again() -> Any:
+                return whole.pop() if whole else await receive()
+
+            await self.app(scope, again, send)
+        finally:
+            _PROCESS.requests -= 1
+            _PROCESS.held -= body.held
+
+
+class _Body:
+    """The body of a request, which counts as held from its header on where that says how long it is."""
+
+    def __init__(self, scope: Any, process: _Process) -> None:
+        self.parts: list[bytes] = []
+        self.held, self._process = 0, process
+        self._said = dict(scope["headers"]).get(b"content-length", b"0")
+
+    async def read(self, receive: Any) -> bool:
+        """All of it into `parts`; False where the client has gone before.
+
+        Raises:
+            RequestError: 413 where it is too large, 429 where there is no room for it.
+        """
+        self._hold(int(self._said) if self._said.isdigit() else self._process.limits.body_bytes + 1)
+        size, more = 0, True
         while more:
             message = await receive()
-            if message["type"] != "http.request":  # the client has gone
-                return
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > limit:
-                await _refuse(send, limit)
-                return
-        whole = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+            if message["type"] != "http.request":
+                return False
+            self.parts.append(message.get("body", b""))
+            size, more = size + len(self.parts[-1]), message.get("more_body", False)
+            self._hold(max(0, size - self.held))
+        return True
 
-        async def again() -> Any:
-            return whole.pop() if whole else await receive()
+    def _hold(self, more: int) -> None:
+        limits, process = self._process.limits, self._process
+        self.held += more
+        process.held += more
+        if self.held > limits.body_bytes:
+            raise RequestError(413, f"the body has more than {limits.body_bytes} bytes: send the texts in parts.")
+        if process.held > limits.all_bytes and self.held > limits.all_bytes / process.requests:
+            raise RequestError(429, "the service holds as much as it may: try again in a second.", retry_after=1)
 
-        await self.app(scope, again, send)
 
-
-async def _refuse(send: Any, limit: int) -> None:
-    body = json.dumps({"detail": f"the body has more than {limit} bytes: send the texts in parts."}).encode()
+async def _refuse(send: Any, error: RequestError) -> None:
+    """Answers, and has the server close the connection: what is left of the body is not read."""
+    body = json.dumps({"detail": error.message}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    headers += [(b"connection", b"close")]
+    if error.retry_after is not None:
+        headers += [(b"retry-after", str(error.retry_after).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

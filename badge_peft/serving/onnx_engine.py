@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
@@ -191,7 +193,17 @@ class OnnxEngine:
         }
 
     def _run(self, rows: Sequence[Row], configs: Mapping[str, EarlyExitConfig]) -> dict[str, OnnxOutput]:
-        """The answers of all tasks to the rows of a pass."""
+        """The answers of all tasks to the rows of a pass; in int8 row by row: there the scale of the activations is
+        that of the whole call, and a row would be answered by what others happen to be in it."""
+        if self.session.config["int8"] and len(rows) > 1:
+            alone = [self._run([row], configs) for row in rows]
+            return {
+                task: OnnxOutput(
+                    np.concatenate([own[task].logits for own in alone]),
+                    np.concatenate([own[task].exit_layer for own in alone]),
+                )
+                for task in alone[0]
+            }
         encoded = self.session.tokenize(*columns(rows))
         given = {task: self.rules[task].inputs(configs[task]) for task in self.rules}
         if not self.tasks:

@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from badge_peft.serving.connect import APPLICATION, check_port, join_cluster, start_ray, wait_for_proxy
+from badge_peft.serving.connect import APPLICATION, check_port, end_serve, join_cluster, start_ray, wait_for_proxy
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.preflight import check_settings
 from badge_peft.serving.settings import TOKEN, ServiceSettings
 
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
+_SLOTS = 100_000  # requests that Ray hands to a replica, which refuses by itself: slow ones are not to fill them up
 
 
 def replica_options(settings: ServiceSettings) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def replica_options(settings: ServiceSettings) -> dict[str, Any]:
         number = {"autoscaling_config": given}
     return {
         **number,
-        "max_ongoing_requests": settings.limits.waiting_rows + 100,  # more than are accepted: those get a 429
+        "max_ongoing_requests": _SLOTS,
         "ray_actor_options": {"num_cpus": settings.threads},
         "user_config": {"report": True},  # or Ray Serve does not call `reconfigure`
         "health_check_period_s": 2.0,  # a replica that has died is noticed within it
@@ -140,9 +141,10 @@ def _end(settings: ServiceSettings, address: str | None) -> None:
         while (state["waiting"] or not state["on_all_replicas"]) and time.monotonic() < end:
             time.sleep(settings.report_every)
             state = ray.get(governor.state.remote())
-    serve.delete(APPLICATION)  # from now on there is no such path, Ray Serve says
-    if address is None:  # on a cluster there may be other applications
-        serve.shutdown()
+    if address is None:
+        end_serve()
+    else:  # on a cluster there may be other applications
+        serve.delete(APPLICATION)  # from now on there is no such path, Ray Serve says
     with suppress(ValueError):
         ray.kill(ray.get_actor(settings.governor, namespace="serve"))
 

@@ -1,6 +1,38 @@
-"""What is said where a Ray cluster cannot be reached, by a service and by batch scoring."""
+"""Ray, whose processes listen at every network of a machine, for a service and for batch scoring: who may connect, and
+what is said where a cluster cannot be reached."""
 
 from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+AUTH = "RAY_AUTH_MODE"
+
+
+def ask_for_token(address: str | None) -> None:
+    """Has Ray refuse whoever has not its token: else all who reach the machine run code in it. To be called before Ray
+    is imported, which reads the environment then; a Ray that is there already asks by itself, unless told not to.
+
+    Args:
+        address: Of a cluster; None: a Ray that is started here, with a token of its own that lies in no file.
+
+    Raises:
+        ValueError: the environment has it ask nobody, and no cluster that is somebody's own choice is named.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return
+    mode = os.environ.get(AUTH, "token")
+    if address is None and mode.lower() != "token":
+        raise ValueError(
+            f"{AUTH}={mode} is not allowed: all who reach this machine could run code in it. Unset it; a cluster that "
+            "was started so is joined by its --address."
+        )
+    if ray is None:
+        os.environ[AUTH] = mode
+        if address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def no_cluster(address: str, error: Exception) -> str:
@@ -12,6 +44,6 @@ def no_cluster(address: str, error: Exception) -> str:
     """
     return (
         f"there is no Ray cluster at {address} ({error}): start one (`ray start --head`), or leave --address out. A "
-        "cluster that was started with a token is reached with RAY_AUTH_MODE=token and the same token in "
-        "~/.ray/auth_token."
+        "cluster that was started with a token is reached with the same token in ~/.ray/auth_token; one that was "
+        "started without, which runs the code of everybody who reaches it, with RAY_AUTH_MODE=disabled."
     )

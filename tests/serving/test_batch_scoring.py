@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,21 @@ def test_a_dataset(adapter: str, expected: Any, cluster: None) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             predict_dataset(ray.data.from_items(bad), adapter)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, None), (2, None), (2, 2)])
+def test_a_dataset_on_a_machine_of_few_cores(adapter: str, expected: Any, cores: int, workers: int | None) -> None:
+    code = f"""
+import ray
+from badge_peft.integrations.ray import predict_dataset
+ray.init("local", num_cpus={cores}, include_dashboard=False, logging_level="ERROR")
+rows = ray.data.read_text({str(Path(adapter).parent / "texts")!r})
+print(predict_dataset(rows, {adapter!r}, workers={workers}).count())
+"""
+    (Path(adapter).parent / "texts").write_text("\n".join(TEXTS[:50]))
+    environment = {**os.environ, "RAY_worker_niceness": "0"}  # beside other work it takes minutes else
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.stdout.split()[-1:] == ["50"], done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("address", "message"), [(None, "has not started on this"), ("a:1", "no Ray cluster at a:1")])

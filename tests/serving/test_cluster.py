@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,15 @@ SCALING = (
 )
 
 
-@pytest.fixture(scope="module")
-def address():
-    """Of a cluster that is this test's own: `ray stop` would end all others on the machine, too."""
+@contextmanager
+def started(**environment):
+    """The address of a cluster that is this test's own: `ray stop` would end all others on the machine, too."""
     port = str(free_port())
     place = tempfile.mkdtemp(prefix="ray")  # short, or its sockets' names are too long
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", port]
     command += ["--num-cpus", "3", "--temp-dir", place, "--include-dashboard", "false", "--disable-usage-stats"]
     with Path(place, "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AUTH})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AUTH, **environment})
     end = time.monotonic() + 120
     try:
         while "Ray runtime started" not in (said := Path(place, "log").read_text()):
@@ -60,6 +61,12 @@ def address():
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def address():
+    with started() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +169,15 @@ def test_candidates_are_ranked_where_the_other_service_was(address, port, tmp_pa
         assert running.stop() == 0, running.log.read_text()[-3000:]
     finally:
         running.kill()
+
+
+def test_a_cluster_that_obeys_everybody_is_joined_by_name_alone(tmp_path):
+    adapter, port = save_adapter(tmp_path), free_port()
+    with started(RAY_AUTH_MODE="disabled") as address:
+        said = refused_start(adapter, address, port)
+        assert f"the cluster at {address} asks nobody for a token" in said and "RAY_AUTH_MODE=disabled" in said
+        running = Running(
+            tmp_path, str(adapter), "--address", address, port=port, **{**AUTH, "RAY_AUTH_MODE": "disabled"}
+        )
+        assert running.predict(TEXTS[:1]).status_code == 200
+        assert running.stop() == 0

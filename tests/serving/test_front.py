@@ -8,7 +8,10 @@ import json
 
 import pytest
 
-from badge_peft.serving.front import Front, set_front
+pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
+
+from badge_peft.serving.front import Front, set_front  # noqa: E402
+from badge_peft.serving.requests import Limits  # noqa: E402
 
 
 def ask(application, parts, headers=(), path="/predict", root_path=""):
@@ -25,14 +28,14 @@ def ask(application, parts, headers=(), path="/predict", root_path=""):
     async def send(message):
         sent.append(message)
 
-    set_front(5, lambda path, status: counted.append((path, status)))
+    set_front(Limits(body_bytes=5), lambda path, status: counted.append((path, status)))
     scope = {"type": "http", "headers": list(headers), "path": path, "root_path": root_path}
     try:
         asyncio.run(Front(application)(scope, receive, send))
     except (Exception, asyncio.CancelledError) as error:
         raised = error
     finally:
-        set_front(4 * 2**20, lambda path, status: None)
+        set_front(Limits(), lambda path, status: None)
     return sent, counted, raised
 
 
@@ -105,3 +108,71 @@ def test_what_is_no_request_passes():
 
     asyncio.run(Front(application)({"type": "lifespan"}, None, None))
     assert seen == ["lifespan"]
+
+
+class Client:
+    """One that sends its body in parts, when it is told to."""
+
+    def __init__(self) -> None:
+        self.parts: asyncio.Queue[dict] = asyncio.Queue()
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+        self.task: asyncio.Task | None = None
+
+    def sends(self, body: bytes, more: bool = True) -> None:
+        self.parts.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def starts(self, application) -> None:
+        async def send(message):
+            if message["type"] == "http.response.start":
+                self.status, self.headers = message["status"], dict(message["headers"])
+
+        scope = {"type": "http", "headers": [], "path": "/predict"}
+        self.task = asyncio.ensure_future(Front(application)(scope, self.parts.get, send))
+
+
+@pytest.fixture
+def front():
+    yield lambda **limits: set_front(Limits(**limits), lambda path, status: None)
+    set_front(Limits(), lambda path, status: None)
+
+
+def test_a_body_that_does_not_come_is_given_up(front):
+    async def scene():
+        front(body_seconds=0.05)
+        slow, read = Client(), []
+        slow.sends(b"1")
+        slow.starts(answering(200, read))
+        await asyncio.wait_for(slow.task, 10)
+        assert slow.status == 408 and slow.headers[b"connection"] == b"close" and read == []
+
+    asyncio.run(scene())
+
+
+def test_bodies_together_are_bounded_and_small_ones_pass(front):
+    async def scene():
+        front(body_bytes=100)  # so 1600 of all
+        large, small, read = [Client() for _ in range(30)], Client(), []
+        for client in large:
+            client.sends(b"x" * 99)
+            client.starts(answering(200, read))
+        await asyncio.sleep(0)
+        await asyncio.wait([client.task for client in large], timeout=0.1)
+        refused = [client for client in large if client.status is not None]
+        assert {client.status for client in refused} == {429} and refused[0].headers[b"retry-after"] == b"1"
+        assert 99 * (len(large) - len(refused)) <= 1600
+        small.sends(b"small", more=False)
+        small.starts(answering(200, read))
+        await small.task
+        assert small.status == 200
+        for client in large:
+            if client not in refused:
+                client.parts.put_nowait({"type": "http.disconnect"})
+                await client.task
+        again = Client()  # what they held is free again
+        again.sends(b"x" * 99, more=False)
+        again.starts(answering(200, read))
+        await again.task
+        assert again.status == 200 and read == [b"small", b"x" * 99]
+
+    asyncio.run(scene())

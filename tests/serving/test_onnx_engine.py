@@ -55,6 +55,18 @@ def test_a_file_answers_as_the_adapter_whatever_the_threshold(engines):
     assert found[0] != found[-1]
 
 
+def test_a_row_in_int8_is_answered_as_alone(folder, tmp_path):
+    model, tokenizer = load_pretrained(str(folder)), make_tokenizer()
+    export_onnx(model, tmp_path, tokenizer=tokenizer, early_exit_config=RULE, int8=True)
+    file = OnnxEngine(str(tmp_path), threads=1, batch_size=8)
+    alone = [file.predict([row], file.configs)[0] for row in ROWS]
+    assert file.predict(ROWS, file.configs) == alone
+    said = file.shadow(MAIN, [row for row in ROWS if row[1] is None], file.configs[MAIN])
+    assert said["exit_layer"] == [
+        answer["exit_layer"] for answer, row in zip(alone, ROWS, strict=True) if row[1] is None
+    ]
+
+
 def test_a_file_goes_to_full_depth(engines):
     file, adapter = engines
     never = {MAIN: EarlyExitConfig(policy="never")}
