@@ -110,8 +110,14 @@ def test_rules_of_the_pipeline_and_of_a_call(adapter: Path) -> None:
     assert [a["exit_layer"] for a in classify(TEXTS)] == [1] * 12
     patient: Any = classify(TEXTS, early_exit_config={"policy": "patience"}, patience=1)
     for text, answer in zip(TEXTS, patient, strict=True):
-        rule = {"policy": "patience", "patience": 1, "min_exit": 1}
+        rule = {"policy": "patience", "patience": 1}
         assert answer["exit_layer"] == by_hand(classify.model, text, **rule)[1]
+    capped = badge_peft.pipeline(model=str(adapter), threshold=0.2, max_exit=2)
+    assert capped.model.get_early_exit_config().policy == "max_prob"
+    sure: Any = capped(TEXTS, policy="entropy")  # at its own threshold, which is no probability
+    for text, answer in zip(TEXTS, sure, strict=True):
+        assert answer["exit_layer"] == by_hand(capped.model, text, early_exit_config={"policy": "entropy"})[1]
+    assert [a["exit_layer"] for a in capped(TEXTS, policy="never")] == [3] * 12
     for wrong, message in (({"patience": 0}, "patience=0"), ({"policy": "luck"}, "policy='luck'")):
         with pytest.raises(ValueError, match=message):
             classify(TEXTS, **wrong)
@@ -249,7 +255,7 @@ def test_rules_for_all_tasks_or_for_each(tasks: dict[str, str]) -> None:
     classify = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer(), policy="fixed_depth", depth=1)
     assert {a["exit_layer"] for a in classify(TEXTS[0])[0].values()} == {1}
     each: Any = classify(TEXTS[0], early_exit_config={"mood": {"policy": "never"}}, depth=2)
-    assert {name: a["exit_layer"] for name, a in each[0].items()} == {"mood": 2, "topics": 2, "degree": 2}
+    assert {name: a["exit_layer"] for name, a in each[0].items()} == {"mood": 3, "topics": 2, "degree": 2}
     each = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer())(
         TEXTS[0], early_exit_config={"mood": {"policy": "never"}, "topics": {"policy": "fixed_depth", "depth": 1}}
     )

@@ -111,9 +111,7 @@ class Adapter:
 
     def _overridden(self, overrides: dict[str, Any]) -> EarlyExitConfig:
         given = {name: value for name, value in overrides.items() if value is not None}
-        own = self.badge.get_early_exit_config()
-        same = given.get("policy", own.policy) == own.policy
-        return EarlyExitConfig.of(own if same else None, **given)
+        return EarlyExitConfig.of(self.badge.get_early_exit_config(), **given)
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
