@@ -117,7 +117,8 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         own_base: Whether they are loaded on the base models that they name.
 
     Raises:
-        ValueError: one is not frozen, they name different base models, or they end in heads of different kinds.
+        ValueError: one is not frozen, they name different base models, they end in heads of different kinds, or some
+            were trained on pairs of texts and others on single ones.
     """
     for name, config in configs.items():
         if config.backbone != "frozen":
@@ -130,6 +131,12 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         raise ValueError(
             f"task {heads[True]!r} ends in a head for tokens and {heads[False]!r} in one for texts, and a base model "
             "has one head: train one of them with final_exit='exit'."
+        )
+    paired = {config.reads_pairs: name for name, config in configs.items() if config.data_columns is not None}
+    if len(paired) > 1:
+        raise ValueError(
+            f"task {paired[True]!r} was trained on pairs of texts and {paired[False]!r} on single ones, so no text "
+            "suits both: answer with each in a call of its own."
         )
     first, *others = configs
     for name in others:

@@ -20,6 +20,7 @@ from badge_peft.early_exit.tasks import config_of_each
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
+from badge_peft.utils.texts import check_second_text
 
 TASKS = ("text-classification", "sentiment-analysis")
 TOKEN_TASKS = ("token-classification", "ner")
@@ -78,6 +79,14 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
     Raises:
         ValueError: the model carries no BADGE adapter, or a field is wrong.
     """
+
+    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]  # named as above
+        """Refuses one text where an adapter was trained on pairs."""
+        badge = get_badge_model(self.model)
+        names: Any = getattr(self, "tasks", [None])
+        is_pair = not isinstance(inputs, str) and not (isinstance(inputs, dict) and inputs.get("text_pair") is None)
+        check_second_text(any(badge.config_of(name).reads_pairs for name in names), is_pair)
+        return super().preprocess(inputs, **tokenizer_kwargs)
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
         return early_exit_forward(self.model, early_exit_config=self._rule(**rule), **model_inputs)

@@ -213,6 +213,7 @@ def _metadata(
         "format": 1,
         "inputs": [*inputs, *([SPECIAL] if any(d.reads_tokens for d in decisions.values()) else [])],
         "num_blocks": badge.num_blocks,
+        "reads_pairs": any(badge.config_of(task).reads_pairs for task in decisions),
         **input_limits(badge, tokenizer),
         "badge_peft": package_version(),
         "tasks": {
