@@ -27,6 +27,10 @@ class OnnxReranker:
     """
 
     def __init__(self, model: OnnxEarlyExitModel) -> None:
+        if model.has_tasks:
+            raise ValueError(
+                f"{model.directory} holds a file of many tasks, none of which ranks: export a ranking one."
+            )
         if "top_k" not in model.config:
             raise ValueError(
                 f"{model.directory} was exported with policy={model.config['early_exit']['policy']!r}, which ranks "

@@ -128,6 +128,11 @@ class OnnxTasksModel(OnnxEarlyExitModel):
 
     has_tasks = True
 
+    @property
+    def labels(self) -> dict[str, list[str]]:  # type: ignore[override]  # those of each task
+        """Names of the labels of each task."""
+        return {task: own["labels"] for task, own in self.config["tasks"].items()}
+
     def __call__(  # type: ignore[override]  # an answer for each task
         self,
         input_ids: Any,
