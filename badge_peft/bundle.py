@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.config import BadgeConfig, is_badge
 from badge_peft.utils.files import write_json
+from badge_peft.utils.paths import is_local
 
 #: `{"tasks": {"intent": "intent", "pii": "user/repo"}}`: folders below that of the file, or others, or repositories.
 TASKS = "tasks.json"
@@ -65,6 +67,23 @@ def download_bundle(repo: str, revision: str | None = None, **hub: Any) -> str |
         return snapshot_download(repo, revision=revision, **hub) if Path(folder, TASKS).is_file() else None
     except (HfHubHTTPError, HFValidationError, OSError):  # there is no such repository, or no way to it
         return None
+
+
+def is_bundle(place: str, revision: str | None = None, cache_dir: Any = None) -> bool:
+    """Whether what has just been loaded from a folder or the Hub is a bundle, of whatever number of tasks.
+
+    Args:
+        place: The folder, or the repository, of which huggingface_hub has kept what was read.
+        revision: Of the repository.
+        cache_dir: Where it is kept.
+    """
+    if find_tasks(place) is not None or is_local(place):
+        return find_tasks(place) is not None
+    kept = [
+        isinstance(try_to_load_from_cache(place, name, cache_dir=cache_dir, revision=revision), str)
+        for name in (TASKS, CONFIG_NAME)
+    ]
+    return kept == [True, False]
 
 
 def find_tasks(folder: str | Path) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
-from badge_peft.bundle import find_tasks
+from badge_peft.bundle import is_bundle
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.tasks import config_of_each
@@ -251,7 +251,7 @@ def pipeline(
     elif isinstance(model, (str, PathLike)):
         source = str(model)
         model = load_pretrained(source, revision=revision, **(model_kwargs or {}))
-        if tasks is None and (find_tasks(source) or len(model.peft_config) > 1):
+        if tasks is None and is_bundle(source, revision, (model_kwargs or {}).get("cache_dir")):
             tasks = list(model.peft_config)
     elif not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not allowed: give an adapter's folder or repository, or a loaded model.")

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import badge_peft
-from badge_peft import BadgeConfig
+from badge_peft import BadgeConfig, bundle
 from badge_peft.pipelines import EarlyExitPipeline
 from tests.models import make_badge, make_model, shake
 from tests.texts import make_tokenizer, save_base, sentences
@@ -249,6 +249,22 @@ def test_a_bundle_and_a_loaded_model(tasks: dict[str, str], tmp_path: Path) -> N
     assert [list(answer) for answer in some] == [["degree"]] * len(TEXTS)
     alone: Any = badge_peft.pipeline(model=model, tokenizer=make_tokenizer())(TEXTS[0])
     assert alone[0].keys() == {"label", "score", "exit_layer"}  # the active adapter
+
+
+@pytest.mark.parametrize("name", ["mood", "default"])
+def test_a_bundle_of_one_task_answers_as_from_the_hub(
+    name: str, tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--user--bundle"
+    folder = cached / "snapshots" / "0123"
+    badge_peft.save_tasks(badge_peft.load_pretrained({name: tasks["mood"]}), folder, tokenizer=make_tokenizer())
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(bundle, "snapshot_download", lambda *args, **kwargs: str(folder))
+    options: Any = {"tokenizer": make_tokenizer(), "model_kwargs": {"cache_dir": tmp_path, "local_files_only": True}}
+    found = badge_peft.pipeline(model="user/bundle", **options)(TEXTS)
+    assert found == badge_peft.pipeline(model=str(folder), tokenizer=make_tokenizer())(TEXTS)
+    assert [list(answer) for answer in found] == [[name]] * len(TEXTS)
 
 
 def test_rules_for_all_tasks_or_for_each(tasks: dict[str, str]) -> None:
