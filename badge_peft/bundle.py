@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.config import BadgeConfig, is_badge
 from badge_peft.utils.files import write_json
+from badge_peft.utils.paths import is_local
 
 #: `{"tasks": {"intent": "intent", "pii": "user/repo"}}`: folders below that of the file, or others, or repositories.
 TASKS = "tasks.json"
@@ -67,6 +69,23 @@ def download_bundle(repo: str, revision: str | None = None, **hub: Any) -> str |
         return None
 
 
+def is_bundle(place: str, revision: str | None = None, cache_dir: Any = None) -> bool:
+    """Whether what has just been loaded from a folder or the Hub is a bundle, of whatever number of tasks.
+
+    Args:
+        place: The folder, or the repository, of which huggingface_hub has kept what was read.
+        revision: Of the repository.
+        cache_dir: Where it is kept.
+    """
+    if find_tasks(place) is not None or is_local(place):
+        return find_tasks(place) is not None
+    kept = [
+        isinstance(try_to_load_from_cache(place, name, cache_dir=cache_dir, revision=revision), str)
+        for name in (TASKS, CONFIG_NAME)
+    ]
+    return kept == [True, False]
+
+
 def find_tasks(folder: str | Path) -> dict[str, str] | None:
     """The tasks of a bundle with where each adapter is; None where the folder holds none.
 
@@ -117,7 +136,8 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         own_base: Whether they are loaded on the base models that they name.
 
     Raises:
-        ValueError: one is not frozen, they name different base models, or they end in heads of different kinds.
+        ValueError: one is not frozen, they name different base models, they end in heads of different kinds, or some
+            were trained on pairs of texts and others on single ones.
     """
     for name, config in configs.items():
         if config.backbone != "frozen":
@@ -130,6 +150,12 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         raise ValueError(
             f"task {heads[True]!r} ends in a head for tokens and {heads[False]!r} in one for texts, and a base model "
             "has one head: train one of them with final_exit='exit'."
+        )
+    paired = {config.reads_pairs: name for name, config in configs.items() if config.data_columns is not None}
+    if len(paired) > 1:
+        raise ValueError(
+            f"task {paired[True]!r} was trained on pairs of texts and {paired[False]!r} on single ones, so no text "
+            "suits both: answer with each in a call of its own."
         )
     first, *others = configs
     for name in others:

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
-from badge_peft.bundle import find_tasks
+from badge_peft.bundle import is_bundle
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.tasks import config_of_each
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
+from badge_peft.utils.texts import check_second_text
 
 TASKS = ("text-classification", "sentiment-analysis")
 TOKEN_TASKS = ("token-classification", "ner")
 _BESIDE = ("offset_mapping", "sentence", "is_last", "word_ids", "word_to_chars_map")  # what the model does not read
 _FIELDS = frozenset(EarlyExitConfig.__dataclass_fields__) - {"top_k"}  # which is transformers' own here
+_Given = tuple[Any, dict[str, Any]]  # `early_exit_config` and fields
+_NOTHING: _Given = (None, {})
 _FUNCTIONS = {
     "regression": ClassificationFunction.NONE,
     "multi_label_classification": ClassificationFunction.SIGMOID,
@@ -49,15 +52,20 @@ class _ExitRules:
             meant = get_close_matches(name, _FIELDS, n=1, cutoff=0.8)
             if meant:
                 raise ValueError(f"the pipeline has no argument {name!r}: did you mean {meant[0]!r}?")
-        self._check_rule(early_exit_config, rule)  # a wrong value is refused before any text is read
-        if early_exit_config is not None:
-            rule["early_exit_config"] = early_exit_config
+        # transformers lays the arguments of a call over those of the start, one by one: here each has a place of its
+        # own, so that a policy takes nothing over from another
+        given = {"of_call" if hasattr(self, "_forward_params") else "at_start": (early_exit_config, rule)}
+        self._rule(**given)  # a wrong value is refused before any text is read
         super_: Any = super()
         preprocess, forward, postprocess = super_._sanitize_parameters(**kwargs)
-        return preprocess, {**forward, **rule}, postprocess
+        return preprocess, {**forward, **given}, postprocess
 
-    def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
-        EarlyExitConfig.of(early_exit_config, **fields)
+    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> Any:
+        """How a call stops."""
+        config = get_badge_model(self.model).get_early_exit_config()
+        for given, fields in (at_start, of_call):
+            config = EarlyExitConfig.of(config if given is None else given, **fields)
+        return config
 
 
 class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore[misc]  # typed for every pipeline
@@ -65,14 +73,23 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
 
     Batches, text pairs, `top_k`, `function_to_apply` and the tokenizer's arguments (`truncation=True`) are as there.
     Each answer also holds `exit_layer`, the block that gave it (0: the embeddings). `early_exit_config` and fields of
-    `EarlyExitConfig` may be given when the pipeline is made and with each call; those of the call win.
+    `EarlyExitConfig` may be given when the pipeline is made and with each call; those of the call win, a config takes
+    the place of all that was given before, and another policy takes nothing over.
 
     Raises:
         ValueError: the model carries no BADGE adapter, or a field is wrong.
     """
 
+    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]  # named as above
+        """Refuses one text where an adapter was trained on pairs."""
+        badge = get_badge_model(self.model)
+        names: Any = getattr(self, "tasks", [None])
+        is_pair = not isinstance(inputs, str) and not (isinstance(inputs, dict) and inputs.get("text_pair") is None)
+        check_second_text(any(badge.config_of(name).reads_pairs for name in names), is_pair)
+        return super().preprocess(inputs, **tokenizer_kwargs)
+
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
-        return early_exit_forward(self.model, **rule, **model_inputs)
+        return early_exit_forward(self.model, early_exit_config=self._rule(**rule), **model_inputs)
 
     def postprocess(  # type: ignore[override]  # transformers types it for any pipeline
         self, model_outputs: Any, function_to_apply: Any = None, **kwargs: Any
@@ -119,7 +136,7 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
 
     def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]  # typed for any
         inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
-        output = early_exit_forward(self.model, **rule, **inputs)
+        output = early_exit_forward(self.model, early_exit_config=self._rule(**rule), **inputs)
         exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
         return {**dict.fromkeys(_BESIDE), **model_inputs, "logits": output.logits, **exits}
 
@@ -157,12 +174,16 @@ class MultiTaskPipeline(EarlyExitPipeline):
                     "model.early_exit_forward(**batch, tasks=[...]), or leave it out of tasks."
                 )
 
-    def _check_rule(self, early_exit_config: Any, fields: dict[str, Any]) -> None:
-        for config in config_of_each(early_exit_config, self.tasks).values():
-            EarlyExitConfig.of(config, **fields)
+    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> dict[str, EarlyExitConfig]:
+        """How a call stops, task by task."""
+        configs = {task: get_badge_model(self.model).get_early_exit_config(task) for task in self.tasks}
+        for given, fields in (at_start, of_call):
+            each = config_of_each(given, self.tasks)
+            configs = {task: EarlyExitConfig.of(each[task] or own, **fields) for task, own in configs.items()}
+        return configs
 
     def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]  # typed for any
-        output = early_exit_forward(self.model, tasks=self.tasks, **rule, **model_inputs)
+        output = early_exit_forward(self.model, tasks=self.tasks, early_exit_config=self._rule(**rule), **model_inputs)
         # transformers takes a batch apart where all values are tensors
         return {(task, name): value for task, own in output.items() for name, value in own.items()}
 
@@ -230,7 +251,7 @@ def pipeline(
     elif isinstance(model, (str, PathLike)):
         source = str(model)
         model = load_pretrained(source, revision=revision, **(model_kwargs or {}))
-        if tasks is None and (find_tasks(source) or len(model.peft_config) > 1):
+        if tasks is None and is_bundle(source, revision, (model_kwargs or {}).get("cache_dir")):
             tasks = list(model.peft_config)
     elif not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not allowed: give an adapter's folder or repository, or a loaded model.")

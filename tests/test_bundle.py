@@ -154,6 +154,12 @@ def test_adapters_that_cannot_share_a_pass(tasks: dict[str, str], tmp_path: Path
     lora.save_pretrained(str(tmp_path / "plain"))
     with pytest.raises(ValueError, match="task 'plain' is a .*LORA adapter, not a BADGE one"):
         load_pretrained({"stock": tasks["stock"], "plain": str(tmp_path / "plain")})
+    pairs, single = ({"text": "a", "text_pair": name, "label": None} for name in ("b", None))
+    paired = save_task(tmp_path, "paired", data_columns=pairs)
+    one = save_task(tmp_path, "one", data_columns=single)
+    load_pretrained({"stock": tasks["stock"], "paired": paired})  # of which one does not say
+    with pytest.raises(ValueError, match="'paired' was trained on pairs of texts and 'one' on single ones"):
+        load_pretrained({"one": one, "paired": paired})
     with pytest.raises(ValueError, match="there are no tasks"):
         load_pretrained({})
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import badge_peft
-from badge_peft import BadgeConfig
+from badge_peft import BadgeConfig, bundle
 from badge_peft.pipelines import EarlyExitPipeline
 from tests.models import make_badge, make_model, shake
 from tests.texts import make_tokenizer, save_base, sentences
@@ -110,8 +110,14 @@ def test_rules_of_the_pipeline_and_of_a_call(adapter: Path) -> None:
     assert [a["exit_layer"] for a in classify(TEXTS)] == [1] * 12
     patient: Any = classify(TEXTS, early_exit_config={"policy": "patience"}, patience=1)
     for text, answer in zip(TEXTS, patient, strict=True):
-        rule = {"policy": "patience", "patience": 1, "min_exit": 1}
+        rule = {"policy": "patience", "patience": 1}
         assert answer["exit_layer"] == by_hand(classify.model, text, **rule)[1]
+    capped = badge_peft.pipeline(model=str(adapter), threshold=0.2, max_exit=2)
+    assert capped.model.get_early_exit_config().policy == "max_prob"
+    sure: Any = capped(TEXTS, policy="entropy")  # at its own threshold, which is no probability
+    for text, answer in zip(TEXTS, sure, strict=True):
+        assert answer["exit_layer"] == by_hand(capped.model, text, early_exit_config={"policy": "entropy"})[1]
+    assert [a["exit_layer"] for a in capped(TEXTS, policy="never")] == [3] * 12
     for wrong, message in (({"patience": 0}, "patience=0"), ({"policy": "luck"}, "policy='luck'")):
         with pytest.raises(ValueError, match=message):
             classify(TEXTS, **wrong)
@@ -245,11 +251,27 @@ def test_a_bundle_and_a_loaded_model(tasks: dict[str, str], tmp_path: Path) -> N
     assert alone[0].keys() == {"label", "score", "exit_layer"}  # the active adapter
 
 
+@pytest.mark.parametrize("name", ["mood", "default"])
+def test_a_bundle_of_one_task_answers_as_from_the_hub(
+    name: str, tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--user--bundle"
+    folder = cached / "snapshots" / "0123"
+    badge_peft.save_tasks(badge_peft.load_pretrained({name: tasks["mood"]}), folder, tokenizer=make_tokenizer())
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(bundle, "snapshot_download", lambda *args, **kwargs: str(folder))
+    options: Any = {"tokenizer": make_tokenizer(), "model_kwargs": {"cache_dir": tmp_path, "local_files_only": True}}
+    found = badge_peft.pipeline(model="user/bundle", **options)(TEXTS)
+    assert found == badge_peft.pipeline(model=str(folder), tokenizer=make_tokenizer())(TEXTS)
+    assert [list(answer) for answer in found] == [[name]] * len(TEXTS)
+
+
 def test_rules_for_all_tasks_or_for_each(tasks: dict[str, str]) -> None:
     classify = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer(), policy="fixed_depth", depth=1)
     assert {a["exit_layer"] for a in classify(TEXTS[0])[0].values()} == {1}
     each: Any = classify(TEXTS[0], early_exit_config={"mood": {"policy": "never"}}, depth=2)
-    assert {name: a["exit_layer"] for name, a in each[0].items()} == {"mood": 2, "topics": 2, "degree": 2}
+    assert {name: a["exit_layer"] for name, a in each[0].items()} == {"mood": 3, "topics": 2, "degree": 2}
     each = badge_peft.pipeline(model=tasks, tokenizer=make_tokenizer())(
         TEXTS[0], early_exit_config={"mood": {"policy": "never"}, "topics": {"policy": "fixed_depth", "depth": 1}}
     )

@@ -48,7 +48,8 @@ def predict(
     """Answer texts with early exits: one line of JSON per text, in the order of the texts.
 
     Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
-    An adapter for tokens gives entities in the place of the label, and tags where a row has a list of tokens.
+    An adapter for tokens gives entities in the place of the label, and tags where a row has a list of tokens. One that
+    ranks gives each row its rank among the candidates of its query, which must follow one another.
 
     With --task each line has these for every task, from one pass: badge-peft predict --task intent=DIR --task pii=DIR
     texts.txt
@@ -87,7 +88,7 @@ def predict(
         _predict_folder(answering, file, out, format=format, columns=columns, workers=workers, address=address)
         return
     answerer = Answerer(answering)
-    found = answerer(read_texts(file or "-", format, columns, answerer.columns, answerer.tokens))
+    found = answerer(read_texts(file or "-", format, columns, answerer.columns, answerer.tokens, answerer.by_query))
     try:
         with closing(found) as answers:
             for line in answers:

@@ -152,6 +152,9 @@ class EarlyExitConfig:
         """The config that `value` and keyword `overrides` describe; `value` itself is never changed. What `calibrate`
         recorded is left out where an override changes what it was measured with.
 
+        Another policy than that of `value` takes nothing over from it, not even `min_exit`: a threshold of one policy
+        means nothing to another. `policy="never"` never does, so it is full depth whatever `value` says.
+
         Raises:
             ValueError: `value` is of another type, or a name is not a field.
         """
@@ -162,9 +165,11 @@ class EarlyExitConfig:
                 f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
             )
         value = value or {}
-        data = {**value, **overrides}
+        named = overrides.get("policy")
+        other = named is not None and "policy" in value and (named != value["policy"] or named == "never")
+        data = overrides if other else {**value, **overrides}
         allowed = [f.name for f in fields(cls)]
-        unknown = sorted(map(str, set(data) - set(allowed)))
+        unknown = sorted(map(str, {*value, *overrides} - set(allowed)))
         if unknown:
             raise ValueError(
                 f"EarlyExitConfig has no field {', '.join(unknown)}; its fields are {', '.join(allowed)}."

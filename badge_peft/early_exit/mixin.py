@@ -144,7 +144,8 @@ class EarlyExitMixin:
             special_tokens_mask: [B, S], of token classification: 1 for tokens that need no answer and hold no row, as
                 tokenizers have it (`return_special_tokens_mask=True`).
             **kwargs: The model's inputs (`labels` among them are ignored), and fields of `EarlyExitConfig`, which win
-                over the config: `policy="divergence", threshold=0.2, patience=3`.
+                over the config: `policy="divergence", threshold=0.2, patience=3`. Another `policy` than the config's
+                takes nothing over from it, and `policy="never"` is full depth whatever it says.
 
         Returns:
             An `EarlyExitOutput`: `logits` [B, K], `exit_layer` [B] and `non_finite` [B]; with `adapter_names` also

@@ -12,6 +12,7 @@ from typing import Any
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.evaluation.words import Words
 from badge_peft.export.words import word_inputs
+from badge_peft.utils.texts import check_second_text
 
 MODEL = "model.onnx"
 CONFIG = "early_exit.json"
@@ -34,6 +35,11 @@ class ExportedFolder:
     def reads_tokens(self) -> bool:
         """Whether any answer of the file is one for each token."""
         return SPECIAL in self.config["inputs"]
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether what the file was made of was trained on pairs of texts."""
+        return bool(self.config.get("reads_pairs"))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -59,7 +65,12 @@ class ExportedFolder:
         return AutoTokenizer.from_pretrained(self.directory)
 
     def tokenize(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Texts, or pairs of texts, as inputs of the graph."""
+        """Texts, or pairs of texts, as inputs of the graph.
+
+        Raises:
+            ValueError: there are no second texts, and the adapter was trained on pairs.
+        """
+        check_second_text(self.reads_pairs, text_pairs is not None)
         encoded = self.tokenizer(
             list(texts),
             None if text_pairs is None else list(text_pairs),

@@ -171,6 +171,7 @@ class OnnxExporter:
             "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
+            "reads_pairs": self.badge.config_of().reads_pairs,
             **input_limits(self.badge, tokenizer),
             "weights_hash": self.weights_hash,
             "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),

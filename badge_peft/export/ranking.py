@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
-from badge_peft.ranking.pairs import check_documents, encode_pairs
+from badge_peft.ranking.pairs import check_documents, encode_pairs, warn_of_more
 from badge_peft.ranking.report import ExitReport
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.texts import longest_text
@@ -27,6 +27,10 @@ class OnnxReranker:
     """
 
     def __init__(self, model: OnnxEarlyExitModel) -> None:
+        if model.has_tasks:
+            raise ValueError(
+                f"{model.directory} holds a file of many tasks, none of which ranks: export a ranking one."
+            )
         if "top_k" not in model.config:
             raise ValueError(
                 f"{model.directory} was exported with policy={model.config['early_exit']['policy']!r}, which ranks "
@@ -55,7 +59,7 @@ class OnnxReranker:
             query: The question.
             documents: Texts; those that are longer than the model reads are cut.
             top_k: How many are returned; None: as many as the file's margins were calibrated for, which fewer are the
-                first of.
+                first of; with more the margins are used all the same, and a warning says so.
             return_documents: Put the texts into the answers.
             threshold: A factor on the margins; None is the file's own.
             return_report: Return an `ExitReport` as well.
@@ -71,6 +75,8 @@ class OnnxReranker:
         check_int("top_k", top_k, at_least=1)
         own = int(self.model.config["top_k"])
         k = own if top_k is None else top_k
+        if k > own:
+            warn_of_more(k, own, stacklevel=3)
         tokenizer = self.model.tokenizer
         longest = longest_text(tokenizer, self.model.config["max_length"])
         rows, cut = encode_pairs([(query, text) for text in texts], tokenizer, longest)

@@ -20,7 +20,7 @@ from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, Graph
 from badge_peft.export.pieces import LEFT
 from badge_peft.export.policies import Decision
-from badge_peft.export.task_groups import TaskGroup, grouped
+from badge_peft.export.task_groups import TaskGroup, grouped, inner_names
 from badge_peft.export.tokens import (
     asked_tokens,
     by_row,
@@ -69,6 +69,7 @@ class TaskChain(Chain):
     ) -> None:
         self.decisions, self.per_row, self.compact = dict(decisions), per_row, compact
         self.groups = grouped(decisions)
+        self.inner = inner_names(group.tasks for group in self.groups)
         self.graph = g = Graph("main")
         self.thresholds = {task: ir.val(f"{task}.threshold", FLOAT, []) for task in decisions}
         self.patiences = {task: ir.val(f"{task}.patience", INT64, []) for task in decisions}
@@ -92,7 +93,7 @@ class TaskChain(Chain):
 
     def _begin(self, group: TaskGroup, rows: ir.Value, asked: ir.Value | None) -> None:
         """The answers before any row has its own; thresholds and patiences, of several tasks [B T]."""
-        g, name, count = self.graph, group.name, len(group.tasks)
+        g, name, count = self.graph, self._name(group), len(group.tasks)
         limits = [self._limit_of(task) for task in group.tasks]
         patiences = [self.patiences[task] for task in group.tasks]
         units = rows if count == 1 else g.op("Concat", rows, g.ints([count]), axis=0)
@@ -110,6 +111,10 @@ class TaskChain(Chain):
             answers = g.op("Expand", g.floats(0), wide), g.op("Expand", g.ints(-1), units)
         self.carried[f"{name}.answer"], self.carried[f"{name}.exit_layer"] = answers
 
+    def _name(self, group: TaskGroup) -> str:
+        """What a group is called in the graph: as its first task."""
+        return self.inner[group.tasks[0]]
+
     def _limit_of(self, task: str) -> ir.Value:
         """The threshold of a task in the unit of its policy's score."""
         g, decision, own = self.graph, self.decisions[task], self.thresholds[task]
@@ -123,18 +128,18 @@ class TaskChain(Chain):
         for group in self.groups:
             if len(group.tasks) == 1:
                 continue
-            answer, exits = (self.carried[f"{group.name}.{kind}"] for kind in ("answer", "exit_layer"))
+            answer, exits = (self.carried[f"{self._name(group)}.{kind}"] for kind in ("answer", "exit_layer"))
             for i, (task, decision) in enumerate(zip(group.tasks, group.decisions, strict=True)):
                 own = g.op("Gather", answer, g.ints(i), axis=1)
                 if decision.num_labels < group.num_labels:
                     own = g.op("Slice", own, g.ints([0]), g.ints([decision.num_labels]), g.ints([1]))
-                self.carried[f"{task}.answer"] = own
-                self.carried[f"{task}.exit_layer"] = g.op("Gather", exits, g.ints(i), axis=1)
+                self.carried[f"{self.inner[task]}.answer"] = own
+                self.carried[f"{self.inner[task]}.exit_layer"] = g.op("Gather", exits, g.ints(i), axis=1)
 
     def outputs(self) -> list[tuple[str, str, Any]]:
         """What is carried, the name that it has as an output, and its dimensions; in the order of the inputs."""
         return [
-            (f"{task}.{kind}", f"{task}.{name}", ir.Shape(dims))
+            (f"{self.inner[task]}.{kind}", f"{task}.{name}", ir.Shape(dims))
             for task, decision in self.decisions.items()
             for kind, name, dims in _dims(decision)
         ]
@@ -162,7 +167,7 @@ class TaskChain(Chain):
 
     def _decide(self, g: Graph, number: int, group: TaskGroup, index: int, made: dict[str, ir.Value]) -> bool:
         """The decision of one group; returns whether rows may have got an answer."""
-        given, final = made[f"{group.name}.logits"], group.final(index)
+        given, final = made[f"{self._name(group)}.logits"], group.final(index)
         stops = None
         if (final | group.closed(index)).all():
             self.open.remove(group)
@@ -172,16 +177,16 @@ class TaskChain(Chain):
                 return False
             if len(group.tasks) > 1:
                 stops = group.allowed(g, stops, index)
-        answer, exits = (self.carried[f"{group.name}.{kind}"] for kind in ("answer", "exit_layer"))
+        answer, exits = (self.carried[f"{self._name(group)}.{kind}"] for kind in ("answer", "exit_layer"))
         if group.first.reads_tokens and stops is not None:
             stops = by_row(g, stops, exits)
         noted = note_answers(g, number, given, stops, answer, exits, self.carried.get("rows"))
-        self.carried[f"{group.name}.answer"], self.carried[f"{group.name}.exit_layer"] = noted
+        self.carried[f"{self._name(group)}.answer"], self.carried[f"{self._name(group)}.exit_layer"] = noted
         return True
 
     def _stops(self, g: Graph, group: TaskGroup, index: int, made: dict[str, ir.Value]) -> ir.Value | None:
         """What the policy says of each row, token, or row of each task; None: none can stop."""
-        name, several, labels = group.name, len(group.tasks) > 1, group.num_labels
+        name, several, labels = self._name(group), len(group.tasks) > 1, group.num_labels
         if several or group.first.reads_tokens:
             made = by_token(g, made, f"{name}.", labels)
         prefix = f"kept_{name}."
@@ -214,11 +219,13 @@ class TaskChain(Chain):
             return
         going = g.op("Less", g.op("Gather", least, self.carried["rows"], axis=0), g.ints(0))
         for group in self.open:
-            prefix = f"kept_{group.name}."
+            prefix = f"kept_{self._name(group)}."
             own = {name: value for name, value in self.carried.items() if name.startswith(prefix)}
             if own:
                 units = (
-                    by_tokens_of(g, going, self.carried[f"{group.name}.exit_layer"]) if _has_units(group) else going
+                    by_tokens_of(g, going, self.carried[f"{self._name(group)}.exit_layer"])
+                    if _has_units(group)
+                    else going
                 )
                 self._keep(g, own, units)
         of_rows = {k: v for k, v in self.carried.items() if k in ("hidden", "rows") or k.startswith(LEFT)}
@@ -231,7 +238,7 @@ class TaskChain(Chain):
 
     def _least(self, g: Graph, group: TaskGroup) -> ir.Value:
         """[B]: below 0 where a row lacks an answer of the group."""
-        exits = self.carried[f"{group.name}.exit_layer"]
+        exits = self.carried[f"{self._name(group)}.exit_layer"]
         return least_answered(g, exits) if _has_units(group) else exits
 
 

@@ -5,7 +5,7 @@ Eight decisions in turn are eight times as many nodes, and a node costs the same
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +27,6 @@ class TaskGroup:
 
     tasks: tuple[str, ...]
     decisions: tuple[Decision, ...]
-
-    @property
-    def name(self) -> str:
-        """What the group is called in the graph: as its first task."""
-        return self.tasks[0]
 
     @property
     def first(self) -> Decision:
@@ -94,3 +89,8 @@ def grouped(decisions: Mapping[str, Decision]) -> list[TaskGroup]:
 
 def _group(tasks: Iterable[str], decisions: Mapping[str, Decision]) -> TaskGroup:
     return TaskGroup(tuple(tasks), tuple(decisions[task] for task in tasks))
+
+
+def inner_names(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """What tasks are called inside of the graph: by numbers, as a user's names might be those of something else."""
+    return {task: f"task{i}" for i, task in enumerate(task for group in groups for task in group)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from badge_peft.early_exit.readers import ExitReader, exit_reader
 from badge_peft.early_exit.together import carried
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass
+from badge_peft.export.task_groups import inner_names
 from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import Frame
@@ -71,6 +72,7 @@ class TaskPiece(nn.Module):
     ) -> None:
         super().__init__()
         self.badge, self.number, self.lengths = badge, number, lengths
+        self.inner = inner_names(read)
         self.groups = [group for group, numbers in read.items() if number in numbers]
         self.read = bool(self.groups)
         self.stacks: nn.ModuleList | None = None  # made in the first call, which must not be one that is traced
@@ -83,14 +85,15 @@ class TaskPiece(nn.Module):
         before: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Runs the piece; what it takes and returns is called as in `ModelPiece`, but `logits` and `uncertainty` have
-        the name of their group's first task in front (`intent.logits`, of a group of T > 1 tasks [B, T, K]), and what
-        exits leave for others that of its task (`left_intent.logits`)."""
+        the inner name of their group's first task in front (`task0.logits`, of a group of T > 1 tasks [B, T, K]), and
+        what exits leave for others that of its task (`left_task0.logits`)."""
         exits = {task: self.badge.adapter_exits(task) for group in self.groups for task in group}
         readers = {task: exit_reader(self.badge, own, inputs) for task, own in exits.items()}
+        named_inside = {self.inner[task]: reader for task, reader in readers.items()}
         for name, tensor in (before or {}).items():
-            task, _, left = name.removeprefix(BEFORE).rpartition(".")
-            if task in readers:
-                readers[task].state.left[left] = tensor
+            inner, _, left = name.removeprefix(BEFORE).rpartition(".")
+            if inner in named_inside:
+                named_inside[inner].state.left[left] = tensor
         stacks: Any = self.stacks
         run = TaskPiecePass(readers, stacks, self.number, hidden, list((shared or {}).values()), self.lengths)
         at_head = self._at_the_head(exits)
@@ -106,12 +109,14 @@ class TaskPiece(nn.Module):
             run.logits.append(([task], logits[..., : exits[task].num_labels].unsqueeze(0)))
         for group in self.groups:
             labels = [exits[task].num_labels for task in group]
-            named[f"{group[0]}.logits"] = side_by_side(run.logits, group, max(labels))
+            named[f"{self.inner[group[0]]}.logits"] = side_by_side(run.logits, group, max(labels))
             if group[0] in run.uncertainty:
-                named[f"{group[0]}.uncertainty"] = run.uncertainty[group[0]]
+                named[f"{self.inner[group[0]]}.uncertainty"] = run.uncertainty[group[0]]
         for task, reader in readers.items():
             if task not in at_head:
-                named |= {f"{LEFT}{task}.{name}": tensor.clone() for name, tensor in reader.state.left.items()}
+                named |= {
+                    f"{LEFT}{self.inner[task]}.{name}": tensor.clone() for name, tensor in reader.state.left.items()
+                }
         return named
 
     def _at_the_head(self, exits: Mapping[str, Any]) -> Sequence[str]:

@@ -128,6 +128,11 @@ class OnnxTasksModel(OnnxEarlyExitModel):
 
     has_tasks = True
 
+    @property
+    def labels(self) -> dict[str, list[str]]:  # type: ignore[override]  # those of each task
+        """Names of the labels of each task."""
+        return {task: own["labels"] for task, own in self.config["tasks"].items()}
+
     def __call__(  # type: ignore[override]  # an answer for each task
         self,
         input_ids: Any,
@@ -213,6 +218,7 @@ def _metadata(
         "format": 1,
         "inputs": [*inputs, *([SPECIAL] if any(d.reads_tokens for d in decisions.values()) else [])],
         "num_blocks": badge.num_blocks,
+        "reads_pairs": any(badge.config_of(task).reads_pairs for task in decisions),
         **input_limits(badge, tokenizer),
         "badge_peft": package_version(),
         "tasks": {

@@ -88,14 +88,13 @@ def predict_dataset(
 
 
 def answer_files(
-    files: TextFiles, answering: Answering, by_query: bool = False, workers: int | None = None
+    files: TextFiles, answering: Answering, workers: int | None = None
 ) -> Generator[dict[str, Any], None, None]:
     """The answers to the texts of many files: file by file, each from its first text to its last.
 
     Args:
         files: Within reach of all machines.
         answering: With what.
-        by_query: As for `chunks_of`.
         workers: As for `predict_dataset`.
 
     Returns:
@@ -108,7 +107,7 @@ def answer_files(
     dataset.context.target_max_block_size = 1  # each chunk is a block, which any process may answer
     dataset.context.enable_progress_bars = False
     size = _BATCHES * answering.batch_size
-    reading = {"files": files, "size": size, "by_query": by_query}
+    reading = {"files": files, "size": size}
     one = ray.data.TaskPoolStrategy(size=1)  # reads far faster than many answer, and has no core of its own
     dataset = dataset.flat_map(_read, fn_kwargs=reading, num_cpus=0, compute=one)
     answers = dataset.map_batches(
@@ -173,9 +172,9 @@ def _pool(workers: int | None, device: str | None, reads: bool = False) -> dict[
     return {"compute": ray.data.ActorPoolStrategy(size=count), "num_gpus" if on_gpu else "num_cpus": each}
 
 
-def _read(row: dict[str, Any], files: TextFiles, size: int, by_query: bool) -> Iterator[dict[str, Any]]:
+def _read(row: dict[str, Any], files: TextFiles, size: int) -> Iterator[dict[str, Any]]:
     """Runs as a task."""
-    return chunks_of(files, int(row["file"]), size, by_query)
+    return chunks_of(files, int(row["file"]), size)
 
 
 class _Chunks:

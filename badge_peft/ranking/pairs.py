@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,3 +43,12 @@ def check_documents(query: Any, documents: Any) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"document {i} is {type(text).__name__}, not a text.")
     return texts
+
+
+def warn_of_more(top_k: int, calibrated: int, stacklevel: int) -> None:
+    """Warns of a `top_k` beyond that of the margins, by which they are used all the same; `stacklevel` as usual."""
+    warnings.warn(
+        f"the margins were calibrated for top_k={calibrated}, and {top_k} are asked for: how often these are full "
+        f"depth's is not known. Calibrate with top_k={top_k}.",
+        stacklevel=stacklevel,
+    )

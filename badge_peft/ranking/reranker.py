@@ -16,7 +16,7 @@ from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
-from badge_peft.ranking.pairs import check_documents, encode_pairs
+from badge_peft.ranking.pairs import check_documents, encode_pairs, warn_of_more
 from badge_peft.ranking.report import ExitReport
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.tuner.architectures import max_positions
@@ -248,11 +248,7 @@ class EarlyExitReranker:
         calibrated = own.resolved_top_k
         if top_k <= calibrated:
             return own
-        warnings.warn(
-            f"the margins were calibrated for top_k={calibrated}, and {top_k} are asked for: how often these are full "
-            f"depth's is not known. Calibrate with top_k={top_k}.",
-            stacklevel=3,
-        )
+        warn_of_more(top_k, calibrated, stacklevel=4)
         return EarlyExitConfig.of(own, top_k=top_k)
 
 

@@ -17,7 +17,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
 from badge_peft.serving.answers import answered, columns, labeled, reranked
-from badge_peft.serving.requests import RequestError, Row
+from badge_peft.serving.requests import RequestError, Row, check_pairs
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
@@ -93,6 +93,7 @@ class Engine:
         self.exits = {name or MAIN: self.badge.exit_layers(name) for name in names}
         self.problems = {name or MAIN: self.badge.config_of(name).resolved_problem_type for name in names}
         self.labels = {name or MAIN: self.badge.label_names(name) for name in names}
+        self._reads_pairs = any(self.badge.config_of(name).reads_pairs for name in names)
         self.ranks = not self.tasks and self.badge.config_of().resolved_labels == 1
         self._reranker = EarlyExitReranker(self.model, self.tokenizer, batch_size=batch_size) if self.ranks else None
 
@@ -119,8 +120,10 @@ class Engine:
 
         Raises:
             RequestError: 400 for a `max_exit` at which nothing could answer, or that the model does not have; where
-                the setting compares the candidates of a query: the rows here are of many requests.
+                the setting compares the candidates of a query: the rows here are of many requests; and for one text
+                where the adapter was trained on pairs.
         """
+        check_pairs(self._reads_pairs, rows)
         asked = tasks or (MAIN,)
         chosen = {task: self._bounded(task, configs[task], max_exit) for task in asked}
         if any(policy_class(config).by_group for config in chosen.values()):

@@ -107,8 +107,7 @@ class Governor:
         for task, config in self._chosen.items():
             fields = {**(change.early_exit or {}), **(change.tasks or {}).get(task, {})}
             if fields:
-                other = fields.get("policy", config.policy) != config.policy
-                configs[task] = EarlyExitConfig.of(None if other else config, **fields)
+                configs[task] = EarlyExitConfig.of(config, **fields)
                 self._check(task, configs[task])
         drop = self.max_score_drop if change.max_score_drop is None else change.max_score_drop
         target = self.target if change.target is None else change.target or None

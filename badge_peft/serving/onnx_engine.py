@@ -16,7 +16,7 @@ from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.export.tasks import OnnxTasksModel
 from badge_peft.serving.answers import answered, columns, labeled, reranked
 from badge_peft.serving.engine import BY_QUERY, MAIN, check_texts
-from badge_peft.serving.requests import RequestError, Row
+from badge_peft.serving.requests import RequestError, Row, check_pairs
 
 _FAR = 1e30  # beyond every score, in float32 and times ln K, too
 _MOVED = ("threshold", "patience", "calibration")
@@ -143,12 +143,14 @@ class OnnxEngine:
         """As `Engine.predict`. All tasks of the file run, whichever are asked for.
 
         Raises:
-            RequestError: 400 for a `max_exit`, which is fixed in a file, and where the file ranks.
+            RequestError: 400 for a `max_exit`, which is fixed in a file, where the file ranks, and for one text where
+                it was trained on pairs.
         """
         if max_exit is not None:
             raise RequestError(400, "max_exit is fixed in an ONNX file: leave it out, or serve without --onnx.")
         if self.ranks:
             raise RequestError(400, BY_QUERY)
+        check_pairs(self.session.reads_pairs, rows)
 
         def answer(part: list[Row]) -> dict[str, list[Any]]:
             outputs = self._run(part, configs)

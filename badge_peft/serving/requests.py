@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from badge_peft.utils.texts import check_second_text
+
 Row = tuple[str, str | None]
 
 
@@ -129,6 +131,23 @@ def check_rows(rows: Sequence[Row], limits: Limits) -> None:
             )
         if not (_is_unicode(text) and _is_unicode(pair or "")):
             raise RequestError(422, f"text {number} has one half of a surrogate pair, which is no text: take it out.")
+
+
+def check_pairs(reads_pairs: bool, rows: Sequence[Row]) -> None:
+    """Refuses one text for an adapter of pairs.
+
+    Args:
+        reads_pairs: Whether it was trained on pairs of texts.
+        rows: Of the request.
+
+    Raises:
+        RequestError: 400.
+    """
+    for _, pair in rows:
+        try:
+            check_second_text(reads_pairs, pair is not None)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
 
 
 def _is_unicode(text: str) -> bool:

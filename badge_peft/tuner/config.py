@@ -17,7 +17,14 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.config_rules import check_filled_in, check_label_names, check_links, check_tokens, sorted_layers
+from badge_peft.tuner.config_rules import (
+    check_data_columns,
+    check_filled_in,
+    check_label_names,
+    check_links,
+    check_tokens,
+    sorted_layers,
+)
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
@@ -96,6 +103,11 @@ class BadgeConfig(PeftConfig):
     num_labels: int | None = option(None, "Outputs of an exit; None = the model's.")
     problem_type: str | None = option(None, "As transformers has it; None = the model's.")
     label_names: list[str] | None = option(None, "Names of the labels by number; None = the base model's own.")
+    data_columns: dict[str, str | None] | None = option(
+        None,
+        "What its training data called `text`, `text_pair`, `label` and `query_id`. With a `text_pair` it answers "
+        "pairs of texts alone. None: not known.",
+    )
     block_layout: Any = option(None, "BlockLayout or dict for a backbone not in the table.")
     target_modules: str | None = option(None, "Filled in: the blocks of the model, as a regular expression.")
     exclude_modules: list[str] | str | None = option(None, "Not used by BADGE.")
@@ -149,6 +161,7 @@ class BadgeConfig(PeftConfig):
         for name in ("num_labels", "num_blocks", "hidden_size"):
             check_int(name, getattr(self, name), at_least=1)
         check_label_names(self.label_names, self.num_labels)
+        check_data_columns(self.data_columns)
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.reads_tokens:
@@ -222,6 +235,11 @@ class BadgeConfig(PeftConfig):
     def reads_tokens(self) -> bool:
         """Whether the exits answer each token."""
         return self.task_type == TaskType.TOKEN_CLS
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether the exits were trained on pairs of texts, as far as is known."""
+        return (self.data_columns or {}).get("text_pair") is not None
 
     @property
     def resolved_labels(self) -> int:

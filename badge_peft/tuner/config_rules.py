@@ -64,6 +64,23 @@ def check_label_names(names: Any, num_labels: int | None) -> None:
         raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={num_labels}.")
 
 
+def check_data_columns(columns: Any) -> None:
+    """Checks what columns of the training data are called.
+
+    Raises:
+        ValueError: it is no dict of names.
+    """
+    if columns is None or (
+        isinstance(columns, dict)
+        and all(isinstance(key, str) and isinstance(name, str | None) for key, name in columns.items())
+    ):
+        return
+    raise ValueError(
+        f"data_columns={columns!r} is not allowed: it must be None, or a dict from text, text_pair, label and "
+        "query_id to names of columns (None: there is none)."
+    )
+
+
 def check_tokens(fields: dict[str, Any]) -> None:
     """Checks the fields that have fewer choices where each token has an answer.
 

@@ -12,6 +12,20 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def check_second_text(reads_pairs: bool, is_pair: bool) -> None:
+    """Refuses one text for a model of pairs, which would answer something.
+
+    Args:
+        reads_pairs: Whether it was trained on pairs of texts.
+        is_pair: Whether there is a second text.
+
+    Raises:
+        ValueError: it needs one.
+    """
+    if reads_pairs and not is_pair:
+        raise ValueError("this adapter was trained on pairs of texts, and here is one text: give the second one, too.")
+
+
 def longest_text(tokenizer: Any, *limits: int | None) -> int:
     """Tokens of a text at most: the least of what a tokenizer reads and of the `limits` that are not None; 512 where
     none is known."""

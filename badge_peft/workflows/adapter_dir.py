@@ -39,7 +39,7 @@ class Adapter:
         model: In eval mode.
         tokenizer: Of its base model, with its limit set.
         labels: What the model answers with.
-        columns: What `train_adapter` recorded of its data's columns.
+        columns: What is known of its training data's columns.
         task: `classification`, `ranking` or `tokens`.
     """
 
@@ -111,9 +111,7 @@ class Adapter:
 
     def _overridden(self, overrides: dict[str, Any]) -> EarlyExitConfig:
         given = {name: value for name, value in overrides.items() if value is not None}
-        own = self.badge.get_early_exit_config()
-        same = given.get("policy", own.policy) == own.policy
-        return EarlyExitConfig.of(own if same else None, **given)
+        return EarlyExitConfig.of(self.badge.get_early_exit_config(), **given)
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
@@ -140,7 +138,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         model,
         load_tokenizer(str(named), base),
         LabelSet(names, config.resolved_problem_type),
-        recorded_columns(path),
+        config.data_columns or recorded_columns(path),
         "tokens" if config.reads_tokens else recorded_task(path, config.early_exit),
     )
 
@@ -185,7 +183,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def recorded_columns(folder: str | Path) -> Names:
-    """The columns that `train_adapter` found in its data; empty where its report does not say, or was edited."""
+    """The columns that a report names, of an adapter whose config does not; empty where it does not either, or was
+    edited."""
     found = read_report(folder).get("columns")
     if not isinstance(found, dict) or not all(isinstance(name, str | None) for name in found.values()):
         return {}

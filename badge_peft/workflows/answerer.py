@@ -49,7 +49,7 @@ class Answerer:
     Attributes:
         columns: What training recorded of its data's columns.
         tokens: Whether a text may be a list of tokens.
-        by_query: Whether texts that follow one another with the same query belong together.
+        by_query: Whether the rows of a query belong together.
         identity: Weights and settings as JSON: equal ones give equal answers.
 
     Raises:

@@ -19,6 +19,7 @@ from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
+from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.encode_tokens import encode_tokens
@@ -43,6 +44,7 @@ class Base:
         fresh: Weights of the head that the checkpoint lacks; drawn at random.
         pooling: What its sentence embedding reads, where it is a sentence encoder without a head; else None.
         reads_tokens: Whether it labels tokens.
+        columns: What the data that it is trained on calls its columns.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Base:
     fresh: list[str]
     pooling: str | None = None
     reads_tokens: bool = False
+    columns: Names | None = None
 
     @property
     def tags(self) -> list[str] | None:
@@ -93,7 +96,7 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
                 f"{labels.problem_type}, with the labels {', '.join(labels.names[:20])}."
             )
         model.config.problem_type = None if tokens else labels.problem_type
-        return Base(model, labels, [], reads_tokens=tokens)
+        return Base(model, labels, [], reads_tokens=tokens, columns=examples.columns)
     if settings.exits.keep_head:
         other = (
             "exits for ranking follow the scores of a cross-encoder, so give one"
@@ -109,7 +112,7 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
     model.config.id2label = dict(enumerate(labels.names))
     model.config.label2id = {name: i for i, name in enumerate(labels.names)}
     model.config.problem_type = None if tokens else labels.problem_type
-    return Base(model, labels, fresh, None if tokens else sentence_pooling(path), tokens)
+    return Base(model, labels, fresh, None if tokens else sentence_pooling(path), tokens, examples.columns)
 
 
 def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
@@ -152,6 +155,7 @@ def badge_config_of(base: Base, options: ExitOptions) -> BadgeConfig:
         task_type="TOKEN_CLS" if base.reads_tokens else "SEQ_CLS",
         problem_type=base.labels.problem_type,
         label_names=None if base.has_head else base.labels.names,
+        data_columns=base.columns,
     )
     lost = [name for name in base.fresh if name.split(".")[0] not in layout.head]
     if config.final_exit == "base_head" and lost:

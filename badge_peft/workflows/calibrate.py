@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.registry import check_policy_name
+from badge_peft.early_exit.registry import POLICIES, check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.evaluation.costs import CostModel
 from badge_peft.model_card import CARD, read_card, write_model_card
@@ -80,9 +80,12 @@ def choose(
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []
     metric = metric_of(exit_logits, metric)
+    kind, policy = POLICIES.get(goal.policy), cast(Any, goal.policy)
+    if kind is not None and kind.takes_depth:  # a depth that is named is not searched for, and there is no default
+        policy = EarlyExitConfig(policy=goal.policy, depth=exit_logits.depth)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, goal.policy, metric=metric, costs=costs, **goal.arguments())
+        chosen = calibrate(exit_logits, policy, metric=metric, costs=costs, **goal.arguments())
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return chosen, measure(exit_logits, chosen, metric), notes
 

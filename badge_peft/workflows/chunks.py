@@ -25,6 +25,7 @@ class TextFiles:
         columns: Where the texts are.
         recorded: What training recorded of its columns.
         tokens: Whether a text may be a list of tokens.
+        by_query: Whether the rows of a query belong together, as for `read_texts`.
     """
 
     paths: Sequence[str]
@@ -32,20 +33,21 @@ class TextFiles:
     columns: TextColumns = TextColumns()
     recorded: Names = field(default_factory=dict)
     tokens: bool = False
+    by_query: bool = False
 
     def read(self, number: int) -> Iterator[Pair]:
         """The texts of one file."""
-        return read_texts(self.paths[number], self.format, self.columns, self.recorded, self.tokens)
+        return read_texts(self.paths[number], self.format, self.columns, self.recorded, self.tokens, self.by_query)
 
 
-def chunks_of(files: TextFiles, number: int, size: int, by_query: bool = False) -> Iterator[dict[str, Any]]:
-    """One file in chunks of `size` texts; the last may have fewer, and is there for an empty file, too.
+def chunks_of(files: TextFiles, number: int, size: int) -> Iterator[dict[str, Any]]:
+    """One file in chunks of `size` texts; the last may have fewer, and is there for an empty file, too. Where the rows
+    of a query belong together, a chunk goes on to the end of its last query.
 
     Args:
         files: One of them is read.
         number: Which.
         size: In texts.
-        by_query: A chunk goes on to the end of its last query: texts that follow one another with the same first text.
 
     Returns:
         Of each chunk `file`, the number; `start`, how many texts came before; `last`, whether none come after;
@@ -54,7 +56,7 @@ def chunks_of(files: TextFiles, number: int, size: int, by_query: bool = False) 
     start, chunk = 0, list[Pair]()
     try:
         with closing(files.read(number)) as texts:  # type: ignore[type-var]  # a generator
-            parts: Iterable[list[Pair]] = queries_of(texts) if by_query else ([text] for text in texts)
+            parts: Iterable[list[Pair]] = queries_of(texts) if files.by_query else ([text] for text in texts)
             for part in parts:
                 if len(chunk) >= size:
                     yield _chunk(number, start, chunk)
@@ -67,7 +69,7 @@ def chunks_of(files: TextFiles, number: int, size: int, by_query: bool = False) 
 
 def texts_of(chunk: dict[str, Any]) -> list[Pair]:
     """The texts of a chunk."""
-    return [(text, pair) for text, pair in json.loads(chunk["texts"])]
+    return [tuple(row) for row in json.loads(chunk["texts"])]
 
 
 def _chunk(file: int, start: int, texts: list[Pair], last: bool = False, error: str = "") -> dict[str, Any]:

@@ -56,8 +56,7 @@ def find_columns(
     known = {key: column for key, column in recorded.items() if column in columns}
     label = _named(columns, wanted.label_column, "label") if isinstance(wanted, Columns) else None
     label = label or known.get("label")
-    query_id = _named(columns, wanted.query_id_column, "query-id") if isinstance(wanted, Columns) else None
-    query_id = query_id or known.get("query_id")
+    query_id = _named(columns, wanted.query_id_column, "query-id") or known.get("query_id")
     text = _named(columns, wanted.text_column, "text") or known.get("text")
     pair = _named(columns, wanted.text_pair_column, "text-pair") or known.get("text_pair")
     if text is None and pair is None and (not recorded.get("text") or recorded.get("text_pair")):

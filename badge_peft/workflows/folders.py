@@ -78,17 +78,17 @@ def predict_folder(
     answerer = Answerer(answering)
     mark = {"answers": answerer.identity, "format": format, "columns": vars(columns)}
     todo = {source: output for source, output in outputs.items() if not _is_answered(output, mark)}
-    files = TextFiles([str(source.resolve()) for source in todo], format, columns, answerer.columns, answerer.tokens)
+    sources = [str(source.resolve()) for source in todo]
+    files = TextFiles(sources, format, columns, answerer.columns, answerer.tokens, answerer.by_query)
     for number in range(len(todo)):
         _check(files, number)
     report = FolderReport(before=len(outputs) - len(todo))
     if not todo:
         return report
-    by_query = answerer.by_query
     del answerer  # the processes that answer have their own
     places = list(todo.values())
     with cluster(address, workers), tqdm(total=len(todo), unit="file") as bar:
-        with closing(answer_files(files, answering, by_query, workers)) as chunks:
+        with closing(answer_files(files, answering, workers)) as chunks:
             for number, own in groupby(_checked(chunks, files), key=lambda chunk: chunk["file"]):
                 places[number].parent.mkdir(parents=True, exist_ok=True)
                 for rows in _write(places[number], own, mark):

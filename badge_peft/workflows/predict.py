@@ -21,7 +21,7 @@ from badge_peft.workflows.encode import encode_texts
 from badge_peft.workflows.kinds import check_one_text
 from badge_peft.workflows.rankings import queries_of, rank_queries
 
-Pair = tuple[Any, str | None]
+Pair = tuple[Any, ...]
 
 
 def predict(
@@ -42,8 +42,8 @@ def predict(
     Returns:
         One dict per text: `text` (and `text_pair`), `label`, `exit` (the block that answered), and `confidence` (the
         label's probability). Regression gives `value` in the place of label and confidence; a model that gives several
-        labels gives `labels`, and the confidence of the least sure decision. A policy of queries takes the rows that
-        follow one another with the same text for the candidates of one, and gives their `rank`: see `rank_queries`.
+        labels gives `labels`, and the confidence of the least sure decision. A policy of queries takes rows of one
+        query, which must follow one another, for its candidates, and gives their `rank`: see `rank_queries`.
         Of token classification `text` and `entities`, or `tokens`, `tags` and `entities`, as `answers_of` has them;
         `exit` is where the text left.
 

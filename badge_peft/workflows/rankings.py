@@ -22,7 +22,7 @@ from badge_peft.workflows.adapter_dir import Adapter, read_config
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode_texts
 
-Pair = tuple[str, str | None]
+Pair = tuple[Any, ...]  # a query's text, a document, and what the query is called, without which it is its text
 
 STATE_BYTES = 2**30  # for the states of one query's candidates
 
@@ -118,8 +118,25 @@ def check_metric(metric: str | None) -> None:
 
 
 def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """The candidates of one query after another: rows that follow one another and have the same query."""
-    return (list(rows) for _, rows in groupby(pairs, key=lambda pair: pair[0]))
+    """The candidates of one query after another. They follow one another in the rows, of which no more than those of a
+    query are in memory.
+
+    Raises:
+        ValueError: a query comes again after others.
+    """
+    seen: set[str] = set()
+    number = 1
+    for query, group in groupby(pairs, key=lambda pair: pair[2] if len(pair) > 2 else pair[0]):
+        rows = list(group)
+        if query in seen:
+            raise ValueError(
+                f"row {number} is of query {query[:80]!r} again, after rows of others: all candidates of a query must "
+                "follow one another to be ranked together. Sort the rows by their query, or, where two queries have "
+                "the same text, give each an id (--query-id-column)."
+            )
+        seen.add(query)
+        number += len(rows)
+        yield rows
 
 
 def rank_queries(
@@ -144,10 +161,10 @@ def rank_queries(
 
 
 def _rank(adapter: Adapter, config: EarlyExitConfig, batch_size: int, pairs: list[Pair]) -> list[dict[str, Any]]:
-    documents = [document for _, document in pairs if document is not None]
+    documents = [pair[1] for pair in pairs if pair[1] is not None]
     if len(documents) < len(pairs):
         raise ValueError("ranking takes pairs of a query and a document: name the documents with --text-pair-column.")
-    columns = encode_texts([query for query, _ in pairs], documents, adapter.tokenizer)
+    columns = encode_texts([pair[0] for pair in pairs], documents, adapter.tokenizer)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     found = CandidatePass(adapter.badge, rows, build_policy(config), batch_size, STATE_BYTES).run()
     last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
@@ -155,11 +172,11 @@ def _rank(adapter: Adapter, config: EarlyExitConfig, batch_size: int, pairs: lis
     places = dict(zip(order.tolist(), range(1, len(order) + 1), strict=True))
     return [
         {
-            "text": query,
-            "text_pair": document,
+            "text": pair[0],
+            "text_pair": pair[1],
             "value": round(float(score), 6) if np.isfinite(score) else None,
             "exit": int(number),
             "rank": places.get(i),
         }
-        for i, ((query, document), score, number) in enumerate(zip(pairs, found.scores, found.exit_layer, strict=True))
+        for i, (pair, score, number) in enumerate(zip(pairs, found.scores, found.exit_layer, strict=True))
     ]

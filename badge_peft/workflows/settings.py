@@ -21,10 +21,13 @@ class TextColumns(Settings):
     Args:
         text_column: Column of the texts. Default: found by its name.
         text_pair_column: Column of the second texts, where each row is a pair.
+        query_id_column: For ranking: column that says which rows are candidates of one query. Default: query_id where
+            there is one, else the query's text.
     """
 
     text_column: str | None = None
     text_pair_column: str | None = None
+    query_id_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +37,12 @@ class Columns(TextColumns):
     Args:
         label_column: Column of the labels, tags or entities. Default: found by its name (label, category, tags,
             entities, ...); there may be none.
-        query_id_column: For ranking: column that says which rows are candidates of one query. Default: query_id where
-            there is one, else the query's text.
         unlabeled: Labels are ignored.
         split: Split of the data set, where it has several.
         dataset_config: Configuration of a data set of the Hub.
     """
 
     label_column: str | None = None
-    query_id_column: str | None = None
     unlabeled: bool = False
     split: str | None = None
     dataset_config: str | None = None

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.settings import TrainColumns
@@ -115,7 +116,8 @@ def split_in_three(
                 f"there are too few different texts for a {split} split: {sum(map(len, parts.values()))} in all."
             )
     found = {split: shuffled[split].select(range(len(shuffled[split]))[: limits[split]]) for split in SPLITS}
-    missing = {y for part in found.values() for y in part.labels or []} - set(found["train"].labels or [])
+    trained = set(_labels(found["train"]))
+    missing = [y for part in found.values() for y in _labels(part) if y not in trained]
     if missing:
         label, names = min(missing, key=str), found["train"].class_names
         raise ValueError(
@@ -123,6 +125,14 @@ def split_in_three(
             "Leave it out."
         )
     return found
+
+
+def _labels(examples: TextDataset) -> list[Any]:
+    """Of all rows; where a row has several, each of them."""
+    if examples.tagged:
+        return [kind for kinds in examples.classes() for kind in kinds]
+    rows = [label if isinstance(label, list) else [label] for label in examples.labels or []]
+    return [label for row in rows for label in row]
 
 
 def _named(source: Mapping[str, TextDataset]) -> dict[str, TextDataset]:
@@ -141,13 +151,15 @@ def _named(source: Mapping[str, TextDataset]) -> dict[str, TextDataset]:
 
 
 def _joined(parts: list[TextDataset]) -> TextDataset:
-    first = parts[0]
-    return replace(
-        first,
-        texts=[text for part in parts for text in part.texts],
-        pairs=None if first.pairs is None else [pair for part in parts for pair in part.pairs or []],
-        labels=[label for part in parts for label in part.labels or []],
-    )
+    """The rows of all parts, with everything that belongs to a row. What rows were called in each part is dropped: two
+    would have one name."""
+    first, *others = parts
+    columns = ("texts", "pairs", "labels", "query_ids", "words")
+    rows: dict[str, Any] = {
+        name: None if getattr(first, name) is None else [x for part in parts for x in getattr(part, name)]
+        for name in columns
+    }
+    return replace(first, **rows, numbers=None if others else first.numbers)
 
 
 def _unique(examples: TextDataset, seen: set[tuple[str, ...]]) -> TextDataset:

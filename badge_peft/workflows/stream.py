@@ -25,7 +25,9 @@ from badge_peft.workflows.token_rows import find_words
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _CHUNK = 1024  # rows of a parquet file in memory at once
 
-Pair = tuple[Any, str | None]  # a text, or where tokens are asked for a list of these; and its second text
+Pair = tuple[
+    Any, ...
+]  # a text, or where tokens are asked for a list of these; its second text; where asked, its query
 
 
 def read_texts(
@@ -34,6 +36,7 @@ def read_texts(
     columns: TextColumns = TextColumns(),
     recorded: Mapping[str, str | None] | None = None,
     tokens: bool = False,
+    by_query: bool = False,
 ) -> Iterator[Pair]:
     """Yields each text with its second text (or None), in the order of the source.
 
@@ -44,6 +47,7 @@ def read_texts(
         columns: Where the texts are; a text column that is not named is found by its usual names.
         recorded: What training recorded of its columns, as for `read_examples`.
         tokens: Whether a row may have a list of tokens in the place of its text (in jsonl and parquet).
+        by_query: Also yield what each row's query is called: by its column, else the query's text.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,7 +67,7 @@ def read_texts(
         raise ValueError("pairs of texts need named columns: give a csv, tsv, jsonl or parquet file (--format).")
     if format == "text":
         return ((row["text"], None) for row in _rows(source, format))
-    return _pairs(_rows(source, format), columns, recorded, tokens)
+    return _pairs(_rows(source, format), columns, recorded, tokens, by_query)
 
 
 def _pairs(
@@ -71,8 +75,9 @@ def _pairs(
     columns: TextColumns,
     recorded: Mapping[str, str | None] | None,
     tokens: bool,
+    by_query: bool,
 ) -> Iterator[Pair]:
-    text = pair = None
+    text = pair = query = None
     for number, row in enumerate(rows, start=1):
         if text is None:
             words = find_words(row, columns, recorded)
@@ -81,7 +86,7 @@ def _pairs(
             text = words if tokens else None
             if text is None:
                 names = find_columns(list(row), columns, recorded)
-                text, pair = names["text"], names["text_pair"]
+                text, pair, query = names["text"], names["text_pair"], names.get("query_id")
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
@@ -89,7 +94,13 @@ def _pairs(
         if isinstance(value, list):
             yield _words(value, number, str(text), tokens), None
             continue
-        yield whole(str(value)), None if pair is None else whole(str(row[pair]))
+        found = whole(str(value)), None if pair is None else whole(str(row[pair]))
+        yield (*found, _query(row, query, found[0])) if by_query else found
+
+
+def _query(row: Mapping[str, Any], column: str | None, text: str) -> str:
+    value = None if column is None else row.get(column)
+    return text if value in (None, "") else str(value)
 
 
 def _words(value: list[Any], number: int, column: str, tokens: bool) -> list[str]:

@@ -125,12 +125,8 @@ def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: 
     )
     labels = {task: LabelSet(badge.label_names(task), badge.config_of(task).resolved_problem_type) for task in tasks}
     kinds = {task: "tokens" if badge.config_of(task).reads_tokens else "classification" for task in tasks}
-    return TaskStack(
-        {
-            task: Adapter(model, tokenizer, labels[task], recorded_columns(place), kinds[task])
-            for task, place in tasks.items()
-        }
-    )
+    columns = {task: badge.config_of(task).data_columns or recorded_columns(place) for task, place in tasks.items()}
+    return TaskStack({task: Adapter(model, tokenizer, labels[task], columns[task], kinds[task]) for task in tasks})
 
 
 def predict_tasks(

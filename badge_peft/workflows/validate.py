@@ -40,11 +40,6 @@ def check_settings(settings: TrainSettings) -> None:
     kind = POLICIES.get(policy)
     check_choice("task", settings.task, TASKS)
     ranks = settings.task == "ranking"
-    if kind is not None and kind.takes_depth:
-        raise ValueError(
-            f"policy={policy!r} needs a depth, which is known once the exits are trained: use policy='auto', which "
-            "tries every depth as well."
-        )
     if kind is not None and kind.by_group and not ranks:
         raise ValueError(
             f"policy={policy!r} ranks the candidates of a query, and this task has none: use policy='auto'."

@@ -109,12 +109,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     from badge_peft.workflows.answerer import Answerer, Answering
     from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
 
-    def answer_files(
-        files: TextFiles, answering: Answering, by_query: bool, workers: int | None
-    ) -> Iterator[dict[str, Any]]:
+    def answer_files(files: TextFiles, answering: Answering, workers: int | None) -> Iterator[dict[str, Any]]:
         answerer = Answerer(answering)
         for number in range(len(files.paths)):
-            for chunk in chunks_of(files, number, 2 * answering.batch_size, by_query):
+            for chunk in chunks_of(files, number, 2 * answering.batch_size):
                 yield {**chunk, "table": answerer.table(texts_of(chunk))}
 
     monkeypatch.setattr(folders, "answer_files", answer_files)

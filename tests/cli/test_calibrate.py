@@ -39,6 +39,13 @@ def test_writing_the_same_rule_again_gives_the_same_file(adapter: Path, cli: Cli
     assert (adapter / "adapter_config.json").read_bytes() == first
 
 
+def test_a_fixed_depth_is_found(adapter: Path, cli: Cli) -> None:
+    cli("calibrate", adapter, "--policy", "fixed_depth", "--target-speedup", 0.5)
+    config = load_pretrained(str(adapter)).base_model.get_early_exit_config()
+    assert (config.policy, config.depth) == ("fixed_depth", 1)  # of 3
+    assert config.calibration["layer_speedup"] >= 0.5 and config.calibration["policy_asked_for"] == "fixed_depth"
+
+
 def test_on_data_with_labels(adapter: Path, place: Path, cli: Cli) -> None:
     cli("calibrate", adapter, place / "rows.csv", "--max-score-drop", 0.05, "--metric", "macro_f1")
     record = load_pretrained(str(adapter)).base_model.get_early_exit_config().calibration

@@ -180,6 +180,29 @@ def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:
     one_line(cli("predict", ranked / "reranker", "-", input="was the film\n", fails=True), "pairs of texts")
 
 
+def test_predict_goes_by_the_query_id(ranked: Path, cli: Cli, tmp_path: Path) -> None:
+    """Two queries of one text, and one query of two texts."""
+    rows = [json.loads(line) for line in (ranked / "other.jsonl").read_text().splitlines()]
+    one, two = rows[:CANDIDATES], rows[CANDIDATES : 2 * CANDIDATES]
+    same = [{**row, "query": one[0]["query"]} for row in two]
+    file = tmp_path / "rows.jsonl"
+
+    def answers(rows: list[dict[str, Any]], *options: Any, **fields: Any) -> Any:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        told = cli("predict", ranked / "reranker", file, *options, **fields)
+        return told if fields else [json.loads(line) for line in told.stdout.splitlines()]
+
+    alone = answers(one) + answers(same)
+    assert answers(one + same) == alone and [a["rank"] for a in alone].count(1) == 2
+    renamed = [{"nr": row["query_id"], "query": row["query"], "document": row["document"]} for row in one + same]
+    assert answers(renamed, "--query-id-column", "nr") == alone
+    for mixed in (
+        [row for pair in zip(one, two, strict=True) for row in pair],
+        [{**row, "query_id": None} for row in one + two + one],
+    ):
+        one_line(answers(mixed, fails=True), "again, after rows of others", "Sort the rows", "--query-id-column")
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_files_are_ranked_query_by_query(ranked: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+import badge_peft
 from badge_peft import ExitLogits, collect_exit_logits, load_pretrained
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.data import TextDataset, read_examples
@@ -183,7 +184,14 @@ def test_regression_on_pairs_of_texts(cli: Cli, tmp_path: Path) -> None:
     for answer in answers[:3]:
         batch = make_tokenizer()(answer["text"], answer["text_pair"], return_tensors="pt")
         assert answer["value"] == pytest.approx(deployed(**batch).logits.item(), abs=1e-4)
+    (out / "report.json").unlink()  # as a repository of the Hub has none here
     one_line(cli("predict", out, input="a film\n", fails=True), "pairs")
+    one_line(cli("predict", out, write_csv(tmp_path / "one.csv", ROWS[:2]), fails=True), "trained on pairs of texts")
+    classify = badge_peft.pipeline(model=str(out))
+    assert classify({"text": "a film", "text_pair": "a plot"})["exit_layer"] > 0
+    for one in ("a film", {"text": "a film"}):
+        with pytest.raises(ValueError, match="trained on pairs of texts, and here is one text"):
+            classify(one)
 
 
 def test_exits_that_have_learned_nothing_are_told_first_and_not_used(place: Path, cli: Cli, tmp_path: Path) -> None:

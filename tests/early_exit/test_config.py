@@ -156,12 +156,22 @@ class TestOf:
     def test_overrides_win_and_change_nothing(self, kind):
         value = kind(**copy.deepcopy(FULL))
         before = copy.deepcopy(value)
-        new = EarlyExitConfig.of(value, threshold=0.5, patience=None, policy="divergence")
+        new = EarlyExitConfig.of(value, threshold=0.5, patience=None, policy="fixed_depth")
         assert value == before
-        assert (new.threshold, new.patience, new.policy) == (0.5, None, "divergence")
+        assert (new.threshold, new.patience, new.policy) == (0.5, None, "fixed_depth")
         assert new.calibration is None  # what was measured was another rule
         same = {n: getattr(new, n) for n in FULL if n not in ("threshold", "patience", "policy", "calibration")}
         assert same == {name: FULL[name] for name in same}
+
+    @pytest.mark.parametrize("kind", [EarlyExitConfig, dict])
+    def test_another_policy_takes_nothing_over(self, kind):
+        value = kind(**copy.deepcopy(FULL))
+        assert EarlyExitConfig.of(value, policy="max_prob") == EarlyExitConfig(policy="max_prob")
+        assert EarlyExitConfig.of(value, policy="never", min_exit=2) == EarlyExitConfig(policy="never", min_exit=2)
+        capped = kind(policy="never", max_exit=2)
+        assert EarlyExitConfig.of(capped) == EarlyExitConfig(policy="never", max_exit=2)
+        assert EarlyExitConfig.of(capped, policy="never") == EarlyExitConfig(policy="never")
+        assert EarlyExitConfig.of({"max_exit": 2}, policy="entropy").max_exit == 2  # which names no policy
 
     def test_a_copy_shares_nothing_with_the_config(self):
         config = EarlyExitConfig(**copy.deepcopy(FULL))

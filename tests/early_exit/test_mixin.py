@@ -66,9 +66,29 @@ class TestConfig:
 
     def test_the_argument_replaces_it_whole(self):
         model = make(early_exit={"min_exit": 3})
-        assert depth_of(model, policy="patience", patience=1) == 3
+        assert depth_of(model, policy="max_prob", threshold=0.0) == 1
         config = {"policy": "divergence", "divergence": "label", "threshold": 2.0}
         assert depth_of(model, early_exit_config=config) == 2
+
+    @pytest.mark.parametrize("own", [at(2), {"threshold": 0.2, "max_exit": 2}, {"policy": "never", "max_exit": 2}])
+    def test_never_is_full_depth_whatever_is_stored(self, own):
+        model, batch = make(early_exit=own), make_batch(ROWS)
+        out = model.early_exit_forward(**batch, policy="never")
+        assert set(out.exit_layer.tolist()) == {3}
+        assert torch.equal(out.logits, model(**batch).logits)
+        assert depth_of(model, policy="never", max_exit=1) == 1
+
+    def test_another_policy_takes_nothing_over(self, model):
+        """A divergence of 0.2 is no probability, at which every row would stop."""
+        stored, own = {"threshold": 0.2, "min_exit": 2, "max_exit": 4}, exits_of(model, make_batch(ROWS))
+        for config in (stored, EarlyExitConfig(**stored)):
+            model.set_early_exit_config(config)
+            out = model.early_exit_forward(**make_batch(ROWS), policy="max_prob")
+            want = build_policy(policy="max_prob").replay(own, model.exit_layers())
+            assert out.exit_layer.tolist() == want.tolist()
+            with pytest.raises(ValueError, match="policy='fixed_depth' needs depth"):
+                model.early_exit_forward(**make_batch(ROWS), policy="fixed_depth")
+            assert depth_of(model, policy="divergence", threshold=1e-9) == 4  # the same one keeps the rest
 
     def test_overrides_win_over_both_and_change_neither(self):
         model = make(early_exit=at(2))

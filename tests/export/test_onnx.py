@@ -333,6 +333,15 @@ def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
     assert answer == pytest.approx(confidence[0], abs=1e-5) != pytest.approx(confidence[1], abs=1e-5)
 
 
+def test_an_adapter_of_pairs_answers_no_single_text(exporter, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter.badge.config_of(), "data_columns", {"text": "question", "text_pair": "answer"})
+    exporter.write(tmp_path, tokenizer=make_tokenizer())
+    session = OnnxEarlyExitModel.from_pretrained(tmp_path)
+    assert session.predict(["a film"], ["good"])[0]["label"]
+    with pytest.raises(ValueError, match="trained on pairs of texts, and here is one text"):
+        session.predict(["a film"])
+
+
 def test_no_tokenizer_says_so(exporter, tmp_path):
     exporter.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):

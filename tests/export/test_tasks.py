@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from badge_peft import BadgeConfig
-from badge_peft.export import OnnxEarlyExitModel, OnnxTasksModel, export_tasks_onnx
+from badge_peft.export import OnnxEarlyExitModel, OnnxReranker, OnnxTasksModel, export_tasks_onnx
 from tests.early_exit.rules import with_threshold
 from tests.export.cuts import one_cut
 from tests.models import make_badge, make_batch, make_model, shake
@@ -87,6 +87,34 @@ def test_each_task_answers_as_in_pytorch(written: tuple[Any, Path, dict[str, Any
     ]
     for batch in (make_batch(ROWS, LENGTH), make_batch(1, 5), make_batch(3, LENGTH, side="left")):
         check(model, session, batch, list(TASKS))
+
+
+def test_names_that_mean_something_inside(tmp_path: Path) -> None:
+    """What is kept, left for deeper exits, shared or comes before them begins with such words."""
+    policies = {"default": "entropy", "kept_default": "divergence", "left_it": "max_prob", "shared_0": "patience"}
+    links: dict[str, Any] = {"carry": "logits", "exit_layers": [1, 2]}
+    model = make_badge(base=make_model(num_hidden_layers=2), **links)
+    for seed, (name, policy) in enumerate(policies.items()):
+        if name != "default":
+            model.add_adapter(name, BadgeConfig(r=4, **links))
+            shake(model, seed=seed, only=f".{name}.")
+        model.set_adapter(name)
+        with torch.no_grad():
+            logits = model.eval()(**make_batch(ROWS, LENGTH)).exit_logits
+        rule = {"policy": policy, "patience": 1} if policy in ("divergence", "patience") else {"policy": policy}
+        model.set_early_exit_config(with_threshold(rule, logits, model.exit_layers(), 0.5))
+    export_tasks_onnx(model, tmp_path)
+    session = OnnxTasksModel.from_pretrained(tmp_path, threads=1)
+    check(model, session, make_batch(ROWS, LENGTH), list(policies))
+
+
+def test_labels_of_each_task_and_none_that_ranks(written: tuple[Any, Path, dict[str, Any]]) -> None:
+    model, folder, _ = written
+    session = OnnxTasksModel.from_pretrained(folder)
+    assert session.labels == {task: model.base_model.label_names(task) for task in TASKS}
+    for refused in (lambda: OnnxReranker(session), lambda: OnnxReranker.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="many tasks"):
+            refused()
 
 
 def test_each_task_names_the_weights_that_it_was_made_of(

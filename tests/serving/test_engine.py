@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -52,6 +53,17 @@ def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
     close(batch.results[2], alone([TEXTS[7]], max_exit=1))
     assert sum(batch.answered.values()) == 7 and batch.results[2][0]["exit_layer"] <= 1
     assert [row for _, row in batch.sampled] == works[0].rows + works[1].rows  # a bound of its own is not sampled
+
+
+def test_an_adapter_of_pairs_answers_no_single_text(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pairs")
+    config = tmp_path / "pairs" / "adapter_config.json"
+    columns = {"text": "question", "text_pair": "answer", "label": None}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "data_columns": columns}))
+    engine = Engine(str(tmp_path / "pairs"), threads=1)
+    works = [Work([(TEXTS[0], TEXTS[1])]), Work([(TEXTS[0], None)])]
+    pair, one = answer_together(engine, works, engine.configs, lambda: False).results
+    assert pair[0]["label"] in NAMES.values() and one.status == 400 and "trained on pairs" in str(one)
 
 
 def test_a_group_that_fails_leaves_the_others(engine):

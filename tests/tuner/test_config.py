@@ -36,6 +36,7 @@ DEFAULTS = {
     "num_labels": None,
     "problem_type": None,
     "label_names": None,
+    "data_columns": None,
     "block_layout": None,
 }
 
@@ -61,6 +62,7 @@ OTHER: dict[str, Any] = {
     "num_labels": 5,
     "problem_type": "multi_label_classification",
     "label_names": ["a", "b", "c", "d", "e"],
+    "data_columns": {"text": "question", "text_pair": "answer", "label": None},
     "block_layout": LAYOUT,
     "modules_to_save": ["embeddings"],
 }
@@ -132,6 +134,7 @@ def test_every_field_says_what_it_is():
         *(("modules_to_save", value, "None or a list of names") for value in ([1], [None, {}])),
         *(("target_modules", value, "leave it None") for value in (3, {"a": 1}, [0], [["a"]])),
         ("r", 10**300, "must be below 2\\*\\*31"),
+        *(("data_columns", value, "a dict from text") for value in ("text", ["text"], {"text": 3}, {3: "text"})),
         *(("base_fingerprint", value, "numbers by name") for value in ([1], {"w": 3}, {"w": ["a"]}, {"w": []}, "w")),
         *(("exclude_modules", value, "exit_layers") for value in ("encoder.layer.0", ["encoder.layer.0"])),
     ],

@@ -86,6 +86,19 @@ def test_several_validation_splits_are_one() -> None:
         "validation_mismatched": dataset(numbered(10, 110)),
     }
     assert sizes(split_in_three(source))["test"] == 20
+    read = {name: part.select(range(len(part))) for name, part in source.items()}  # whose rows have numbers
+    found = split_in_three(read)["test"]
+    assert sorted(found.texts) == sorted(numbered(20, 100)) and sorted(found.numbers or []) == list(range(1, 21))
+
+
+def test_labels_that_are_lists() -> None:
+    """Several labels of a text, values, or tags."""
+    labels = [["bad", "long"] if i % 2 else ["good"] for i in range(100)]
+    parts = split_in_three({"train": TextDataset(numbered(100), labels=labels)})
+    assert all(len(rows.labels or []) == len(rows) for rows in parts.values())
+    only = {"train": TextDataset(numbered(50), labels=[["a"]] * 50), "test": TextDataset(["x"], labels=[["a", "b"]])}
+    with pytest.raises(ValueError, match="no training row has the label 'b'"):
+        split_in_three(only)
 
 
 def test_a_text_of_the_test_split_never_trains() -> None:

@@ -30,7 +30,7 @@ def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overr
 
     Args:
         config: `None` takes the defaults. It is never changed.
-        **overrides: Fields of `EarlyExitConfig`, which win over `config`.
+        **overrides: Fields of `EarlyExitConfig`, which win over `config`; another `policy` takes nothing over from it.
 
     Raises:
         ValueError: `config` is of another type, or a field has a value that is not allowed.

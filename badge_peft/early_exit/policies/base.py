@@ -46,7 +46,7 @@ class ExitPolicy(PolicyText):
 
     def __init__(self, config: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any) -> None:
         if not isinstance(config, EarlyExitConfig) or fields or config.policy != self.name:
-            config = EarlyExitConfig.of(config, **{"policy": self.name, **fields})
+            config = EarlyExitConfig.of({**vars(EarlyExitConfig.of(config)), "policy": self.name, **fields})
         self.config = config
 
     # ------------------------------------------------------------------------------------------------------ decisions
