@@ -120,7 +120,17 @@ def read_examples(
         raise ValueError(
             f"label_column={columns.label_column!r} is not allowed with unlabeled=True: leave one of them out."
         )
-    splits = read_source(source, columns.dataset_config)
+    return pick_split(read_source(source, columns.dataset_config), source, columns, training, recorded)
+
+
+def pick_split(
+    splits: Mapping[str, Dataset],
+    source: str | Path,
+    columns: Columns,
+    training: bool = False,
+    recorded: Mapping[str, str | None] | None = None,
+) -> TextDataset:
+    """As `read_examples`, of splits that have been read."""
     name = _choose_split(splits, columns.split, ("train",) if training else _EVALUATION, source)
     return to_examples(splits[name], name, columns, recorded, source)
 

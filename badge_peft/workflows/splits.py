@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.data import TextDataset, pick_split, read_examples
 from badge_peft.workflows.settings import TrainColumns
+from badge_peft.workflows.sources import read_source
 
 SPLITS = ("train", "validation", "test")
+EVAL_SHARE = 0.2  # of the texts, to evaluate and calibrate on
 _EVAL_FRACTION = 0.16  # of a source that has not been split, for each of validation and test
 Key = tuple[str, ...]  # of a text, or a pair of them: see `TextDataset.keys`
 _VALIDATION = ("validation", "dev", "valid", "val")
@@ -24,12 +26,15 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
         OSError: no such data.
         ValueError: a column or split that is not there, or too few rows.
     """
-    examples = read_examples(data, columns, training=True)
+    splits = read_source(data, columns.dataset_config)
+    examples = pick_split(splits, data, columns, training=True)
     if columns.max_rows is not None and len(examples) > columns.max_rows:
         examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
+    columns = with_eval_split(columns, splits)
     if columns.eval_data is None and columns.eval_split is None:
-        return hold_out(examples, columns.eval_share, seed)
-    held_out = read_examples(columns.eval_data or data, replace(columns, split=columns.eval_split))
+        return hold_out(examples, columns.eval_share or EVAL_SHARE, seed)
+    wanted = replace(columns, split=columns.eval_split)
+    held_out = read_examples(columns.eval_data, wanted) if columns.eval_data else pick_split(splits, data, wanted)
     known = set(held_out.keys())
     others = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
     if not len(others):
@@ -41,6 +46,14 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
             stacklevel=2,
         )
     return others, held_out
+
+
+def with_eval_split(columns: TrainColumns, splits: Iterable[str]) -> TrainColumns:
+    """With the validation split of the data in `eval_split`, where nothing else is asked for."""
+    if any(value is not None for value in (columns.eval_data, columns.eval_split, columns.eval_share)):
+        return columns
+    others = (name for name in splits if name != columns.split and name.startswith(_VALIDATION))
+    return replace(columns, eval_split=next(others, None))
 
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:

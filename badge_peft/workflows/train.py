@@ -131,7 +131,9 @@ def train_on(
             chosen = partial(take_full_depth, exit_logits, settings.goal, settings.metric)
         report = {
             **({"task": "tokens"} if base.reads_tokens else {}),
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
+            **report_of_training(
+                model_name, data, settings, examples, eval_examples, base, tokenizer, model, exit_logits
+            ),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
             "constant_answer": constant,

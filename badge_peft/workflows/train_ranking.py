@@ -103,7 +103,9 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     def save() -> dict[str, Any]:
         report = {
             "task": "ranking",
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
+            **report_of_training(
+                model_name, data, settings, examples, eval_examples, base, tokenizer, model, exit_logits
+            ),
             "train_rows": len(rows),
             "train_queries": counts[0],
             "learned_from": "the model's own scores",
