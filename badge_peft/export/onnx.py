@@ -170,6 +170,7 @@ class OnnxExporter:
             "problem_type": decision.problem_type,
             "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
+            "hidden_size": config.hidden_size,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "reads_pairs": self.badge.config_of().reads_pairs,
             **input_limits(self.badge, tokenizer),

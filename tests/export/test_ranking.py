@@ -95,6 +95,38 @@ def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
     assert caught[0].filename == __file__
 
 
+def test_more_than_the_memory_holds_is_ranked_in_parts(exported: tuple[Any, Path], monkeypatch: Any) -> None:
+    """No call holds more; the best are those of full depth as long as none is lost, and the report is of all."""
+    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker
+
+    model, folder = exported
+    documents, sizes, call = make_documents(60, seed=3), [], OnnxEarlyExitModel.__call__
+    whole = OnnxReranker.from_pretrained(folder, threads=1)
+    hidden = whole.model.config["hidden_size"]
+    assert hidden == model.config.hidden_size
+
+    def counted(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, length = np.shape(input_ids)
+        sizes.append(rows * length * (16 * hidden + 4 * length))
+        return call(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxEarlyExitModel, "__call__", counted)
+    expected, least = whole.rank(QUERY, documents, 3, threshold=100.0), sizes.pop()
+    for limit in (0, least // 4):
+        sizes.clear()
+        parts = OnnxReranker.from_pretrained(folder, threads=1, max_state_bytes=limit)
+        answers, report = parts.rank(QUERY, documents, 3, threshold=100.0, return_report=True)
+        assert [a["corpus_id"] for a in answers] == [a["corpus_id"] for a in expected]
+        assert [a["score"] for a in answers] == pytest.approx([a["score"] for a in expected], abs=1e-5)
+        assert report.candidates == len(report.exit_layer) == 60 and (report.exit_layer == 2).all()
+        assert len(sizes) == 60 if limit == 0 else 1 < len(sizes) < 20 and max(sizes) <= limit
+    _, early = whole.rank(QUERY, documents, 3, return_report=True)
+    answers, report = parts.rank(QUERY, documents, 3, return_report=True)
+    assert early.blocks_run <= report.blocks_run < 120 and len(answers) == 3
+    with pytest.raises(ValueError, match="max_state_bytes=-1 is not allowed"):
+        OnnxReranker.from_pretrained(folder, max_state_bytes=-1)
+
+
 def test_the_report(exported: tuple[Any, Path]) -> None:
     from badge_peft.export import OnnxReranker
 
