@@ -53,7 +53,7 @@ def on_cpu() -> bool:
 
 def rows_per_device(batch_size: int) -> int:
     """Of a batch that the processes share or, where there is one, the GPUs that it sees, as Trainer has it."""
-    size = env_rank_world()[1]
+    size = rank_world()[1]
     return max(1, batch_size // (size if size > 1 or on_cpu() else max(1, torch.cuda.device_count())))
 
 
