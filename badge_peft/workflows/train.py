@@ -100,15 +100,18 @@ def train_on(
 
     metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
     base.model.to(choose_device(None))  # states are computed before Trainer takes the model there
-    settings, forms = choose_form(base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
-    set_seed(training.seed)
+    choosing = partial(choose_form, base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
     states, search = None, None
     if settings.search.trials:
-        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         wanted = Search(base, train_rows, tokenizer, settings, learns_labels, model_name)
+        settings, forms = wanted.choose_form(choosing)
+        set_seed(training.seed)
+        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
         training = settings.training
-        set_seed(training.seed)
+    else:
+        settings, forms = choosing()
+    set_seed(training.seed)
     model = add_exits(base, settings.exits)
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
