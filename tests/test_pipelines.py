@@ -369,3 +369,19 @@ def test_words_are_joined_as_their_tags_say(
     words = [{"entity": name, "score": 1.0, "word": "a", "start": i, "end": i + 1} for i, name in enumerate(said)]
     found = tag.group_entities(words)
     assert [(entity["entity_group"], entity["start"], entity["end"]) for entity in found] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_windows_of_a_long_text_are_transformers_own(token_adapter: Path, batch_size: int) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids", "attention_mask"], 16
+    base: Any = AutoModelForTokenClassification.from_pretrained(token_adapter.parent / "base").eval()
+    options: Any = {"aggregation_strategy": "simple", "batch_size": batch_size, "stride": 4, "device": -1}
+    text = " ".join(TEXTS)
+    theirs: Any = TokenClassificationPipeline(model=base, tokenizer=tokenizer, **options)(text)
+    tag = badge_peft.pipeline("ner", model=str(token_adapter), tokenizer=tokenizer, policy="never", **options)
+    ours: Any = tag(text)
+    assert [{**entity, "exit_layer": 3} for entity in theirs] == [
+        {**entity, "score": pytest.approx(entity["score"], abs=1e-5)} for entity in ours
+    ]
+    assert len(ours) > 1 and {e["exit_layer"] for e in tag(text, policy="fixed_depth", depth=1)} == {1}

@@ -66,7 +66,7 @@ def export_onnx(
         compact: Take rows that have answered out of the batch. Without it they go along; at batch size 1 there is no
             difference in what is computed.
         examples: Tokenized rows, with or without labels, on which the file is compared with the PyTorch model: what
-            int8 costs in score and does to the exits.
+            int8 costs in score and does to the exits. A column `groups` says which are candidates of one query.
         progress: Show a progress bar.
 
     Raises:

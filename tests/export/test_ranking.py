@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,24 @@ def test_more_than_the_memory_holds_is_ranked_in_parts(exported: tuple[Any, Path
     assert early.blocks_run <= report.blocks_run < 120 and len(answers) == 3
     with pytest.raises(ValueError, match="max_state_bytes=-1 is not allowed"):
         OnnxReranker.from_pretrained(folder, max_state_bytes=-1)
+
+
+def test_what_a_file_changes_is_counted_query_by_query(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    """A candidate by itself never leaves."""
+    from badge_peft.export import export_onnx
+
+    model, _ = exported
+    tokenizer, early = pair_tokenizer(), EarlyExitReranker(model, pair_tokenizer())
+    queries = {QUERY: make_documents(20, seed=1), "the plot": make_documents(15, seed=2)}
+    pairs = [(query, text) for query, texts in queries.items() for text in texts]
+    mixed = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+    rows = Dataset.from_dict(dict(tokenizer([q for q, _ in mixed], [text for _, text in mixed])))
+    rows = rows.add_column("groups", [query for query, _ in mixed])
+    exits = [early.rank(query, texts, 3, return_report=True)[1].exit_layer for query, texts in queries.items()]
+    changes = export_onnx(model, tmp_path, tokenizer=tokenizer, examples=rows).changes
+    assert changes.rows == 35 and changes.same_exit == 1 and changes.same_answer < 1e-4
+    mean = np.concatenate(exits).mean()
+    assert changes.mean_exit == changes.mean_exit_before == pytest.approx(mean) and 0 < mean < 1.9
 
 
 def test_the_report(exported: tuple[Any, Path]) -> None:
