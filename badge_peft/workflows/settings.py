@@ -174,8 +174,8 @@ class TrainSettings(Settings):
         max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
         problem_type: For an encoder without a head: regression takes whole numbers as values, not classes.
         metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman,
-            pearson_and_spearman, neg_mse; for tags entity_f1. Default: accuracy, for regression pearson, for tags
-            entity_f1.
+            pearson_and_spearman, neg_mse; for tags of entities entity_f1. Default: accuracy, for regression pearson,
+            for tags of entities entity_f1.
         latency: How many rows to time, one by one; 0 for none.
         columns: What is read of the data.
         exits: The adapter.

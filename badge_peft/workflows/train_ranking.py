@@ -141,7 +141,7 @@ def _train(
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
-        for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
+        for batch in query_batches(queries, distributed.rows_per_device(options.batch_size), options.seed)
     ]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = multi_exit_arguments(
