@@ -1,9 +1,8 @@
 """Deployed classifiers: fine-tuned by plain Trainer, then given exits by `badge-peft train` without an option.
 
-    python benchmarks/deployed.py finetune --data-dir DATA --model-dir MODELS   # the classifiers, and first blocks alone
-    python benchmarks/deployed.py exits --data-dir DATA                         # adapters, and their scores on test rows
-    python benchmarks/deployed.py clock --data-dir DATA                         # times; on a quiet machine
-    python benchmarks/deployed.py page                                          # docs/results/deployed.md
+    python benchmarks/deployed.py finetune --data-dir DATA --model-dir MODELS  # the classifiers
+    python benchmarks/deployed.py exits --data-dir DATA  # adapters, scored on test rows
+    python benchmarks/deployed.py clock --data-dir DATA  # times; on a quiet machine
 
 Each step leaves out what is there, so that it can be stopped and started again.
 """
@@ -27,13 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from deployed_parts.clock import time_adapter  # noqa: E402
 from deployed_parts.exits import train_exits  # noqa: E402
 from deployed_parts.finetune import finetune  # noqa: E402
-from deployed_parts.page import write_page  # noqa: E402
 from deployed_parts.rivals import compare_models, linear_model  # noqa: E402
 from deployed_parts.scores import score_adapter  # noqa: E402
 from paper_grid.models import find_backbone  # noqa: E402
 from paper_grid.settings import Backbone  # noqa: E402
-
-PAGE = Path(__file__).parents[1] / "docs" / "results" / "deployed.md"
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def classifiers(settings: dict[str, Any], args: argparse.Namespace) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["finetune", "exits", "clock", "page"])
+    parser.add_argument("step", choices=["finetune", "exits", "clock"])
     parser.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--model-dir", type=Path, default=None)
@@ -143,9 +139,6 @@ def main() -> None:
     args = parser.parse_args()
     settings = yaml.safe_load(args.settings.read_text(encoding="utf-8"))
     torch.set_num_threads(args.threads or settings["threads"])
-    if args.step == "page":
-        PAGE.write_text(write_page(settings, args.out / "records"), encoding="utf-8")
-        return
     if args.data_dir is None:
         parser.error("--data-dir is needed: a folder with one folder per task.")
     step = {"finetune": finetune_all, "exits": exits_all, "clock": clock_all}[args.step]
