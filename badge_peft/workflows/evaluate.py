@@ -211,7 +211,7 @@ def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, ba
     features = tensor_columns(badge.model, rows.select(range(min(len(rows), COMPARED))))
     differences = []
     for start in range(0, len(features), batch_size):
-        batch = pad_features(features[start : start + batch_size], badge.model)
+        batch = pad_features(features[start : start + batch_size], badge.model, badge.config_of().reads_tokens)
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             differences.append((base(**batch).logits.float() - badge(**batch).logits.float()).abs().max())
