@@ -338,15 +338,17 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checkpoint.check_weights(model, config, adapter_name, mapped)
         if config.source is None:  # it has weights already
-            _warn_of_others(get_badge_model(model), adapter_name, weights_hash(state_dict))
+            _warn_of_others(get_badge_model(model), adapter_name, state_dict)
         checkpoint.materialize(model, mapped)
         config.source = None
         return mapped
 
 
-def _warn_of_others(badge: BadgeModel, adapter_name: str, loaded: str) -> None:
+def _warn_of_others(badge: BadgeModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Warns where an adapter is about to get the weights of another one of the model."""
-    other = next((n for n in badge.peft_config if n != adapter_name and badge.weights_hash(n) == loaded), None)
+    others = [name for name in badge.peft_config if name != adapter_name]
+    loaded = weights_hash(state_dict) if others else None
+    other = next((name for name in others if badge.weights_hash(name) == loaded), None)
     if other is not None:
         warnings.warn(
             f"the adapter {adapter_name!r} gets the weights of {other!r}: the folder that is loaded holds these, and "

@@ -94,7 +94,10 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
     batches = [[i] for i in range(len(rows))]
     if policy_class(config).by_group:
         groups = examples["groups"][:] if "groups" in getattr(examples, "column_names", ()) else [0] * len(rows)
-        batches = [[i for i, own in enumerate(groups) if own == group] for group in dict.fromkeys(groups)]
+        members: dict[Any, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        batches = [*members.values()]
         rows = [rows[i] for batch in batches for i in batch]
     counts: list[Any] = [_counted(row) if tokens else slice(None) for row in rows[: len(batches)]]
     labels = [torch.as_tensor(row.pop("labels")) for row in rows if "labels" in row]

@@ -80,9 +80,11 @@ def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
                 arguments = {"path": there} if format is None else {"path": format, "data_files": there}
                 builder = load_dataset_builder(**arguments)
                 if builder.name == "csv":  # a folder of them
-                    return {split: _read_csv(files) for split, files in (builder.config.data_files or {}).items()}
-                splits = builder.as_streaming_dataset()
-                found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
+                    files = builder.config.data_files or {}
+                    found = {name: _read_csv(paths) for name, paths in files.items()}
+                else:
+                    streams = builder.as_streaming_dataset().items()
+                    found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in streams}
     except (DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if not all(map(len, found.values())):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +26,11 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
         OSError: no such data.
         ValueError: a column or split that is not there, or too few rows.
     """
-    splits = read_source(data, columns.dataset_config)
-    examples = pick_split(splits, data, columns, training=True)
+    examples, held_out = read_parts(data, columns)
     if columns.max_rows is not None and len(examples) > columns.max_rows:
         examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
-    columns = with_eval_split(columns, splits)
-    if columns.eval_data is None and columns.eval_split is None:
+    if held_out is None:
         return hold_out(examples, columns.eval_share or EVAL_SHARE, seed)
-    wanted = replace(columns, split=columns.eval_split)
-    held_out = read_examples(columns.eval_data, wanted) if columns.eval_data else pick_split(splits, data, wanted)
     known = set(held_out.keys())
     others = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
     if not len(others):
@@ -48,12 +44,17 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
     return others, held_out
 
 
-def with_eval_split(columns: TrainColumns, splits: Iterable[str]) -> TrainColumns:
-    """With the validation split of the data in `eval_split`, where nothing else is asked for."""
-    if any(value is not None for value in (columns.eval_data, columns.eval_split, columns.eval_share)):
-        return columns
-    others = (name for name in splits if name != columns.split and name.startswith(_VALIDATION))
-    return replace(columns, eval_split=next(others, None))
+def read_parts(data: str, columns: TrainColumns) -> tuple[TextDataset, TextDataset | None]:
+    """Training rows, and those of the data or split to calibrate on: what is asked for, else the validation split of
+    the data, unless a share of the training rows is asked for; None where some are to be held out."""
+    splits = read_source(data, columns.dataset_config)
+    examples = pick_split(splits, data, columns, training=True)
+    wanted = columns.eval_split
+    if columns.eval_data is not None:
+        return examples, read_examples(columns.eval_data, replace(columns, split=wanted))
+    if wanted is None and columns.eval_share is None:
+        wanted = next((name for name in splits if name != columns.split and name.startswith(_VALIDATION)), None)
+    return examples, None if wanted is None else pick_split(splits, data, replace(columns, split=wanted))
 
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:

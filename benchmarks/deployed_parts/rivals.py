@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.runtime import open_session
+from badge_peft.workflows.bench import onnx_inputs
 from deployed_parts.finetune import encode, label_names, read_rows
 
 STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression
@@ -86,7 +87,7 @@ def _times(models: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, di
             file = Path(folder, f"{len(keys)}.onnx")
             FullDepthExporter(model).write(file, int8=True)
             session = open_session(file, torch.get_num_threads())
-            arrays = partial(_arrays, names=[entry.name for entry in session.get_inputs()])
+            arrays = partial(onnx_inputs, names=[entry.name for entry in session.get_inputs()])
             runners += [Runner(lambda row, m=model: m(**row)), Runner(partial(session.run, ["logits"]), arrays)]
             keys += [(name, "ms"), (name, "int8_ms")]
         with torch.inference_mode():
@@ -95,11 +96,6 @@ def _times(models: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, di
     for (name, what), each in zip(keys, timed, strict=True):
         found[name][what] = 1e3 * float(np.mean(np.median(np.reshape(each.seconds, (-1, ROUNDS)), axis=1)))
     return found
-
-
-def _arrays(row: dict[str, Any], names: list[str]) -> dict[str, np.ndarray]:
-    filled = {"token_type_ids": torch.zeros_like(row["input_ids"]), **row}
-    return {name: filled[name].numpy() for name in names}
 
 
 def linear_model(data: Path, timed: int) -> dict[str, float]:

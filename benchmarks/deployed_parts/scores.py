@@ -8,6 +8,7 @@ from typing import Any
 
 from badge_peft import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits
+from badge_peft.evaluation.costs import CostModel
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.evaluate import evaluate_adapter, measure
@@ -28,9 +29,10 @@ def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
     found, logits = evaluate_adapter(adapter, adapter.read(test), report["metric"])
     validation = ExitLogits.load(folder / "exit_logits.safetensors")
     own = adapter.badge.get_early_exit_config()
+    stored = own.calibration or {}
+    costs = CostModel.from_dict(stored["costs"]) if "costs" in stored else None
     depths = {}
     for drop in DROPS:
-        costs = _costs(own)
         config = own if drop == DROPS[0] else choose(validation, Goal(max_score_drop=drop), report["metric"], costs)[0]
         depths[str(drop)] = {
             **_early(measure(logits, config, report["metric"])),
@@ -50,13 +52,6 @@ def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
         "parameters": report["trainable_parameters"],
         "drops": depths,
     }
-
-
-def _costs(config: EarlyExitConfig) -> Any:
-    from badge_peft.evaluation.costs import CostModel
-
-    stored = (config.calibration or {}).get("costs")
-    return None if stored is None else CostModel.from_dict(stored)
 
 
 def _fixed(report: dict[str, Any], drop: float) -> EarlyExitConfig:

@@ -83,3 +83,9 @@ def test_files_of_a_folder_with_other_columns(tmp_path: Path) -> None:
 )
 def test_what_is_a_number(values: list[Any], expected: list[Any]) -> None:
     assert numbers_of(values) == expected
+
+
+def test_a_folder_with_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        read_source(tmp_path)
