@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ def train_exits(model: Path, data: Path, out: Path, seed: int, plain: bool, thre
         plain: The paper's form in place of no option at all.
         threads: Of torch.
     """
-    options = ["--seed", str(seed), "--output-dir", str(out), *(PLAIN if plain else [])]
+    part = out.with_name(out.name + ".part")  # what stands under its own name is finished
+    shutil.rmtree(part, ignore_errors=True)
+    options = ["--seed", str(seed), "--output-dir", str(part), *(PLAIN if plain else [])]
     command = [str(Path(sys.executable).with_name("badge-peft")), "train", str(model), str(data), *options]
     start = time.perf_counter()
     limits = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
@@ -34,3 +37,4 @@ def train_exits(model: Path, data: Path, out: Path, seed: int, plain: bool, thre
     log.write_text(f"{done.stdout}\n{done.stderr}\n{time.perf_counter() - start:.1f} s\n", encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: see {log}.")
+    os.rename(part, out)
