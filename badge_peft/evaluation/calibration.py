@@ -14,19 +14,20 @@ import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
-from badge_peft.evaluation.candidates import families
+from badge_peft.evaluation.candidates import families, fewer_exits
 from badge_peft.evaluation.confidence import certified
 from badge_peft.evaluation.costs import WORTH, CostModel
 from badge_peft.evaluation.curve import curve_record, setting_curve
+from badge_peft.evaluation.drops import Drops
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import ExitScores, Metric, exit_scores, metric_name
 from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
 from badge_peft.evaluation.selection import (
     Choice,
     Forms,
-    Saving,
     best_at,
     choose_within,
+    held_out,
     held_out_at,
     interval,
     settings_of,
@@ -54,10 +55,12 @@ def calibrate(
     """Chooses threshold and patience on stored exit logits, and with `costs` at which exits rows may stop.
 
     The fixed depths between `min_exit` and `max_exit` are always among the candidates, so that what is returned is
-    never worse, on this data, than one of the same cost.
+    never worse, on this data, than one of the same cost. Policies that read one exit alone are tried with fewer exits,
+    too.
 
     A drop is counted from full depth where that is the deployed model's own head (`ExitLogits.deployed`) or where
-    there are no labels, else from the best exit. It is measured on rows that did not choose the settings.
+    there are no labels, else from the best exit. It is estimated on rows that did not choose the settings; that of
+    accuracy lies between the loss that is counted and the one that the calibrated probabilities of that exit expect.
 
     Args:
         exit_logits: Of data that the model was not trained on. Without labels the score is the agreement with full
@@ -108,18 +111,19 @@ def calibrate(
     by_best = exit_logits.labels is not None and not exit_logits.deployed
     reference = scores.best_exit if by_best else exit_logits.exits[-1]
     asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
-    saving = _saving(CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs)
+    goal_costs = CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs
     record: dict[str, Any] = {}
     if confidence is not None:
         point, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         chosen = point.config
         record = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     elif max_score_drop is not None:
-        groups = policies_of(policy, per_exit)
-        choices = [choose_within(scored, forms, metric, reference, saving, max_score_drop) for forms in groups]
+        groups, drops = policies_of(policy, per_exit), Drops(scored, reference, metric)
+        folds = held_out(drops)
+        choices = [choose_within(drops, folds, forms, goal_costs, max_score_drop) for forms in groups]
         best = max((c for c in choices if c is not None), key=_worth, default=None)
         if best is None:
-            tried = [s.drop for forms in groups for s in settings_of(scored, forms, metric, reference, saving)]
+            tried = [s.drop for forms in groups for s in settings_of(drops, forms, goal_costs)]
             _check_reach(tried, scores, reference, max_score_drop)
             chosen = _one_depth(policy, reference, scores)
             warnings.warn(
@@ -134,7 +138,7 @@ def calibrate(
         name = "target_blocks_saved" if target_time_saved is None else "target_time_saved"
         target = target_blocks_saved if target_time_saved is None else target_time_saved
         assert target is not None
-        chosen, record = _at_target(scored, policy, metric, reference, saving, name, target, per_exit)
+        chosen, record = _at_target(Drops(scored, reference, metric), policy, goal_costs, name, target, per_exit)
     if confidence is None and record:
         record["drop_from"] = "best" if by_best else "last"
     if costs is not None and chosen.threshold is not None:
@@ -147,7 +151,8 @@ def calibrate(
         )
     predicted = None
     if costs is not None:
-        predicted = _saving(costs)(chosen, scored, build_policy(chosen).replay_history(scored.history()))
+        stops = build_policy(chosen).replay_history(scored.history())
+        predicted = float(costs.time_saved(chosen, scored, stops))
     if predicted is not None and max_score_drop is not None and predicted < WORTH:
         record["not_worth_it"] = why_not(scores, predicted, max_score_drop, reference)
         chosen, predicted = EarlyExitConfig(policy="never"), 0.0
@@ -189,7 +194,8 @@ def policies_of(policy: str | dict[str, Any] | EarlyExitConfig, per_exit: bool =
             def forms(rows: ExitLogits, name: str = name, each: bool = each) -> list[EarlyExitConfig]:
                 own = [] if policy == "fixed_depth" else families(policy, rows, each, only=name)
                 if not each:
-                    return [*depths(rows), *own]
+                    fewer = [replace(form, exit_layers=few) for form in own for few in fewer_exits(form, rows)]
+                    return [*depths(rows), *own, *fewer]
                 more = [form for form in own if form not in families(policy, rows, only=name)]
                 starts = [point.config for point in pareto(curve_points(rows, own, PER_EXIT_STARTS, "accuracy"))]
                 return [*more, *settings_per_exit(starts, rows)]
@@ -207,11 +213,11 @@ def prune(exit_logits: ExitLogits, config: EarlyExitConfig, costs: CostModel, me
         costs: Of a call.
         metric: The score must not fall.
     """
-    saving, history = _saving(costs), exit_logits.history()
+    history = exit_logits.history()
 
     def worth(own: EarlyExitConfig) -> tuple[float, float]:
         stops = build_policy(own).replay_history(history)
-        return saving(own, exit_logits, stops), evaluate_policy(exit_logits, own, metric).score
+        return float(costs.time_saved(own, exit_logits, stops)), evaluate_policy(exit_logits, own, metric).score
 
     exits, policy = exit_logits.exits, build_policy(config)
     blocks = [m for j, m in enumerate(exits) if policy.can_exit(exits, j)]
@@ -226,13 +232,6 @@ def prune(exit_logits: ExitLogits, config: EarlyExitConfig, costs: CostModel, me
         assert config.exit_layers is not None
         blocks = config.exit_layers
     return config
-
-
-def _saving(costs: CostModel) -> Saving:
-    def saved(config: EarlyExitConfig, rows: ExitLogits, stops: Array) -> float:
-        return costs.time_saved(config, rows.exits, rows.depth, rows.units.largest(stops))
-
-    return saved
 
 
 def _worth(choice: Choice) -> tuple[float, float]:
@@ -293,24 +292,17 @@ def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: 
 
 
 def _at_target(
-    exit_logits: ExitLogits,
-    policy: Any,
-    metric: Metric,
-    reference: int,
-    saving: Saving,
-    name: str,
-    target: float,
-    per_exit: bool,
+    drops: Drops, policy: Any, costs: CostModel, name: str, target: float, per_exit: bool
 ) -> tuple[EarlyExitConfig, dict[str, Any]]:
     """The best score at a saving of at least `target`, and the drop of so chosen settings on held-out rows."""
-    most, best = 0.0, None
+    most, best, folds = 0.0, None, held_out(drops)
     for forms in policies_of(policy, per_exit):
-        found = settings_of(exit_logits, forms, metric, reference, saving)
+        found = settings_of(drops, forms, costs)
         most = max([most, *(setting.saved for setting in found)])
         own = best_at(found, target)
         if own is None:
             continue
-        held = held_out_at(exit_logits, forms, metric, reference, saving, target)
+        held = held_out_at(drops, folds, forms, costs, target)
         drop, error = held or (own.drop, own.error)
         if best is None or (drop, -own.saved) < (best[1], -best[0].saved):
             best = (own, drop, error)

@@ -16,6 +16,7 @@ from badge_peft.evaluation.units import Units
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
+_STARTS = 5  # exits from which on a policy is tried
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
 
 
@@ -48,6 +49,20 @@ def families(
     more = built.per_exit_forms(history, exit_logits.labels) if per_exit else []
     forms = [built, *map(build_policy, more)]
     return [config for form in forms for config in form.variants(range(1, most + 1), history.problem_type)]
+
+
+def fewer_exits(form: EarlyExitConfig, exit_logits: ExitLogits) -> list[list[int]]:
+    """Blocks at which a policy that reads no other exit may decide: from some block on, or every second or third
+    exit. An exit that costs more than it saves, or is surer than it should be, is so passed over."""
+    policy = build_policy(form)
+    if not isinstance(policy, ThresholdPolicy) or not policy.decides_alone or form.exit_layers is not None:
+        return []
+    exits = exit_logits.exits
+    able = [m for j, m in enumerate(exits[:-1]) if policy.can_exit(exits, j)]
+    starts = sorted({round(i) for i in np.linspace(1, len(able) - 1, _STARTS)}) if len(able) > 1 else []
+    picked = [able[start:] for start in starts]
+    picked += [able[start::step] for step in (2, 3) for start in range(step)]
+    return [list(few) for few in dict.fromkeys(map(tuple, picked)) if few and few != tuple(able)]
 
 
 def fitted(config: EarlyExitConfig | dict[str, Any], exit_logits: ExitLogits) -> EarlyExitConfig:

@@ -26,6 +26,7 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.schedule import schedule_of
 from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
+from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.latency import evaluating, without_adapter
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import get_badge_model
@@ -102,17 +103,21 @@ class CostModel:
             read[-1] = 0  # the model's own head, which `call_ms` has
         return self.call_ms + self.block_ms * np.array(exits) + self.exit_ms * np.cumsum(read)
 
-    def time_saved(self, config: EarlyExitConfig, exits: Sequence[int], num_blocks: int, stops: Array) -> float:
+    def time_saved(self, config: EarlyExitConfig, exit_logits: ExitLogits, stops: Array) -> Array:
         """1 - expected time / time of the model without exits.
 
         Args:
             config: As for `milliseconds`.
-            exits: Block numbers of the exits.
-            num_blocks: M.
-            stops: [N], block numbers at which rows stop.
+            exit_logits: The rows.
+            stops: [..., N], block numbers at which rows stop; of token classification, a text stops with its last
+                token.
+
+        Returns:
+            [...], a share.
         """
-        each = self.milliseconds(config, exits, num_blocks)
-        return float(1 - each[np.searchsorted(exits, stops)].mean() / self.full_ms)
+        each = self.milliseconds(config, exit_logits.exits, exit_logits.depth)
+        where = np.searchsorted(exit_logits.exits, exit_logits.units.largest(stops))
+        return 1 - each[where].mean(axis=-1) / self.full_ms
 
 
 def measure_costs(model: nn.Module, rows: Any, batch_size: int = 1, seconds: float = 4.0) -> CostModel:

@@ -246,7 +246,7 @@ def _try(
             chosen, reached = EarlyExitConfig(policy="never"), False
     point = evaluate_policy(scored, chosen, metric)
     stops = build_policy(chosen).replay_history(exit_logits.history())
-    saved = costs.time_saved(chosen, exit_logits.exits, exit_logits.depth, exit_logits.units.largest(stops))
+    saved = float(costs.time_saved(chosen, exit_logits, stops))
     return ExitForm(
         config,
         chosen,

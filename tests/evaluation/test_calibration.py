@@ -1,10 +1,11 @@
 """`calibrate`: the goal is kept, nothing tried is better, and no fixed depth of the same cost is either. What it costs
-on rows that did not choose the setting is in `test_cross_fit.py`."""
+on rows that did not choose the setting is in `test_selection.py`."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import calibrate, collect_exit_logits, evaluate_policy, exit_scores, selection
+from badge_peft.evaluation.candidates import families, fewer_exits
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.tradeoff import search
+from badge_peft.evaluation.tradeoff import curve_points, search
 from tests.design import pairs
 from tests.models import make_badge, make_batch
 
@@ -105,6 +107,8 @@ def test_nothing_that_is_tried_is_better(rows, policy, goal):
     config = quiet(stored, policy, **goal)
     point = check(stored, config, goal, "accuracy")
     tried = search(stored, policy, selection.SETTINGS, "accuracy")
+    fewer = [replace(form, exit_layers=few) for form in families(policy, stored) for few in fewer_exits(form, stored)]
+    tried += curve_points(stored, fewer, selection.SETTINGS, "accuracy")
     assert len(tried) > 12
     good = [p for p in tried if p.layer_speedup >= goal["target_blocks_saved"] - 1e-12]
     assert max(p.score for p in good) == point.score

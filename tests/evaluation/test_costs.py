@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from badge_peft import measure_costs
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.costs import CostModel
+from badge_peft.evaluation.exit_logits import ExitLogits
 from tests.models import make_badge, make_batch
 
 COSTS = CostModel(full_ms=13.0, call_ms=1.0, block_ms=2.0, exit_ms=0.5)
@@ -31,14 +33,18 @@ def test_linked_exits_are_computed_for_those_behind_them():
     assert linked.milliseconds(config, EXITS, 6).tolist() == [1.5, 6, 10.5, 14.5]
 
 
+def stored(rows):
+    return ExitLogits(torch.zeros(rows, len(EXITS), 2), exit_layers=EXITS, num_blocks=6)
+
+
 def test_time_saved_is_that_of_the_mean_row():
     config, stops = EarlyExitConfig(policy="max_prob", threshold=0.9), np.array([0, 0, 2, 6])
-    assert COSTS.time_saved(config, EXITS, 6, stops) == pytest.approx(1 - (1.5 + 1.5 + 6 + 14.5) / 4 / 13)
+    assert COSTS.time_saved(config, stored(4), stops) == pytest.approx(1 - (1.5 + 1.5 + 6 + 14.5) / 4 / 13)
 
 
 def test_blocks_alone_are_the_share_of_blocks():
     config, stops = EarlyExitConfig(policy="max_prob", threshold=0.9), np.array([0, 2, 4])
-    assert CostModel.of_blocks(6).time_saved(config, EXITS, 6, stops) == pytest.approx(1 - 2 / 6)
+    assert CostModel.of_blocks(6).time_saved(config, stored(3), stops) == pytest.approx(1 - 2 / 6)
 
 
 @pytest.mark.parametrize("fields", [{}, {"exit_layers": [0, 2]}, {"carry": "logits"}], ids=str)

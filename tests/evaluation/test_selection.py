@@ -14,14 +14,14 @@ from badge_peft.early_exit.policies import POLICIES, build_policy
 from badge_peft.evaluation import calibrate, evaluate_policy, exit_scores
 from badge_peft.evaluation.calibration import policies_of
 from badge_peft.evaluation.costs import CostModel
+from badge_peft.evaluation.drops import Drops
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.selection import (
     Setting,
     best_at,
     choose_within,
-    distinct,
-    drops_of,
     fastest_within,
+    held_out,
     settings_of,
 )
 
@@ -32,10 +32,6 @@ def quietly(*args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return calibrate(*args, **kwargs)
-
-
-def blocks_saved(config, rows, stops):
-    return 1 - float(rows.units.largest(stops).mean()) / rows.depth
 
 
 def noise(rows, exits=6, labels=2, seed=0):
@@ -51,26 +47,70 @@ def noise(rows, exits=6, labels=2, seed=0):
 def test_a_setting_has_its_drop(kind, labels, metric):
     stored = plausible(kind, labels, rows=80, exits=4)
     (forms,) = policies_of("divergence")
-    found = settings_of(stored, forms, metric, 4, blocks_saved)
+    found = settings_of(Drops(stored, 4, metric), forms, CostModel.of_blocks(4))
     full = exit_scores(stored, metric).per_exit[-1]
     assert len(found) > 5
     for setting in found[::7]:
         point = evaluate_policy(stored, setting.config, metric)
-        assert setting.drop == pytest.approx(full - point.score) and setting.saved == pytest.approx(
-            point.layer_speedup
-        )
-        assert setting.error > 0
+        assert setting.saved == pytest.approx(point.layer_speedup) and setting.error > 0
+        assert setting.counted == pytest.approx(full - point.score)
+        assert (kind, metric) == (SINGLE, "accuracy") or setting.drop == setting.counted
 
 
 def test_the_error_is_that_of_samples():
     """The standard error against the deviation over 2,000 resamples of the rows."""
-    stored, draw = plausible(SINGLE, 3, rows=300, exits=4), np.random.default_rng(0)
-    stops = np.full((1, 300), 2)
-    _, (error,) = drops_of(stored, 4, stops, "accuracy", distinct(stored))
-    right = stored.predictions == stored.targets
+    stored, draw = plausible(MULTI, 3, rows=300, exits=4), np.random.default_rng(0)
+    _, (error,), _ = Drops(stored, 4, "accuracy").of(np.full((1, 300), 2))
+    right = (stored.predictions == stored.targets).all(axis=-1)
     change = right[3].astype(float) - right[1]
     samples = [change[draw.integers(0, 300, 300)].mean() for _ in range(2000)]
     assert error == pytest.approx(np.sqrt(np.var(samples) + 1 / 300**2), rel=0.06)
+
+
+def drawn(rows, seed):
+    """Three classes, drawn from what the last exit says, sharpened by 2; exit 1 says the same with noise."""
+    draw = torch.Generator().manual_seed(seed)
+    last = torch.randn(rows, 3, generator=draw)
+    labels = torch.multinomial((2 * last).softmax(dim=-1), 1, generator=draw)[:, 0]
+    first = last + 0.3 * torch.randn(rows, 3, generator=draw)
+    return ExitLogits(torch.stack([first, last], dim=1), labels, deployed=True)
+
+
+def test_a_drop_lies_between_the_counted_and_the_expected_loss():
+    """The expected one by the formula: the calibrated probability of each answer."""
+    stored = drawn(400, 0)
+    (drop,), (error,), (count,) = Drops(stored, 2, "accuracy").of(np.full((1, 400), 1))
+    likely = (2 * stored.logits[:, 1]).softmax(dim=-1).gather(1, torch.from_numpy(stored.predictions.T))
+    expected = float((likely[:, 1] - likely[:, 0]).mean())
+    counted = float(np.diff((stored.predictions == stored.targets).mean(axis=1))[0])
+    assert count == pytest.approx(counted)
+    assert min(counted, expected) - 0.01 < drop < max(counted, expected) + 0.01  # the temperature is fitted
+    assert Drops(stored, 2, "accuracy").of(np.full((1, 400), 2))[0] == [0.0]
+    assert error > 0
+
+
+def test_the_estimate_of_a_drop_is_nearer_to_the_truth_than_the_count():
+    true = drawn(200_000, 99)
+    truth = float(np.diff((true.predictions == true.targets).mean(axis=1))[0])
+    off, counts_off = [], []
+    for seed in range(40):
+        stored = drawn(400, seed)
+        off.append(Drops(stored, 2, "accuracy").of(np.full((1, 400), 1))[0][0] - truth)
+        counts_off.append(np.diff((stored.predictions == stored.targets).mean(axis=1))[0] - truth)
+    assert np.std(off) < 0.7 * np.std(counts_off)
+    assert abs(np.mean(off)) < 0.02
+
+
+def test_more_rows_let_the_count_speak():
+    """Where full depth's probabilities mislead: it is unsure, and each early answer that differs is wrong."""
+    labels = torch.arange(20_000) % 2
+    last = torch.nn.functional.one_hot(labels, 2) * 2.0 + torch.randn(20_000, 1)  # no two rows are one input
+    last[::5] = last[::5].flip(-1)  # wrong in a fifth of the rows, and no less sure there
+    first = last.clone()
+    first[1::10] = first[1::10].flip(-1)  # each tenth row, which was right
+    stored = ExitLogits(torch.stack([first, last], dim=1), labels, deployed=True)
+    drops = [Drops(stored.select(torch.arange(n)), 2, "accuracy").of(np.full((1, n), 1))[0][0] for n in (40, 20_000)]
+    assert drops[0] < 0.09 and drops[1] == pytest.approx(0.1, abs=0.001)
 
 
 def test_what_is_promised_holds_on_new_rows():
@@ -110,11 +150,9 @@ def test_equal_inputs_count_once():
         once = plausible(SINGLE, 3, rows=40, exits=4, seed=seed)
         order = torch.randperm(400, generator=torch.Generator().manual_seed(seed)) % 40
         often = once.select(order)
-        assert len(set(distinct(often))) == 40
+        assert len(set(Drops(often, 4, "accuracy").inputs)) == 40
         stops = np.full((1, 40), 2)
-        found = [
-            drops_of(rows, 4, s, "accuracy", distinct(rows)) for rows, s in ((once, stops), (often, stops[:, order]))
-        ]
+        found = [Drops(rows, 4, "accuracy").of(s) for rows, s in ((once, stops), (often, stops[:, order]))]
         assert found[0][0] == pytest.approx(found[1][0]) and found[0][1] == pytest.approx(found[1][1])
         chosen = [quietly(rows, "max_prob", max_score_drop=0.05) for rows in (once, often)]
         assert replace(chosen[0], calibration=None) == replace(chosen[1], calibration=None)
@@ -159,7 +197,7 @@ def test_rows_that_cannot_carry_the_claim(rows):
 
 def test_a_rule_stops_at_the_first_setting_beyond_the_drop():
     def at(form, saved, drop, error=0.01):
-        return Setting(form, EarlyExitConfig(policy="max_prob"), saved, drop, error)
+        return Setting(form, EarlyExitConfig(policy="max_prob"), saved, drop, error, drop)
 
     found = [at(0, 0.1, 0.0), at(0, 0.3, 0.03), at(0, 0.5, 0.0), at(1, 0.2, 0.01)]
     assert fastest_within(found, 0.02, 0.0) is found[3]
@@ -169,14 +207,22 @@ def test_a_rule_stops_at_the_first_setting_beyond_the_drop():
     assert best_at(found, 0.3) is found[2] and best_at(found, 0.6) is None
 
 
-def test_a_stricter_rule_is_slower_and_more_policies_take_nothing_away():
+def test_more_policies_take_nothing_away():
     stored = replace(plausible(SINGLE, 3, rows=400, exits=6), deployed=True)
-    few = [choose_within(stored, forms, "accuracy", 6, blocks_saved, 0.02) for forms in policies_of("max_prob")]
+    drops, blocks = Drops(stored, 6, "accuracy"), CostModel.of_blocks(6)
+    few = [choose_within(drops, held_out(drops), forms, blocks, 0.02) for forms in policies_of("max_prob")]
     most = max(choice.saved for choice in few if choice is not None)
-    assert (
-        quietly(replace(stored, deployed=True), "auto", max_score_drop=0.02).calibration["layer_speedup"]
-        >= most - 1e-9
-    )
+    assert quietly(stored, "auto", max_score_drop=0.02).calibration["layer_speedup"] >= most - 1e-9
+
+
+def test_exits_that_are_too_sure_are_passed_over():
+    """Exit 2 of 6 is as sure as the last, and knows nothing."""
+    stored = replace(plausible(SINGLE, 3, rows=600, exits=6), deployed=True)
+    draw = torch.Generator().manual_seed(1)
+    stored.logits[:, 1] = 8 * torch.nn.functional.one_hot(torch.randint(0, 3, (600,), generator=draw), 3).float()
+    config = quietly(stored, "max_prob", max_score_drop=0.02)
+    assert config.exit_layers is not None and 2 not in config.exit_layers
+    assert config.calibration["layer_speedup"] > 0.2
 
 
 def test_time_decides_which_exits_are_read():
@@ -186,10 +232,10 @@ def test_time_decides_which_exits_are_read():
     own = [quietly(stored, "max_prob", max_score_drop=0.02, costs=costs) for costs in (cheap, dear)]
     read = [12 if config.exit_layers is None else len(config.exit_layers) for config in own]
     assert read[1] < read[0]
-    every = replace(own[1], exit_layers=None, calibration=None)
-    stops = build_policy(every).replay_history(stored.history())
-    assert own[1].calibration["time_saved"] > dear.time_saved(every, stored.exits, 12, stops)
-    assert own[1].calibration["score"] >= evaluate_policy(stored, every).score
+    every = quietly(stored, {"policy": "max_prob", "exit_layers": [*range(1, 12)]}, max_score_drop=0.02, costs=dear)
+    assert own[1].calibration["time_saved"] > every.calibration["time_saved"] - 0.02
+    stops = [build_policy(config).replay_history(stored.history()) for config in own]
+    assert dear.time_saved(own[1], stored, stops[1]) > dear.time_saved(own[0], stored, stops[0])
 
 
 def test_it_says_when_it_is_not_worth_it():

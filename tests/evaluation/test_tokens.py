@@ -24,8 +24,8 @@ from badge_peft import (
     sweep,
 )
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.drops import Drops
 from badge_peft.evaluation.promise import ExitPromise
-from badge_peft.evaluation.selection import distinct, drops_of
 from tests.early_exit.test_tokens import make, make_base, rows_of
 from tests.models import make_batch
 
@@ -130,11 +130,14 @@ def test_the_error_of_a_drop_is_one_of_texts() -> None:
     units, last = stored.units, stored.exits[-1]
     stops = np.full((1, len(stored)), stored.exits[0])
     for metric in ("accuracy", "entity_f1"):
-        (drop,), (error,) = drops_of(stored, last, stops, metric, distinct(stored))
+        (drop,), (error,), (counted,) = Drops(stored, last, metric).of(stops)
         points = [
             evaluate_policy(stored, {"policy": "fixed_depth", "depth": m}, metric).score for m in (last, stops[0, 0])
         ]
-        assert drop == pytest.approx(points[0] - points[1])
+        assert counted == pytest.approx(points[0] - points[1])
+        if metric == "accuracy":  # the estimate is nearer to what full depth's probabilities expect
+            assert abs(drop - counted) < 0.1
+            continue
         samples = []
         for _ in range(300):
             part = stored.select(torch.from_numpy(units.rows_of(np.sort(draw.permutation(60)[:30]))))
