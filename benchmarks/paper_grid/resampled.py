@@ -21,14 +21,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Gain:
-    """How far one way is ahead of another, in points.
-
-    Args:
-        mean: Over the seeds, on all test rows.
-        low: Lower end of the interval.
-        high: Upper end.
-        seeds: How many.
-    """
+    """How far one way is ahead of another, in points: the mean over so many seeds, and its interval."""
 
     mean: float
     low: float
@@ -42,12 +35,8 @@ class Gain:
 
 
 def gains(first: dict[int, ExitLogits], second: dict[int, ExitLogits], metric: str) -> dict[str, Gain] | None:
-    """S-avg (`avg`) and S-best (`best`) of the first less those of the second, by seed; None where they share no seed.
-
-    Args:
-        first, second: By seed, logits of the same test rows.
-        metric: A name in `WEIGHTED`.
-    """
+    """S-avg (`avg`) and S-best (`best`) of the first less those of the second, whose logits by seed are of the same
+    test rows; None where they share no seed."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None

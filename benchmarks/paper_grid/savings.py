@@ -23,11 +23,7 @@ GOALS: dict[str, dict[str, float]] = {"drop": {"max_score_drop": DROP}, "share":
 
 
 class Savings:
-    """The rules of runs. A calibration takes a while, so they are kept beside the runs.
-
-    Args:
-        store: The runs.
-    """
+    """The policies of stored runs. A calibration takes a while, so they are kept beside the runs."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.path = store, Path(store.root, "rules.json")

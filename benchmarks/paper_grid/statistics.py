@@ -12,17 +12,12 @@ LEVEL = 0.95
 
 @dataclass
 class Paired:
-    """The difference between two methods over what both have (seeds, or pairs of task and seed).
-
-    Args:
-        differences: One per pair.
-    """
+    """The differences between two methods over what both have: seeds, or pairs of task and seed."""
 
     differences: list[float]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
         return mean(self.differences)
 
     @property
@@ -42,11 +37,8 @@ class Paired:
         return f"{self.mean:+.1f} {bounds} ({len(self.differences)})"
 
     def verdict(self, expected: int = 1) -> str:
-        """Whether an ordering that the paper reports is found here.
-
-        Args:
-            expected: 1 where the paper has the first method ahead, -1 where the second is.
-        """
+        """Whether an ordering that the paper reports is found here; `expected` is 1 where it has the first method
+        ahead."""
         ahead = self.mean * expected > 0
         interval = self.interval
         if interval is None:

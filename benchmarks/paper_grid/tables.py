@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from common import markdown
 
 from paper_grid import published
 from paper_grid.curves import at
@@ -18,12 +19,6 @@ _COMBINED = {
     "badge_alternating": ("badge", "alternating"),
     "badge_gradient_equilibrium": ("badge", "gradient_equilibrium"),
 }
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _sides(records: list[Record]) -> list[tuple[str, str]]:
@@ -51,7 +46,7 @@ def table_1(settings: Settings, records: list[Record]) -> str:
         if len(rows) < 2:
             continue
         header = ["S-avg / S-best", *(task_title(settings, place[0]) for place in found)]
-        text += f"### {title_of(settings, backbone)}, backbone {mode}\n\n{markdown(header, rows)}\n"
+        text += f"### {title_of(settings, backbone)}, backbone {mode}\n\n{markdown(header, rows)}\n\n"
         text += _differences(settings, records, found)
     return text
 
@@ -76,7 +71,7 @@ def _differences(settings: Settings, records: list[Record], found: list[Place]) 
                 rows.append([*cells, together.text, *paper])
         if rows:
             header = [name, *(task_title(settings, p[0]) for p in found), "all pairs", "paper", "the paper's ordering"]
-            text += markdown(header, rows) + "\n"
+            text += markdown(header, rows) + "\n\n"
     note = (
         "Paired by seed: mean difference [95% interval, Student's t] (pairs). `all pairs` takes the pairs of all "
         "tasks together, as if tasks were alike.\n\n"

@@ -104,12 +104,9 @@ def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: 
 
 @torch.inference_mode()
 def clock(ways: dict[str, Rank], pool: Pool, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Times `rounds` queries with their first candidates, as many as each of `counts` says; the ways take turns.
-
-    Returns:
-        For each count and way: the `seconds` of each query, `kept`, whether its top k is that of the first way,
-        and the shares of blocks `saved`.
-    """
+    """Times `rounds` queries with their first candidates, as many as each of `counts` says; the ways take turns. For
+    each count and way: the `seconds` of each query, `kept`, whether its top k is that of the first way, and the shares
+    of blocks `saved`."""
     queries = [*pool.queries().values()][: rounds + 1]
     found: list[dict[str, Any]] = []
     for count in counts:

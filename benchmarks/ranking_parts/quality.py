@@ -25,16 +25,8 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranking:
-    """How the candidates of some queries were ranked.
-
-    Args:
-        answers: [N], the score of the exit at which each stopped.
-        stops: [N], its block.
-        full: [N], full depth's scores.
-        codes: [N], of the queries.
-        labels: [N], relevance.
-        blocks: M.
-    """
+    """How the candidates of some queries were ranked: of each [N] the score of the exit at which it stopped, its
+    block, full depth's score, the code of its query, relevance; and M."""
 
     answers: Array
     stops: Array
@@ -88,14 +80,8 @@ def _ranking(stored: ExitLogits, answers: Array, stops: Array) -> Ranking:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the queries of a pool choose for each k.
-
-    Args:
-        margins: (seed, k) -> of the exits.
-        own: k -> margins on the model's own head.
-        clusters: k -> threshold.
-        queries: How many have chosen.
-    """
+    """What so many queries of a pool choose: margins of the exits for a seed and k, and for each k margins on the
+    model's own head and the threshold of clusters."""
 
     margins: dict[tuple[int, int], EarlyExitConfig]
     own: dict[int, EarlyExitConfig]
@@ -116,12 +102,8 @@ class Settings:
 
 
 def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[str, Any]:
-    """What settings are worth on the queries of a pool.
-
-    Returns:
-        `rows`, one for each way, seed and k; `full`, relevance at full depth; `first_stage`, that of BM25; the numbers
-        of queries and candidates.
-    """
+    """What settings are worth on the queries of a pool: `rows`, one for each way, seed and k; `full`, relevance at
+    full depth; `first_stage`, that of BM25; the numbers of queries and candidates."""
     rows: list[Measured] = []
     head = test.of_head()
     for k in KS:

@@ -28,14 +28,8 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class PoolScores:
-    """The scores of a pool's N rows.
-
-    Args:
-        exits: [R, N, E] float32: of each seed's exits, full depth last.
-        numbers: Block numbers of the exits, E.
-        head: [N, M] float32: of the model's own head, put behind each block.
-        pool: The pool.
-    """
+    """The scores of a pool's N rows, float32: [R, N, E] of each seed's exits, full depth last, whose block numbers are
+    `numbers`, and [N, M] of the model's own head, put behind each block."""
 
     exits: np.ndarray
     numbers: list[int]

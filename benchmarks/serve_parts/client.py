@@ -17,16 +17,9 @@ FAILED = 0  # the status of a request that ended without one
 
 @dataclass
 class Sent:
-    """A request and what came of it.
-
-    Args:
-        at: Second at which it was to be sent.
-        lag: Seconds by which it was sent later: the client's own.
-        seconds: From `at` until the answer was there.
-        status: Of HTTP, or `FAILED`.
-        rows: Places of its texts.
-        content: Of the answer.
-    """
+    """A request and what came of it: the second at which it was to be sent, by how much later the client sent it, the
+    seconds from `at` until the answer was there, HTTP's status or `FAILED`, the places of its texts, and the
+    answer."""
 
     at: float
     lag: float

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from latency_parts.tables import markdown
+from common import markdown, verdict
 
 from serve_parts.client import bodies, saturate
 from serve_parts.service import Running, empty_command, serve_command
@@ -30,19 +30,12 @@ Ask = Callable[[str], dict[str, float]]
 def measure(
     adapter: str, texts: Sequence[str], rounds: int, each: int, seconds: float, log: Path
 ) -> Iterator[dict[str, Any]]:
-    """The ways of each proxy side by side, and how many texts its service answers at most.
-
-    Args:
-        adapter: To serve.
-        texts: To ask for.
-        rounds: How often each way has its turn.
-        each: Texts of a turn.
-        seconds: In which as many texts are sent as are answered.
-        log: File for the output of the services.
+    """The ways of each proxy side by side, `each` texts a turn, and how many texts its service answers in some seconds
+    in which as many are sent as are answered.
 
     Returns:
-        `overhead`: of each way quantiles in milliseconds (`p50`, `p95`), and medians of what `Server-Timing` says and
-        of the processor's milliseconds; `most`: by proxy, texts per second at the adapter's own setting.
+        `ways`: of each way quantiles in milliseconds (`p50`, `p95`), and medians of what `Server-Timing` says and of
+        the processor's milliseconds; `most`: by proxy, texts per second at the adapter's own setting.
     """
     found: dict[str, list[dict[str, float]]] = {}
     most: dict[str, float] = {}
@@ -64,7 +57,7 @@ def measure(
                 found.setdefault(name, []).extend(taken)
             service.change(early_exit=own)
             most[behind.strip() or "Ray's own proxy"] = texts_per_second(service, texts, seconds)
-        yield {"overhead": {name: summary(taken) for name, taken in found.items()}, "most": most}
+        yield {"ways": {name: summary(taken) for name, taken in found.items()}, "most": most}
 
 
 def in_turn(
@@ -153,7 +146,7 @@ def _cpu_seconds(service: Running) -> float:
 
 def section(data: dict[str, Any]) -> list[str]:
     """Of the page: the table, and what of the difference is whose."""
-    found, most, where = data["overhead"], data["most"], data["overhead_environment"]
+    found, most, where = data["ways"], data["most"], data["environment"]
     columns = {"total": "in the replica", "body": "of it the body", "model": "the model"}
     head = ["one text at a time", "p50, ms", "p95, ms", *columns.values(), "processor, ms"]
     rows = []
@@ -167,7 +160,7 @@ def section(data: dict[str, Any]) -> list[str]:
         added = own["p50"] - model
         said.append(
             f"With {proxy} the service adds {added:.1f} ms at the median to the model's own time (the target was 3 "
-            f"ms: {'reached' if added <= 3 else 'missed'}). Of these HTTP, FastAPI and Ray Serve take {empty:.1f} ms "
+            f"ms: {verdict(added <= 3)}). Of these HTTP, FastAPI and Ray Serve take {empty:.1f} ms "
             f"without a model; the model itself takes {late - model:.1f} ms longer after a pause, and "
             f"{own['model'] - late:.1f} ms more in the replica; until Ray has handed over the body the replica waits "
             f"{own['body']:.2f} ms, and what it does beside that and the model takes "
@@ -175,7 +168,7 @@ def section(data: dict[str, Any]) -> list[str]:
         )
     speeds = ", ".join(f"{value:.0f} {name if name == BEHIND[1:] else f'with {name}'}" for name, value in most.items())
     return [
-        markdown((head, rows)),
+        markdown(head, rows),
         "",
         " ".join(said),
         "",

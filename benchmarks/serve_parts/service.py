@@ -20,13 +20,8 @@ TOKEN = "of-the-benchmark"
 
 
 class Running:
-    """A service: `badge-peft serve`, or the empty deployment.
-
-    Args:
-        command: What follows `python`; the port is added.
-        log: File for its output.
-        environment: Beside that of this process.
-    """
+    """A service, `badge-peft serve` or the empty deployment: what follows `python` (the port is added), a file for its
+    output, and an environment beside that of this process."""
 
     def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
