@@ -13,20 +13,18 @@ in each of the `FORMS`. The last form is what is saved, and what the page is abo
 from __future__ import annotations
 
 import argparse
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Results, describe, fit, markdown, parser, read_lines, run, versions
+from common import Results, calibrated, describe, fit, markdown, parser, read_lines, run, versions
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from badge_peft import BadgeConfig, ExitLogits, collect_exit_logits, load_pretrained
-from badge_peft.evaluation import calibrate, evaluate_policy, exit_scores, measure_latency
+from badge_peft.evaluation import evaluate_policy, exit_scores, measure_latency
 from badge_peft.training import cache_states
 from badge_peft.workflows.evaluate import recorded_fields
 
@@ -56,13 +54,11 @@ def measure(options: argparse.Namespace, results: Results) -> None:
 def train(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Trains exits of each form on the same states, chooses how to stop on the validation rows, saves the last form's
     adapter; returns the scores on test rows."""
-    start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="right")
     rows, labels = rows_of(folder, tokenizer, options)
     model = with_exits(FORMS[options.forms[-1]], tokenizer, labels, options)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16):
         states = {name: cache_states(model, rows[name], dtype="float32", progress=True) for name in SPLITS}
-    cached = time.perf_counter() - start
     forms: dict[str, Any] = {}
     for form in options.forms:
         model = with_exits(FORMS[form], tokenizer, labels, options)
@@ -71,14 +67,13 @@ def train(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
         found = {name: collect_exit_logits(model, rows[name], cached_states=states[name]) for name in SPLITS[1:]}
         forms[form] = scores_of(found)
         print(f"{out.name}, {form}: {forms[form]}", flush=True)
-    chosen = calibrate(found["validation"], options.policy, max_score_drop=DROP)
+    chosen = calibrated(found["validation"], options.policy, max_score_drop=DROP)
     model.set_early_exit_config(chosen)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     scores, point = exit_scores(found["test"]), evaluate_policy(found["test"], chosen)
     result = {
         "rows": {name: len(rows[name]) for name in SPLITS},
-        "num_blocks": found["test"].depth,
         "exit_layers": scores.exit_layers,
         "per_exit": scores.per_exit,
         "avg": scores.avg,
@@ -88,8 +83,6 @@ def train(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "score": point.score,
         "layer_speedup": point.layer_speedup,
         "settings": {name: getattr(options, name) for name in ("epochs", "lr", "bf16", "seed", "length")},
-        "states": {"seconds": cached, "bytes": sum(kept.nbytes for kept in states.values())},
-        "seconds": time.perf_counter() - start,
         "environment": describe(options.threads),
     }
     print(f"{out.name}: best {scores.best:.4f}, {point.score:.4f} at {point.layer_speedup:.1%} saved", flush=True)
@@ -109,11 +102,9 @@ def scores_of(found: dict[str, ExitLogits]) -> dict[str, Any]:
     """The mean and best of all exits on test rows, and the score at shares of the blocks saved by `max_prob`, whose
     thresholds the validation rows choose."""
     scores, most = exit_scores(found["test"]), 1 - found["test"].exits[0] / found["test"].depth
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where a fixed depth is as good
-        goals = [goal for goal in GOALS if goal <= most]
-        rules = {goal: calibrate(found["validation"], "max_prob", target_blocks_saved=goal) for goal in goals}
-    saved = {str(goal): evaluate_policy(found["test"], rule).score for goal, rule in rules.items()}
+    goals = [goal for goal in GOALS if goal <= most]
+    chosen = {goal: calibrated(found["validation"], "max_prob", target_blocks_saved=goal) for goal in goals}
+    saved = {str(goal): evaluate_policy(found["test"], config).score for goal, config in chosen.items()}
     return {"avg": scores.avg, "best": scores.best, "saved": saved}
 
 
@@ -123,14 +114,12 @@ def clock(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = rows_of(folder, tokenizer, options)[0]["test"].select(range(options.time))
     found = measure_latency(model, rows, warmup=5)
-    labels = np.asarray(rows["labels"])
     return {
         "rows": len(found),
         "full_ms": found.full_depth_mean_ms,
         "mean_ms": found.mean_ms,
         "time_saved": found.speedup_paper,
         "layer_speedup": found.layer_speedup,
-        "score": float((labels == np.asarray(found.predictions)).mean()),
         "environment": describe(options.threads),
     }
 

@@ -17,17 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Results, markdown, parser, read_lines, run
+from common import Results, calibrated, markdown, parser, read_lines, run
 
 from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import ExitLogits, calibrate
+from badge_peft.evaluation import ExitLogits
 from badge_peft.serving import ExitMonitor
 
 SHARES = (0.1, 0.3, 1.0)
@@ -106,9 +105,7 @@ def measure_task(pool: ExitLogits, others: dict[str, ExitLogits], options: argpa
     size = options.calibration_rows
     for draw in range(options.draws):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = calibrate(pool.select(order[:size]), "divergence", max_score_drop=0.01)
+        config = calibrated(pool.select(order[:size]), "divergence", max_score_drop=0.01)
         traffic = pool.select(order[size:])
         quiet = min(options.rows, len(traffic))
         found.setdefault("undisturbed/0", []).append(rows_until_alarm(config, traffic, traffic, 0.0, 0, quiet, draw))

@@ -46,7 +46,8 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             forced = build(SIZES[name], options.lengths)
             sessions = Sessions(forced, Path(options.cache or temporary) / name, options.threads)
             for device in options.devices:
-                forced.to(device)
+                for model in (forced.stock, forced.model, forced.outside):
+                    model.to(device)
                 for experiment in experiments if device == "cpu" else [e for e in experiments if e in ON_CUDA]:
                     _measure(name, Bench(forced, sessions, device, 0), experiment, options, results)
 

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Results, markdown, parser, run
+from common import Results, calibrated, markdown, parser, run
 
 from badge_peft import EarlyExitConfig
-from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
+from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores
 from badge_peft.evaluation.tradeoff import search
 
 ALLOWED = 0.01
@@ -66,20 +65,10 @@ def chosen_on_itself(rows: ExitLogits, policy: str) -> EarlyExitConfig:
     return max(good, key=lambda p: (p.layer_speedup, p.score)).config
 
 
-def cross_fitted(rows: ExitLogits, policy: str) -> EarlyExitConfig:
-    """What `calibrate` returns."""
-    return calibrate(rows, policy, max_score_drop=ALLOWED)
-
-
-def best_exit(rows: ExitLogits, policy: str) -> EarlyExitConfig:
-    """The exit with the best score, for every row."""
-    return EarlyExitConfig(policy="fixed_depth", depth=exit_scores(rows).best_exit)
-
-
 METHODS: dict[str, Callable[[ExitLogits, str], EarlyExitConfig]] = {
     "on itself": chosen_on_itself,
-    "calibrate": cross_fitted,
-    BEST_EXIT: best_exit,
+    "calibrate": lambda rows, policy: calibrated(rows, policy, max_score_drop=ALLOWED),
+    BEST_EXIT: lambda rows, _: EarlyExitConfig(policy="fixed_depth", depth=exit_scores(rows).best_exit),
 }
 
 
@@ -115,10 +104,7 @@ def draw_sets(pool: ExitLogits, size: int, policy: str, draws: int, methods: lis
         rows, test = pool.select(order[:size]), pool.select(order[size:])
         best = exit_scores(test).best
         for name in methods:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                config = METHODS[name](rows, policy)
-            point = evaluate_policy(test, config)
+            point = evaluate_policy(test, METHODS[name](rows, policy))
             found[name]["excess"].append(round(100 * (best - point.score - ALLOWED), 4))
             found[name]["speedup"].append(round(point.layer_speedup, 5))
     return found

@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
-from common import Results, describe, machine, markdown, parser, run
+from common import Results, calibrated, describe, machine, markdown, parser, run
 
 from badge_peft import EarlyExitConfig, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe as describe_policy
-from badge_peft.evaluation import calibrate
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.goal import Goal
@@ -62,12 +60,9 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     logits = {name: collect_exit_logits(adapter.model, part, 64) for name, part in rows.items()}
     test, validation = logits["test"], logits["validation"]
     policies = {"within a point": EarlyExitConfig.of(adapter.early_exit_config(), calibration=None)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where a fixed depth is as good
-        goals = [goal for goal in GOALS if goal <= 1 - test.exits[0] / test.depth]
-        policies |= {
-            f"{g:.0%} saved": calibrate(validation, "auto", target_blocks_saved=g, metric=METRIC) for g in goals
-        }
+    goals = [goal for goal in GOALS if goal <= 1 - test.exits[0] / test.depth]
+    for goal in goals:
+        policies[f"{goal:.0%} saved"] = calibrated(validation, "auto", target_blocks_saved=goal, metric=METRIC)
     timed_rows = rows["test"].select(range(min(options.rows, len(rows["test"]))))
     points = []
     for name, config in policies.items():

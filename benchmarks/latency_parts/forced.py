@@ -67,12 +67,6 @@ class Forced:
         """`input_ids` and `attention_mask` [B, S] of rows that leave at `exits` (2 to M); no padding."""
         return make_batch(self.size, exits, length, seed)
 
-    def to(self, device: str) -> Forced:
-        """Moves both models."""
-        for model in (self.stock, self.model, self.outside):
-            model.to(device)
-        return self
-
 
 def add_copy(forced: Forced, name: str) -> None:
     """Gives the model an adapter of the same weights and rule as its first under another name."""
@@ -96,7 +90,8 @@ def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced
     base = make_base(size)
     weights = _fit(shared_copy(base), size, lengths)  # transformers leaves hooks behind where it has captured states
     stock = copy.deepcopy(base) if with_stock else base
-    outside = without_blocks(base)
+    outside = shared_copy(base)
+    outside.bert.encoder.layer = torch.nn.ModuleList()
     config = badge_peft.BadgeConfig(train_head=False, early_exit=dict(RULE))
     model = peft.get_peft_model(base, config).eval()
     _install(model, weights)
@@ -117,13 +112,6 @@ def make_base(size: Size) -> BertForSequenceClassification:
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[: size.blocks + 1] *= _LOUD
     return model
-
-
-def without_blocks(model: BertForSequenceClassification) -> BertForSequenceClassification:
-    """The same weights without the blocks between embeddings and pooler."""
-    bare = shared_copy(model)
-    bare.bert.encoder.layer = torch.nn.ModuleList()
-    return bare
 
 
 def shared_copy(model: Any) -> Any:

@@ -41,13 +41,12 @@ is outside is the time of the same model with its list of blocks emptied, which 
 every round; a *ratio to the limit* is time / limit within a round. ONNX Runtime sessions do
 not spin (`session.intra_op.allow_spinning` = 0) and have `inter_op_num_threads` = 1: idle threads that spin take cores
 from whatever runs next, and spoil both. Int8 against stock PyTorch is measured call after call, as in a service: each
-call is made twice and the second counts. Beside it stands a call right after a pass of the stock model, whose weights
-have driven its own out of the caches."""
+call is made twice and the second counts."""
 
 _CAUSES = """The times above, batch 1, as straight lines over the block k at which a row leaves (least squares):
 *outside of the blocks* is where the line of `fixed_depth` starts (embeddings, masks, the call), *a block* its slope,
-*an exit and its decision* how much steeper the line of DGE is. *Stock* is what remains of the stock model's time when the first
-is taken from it, per block.
+*an exit and its decision* how much steeper the line of DGE is. *Stock* is what remains of the stock model's time when
+the first is taken from it, per block.
 
 A row that leaves at block k pays for all that is outside of the blocks, but the ratio allows it k/M of that: at block
 2 of 12 this alone is 5/6 of the first number over the time of two blocks. The rest of a ratio above 1 is the exit and

@@ -20,7 +20,6 @@ ALL_EXITS, NONE_TAKEN = "full depth, all exits", "early exit, nobody leaves"
 DGE, FIXED = "leaves by DGE", "leaves at a fixed depth"
 MIXED, TOGETHER = "each row leaves on its own", "the batch leaves together"
 HALF_WAY = "ONNX Runtime int8, leaves half-way"
-HALF_WAY_COLD = "the same, right after a pass of stock PyTorch"
 _PAUSE = 0.01  # seconds between two runtimes
 
 Row = dict[str, Any]
@@ -142,8 +141,7 @@ def onnx_batches(bench: Bench, count: int, length: int) -> list[Row]:
 
 def int8_against_stock(bench: Bench, count: int, length: int) -> list[Row]:
     """Against stock PyTorch at full depth: the int8 file leaving at block M/2, and the plain int8 file, call after
-    call as in a service, then the former once more right after a pass of the stock model, whose weights have driven
-    its own out of the caches. `times_faster` is the quotient."""
+    call as in a service. `times_faster` is the quotient."""
     half = [max(2, bench.last // 2)] * count
     batch = bench.batch(half, length)
     stock, inputs = partial(bench.forced.stock, **batch), to_numpy(batch)
@@ -153,7 +151,6 @@ def int8_against_stock(bench: Bench, count: int, length: int) -> list[Row]:
         Case(PLAIN_INT8, partial(bench.sessions.plain(True), **inputs), None, True),
     ]
     rows = bench.rows(warm, batch, STOCK, stock, pause=_PAUSE, settle=True)
-    rows += bench.rows([Case(HALF_WAY_COLD, call, half, True)], batch, STOCK, stock, pause=_PAUSE)
     return [{**row, "times_faster": 1 / row["ratio"]} for row in rows]
 
 

@@ -24,11 +24,6 @@ class TaskData:
     num_labels: int
     digest: str
 
-    @property
-    def problem_type(self) -> str:
-        """As transformers has it."""
-        return "regression" if self.num_labels == 1 else "single_label_classification"
-
 
 def load_task(settings: dict[str, Any], data_dir: str | Path | None, tokenizer: Any) -> TaskData:
     """Reads, cuts and tokenizes the task of a run."""

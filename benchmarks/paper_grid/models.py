@@ -37,7 +37,8 @@ def find_backbone(backbone: Backbone, model_dir: str | Path | None) -> str:
 def make_model(settings: dict[str, Any], path: str, data: TaskData) -> Any:
     """The PEFT model of a run, fresh. A single exit at depth m is the final exit of a backbone of m blocks: nothing
     behind it is computed."""
-    config = AutoConfig.from_pretrained(path, num_labels=data.num_labels, problem_type=data.problem_type)
+    problem = "regression" if data.num_labels == 1 else "single_label_classification"
+    config = AutoConfig.from_pretrained(path, num_labels=data.num_labels, problem_type=problem)
     found = getattr(config, "num_hidden_layers", settings["blocks"])
     if found != settings["blocks"]:
         raise ValueError(f"backbone {settings['backbone']!r} has {found} blocks, the grid says {settings['blocks']}.")

@@ -7,7 +7,6 @@ answers the others.
 from __future__ import annotations
 
 import json
-import warnings
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, verdict
+from common import calibrated, markdown, verdict
 
 from badge_peft.early_exit.policies import POLICIES
-from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy
+from badge_peft.evaluation import ExitLogits, evaluate_policy
 from badge_peft.utils.files import write_json
 from paper_grid.forms import CARRY, is_of
 from paper_grid.records import Record, gather
@@ -68,9 +67,7 @@ def _answers(pool: ExitLogits, size: int, record: Record) -> dict[str, dict[str,
     chosen_on, others = pool.select(rows[:size]), pool.select(rows[size:])
     metric, found = record.settled["metric"], {}
     for policy in ("auto", *singles(pool.kind)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a fixed depth won is an answer like any other
-            config = calibrate(chosen_on, policy, target_blocks_saved=SAVED, metric=metric)
+        config = calibrated(chosen_on, policy, target_blocks_saved=SAVED, metric=metric)
         point = evaluate_policy(others, config, metric)
         found[policy] = {"score": 100 * point.score, "saved": point.layer_speedup}
     return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import calibrated
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import ExitLogits, calibrate, exit_scores
+from badge_peft.evaluation import ExitLogits, exit_scores
 from badge_peft.utils.files import write_json
 from paper_grid.records import Record
 from paper_grid.store import Store
@@ -34,9 +34,7 @@ class Savings:
         rules = self._kept.setdefault(record.result["key"], {})
         if goal not in rules:
             validation = self.store.logits(record.settled, "validation")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # few rows: the careful setting that is returned then counts
-                found = calibrate(validation, "auto", metric=record.settled["metric"], **GOALS[goal])
+            found = calibrated(validation, "auto", metric=record.settled["metric"], **GOALS[goal])
             rules[goal] = EarlyExitConfig.of(found, calibration=None).to_dict()
             write_json(self.path, self._kept)
         return EarlyExitConfig.of(rules[goal])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 from statistics import mean, median, stdev
 
 from scipy import stats
@@ -49,10 +51,11 @@ class Paired:
         return "does **not** hold: " + ("the opposite, clearly" if clear else "no gain here, the interval includes 0")
 
 
-def paired(first: dict[object, float], second: dict[object, float]) -> Paired | None:
-    """`first` minus `second` over the keys that both have; None where there are none."""
-    keys = [k for k in first if k in second]
-    return Paired([first[k] - second[k] for k in keys]) if keys else None
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | None:
+    """`first` minus `second` over the keys that both have; None where there are none, or none that is a number."""
+    found = [first[k] - second[k] for k in first if k in second]
+    found = [difference for difference in found if not isnan(difference)]
+    return Paired(found) if found else None
 
 
 def summary(scores: dict[int, float]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import time
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ class Workshop:
         self._data: dict[str, TaskData] = {}
         self._tokenizers: dict[str, Any] = {}
         self._states = SharedStates(store.root)
+        logging.set_verbosity_error()  # no word about weights that a fresh head does not find
+        logging.disable_progress_bar()
 
     def path(self, run: dict[str, Any]) -> str:
         """Where the run's backbone is."""
@@ -108,7 +109,7 @@ class Workshop:
         data alone."""
         start = time.perf_counter()
         data = self.data(run)
-        with self.store.scratch() as folder, quiet():
+        with self.store.scratch() as folder:
             set_seed(run["seed"])
             model = make_model(run, self.path(run), data)
             splits = ("validation",) if run["purpose"] == "search" else ("validation", "test")
@@ -159,15 +160,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-@contextmanager
-def quiet() -> Any:
-    """No word about weights that a fresh head does not find, and no progress bars of loading."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

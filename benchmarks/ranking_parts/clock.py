@@ -63,14 +63,18 @@ def runners(model: Path, adapter: Path, work: Path, max_length: int, threads: in
         names = [entry.name for entry in session.get_inputs()]
         return in_batches(lambda batch: session.run(["logits"], {name: batch[name].numpy() for name in names})[0])
 
+    def early(query: str, documents: list[str]) -> Ranked:
+        answers, report = ours.rank(query, documents, TOP_K, return_report=True)
+        return _numbers(answers, report.blocks_saved)
+
     found: dict[str, Rank] = {
         "PyTorch, stock": in_batches(lambda batch: stock(**batch).logits.numpy()),
         "sentence-transformers `rank`": lambda q, documents: _numbers(theirs.rank(q, documents, top_k=TOP_K)),
-        "PyTorch, early exits": _with_report(ours),
+        "PyTorch, early exits": early,
     }
     for int8 in (False, True):
-        plain, early = _files(work, int8)
-        graph = OnnxReranker.from_pretrained(early, threads=threads)
+        plain, exits = _files(work, int8)
+        graph = OnnxReranker.from_pretrained(exits, threads=threads)
         name = f"ONNX Runtime{' int8' if int8 else ''}"
         found[f"{name}, stock"] = of(open_session(plain, threads))
         found[f"{name}, early exits"] = lambda q, d, graph=graph: _numbers(graph.rank(q, d, TOP_K))  # type: ignore[misc]
@@ -79,14 +83,6 @@ def runners(model: Path, adapter: Path, work: Path, max_length: int, threads: in
 
 def _numbers(answers: list[dict[str, Any]], saved: float | None = None) -> Ranked:
     return [int(answer["corpus_id"]) for answer in answers], saved
-
-
-def _with_report(reranker: EarlyExitReranker) -> Rank:
-    def rank(query: str, documents: list[str]) -> Ranked:
-        answers, report = reranker.rank(query, documents, TOP_K, return_report=True)
-        return _numbers(answers, report.blocks_saved)
-
-    return rank
 
 
 def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: list[str]) -> Ranked:

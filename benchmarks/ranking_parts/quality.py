@@ -110,9 +110,7 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
         for i, seed in enumerate(seeds):
             rows += _of_exits(chosen.margins[seed, k], test.of_seed(i), k, seed)
         rows.append({"way": "margins on the model's own head", **ranked_by(head, chosen.own[k]).measure(k)})
-        threshold = chosen.clusters[k]
-        found = ranked_by_clusters(head, k, threshold).measure(k)
-        rows.append({"way": "clusters", "threshold": threshold, **found})
+        rows.append({"way": "clusters", **ranked_by_clusters(head, k, chosen.clusters[k]).measure(k)})
     labels, groups = test.pool.labels, test.pool.groups
     full = ranking_scores(test.full, labels, groups)
     first = ranking_scores(test.pool.first_stage(), labels, groups)
@@ -122,7 +120,6 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
         "first_stage": {"ndcg": first.ndcg, "mrr": first.mrr},
         "calibration_queries": chosen.queries,
         "queries": len(test.pool.queries()),
-        "relevant_queries": full.queries,
         "candidates": len(test.pool) / len(test.pool.queries()),
         "correlations": [rank_correlation(test.exits[i], test.of_seed(i).groups.numpy()) for i in range(len(seeds))],
         "exits": test.numbers,
@@ -132,12 +129,11 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
 def _of_exits(config: EarlyExitConfig, test: ExitLogits, k: int, seed: int) -> list[Measured]:
     """Margins on exits, and one depth for all candidates: the exit that costs most nearly the same."""
     found = ranked_by(test, config)
-    record: Any = config.calibration
     mean = float(found.stops.mean())
     depth = min((number for number in test.exits if number), key=lambda number: abs(number - mean))
     fixed = EarlyExitConfig(policy="fixed_depth", depth=depth, top_k=k)
     return [
-        {"way": "exits", "seed": seed, "held_out": record["held_out"], **found.measure(k)},
+        {"way": "exits", "seed": seed, **found.measure(k)},
         {"way": "one depth", "seed": seed, "depth": depth, **ranked_by(test, fixed).measure(k)},
     ]
 

@@ -15,13 +15,14 @@ import psutil
 from common import markdown, verdict
 
 from serve_parts.client import bodies, saturate
-from serve_parts.service import Running, empty_command, serve_command
+from serve_parts.service import Running, serve_command
 
 BARE, PAUSED = "the model, in one process", "the same, each text after a pause"
 EMPTY, SERVICE = "the empty deployment", "the service"
 DEPTH = ", full depth"
 BEHIND = " behind HAProxy"
 _PAUSE = 0.015  # seconds, about what HTTP and Ray take between two passes of the service
+_EMPTY = str(Path(__file__).with_name("empty.py"))
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
 Ask = Callable[[str], dict[str, float]]
@@ -43,7 +44,7 @@ def measure(
     for behind in ("", BEHIND):
         environment = {_HAPROXY: "1" if behind else "0"}
         with ExitStack() as stack:
-            empty = stack.enter_context(Running(empty_command(), log.with_suffix(".empty"), environment))
+            empty = stack.enter_context(Running([_EMPTY], log.with_suffix(".empty"), environment))
             service = stack.enter_context(Running(serve_command(adapter), log, environment))
             own = service.change()["early_exit"]["default"]
             service.change(early_exit={"policy": "never"})

@@ -78,8 +78,3 @@ class Running:
 def serve_command(adapter: str, *options: str) -> list[str]:
     """`badge-peft serve`."""
     return ["-m", "badge_peft.cli", "serve", adapter, *options]
-
-
-def empty_command() -> list[str]:
-    """The empty deployment."""
-    return [str(Path(__file__).with_name("empty.py"))]

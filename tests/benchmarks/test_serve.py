@@ -185,7 +185,7 @@ def test_the_load_test_and_its_page(running, tmp_path):
     page.parent.mkdir()
     assert serve.main([*options, "--docs", str(page)]) == 0
     text = page.read_text()
-    assert "beside it takes 0.75 ms" in text and "HAProxy" in text
+    assert "the model takes 0.50 ms" in text and "HAProxy" in text
     assert "BADGE, controller" in text and "2 times one of 2 replicas was killed" in text and "2 with 500" in text
     for picture in ("bursts", "day"):
         assert f"serving/{picture}.png" in text and (page.parent / "serving" / f"{picture}.png").stat().st_size > 1000
