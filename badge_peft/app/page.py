@@ -115,11 +115,7 @@ class Callbacks:
 
 def build_page(callbacks: Callbacks) -> Blocks:
     """The page of one adapter: a text with its exits in one tab, the trade-off in the other, the rule's sliders beside
-    both. The sliders are those that the rule has. Its endpoints are `answer`, `moved`, `curve` and `rule`.
-
-    Raises:
-        ModuleNotFoundError: gradio is not installed.
-    """
+    both. The sliders are those that the rule has. Its endpoints are `answer`, `moved`, `curve` and `rule`."""
     import gradio as gr
 
     start = [control.value for control in callbacks.controls]
@@ -161,11 +157,7 @@ def build_page(callbacks: Callbacks) -> Blocks:
 
 def launch(page: Blocks, host: str, port: int | None, share: bool) -> None:
     """Serves the page until it is stopped, at the first free port from 7860 on where none is given; `share` makes a
-    public link, too, through gradio's servers. Texts are kept nowhere, not in the browser either.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    public link, too, through gradio's servers. Texts are kept nowhere, not in the browser either."""
     # gradio 6 came to keep a history of runs in the browser; releases before that do not know the argument
     history = {"run_history": False} if "run_history" in signature(page.launch).parameters else {}
     page.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **history)

@@ -37,14 +37,7 @@ macros: Any = _environment.get_template("page.html").module
 
 
 def explanation(found: Explanation, names: Sequence[str], texts: Sequence[str], cut: str = "") -> str:
-    """The answer, why it was given where it was, and each exit as it came.
-
-    Args:
-        found: From `explain`.
-        names: Of the labels, by number.
-        texts: What was read.
-        cut: What to say of a text that was cut.
-    """
+    """The answer, why it was given where it was, and each exit as it came."""
     answer = _answer(found.answer, names, found.problem_type)
     return macros.explanation(found, texts, cut, answer, _bars(found, names))
 

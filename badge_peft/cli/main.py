@@ -53,11 +53,7 @@ def _run(tokens: Sequence[str] | None) -> None:
 
 
 def _meet(command: Callable[..., Any]) -> None:
-    """Meets the other processes, where several were started.
-
-    Raises:
-        ValueError: the command is for one process.
-    """
+    """Meets the other processes, where several were started."""
     name, size = command.__name__, distributed.env_rank_world()[1]
     if size > 1 and name not in DISTRIBUTED:
         raise ValueError(

@@ -51,11 +51,7 @@ def on_cpu() -> bool:
 
 
 def init_process_group() -> None:
-    """Meets the other processes; a second call does nothing.
-
-    Raises:
-        RuntimeError: they could not be met.
-    """
+    """Meets the other processes; a second call does nothing."""
     size = env_rank_world()[1]
     if size == 1 or rank_world()[1] > 1:
         return

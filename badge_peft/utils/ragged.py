@@ -48,9 +48,6 @@ class RaggedRows:
         Args:
             folder: Where a memory-mapped file goes; None: in memory. Several processes that each make the same call
                 with a folder share one file, and what one of them puts all of them read.
-
-        Raises:
-            OSError: there is none.
         """
         size = self._starts[-1]
         self.is_mapped = folder is not None

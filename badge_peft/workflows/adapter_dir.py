@@ -65,11 +65,7 @@ class Adapter:
         return next(self.model.parameters()).device
 
     def read(self, data: str | Path, columns: Columns = Columns()) -> TextDataset:
-        """Rows of a data set, in which a column that is not named is found as it was in training.
-
-        Raises:
-            ValueError: the rows are for another kind of task.
-        """
+        """Rows of a data set, in which a column that is not named is found as it was in training."""
         found = read_examples(data, columns, recorded=self.columns)
         check_kind(found, self.task == "tokens", "the adapter", data)
         return found
@@ -84,12 +80,7 @@ class Adapter:
 
     def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
         """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from
-        its own defaults: a threshold of one policy means nothing to another.
-
-        Raises:
-            ValueError: a field has a value that is not allowed, or that the policy does not read, or the policy does
-                not suit the model.
-        """
+        its own defaults: a threshold of one policy means nothing to another."""
         config = self._overridden(overrides)
         check_fits(config, self.badge.config_of(), self.badge.num_blocks)
         for name in self.unread(**overrides):
@@ -121,10 +112,6 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         path: A folder that `badge-peft train` or `save_pretrained` wrote, or a Hub repository.
         base_model: Folder or repository of the base model; None takes what the adapter names.
         device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
-
-    Raises:
-        OSError: there is no such adapter or base model.
-        ValueError: it is no BADGE adapter, or there is no tokenizer.
     """
     check_adapter(path)
     where = choose_device(device)
@@ -144,12 +131,7 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
 
 
 def check_adapter(path: str | Path) -> None:
-    """Refuses what cannot be an adapter, without loading anything.
-
-    Raises:
-        FileNotFoundError: it looks like a path and there is nothing.
-        ValueError: a folder without an adapter, or a file.
-    """
+    """Refuses what cannot be an adapter, without loading anything."""
     local = Path(path)
     if local.is_file():
         raise ValueError(f"{path} is a file: give the folder of an adapter.")
@@ -163,12 +145,7 @@ def check_adapter(path: str | Path) -> None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no local adapter, or not one of BADGE.
-    """
+    """The fields of `adapter_config.json`."""
     check_adapter(folder)
     path = Path(folder) / CONFIG
     if not path.exists():
@@ -198,22 +175,14 @@ def recorded_task(folder: str | Path, policy: Any = None) -> str:
 
 
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
-    """Puts `config` into `adapter_config.json`; all else in the file stays, and a reader sees the old file or the new.
-
-    Raises:
-        ValueError: `folder` is no local adapter.
-    """
+    """Puts `config` into `adapter_config.json`, of which all else stays; a reader sees the old file or the new."""
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
     write_json(Path(folder) / CONFIG, data)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; None: a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device of this name; None: a GPU where there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
     try:

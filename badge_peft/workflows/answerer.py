@@ -51,10 +51,6 @@ class Answerer:
         tokens: Whether a text may be a list of tokens.
         by_query: Whether the rows of a query belong together.
         identity: Weights and settings as JSON: equal ones give equal answers.
-
-    Raises:
-        OSError: as `open_adapter` and `open_tasks`.
-        ValueError: as these, or an override that is not allowed.
     """
 
     def __init__(self, answering: Answering) -> None:

@@ -66,10 +66,6 @@ def bench_adapter(
         The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
         `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind) and
         `answers_as_full_depth`.
-
-    Raises:
-        ImportError: ONNX Runtime is wanted and not installed, or torch is too old to export.
-        ValueError: a wrong argument, or a policy that ONNX cannot express.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         check_int(name, value, at_least=1)

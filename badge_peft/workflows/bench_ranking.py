@@ -40,21 +40,7 @@ def bench_rankings(
     threads: int | None = None,
     onnx: bool = True,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, query by query, in turn; in ONNX Runtime, too.
-
-    Args:
-        adapter: From `open_adapter`.
-        examples: From `Adapter.read`; queries are timed until they have `limit` candidates.
-        config: How candidates leave; None takes the adapter's own.
-        limit: Of candidates.
-        batch_size: Candidates in a block at once, sorted by length, with exits and without. (With early exits in ONNX
-            Runtime a query is one call, and the file says how many.)
-        threads: Of torch and of each session; None takes torch's own number.
-        onnx: Whether to export and time ONNX Runtime, too.
-
-    Returns:
-        As `bench_adapter`: times are those of a query, `score` is the share of queries with full depth's top k.
-    """
+    """Times the model without exits and with them, query by query, in turn; in ONNX Runtime, too."""
     config = config or adapter.early_exit_config()
     queries: dict[str, list[int]] = {}
     for i, query in enumerate(examples.queries()):

@@ -29,23 +29,7 @@ def bench_tasks(
     """Times one pass for all tasks, a call for each of them, and a full model for each, in PyTorch, on the same texts.
 
     All take turns batch by batch, in changing order, each with the same number of threads; times are those of the
-    model's calls alone, without the tokenizer.
-
-    Args:
-        stack: From `open_tasks`.
-        examples: The first `limit` are timed.
-        configs: How each task stops.
-        limit: Of rows.
-        batch_size: Texts at once; times are then those of a batch.
-        threads: Of torch; None leaves torch's own number.
-
-    Returns:
-        The settings, and under `results` one dict per way: `name`, `p50_ms`, `p95_ms`, `examples_per_s`, and `blocks`,
-        how many a text goes through on average.
-
-    Raises:
-        ValueError: a wrong argument.
-    """
+    model's calls alone, without the tokenizer."""
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         check_int(name, value, at_least=1)
     shared, names = stack.shared, stack.names

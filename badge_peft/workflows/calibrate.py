@@ -42,10 +42,6 @@ def calibrate_adapter(
 
     Returns:
         The config, what `measure` says of it, and what the calibration warned of.
-
-    Raises:
-        OSError: something is not there.
-        ValueError: something is not what it should be; nothing has been written then.
     """
     check_policy_name(goal.policy, "auto")
     config = read_config(folder)
@@ -71,11 +67,7 @@ def choose(
     exit_logits: ExitLogits, goal: Goal, metric: str | None = None, costs: CostModel | None = None
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """The config that `calibrate` chooses (of rows with queries, `calibrate_ranking`), what `measure` says of it, and
-    what the calibration warned of.
-
-    Raises:
-        ValueError: the goal is out of reach, or does not suit the data.
-    """
+    what the calibration warned of."""
     if exit_logits.groups is not None:
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []

@@ -42,17 +42,7 @@ class TextFiles:
 
 def chunks_of(files: TextFiles, number: int, size: int) -> Iterator[dict[str, Any]]:
     """One file in chunks of `size` texts; the last may have fewer, and is there for an empty file, too. Where the rows
-    of a query belong together, a chunk goes on to the end of its last query.
-
-    Args:
-        files: One of them is read.
-        number: Which.
-        size: In texts.
-
-    Returns:
-        Of each chunk `file`, the number; `start`, how many texts came before; `last`, whether none come after;
-        `texts`, as JSON; and `error`, why the file cannot be read any further, empty where it can.
-    """
+    of a query belong together, a chunk goes on to the end of its last query."""
     start, chunk = 0, list[Pair]()
     try:
         with closing(files.read(number)) as texts:  # type: ignore[type-var]  # a generator

@@ -41,17 +41,7 @@ def find_columns(
     holds_text: Callable[[str], bool] = lambda column: True,
 ) -> Names:
     """The columns that are named, else those of the adapter's training, else those with a usual name, in any case:
-    first those of a pair.
-
-    Args:
-        columns: Of the data.
-        wanted: What the user named; labels are looked for where it is a `Columns`.
-        recorded: What training recorded of its own columns.
-        holds_text: Whether a column may hold texts: the only one that does needs no usual name.
-
-    Raises:
-        ValueError: there is no such column, several may hold the texts, or an adapter of pairs has no second texts.
-    """
+    first those of a pair."""
     recorded = recorded or {}
     known = {key: column for key, column in recorded.items() if column in columns}
     label = _named(columns, wanted.label_column, "label") if isinstance(wanted, Columns) else None

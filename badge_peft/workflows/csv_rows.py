@@ -11,16 +11,7 @@ from typing import Any, TextIO
 
 def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
     """What stands between columns, and the rows by the names of these: of two columns `text` the second is `text.1`,
-    as pandas has it. Blank lines are passed over, and values that are missing at the end of a row are None.
-
-    Args:
-        file: Opened with `newline=""`.
-        tabs: Whether the columns are known to stand between tabs.
-
-    Raises:
-        ValueError: while rows are read, a row with more values than there are columns, or a quote without an end.
-        csv.Error: while rows are read, what is no csv file.
-    """
+    as pandas has it. Blank lines are passed over, and values that are missing at the end of a row are None."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # pandas takes more than 131,072 characters
     header = next((line for line in file if line.strip("\r\n")), "")
     delimiter = delimiter_of(header, tabs)

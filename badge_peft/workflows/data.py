@@ -111,10 +111,6 @@ def read_examples(
         training: Which split is read where none is named: `train`, else `test`, `validation` or what there is.
         recorded: `TextDataset.columns` of the adapter's training data: a column that is not named is the one that has
             this name, where there is one.
-
-    Raises:
-        FileNotFoundError: `source` looks like a path and there is no such file.
-        ValueError: it cannot be read, or lacks a column, a split or any text; the message says what there is.
     """
     if columns.unlabeled and columns.label_column is not None:
         raise ValueError(

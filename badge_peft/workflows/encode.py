@@ -15,16 +15,7 @@ from badge_peft.workflows.data import TextDataset
 
 def load_tokenizer(path: str, model: Any, max_length: int | None = None) -> Any:
     """The tokenizer in a folder or Hub repository. It cuts texts at `max_length`, at its own limit or the model's,
-    whichever is least, and is saved with that limit.
-
-    Args:
-        path: Folder or repository.
-        model: That will read the texts; its config gets a padding token where it has none.
-        max_length: Tokens per text; None takes what the model can read.
-
-    Raises:
-        ValueError: there is none, or one without a vocabulary.
-    """
+    whichever is least, and is saved with that limit."""
     remedy = "Save it there with tokenizer.save_pretrained, or name where it is with --tokenizer."
     if not has_tokenizer(path):
         raise ValueError(f"{path} holds no tokenizer. {remedy}")

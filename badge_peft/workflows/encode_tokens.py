@@ -18,16 +18,7 @@ from badge_peft.workflows.kinds import check_one_text
 
 def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None = None) -> Dataset:
     """Token columns, `special_tokens_mask` (1 for tokens that need no answer) and, where the rows have tags or
-    entities, `labels`; rows without are then left out.
-
-    Args:
-        rows: As read.
-        tokenizer: As for `tokenize_words`.
-        names: The tags that the model knows, by number; None: rows are taken to have none.
-
-    Raises:
-        ValueError: a tag or a kind of entity that the model does not know; the message names the row.
-    """
+    entities, `labels`; rows without are then left out."""
     check_one_text(rows.pairs)
     if rows.tagged and names is not None:
         rows = rows.labeled()

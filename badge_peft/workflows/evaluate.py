@@ -45,9 +45,6 @@ def evaluate_adapter(
         metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
         batch_size: Rows per pass.
         latency: How many rows to time, one by one, in the first process; 0 for none.
-
-    Raises:
-        ValueError: a metric that does not suit; a metric or times of an adapter that ranks.
     """
     ranks = adapter.task == "ranking"
     if ranks:
@@ -83,12 +80,7 @@ def logits_of(
     batch_size: int = 32,
     device: str | None = None,
 ) -> ExitLogits:
-    """The exit logits to replay: of `data` run through the adapter at `path`, else those stored there.
-
-    Raises:
-        OSError: something is not there.
-        ValueError: something is not what it should be.
-    """
+    """The exit logits to replay: of `data` run through the adapter at `path`, else those stored there."""
     if data is None:
         given = [name for name, value in vars(columns).items() if value != getattr(Columns(), name)]
         if given:
@@ -144,13 +136,7 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
 
 def constant_answer(exit_logits: ExitLogits, metric: str | None, names: Sequence[str]) -> dict[str, Any]:
     """The `answer` that is right most often, of values the mean, what it would `score` as that of every row, and
-    whether it is `beaten` by an exit.
-
-    Args:
-        exit_logits: With labels.
-        metric: None is that of the problem type.
-        names: Of the labels.
-    """
+    whether it is `beaten` by an exit."""
     problem, labels = problem_of(exit_logits.kind), exit_logits.labels
     if labels is None:
         raise ValueError("the exit logits have no labels, so no answer is right.")
@@ -174,11 +160,7 @@ def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
 
 def resolve_metric(metric: str | None, problem_type: str, num_labels: int, tags: Sequence[str] | None = None) -> str:
     """The metric, or the problem type's own where it is None: accuracy, for regression Pearson's correlation, and of
-    token classification (`tags`: its labels) the F1 of entities, where the labels are IOB2.
-
-    Raises:
-        ValueError: it does not suit; said before any time is spent.
-    """
+    token classification (`tags`: its labels) the F1 of entities, where the labels are IOB2."""
     problem = problem_of(problem_type)
     if metric is None:
         return ENTITY_F1 if tags is not None and are_tags(tags) else problem.default_metric
@@ -196,11 +178,7 @@ def metric_of(exit_logits: ExitLogits, metric: str | None) -> str:
 
 
 def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, batch_size: int = 32) -> dict[str, Any]:
-    """Whether full depth of a PEFT model still answers as its checkpoint does: checked, not assumed.
-
-    Returns:
-        How many of the first `rows` were compared, `equal` (every logit, bit for bit), and the `largest_difference`.
-    """
+    """Whether full depth of a PEFT model still answers as its checkpoint does: checked, not assumed."""
     badge = get_badge_model(model)
     device = next(badge.model.parameters()).device
     with quiet():

@@ -33,24 +33,7 @@ def finish(
     report: dict[str, Any],
     out: Path,
 ) -> dict[str, Any]:
-    """Chooses how the exits stop, and installs the adapter with its report.
-
-    Args:
-        model: The trained one; its early-exit config is set.
-        tokenizer: Of the model.
-        exit_logits: Of the evaluation rows.
-        choose: Gives the config, what was measured of it, and what the calibration warned of; ValueError where
-            no setting will do.
-        report: What is known of the training.
-        out: The folder.
-
-    Returns:
-        The report with what was measured and how it was calibrated.
-
-    Raises:
-        ValueError: no setting will do. The adapter is installed nevertheless, with the policy that it had.
-        OSError: `out` cannot be written; what was there is as before.
-    """
+    """Chooses how the exits stop, and installs the adapter with its report."""
     trouble, measured, notes = None, {}, []
     try:
         config, measured, notes = choose()
@@ -78,18 +61,7 @@ def report_of_training(
     model: PeftModel,
     exit_logits: ExitLogits,
 ) -> dict[str, Any]:
-    """What the report of every training begins with, as JSON-able values.
-
-    Args:
-        model_name: Of the base model.
-        data: Where the rows are from.
-        settings: As asked for.
-        examples: The rows to train on, as they were read.
-        base: The base model with its labels.
-        tokenizer: Of the model.
-        model: The trained one.
-        exit_logits: Of the evaluation rows.
-    """
+    """What the report of every training begins with, as JSON-able values."""
     return {
         "model": model_name,
         "data": data,
@@ -109,11 +81,7 @@ def report_of_training(
 def install_adapter(
     model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path
 ) -> None:
-    """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends.
-
-    Raises:
-        OSError: it cannot be written; what was there is as before.
-    """
+    """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends."""
     with TemporaryDirectory() as temporary:
         staged = Path(temporary)
         if (out / CARD).exists():  # what somebody wrote there is kept

@@ -33,20 +33,7 @@ def train_exits(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the policy.
-    Without labels the exits follow exit M.
-
-    Args:
-        model: With an untrained adapter.
-        rows: Token columns, and `labels` where the exits learn from them.
-        tokenizer: Pads.
-        options: How.
-        learns_labels: Whether from labels.
-        states: Of the rows, where they have been computed.
-        progress: Show a progress bar.
-
-    Returns:
-        For the report: `training_seconds`, and what was kept of the `states`.
-    """
+    Without labels the exits follow exit M."""
     start = time.perf_counter()
     distillation = options.distillation
     if distillation is None:

@@ -58,11 +58,7 @@ class Goal(Settings):
     per_exit: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """What `calibrate` takes besides the policy; without a goal, a drop of 0.01.
-
-        Raises:
-            ValueError: there are two goals, or those of ranking.
-        """
+        """What `calibrate` takes besides the policy; without a goal, a drop of 0.01."""
         if self.top_k is not None or self.keep is not None:
             raise ValueError("top_k and keep are for ranking: name the task with --task ranking when you train.")
         goals = {name: getattr(self, name) for name in GOALS}
@@ -75,11 +71,7 @@ class Goal(Settings):
         return {**goal, "per_exit": self.per_exit}
 
     def ranking_arguments(self) -> dict[str, Any]:
-        """What `calibrate_ranking` takes.
-
-        Raises:
-            ValueError: another policy than `top_k`, or a goal of classification.
-        """
+        """What `calibrate_ranking` takes."""
         if self.policy not in ("auto", "top_k"):
             raise ValueError(f"policy={self.policy!r} is not allowed for ranking: it is 'top_k'.")
         given = next((name for name in GOALS if getattr(self, name) is not None), None)

@@ -9,17 +9,7 @@ from badge_peft.workflows.data import TextDataset
 
 
 def check_kind(rows: TextDataset, reads_tokens: bool, model: str, source: str | Path) -> None:
-    """Refuses labels of texts where tokens are labeled, and the reverse.
-
-    Args:
-        rows: As read.
-        reads_tokens: Whether the model labels tokens.
-        model: What it is called in the message.
-        source: The data.
-
-    Raises:
-        ValueError: they do not belong together.
-    """
+    """Refuses labels of texts where tokens are labeled, and the reverse."""
     column = rows.columns.get("label")
     if reads_tokens and rows.labels and not rows.tagged:
         raise ValueError(
@@ -34,11 +24,7 @@ def check_kind(rows: TextDataset, reads_tokens: bool, model: str, source: str | 
 
 
 def check_one_text(pairs: Iterable[str | None] | None) -> None:
-    """Refuses pairs of texts where tokens are labeled: the second ones would not be read.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Refuses pairs of texts where tokens are labeled: the second ones would not be read."""
     if any(pair is not None for pair in pairs or ()):
         raise ValueError(
             "tokens of one text are labeled, and these are pairs of texts: leave the second ones out, or name the "
@@ -47,11 +33,7 @@ def check_one_text(pairs: Iterable[str | None] | None) -> None:
 
 
 def check_texts_only(task: str, command: str) -> None:
-    """Refuses a token adapter where a command answers whole texts.
-
-    Raises:
-        ValueError: `task` is that of tokens.
-    """
+    """Refuses a token adapter where a command answers whole texts."""
     if task == "tokens":
         raise ValueError(
             f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "

@@ -37,11 +37,7 @@ class LabelSet:
 
     @classmethod
     def of_tags(cls, rows: TextDataset) -> LabelSet:
-        """The tags for a new head, of all kinds of entities in the data.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The tags for a new head, of all kinds of entities in the data."""
         kinds = {kind for classes in rows.classes() for kind in classes}
         if not kinds:
             raise ValueError(
@@ -53,11 +49,7 @@ class LabelSet:
     @classmethod
     def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:
         """The labels for a new head, from the data: strings by the alphabet, numbers by size; fractions mean
-        regression.
-
-        Raises:
-            ValueError: there are none, or their number makes no classifier.
-        """
+        regression."""
         values = [value for value in rows.labels or [] if value is not None]
         if not values:
             raise ValueError(
@@ -80,16 +72,7 @@ class LabelSet:
         return cls(names, "single_label_classification")
 
     def targets(self, rows: TextDataset, scored: bool = False) -> list[Any] | None:
-        """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one.
-
-        Args:
-            rows: As read.
-            scored: They are not trained on. Beside labels that the model knows, others are then `UNKNOWN_LABEL`, which
-                is counted as wrong, with a warning.
-
-        Raises:
-            ValueError: a label that is not the model's, or no finite number for regression.
-        """
+        """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one."""
         if rows.labels is None:
             return None
         if self.problem_type == "regression":

@@ -46,9 +46,6 @@ def predict(
         query, which must follow one another, for its candidates, and gives their `rank`: see `rank_queries`.
         Of token classification `text` and `entities`, or `tokens`, `tags` and `entities`, as `answers_of` has them;
         `exit` is where the text left.
-
-    Raises:
-        Exception: whatever reading the texts raises, in every process.
     """
     config = config or adapter.early_exit_config()
     if policy_class(config).by_group:
@@ -114,14 +111,7 @@ def _tag(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[d
 
 
 def tagged(texts: list[Pair], words: list[Words], output: Any, names: list[str]) -> list[dict[str, Any]]:
-    """What was found in each text, with the text.
-
-    Args:
-        texts: Of a batch: texts, or lists of tokens.
-        words: Of each.
-        output: An `EarlyExitOutput` of tokens.
-        names: Of the labels.
-    """
+    """What was found in each text, with the text."""
     logits, exits = output.logits.float().cpu().numpy(), output.token_exit_layer.cpu().numpy()
     found = []
     for i, (text, _) in enumerate(texts):

@@ -21,11 +21,7 @@ _RANGES = (
 
 
 class Settings:
-    """Base of the groups of fields.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
+    """Base of the groups of fields."""
 
     def __post_init__(self) -> None:
         for least, names in _AT_LEAST.items():

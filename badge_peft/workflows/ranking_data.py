@@ -15,12 +15,7 @@ from badge_peft.workflows.sources import read_source
 
 
 def read_rankings(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Candidates that train and candidates that do not, with no query in both.
-
-    Raises:
-        OSError: no such data.
-        ValueError: a column or split that is not there, no pairs, or too few queries.
-    """
+    """Candidates that train and candidates that do not, with no query in both."""
     find = _pairs if columns.corpus is None else Retrieval(columns.corpus, columns.corpus_column, columns.candidates)
     examples = read_examples(data, columns, training=True)
     if columns.eval_data is None and columns.eval_split is None:
@@ -42,11 +37,6 @@ class Retrieval:
         corpus: The file, or a data set of the Hub; of several splits the first.
         column: Of the documents; None: found by its name.
         candidates: How many for each query; None: 100.
-
-    Raises:
-        OSError: no such data.
-        ModuleNotFoundError: bm25s is not installed.
-        ValueError: no column of documents, or none in it.
     """
 
     def __init__(self, corpus: str, column: str | None, candidates: int | None) -> None:
@@ -59,11 +49,7 @@ class Retrieval:
         self.candidates = 100 if candidates is None else candidates
 
     def __call__(self, queries: TextDataset, source: str) -> TextDataset:
-        """The pairs of each query, each text once, with its candidates, best first; without labels.
-
-        Raises:
-            ValueError: `queries` are pairs already.
-        """
+        """The pairs of each query, each text once, with its candidates, best first; without labels."""
         if queries.pairs is not None:
             raise ValueError(
                 f"{source} has pairs already, with {queries.columns['text_pair']!r} as documents: leave out the "
@@ -96,11 +82,7 @@ def _documents_of(features: Mapping[str, Any], column: str | None, corpus: str) 
 
 
 def _pairs(examples: TextDataset, source: str) -> TextDataset:
-    """`examples` as they are, where they are pairs.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """`examples` as they are, where they are pairs."""
     if examples.pairs is None:
         raise ValueError(
             f"ranking takes pairs of a query and a document, and {source} has one text per row: name the documents "

@@ -29,11 +29,7 @@ STATE_BYTES = 2**30  # for the states of one query's candidates
 
 def with_queries(exit_logits: ExitLogits, examples: TextDataset) -> ExitLogits:
     """The exit logits of `examples`, in their order, with their queries, and relevance where the rows have labels; a
-    row without one is not relevant.
-
-    Raises:
-        ValueError: a label that is no number of 0 or more.
-    """
+    row without one is not relevant."""
     labels = None
     if examples.labels is not None:
         values = [0.0 if label is None else _relevance(label, examples, i) for i, label in enumerate(examples.labels)]
@@ -106,11 +102,7 @@ def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[st
 
 
 def check_metric(metric: str | None) -> None:
-    """Refuses a metric that is asked for.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Refuses a metric that is asked for."""
     if metric is not None:
         raise ValueError(
             f"metric={metric!r} is not for ranking, which is measured by the top k that it keeps: leave it out."
@@ -119,11 +111,7 @@ def check_metric(metric: str | None) -> None:
 
 def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
     """The candidates of one query after another. They follow one another in the rows, of which no more than those of a
-    query are in memory.
-
-    Raises:
-        ValueError: a query comes again after others.
-    """
+    query are in memory."""
     seen: set[str] = set()
     number = 1
     for query, group in groupby(pairs, key=lambda pair: pair[2] if len(pair) > 2 else pair[0]):
@@ -142,21 +130,7 @@ def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 def rank_queries(
     adapter: Adapter, config: EarlyExitConfig, batch_size: int, queries: Iterable[list[Pair]]
 ) -> list[dict[str, Any]]:
-    """Ranks the candidates of each query.
-
-    Args:
-        adapter: With one output.
-        config: How candidates leave.
-        batch_size: Candidates in a block at once.
-        queries: Of each its candidates.
-
-    Returns:
-        One dict per row: `text`, `text_pair`, `value`, `exit`, and `rank` among its query's candidates, 1 for the
-        best; None for a candidate that left early.
-
-    Raises:
-        ValueError: a row without a document.
-    """
+    """Ranks the candidates of each query."""
     return [answer for pairs in queries for answer in _rank(adapter, config, batch_size, pairs)]
 
 

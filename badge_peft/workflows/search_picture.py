@@ -13,13 +13,7 @@ _WORTH = {"score": "S-avg on held-out rows", "speed": "share of blocks saved"}
 
 
 def draw_search(trials: Sequence[dict[str, Any]], search_for: str, path: Path) -> bool:
-    """Draws the trials; False where matplotlib is missing.
-
-    Args:
-        trials: Of each `value` and `params`, in order; those that were trained to their end.
-        search_for: What a value is.
-        path: Of the picture.
-    """
+    """Draws the trials; False where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure

@@ -32,12 +32,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
-    """Every split of a data set, with every column; `name` is the configuration of one of the Hub.
-
-    Raises:
-        FileNotFoundError: `source` looks like a path and there is no such file.
-        ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
-    """
+    """Every split of a data set, with every column; `name` is the configuration of one of the Hub."""
     path, suffix = Path(source), suffix_of(source)
     if path.is_dir():
         return _read_local(path)

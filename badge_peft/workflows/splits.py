@@ -18,12 +18,7 @@ _VALIDATION = ("validation", "dev", "valid", "val")
 
 
 def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training rows and evaluation rows, those of a split or a file of their own, or held out.
-
-    Raises:
-        OSError: no such data.
-        ValueError: a column or split that is not there, or too few rows.
-    """
+    """Training rows and evaluation rows, those of a split or a file of their own, or held out."""
     examples = read_examples(data, columns, training=True)
     if columns.max_rows is not None and len(examples) > columns.max_rows:
         examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
@@ -45,11 +40,7 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:
     """Training rows, and a `fraction` in (0, 1) of the texts for evaluation; no text is in both, and no class is in
-    the second alone.
-
-    Raises:
-        ValueError: too few different texts.
-    """
+    the second alone."""
     keys = examples.keys()
     different = list(dict.fromkeys(keys))
     random.Random(seed).shuffle(different)
@@ -84,17 +75,7 @@ def split_in_three(
     Splits that the source has are kept; a validation split that it lacks is cut from its training rows, a test split
     that it lacks too (where the source has only training and validation rows, the latter become the test split, as is
     usual where test labels are hidden). Of several rows with the same text the first counts, and a text of the test
-    split never trains. All three are shuffled, and the first rows taken.
-
-    Args:
-        source: Labeled rows by the name of their split.
-        seed: Of the shuffle.
-        max_train: At most this many training rows; None takes all.
-        max_eval: At most this many rows in each of the other two.
-
-    Raises:
-        ValueError: too few different texts for three splits, or a label that the training rows lack.
-    """
+    split never trains. All three are shuffled, and the first rows taken."""
     named = _named(source)
     seen: set[tuple[str, ...]] = set()
     parts = {split: _unique(named[split], seen) for split in reversed(SPLITS) if split in named}

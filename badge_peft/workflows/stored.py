@@ -10,12 +10,7 @@ from badge_peft.workflows.adapter_dir import check_adapter, read_config
 
 
 def stored_logits(path: str | Path) -> ExitLogits:
-    """The exit logits in a file, or those that `badge-peft train` left in an adapter's folder.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: the file holds something else, or those in the folder are not of its adapter.
-    """
+    """The exit logits in a file, or those that `badge-peft train` left in an adapter's folder."""
     file = Path(path)
     if file.is_dir():
         check_adapter(path)
@@ -34,11 +29,7 @@ def stored_logits(path: str | Path) -> ExitLogits:
 
 
 def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
-    """Refuses stored logits that are not of this adapter.
-
-    Raises:
-        ValueError: they have other blocks, exits or outputs, or are of other weights.
-    """
+    """Refuses stored logits that are not of this adapter."""
     config = read_config(folder)
     blocks, labels, exits = (config.get(name) for name in ("num_blocks", "num_labels", "exit_layers"))
     depth, outputs = exit_logits.depth, exit_logits.logits.shape[-1]

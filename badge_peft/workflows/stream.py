@@ -48,10 +48,6 @@ def read_texts(
         recorded: What training recorded of its columns, as for `read_examples`.
         tokens: Whether a row may have a list of tokens in the place of its text (in jsonl and parquet).
         by_query: Also yield what each row's query is called: by its column, else the query's text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown format, a column that is not there, or a line that cannot be read.
     """
     if format is None:
         suffix = suffix_of(source).lstrip(".")

@@ -58,11 +58,7 @@ class TaskStack:
 
     def early_exit_configs(self, **overrides: Any) -> dict[str, EarlyExitConfig]:
         """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all tasks whose policy
-        reads them.
-
-        Raises:
-            ValueError: as there, where no task reads one.
-        """
+        reads them."""
         unread = {task: set(self.use(task).unread(**overrides)) for task in self.names}
         by_none = set.intersection(*unread.values())
         found = {}
@@ -78,11 +74,7 @@ class TaskStack:
 
 
 def parse_tasks(values: Sequence[str]) -> dict[str, str]:
-    """`["intent=DIR", "pii=user/repo"]` as a dict.
-
-    Raises:
-        ValueError: an entry is not like that, or a task comes twice.
-    """
+    """`["intent=DIR", "pii=user/repo"]` as a dict."""
     found: dict[str, str] = {}
     for value in values:
         name, equals, place = value.partition("=")
@@ -102,17 +94,7 @@ def tasks_of(values: Sequence[str], adapter: str | None) -> dict[str, str] | Non
 
 
 def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: str | None = None) -> TaskStack:
-    """Loads the adapters of many tasks on one base model.
-
-    Args:
-        tasks: Names, with folders or repositories.
-        base_model: Folder or repository of the base model; None takes what the adapters name.
-        device: As for `open_adapter`.
-
-    Raises:
-        OSError: there is no such adapter or base model.
-        ValueError: tasks that cannot share a pass, or no tokenizer.
-    """
+    """Loads the adapters of many tasks on one base model."""
     for place in tasks.values():
         check_adapter(place)
     where = choose_device(device)
@@ -132,12 +114,7 @@ def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: 
 def predict_tasks(
     stack: TaskStack, texts: Iterable[Pair], configs: dict[str, EarlyExitConfig], batch_size: int = 32
 ) -> Generator[dict[str, Any], None, None]:
-    """As `predict`, for many tasks in one pass.
-
-    Returns:
-        One dict per text: `text` (and `text_pair`), `tasks`, with what `predict` says of each, and `blocks`, the
-        deepest block that the text went through.
-    """
+    """As `predict`, for many tasks in one pass."""
     return answer_in_turn(texts, batch_size, partial(_answer, stack, configs))
 
 
@@ -166,23 +143,7 @@ def _answer(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[P
 def evaluate_tasks(
     stack: TaskStack, data: str, columns: Columns = Columns(), metric: str | None = None, batch_size: int = 32
 ) -> dict[str, Any]:
-    """Scores every task, and counts the blocks that one pass for all of them runs.
-
-    Args:
-        stack: From `open_tasks`.
-        data: As for `read_examples`. Labels of a task are in the column of its name; a task without one is scored
-            against its own full depth.
-        columns: Without a label column.
-        metric: Of all tasks; None is that of each problem type.
-        batch_size: Rows per pass.
-
-    Returns:
-        `tasks`, with the report of `evaluate_adapter` for each, and of one pass `mean_blocks`, and `blocks_saved`, the
-        share of the blocks of a full pass for each task.
-
-    Raises:
-        ValueError: a label column is named.
-    """
+    """Scores every task, and counts the blocks that one pass for all of them runs."""
     if columns.label_column is not None:
         raise ValueError(
             f"label_column={columns.label_column!r} is not allowed with several tasks: the labels of a task are in "

@@ -25,14 +25,7 @@ def find_token_columns(
     columns: Sequence[str], sample: Sample, wanted: TextColumns, recorded: Mapping[str, str | None] | None = None
 ) -> tuple[str | None, str | None]:
     """The column of tokens, where the data has them, and that of tags or entities; None and None where rows are texts
-    with a label, or with none.
-
-    Args:
-        columns: Of the data.
-        sample: Gives the values of a column.
-        wanted: What the user named.
-        recorded: What training recorded of its own columns.
-    """
+    with a label, or with none."""
     recorded = {key: name for key, name in (recorded or {}).items() if name in columns}
     named = wanted.label_column if isinstance(wanted, Columns) else None
     by_lower = {column.lower(): column for column in columns}
@@ -58,11 +51,7 @@ def find_words(row: Mapping[str, Any], wanted: TextColumns, recorded: Mapping[st
 
 
 def check_tags(words: Sequence[str], tags: Sequence[Any], row: int) -> None:
-    """Refuses a row whose tags are not IOB2.
-
-    Raises:
-        ValueError: another number of tags than tokens, something that is no tag, or an I-x that continues no x.
-    """
+    """Refuses a row whose tags are not IOB2."""
     if len(words) != len(tags):
         raise ValueError(f"row {row} has {len(words)} tokens and {len(tags)} tags: each token needs one. Mend it.")
     before = None
@@ -86,11 +75,7 @@ def check_tags(words: Sequence[str], tags: Sequence[Any], row: int) -> None:
 
 
 def check_entities(text: str, entities: Sequence[Any], row: int) -> None:
-    """Refuses a row whose entities are no places in its text.
-
-    Raises:
-        ValueError: an entity without whole numbers `start` and `end` in the text and a `label`, or two that overlap.
-    """
+    """Refuses a row whose entities are no places in its text."""
     end = 0
     for entity in sorted(entities, key=lambda e: e.get("start") if isinstance(e.get("start"), int) else -1):
         first, last, label = (entity.get(key) for key in _KEYS)

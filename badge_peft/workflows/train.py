@@ -56,10 +56,6 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
 
     Returns:
         What `report.json` holds; None in a process that is not the first.
-
-    Raises:
-        ValueError: settings, model and data do not fit one another; nothing has been written then.
-        OSError: there is no such model or data.
     """
     settings = with_output_dir(settings, model)
     check_settings(settings)

@@ -58,10 +58,6 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
 
     Returns:
         What `report.json` holds; None in a process that is not the first.
-
-    Raises:
-        ValueError: settings, model and data do not fit one another; nothing has been written then.
-        OSError: there is no such model or data.
     """
     start = time.perf_counter()
     exits = replace(settings.exits, keep_head=True, carry=settings.exits.carry or "none")

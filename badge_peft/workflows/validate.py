@@ -27,12 +27,7 @@ TASKS = ("classification", "ranking")
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Refuses what no model and no data could make right, before anything is read.
-
-    Raises:
-        ValueError: a value that is not allowed, or two that exclude one another, or processes that cannot share a
-            batch evenly.
-    """
+    """Refuses what no model and no data could make right, before anything is read."""
     exits, training = settings.exits, settings.training
     make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)
     policy = settings.goal.policy
@@ -81,11 +76,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def check_ranking(settings: TrainSettings) -> None:
-    """Refuses what a ranking adapter cannot have, before anything is read.
-
-    Raises:
-        ValueError: a backbone, a head, an objective or a goal of another task.
-    """
+    """Refuses what a ranking adapter cannot have, before anything is read."""
     exits, training = settings.exits, settings.training
     if exits.backbone != "frozen" or exits.final_exit == "exit":
         raise ValueError(
@@ -141,12 +132,7 @@ def _check_search(settings: TrainSettings) -> None:
 
 def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows: int) -> bool:
     """Whether the exits learn from labels (else from the model's own answers), of training rows that may be `labeled`
-    and this number of evaluation rows.
-
-    Raises:
-        ValueError: labels are needed and missing, the policy cannot work with such labels or be as fast as it shall
-            be, or there are too few rows for the confidence asked for.
-    """
+    and this number of evaluation rows."""
     exits, training, labels = settings.exits, settings.training, base.labels
     learns_labels = labeled and training.distillation != 1
     if not learns_labels:
@@ -203,12 +189,7 @@ def with_output_dir(settings: TrainSettings, model: str) -> TrainSettings:
 
 
 def check_output_dir(settings: TrainSettings) -> Path:
-    """Where the adapter goes.
-
-    Raises:
-        ValueError: it is the model's folder or a file, it is not empty, has a README.md that cannot be read, or
-            cannot be made or written.
-    """
+    """Where the adapter goes."""
     out = settings.output_dir
     assert out is not None  # `with_output_dir` has been asked
     if out.is_file():
