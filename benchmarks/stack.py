@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.evaluation import exit_scores
 from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.bench_tasks import bench_tasks
+from badge_peft.workflows.bench import bench_tasks
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import evaluate_adapter, resolve_metric
 from badge_peft.workflows.fit import collator

@@ -174,7 +174,7 @@ def bench(
     """
     from badge_peft.utils.extras import require_onnx_exporter
     from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.bench import bench_adapter
+    from badge_peft.workflows.bench import bench_adapter, bench_tasks
     from badge_peft.workflows.bench_ranking import bench_rankings
     from badge_peft.workflows.kinds import check_texts_only
     from badge_peft.workflows.rankings import check_metric
@@ -186,8 +186,6 @@ def bench(
         raise ValueError("there is no DATA to time on: name a file, a folder or a data set.")
     tasks = tasks_of(task or [], adapter)
     if tasks is not None:
-        from badge_peft.workflows.bench_tasks import bench_tasks
-
         stack = open_tasks(tasks, base_model, device)
         configs = stack.early_exit_configs(**vars(overrides))
         texts = stack.shared.read(data, replace(columns, label_column=None, unlabeled=True))

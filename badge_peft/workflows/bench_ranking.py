@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import pad_features, tensor_columns
-from badge_peft.evaluation.timing import Runner, Timed, take_turns
+from badge_peft.evaluation.timing import Runner, Timed
 from badge_peft.ranking.calibration import METRIC
 from badge_peft.ranking.metrics import top_k_kept
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.workflows.adapter_dir import Adapter
-from badge_peft.workflows.bench import onnx_inputs, pinned_threads, stock_model
+from badge_peft.workflows.bench import bench, onnx_files, onnx_inputs, stock_model
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields
 from badge_peft.workflows.rankings import STATE_BYTES
@@ -28,7 +27,6 @@ Array = np.ndarray
 Row = dict[str, Any]
 Rank = Callable[[list[Row]], RankedCandidates]
 _WARMUP = 2  # queries
-_PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
 
 
 def bench_rankings(
@@ -51,28 +49,24 @@ def bench_rankings(
     rows = tensor_columns(adapter.model.get_base_model(), encoded)
     ends = np.cumsum([len(part) for part in chosen])
     batches = [rows[end - len(part) : end] for end, part in zip(ends, chosen, strict=True)]
-    with pinned_threads(threads) as used, tempfile.TemporaryDirectory() as folder:
-        runners = _torch_runners(adapter, config, batch_size)
+
+    def runners(threads: int, folder: Path) -> dict[str, Runner]:
+        ranks = _torch_runners(adapter, config, batch_size)
         if onnx:
-            runners |= _onnx_runners(adapter, config, batch_size, Path(folder), used)
-        turns = [Runner(run, device=adapter.device) for run in runners.values()]
-        with torch.inference_mode():
-            timed = take_turns(turns, batches, warmup=batches[:_WARMUP], pause=_PAUSE, progress="timing")
-    k = config.resolved_top_k
+            ranks |= _onnx_runners(adapter, config, batch_size, folder, threads)
+        return {name: Runner(rank, device=adapter.device) for name, rank in ranks.items()}
+
     return {
         "rows": len(rows),
         "queries": len(batches),
         "batch_size": batch_size,
-        "threads": used,
         "spinning": False,
         "device": str(adapter.device),
         "num_blocks": adapter.badge.num_blocks,
         "rule": recorded_fields(config),
         "metric": METRIC,
         "labels": None,
-        "results": [
-            {"name": name, **_result(each, timed[0].outputs, k)} for name, each in zip(runners, timed, strict=True)
-        ],
+        **bench(runners, batches, batches[:_WARMUP], threads, partial(_result, config.resolved_top_k)),
     }
 
 
@@ -95,32 +89,21 @@ def _onnx_runners(
     adapter: Adapter, config: EarlyExitConfig, batch_size: int, folder: Path, threads: int
 ) -> dict[str, Rank]:
     """The same two in ONNX Runtime on the CPU, in float32 and in int8."""
-    from badge_peft.export.onnx import OnnxExporter
-    from badge_peft.export.plain import FullDepthExporter
-    from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
-
-    stock = stock_model(adapter).cpu()
-    plain, early = FullDepthExporter(stock), OnnxExporter(adapter.model, config)
+    base, depth = adapter.model.get_base_model(), adapter.badge.num_blocks
     found: dict[str, Rank] = {}
-    for suffix in ("", " int8"):
-        file, directory = folder / f"full depth{suffix}.onnx", folder / f"early exits{suffix}"
-        plain.write(file, int8=bool(suffix))
-        early.write(directory, int8=bool(suffix))
-        session, model = open_session(file, threads), OnnxEarlyExitModel.from_pretrained(directory, threads=threads)
-        names = [entry.name for entry in session.get_inputs()]
+    for suffix, session, model, names in onnx_files(adapter, config, folder, threads):
 
         def logits(batch: Any, session: Any = session, names: list[str] = names) -> Array:
             return session.run(["logits"], onnx_inputs(batch, names))[0]
 
         def rank(candidates: list[Row], model: Any = model, names: list[str] = names) -> RankedCandidates:
             order = np.array(sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"])))
-            output = model(**onnx_inputs(pad_features([candidates[i] for i in order], stock), names))
+            output = model(**onnx_inputs(pad_features([candidates[i] for i in order], base), names))
             back = np.argsort(order)
             return _ranked(output.logits[back, 0], output.exit_layer[back])
 
-        found[f"ONNX Runtime{suffix}, full depth"] = partial(
-            _at_full_depth, logits, stock, adapter.badge.num_blocks, batch_size
-        )
+        full_depth = partial(_at_full_depth, logits, base, depth, batch_size)
+        found[f"ONNX Runtime{suffix}, full depth"] = full_depth
         found[f"BADGE ONNX{suffix}"] = rank
     return found
 
@@ -141,10 +124,10 @@ def _ranked(scores: Array, exit_layer: Array) -> RankedCandidates:
     return RankedCandidates(scores, exit_layer, {}, ~np.isfinite(scores))
 
 
-def _result(timed: Timed, full: list[RankedCandidates], top_k: int) -> dict[str, Any]:
-    """Times of a query, and the share of queries whose top k is that of `full` depth."""
+def _result(top_k: int, timed: Timed, every: list[Timed]) -> dict[str, Any]:
+    """The share of queries whose top k is that of the first runner, which is at full depth."""
     kept = []
-    for found, whole in zip(timed.outputs, full, strict=True):
+    for found, whole in zip(timed.outputs, every[0].outputs, strict=True):
         ends = found.exit_layer == found.exit_layer.max()
         one = np.zeros(len(ends), dtype=np.int64)
         # the two differ by rounding, so the candidates are compared, and not their scores
@@ -152,8 +135,6 @@ def _result(timed: Timed, full: list[RankedCandidates], top_k: int) -> dict[str,
         kept.append(top_k_kept(-places.astype(float), found.scores, ends, one, top_k, ordered=False)[0])
     exits = np.concatenate([found.exit_layer for found in timed.outputs])
     return {
-        "p50_ms": 1e3 * float(np.percentile(timed.seconds, 50)),
-        "p95_ms": 1e3 * float(np.percentile(timed.seconds, 95)),
         "examples_per_s": len(exits) / sum(timed.seconds),
         "mean_exit": float(exits.mean()),
         "score": float(np.mean(kept)),
