@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
@@ -34,41 +36,64 @@ def train_exits(
 ) -> dict[str, Any]:
     """Trains for `options.epochs`; the last state counts, so that the evaluation rows choose nothing but the policy.
     Without labels the exits follow exit M."""
-    start = time.perf_counter()
     distillation = options.distillation
     if distillation is None:
         distillation = 0.0 if learns_labels else 1.0
-    steps = options.epochs * -(-len(rows) // options.batch_size)
+    rate: dict[str, Any] = {} if options.backbone_lr is None else {"learning_rate": options.backbone_lr}
+    return fit(
+        model,
+        rows,
+        collator(get_badge_model(model).config_of().reads_tokens, tokenizer),
+        options,
+        states,
+        progress=progress,
+        objective=options.objective,
+        depth=options.depth,
+        distillation=distillation,
+        exit_weights=options.exit_weights,
+        per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
+        logging_steps=max(1, options.epochs * -(-len(rows) // options.batch_size) // 50),
+        label_names=["labels"],
+        **rate,
+    )
+
+
+def fit(
+    model: PeftModel,
+    rows: Any,
+    collate: Any,
+    options: TrainingOptions,
+    states: CachedStates | None = None,
+    trainer: Mapping[str, Any] = MappingProxyType({}),
+    progress: bool = True,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """One training, with more of what its `trainer` and its arguments take. For the report: `training_seconds`, and
+    what was kept of the `states`."""
+    start = time.perf_counter()
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        arguments = multi_exit_arguments(
-            model,
-            folder,
-            objective=options.objective,
-            depth=options.depth,
-            distillation=distillation,
-            exit_weights=options.exit_weights,
-            adapter_learning_rate=options.adapter_lr,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
-            seed=options.seed,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            logging_steps=max(1, steps // 50),
-            label_names=["labels"],
-            disable_tqdm=not progress,
-            **({} if options.backbone_lr is None else {"learning_rate": options.backbone_lr}),
-        )
-        trainer = MultiExitTrainer(
+        made = MultiExitTrainer(
             model=model,
-            args=arguments,
+            args=multi_exit_arguments(
+                model,
+                folder,
+                adapter_learning_rate=options.adapter_lr,
+                num_train_epochs=options.epochs,
+                seed=options.seed,
+                eval_strategy="no",
+                save_strategy="no",
+                load_best_model_at_end=False,
+                disable_tqdm=not progress,
+                **arguments,
+            ),
             train_dataset=rows,
-            data_collator=collator(get_badge_model(model).config_of().reads_tokens, tokenizer),
+            data_collator=collate,
             cache_states=(False if options.no_cache_states else "auto") if states is None else states,
+            **trainer,
         )
-        run(trainer, progress)
+        _run(made, progress)
     model.eval()
-    kept = {name: value for name, value in trainer.state_cache.items() if name != "where"}
+    kept = {name: value for name, value in made.state_cache.items() if name != "where"}
     return {"training_seconds": time.perf_counter() - start, "states": kept}
 
 
@@ -77,7 +102,7 @@ def collator(tokens: bool, tokenizer: Any) -> Any:
     return DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
 
 
-def run(trainer: MultiExitTrainer, progress: bool = True) -> None:
+def _run(trainer: MultiExitTrainer, progress: bool) -> None:
     """Trains with one progress bar, or none, in place of what transformers prints."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

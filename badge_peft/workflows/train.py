@@ -5,35 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
 from transformers import set_seed
 
-from badge_peft.early_exit.policies.text import describe
-from badge_peft.evaluation import collect_exit_logits
+from badge_peft.evaluation import ExitLogits
 from badge_peft.evaluation.costs import measure_costs
-from badge_peft.model import get_badge_model
-from badge_peft.model_card import PICTURE, REPORT, write_model_card
-from badge_peft.utils import distributed
-from badge_peft.utils.files import write_json
-from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, keeps_head, load_base, local_path
+from badge_peft.workflows.base_model import Base, keeps_head, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import load_tokenizer
-from badge_peft.workflows.evaluate import (
-    compare_with_checkpoint,
-    constant_answer,
-    metric_of,
-    resolve_metric,
-    time_rows,
-)
-from badge_peft.workflows.finish import finish, report_of_training
+from badge_peft.workflows.evaluate import constant_answer, metric_of, resolve_metric
+from badge_peft.workflows.finish import Choose, train_and_save
 from badge_peft.workflows.fit import train_exits
 from badge_peft.workflows.forms import choose_form, form_table
-from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
+from badge_peft.workflows.report import latency_line, measured_table, summary, warning
 from badge_peft.workflows.search import Search
 from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
@@ -81,7 +69,8 @@ def train_on(
     """As `train_adapter`, on rows that have been read and that the report calls `data`. With `new_head`, labels are
     those of the data, and a trained head of the model is left aside."""
     start = time.perf_counter()
-    out, training = check_output_dir(settings), settings.training
+    check_output_dir(settings)
+    training = settings.training
     set_seed(training.seed)
     base = load_base(model_name, settings, examples, new_head)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
@@ -103,60 +92,34 @@ def train_on(
         settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
         training = settings.training
         set_seed(training.seed)
-    model = add_exits(base, settings.exits)
-    badge = get_badge_model(model)
-    trainable, total = model.get_nb_trainable_parameters()
-    pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
-    print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
-    print(f"3. training over {len(train_rows)} rows, epochs: {training.epochs}")
-    measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
-    if states is not None:
-        states.close()
-    exit_logits = collect_exit_logits(
-        model, eval_rows, training.batch_size, progress=True, split_between_processes=True
-    )
 
-    def save() -> dict[str, Any]:
+    def train(model: PeftModel) -> dict[str, Any]:
+        found = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
+        if states is not None:
+            states.close()
+        return found
+
+    def chosen(model: PeftModel, found: ExitLogits) -> tuple[ExitLogits, dict[str, Any], Choose]:
         constant = None
-        if exit_logits.labels is not None:
-            constant = constant_answer(exit_logits, metric_of(exit_logits, settings.metric), base.labels.names)
-        if constant is None or constant["beaten"]:
-            costs = measure_costs(model, eval_rows)
-            chosen = partial(choose, exit_logits, settings.goal, settings.metric, costs)
-        else:
-            chosen = partial(take_full_depth, exit_logits, settings.goal, settings.metric)
-        report = {
+        if found.labels is not None:
+            constant = constant_answer(found, metric_of(found, settings.metric), base.labels.names)
+        facts = {
             **({"task": "tokens"} if base.reads_tokens else {}),
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
             "constant_answer": constant,
             "forms": forms,
-            **measured_training,
             "search": search,
         }
-        return finish(model, tokenizer, exit_logits, chosen, report, out)
+        if constant is not None and not constant["beaten"]:
+            return found, facts, partial(take_full_depth, found, settings.goal, settings.metric)
+        costs = measure_costs(model, eval_rows)
+        return found, facts, partial(choose, found, settings.goal, settings.metric, costs)
 
-    report = distributed.on_main(save)
-    if not distributed.is_main():
-        return None
-    chosen = badge.get_early_exit_config()
-    print(f"4. saved to {out}; policy, calibrated on {len(eval_rows)} evaluation rows: {describe(chosen)}")
-    same = keeps_answers(model)
-    report |= {
-        "full_depth_is_checkpoint": (
-            compare_with_checkpoint(model, local_path(model_name), eval_rows, training.batch_size) if same else None
-        ),
-        "latency": time_rows(model, eval_rows, settings.latency) if settings.latency else None,
-        "adapter_bytes": (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-    }
-    title = f"{Path(model_name).name}: {report['rows']} rows"
-    if not draw(exit_logits, chosen, report["metric"], out / PICTURE, title):
-        print(f"   no {PICTURE}: plots need matplotlib: pip install 'badge-peft[plots]'")
-    report["seconds"] = time.perf_counter() - start
-    write_json(out / REPORT, report)
-    write_model_card(out)
-    return report
+    counts = f"{len(train_rows)} rows", f"{len(eval_rows)} evaluation rows"
+    return train_and_save(
+        model_name, data, settings, base, tokenizer, examples, eval_rows, counts, train, chosen, start
+    )
 
 
 def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextDataset, learns_labels: bool) -> str:

@@ -6,38 +6,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import DataCollatorWithPadding, set_seed
 
-from badge_peft.early_exit.policies.text import describe
-from badge_peft.evaluation import collect_exit_logits
-from badge_peft.model import get_badge_model
-from badge_peft.model_card import REPORT, write_model_card
+from badge_peft.evaluation import ExitLogits
 from badge_peft.ranking.calibration import check_queries
-from badge_peft.training import (
-    MultiExitTrainer,
-    QueryCollator,
-    RankingDistillation,
-    multi_exit_arguments,
-    query_batches,
-)
+from badge_peft.training import QueryCollator, RankingDistillation, query_batches
 from badge_peft.training.arguments import sampling
 from badge_peft.tuner.architectures import get_layout, head_pooling
 from badge_peft.tuner.exits import EXITS
 from badge_peft.utils import distributed
-from badge_peft.utils.files import write_json
-from badge_peft.workflows.base_model import add_exits, load_base, local_path
+from badge_peft.workflows.base_model import load_base, local_path
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.encode import encode, load_tokenizer
-from badge_peft.workflows.evaluate import compare_with_checkpoint
-from badge_peft.workflows.finish import finish, report_of_training
-from badge_peft.workflows.fit import run
+from badge_peft.workflows.finish import Choose, train_and_save
+from badge_peft.workflows.fit import fit
 from badge_peft.workflows.ranking_data import read_rankings
 from badge_peft.workflows.rankings import with_queries
 from badge_peft.workflows.report import measured_table, summary
@@ -65,11 +52,12 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     settings = with_output_dir(replace(settings, exits=exits), model_name)
     check_ranking(settings)
     check_settings(settings)
-    out, options = check_output_dir(settings), settings.training
+    check_output_dir(settings)
+    options = settings.training
     examples, eval_examples = read_rankings(data, settings.columns, options.seed)
-    counts = [len(set(part.queries())) for part in (examples, eval_examples)]
+    queries = [len(set(part.queries())) for part in (examples, eval_examples)]
     if settings.goal.confidence is not None:
-        check_queries(counts[1], settings.goal.ranking_arguments()["keep"], settings.goal.confidence)
+        check_queries(queries[1], settings.goal.ranking_arguments()["keep"], settings.goal.confidence)
     set_seed(options.seed)
     base = load_base(model_name, settings, examples)
     if len(base.labels.names) != 1:
@@ -82,85 +70,49 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
     rows, eval_rows = encode(examples, tokenizer), encode(eval_examples, tokenizer)
     print(
-        f"1. data: {len(rows)} candidates of {counts[0]} queries to train on, {len(eval_rows)} of {counts[1]} to "
+        f"1. data: {len(rows)} candidates of {queries[0]} queries to train on, {len(eval_rows)} of {queries[1]} to "
         "evaluate and calibrate on; learning from the model's scores"
     )
-    model = add_exits(base, settings.exits)
-    badge = get_badge_model(model)
-    trainable, total = model.get_nb_trainable_parameters()
-    print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained")
-    print(f"3. training over {len(rows)} candidates, epochs: {options.epochs}")
-    measured_training = _train(model, rows, examples.queries(), tokenizer, options)
-    exit_logits = collect_exit_logits(
-        model, eval_rows, options.batch_size, progress=True, split_between_processes=True
-    )
-    exit_logits = with_queries(exit_logits, eval_examples)
 
-    def save() -> dict[str, Any]:
-        report = {
+    def chosen(model: PeftModel, found: ExitLogits) -> tuple[ExitLogits, dict[str, Any], Choose]:
+        facts = {
             "task": "ranking",
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
             "train_rows": len(rows),
-            "train_queries": counts[0],
+            "train_queries": queries[0],
             "learned_from": "the model's own scores",
             "corpus": settings.columns.corpus,
-            **measured_training,
             "constant_answer": None,
         }
-        return finish(model, tokenizer, exit_logits, lambda: choose(exit_logits, settings.goal), report, out)
+        ranked = with_queries(found, eval_examples)
+        return ranked, facts, partial(choose, ranked, settings.goal)
 
-    report = distributed.on_main(save)
-    if not distributed.is_main():
-        return None
-    print(f"4. saved to {out}; policy, calibrated on {counts[1]} queries: {describe(badge.get_early_exit_config())}")
-    report |= {
-        "full_depth_is_checkpoint": compare_with_checkpoint(
-            model, local_path(model_name), eval_rows, options.batch_size
-        ),
-        "latency": None,
-        "adapter_bytes": (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-        "seconds": time.perf_counter() - start,
-    }
-    write_json(Path(out) / REPORT, report)
-    write_model_card(out)
-    print(f"\n{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
+    train = partial(_train, rows=rows, queries=examples.queries(), tokenizer=tokenizer, options=options)
+    counts = f"{len(rows)} candidates", f"{queries[1]} queries"
+    report = train_and_save(
+        model_name, data, settings, base, tokenizer, examples, eval_rows, counts, train, chosen, start
+    )
+    if report is not None:
+        print(f"\n{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
     return report
 
 
 def _train(
     model: PeftModel, rows: Dataset, queries: Sequence[str], tokenizer: Any, options: TrainingOptions
 ) -> dict[str, Any]:
-    """Trains for `options.epochs`, in batches of whole queries as far as they fit. Returns as `train_exits`."""
-    start = time.perf_counter()
+    """Trains in batches of whole queries as far as they fit. Returns as `fit`."""
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
         for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
     ]
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        arguments = multi_exit_arguments(
-            model,
-            folder,
-            adapter_learning_rate=options.adapter_lr,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=1,
-            seed=options.seed,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            logging_steps=max(1, options.epochs * len(items) // 50),
-            remove_unused_columns=False,
-            **sampling(by_length=False),
-        )
-        trainer = MultiExitTrainer(
-            model=model,
-            args=arguments,
-            objective=RankingDistillation(),
-            train_dataset=items,
-            data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
-            cache_states=False if options.no_cache_states else "auto",
-        )
-        run(trainer)
-    model.eval()
-    kept = {name: value for name, value in trainer.state_cache.items() if name != "where"}
-    return {"training_seconds": time.perf_counter() - start, "states": kept}
+    return fit(
+        model,
+        items,
+        QueryCollator(DataCollatorWithPadding(tokenizer)),
+        options,
+        trainer={"objective": RankingDistillation()},
+        per_device_train_batch_size=1,  # an item is a batch
+        logging_steps=max(1, options.epochs * len(items) // 50),
+        remove_unused_columns=False,
+        **sampling(by_length=False),
+    )
