@@ -13,8 +13,9 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.goal import PolicyOverrides
-from badge_peft.workflows.predict import Pair, predict
-from badge_peft.workflows.tasks import open_tasks, predict_tasks
+from badge_peft.workflows.predict import predict, predict_tasks
+from badge_peft.workflows.stream import Pair
+from badge_peft.workflows.tasks import open_tasks
 
 _WHOLE = ("exit", "rank", "blocks", "start", "end")  # what `predict` gives as a whole number
 _OF_TOKENS = ("text", "tokens", "tags", "entities", "exit")  # of texts and of lists of tokens, which may be mixed

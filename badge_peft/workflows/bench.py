@@ -30,7 +30,7 @@ from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.base_model import keeps_answers
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields, resolve_metric
-from badge_peft.workflows.tasks import TaskStack, batch_of
+from badge_peft.workflows.tasks import TaskStack, batch_of, pairs_of
 
 Batch = dict[str, Tensor]
 Runners = Callable[[int, Path], dict[str, Runner]]  # from the number of threads, and a folder for files
@@ -129,9 +129,8 @@ def bench_tasks(
     _check(limit, batch_size, threads)
     names, model, depth = stack.names, stack.shared.model, stack.shared.badge.num_blocks
     rows = examples.select(range(min(limit, len(examples))))
-    starts = range(0, len(rows), batch_size)
-    parts = [rows.select(range(start, min(len(rows), start + batch_size))) for start in starts]
-    batches = [batch_of(stack, part.words or part.texts, part.pairs)[0] for part in parts]
+    pairs, adapters = pairs_of(rows), [*stack.adapters.values()]
+    batches = [batch_of(adapters, pairs[start : start + batch_size])[0] for start in range(0, len(rows), batch_size)]
     stock = stock_model(stack.shared)
 
     def one_pass(batch: Batch) -> Any:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from badge_peft.workflows.columns import Names
-from badge_peft.workflows.predict import Pair
 from badge_peft.workflows.rankings import queries_of
 from badge_peft.workflows.settings import TextColumns
-from badge_peft.workflows.stream import read_texts
+from badge_peft.workflows.stream import Pair, read_texts
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,14 @@ from typing import Any
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import policy_class
-from badge_peft.evaluation.collate import pad_features
-from badge_peft.evaluation.words import Words, answers_of, tokenize_words
+from badge_peft.evaluation.words import Words, answers_of
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
-from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter
-from badge_peft.workflows.encode import encode_texts
-from badge_peft.workflows.kinds import check_one_text
 from badge_peft.workflows.rankings import queries_of, rank_queries
-
-Pair = tuple[Any, ...]
+from badge_peft.workflows.stream import Pair
+from badge_peft.workflows.tasks import TaskStack, batch_of
 
 
 def predict(
@@ -50,8 +46,15 @@ def predict(
     config = config or adapter.early_exit_config()
     if policy_class(config).by_group:
         return answer_in_turn(queries_of(texts), 1, partial(rank_queries, adapter, config, batch_size))
-    answer = _tag if adapter.task == "tokens" else _answer
-    return answer_in_turn(texts, batch_size, partial(answer, adapter, config))
+    return answer_in_turn(texts, batch_size, partial(_answer, adapter, config))
+
+
+def predict_tasks(
+    stack: TaskStack, texts: Iterable[Pair], configs: dict[str, EarlyExitConfig], batch_size: int = 32
+) -> Generator[dict[str, Any], None, None]:
+    """As `predict`, for many tasks in one pass: one dict per text, with `text` (and `text_pair`), `tasks`, with what
+    `predict` says of each, and `blocks`, the deepest block that the text went through."""
+    return answer_in_turn(texts, batch_size, partial(_answer_tasks, stack, configs))
 
 
 def answer_in_turn(
@@ -74,50 +77,43 @@ def answer_in_turn(
 
 def _answer(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[dict[str, Any]]:
     """The answers of one batch."""
-    pairs = [pair for _, pair in texts if pair is not None]
-    encoded = encode_texts([text for text, _ in texts], pairs or None, adapter.tokenizer)
-    rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
-    batch = pad_features(rows, adapter.model.get_base_model())
-    batch = {name: value.to(adapter.device) for name, value in batch.items()}
+    batch, words = batch_of([adapter], texts)
     output = early_exit_forward(adapter.model, early_exit_config=config, **batch)
-    assert output.logits is not None and output.exit_layer is not None
-    logits, exits = output.logits.float().cpu().numpy(), output.exit_layer.tolist()
-    problem, names = problem_of(adapter.labels.problem_type), adapter.labels.names
     return [
-        {
-            "text": text,
-            **({} if pair is None else {"text_pair": pair}),
-            **problem.format_prediction(row, names),
-            "exit": number,
-        }
-        for (text, pair), row, number in zip(texts, logits, exits, strict=True)
+        # a list of tokens is told by the answer
+        {**(_asked(text) if isinstance(text[0], str) else {"tokens": text[0]}), **answer}
+        for text, answer in zip(texts, _answers(adapter, texts, words, output), strict=True)
     ]
 
 
-def _tag(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> list[dict[str, Any]]:
-    """The tags of one batch. The first sub-token of a word answers for it, and the others hold no text."""
-    check_one_text(pair for _, pair in texts)
-    rows, words = tokenize_words([text for text, _ in texts], adapter.tokenizer, length_limit(adapter.tokenizer))
-    batch = pad_features(rows, adapter.model.get_base_model(), tokens=True)
-    batch = {name: value.to(adapter.device) for name, value in batch.items()}
-    output = early_exit_forward(adapter.model, early_exit_config=config, **batch)
-    assert output.exit_layer is not None
-    return [
-        {**found, "exit": number}
-        for found, number in zip(
-            tagged(texts, words, output, adapter.labels.names), output.exit_layer.tolist(), strict=True
-        )
-    ]
+def _answer_tasks(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[Pair]) -> list[dict[str, Any]]:
+    batch, words = batch_of([*stack.adapters.values()], texts)
+    output = early_exit_forward(stack.shared.model, tasks=stack.names, early_exit_config=configs, **batch)
+    found: list[dict[str, Any]] = [{**_asked(text), "tasks": {}} for text in texts]
+    for task, own in output.items():
+        for line, answer in zip(found, _answers(stack.adapters[task], texts, words, own), strict=True):
+            line["tasks"][task] = {name: value for name, value in answer.items() if name != "tags"}
+    return [{**line, "blocks": blocks} for line, blocks in zip(found, output.blocks_run.tolist(), strict=True)]
 
 
-def tagged(texts: list[Pair], words: list[Words], output: Any, names: list[str]) -> list[dict[str, Any]]:
-    """What was found in each text, with the text."""
-    logits, exits = output.logits.float().cpu().numpy(), output.token_exit_layer.cpu().numpy()
-    found = []
-    for i, (text, _) in enumerate(texts):
-        answers = answers_of(words[i], logits[i], exits[i], names)
-        if isinstance(text, str):
-            found.append({"text": text, "entities": answers["entities"]})
-        else:
-            found.append({"tokens": text, **answers})
-    return found
+def _asked(text: Pair) -> dict[str, Any]:
+    return {"text": text[0], **({} if text[1] is None else {"text_pair": text[1]})}
+
+
+def _answers(adapter: Adapter, texts: list[Pair], words: list[Words] | None, output: Any) -> list[dict[str, Any]]:
+    """What one adapter answers to each text. Where it labels tokens, the first sub-token of a word answers for it, and
+    the others hold no text."""
+    logits, names = output.logits.float().cpu().numpy(), adapter.labels.names
+    answers: list[dict[str, Any]]
+    if adapter.tags is not None and words is not None:
+        exits = output.token_exit_layer.cpu().numpy()
+        found = [answers_of(words[i], logits[i], exits[i], names) for i in range(len(texts))]
+        # a text has its entities, a list of tokens its tags, too
+        answers = [
+            {"entities": answer["entities"]} if isinstance(text[0], str) else answer
+            for text, answer in zip(texts, found, strict=True)
+        ]
+    else:
+        problem = problem_of(adapter.labels.problem_type)
+        answers = [problem.format_prediction(row, names) for row in logits]
+    return [{**answer, "exit": exit_} for answer, exit_ in zip(answers, output.exit_layer.tolist(), strict=True)]

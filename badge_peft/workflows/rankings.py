@@ -21,8 +21,7 @@ from badge_peft.ranking.segments import CandidatePass
 from badge_peft.workflows.adapter_dir import Adapter, read_config
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode_texts
-
-Pair = tuple[Any, ...]  # a query's text, a document, and what the query is called, without which it is its text
+from badge_peft.workflows.stream import Pair
 
 STATE_BYTES = 2**30  # for the states of one query's candidates
 

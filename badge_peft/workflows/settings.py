@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from badge_peft.utils.checks import check_number
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.ranges import Settings
+from badge_peft.workflows.goal import Goal, Settings
 
 STUDY = "trials.journal"  # the file of a search
 SEARCH_GOALS = ("score", "speed")

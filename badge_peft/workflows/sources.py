@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -18,7 +20,6 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from badge_peft.utils.paths import is_local
-from badge_peft.workflows.csv_rows import open_rows
 
 FORMATS = {
     ".csv": "csv",
@@ -104,3 +105,51 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.symlink(os.path.abspath(source), target)
     except OSError:  # Windows asks for rights
         shutil.copyfile(source, target)
+
+
+def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
+    """What stands between columns, and the rows by the names of these: of two columns `text` the second is `text.1`,
+    as pandas has it. Blank lines are passed over, and values that are missing at the end of a row are None."""
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # pandas takes more than 131,072 characters
+    header = next((line for line in file if line.strip("\r\n")), "")
+    delimiter = delimiter_of(header, tabs)
+    return delimiter, _rows(header, file, delimiter)
+
+
+def delimiter_of(header: str, tabs: bool = False) -> str:
+    """What stands between the columns of a csv file with this first line: a comma, but for a header that has none and
+    has semicolons or tabs."""
+    if tabs:
+        return "\t"
+    plain = re.sub(r'"[^"]*"', "", header)
+    return next((d for d in (",", ";", "\t") if d in plain), ",")
+
+
+def _rows(header: str, file: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        yield header
+        yield from file
+        ended = True
+
+    reader = csv.reader(lines(), delimiter=delimiter)
+    names = _unique(next(reader, []))
+    for number, row in enumerate(filter(None, reader), start=1):
+        if ended:  # the reader has asked for more in the middle of a value
+            raise ValueError(f'row {number} begins a quote (") that does not end: close it, or write "" for a quote.')
+        if len(row) > len(names):  # a text would lose what is behind its comma
+            raise ValueError(
+                f"row {number} has {len(row)} values, and the columns are {', '.join(names)}: put a text with "
+                f"{delimiter!r} in it in quotes."
+            )
+        yield dict(zip_longest(names, row))
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        copies = (f"{name}.{i}" for i in count(1))
+        found.append(name if name not in found else next(copy for copy in copies if copy not in found))
+    return found

@@ -17,17 +17,15 @@ from pyarrow.parquet import ParquetFile
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.texts import whole
 from badge_peft.workflows.columns import find_columns
-from badge_peft.workflows.csv_rows import open_rows
 from badge_peft.workflows.settings import TextColumns
-from badge_peft.workflows.sources import lines_of, open_text, suffix_of
+from badge_peft.workflows.sources import lines_of, open_rows, open_text, suffix_of
 from badge_peft.workflows.token_rows import find_words
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _CHUNK = 1024  # rows of a parquet file in memory at once
 
-Pair = tuple[
-    Any, ...
-]  # a text, or where tokens are asked for a list of these; its second text; where asked, its query
+#: A text, or where tokens are asked for a list of these; its second text; where asked, what its query is called.
+Pair = tuple[Any, ...]
 
 
 def read_texts(

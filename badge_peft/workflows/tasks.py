@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +15,14 @@ from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.words import Words, tokenize_words
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
-from badge_peft.outputs import MultiTaskOutput
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.problem import problem_of
 from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.adapter_dir import Adapter, check_adapter, choose_device, recorded_columns
+from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode_texts, load_tokenizer
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.kinds import check_one_text
 from badge_peft.workflows.labels import LabelSet
-from badge_peft.workflows.predict import Pair, answer_in_turn, tagged
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import read_source
 
@@ -67,11 +64,6 @@ class TaskStack:
             found[task] = self.use(task).early_exit_config(**read)
         return found
 
-    def answer(self, batch: dict[str, torch.Tensor], configs: dict[str, EarlyExitConfig]) -> MultiTaskOutput:
-        """The answers of a padded batch, from one pass."""
-        batch = {name: value.to(self.shared.device) for name, value in batch.items()}
-        return early_exit_forward(self.shared.model, tasks=self.names, early_exit_config=configs, **batch)
-
 
 def parse_tasks(values: Sequence[str]) -> dict[str, str]:
     """`["intent=DIR", "pii=user/repo"]` as a dict."""
@@ -111,35 +103,6 @@ def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: 
     return TaskStack({task: Adapter(model, tokenizer, labels[task], columns[task], kinds[task]) for task in tasks})
 
 
-def predict_tasks(
-    stack: TaskStack, texts: Iterable[Pair], configs: dict[str, EarlyExitConfig], batch_size: int = 32
-) -> Generator[dict[str, Any], None, None]:
-    """As `predict`, for many tasks in one pass."""
-    return answer_in_turn(texts, batch_size, partial(_answer, stack, configs))
-
-
-def _answer(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[Pair]) -> list[dict[str, Any]]:
-    batch, words = batch_of(stack, [text for text, _ in texts], [pair for _, pair in texts])
-    output = stack.answer(batch, configs)
-    found: list[dict[str, Any]] = [
-        {"text": text, **({} if pair is None else {"text_pair": pair}), "tasks": {}} for text, pair in texts
-    ]
-    for task, own in output.items():
-        assert own.logits is not None and own.exit_layer is not None
-        labels = stack.adapters[task].labels
-        if stack.adapters[task].tags is not None:
-            assert words is not None
-            entities = tagged(texts, words, own, labels.names)
-            for line, answer, number in zip(found, entities, own.exit_layer.tolist(), strict=True):
-                line["tasks"][task] = {"entities": answer["entities"], "exit": number}
-            continue
-        problem = problem_of(labels.problem_type)
-        rows = zip(found, own.logits.float().cpu().numpy(), own.exit_layer.tolist(), strict=True)
-        for line, logits, number in rows:
-            line["tasks"][task] = {**problem.format_prediction(logits, labels.names), "exit": number}
-    return [{**line, "blocks": blocks} for line, blocks in zip(found, output.blocks_run.tolist(), strict=True)]
-
-
 def evaluate_tasks(
     stack: TaskStack, data: str, columns: Columns = Columns(), metric: str | None = None, batch_size: int = 32
 ) -> dict[str, Any]:
@@ -155,10 +118,11 @@ def evaluate_tasks(
         examples = adapter.read(data, labels_of(task, data, columns))
         reports[task] = evaluate_adapter(adapter, examples, metric, batch_size)[0]
     texts = stack.shared.read(data, replace(columns, unlabeled=True))
-    configs, blocks = stack.early_exit_configs(), []
-    for start in range(0, len(texts), batch_size):
-        rows = texts.select(range(start, min(len(texts), start + batch_size)))
-        blocks += stack.answer(batch_of(stack, rows.words or rows.texts, rows.pairs)[0], configs).blocks_run.tolist()
+    configs, pairs, blocks = stack.early_exit_configs(), pairs_of(texts), []
+    for start in range(0, len(pairs), batch_size):
+        batch, _ = batch_of([*stack.adapters.values()], pairs[start : start + batch_size])
+        output = early_exit_forward(stack.shared.model, tasks=stack.names, early_exit_config=configs, **batch)
+        blocks += output.blocks_run.tolist()
     depth = get_badge_model(stack.shared.model).num_blocks
     mean = sum(blocks) / len(blocks)
     return {
@@ -181,15 +145,23 @@ def labels_of(task: str, data: str, columns: Columns) -> Columns:
 
 
 def batch_of(
-    stack: TaskStack, texts: list[Any], pairs: Sequence[str | None] | None
+    adapters: Sequence[Adapter], texts: Sequence[Sequence[Any]]
 ) -> tuple[dict[str, torch.Tensor], list[Words] | None]:
-    """Texts as a padded batch, and the words of each, where a task labels tokens."""
-    base = stack.shared.model.get_base_model()
-    if any(adapter.tags is not None for adapter in stack.adapters.values()):
-        check_one_text(pairs)
-        own, words = tokenize_words(texts, stack.shared.tokenizer, length_limit(stack.shared.tokenizer))
-        return pad_features(own, base, tokens=True), words
-    second = [pair for pair in pairs or [] if pair is not None]
-    encoded = encode_texts(texts, second or None, stack.shared.tokenizer)
-    rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
-    return pad_features(rows, base), None
+    """Texts with their second text, or None, as a padded batch of adapters that share a model, and the words of each
+    where one labels tokens."""
+    first, seconds = adapters[0], [text[1] for text in texts if text[1] is not None]
+    base, words = first.model.get_base_model(), None
+    if any(adapter.tags is not None for adapter in adapters):
+        check_one_text(seconds)
+        rows, words = tokenize_words([text[0] for text in texts], first.tokenizer, length_limit(first.tokenizer))
+    else:
+        encoded = encode_texts([text[0] for text in texts], seconds or None, first.tokenizer)
+        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    batch = pad_features(rows, base, tokens=words is not None)
+    return {name: value.to(first.device) for name, value in batch.items()}, words
+
+
+def pairs_of(rows: TextDataset) -> list[tuple[Any, str | None]]:
+    """What `batch_of` takes."""
+    seconds: Sequence[str | None] = rows.pairs or [None] * len(rows)
+    return [*zip(rows.words or rows.texts, seconds, strict=True)]
