@@ -178,7 +178,7 @@ def bench(
     from badge_peft.workflows.bench_ranking import bench_rankings
     from badge_peft.workflows.kinds import check_texts_only
     from badge_peft.workflows.rankings import check_metric
-    from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
+    from badge_peft.workflows.report import bench_summary, bench_table
     from badge_peft.workflows.tasks import open_tasks, tasks_of
 
     adapter, data = shared.places(task, (adapter, data), ("DATA",))
@@ -196,7 +196,7 @@ def bench(
             "split": texts.split,
             **bench_tasks(stack, texts, configs, rows, batch_size or 1, threads),
         }
-        print(f"\n{bench_tasks_table(found)}")
+        print(f"\n{bench_table(found)}")
         shared.write(found, json_file)
         return
     assert adapter is not None

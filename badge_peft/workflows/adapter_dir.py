@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,21 +114,35 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         base_model: Folder or repository of the base model; None takes what the adapter names.
         device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
     """
-    check_adapter(path)
+    return open_adapters(str(path), {None: path}, base_model, device)[None]
+
+
+def open_adapters(
+    given: Any, places: Mapping[Any, str | Path], base_model: str | None, device: str | None
+) -> dict[Any, Adapter]:
+    """The adapters of one base model by their tasks (None: there is one adapter alone), all with the same model and
+    tokenizer; `given` is what `load_pretrained` takes."""
+    for place in places.values():
+        check_adapter(place)
     where = choose_device(device)
     with quiet():
-        model = load_pretrained(str(path), base_model=base_model).to(where)
-    config = get_badge_model(model).config_of()
-    base: Any = model.get_base_model()
-    named = path if has_tokenizer(path) else base_model or config.base_model_name_or_path
-    names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
-    return Adapter(
-        model,
-        load_tokenizer(str(named), base),
-        LabelSet(names, config.resolved_problem_type),
-        config.data_columns or recorded_columns(path),
-        "tokens" if config.reads_tokens else recorded_task(path, config.early_exit),
-    )
+        model = load_pretrained(given, base_model=base_model).to(where)
+    badge = get_badge_model(model)
+    named = next((place for place in places.values() if has_tokenizer(place)), None)
+    named = named or base_model or badge.config_of().base_model_name_or_path
+    tokenizer = load_tokenizer(str(named), model.get_base_model())
+    found = {}
+    for task, place in places.items():
+        config = badge.config_of(task)
+        kind = recorded_task(place, config.early_exit) if task is None else "classification"
+        found[task] = Adapter(
+            model,
+            tokenizer,
+            LabelSet(badge.label_names(task), config.resolved_problem_type),
+            config.data_columns or recorded_columns(place),
+            "tokens" if config.reads_tokens else kind,
+        )
+    return found
 
 
 def check_adapter(path: str | Path) -> None:

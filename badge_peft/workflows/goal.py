@@ -1,4 +1,5 @@
-"""How a policy is chosen, and which one answers in place of an adapter's own."""
+"""`Settings`, the base of what can be asked of a workflow; how a policy is chosen, and which one answers in place of
+an adapter's own."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from typing import Any
 from badge_peft.utils.checks import check_int, check_number
 
 GOALS = ("max_score_drop", "target_blocks_saved", "target_time_saved")
-
-
 # a name has the same range wherever it stands
 _AT_LEAST = {
     0: ("depth", "latency", "seed", "trials"),
@@ -28,7 +27,7 @@ _RANGES = (
 
 
 class Settings:
-    """Base of the groups of fields."""
+    """Base of the groups of fields. A number has the same range wherever its name stands."""
 
     def __post_init__(self) -> None:
         for least, names in _AT_LEAST.items():

@@ -154,24 +154,20 @@ def latency_line(latency: dict[str, Any]) -> str:
 
 
 def bench_table(report: dict[str, Any]) -> str:
-    """One line per runner."""
-    metric = report["metric"]
+    """One line per runner, or per way to answer all tasks."""
     unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
-    if "queries" in report:
-        unit = "query"
-    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "mean exit", metric.replace("_", " "), "as full depth"]
-    lines = [
-        [
-            row["name"],
-            f"{row['p50_ms']:.2f}",
-            f"{row['p95_ms']:.2f}",
-            f"{row['examples_per_s']:.1f}",
-            f"{row['mean_exit']:.2f}",
-            "-" if row["score"] is None else show(row["score"], metric),
-            "-" if row["answers_as_full_depth"] is None else f"{row['answers_as_full_depth']:.1%}",
-        ]
-        for row in report["results"]
-    ]
+    header = ["", f"p50 ms per {'query' if 'queries' in report else unit}", "p95 ms", "texts/s"]
+    metric = report.get("metric")
+    header += ["mean exit", metric.replace("_", " "), "as full depth"] if metric else ["blocks per text"]
+    lines = []
+    for row in report["results"]:
+        line = [row["name"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", f"{row['examples_per_s']:.1f}"]
+        if metric is None:
+            lines.append([*line, f"{row['blocks']:.2f}"])
+            continue
+        score, same = row["score"], row["answers_as_full_depth"]
+        line += [f"{row['mean_exit']:.2f}", "-" if score is None else show(score, metric)]
+        lines.append([*line, "-" if same is None else f"{same:.1%}"])
     return text_table(header, lines)
 
 
@@ -186,23 +182,6 @@ def bench_summary(report: dict[str, Any]) -> str:
         f"{report['rows']} {texts}, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
         f"PyTorch on {where}{onnx}; the tokenizer's time is not in it"
     )
-
-
-def bench_tasks_table(report: dict[str, Any]) -> str:
-    """One line per way to answer all tasks."""
-    unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
-    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "blocks per text"]
-    lines = [
-        [
-            row["name"],
-            f"{row['p50_ms']:.2f}",
-            f"{row['p95_ms']:.2f}",
-            f"{row['examples_per_s']:.1f}",
-            f"{row['blocks']:.2f}",
-        ]
-        for row in report["results"]
-    ]
-    return text_table(header, lines)
 
 
 def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Path, title: str) -> bool:

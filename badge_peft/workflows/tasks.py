@@ -13,16 +13,13 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.words import Words, tokenize_words
-from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
-from badge_peft.utils.logs import quiet
 from badge_peft.utils.texts import length_limit
-from badge_peft.workflows.adapter_dir import Adapter, check_adapter, choose_device, recorded_columns
+from badge_peft.workflows.adapter_dir import Adapter, open_adapters
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import encode_texts, load_tokenizer
+from badge_peft.workflows.encode import encode_texts
 from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.kinds import check_one_text
-from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import read_source
 
@@ -87,20 +84,7 @@ def tasks_of(values: Sequence[str], adapter: str | None) -> dict[str, str] | Non
 
 def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: str | None = None) -> TaskStack:
     """Loads the adapters of many tasks on one base model."""
-    for place in tasks.values():
-        check_adapter(place)
-    where = choose_device(device)
-    with quiet():
-        model = load_pretrained(tasks, base_model=base_model).to(where)
-    badge = get_badge_model(model)
-    named = next((place for place in tasks.values() if has_tokenizer(place)), None)
-    tokenizer = load_tokenizer(
-        str(named or base_model or badge.config_of().base_model_name_or_path), model.get_base_model()
-    )
-    labels = {task: LabelSet(badge.label_names(task), badge.config_of(task).resolved_problem_type) for task in tasks}
-    kinds = {task: "tokens" if badge.config_of(task).reads_tokens else "classification" for task in tasks}
-    columns = {task: badge.config_of(task).data_columns or recorded_columns(place) for task, place in tasks.items()}
-    return TaskStack({task: Adapter(model, tokenizer, labels[task], columns[task], kinds[task]) for task in tasks})
+    return TaskStack(open_adapters(tasks, tasks, base_model, device))
 
 
 def evaluate_tasks(
