@@ -38,9 +38,10 @@ def train_and_save(
     model_name: str,
     data: str,
     settings: TrainSettings,
+    examples: TextDataset,
+    eval_examples: TextDataset,
     base: Base,
     tokenizer: Any,
-    examples: TextDataset,
     eval_rows: Dataset,
     counts: tuple[str, str],
     train: Callable[[PeftModel], dict[str, Any]],
@@ -53,9 +54,9 @@ def train_and_save(
     Args:
         model_name, data: As they were asked for.
         settings: With what was found out of model and rows.
+        examples, eval_examples: The rows to train on, and to evaluate and calibrate on, as they were read.
         base, tokenizer: The model.
-        examples: The rows to train on, as they were read.
-        eval_rows: Encoded.
+        eval_rows: Of the evaluation examples, encoded.
         counts: What is trained and calibrated on, in words.
         train: Trains a model; what the report says of it.
         choose: From the exit logits of the evaluation rows these with all that belongs to them, what the report says,
@@ -63,6 +64,8 @@ def train_and_save(
             raises ValueError, the adapter is saved with the policy that it has.
         start: When this began.
     """
+    apart = eval_examples.split != examples.split
+    evaluation = f"{data}, split {eval_examples.split}" if apart else f"held out of {data}"
     options, ranks, out = settings.training, settings.task == "ranking", Path(str(settings.output_dir))
     model = add_exits(base, settings.exits)
     badge = get_badge_model(model)
@@ -83,7 +86,7 @@ def train_and_save(
             "max_length": tokenizer.model_max_length,
             "label_names": base.labels.names,
             "problem_type": base.labels.problem_type,
-            "evaluation": settings.columns.eval_data or f"held out of {data}",
+            "evaluation": settings.columns.eval_data or evaluation,
             "weights_hash": exit_logits.weights_hash,
             "processes": distributed.rank_world()[1],
             "trainable_parameters": trainable,

@@ -51,7 +51,7 @@ def train_exits(
         depth=options.depth,
         distillation=distillation,
         exit_weights=options.exit_weights,
-        per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
+        per_device_train_batch_size=distributed.rows_per_device(options.batch_size),
         logging_steps=max(1, options.epochs * -(-len(rows) // options.batch_size) // 50),
         label_names=["labels"],
         **rate,

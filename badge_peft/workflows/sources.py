@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
@@ -30,6 +30,9 @@ FORMATS = {
     ".txt": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
+_FRACTION = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_TRUTH = re.compile("true|false|True|False|TRUE|FALSE")
 
 
 def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
@@ -65,26 +68,41 @@ def lines_of(file: Iterable[str]) -> Iterator[str]:
 
 def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
     """Streams files into memory: the user's cache is left alone, and a changed file is never missed."""
-    options: dict[str, Any] = {}
     try:
         if format == "text":
             with open_text(path, "\n") as file:
                 found = {"train": Dataset.from_dict({"text": list(lines_of(file))})}
+        elif format == "csv":
+            found = {"train": _read_csv([path])}
         else:
-            if format == "csv":  # "None", "NA" and "null" are texts, too
-                with open_text(path, "") as file:
-                    sep, rows = open_rows(file, suffix_of(path) == ".tsv")
-                    next(rows, None)  # were it too long, pandas would take the first column for names of rows
-                options = {"keep_default_na": False, "na_values": [""], "sep": sep}
             with _plainly_named(path) as there:
                 arguments = {"path": there} if format is None else {"path": format, "data_files": there}
-                splits = load_dataset(**arguments, streaming=True, **options)
-                found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
+                builder = load_dataset_builder(**arguments)
+                if builder.name == "csv":  # a folder of them
+                    files = builder.config.data_files or {}
+                    found = {name: _read_csv(paths) for name, paths in files.items()}
+                else:
+                    streams = builder.as_streaming_dataset().items()
+                    found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in streams}
     except (DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if not all(map(len, found.values())):
         raise ValueError(f"{path} cannot be read: it has no rows.")
     return found
+
+
+def _read_csv(files: Iterable[str | Path]) -> Dataset:
+    """As `predict` reads them, with numbers for what is one: pandas takes "NA" and "null" for missing values."""
+    columns: dict[str, list[Any]] = {}
+    for path in files:
+        with open_text(path, "") as file:
+            for row in open_rows(file, suffix_of(path) == ".tsv")[1]:
+                columns = columns or {name: [] for name in row}
+                if row.keys() != columns.keys():
+                    raise ValueError(f"its files have different columns: {', '.join(columns)}, and {', '.join(row)}.")
+                for name, value in row.items():
+                    columns[name].append(value or None)
+    return Dataset.from_dict({name: numbers_of(values) for name, values in columns.items()})
 
 
 @contextmanager
@@ -110,7 +128,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
     """What stands between columns, and the rows by the names of these: of two columns `text` the second is `text.1`,
     as pandas has it. Blank lines are passed over, and values that are missing at the end of a row are None."""
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # pandas takes more than 131,072 characters
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # more than 131,072 characters
     header = next((line for line in file if line.strip("\r\n")), "")
     delimiter = delimiter_of(header, tabs)
     return delimiter, _rows(header, file, delimiter)
@@ -123,6 +141,17 @@ def delimiter_of(header: str, tabs: bool = False) -> str:
         return "\t"
     plain = re.sub(r'"[^"]*"', "", header)
     return next((d for d in (",", ";", "\t") if d in plain), ",")
+
+
+def numbers_of(values: list[str | None]) -> list[Any]:
+    """The values of a column as whole numbers, fractions, or true and false, where all are written so; a code such as
+    007 is no number."""
+    given = [value for value in values if value is not None]
+    kinds: Any = ((_WHOLE, int), (_FRACTION, float), (_TRUTH, lambda value: value.lower() == "true"))
+    for pattern, read in kinds if given else ():
+        if all(map(pattern.fullmatch, given)):
+            return [None if value is None else read(value) for value in values]
+    return list(values)
 
 
 def _rows(header: str, file: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class TaskStack:
             read = {name: value for name, value in overrides.items() if name not in unread[task] - by_none}
             found[task] = self.use(task).early_exit_config(**read)
         return found
+
+
+def is_named(value: str) -> bool:
+    """Whether it is NAME=ADAPTER, and not a place whose path has an equals sign in it."""
+    return "=" in value and "/" not in value.partition("=")[0] and not Path(value).exists()
 
 
 def parse_tasks(values: Sequence[str]) -> dict[str, str]:

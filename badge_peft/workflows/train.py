@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from badge_peft.evaluation import ExitLogits
 from badge_peft.evaluation.costs import measure_costs
+from badge_peft.workflows.adapter_dir import choose_device
 from badge_peft.workflows.base_model import Base, keeps_head, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
@@ -83,15 +84,19 @@ def train_on(
     print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
 
     metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
-    settings, forms = choose_form(base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
-    set_seed(training.seed)
+    base.model.to(choose_device(None))  # states are computed before Trainer takes the model there
+    choosing = partial(choose_form, base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
     states, search = None, None
     if settings.search.trials:
-        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         wanted = Search(base, train_rows, tokenizer, settings, learns_labels, model_name)
+        settings, forms = wanted.choose_form(choosing)
+        set_seed(training.seed)
+        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
         training = settings.training
-        set_seed(training.seed)
+    else:
+        settings, forms = choosing()
+    set_seed(training.seed)
 
     def train(model: PeftModel) -> dict[str, Any]:
         found = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
@@ -118,7 +123,7 @@ def train_on(
 
     counts = f"{len(train_rows)} rows", f"{len(eval_rows)} evaluation rows"
     return train_and_save(
-        model_name, data, settings, base, tokenizer, examples, eval_rows, counts, train, chosen, start
+        model_name, data, settings, examples, eval_examples, base, tokenizer, eval_rows, counts, train, chosen, start
     )
 
 

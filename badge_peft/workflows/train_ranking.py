@@ -89,7 +89,7 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     train = partial(_train, rows=rows, queries=examples.queries(), tokenizer=tokenizer, options=options)
     counts = f"{len(rows)} candidates", f"{queries[1]} queries"
     report = train_and_save(
-        model_name, data, settings, base, tokenizer, examples, eval_rows, counts, train, chosen, start
+        model_name, data, settings, examples, eval_examples, base, tokenizer, eval_rows, counts, train, chosen, start
     )
     if report is not None:
         print(f"\n{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
@@ -103,7 +103,7 @@ def _train(
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
-        for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
+        for batch in query_batches(queries, distributed.rows_per_device(options.batch_size), options.seed)
     ]
     return fit(
         model,
