@@ -49,7 +49,9 @@ def train(options: argparse.Namespace, data: Path, arguments: list[str]) -> dict
     command += ["--max-rows", str(options.rows), "--epochs", str(options.epochs), "--latency", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     with TemporaryDirectory() as folder:
-        start, cpu, load = time.perf_counter(), cpu_seconds(), os.getloadavg()[0]
+        start = time.perf_counter()
+        cpu = cpu_seconds()
+        load = os.getloadavg()[0]
         subprocess.run(
             [*command, "--output-dir", folder, *arguments],
             env=environment,
@@ -57,7 +59,8 @@ def train(options: argparse.Namespace, data: Path, arguments: list[str]) -> dict
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        seconds = time.perf_counter() - start
+        cpu = cpu_seconds() - cpu
         report = json.loads((Path(folder) / "report.json").read_text())
     scores = {name: report[name] for name in ("s_avg", "s_best", "training_seconds", "states", "train_rows")}
     return {"seconds": seconds, "cpu_seconds": cpu, "load": load, **scores}
@@ -71,8 +74,11 @@ def cpu_seconds() -> float:
 
 def page(results: Results) -> str:
     """Markdown."""
-    about, runs = results["about"], {key: own for key, own in results.items() if key != "about"}
-    where, lines, gains = about["environment"], [], []
+    about = results["about"]
+    runs = {key: own for key, own in results.items() if key != "about"}
+    where = about["environment"]
+    lines = []
+    gains = []
     for data in dict.fromkeys(key.split("/")[0] for key in runs):
         cached, uncached = ([*results.below(f"{data}/{way}").values()] for way in WAYS)
         for name, what in TIMES.items():
@@ -87,7 +93,8 @@ def page(results: Results) -> str:
             [data, "S-avg; states", scores[0], f"{scores[1]}; {cached[0]['states']['bytes'] / 1e9:.2f} GB", ""]
         )
     repeats = max(int(key.split("/")[2]) for key in runs) + 1
-    loads, rows = [run["load"] for run in runs.values()], next(iter(runs.values()))["train_rows"]
+    loads = [run["load"] for run in runs.values()]
+    rows = next(iter(runs.values()))["train_rows"]
     return f"""# Cached states
 
 What they save when exits are trained on a frozen backbone ([Training](../training.md#cached-states)):

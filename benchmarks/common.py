@@ -139,7 +139,12 @@ def fit(
     """Trains exits, without looking at other rows on the way: the last state counts."""
     from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 
-    alone = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+    alone = {
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+    }
     with TemporaryDirectory() as folder:
         MultiExitTrainer(
             model=model,

@@ -24,9 +24,12 @@ from latency_parts.turns import run_alone
 import badge_peft
 from badge_peft.evaluation.timing import take_turns
 
-STOCK, BLOCKS, WHOLE = "stock, eager", "stock, each block compiled", "stock, compiled as a whole"
+STOCK = "stock, eager"
+BLOCKS = "stock, each block compiled"
+WHOLE = "stock, compiled as a whole"
 OUTSIDE = "stock without its blocks, eager"
-EAGER, COMPILED = "leaves at block {}, eager", "leaves at block {}, compile_blocks"
+EAGER = "leaves at block {}, eager"
+COMPILED = "leaves at block {}, compile_blocks"
 _HOW = """Made by
 
 ```bash
@@ -50,7 +53,8 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             for length in options.lengths:
                 key = f"{name}/B={rows}/S={length}"
                 if key not in results:
-                    where, start = describe(options.threads), time.perf_counter()
+                    where = describe(options.threads)
+                    start = time.perf_counter()
                     cell = measure_cell(forced, rows, length, exits, options.rounds, options.backend)
                     took = round(time.perf_counter() - start, 1)
                     results.keep(key, {"environment": where, "took_s": took, "seed": 0, **cell})
@@ -141,7 +145,9 @@ def _tables(cells: Mapping[str, Any]) -> list[str]:
 
     lines = [ratios("stock, blocks compiled / eager", lambda cell: _seconds(cell, BLOCKS) / _seconds(cell, STOCK))]
     for k in exits:
-        mine, other, what = COMPILED.format(k), EAGER.format(k), f"leaves at block {k}: compiled"
+        mine = COMPILED.format(k)
+        other = EAGER.format(k)
+        what = f"leaves at block {k}: compiled"
         lines.append(ratios(f"{what} / eager", lambda cell, a=mine, b=other: _seconds(cell, a) / _seconds(cell, b)))
         lines.append(ratios(f"{what} / limit", lambda cell, a=mine, k=k: _seconds(cell, a) / _limit(cell, k)))
     compiling = [
@@ -160,7 +166,8 @@ def _seconds(cell: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 def _limit(cell: Mapping[str, Any], k: int) -> np.ndarray:
-    outside, stock = _seconds(cell, OUTSIDE), _seconds(cell, BLOCKS)
+    outside = _seconds(cell, OUTSIDE)
+    stock = _seconds(cell, BLOCKS)
     return outside + k / cell["blocks"] * (stock - outside)
 
 
@@ -174,9 +181,19 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=["BERT-base", "h384"])
     options.add_argument("--rows", type=int, nargs="+", default=[1, 32], help="of a batch")
     options.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128], help="tokens per row")
-    options.add_argument("--exits", type=int, nargs="+", default=[2, 6, 12], help="blocks at which rows leave")
+    options.add_argument(
+        "--exits",
+        type=int,
+        nargs="+",
+        default=[2, 6, 12],
+        help="blocks at which rows leave",
+    )
     options.add_argument("--rounds", type=int, default=20)
-    options.add_argument("--backend", default="inductor", help="of torch.compile; another one is to try the benchmark")
+    options.add_argument(
+        "--backend",
+        default="inductor",
+        help="of torch.compile; another one is to try the benchmark",
+    )
     return run(options.parse_args(arguments), measure, page)
 
 

@@ -62,16 +62,35 @@ def train(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
     forms: dict[str, Any] = {}
     for form in options.forms:
         model = with_exits(FORMS[form], tokenizer, labels, options)
-        steps = {"num_train_epochs": options.epochs, "adapter_learning_rate": options.lr, "seed": options.seed}
-        fit(model, rows["train"], DataCollatorWithPadding(tokenizer), cache_states=states["train"], **steps, **BATCH)
-        found = {name: collect_exit_logits(model, rows[name], cached_states=states[name]) for name in SPLITS[1:]}
+        steps = {
+            "num_train_epochs": options.epochs,
+            "adapter_learning_rate": options.lr,
+            "seed": options.seed,
+        }
+        fit(
+            model,
+            rows["train"],
+            DataCollatorWithPadding(tokenizer),
+            cache_states=states["train"],
+            **steps,
+            **BATCH,
+        )
+        found = {
+            name: collect_exit_logits(
+                model,
+                rows[name],
+                cached_states=states[name],
+            )
+            for name in SPLITS[1:]
+        }
         forms[form] = scores_of(found)
         print(f"{out.name}, {form}: {forms[form]}", flush=True)
     chosen = calibrated(found["validation"], options.policy, max_score_drop=DROP)
     model.set_early_exit_config(chosen)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    scores, point = exit_scores(found["test"]), evaluate_policy(found["test"], chosen)
+    scores = exit_scores(found["test"])
+    point = evaluate_policy(found["test"], chosen)
     result = {
         "rows": {name: len(rows[name]) for name in SPLITS},
         "exit_layers": scores.exit_layers,
@@ -101,7 +120,8 @@ def with_exits(fields: dict[str, Any], tokenizer: Any, labels: list[str], option
 def scores_of(found: dict[str, ExitLogits]) -> dict[str, Any]:
     """The mean and best of all exits on test rows, and the score at shares of the blocks saved by `max_prob`, whose
     thresholds the validation rows choose."""
-    scores, most = exit_scores(found["test"]), 1 - found["test"].exits[0] / found["test"].depth
+    scores = exit_scores(found["test"])
+    most = 1 - found["test"].exits[0] / found["test"].depth
     goals = [goal for goal in GOALS if goal <= most]
     chosen = {goal: calibrated(found["validation"], "max_prob", target_blocks_saved=goal) for goal in goals}
     saved = {str(goal): evaluate_policy(found["test"], config).score for goal, config in chosen.items()}
@@ -142,9 +162,12 @@ def rows_of(folder: str, tokenizer: Any, options: argparse.Namespace) -> tuple[d
 
 def page(results: Results) -> str:
     """Markdown."""
-    scores, times = results.below("scores"), results.below("time")
+    scores = results.below("scores")
+    times = results.below("time")
     first = next(iter(scores.values()))
-    where, settings, forms = first["environment"], first["settings"], next(iter(first["forms"].values()))
+    where = first["environment"]
+    settings = first["settings"]
+    forms = next(iter(first["forms"].values()))
     rows = ", ".join(f"{name} {' / '.join(f'{n:,}' for n in own['rows'].values())}" for name, own in scores.items())
     given = f"--rows {first['rows']['train']} --epochs {settings['epochs']} --lr {settings['lr']}"
     command = f"python benchmarks/decoders.py SmolLM2-135M {' '.join(f'{name}={name}' for name in scores)}"
@@ -161,7 +184,8 @@ def page(results: Results) -> str:
             of_time = f" and {timed['time_saved']:.0%} of the time"
             note = f"{timed['layer_speedup']:.1%} of the blocks, {timed['rows']} texts"
             clock = [f"{timed['full_ms']:.0f}", f"{timed['mean_ms']:.0f}", f"{timed['time_saved']:.1%} ({note})"]
-        best, early = 100 * own["best"], 100 * own["score"]
+        best = 100 * own["best"]
+        early = 100 * own["score"]
         said.append(f"{name}: {own['layer_speedup']:.0%} of the blocks{of_time} saved for {best - early:.1f} points")
         policy = own["policy"]["policy"]
         saved.append([name, policy, f"{best:.1f}", f"{early:.1f}", f"{own['layer_speedup']:.1%}", *clock])
@@ -211,7 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__, "runs/decoders.json")
     options.add_argument("model", nargs="?", help="folder of a causal language model")
     options.add_argument("data", nargs="*", metavar="TASK=DIR", help="tasks, with the folders of their rows")
-    options.add_argument("--adapters", default="runs/decoders", help="where the adapters are; what is there is used")
+    options.add_argument(
+        "--adapters",
+        default="runs/decoders",
+        help="where the adapters are; what is there is used",
+    )
     options.add_argument("--rows", type=int, default=4000, help="of training, at most")
     options.add_argument("--others", type=int, default=1000, help="of validation, and of test, at most")
     options.add_argument("--length", type=int, default=64, help="tokens of a row, at most")

@@ -108,7 +108,17 @@ def measure_task(pool: ExitLogits, others: dict[str, ExitLogits], options: argpa
         config = calibrated(pool.select(order[:size]), "divergence", max_score_drop=0.01)
         traffic = pool.select(order[size:])
         quiet = min(options.rows, len(traffic))
-        found.setdefault("undisturbed/0", []).append(rows_until_alarm(config, traffic, traffic, 0.0, 0, quiet, draw))
+        found.setdefault("undisturbed/0", []).append(
+            rows_until_alarm(
+                config,
+                traffic,
+                traffic,
+                0.0,
+                0,
+                quiet,
+                draw,
+            )
+        )
         for name, other in {"hardest quarter": hardest(traffic), **others}.items():
             for share in SHARES:
                 alarm = rows_until_alarm(config, traffic, other, share, options.before, options.rows, draw)
@@ -169,8 +179,20 @@ python benchmarks/drift.py --docs docs/results/drift.md
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parser(__doc__, "runs/drift.json", threads=1)
-    options.add_argument("--logits", nargs="*", default=[], metavar="TASK=FILE", help="pools of labeled exit logits")
-    options.add_argument("--other", nargs="*", default=[], metavar="TASK:NAME=FILE", help="exit logits of other rows")
+    options.add_argument(
+        "--logits",
+        nargs="*",
+        default=[],
+        metavar="TASK=FILE",
+        help="pools of labeled exit logits",
+    )
+    options.add_argument(
+        "--other",
+        nargs="*",
+        default=[],
+        metavar="TASK:NAME=FILE",
+        help="exit logits of other rows",
+    )
     options.add_argument("--draws", type=int, default=20)
     options.add_argument("--calibration-rows", type=int, default=1500)
     options.add_argument("--before", type=int, default=500, help="undisturbed rows before the disturbance")

@@ -81,9 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--only", nargs="+", choices=PLAN, default=list(PLAN), help="these experiments")
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=["BERT-base", "h384"])
     options.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=devices)
-    options.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128], help="tokens per row, batch 1")
+    options.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[16, 64, 128],
+        help="tokens per row, batch 1",
+    )
     options.add_argument("--rounds", type=int, help="of every experiment (default: its own)")
-    options.add_argument("--cache", metavar="FOLDER", help="keep exported ONNX files here; what is there is used")
+    options.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="keep exported ONNX files here; what is there is used",
+    )
     return run(options.parse_args(arguments), measure, page)
 
 

@@ -19,7 +19,9 @@ from common import Results, describe, machine, markdown, parser, quartiles, run
 from latency_parts.forced import SIZES, Forced, add_copy, build, even_exits, exits_of
 from latency_parts.turns import against_base
 
-EACH, WITHOUT, ONE = "a call each", "without switching", "one pass"
+EACH = "a call each"
+WITHOUT = "without switching"
+ONE = "one pass"
 
 
 def measure(options: argparse.Namespace, results: Results) -> None:
@@ -30,13 +32,26 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             for rows in options.rows:
                 if (key := f"{name}/{tasks}/{rows}") not in results:
                     where = {"environment": describe(options.threads), "length": options.length}
-                    results.keep(key, {**where, **measure_cell(forced, tasks, rows, options.length, options.rounds)})
+                    results.keep(
+                        key,
+                        {
+                            **where,
+                            **measure_cell(
+                                forced,
+                                tasks,
+                                rows,
+                                options.length,
+                                options.rounds,
+                            ),
+                        },
+                    )
                     print(key, results[key]["ms"], flush=True)
 
 
 def calls(forced: Forced, tasks: int, per_task: int, length: int) -> dict[str, Callable[[], list[int]]]:
     """The three ways to answer the same rows; each returns the exits, task by task."""
-    model, names = forced.model, ["default", *(f"task{i}" for i in range(2, tasks + 1))]
+    model = forced.model
+    names = ["default", *(f"task{i}" for i in range(2, tasks + 1))]
     for name in names:
         if name not in model.peft_config:
             add_copy(forced, name)

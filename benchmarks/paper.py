@@ -32,7 +32,9 @@ from paper_grid.training import Workshop
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 when a run has failed."""
     options = _parser().parse_args(arguments)
-    settings, store, config = load_settings(options.config), Store(options.out), f"benchmarks/{options.config.name}"
+    settings = load_settings(options.config)
+    store = Store(options.out)
+    config = f"benchmarks/{options.config.name}"
     if options.command == "run":
         return _run(settings, store, options, sys.argv[1:] if arguments is None else arguments)
     if options.command == "report":
@@ -73,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.add_argument("config", type=Path, help="the grid, such as benchmarks/paper_small.yaml")
         command.add_argument("--out", default="runs/paper", help="the store of results")
-        page = {"report": "paper/small.md", "headline": "paper.md", "policies": "paper/policies.md"}.get(name)
+        page = {
+            "report": "paper/small.md",
+            "headline": "paper.md",
+            "policies": "paper/policies.md",
+        }.get(name)
         if page:
             command.add_argument("--docs", type=Path, default=Path("docs/results", page), help="the page")
     run, report, headline, policies = (commands.choices[name] for name in ("run", "report", "headline", "policies"))
@@ -82,7 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="PATTERN", help="part of a run's label or group, or a shell pattern")
     run.add_argument("--dry-run", action="store_true", help="say what is there and what is missing")
     run.add_argument("--threads", type=int, help="of torch, per process")
-    run.add_argument("--workers", type=int, default=1, help="processes; one per core with --threads 1 is the fastest")
+    run.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes; one per core with --threads 1 is the fastest",
+    )
     report.add_argument("--no-figures", action="store_true", help="leave out Figure 2: sweeps take a while")
     headline.add_argument("--picture", type=Path, help="also draw the first task, as this PNG file")
     policies.add_argument("--json", type=Path, default=Path("runs/policies.json"), help="kept measurements")

@@ -101,7 +101,8 @@ def draw_sets(pool: ExitLogits, size: int, policy: str, draws: int, methods: lis
     found: dict[str, Any] = {name: {"excess": [], "speedup": []} for name in methods}
     for draw in range(draws):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))
-        rows, test = pool.select(order[:size]), pool.select(order[size:])
+        rows = pool.select(order[:size])
+        test = pool.select(order[size:])
         best = exit_scores(test).best
         for name in methods:
             point = evaluate_policy(test, METHODS[name](rows, policy))
@@ -188,7 +189,8 @@ def _each_task(of: dict[Any, Any]) -> str:
                 mean, high, within = excess(methods, name, truly)
                 dash = name == BEST_EXIT and not truly
                 cells += ["-"] * 3 if dash else [f"{mean:+.2f}", f"{high:+.2f}", f"{within:.0%}"]
-            draws, saved = len(methods[name]["excess"]), np.mean(methods[name]["speedup"])
+            draws = len(methods[name]["excess"])
+            saved = np.mean(methods[name]["speedup"])
             lines.append([task, str(size), str(draws), name, *cells, f"{saved:.1%}"])
     return markdown(_header(("task", "rows", "draws", "method"), ""), lines)
 
@@ -202,13 +204,30 @@ def _header(first: tuple[str, ...], note: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parser(__doc__, "runs/promises.json", threads=1)
-    options.add_argument("--logits", nargs="*", default=[], metavar="TASK=FILE", help="pools of labeled exit logits")
+    options.add_argument(
+        "--logits",
+        nargs="*",
+        default=[],
+        metavar="TASK=FILE",
+        help="pools of labeled exit logits",
+    )
     options.add_argument("--draws", type=int, default=200)
-    options.add_argument("--sizes", nargs="+", type=int, default=[200, 500, 1000, 3000], help="of the validation sets")
+    options.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[200, 500, 1000, 3000],
+        help="of the validation sets",
+    )
     options.add_argument("--policies", nargs="+", default=["divergence", "auto"])
     options.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     names = ("ROWS", "FOLDER", "OUT")
-    options.add_argument("--divide", nargs=3, metavar=names, help="only divide a data set: rows to train on, a pool")
+    options.add_argument(
+        "--divide",
+        nargs=3,
+        metavar=names,
+        help="only divide a data set: rows to train on, a pool",
+    )
     given = options.parse_args(arguments)
     if given.divide:
         rows, data, folder = given.divide

@@ -102,7 +102,8 @@ def measure_times(options: argparse.Namespace) -> None:
     work = options.work[0]
     results = Results(work / RESULTS)
     settings = results["quality"]["settings"]
-    model, adapter = work / "cross-encoder", work / f"exits-{settings['seeds'][0]}"
+    model = work / "cross-encoder"
+    adapter = work / f"exits-{settings['seeds'][0]}"
     clock.export(model, adapter, work, settings["max_length"])
     if options.rounds:
         ways = clock.runners(model, adapter, work, settings["max_length"], options.threads)
@@ -114,20 +115,52 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     qualities = commands.add_parser("quality", help="train, calibrate, and measure what is kept and saved")
-    qualities.add_argument("--encoder", required=True, help="folder of a sentence encoder with BERT's architecture")
+    qualities.add_argument(
+        "--encoder",
+        required=True,
+        help="folder of a sentence encoder with BERT's architecture",
+    )
     qualities.add_argument("--name", help="of the encoder, on the page")
-    qualities.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
+    qualities.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with train, validation and test.jsonl",
+    )
     qualities.add_argument("--shift", type=Path, help="folder of a test collection in Cranfield's form")
     qualities.add_argument("--queries", type=int, default=1000, help="of validation and of test, at most")
     qualities.add_argument("--train-queries", type=int, default=200, help="that exits learn from")
     qualities.add_argument("--train-candidates", type=int, default=40, help="of these, drawn from the pool")
     qualities.add_argument("--shift-queries", type=int, default=100)
     qualities.add_argument("--pool", type=int, default=100, help="candidates of each query")
-    qualities.add_argument("--max-train", type=int, default=10**9, help="pairs that the cross-encoder learns from")
-    qualities.add_argument("--frozen-words", action="store_true", help="the cross-encoder's word embeddings stay")
-    qualities.add_argument("--bf16", action="store_true", help="the cross-encoder learns with products in bfloat16")
-    qualities.add_argument("--listwise", type=int, default=0, help="queries of which it learns the order afterwards")
-    qualities.add_argument("--negatives", type=int, default=4, help="pairs that are not relevant, for each that is")
+    qualities.add_argument(
+        "--max-train",
+        type=int,
+        default=10**9,
+        help="pairs that the cross-encoder learns from",
+    )
+    qualities.add_argument(
+        "--frozen-words",
+        action="store_true",
+        help="the cross-encoder's word embeddings stay",
+    )
+    qualities.add_argument(
+        "--bf16",
+        action="store_true",
+        help="the cross-encoder learns with products in bfloat16",
+    )
+    qualities.add_argument(
+        "--listwise",
+        type=int,
+        default=0,
+        help="queries of which it learns the order afterwards",
+    )
+    qualities.add_argument(
+        "--negatives",
+        type=int,
+        default=4,
+        help="pairs that are not relevant, for each that is",
+    )
     qualities.add_argument("--epochs", type=int, default=2, help="of the cross-encoder")
     qualities.add_argument("--exit-epochs", type=int, default=5, help="of the exits")
     qualities.add_argument("--exit-batch", type=int, default=40, help="candidates of a step")
@@ -141,12 +174,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     times = commands.add_parser("clock", help="time queries with what `quality` has made")
     times.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], help="of a timed query")
-    times.add_argument("--rounds", type=int, default=20, help="queries to time; 0 writes the ONNX files alone")
+    times.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="queries to time; 0 writes the ONNX files alone",
+    )
     pages = commands.add_parser("page", help="write the page of what was measured")
     pages.add_argument("--note", nargs="*", default=[], help="said behind the targets")
     pages.add_argument("--docs", type=Path, help="where to")
     for command in (qualities, times, pages):
-        command.add_argument("--work", type=Path, nargs="+", required=True, help="folder for all that is made")
+        command.add_argument(
+            "--work",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="folder for all that is made",
+        )
         command.add_argument("--threads", type=int, default=2)
     return parser
 

@@ -32,13 +32,15 @@ WARM = 5.0  # seconds in which the controller goes to its fastest setting
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    options, results = (given := _parser().parse_args(arguments)), Results(given.json)
+    options = _parser().parse_args(arguments)
+    results = Results(options.json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services end, too
     if options.docs:
         write_all(results, Path(options.docs))
         return 0
     lines = read_lines(options.texts)
-    texts, labels = [line["text"] for line in lines], [str(line["label"]) for line in lines]
+    texts = [line["text"] for line in lines]
+    labels = [str(line["label"]) for line in lines]
     if options.kills:
         measure_kills(texts, options, results)
     elif options.overhead:
@@ -103,7 +105,8 @@ def answers_of(sent: list[Sent], count: int) -> list[dict[str, Any] | None]:
 
 def saturated(service: Running, requests: Any, seconds: float) -> dict[str, float]:
     """What the service answers at most, and the processor time of its replica."""
-    start, cpu = perf_counter(), service.cpu_seconds()
+    start = perf_counter()
+    cpu = service.cpu_seconds()
     sent = saturate(service.url, requests, CONNECTIONS, seconds)
     texts = sum(len(request.rows) for request in sent if request.status == 200)
     taken = perf_counter() - start
@@ -126,7 +129,8 @@ def stored(request: Sent, gold: dict[str, list[str]]) -> list[float]:
 def measure_overhead(texts: list[str], options: argparse.Namespace, results: Results) -> None:
     """One text at a time, all ways in turn."""
     where = {"environment": describe(1)}
-    rounds, each = max(round(8 * options.scale), 1), 25
+    rounds = max(round(8 * options.scale), 1)
+    each = 25
     for found in overhead.measure(options.adapter, texts, rounds, each, 8 * options.scale, Path(options.log)):
         print({name: round(own["p50"], 1) for name, own in found["ways"].items()}, found["most"], flush=True)
         results.keep("overhead", {**where, **found})
@@ -153,7 +157,8 @@ def measure_kills(texts: list[str], options: argparse.Namespace, results: Result
 
 def write_all(data: Results, path: Path) -> None:
     """The page, and its pictures beside it."""
-    traffic, target = shapes(data["load"]["scale"]), data["load"]["target"]
+    traffic = shapes(data["load"]["scale"])
+    target = data["load"]["target"]
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}

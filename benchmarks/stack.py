@@ -65,7 +65,8 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
     set_seed(options.seed)
     adapter = open_adapter(place)
     rows = {name: adapter.encode(adapter.read(str(folder / f"{name}.jsonl"), Columns())) for name in ("train", "test")}
-    labels, own = adapter.labels.names, adapter.badge.config_of()
+    labels = adapter.labels.names
+    own = adapter.badge.config_of()
     kind = AutoModelForTokenClassification if own.reads_tokens else AutoModelForSequenceClassification
     form = {"placement": "none", "exit_layers": [adapter.badge.num_blocks], "exit_pooling": own.exit_pooling}
     config = BadgeConfig(task_type=own.task_type, backbone="full", final_exit="exit", **form)
@@ -102,7 +103,8 @@ def stack_section(results: Results) -> str:
         frozen = tasks[task]["frozen"]
         scores = [frozen["full_depth_score"], frozen["early_exit"]["score"], own["score"]]
         deep, early, alone = (f"{100 * value:.1f}" for value in scores)
-        saved, cost = f"{frozen['early_exit']['layer_speedup']:.0%}", f"{100 * (scores[2] - scores[0]):.1f}"
+        saved = f"{frozen['early_exit']['layer_speedup']:.0%}"
+        cost = f"{100 * (scores[2] - scores[0]):.1f}"
         lines.append([task, f"{frozen['rows']:,}", frozen["metric"], deep, early, saved, alone, cost])
     rows = ", ".join(f"{task} {own['train_rows']:,}" for task, own in full.items())
     first = next(iter(full.values()))

@@ -27,10 +27,14 @@ from latency_parts.sessions import Sessions, to_numpy
 from latency_parts.turns import against_base
 from stack import RESULTS, stack_section
 
-ONE_PASS, DEEPEST, EACH, STOCK = "one pass", "deepest alone", "a call each", "stock models"
+ONE_PASS = "one pass"
+DEEPEST = "deepest alone"
+EACH = "a call each"
+STOCK = "stock models"
 ENGINES = {"torch": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 #: What the deepest task alone may be exceeded by, and where: model, rows, tokens, tasks.
-TARGETS, TARGET = {"torch": 1.15, "onnx": 1.08, "int8": 1.08}, ("BERT-base", 1, 64, 8)
+TARGETS = {"torch": 1.15, "onnx": 1.08, "int8": 1.08}
+TARGET = ("BERT-base", 1, 64, 8)
 _LENGTHS = (64, 256)  # on which the exits are always fitted, so that files of one run serve the next
 
 Call = Callable[[], list[list[int]]]
@@ -74,17 +78,21 @@ def measure(options: argparse.Namespace, results: Results) -> None:
 
 def calls(forced: Forced, sessions: Sessions, engine: str, tasks: int, rows: int, length: int) -> dict[str, Call]:
     """The ways to answer many tasks; each returns the exits [T][B] of those that it answers. `STOCK` is one model."""
-    names, blocks = add_stopping(forced, tasks), stops(tasks, forced.size.blocks)
+    names = add_stopping(forced, tasks)
+    blocks = stops(tasks, forced.size.blocks)
     if engine == "torch":
-        batch, stock = forced.batch([2] * rows, length), forced.stock
+        batch = forced.batch([2] * rows, length)
+        stock = forced.stock
         together = lambda **inputs: forced.model.early_exit_forward(**inputs, tasks=names)  # noqa: E731
 
         def alone(i: int) -> list[int]:  # without switching
             return exits_of(forced.model.early_exit_forward(**batch, tasks=[names[i]])[names[i]])
     else:
         int8 = engine == "int8"
-        batch, stock = to_numpy(forced.batch([2] * rows, length)), sessions.plain(int8)
-        together, early = sessions.tasks(names, int8), sessions.early(int8)
+        batch = to_numpy(forced.batch([2] * rows, length))
+        stock = sessions.plain(int8)
+        together = sessions.tasks(names, int8)
+        early = sessions.early(int8)
         own = [to_numpy(forced.batch([m] * rows, length)) for m in blocks]
 
         def alone(i: int) -> list[int]:
@@ -131,7 +139,8 @@ def measure_cell(calls: dict[str, Call], tasks: int, shape: Shape, forced: Force
     """
     planned = [[m] * shape.rows for m in stops(tasks, forced.size.blocks)]
     for name in (DEEPEST, ONE_PASS, EACH):
-        found, wanted = calls[name](), planned[-1:] if name == DEEPEST else planned
+        found = calls[name]()
+        wanted = planned[-1:] if name == DEEPEST else planned
         if found != wanted:
             raise RuntimeError(f"{name}: the tasks stop at {found} and should at {wanted}")
     others = {name: call for name, call in calls.items() if name != DEEPEST}

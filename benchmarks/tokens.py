@@ -58,7 +58,8 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     adapter = open_adapter(options.out, device="cpu")
     rows = {name: adapter.encode(adapter.read(Path(options.data, f"{name}.jsonl"))) for name in ("validation", "test")}
     logits = {name: collect_exit_logits(adapter.model, part, 64) for name, part in rows.items()}
-    test, validation = logits["test"], logits["validation"]
+    test = logits["test"]
+    validation = logits["validation"]
     policies = {"within a point": EarlyExitConfig.of(adapter.early_exit_config(), calibration=None)}
     goals = [goal for goal in GOALS if goal <= 1 - test.exits[0] / test.depth]
     for goal in goals:
@@ -66,7 +67,8 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     timed_rows = rows["test"].select(range(min(options.rows, len(rows["test"]))))
     points = []
     for name, config in policies.items():
-        point, stops = evaluate_policy(test, config, METRIC), build_policy(config).replay(test).numpy()
+        point = evaluate_policy(test, config, METRIC)
+        stops = build_policy(config).replay(test).numpy()
         timed = measure_latency(adapter.model, timed_rows, config)
         points.append(
             {
@@ -96,7 +98,9 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
 def page(results: Results) -> str:
     """Markdown."""
     own = results["tokens"]
-    points, best, where = own["points"], max(own["per_exit"]), own["environment"]
+    points = own["points"]
+    best = max(own["per_exit"])
+    where = own["environment"]
     lines = [
         [f"{p['name']}: {p['setting']}", f"{p['score']:.1%}", f"{100 * (p['score'] - best):+.1f}"]
         + [f"{p['saved']:.1%}", f"{p['time_saved']:.1%}"]

@@ -72,7 +72,8 @@ def page(results: Results) -> str:
         parts.append(f"## {title}")
         for key, section in results.below(experiment).items():
             size, device = key.split("/")
-            where, rows = section["environment"], section["rows"]
+            where = section["environment"]
+            rows = section["rows"]
             rounds = "/".join(map(str, sorted({row["rounds"] for row in rows})))
             parts.append(f"### {size}, {where['device'] if device == 'cuda' else 'CPU'}")
             parts.append(f"{rounds} rounds, {where['threads']} threads, {where['date']}.")

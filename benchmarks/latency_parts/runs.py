@@ -15,10 +15,15 @@ from latency_parts.forced import NOBODY, RULE, Forced, even_exits, exits_of
 from latency_parts.sessions import Sessions, to_numpy
 from latency_parts.turns import Call, Timing, against_base
 
-STOCK, PLAIN, PLAIN_INT8 = "stock PyTorch", "plain ONNX export", "plain int8 ONNX export"
-ALL_EXITS, NONE_TAKEN = "full depth, all exits", "early exit, nobody leaves"
-DGE, FIXED = "leaves by DGE", "leaves at a fixed depth"
-MIXED, TOGETHER = "each row leaves on its own", "the batch leaves together"
+STOCK = "stock PyTorch"
+PLAIN = "plain ONNX export"
+PLAIN_INT8 = "plain int8 ONNX export"
+ALL_EXITS = "full depth, all exits"
+NONE_TAKEN = "early exit, nobody leaves"
+DGE = "leaves by DGE"
+FIXED = "leaves at a fixed depth"
+MIXED = "each row leaves on its own"
+TOGETHER = "the batch leaves together"
 HALF_WAY = "ONNX Runtime int8, leaves half-way"
 _PAUSE = 0.01  # seconds between two runtimes
 
@@ -55,12 +60,14 @@ class Bench:
 
     def torch_rows(self, cases: Sequence[Case], batch: dict[str, Any]) -> list[Row]:
         """Cases against the stock model."""
-        base, outside = partial(self.forced.stock, **batch), partial(self.forced.outside, **batch)
+        base = partial(self.forced.stock, **batch)
+        outside = partial(self.forced.outside, **batch)
         return self.rows(cases, batch, STOCK, base, outside=outside, device=self.device)
 
     def onnx_rows(self, cases: Sequence[Case], batch: dict[str, Any], int8: bool = False) -> list[Row]:
         """Cases against the plain export."""
-        plain, outside = self.sessions.plain(int8), self.sessions.plain(int8, blocks=False)
+        plain = self.sessions.plain(int8)
+        outside = self.sessions.plain(int8, blocks=False)
         name = PLAIN_INT8 if int8 else PLAIN
         return self.rows(
             cases, batch, name, partial(plain, **to_numpy(batch)), outside=partial(outside, **to_numpy(batch))
@@ -71,7 +78,12 @@ class Bench:
         count, length = batch["input_ids"].shape
         with torch.inference_mode():
             left = [exits_of(case.call()) if case.wanted and case.checked else case.wanted for case in cases]
-            timed = against_base(call, {str(i): case.call for i, case in enumerate(cases)}, self.rounds, **options)
+            timed = against_base(
+                call,
+                {str(i): case.call for i, case in enumerate(cases)},
+                self.rounds,
+                **options,
+            )
         return [
             {"base": base, "batch": count, "length": length, **row_of(case, found, timing, self.last)}
             for case, found, timing in zip(cases, left, timed.values(), strict=True)
@@ -95,9 +107,18 @@ def row_of(case: Case, left: Sequence[int] | None, timing: Timing, blocks: int) 
 
 def full_depth(bench: Bench, count: int, length: int) -> list[Row]:
     """Every exit is computed and nobody leaves."""
-    batch, model = bench.batch([bench.last] * count, length), bench.forced.model
+    batch = bench.batch([bench.last] * count, length)
+    model = bench.forced.model
     early = partial(model.early_exit_forward, **batch, **NOBODY)
-    cases = [Case(ALL_EXITS, partial(model, **batch), None, True), Case(NONE_TAKEN, early, [bench.last] * count, True)]
+    cases = [
+        Case(
+            ALL_EXITS,
+            partial(model, **batch),
+            None,
+            True,
+        ),
+        Case(NONE_TAKEN, early, [bench.last] * count, True),
+    ]
     return bench.torch_rows(cases, batch)
 
 
@@ -144,7 +165,8 @@ def int8_against_stock(bench: Bench, count: int, length: int) -> list[Row]:
     call as in a service. `times_faster` is the quotient."""
     half = [max(2, bench.last // 2)] * count
     batch = bench.batch(half, length)
-    stock, inputs = partial(bench.forced.stock, **batch), to_numpy(batch)
+    stock = partial(bench.forced.stock, **batch)
+    inputs = to_numpy(batch)
     call = partial(bench.sessions.early(int8=True), **inputs)
     warm = [
         Case(HALF_WAY, call, half, True),

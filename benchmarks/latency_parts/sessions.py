@@ -21,7 +21,9 @@ class Sessions:
     """Files of `forced` in `folder`; one that is there is not exported again. A session has `threads`."""
 
     def __init__(self, forced: Forced, folder: Path, threads: int) -> None:
-        self.forced, self.folder, self.threads = forced, folder, threads
+        self.forced = forced
+        self.folder = folder
+        self.threads = threads
 
     def plain(self, int8: bool = False, blocks: bool = True) -> Callable[..., Any]:
         """The base model at full depth, without exits: numpy inputs [B, S] -> logits [B, K]. Without `blocks`, what is

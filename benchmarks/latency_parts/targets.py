@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from latency_parts.runs import ALL_EXITS, DGE, HALF_WAY, MIXED
 
-REACHED, MISSED, OPEN = "reached", "missed", "not measured"
+REACHED = "reached"
+MISSED = "missed"
+OPEN = "not measured"
 _SIZES = ("BERT-base", "h384")
 
 
@@ -74,7 +76,18 @@ TARGETS = [
     _leaving("PyTorch", "exits", "BERT-base", 1.12, 2, 12, 16),
     _leaving("PyTorch", "exits", "h384", 1.12, 2, 12, 64, 128),
     _leaving("PyTorch", "exits", "h384", 1.25, 2, 12, 16),
-    *(Target("PyTorch, 32 mixed rows of 32 tokens", "batch", size, 1.06, MIXED, (32,), 32) for size in _SIZES),
+    *(
+        Target(
+            "PyTorch, 32 mixed rows of 32 tokens",
+            "batch",
+            size,
+            1.06,
+            MIXED,
+            (32,),
+            32,
+        )
+        for size in _SIZES
+    ),
     _leaving("ONNX Runtime", "onnx", "BERT-base", 1.00, 3, 12, 16, 64, 128),
     _leaving("ONNX Runtime", "onnx", "BERT-base", 1.05, 2, 2, 16, 64, 128),
     _leaving("ONNX Runtime", "onnx", "h384", 1.03, 3, 12, 64, 128),
@@ -99,7 +112,15 @@ TARGETS = [
         at_least=True,
     ),
     *(
-        _leaving(f"{what} against the limit", experiment, size, bound, 2, 12, *lengths)._replace(value="limit_ratio")
+        _leaving(
+            f"{what} against the limit",
+            experiment,
+            size,
+            bound,
+            2,
+            12,
+            *lengths,
+        )._replace(value="limit_ratio")
         for what, experiment in (("PyTorch", "exits"), ("ONNX Runtime", "onnx"), ("ONNX Runtime int8", "onnx-int8"))
         for size, bound, lengths in (
             ("BERT-base", 1.03, (64, 128)),

@@ -30,7 +30,8 @@ class Timing:
         `ratio` is time / (share of the base's time). `limit_ratio` is time / (what the base pays outside of its blocks
         + share of what it pays in them): no call that is right can do with less.
         """
-        seconds, base = np.asarray(self.seconds), np.asarray(self.base_seconds)
+        seconds = np.asarray(self.seconds)
+        base = np.asarray(self.base_seconds)
         found = {"rounds": len(seconds), **_ratios("ratio", seconds / (share * base))}
         for name, values in (("", seconds), ("base_", base)):
             found |= {f"{name}p{q}_ms": 1e3 * float(np.quantile(values, q / 100)) for q in (50, 95)}
@@ -55,17 +56,7 @@ def against_base(
     **options: Any,
 ) -> dict[str, Timing]:
     """Times every call `rounds` times. A round goes base, four calls, base, four calls, ..., base, and starts at
-    another call each time; `outside`, the base without its blocks, has a turn behind each of the base's.
-
-    Args:
-        base: What all are compared with.
-        calls: By name.
-        rounds: R.
-        outside: See above.
-        warmup: Rounds before the first that counts.
-        device: Where all of them run.
-        **options: `pause` and `settle` of `take_turns`.
-    """
+    another call each time; `outside`, the base without its blocks, has a turn behind each of the base's."""
     count = len(calls)
     bases = [base] if outside is None else [base, outside]
     first = len(bases)

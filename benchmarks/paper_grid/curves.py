@@ -60,7 +60,12 @@ def along(logits: ExitLogits, config: Any, metric: str) -> np.ndarray:
     """Scores at `GRID`, straight lines between the points that were found: mixing two settings reaches what lies
     between them. Where nothing is saved every row goes to the end."""
     name = config["policy"] if isinstance(config, dict) else config.policy
-    found = sweep(logits, policies=[config if name != "fixed_depth" else "fixed_depth"], points=POINTS, metric=metric)
+    found = sweep(
+        logits,
+        policies=[config if name != "fixed_depth" else "fixed_depth"],
+        points=POINTS,
+        metric=metric,
+    )
     pairs = {0.0: [exit_scores(logits, metric).per_exit[-1]]}
     for point in found.points:
         if point.layer_speedup > 0 and (point.name == "fixed_depth") == (name == "fixed_depth"):

@@ -11,7 +11,9 @@ from paper_grid.records import Place, Record, by_seed
 from paper_grid.store import Store
 
 JOINT, PLAIN, CARRY = "JT", "BADGE", "BADGE + carry"
-_CARRY, _ATTENTION, _EXIT_0 = {"carry": "logits"}, {"exit_type": "residual_mha"}, {"exit_0": True}
+_CARRY = {"carry": "logits"}
+_ATTENTION = {"exit_type": "residual_mha"}
+_EXIT_0 = {"exit_0": True}
 #: Title -> method, and fields of the adapter on top of the method's.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     JOINT: ("joint", {}),

@@ -36,7 +36,8 @@ def write_headline(settings: Settings, store: Store, docs: Path, picture: Path |
     docs.write_text("\n\n".join(section.strip() for section in sections) + "\n", encoding="utf-8")
     if picture is None:
         return [docs, by_task]
-    place, metric = page.places[0], settings.tasks[page.places[0][0]].metric
+    place = page.places[0]
+    metric = settings.tasks[page.places[0][0]].metric
     lines = form_lines(records, store, place, PLAIN, page.early[-1], metric)
     draw(lines, place_title(settings, place), metric, picture)
     return [docs, by_task, picture]
@@ -46,7 +47,9 @@ class Page:
     """Gains of forms over others, what their early answers save, and the sections that say so."""
 
     def __init__(self, settings: Settings, store: Store, records: list[Record]) -> None:
-        self.settings, self.store, self.records = settings, store, records
+        self.settings = settings
+        self.store = store
+        self.records = records
         self.places = [p for p in places(records) if p[2] == "frozen" and any(is_of(r, PLAIN, p) for r in records)]
         self.forms = [form for form in FORMS if any(is_of(r, form, r.place) for r in records)]
         self.early = [form for form in EARLY if form in self.forms]
@@ -97,7 +100,8 @@ class Page:
         for form, over in self.compared:
             cells = []
             for found in (self.gains_of(form, over, what) for what in ("avg", "best", "early")):
-                above, below = sum(g.low > 0 for g in found), sum(g.high < 0 for g in found)
+                above = sum(g.low > 0 for g in found)
+                below = sum(g.high < 0 for g in found)
                 said = f"{mean([g.mean for g in found]):+.1f}; above 0 on {above}, below on {below}"
                 cells.append(said if found else "-")
             found = self.gains_of(form, over, "avg")

@@ -24,7 +24,9 @@ class Loop:
     """Goes through runs in order; `train` trains one run and stores it."""
 
     def __init__(self, settings: Settings, store: Store, train: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.settings, self.store, self.train = settings, store, train
+        self.settings = settings
+        self.store = store
+        self.train = train
         self.failed: dict[str, str] = {}  # key -> label
         self._started = 0
 
@@ -82,7 +84,8 @@ class Loop:
                 print(f"{text}: FAILED", file=sys.stderr, flush=True)
                 self.failed[key] = text
                 return FAILED
-        score, seconds = result["scores"][split], result["seconds"]["total"]
+        score = result["scores"][split]
+        seconds = result["seconds"]["total"]
         print(f"{text}: {split} avg {score['avg']:.4f} best {score['best']:.4f}, {seconds:.0f} s", flush=True)
         return DONE
 

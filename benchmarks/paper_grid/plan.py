@@ -76,8 +76,10 @@ def make_run(
 ) -> dict[str, Any]:
     """The settings of one run; behind block `depth` of a single exit the model is cut off."""
     if method == "badge" and variant.get("placement") == "none":  # that is what JT is
-        method, variant = "joint", {k: v for k, v in variant.items() if k != "placement"}
-    t, b = settings.tasks[task], settings.backbones[backbone]
+        method = "joint"
+        variant = {k: v for k, v in variant.items() if k != "placement"}
+    t = settings.tasks[task]
+    b = settings.backbones[backbone]
     adapter = {"r": settings.r, "activation": t.activation or settings.activation, **METHODS[method].adapter}
     adapter |= {"exit_pooling": b.pooling, "final_exit": b.final_exit, "backbone": mode}
     if adapter.get("exit_type") == "past_future":

@@ -27,7 +27,9 @@ class Record:
     def __post_init__(self) -> None:
         s = self.settled
         self.place: Place = (s["task"], s["backbone"], s["mode"])
-        self.method, self.variant, self.seed = s["method"], s["variant"], s["seed"]
+        self.method = s["method"]
+        self.variant = s["variant"]
+        self.seed = s["seed"]
 
     def score(self, what: str) -> float:
         """`avg`, `best` or `final` on the test split, in per cent."""

@@ -34,7 +34,8 @@ def pool_of(record: Record, store: Store) -> ExitLogits:
     """All rows of a run that it was not trained on."""
     first, second = (store.logits(record.settled, split) for split in ("validation", "test"))
     assert first.labels is not None and second.labels is not None
-    logits, labels = torch.cat([first.logits, second.logits]), torch.cat([first.labels, second.labels])
+    logits = torch.cat([first.logits, second.logits])
+    labels = torch.cat([first.labels, second.labels])
     return ExitLogits(logits, labels, first.exits, first.kind, first.depth)
 
 
@@ -64,7 +65,8 @@ def measure(records: list[Record], store: Store, path: Path) -> list[dict[str, A
 
 def _answers(pool: ExitLogits, size: int, record: Record) -> dict[str, dict[str, float]]:
     rows = torch.randperm(len(pool), generator=torch.Generator().manual_seed(record.seed))
-    chosen_on, others = pool.select(rows[:size]), pool.select(rows[size:])
+    chosen_on = pool.select(rows[:size])
+    others = pool.select(rows[size:])
     metric, found = record.settled["metric"], {}
     for policy in ("auto", *singles(pool.kind)):
         config = calibrated(chosen_on, policy, target_blocks_saved=SAVED, metric=metric)

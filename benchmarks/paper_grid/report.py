@@ -152,7 +152,8 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
 def _data(settings: Settings, records: list[Record]) -> str:
     rows = {}
     for record in records:
-        task, data = settings.tasks[record.settled["task"]], record.result["data"]
+        task = settings.tasks[record.settled["task"]]
+        data = record.result["data"]
         subset = "a seeded subset" if task.max_train or task.max_test or task.max_validation else "all rows"
         counts = [str(data["rows"][split]) for split in ("train", "validation", "test")]
         rows[record.settled["task"]] = [

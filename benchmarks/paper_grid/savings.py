@@ -26,7 +26,8 @@ class Savings:
     """The policies of stored runs. A calibration takes a while, so they are kept beside the runs."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.path = store, Path(store.root, "rules.json")
+        self.store = store
+        self.path = Path(store.root, "rules.json")
         self._kept: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def rule(self, record: Record, goal: str) -> EarlyExitConfig:
@@ -45,7 +46,12 @@ class Savings:
         blocks = build_policy(self.rule(record, goal)).replay_history(test.history())
         chosen = torch.from_numpy(np.searchsorted(test.exits, blocks))
         logits = test.logits[torch.arange(len(test)), chosen].unsqueeze(1)
-        return ExitLogits(logits, test.labels, [test.depth], test.kind), 1 - float(blocks.mean()) / test.depth
+        return ExitLogits(
+            logits,
+            test.labels,
+            [test.depth],
+            test.kind,
+        ), 1 - float(blocks.mean()) / test.depth
 
     def within_drop(self, record: Record) -> tuple[float, float]:
         """Share of blocks saved for half a point, and points lost against the exit that is best on validation rows."""

@@ -72,5 +72,9 @@ class Store:
     def scratch(self) -> Iterator[Path]:
         """A folder on the same disk that is gone afterwards, also when the run fails."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.root, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".unfinished-",
+            dir=self.root,
+            ignore_cleanup_errors=True,
+        ) as folder:
             yield Path(folder)

@@ -31,7 +31,8 @@ class Workshop:
         self, settings: Settings, store: Store, data_dir: str | None = None, model_dir: str | None = None
     ) -> None:
         self.settings, self.store = settings, store
-        self.data_dir, self.model_dir = data_dir, model_dir
+        self.data_dir = data_dir
+        self.model_dir = model_dir
         self._data: dict[str, TaskData] = {}
         self._tokenizers: dict[str, Any] = {}
         self._states = SharedStates(store.root)
@@ -70,7 +71,11 @@ class Workshop:
     def trainer(self, run: dict[str, Any], folder: Path, model: Any, states: CachedStates | None) -> MultiExitTrainer:
         """A trainer for the run, without anything that costs time and tells nothing."""
         data = self.data(run)
-        last: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        last: dict[str, Any] = {
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        }
         arguments = multi_exit_arguments(
             model,
             str(folder),
@@ -120,7 +125,12 @@ class Workshop:
             trainer.train()
             trained = time.perf_counter() - trained
             logits = {
-                split: collect_exit_logits(model, data.splits[split], batch_size=64, cached_states=states[split])
+                split: collect_exit_logits(
+                    model,
+                    data.splits[split],
+                    batch_size=64,
+                    cached_states=states[split],
+                )
                 for split in splits
             }
         result = {

@@ -88,7 +88,12 @@ def _numbers(answers: list[dict[str, Any]], saved: float | None = None) -> Ranke
 def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: list[str]) -> Ranked:
     """As a cross-encoder is usually run: batches of similar length."""
     which = "token_type_ids" in inspect.signature(model.forward).parameters  # not every tokenizer gives them by itself
-    columns = tokenizer([query] * len(documents), documents, truncation=True, return_token_type_ids=which)
+    columns = tokenizer(
+        [query] * len(documents),
+        documents,
+        truncation=True,
+        return_token_type_ids=which,
+    )
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores = np.empty(len(rows), dtype=np.float32)
@@ -113,7 +118,13 @@ def clock(ways: dict[str, Rank], pool: Pool, counts: Sequence[int], rounds: int)
             pairs = zip(each.outputs, timed[0].outputs, strict=True)
             kept = [set(best) == set(first) for (best, _), (first, _) in pairs]
             saved = [share for _, share in each.outputs if share is not None]
-            row = {"candidates": count, "way": name, "seconds": each.seconds, "kept": kept, "saved": saved}
+            row = {
+                "candidates": count,
+                "way": name,
+                "seconds": each.seconds,
+                "kept": kept,
+                "saved": saved,
+            }
             found.append(row)
             print(f"{count} candidates, {name}: {1e3 * np.median(each.seconds):.1f} ms", flush=True)
     return found

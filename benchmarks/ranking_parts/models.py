@@ -108,7 +108,8 @@ def _optimizer(model: Any, rate: Callable[[int], float]) -> Callable[[Tensor], N
 
 def _scores(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], options: Any) -> Tensor:
     """[B] float32."""
-    texts, size = map(list, zip(*pairs, strict=True)), {"max_length": options.max_length, "truncation": True}
+    texts = map(list, zip(*pairs, strict=True))
+    size = {"max_length": options.max_length, "truncation": True}
     batch = tokenizer(*texts, padding=True, return_tensors="pt", **size)
     with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
         return model(**batch).logits[:, 0].float()
@@ -139,7 +140,8 @@ def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -
     """Exits that follow full depth's own scores of a pool's candidates, whose labels are not read: an adapter for each
     seed, all on the same states, computed once."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, ids = encode(pool, tokenizer, options.max_length), pool.groups
+    rows = encode(pool, tokenizer, options.max_length)
+    ids = pool.groups
     codes = {query: number for number, query in enumerate(dict.fromkeys(ids))}
     batches = query_batches(ids, options.exit_batch)
     items = [[{**rows[i], "groups": codes[ids[i]]} for i in batch] for batch in batches]

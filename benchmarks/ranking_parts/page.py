@@ -11,8 +11,12 @@ from common import machine, markdown, verdict
 
 TOP_K, CANDIDATES = 10, 100  # of the headline
 SAVED = {6: 0.40, 12: 0.50}  # target, by the number of blocks
-KEPT, NDCG_LOSS, TIME_SHARE, TIMES_FASTER = 0.95, 0.003, 0.85, 6.0
-STOCK, LIBRARY = "PyTorch, stock", "sentence-transformers `rank`"
+KEPT = 0.95
+NDCG_LOSS = 0.003
+TIME_SHARE = 0.85
+TIMES_FASTER = 6.0
+STOCK = "PyTorch, stock"
+LIBRARY = "sentence-transformers `rank`"
 FASTEST = "ONNX Runtime int8, early exits"
 
 Stored = dict[str, Any]
@@ -65,7 +69,8 @@ def targets(models: Sequence[Stored]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for stored in models:
         found = stored["quality"]
-        rows, name = _rows(found, "test", "exits", TOP_K), found["name"]
+        rows = _rows(found, "test", "exits", TOP_K)
+        name = found["name"]
         kept, saved, ndcg = (float(np.mean([row[key] for row in rows])) for key in ("kept", "saved", "ndcg"))
         if (bound := SAVED.get(found["blocks"])) is not None:
             what = f"{name}: blocks saved, top {TOP_K} kept for {KEPT:.0%} of the queries"
@@ -115,7 +120,8 @@ def times(stored: Stored) -> tuple[list[str], list[list[str]]]:
 
 
 def _pools(found: Stored) -> str:
-    test, settings = found["found"]["test"], found["settings"]
+    test = found["found"]["test"]
+    settings = found["settings"]
     exits = ", ".join(
         f"{number}: {value:.2f}"
         for number, value in zip(test["exits"], np.mean(test["correlations"], axis=0), strict=True)
@@ -134,9 +140,11 @@ def _pools(found: Stored) -> str:
 
 
 def _shift(found: Stored) -> str:
-    shift, other = found["found"]["shift"], found["found"]["uncalibrated shift"]
+    shift = found["found"]["shift"]
+    other = found["found"]["uncalibrated shift"]
     rows = [row for row in other["rows"] if row["way"] == "exits" and row["top_k"] == TOP_K]
-    full, first = shift["full"], shift["first_stage"]
+    full = shift["full"]
+    first = shift["first_stage"]
     return fill(
         f"The same model and exits on another collection ({found['shift']}), calibrated on "
         f"{shift['calibration_queries']} of its queries and measured on {shift['queries']} others. Full depth: "
@@ -148,7 +156,8 @@ def _shift(found: Stored) -> str:
 
 
 def _clock(stored: Stored) -> str:
-    made, timed = stored["clock"]["made"], _timed(stored, CANDIDATES)
+    made = stored["clock"]["made"]
+    timed = _timed(stored, CANDIDATES)
     kept = {row["way"]: float(np.mean(row["kept"])) for row in timed}
     return fill(
         f"Time of a query, tokenizer included, {made['threads']} threads, median over {len(timed[0]['seconds'])} "
@@ -163,7 +172,8 @@ def _made(models: Sequence[Stored]) -> str:
     lines = []
     for stored in models:
         found = stored["quality"]
-        made, settings = found["made"], found["settings"]
+        made = found["made"]
+        settings = found["settings"]
         chosen = {k: v for k, v in settings.items() if k in _SHOWN and v and v != 10**9}  # which is all of them
         given = [f"--{k.replace('_', '-')} {_argument(v)}".rstrip() for k, v in chosen.items()]
         shift = [] if found["shift"] is None else [f"--shift {found['shift']}"]
@@ -212,7 +222,8 @@ def _rows(found: Stored, pool: str, way: str, k: int) -> list[Stored]:
 
 def _mean(rows: Sequence[Stored], key: str) -> str:
     values = [100 * row[key] for row in rows]
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    low = f"{min(values):.1f}"
+    high = f"{max(values):.1f}"
     spread = "" if low == high else f" ({low}-{high})"
     return f"{np.mean(values):.1f}%{spread}"
 

@@ -81,7 +81,15 @@ def pool_of_collection(folder: Path, out: Path, queries: int, candidates: int) -
             if row["grade"] > 0 and row["document_id"] in documents:
                 relevant.setdefault(row["query_id"], {})[documents[row["document_id"]]] = 1
         corpus = [text for text in dict.fromkeys(documents.values()) if text.strip()]
-        _write(out, {q: texts[q] for q in texts if q in relevant}, corpus, relevant, queries, candidates, None)
+        _write(
+            out,
+            {q: texts[q] for q in texts if q in relevant},
+            corpus,
+            relevant,
+            queries,
+            candidates,
+            None,
+        )
     return Pool.load(out)
 
 
@@ -97,9 +105,18 @@ def _write(
     draw = random.Random(0)
     chosen = draw.sample(sorted(texts), min(len(texts), queries))
     with out.open("w", encoding="utf-8") as file:
-        for query, places in zip(chosen, retrieve([texts[q] for q in chosen], corpus, candidates), strict=True):
+        for query, places in zip(
+            chosen,
+            retrieve([texts[q] for q in chosen], corpus, candidates),
+            strict=True,
+        ):
             kept = sorted(draw.sample(range(len(places)), min(keep or len(places), len(places))))
             for place in (places[i] for i in kept):
                 label = relevant[query].get(corpus[place], 0)
-                row = {"query_id": str(query), "query": texts[query], "document": corpus[place], "label": label}
+                row = {
+                    "query_id": str(query),
+                    "query": texts[query],
+                    "document": corpus[place],
+                    "label": label,
+                }
                 file.write(json.dumps(row) + "\n")

@@ -74,7 +74,8 @@ def ranked_by_clusters(stored: ExitLogits, top_k: int, threshold: float) -> Rank
 
 def _ranking(stored: ExitLogits, answers: Array, stops: Array) -> Ranking:
     assert stored.labels is not None
-    full, labels = stored.logits[:, -1, 0].numpy(), stored.labels.numpy()
+    full = stored.logits[:, -1, 0].numpy()
+    labels = stored.labels.numpy()
     return Ranking(answers, stops, full, stored.groups.numpy(), labels, stored.depth)
 
 
@@ -111,7 +112,8 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
             rows += _of_exits(chosen.margins[seed, k], test.of_seed(i), k, seed)
         rows.append({"way": "margins on the model's own head", **ranked_by(head, chosen.own[k]).measure(k)})
         rows.append({"way": "clusters", **ranked_by_clusters(head, k, chosen.clusters[k]).measure(k)})
-    labels, groups = test.pool.labels, test.pool.groups
+    labels = test.pool.labels
+    groups = test.pool.groups
     full = ranking_scores(test.full, labels, groups)
     first = ranking_scores(test.pool.first_stage(), labels, groups)
     return {

@@ -49,7 +49,8 @@ class PoolScores:
         return self._stored(self.head, list(range(1, self.head.shape[1] + 1)))
 
     def _stored(self, scores: np.ndarray, numbers: list[int]) -> ExitLogits:
-        logits, labels = torch.from_numpy(scores).unsqueeze(-1), torch.from_numpy(self.pool.labels).float()
+        logits = torch.from_numpy(scores).unsqueeze(-1)
+        labels = torch.from_numpy(self.pool.labels).float()
         return ExitLogits(logits, labels, numbers, "regression", groups=self.pool.groups)
 
     @classmethod

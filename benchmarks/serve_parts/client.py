@@ -44,9 +44,11 @@ async def _post(client: httpx.AsyncClient, start: float, at: float, rows: list[i
     lag = perf_counter() - start - at
     try:
         answer = await client.post("/predict", content=body, headers={"Content-Type": "application/json"})
-        status, content = answer.status_code, answer.content
+        status = answer.status_code
+        content = answer.content
     except httpx.HTTPError as error:
-        status, content = FAILED, repr(error).encode()
+        status = FAILED
+        content = repr(error).encode()
     return Sent(at, lag, perf_counter() - start - at, status, rows, content)
 
 
@@ -64,7 +66,16 @@ def play(url: str, requests: Sequence[tuple[list[int], bytes]], times: Sequence[
             tasks, start = [], perf_counter()
             for i, at in enumerate(times):
                 await asyncio.sleep(max(at - (perf_counter() - start), 0))
-                tasks.append(asyncio.ensure_future(_post(client, start, at, *requests[i % len(requests)])))
+                tasks.append(
+                    asyncio.ensure_future(
+                        _post(
+                            client,
+                            start,
+                            at,
+                            *requests[i % len(requests)],
+                        )
+                    )
+                )
             return list(await asyncio.gather(*tasks))
 
     return _without_collector(run())
@@ -83,7 +94,8 @@ def saturate(
             async def work() -> None:
                 nonlocal number
                 while (perf_counter() - start < seconds) if seconds else (number < len(requests)):
-                    mine, number = requests[number % len(requests)], number + 1
+                    mine = requests[number % len(requests)]
+                    number = number + 1
                     found.append(await _post(client, start, perf_counter() - start, *mine))
 
             await asyncio.gather(*(work() for _ in range(connections)))

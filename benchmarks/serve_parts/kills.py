@@ -36,7 +36,12 @@ def count(sent: Sequence[Sent], expected: Sequence[dict[str, Any]]) -> dict[str,
         or not all(is_right(a, expected[i]) for a, i in zip(request.answers, request.rows, strict=True))
     ]
     errors = Counter("connection" if r.status == FAILED else str(r.status) for r in sent if r.status != 200)
-    return {"requests": len(sent), "answered": len(answered), "wrong": len(wrong), "errors": dict(errors)}
+    return {
+        "requests": len(sent),
+        "answered": len(answered),
+        "wrong": len(wrong),
+        "errors": dict(errors),
+    }
 
 
 def measure(

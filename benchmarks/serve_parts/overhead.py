@@ -17,8 +17,10 @@ from common import markdown, verdict
 from serve_parts.client import bodies, saturate
 from serve_parts.service import Running, serve_command
 
-BARE, PAUSED = "the model, in one process", "the same, each text after a pause"
-EMPTY, SERVICE = "the empty deployment", "the service"
+BARE = "the model, in one process"
+PAUSED = "the same, each text after a pause"
+EMPTY = "the empty deployment"
+SERVICE = "the service"
 DEPTH = ", full depth"
 BEHIND = " behind HAProxy"
 _PAUSE = 0.015  # seconds, about what HTTP and Ray take between two passes of the service
@@ -87,7 +89,8 @@ def asked(service: Running) -> Ask:
     """One request, with what the service says of its time, and the processor's milliseconds of all its processes."""
 
     def ask(text: str) -> dict[str, float]:
-        cpu, start = _cpu_seconds(service), perf_counter()
+        cpu = _cpu_seconds(service)
+        start = perf_counter()
         answer = service.client.post("/predict", json={"inputs": [text]})
         seconds = perf_counter() - start
         answer.raise_for_status()
@@ -114,10 +117,12 @@ def bare(adapter: str) -> Ask:
     from badge_peft.early_exit.config import EarlyExitConfig
     from badge_peft.serving.engine import MAIN, Engine
 
-    engine, never = Engine(adapter, threads=1), {MAIN: EarlyExitConfig(policy="never")}
+    engine = Engine(adapter, threads=1)
+    never = {MAIN: EarlyExitConfig(policy="never")}
 
     def ask(text: str) -> dict[str, float]:
-        cpu, start = time.process_time(), perf_counter()
+        cpu = time.process_time()
+        start = perf_counter()
         engine.predict([(text, None)], never)
         return {"seconds": perf_counter() - start, "cpu": 1e3 * (time.process_time() - cpu)}
 
@@ -147,17 +152,21 @@ def _cpu_seconds(service: Running) -> float:
 
 def section(data: dict[str, Any]) -> list[str]:
     """Of the page: the table, and what of the difference is whose."""
-    found, most, where = data["ways"], data["most"], data["environment"]
+    found = data["ways"]
+    most = data["most"]
+    where = data["environment"]
     columns = {"total": "in the replica", "body": "of it the body", "model": "the model"}
     head = ["one text at a time", "p50, ms", "p95, ms", *columns.values(), "processor, ms"]
     rows = []
     for name, own in found.items():
         parts = [f"{own[key]:.2f}" if key in own else "" for key in columns]
         rows.append([name, f"{own['p50']:.2f}", f"{own['p95']:.2f}", *parts, f"{own['cpu']:.1f}"])
-    model, late = found[BARE]["p50"], found[PAUSED]["p50"]
+    model = found[BARE]["p50"]
+    late = found[PAUSED]["p50"]
     said = []
     for behind, proxy in (("", "Ray's own proxy"), (BEHIND, "HAProxy")):
-        own, empty = found[SERVICE + behind + DEPTH], found[EMPTY + behind]["p50"]
+        own = found[SERVICE + behind + DEPTH]
+        empty = found[EMPTY + behind]["p50"]
         added = own["p50"] - model
         said.append(
             f"With {proxy} the service adds {added:.1f} ms at the median to the model's own time (the target was 3 "

@@ -92,7 +92,9 @@ def picture(ways: dict[str, Any], target: float, title: str, path: Path) -> None
 def page(data: dict[str, Any], busy: Callable[[float], bool], pictures: dict[str, str]) -> str:
     """Markdown, headline first; `busy` says which seconds are of a burst."""
     load, capacity = data["load"], data["capacity"]
-    target, where, drop = load["target"], load["environment"], load["max_score_drop"]
+    target = load["target"]
+    where = load["environment"]
+    drop = load["max_score_drop"]
     busiest = {way: [r for r in requests if busy(r[AT])] for way, requests in data["runs"]["bursts"].items()}
     bursts = {way: summary(requests, target) for way, requests in busiest.items()}
     whole = {way: summary(requests, target) for way, requests in data["runs"]["bursts"].items()}

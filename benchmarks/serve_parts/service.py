@@ -27,9 +27,15 @@ class Running:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        own = {"RAY_worker_niceness": "0", **os.environ, **(environment or {}), "BADGE_PEFT_TOKEN": TOKEN}
+        own = {
+            "RAY_worker_niceness": "0",
+            **os.environ,
+            **(environment or {}),
+            "BADGE_PEFT_TOKEN": TOKEN,
+        }
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=own

@@ -29,7 +29,12 @@ def shapes(scale: float) -> dict[str, Traffic]:
         return second % period >= quiet and second < 2 * period
 
     return {
-        "bursts": Traffic(2 * period + quiet, lambda second: 2.0 if in_burst(second) else 0.5, 2.0, in_burst),
+        "bursts": Traffic(
+            2 * period + quiet,
+            lambda second: 2.0 if in_burst(second) else 0.5,
+            2.0,
+            in_burst,
+        ),
         "day": Traffic(day, lambda second: 0.2 + 1.4 * math.sin(math.pi * second / day) ** 2, 1.6),
     }
 
@@ -37,7 +42,10 @@ def shapes(scale: float) -> dict[str, Traffic]:
 def arrivals(traffic: Traffic, capacity: float, size: int, seed: int) -> list[float]:
     """The seconds at which requests of `size` texts are sent: a Poisson process whose rate follows the traffic, by
     thinning (Lewis and Shedler, 1979). The shares are of `capacity` texts per second."""
-    draw, most, found, now = np.random.default_rng(seed), traffic.peak * capacity / size, [], 0.0
+    draw = np.random.default_rng(seed)
+    most = traffic.peak * capacity / size
+    found = []
+    now = 0.0
     while True:
         now += draw.exponential(1 / most)
         if now >= traffic.seconds:
