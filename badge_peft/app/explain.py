@@ -105,7 +105,8 @@ def explain(
         raise ValueError(f"one row at a time can be explained, got {len(exit_logits)}.")
     policy = build_policy(EarlyExitConfig.of(rule, **fields))
     history = exit_logits.history()
-    exits, kind = history.exits, history.problem_type
+    exits = history.exits
+    kind = history.problem_type
     policy.check(exits, history.num_labels, kind)
     stops = [bool(policy.stops(history, j)[0]) for j in range(len(exits))]
     answers = stops.index(True)

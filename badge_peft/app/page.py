@@ -45,7 +45,8 @@ class Callbacks:
 
     def __init__(self, adapter: Adapter, folder: str, rule: EarlyExitConfig) -> None:
         labels = adapter.labels
-        self.adapter, self.folder = adapter, folder
+        self.adapter = adapter
+        self.folder = folder
         self.rule = build_policy(rule).resolve(len(labels.names), labels.problem_type)
         self.tradeoff = TradeOffView(folder, self.rule)
         exits = get_badge_model(adapter.model).exit_layers()
@@ -102,10 +103,12 @@ class Callbacks:
         """What all exits say, and what to say of a text that is longer than what the model reads: encoded, and so cut,
         as `badge-peft predict` encodes it."""
         tokenizer = self.adapter.tokenizer
-        text, pair = whole(text), None if pair is None else whole(pair)
+        text = whole(text)
+        pair = None if pair is None else whole(pair)
         encoded = encode_texts([text], None if pair is None else [pair], tokenizer)
         row = {name: values[0] for name, values in encoded.items()}
-        tokens, read = len(tokenizer(text, pair, verbose=False)["input_ids"]), len(row["input_ids"])
+        tokens = len(tokenizer(text, pair, verbose=False)["input_ids"])
+        read = len(row["input_ids"])
         cut = (
             f"The text has {tokens:,} tokens, and the model reads {read:,}: what is behind them was cut, as "
             "badge-peft predict cuts it."

@@ -36,7 +36,8 @@ class TradeOffView:
     """
 
     def __init__(self, folder: str | Path, own: EarlyExitConfig) -> None:
-        self.folder, self.own = Path(folder), own
+        self.folder = Path(folder)
+        self.own = own
         self.logits: ExitLogits | None = None
         self.trouble = f"there is no file {self.folder / LOGITS}."
         if not (self.folder / LOGITS).exists():

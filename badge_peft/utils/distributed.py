@@ -27,7 +27,8 @@ _FAILED = "badge_peft: the main process has told its error"
 
 def env_rank_world() -> tuple[int, int]:
     """(rank, number of processes) that a launcher has put into the environment; (0, 1) without one."""
-    rank, size = get_int_from_env(_RANKS, -1), get_int_from_env(_SIZES, 1)
+    rank = get_int_from_env(_RANKS, -1)
+    size = get_int_from_env(_SIZES, 1)
     return (rank, size) if rank >= 0 and size > 1 else (0, 1)
 
 

@@ -29,7 +29,9 @@ class RaggedRows:
 
     def __init__(self, counts: Sequence[int], channels: int, width: int, dtype: torch.dtype) -> None:
         self.counts = list(counts)
-        self.channels, self.width, self.dtype = channels, width, dtype
+        self.channels = channels
+        self.width = width
+        self.dtype = dtype
         self._starts = [0]
         for count in self.counts:
             self._starts.append(self._starts[-1] + count * channels * width)
