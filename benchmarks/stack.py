@@ -24,13 +24,12 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.evaluation import exit_scores
-from badge_peft.workflows.adapter_dir import open_adapter
+from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, parse_tasks
 from badge_peft.workflows.bench import bench_tasks
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import evaluate_adapter, resolve_metric
 from badge_peft.workflows.fit import collator
 from badge_peft.workflows.settings import Columns
-from badge_peft.workflows.tasks import open_tasks, parse_tasks
 
 RESULTS = "runs/tasks.json"
 

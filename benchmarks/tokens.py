@@ -22,8 +22,7 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.text import describe as describe_policy
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.settings import ExitOptions, TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
 from badge_peft.workflows.train import train_adapter
 
 METRIC = "entity_f1"

@@ -1,4 +1,4 @@
-"""Options that several commands share: single ones, and the groups of settings.py and goal.py as panels."""
+"""Options that several commands share: single ones, and the groups of settings.py as panels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import PositiveInt
 
 from badge_peft.utils.files import write_json
-from badge_peft.workflows import goal, settings
+from badge_peft.workflows import settings
 
 DATA = (
     "A csv, tsv, json, jsonl, parquet or txt file (one text per line), a folder of such files, or a data set of the "
@@ -63,7 +63,7 @@ for panel, groups in (
     (Group("Exits", sort_key=3), (settings.ExitOptions,)),
     (Group("Training", sort_key=4), (settings.TrainingOptions,)),
     (Group("Search", sort_key=5), (settings.SearchOptions,)),
-    (Group("How to stop", sort_key=6), (goal.Goal, goal.PolicyOverrides)),
+    (Group("How to stop", sort_key=6), (settings.Goal, settings.PolicyOverrides)),
 ):
     for group in groups:
         Parameter("*", group=panel)(group)

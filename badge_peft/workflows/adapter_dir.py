@@ -1,9 +1,10 @@
-"""An adapter's folder as the commands see it: model, tokenizer, what training recorded, and its policy."""
+"""An adapter's folder as the commands see it, or those of many tasks on one model: model, tokenizer, what training
+recorded, and policies."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.policies import build_policy, policy_class
@@ -25,9 +27,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples
-from badge_peft.workflows.encode import encode, load_tokenizer
-from badge_peft.workflows.encode_tokens import encode_tokens
-from badge_peft.workflows.kinds import check_kind
+from badge_peft.workflows.encode import check_kind, encode, encode_tokens, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
 
@@ -206,3 +206,81 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
+    """Refuses a token adapter where a command answers whole texts, and one that ranks where texts are answered."""
+    if task == "ranking" and not ranks:
+        raise ValueError(
+            f"`badge-peft {command}` answers texts one by one, and this adapter ranks the candidates of a query: use "
+            "evaluate, sweep, calibrate, predict, bench, export or serve."
+        )
+    if task == "tokens":
+        raise ValueError(
+            f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "
+            "evaluate, sweep, calibrate, predict or export."
+        )
+
+
+@dataclass
+class TaskStack:
+    """Loaded adapters of many tasks."""
+
+    adapters: dict[str, Adapter]
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return list(self.adapters)
+
+    @property
+    def shared(self) -> Adapter:
+        """Any of them: what all share is in it."""
+        return self.adapters[self.names[0]]
+
+    def use(self, task: str) -> Adapter:
+        """The adapter of a task, which becomes the active one."""
+        adapter = self.adapters[task]
+        adapter.model.set_adapter(task, inference_mode=True)
+        return adapter
+
+    def early_exit_configs(self, **overrides: Any) -> dict[str, EarlyExitConfig]:
+        """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all tasks whose policy
+        reads them."""
+        unread = {task: set(self.use(task).unread(**overrides)) for task in self.names}
+        by_none = set.intersection(*unread.values())
+        found = {}
+        for task in self.names:
+            read = {name: value for name, value in overrides.items() if name not in unread[task] - by_none}
+            found[task] = self.use(task).early_exit_config(**read)
+        return found
+
+
+def is_named(value: str) -> bool:
+    """Whether it is NAME=ADAPTER, and not a place whose path has an equals sign in it."""
+    return "=" in value and "/" not in value.partition("=")[0] and not Path(value).exists()
+
+
+def parse_tasks(values: Sequence[str]) -> dict[str, str]:
+    """`["intent=DIR", "pii=user/repo"]` as a dict."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, place = value.partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"--task {value} is not allowed: it must be NAME=ADAPTER, a folder or a repository.")
+        if name in found:
+            raise ValueError(f"--task has {name!r} more than once: name each task once.")
+        found[name] = place
+    return found
+
+
+def tasks_of(values: Sequence[str], adapter: str | None) -> dict[str, str] | None:
+    """The tasks that a command is given, with `--task` or as a bundle's folder; None: it is given one adapter."""
+    if values:
+        return parse_tasks(values)
+    return None if adapter is None else find_tasks(adapter)
+
+
+def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: str | None = None) -> TaskStack:
+    """Loads the adapters of many tasks on one base model."""
+    return TaskStack(open_adapters(tasks, tasks, base_model, device))

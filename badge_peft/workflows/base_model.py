@@ -21,9 +21,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import encode
-from badge_peft.workflows.encode_tokens import encode_tokens
-from badge_peft.workflows.kinds import check_kind
+from badge_peft.workflows.encode import check_kind, encode, encode_tokens
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
@@ -113,7 +111,12 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
 def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
     """The model, and the weights of its head that the checkpoint lacks."""
     with quiet():
-        model, info = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=new_head, **fields)
+        model, info = auto.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+            **fields,
+        )
     head = get_layout(model).head
     if new_head:
         return model, list(head)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,31 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import score
 from badge_peft.evaluation.timing import Runner, Timed, take_turns
 from badge_peft.model import get_badge_model
+from badge_peft.ranking.calibration import METRIC
+from badge_peft.ranking.metrics import top_k_kept
+from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.adapter_dir import Adapter
+from badge_peft.workflows.adapter_dir import Adapter, TaskStack
 from badge_peft.workflows.base_model import keeps_answers
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields, resolve_metric
-from badge_peft.workflows.tasks import TaskStack, batch_of, pairs_of
+from badge_peft.workflows.predict import batch_of, pairs_of
+from badge_peft.workflows.rankings import STATE_BYTES
 
+Array = np.ndarray
+Row = dict[str, Any]
 Batch = dict[str, Tensor]
 Runners = Callable[[int, Path], dict[str, Runner]]  # from the number of threads, and a folder for files
 _WARMUP = 5  # batches, and the longest
 _PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
+_WARMUP_QUERIES = 2
 
 
 def bench(
@@ -68,51 +76,68 @@ def bench_adapter(
     examples: TextDataset,
     config: EarlyExitConfig | None = None,
     limit: int = 200,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     threads: int | None = None,
     onnx: bool = True,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts.
+    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts;
+    where it ranks, query by query.
 
     Args:
         adapter: From `open_adapter`.
-        examples: From `Adapter.read`; the first `limit` are timed.
+        examples: From `Adapter.read`; the first `limit` are timed, of a ranking whole queries.
         config: How to stop; None takes the adapter's own.
         limit: Of rows.
-        batch_size: Texts at once; times are then those of a batch.
+        batch_size: Texts at once, by default 1; times are then those of a batch. Of a ranking, candidates in a block
+            at once, by default 32; times are those of a query.
         threads: Of torch and of each session; None takes torch's own number.
         onnx: Whether to export and time ONNX Runtime, too.
-        metric: None is accuracy, for regression Pearson.
+        metric: None is accuracy, for regression Pearson; a ranking has its own.
 
     Returns:
         The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
-        `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind) and
-        `answers_as_full_depth`.
+        `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind; of a
+        ranking the share of queries with the first runner's top k) and `answers_as_full_depth`.
     """
     _check(limit, batch_size, threads)
-    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     config = config or adapter.early_exit_config()
+    facts = {"spinning": False, "device": str(adapter.device), "num_blocks": adapter.badge.num_blocks}
+    facts["rule"] = recorded_fields(config)
+    make = partial(_runners, adapter, config, onnx)
+    if adapter.task == "ranking":
+        size = batch_size or 32
+        queries = _first_queries(adapter, examples, limit)
+        return {
+            "rows": sum(map(len, queries)),
+            "queries": len(queries),
+            "batch_size": size,
+            **facts,
+            "metric": METRIC,
+            "labels": None,
+            **bench(
+                lambda *where: _rankers(make(*where), adapter, config, size),
+                queries,
+                queries[:_WARMUP_QUERIES],
+                threads,
+                partial(_result_of_queries, config.resolved_top_k),
+            ),
+        }
+    size = batch_size or 1
+    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = adapter.encode(examples.select(range(min(limit, len(examples)))))
-    own = collect_exit_logits(adapter.model, encoded, batch_size)
+    own = collect_exit_logits(adapter.model, encoded, size)
     base = adapter.model.get_base_model()
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
-    batches = [pad_features(rows[start : start + batch_size], base) for start in range(0, len(rows), batch_size)]
-
-    def runners(threads: int, folder: Path) -> dict[str, Runner]:
-        return _torch_runners(adapter, config) | (_onnx_runners(adapter, config, folder, threads) if onnx else {})
-
+    batches = [pad_features(rows[start : start + size], base) for start in range(0, len(rows), size)]
     result = partial(_result, own, metric, keeps_answers(adapter.model))
     return {
         "rows": len(rows),
-        "batch_size": batch_size,
-        "spinning": False,
-        "device": str(adapter.device),
-        "num_blocks": own.depth,
-        "rule": recorded_fields(config),
+        "batch_size": size,
+        **facts,
         "metric": metric,
         "labels": "given" if own.labels is not None else None,
-        **bench(runners, batches, _warmup(batches), threads, result),
+        **bench(make, batches, _warmup(batches), threads, result),
     }
 
 
@@ -127,9 +152,12 @@ def bench_tasks(
     """Times one pass for all tasks, a call for each of them, and a full model for each, in PyTorch, on the same texts.
     As `bench_adapter`; `blocks` are those that a text goes through on average."""
     _check(limit, batch_size, threads)
-    names, model, depth = stack.names, stack.shared.model, stack.shared.badge.num_blocks
+    names = stack.names
+    model = stack.shared.model
+    depth = stack.shared.badge.num_blocks
     rows = examples.select(range(min(limit, len(examples))))
-    pairs, adapters = pairs_of(rows), [*stack.adapters.values()]
+    pairs = pairs_of(rows)
+    adapters = [*stack.adapters.values()]
     batches = [batch_of(adapters, pairs[start : start + batch_size])[0] for start in range(0, len(rows), batch_size)]
     stock = stock_model(stack.shared)
 
@@ -137,7 +165,15 @@ def bench_tasks(
         return early_exit_forward(model, tasks=names, early_exit_config=configs, **batch)
 
     def a_call_each(batch: Batch) -> list[Any]:  # without switching, which would take its time, too
-        return [early_exit_forward(model, tasks=[t], early_exit_config={t: configs[t]}, **batch)[t] for t in names]
+        return [
+            early_exit_forward(
+                model,
+                tasks=[t],
+                early_exit_config={t: configs[t]},
+                **batch,
+            )[t]
+            for t in names
+        ]
 
     def full_models(batch: Batch) -> list[Any]:
         given = {name: value for name, value in batch.items() if name != SPECIAL}
@@ -149,7 +185,8 @@ def bench_tasks(
         f"{len(names)} calls": (a_call_each, lambda outputs: sum(int(own.exit_layer.sum()) for own in outputs)),
         "one pass": (one_pass, lambda output: int(output.blocks_run.sum())),
     }
-    move, device = partial(_moved, stack.shared), stack.shared.device
+    move = partial(_moved, stack.shared)
+    device = stack.shared.device
 
     def result(timed: Timed, _: list[Timed]) -> dict[str, Any]:
         return {"examples_per_s": len(rows) / sum(timed.seconds), "blocks": sum(timed.outputs) / len(rows)}
@@ -170,7 +207,7 @@ def bench_tasks(
     }
 
 
-def _check(limit: int, batch_size: int, threads: int | None) -> None:
+def _check(limit: int, batch_size: int | None, threads: int | None) -> None:
     for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
         check_int(name, value, at_least=1)
 
@@ -179,24 +216,31 @@ def _warmup(batches: list[Batch]) -> list[Batch]:
     return [max(batches, key=lambda batch: batch["input_ids"].numel()), *batches[:_WARMUP]]
 
 
-def _torch_runners(adapter: Adapter, config: EarlyExitConfig) -> dict[str, Runner]:
-    """Stock PyTorch: the base model with nothing of the adapter around it; and the model with early exits."""
+def _runners(adapter: Adapter, config: EarlyExitConfig, onnx: bool, threads: int, folder: Path) -> dict[str, Runner]:
+    """The model with nothing of the adapter around it, and with early exits, in PyTorch and, on the CPU, in ONNX
+    Runtime: in float32 and with weights in 8 bits (dynamic quantization). Sessions pin threads and do not spin."""
     early = partial(early_exit_forward, adapter.model, early_exit_config=config)
-
-    def read(output: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        exits = getattr(output, "exit_layer", None)
-        return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
-
-    models = {"stock PyTorch": stock_model(adapter), "BADGE PyTorch": early}
     move = partial(_moved, adapter)
-    return {name: Runner(partial(_call, model), move, read, adapter.device) for name, model in models.items()}
+    found = {
+        name: Runner(partial(_call, model), move, _read, adapter.device)
+        for name, model in (("stock PyTorch", stock_model(adapter)), ("BADGE PyTorch", early))
+    }
+    if not onnx:
+        return found
+    from badge_peft.export.onnx import OnnxExporter
+    from badge_peft.export.plain import FullDepthExporter
+    from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
 
-
-def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int) -> dict[str, Runner]:
-    """The same two in ONNX Runtime on the CPU."""
-    found: dict[str, Runner] = {}
-    for suffix, session, model, names in onnx_files(adapter, config, folder, threads):
-        arrays = partial(onnx_inputs, names=names)
+    plain = FullDepthExporter(stock_model(adapter).cpu())
+    exits = OnnxExporter(adapter.model, config)
+    for suffix in ("", " int8"):
+        file = folder / f"full depth{suffix}.onnx"
+        directory = folder / f"early exits{suffix}"
+        plain.write(file, int8=bool(suffix))
+        exits.write(directory, int8=bool(suffix))
+        session = open_session(file, threads)
+        model = OnnxEarlyExitModel.from_pretrained(directory, threads=threads, spinning=False)
+        arrays = partial(onnx_inputs, names=[entry.name for entry in session.get_inputs()])
         found[f"ONNX Runtime{suffix}, full depth"] = Runner(
             partial(session.run, ["logits"]), arrays, lambda output: (output[0], None)
         )
@@ -206,23 +250,10 @@ def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threa
     return found
 
 
-def onnx_files(
-    adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int
-) -> Iterator[tuple[str, Any, Any, list[str]]]:
-    """In float32 and with weights in 8 bits (dynamic quantization): a word for it, a session of the model at full
-    depth, the model with early exits, and the names of their inputs. Sessions pin their threads and do not spin."""
-    from badge_peft.export.onnx import OnnxExporter
-    from badge_peft.export.plain import FullDepthExporter
-    from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
-
-    plain, early = FullDepthExporter(stock_model(adapter).cpu()), OnnxExporter(adapter.model, config)
-    for suffix in ("", " int8"):
-        file, directory = folder / f"full depth{suffix}.onnx", folder / f"early exits{suffix}"
-        plain.write(file, int8=bool(suffix))
-        early.write(directory, int8=bool(suffix))
-        session = open_session(file, threads)
-        model = OnnxEarlyExitModel.from_pretrained(directory, threads=threads, spinning=False)
-        yield suffix, session, model, [entry.name for entry in session.get_inputs()]
+def _read(output: Any) -> tuple[Array, Array | None]:
+    """Logits [B, K] and, where rows left early, their exits [B]."""
+    exits = getattr(output, "exit_layer", None)
+    return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
 
 
 def stock_model(adapter: Adapter) -> Any:
@@ -238,7 +269,7 @@ def _moved(adapter: Adapter, batch: Batch) -> Batch:
     return {name: value.to(adapter.device) for name, value in batch.items()}
 
 
-def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, np.ndarray]:
+def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, Array]:
     """The inputs of a graph; not every tokenizer gives the token_type_ids that it asks for."""
     filled = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
     return {name: filled[name].numpy().astype(np.int64) for name in names}
@@ -256,4 +287,65 @@ def _result(own: ExitLogits, metric: str, stock_counts: bool, timed: Timed, _: l
         "mean_exit": float(np.concatenate(exits).mean()) if exits else float(own.depth),
         "score": score(own, logits, metric) if comparable and own.labels is not None else None,
         "answers_as_full_depth": same if comparable else None,
+    }
+
+
+def _first_queries(adapter: Adapter, examples: TextDataset, limit: int) -> list[list[Row]]:
+    """The encoded candidates of the first queries, until there are `limit`."""
+    queries: dict[str, list[int]] = {}
+    for i, query in enumerate(examples.queries()):
+        queries.setdefault(query, []).append(i)
+    counts = np.cumsum([len(rows) for rows in queries.values()])
+    chosen = [*queries.values()][: int(np.searchsorted(counts, limit)) + 1]
+    encoded = adapter.encode(examples.select([i for rows in chosen for i in rows]))
+    rows = iter(tensor_columns(adapter.model.get_base_model(), encoded))
+    return [[next(rows) for _ in part] for part in chosen]
+
+
+def _rankers(
+    runners: dict[str, Runner], adapter: Adapter, config: EarlyExitConfig, batch_size: int
+) -> dict[str, Runner]:
+    """The same for the candidates of a query: early exits take them all at once."""
+    depth = adapter.badge.num_blocks
+    base = adapter.model.get_base_model()
+    policy = build_policy(config)
+
+    def rank(runner: Runner, size: int | None, candidates: list[Row]) -> RankedCandidates:
+        order = sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"]))
+        scores = np.empty(len(candidates), dtype=np.float32)
+        exits = np.full(len(candidates), depth)
+        for start in range(0, len(order), size or len(order)):
+            part = order[start : start + (size or len(order))]
+            batch = pad_features([candidates[i] for i in part], base)
+            logits, left = runner.read(runner.run(runner.prepare(batch)))
+            scores[part] = logits[:, 0]
+            exits[part] = depth if left is None else left
+        return RankedCandidates(scores, exits, {}, ~np.isfinite(scores))
+
+    def early(candidates: list[Row]) -> RankedCandidates:
+        return CandidatePass(adapter.badge, candidates, policy, batch_size, STATE_BYTES).run()
+
+    found: dict[str, Callable[[list[Row]], RankedCandidates]] = {
+        name: partial(rank, runner, None if name.startswith("BADGE") else batch_size)
+        for name, runner in runners.items()
+    }
+    found["BADGE PyTorch"] = early
+    return {name: Runner(run, device=adapter.device) for name, run in found.items()}
+
+
+def _result_of_queries(top_k: int, timed: Timed, every: list[Timed]) -> dict[str, Any]:
+    """The share of queries whose top k is that of the first runner, which is at full depth."""
+    kept = []
+    for found, whole in zip(timed.outputs, every[0].outputs, strict=True):
+        ends = found.exit_layer == found.exit_layer.max()
+        one = np.zeros(len(ends), dtype=np.int64)
+        # the two differ by rounding, so the candidates are compared, and not their scores
+        places = np.argsort(np.argsort(-whole.scores, kind="stable"))
+        kept.append(top_k_kept(-places.astype(float), found.scores, ends, one, top_k, ordered=False)[0])
+    exits = np.concatenate([found.exit_layer for found in timed.outputs])
+    return {
+        "examples_per_s": len(exits) / sum(timed.seconds),
+        "mean_exit": float(exits.mean()),
+        "score": float(np.mean(kept)),
+        "answers_as_full_depth": None,
     }

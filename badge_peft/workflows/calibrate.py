@@ -15,9 +15,8 @@ from badge_peft.model_card import CARD, read_card, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
-from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.rankings import check_metric
-from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.settings import Columns, Goal
 
 
 def calibrate_adapter(
@@ -72,7 +71,8 @@ def choose(
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []
     metric = metric_of(exit_logits, metric)
-    kind, policy = POLICIES.get(goal.policy), cast(Any, goal.policy)
+    kind = POLICIES.get(goal.policy)
+    policy = cast(Any, goal.policy)
     if kind is not None and kind.takes_depth:  # a depth that is named is not searched for, and there is no default
         policy = EarlyExitConfig(policy=goal.policy, depth=exit_logits.depth)
     with warnings.catch_warnings(record=True) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.entities import scheme_of
@@ -24,10 +26,12 @@ from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
-from badge_peft.workflows.adapter_dir import Adapter, check_adapter, open_adapter, read_config
+from badge_peft.workflows.adapter_dir import Adapter, TaskStack, check_adapter, open_adapter, read_config
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.predict import batch_of, pairs_of
 from badge_peft.workflows.rankings import check_metric, measure_ranking, with_queries
 from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.sources import read_source
 
 COMPARED = 512  # rows that are compared with the checkpoint, at most
 
@@ -56,7 +60,13 @@ def evaluate_adapter(
             )
     metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names), adapter.tags)
     encoded = adapter.encode(examples)
-    exit_logits = collect_exit_logits(adapter.model, encoded, batch_size, progress=True, split_between_processes=True)
+    exit_logits = collect_exit_logits(
+        adapter.model,
+        encoded,
+        batch_size,
+        progress=True,
+        split_between_processes=True,
+    )
     if ranks:
         exit_logits = with_queries(exit_logits, examples)
     report = {**measure(exit_logits, adapter.badge.get_early_exit_config(), metric), "split": examples.split}
@@ -120,7 +130,8 @@ def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
     """Refuses stored logits that are not of this adapter."""
     config = read_config(folder)
     blocks, labels, exits = (config.get(name) for name in ("num_blocks", "num_labels", "exit_layers"))
-    depth, outputs = exit_logits.depth, exit_logits.logits.shape[-1]
+    depth = exit_logits.depth
+    outputs = exit_logits.logits.shape[-1]
     wanted = sorted({*(exits or range(1, depth + 1)), depth})
     remedy = f"give the data to run through the adapter, or store them anew: badge-peft evaluate {folder} DATA "
     remedy += f"--save-logits {Path(folder) / LOGITS}"
@@ -178,7 +189,8 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
 def constant_answer(exit_logits: ExitLogits, metric: str | None, names: Sequence[str]) -> dict[str, Any]:
     """The `answer` that is right most often, of values the mean, what it would `score` as that of every row, and
     whether it is `beaten` by an exit."""
-    problem, labels = problem_of(exit_logits.kind), exit_logits.labels
+    problem = problem_of(exit_logits.kind)
+    labels = exit_logits.labels
     if labels is None:
         raise ValueError("the exit logits have no labels, so no answer is right.")
     metric = metric or problem.default_metric
@@ -236,3 +248,51 @@ def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, ba
             differences.append((base(**batch).logits.float() - badge(**batch).logits.float()).abs().max())
     largest = float(torch.stack(differences).max())
     return {"rows": len(features), "equal": largest == 0, "largest_difference": largest}
+
+
+def evaluate_tasks(
+    stack: TaskStack, data: str, columns: Columns = Columns(), metric: str | None = None, batch_size: int = 32
+) -> dict[str, Any]:
+    """Scores every task, and counts the blocks that one pass for all of them runs."""
+    if columns.label_column is not None:
+        raise ValueError(
+            f"label_column={columns.label_column!r} is not allowed with several tasks: the labels of a task are in "
+            "the column of its name."
+        )
+    reports = {}
+    for task in stack.names:
+        adapter = stack.use(task)
+        examples = adapter.read(data, labels_of(task, data, columns))
+        reports[task] = evaluate_adapter(adapter, examples, metric, batch_size)[0]
+    texts = stack.shared.read(data, replace(columns, unlabeled=True))
+    configs = stack.early_exit_configs()
+    pairs = pairs_of(texts)
+    blocks = []
+    for start in range(0, len(pairs), batch_size):
+        batch, _ = batch_of([*stack.adapters.values()], pairs[start : start + batch_size])
+        output = early_exit_forward(
+            stack.shared.model,
+            tasks=stack.names,
+            early_exit_config=configs,
+            **batch,
+        )
+        blocks += output.blocks_run.tolist()
+    depth = get_badge_model(stack.shared.model).num_blocks
+    mean = sum(blocks) / len(blocks)
+    return {
+        "rows": len(blocks),
+        "num_blocks": depth,
+        "mean_blocks": mean,
+        "blocks_saved": 1 - mean / (depth * len(reports)),
+        "split": texts.split,
+        "tasks": reports,
+    }
+
+
+def labels_of(task: str, data: str, columns: Columns) -> Columns:
+    """Which columns are read for a task: its labels are in the column of its name, where there is one."""
+    splits = read_source(data, columns.dataset_config)
+    named = any(task in split.features for split in splits.values())
+    if named and not columns.unlabeled:
+        return replace(columns, label_column=task)
+    return replace(columns, unlabeled=True)

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    ProgressCallback,
-)
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PrinterCallback, ProgressCallback
 
 from badge_peft.early_exit.cached_states import CachedStates
+from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.evaluation import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
-from badge_peft.workflows.settings import TrainingOptions
+from badge_peft.workflows.base_model import Base
+from badge_peft.workflows.settings import TrainingOptions, TrainSettings
+
+Choose = Callable[[], tuple[EarlyExitConfig, dict[str, Any], list[str]]]
+
+
+@dataclass
+class Plan:
+    """What a kind of exits is trained with.
+
+    Args:
+        base: The model.
+        settings: With what was found out of model and rows.
+        eval_rows: Encoded rows to evaluate and calibrate on.
+        counts: What is trained and calibrated on, in words.
+        train: Trains a model; what the report says of it.
+        choose: From the exit logits of the evaluation rows these with all that belongs to them, what the report says,
+            and a function for the config, what was measured of it, and what the calibration warned of. Where that
+            raises ValueError, the adapter is saved with the policy that it has.
+    """
+
+    base: Base
+    settings: TrainSettings
+    eval_rows: Dataset
+    counts: tuple[str, str]
+    train: Callable[[PeftModel], dict[str, Any]]
+    choose: Callable[[PeftModel, ExitLogits], tuple[ExitLogits, dict[str, Any], Choose]]
 
 
 def train_exits(

@@ -18,11 +18,10 @@ from tqdm import tqdm
 from badge_peft.integrations.ray import answer_files, cluster
 from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
-from badge_peft.workflows.answerer import Answerer, Answering
-from badge_peft.workflows.chunks import TextFiles
+from badge_peft.workflows.predict import Answerer, Answering
 from badge_peft.workflows.settings import TextColumns
 from badge_peft.workflows.sources import suffix_of
-from badge_peft.workflows.stream import FORMATS
+from badge_peft.workflows.stream import FORMATS, TextFiles
 
 _MARK = b"badge_peft"  # in the metadata of an answered file: what answered it
 _ROW_GROUP = 65_536
@@ -30,17 +29,11 @@ _ROW_GROUP = 65_536
 
 @dataclass
 class FolderReport:
-    """What was done.
-
-    Args:
-        files: Answered in this run.
-        rows: In them.
-        before: Files that had been answered before.
-    """
+    """What was done."""
 
     files: int = 0
     rows: int = 0
-    before: int = 0
+    before: int = 0  # files that had been answered before
 
 
 def predict_folder(

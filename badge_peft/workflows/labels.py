@@ -10,8 +10,8 @@ from typing import Any
 
 from badge_peft.evaluation.entities import OUTSIDE, scheme_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
+from badge_peft.workflows.columns import tag_names
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.token_rows import tag_names
 
 _MOST_LABELS = 1000
 _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from the model's own answers"
@@ -19,14 +19,9 @@ _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from t
 
 @dataclass(frozen=True)
 class LabelSet:
-    """What a model answers with.
+    """What a model answers with."""
 
-    Args:
-        names: By number; for regression those of its values.
-        problem_type: As transformers has it.
-    """
-
-    names: list[str]
+    names: list[str]  # by number; for regression those of its values
     problem_type: str
 
     @classmethod

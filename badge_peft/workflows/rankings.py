@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,12 @@ def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[st
     if exit_logits.labels is not None and exit_logits.labels.any():
         assert exit_logits.groups is not None
         full = ranking_scores(exit_logits.logits[:, -1, 0], exit_logits.labels, exit_logits.groups, k)
-        early = ranking_scores(final_ranks(exit_logits, point.exit_layer), exit_logits.labels, exit_logits.groups, k)
+        early = ranking_scores(
+            final_ranks(exit_logits, point.exit_layer),
+            exit_logits.labels,
+            exit_logits.groups,
+            k,
+        )
         found["relevance"] = {
             "top_k": k,
             "queries": full.queries,
@@ -106,24 +110,6 @@ def check_metric(metric: str | None) -> None:
         raise ValueError(
             f"metric={metric!r} is not for ranking, which is measured by the top k that it keeps: leave it out."
         )
-
-
-def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """The candidates of one query after another. They follow one another in the rows, of which no more than those of a
-    query are in memory."""
-    seen: set[str] = set()
-    number = 1
-    for query, group in groupby(pairs, key=lambda pair: pair[2] if len(pair) > 2 else pair[0]):
-        rows = list(group)
-        if query in seen:
-            raise ValueError(
-                f"row {number} is of query {query[:80]!r} again, after rows of others: all candidates of a query must "
-                "follow one another to be ranked together. Sort the rows by their query, or, where two queries have "
-                "the same text, give each an id (--query-id-column)."
-            )
-        seen.add(query)
-        number += len(rows)
-        yield rows
 
 
 def rank_queries(

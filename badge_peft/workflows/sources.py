@@ -37,7 +37,8 @@ _TRUTH = re.compile("true|false|True|False|TRUE|FALSE")
 
 def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
     """Every split of a data set, with every column; `name` is the configuration of one of the Hub."""
-    path, suffix = Path(source), suffix_of(source)
+    path = Path(source)
+    suffix = suffix_of(source)
     if path.is_dir():
         return _read_local(path)
     if not path.is_file():

@@ -101,7 +101,8 @@ def split_in_three(
     for split in ("test", "validation"):
         if split not in shuffled:
             count = max(1, round(_EVAL_FRACTION * len(parts["train"])))
-            cut, rest = shuffled["train"], range(len(shuffled["train"]))
+            cut = shuffled["train"]
+            rest = range(len(shuffled["train"]))
             count = count if max_eval is None else min(count, max_eval)
             shuffled[split], shuffled["train"] = cut.select(rest[:count]), cut.select(rest[count:])
     limits = {"train": max_train, "validation": max_eval, "test": max_eval}
@@ -114,7 +115,8 @@ def split_in_three(
     trained = set(_labels(found["train"]))
     missing = [y for part in found.values() for y in _labels(part) if y not in trained]
     if missing:
-        label, names = min(missing, key=str), found["train"].class_names
+        label = min(missing, key=str)
+        names = found["train"].class_names
         raise ValueError(
             f"no training row has the label {names[label] if names else label!r}: it is too rare for three splits. "
             "Leave it out."

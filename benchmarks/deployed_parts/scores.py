@@ -12,7 +12,7 @@ from badge_peft.evaluation.costs import CostModel
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.evaluate import evaluate_adapter, measure
-from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.settings import Goal
 
 DROPS = (0.01, 0.005)
 
