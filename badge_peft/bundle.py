@@ -55,13 +55,7 @@ def save_tasks(
 
 
 def download_bundle(repo: str, revision: str | None = None, **hub: Any) -> str | None:
-    """The folder into which a bundle on the Hub has been downloaded; None where the repository holds none.
-
-    Args:
-        repo: Its name.
-        revision: Of the repository.
-        **hub: `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
-    """
+    """The folder into which a bundle on the Hub has been downloaded; None where the repository holds none."""
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=TASKS, **hub)
         return snapshot_download(repo, revision=revision, **hub) if Path(folder, TASKS).is_file() else None
@@ -70,13 +64,7 @@ def download_bundle(repo: str, revision: str | None = None, **hub: Any) -> str |
 
 
 def is_bundle(place: str, revision: str | None = None, cache_dir: Any = None) -> bool:
-    """Whether what has just been loaded from a folder or the Hub is a bundle, of whatever number of tasks.
-
-    Args:
-        place: The folder, or the repository, of which huggingface_hub has kept what was read.
-        revision: Of the repository.
-        cache_dir: Where it is kept.
-    """
+    """Whether what has just been loaded from a folder or the Hub is a bundle, of whatever number of tasks."""
     if find_tasks(place) is not None or is_local(place):
         return find_tasks(place) is not None
     kept = [
@@ -87,11 +75,7 @@ def is_bundle(place: str, revision: str | None = None, cache_dir: Any = None) ->
 
 
 def find_tasks(folder: str | Path) -> dict[str, str] | None:
-    """The tasks of a bundle with where each adapter is; None where the folder holds none.
-
-    Raises:
-        ValueError: `tasks.json` is not as `save_tasks` writes it.
-    """
+    """The tasks of a bundle with where each adapter is; None where the folder holds none."""
     folder = Path(folder)
     if not (folder / TASKS).is_file():
         return None
@@ -107,16 +91,7 @@ def find_tasks(folder: str | Path) -> dict[str, str] | None:
 
 
 def read_configs(tasks: Mapping[str, str], own_base: bool = True, **hub: Any) -> dict[str, BadgeConfig]:
-    """The config of each task's adapter, checked by `check_together`; their tokenizers are compared, too.
-
-    Args:
-        tasks: Names, with folders or repositories.
-        own_base: Whether the base model is the one that the adapters name.
-        **hub: As for `download_bundle`.
-
-    Raises:
-        ValueError: there are no tasks, an adapter is not BADGE's, or they cannot share a pass.
-    """
+    """The config of each task's adapter, checked by `check_together`; their tokenizers are compared, too."""
     if not tasks:
         raise ValueError("there are no tasks: give names with the folders or repositories of their adapters.")
     configs: dict[str, Any] = {name: PeftConfig.from_pretrained(str(place), **hub) for name, place in tasks.items()}
@@ -129,16 +104,7 @@ def read_configs(tasks: Mapping[str, str], own_base: bool = True, **hub: Any) ->
 
 
 def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) -> None:
-    """Refuses adapters that cannot share a pass.
-
-    Args:
-        configs: By task.
-        own_base: Whether they are loaded on the base models that they name.
-
-    Raises:
-        ValueError: one is not frozen, they name different base models, they end in heads of different kinds, or some
-            were trained on pairs of texts and others on single ones.
-    """
+    """Refuses adapters that cannot share a pass."""
     for name, config in configs.items():
         if config.backbone != "frozen":
             raise ValueError(

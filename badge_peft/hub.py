@@ -216,11 +216,7 @@ def push_to_hub(
 
 
 def _pushed_files(folder: Path) -> list[str]:
-    """What of `folder` goes up, and the card, which is written where there is none.
-
-    Raises:
-        ValueError: one of them is a link.
-    """
+    """What of `folder` goes up, and the card, which is written where there is none."""
     links = [name for name in PUSHED if (folder / name).is_symlink()]
     if links:
         raise ValueError(

@@ -70,11 +70,7 @@ def _template() -> Template:
 
 
 def read_card(folder: Path) -> ModelCard | None:
-    """The `README.md` in a folder; None where there is none.
-
-    Raises:
-        ValueError: it is not UTF-8, or its YAML is broken.
-    """
+    """The `README.md` in a folder; None where there is none."""
     file = folder / CARD
     try:
         return ModelCard.load(file) if file.exists() else None
@@ -111,12 +107,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def base_license(name: str | None, revision: str | None = None) -> str | None:
-    """The license that the base model's card or config states, from its folder or the Hub's cache: without a network.
-
-    Args:
-        name: Path or repository of the base model.
-        revision: Of the repository.
-    """
+    """The license that the base model's card or config states, from its folder or the Hub's cache."""
     if not name:
         return None
     for file in (CARD, "config.json"):

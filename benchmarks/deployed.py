@@ -34,15 +34,7 @@ from paper_grid.settings import Backbone  # noqa: E402
 
 @dataclass(frozen=True)
 class Classifier:
-    """A task on a backbone.
-
-    Args:
-        task: Name of the task, and of its folder.
-        backbone: Name of the encoder.
-        settings: All of the file's.
-        out: Folder of everything.
-        data: Folder of the task's rows.
-    """
+    """A task on a backbone."""
 
     task: str
     backbone: str

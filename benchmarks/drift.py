@@ -17,19 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import torch
+from common import Results, calibrated, markdown, parser, read_lines, run
 
 from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import ExitLogits, calibrate
+from badge_peft.evaluation import ExitLogits
 from badge_peft.serving import ExitMonitor
 
 SHARES = (0.1, 0.3, 1.0)
@@ -79,9 +76,7 @@ def rows_until_alarm(
 def leave_out(count: int, train: str, pool: str, folder: Path, rows: int = 4500, other: int = 1000) -> None:
     """Writes `train.jsonl` and `pool.jsonl` without `count` labels, which are drawn, and `other.jsonl` with the pool's
     rows of these."""
-    found = {
-        name: [json.loads(line) for line in Path(file).open()] for name, file in (("train", train), ("pool", pool))
-    }
+    found = {"train": read_lines(train), "pool": read_lines(pool)}
     names = sorted({row["label"] for row in found["train"]})
     left = set(random.Random(0).sample(names, count))
     parts = {name: [row for row in own if row["label"] not in left] for name, own in found.items()}
@@ -92,18 +87,38 @@ def leave_out(count: int, train: str, pool: str, folder: Path, rows: int = 4500,
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
 
-def measure(pool: ExitLogits, others: dict[str, ExitLogits], options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """The tasks that the file lacks."""
+    others: dict[str, dict[str, ExitLogits]] = {}
+    for other in options.other:
+        place, _, file = other.partition("=")
+        task, _, name = place.partition(":")
+        others.setdefault(task, {})[name] = ExitLogits.load(file)
+    for task, file in (item.split("=", 1) for item in options.logits):
+        if task not in results:
+            results.keep(task, measure_task(ExitLogits.load(file), others.get(task, {}), options))
+
+
+def measure_task(pool: ExitLogits, others: dict[str, ExitLogits], options: argparse.Namespace) -> dict[str, Any]:
     """By kind of traffic and share a list of draws, each with rows and kind of its alarm."""
     found: dict[str, Any] = {}
+    size = options.calibration_rows
     for draw in range(options.draws):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))
-        size = options.calibration_rows
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = calibrate(pool.select(order[:size]), "divergence", max_score_drop=0.01)
+        config = calibrated(pool.select(order[:size]), "divergence", max_score_drop=0.01)
         traffic = pool.select(order[size:])
         quiet = min(options.rows, len(traffic))
-        found.setdefault("undisturbed/0", []).append(rows_until_alarm(config, traffic, traffic, 0.0, 0, quiet, draw))
+        found.setdefault("undisturbed/0", []).append(
+            rows_until_alarm(
+                config,
+                traffic,
+                traffic,
+                0.0,
+                0,
+                quiet,
+                draw,
+            )
+        )
         for name, other in {"hardest quarter": hardest(traffic), **others}.items():
             for share in SHARES:
                 alarm = rows_until_alarm(config, traffic, other, share, options.before, options.rows, draw)
@@ -111,102 +126,88 @@ def measure(pool: ExitLogits, others: dict[str, ExitLogits], options: argparse.N
     return {"rows": quiet, "before": options.before, "calibration_rows": size, "alarms": found}
 
 
-def page(data: dict[str, Any]) -> str:
-    """The tables in Markdown."""
-    quiet = [rows for result in data.values() for rows, _ in result["alarms"]["undisturbed/0"]]
-    lines = [
-        "# Drift: false alarms and delays",
-        "",
-        f"{len(quiet) - quiet.count(None)} false alarms in {len(quiet)} undisturbed runs, {len(data)} tasks.",
-        "",
-        INTRODUCTION.strip(),
-        "",
-    ]
-    lines += [
-        "## Undisturbed traffic",
-        "",
-        "| task | runs | shadow rows each | false alarms |",
-        "| --- | --- | --- | --- |",
-    ]
-    for task, result in data.items():
-        runs = result["alarms"]["undisturbed/0"]
-        lines.append(f"| {task} | {len(runs)} | {result['rows']} | {sum(rows is not None for rows, _ in runs)} |")
-    lines += [
-        "",
-        "Stated: at most one in 100,000 shadow rows in the mean.",
-        "",
-        "## Other rows mixed in",
-        "",
-        "Shadow rows from the start of the disturbance until the alarm: median and largest of the runs; how many "
-        "runs had no alarm at all; and which of the two tests raised it.",
-        "",
-        "| task | other rows | share | median | largest | none | agreement / exits |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for task, result in data.items():
-        for key, runs in result["alarms"].items():
+def page(results: Results) -> str:
+    """Markdown."""
+    quiet, disturbed = [], []
+    for task, result in results.items():
+        alarms = dict(result["alarms"])
+        runs = [rows for rows, _ in alarms.pop("undisturbed/0")]
+        quiet.append((task, len(runs), result["rows"], len(runs) - runs.count(None)))
+        for key, found in alarms.items():
             name, _, share = key.rpartition("/")
-            if name == "undisturbed":
-                continue
-            delays = [rows for rows, _ in runs if rows is not None and rows > 0]
-            kinds = [kind for _, kind in runs]
+            delays = [rows for rows, _ in found if rows is not None and rows > 0]
+            kinds = [kind for _, kind in found]
             median, most = (f"{np.median(delays):.0f}", f"{max(delays)}") if delays else ("-", "-")
-            lines.append(
-                f"| {task} | {name} | {float(share):.0%} | {median} | {most} | {kinds.count(None)} "
-                f"| {kinds.count('agreement')} / {kinds.count('exits')} |"
-            )
-    first = next(iter(data.values()))
-    lines += [
-        "",
-        f"Each run calibrates on {first['calibration_rows']} rows of its own draw; {first['before']} undisturbed rows "
-        f"come before the disturbance, and up to {first['rows']} rows after its start are watched. Made by",
-        "",
-        "```bash",
-        "python benchmarks/drift.py --leave-out 30 train.jsonl pool.jsonl runs/TASK",
-        "badge-peft train MODEL runs/TASK/train.jsonl --eval-data runs/TASK/pool.jsonl --exit-layers 0-6 --carry none "
-        "--policy divergence --output-dir runs/TASK/adapter",
-        "badge-peft evaluate runs/TASK/adapter runs/TASK/other.jsonl --unlabeled --save-logits FILE",
-        "python benchmarks/drift.py --logits TASK=runs/TASK/adapter/exit_logits.safetensors ... "
-        "--other TASK:NAME=FILE ...",
-        "python benchmarks/drift.py --docs docs/results/drift.md",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+            tests = f"{kinds.count('agreement')} / {kinds.count('exits')}"
+            disturbed.append([task, name, f"{float(share):.0%}", median, most, str(kinds.count(None)), tests])
+    runs, alarms = (sum(line[i] for line in quiet) for i in (1, 3))
+    first = next(iter(results.values()))
+    heads = ["task", "other rows", "share", "median", "largest", "none", "agreement / exits"]
+    return f"""# Drift: false alarms and delays
 
+{alarms} false alarms in {runs} undisturbed runs, {len(quiet)} tasks.
 
-def measure_pool(options: argparse.Namespace, task: str, pool: ExitLogits, data: pools.Results) -> Iterator[str]:
-    """One task, with its other rows."""
-    others = {}
-    for other in options.other:
-        owner, _, rest = other.partition(":")
-        name, _, place = rest.partition("=")
-        if owner == task:
-            others[name] = ExitLogits.load(place)
-    data[task] = measure(pool, others, options)
-    yield task
+{INTRODUCTION.strip()}
+
+## Undisturbed traffic
+
+{markdown(["task", "runs", "shadow rows each", "false alarms"], [list(map(str, line)) for line in quiet])}
+
+Stated: at most one in 100,000 shadow rows in the mean.
+
+## Other rows mixed in
+
+Shadow rows from the start of the disturbance until the alarm: median and largest of the runs; how many runs had no
+alarm at all; and which of the two tests raised it.
+
+{markdown(heads, disturbed)}
+
+Each run calibrates on {first["calibration_rows"]} rows of its own draw; {first["before"]} undisturbed rows come before
+the disturbance, and up to {first["rows"]} rows after its start are watched. Made by
+
+```bash
+python benchmarks/drift.py --leave-out 30 train.jsonl pool.jsonl runs/TASK
+badge-peft train MODEL runs/TASK/train.jsonl --eval-data runs/TASK/pool.jsonl --exit-layers 0-6 --carry none \\
+    --policy divergence --output-dir runs/TASK/adapter
+badge-peft evaluate runs/TASK/adapter runs/TASK/other.jsonl --unlabeled --save-logits FILE
+python benchmarks/drift.py --logits TASK=runs/TASK/adapter/exit_logits.safetensors ... --other TASK:NAME=FILE ...
+python benchmarks/drift.py --docs docs/results/drift.md
+```
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = pools.parser(__doc__, draws=20, results="runs/drift.json")
-    parser.add_argument("--other", nargs="*", default=[], metavar="TASK:NAME=FILE", help="exit logits of other rows")
-    parser.add_argument("--calibration-rows", type=int, default=1500)
-    parser.add_argument("--before", type=int, default=500, help="undisturbed rows before the disturbance")
-    parser.add_argument("--rows", type=int, default=3000, help="shadow rows of each run")
-    parser.add_argument(
-        "--leave-out",
-        nargs=4,
-        metavar=("COUNT", "TRAIN", "POOL", "FOLDER"),
-        help="measure nothing: write train, pool and other rows, the last those of COUNT labels",
+    options = parser(__doc__, "runs/drift.json", threads=1)
+    options.add_argument(
+        "--logits",
+        nargs="*",
+        default=[],
+        metavar="TASK=FILE",
+        help="pools of labeled exit logits",
     )
-    options = parser.parse_args(arguments)
-    if options.leave_out:
-        count, train, pool, folder = options.leave_out
+    options.add_argument(
+        "--other",
+        nargs="*",
+        default=[],
+        metavar="TASK:NAME=FILE",
+        help="exit logits of other rows",
+    )
+    options.add_argument("--draws", type=int, default=20)
+    options.add_argument("--calibration-rows", type=int, default=1500)
+    options.add_argument("--before", type=int, default=500, help="undisturbed rows before the disturbance")
+    options.add_argument("--rows", type=int, default=3000, help="shadow rows of each run")
+    names = ("COUNT", "TRAIN", "POOL", "FOLDER")
+    options.add_argument(
+        "--leave-out", nargs=4, metavar=names, help="only write rows without COUNT labels, and the others"
+    )
+    given = options.parse_args(arguments)
+    if given.leave_out:
+        count, train, pool, folder = given.leave_out
         leave_out(int(count), train, pool, Path(folder))
         return 0
-    return pools.run(options, measure_pool, page)
+    return run(given, measure, page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

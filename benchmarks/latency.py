@@ -1,112 +1,101 @@
 """What early exits cost and save on the clock: PyTorch, ONNX Runtime and int8, against the same model without exits.
 
     python benchmarks/latency.py                                 # everything, about 25 minutes on 2 free cores
-    python benchmarks/latency.py --only exits,batch --sizes h384 --rounds 30
-    python benchmarks/latency.py --resume                        # what the file does not have yet
+    python benchmarks/latency.py --only exits batch --sizes h384 --rounds 30
     python benchmarks/latency.py --docs docs/results/speed.md    # measures nothing: the page from the file
 
-Results are saved as each shape ends. `--quick` tries the benchmark itself on a tiny model in a minute.
+Results are saved as each shape ends, and a second run measures what is missing. `--sizes tiny` tries the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
-import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import torch
+from common import Results, describe, parser, run
+from latency_parts.forced import SIZES, build
+from latency_parts.memory import memory
+from latency_parts.page import TITLES, page, tables
+from latency_parts.runs import RUNS, Bench
+from latency_parts.sessions import Sessions, has_onnx
 
-from latency_parts.settings import EXPERIMENTS, ONNX, QUICK, SIZES, Settings
-from latency_parts.store import Store, read
+# experiment -> rounds, and (rows, tokens) of what is measured at once
+PLAN = {
+    "full-depth": (30, ()),
+    "exits": (14, ()),
+    "batch": (8, ((8, 32), (32, 32), (8, 64), (32, 64))),
+    "onnx": (20, ()),
+    "onnx-int8": (20, ()),
+    "onnx-batch": (10, ((8, 32), (32, 32))),
+    "int8-vs-stock": (20, ()),
+    "memory": (2, ((32, 128),)),
+}
+ON_CUDA = ("full-depth", "exits", "batch")  # the others are about the CPU
 
-RESULTS = "runs/latency.json"
+
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """What the file lacks; one model at a time is in memory."""
+    experiments = [name for name in options.only if has_onnx() or not ("onnx" in name or "int8" in name)]
+    if experiments != options.only:
+        print("not measured, as it needs pip install 'badge-peft[onnx]':", *{*options.only} - {*experiments})
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in options.sizes:
+            forced = build(SIZES[name], options.lengths)
+            sessions = Sessions(forced, Path(options.cache or temporary) / name, options.threads)
+            for device in options.devices:
+                for model in (forced.stock, forced.model, forced.outside):
+                    model.to(device)
+                for experiment in experiments if device == "cpu" else [e for e in experiments if e in ON_CUDA]:
+                    _measure(name, Bench(forced, sessions, device, 0), experiment, options, results)
+
+
+def _measure(name: str, bench: Bench, experiment: str, options: argparse.Namespace, results: Results) -> None:
+    """The shapes of one experiment, size and device that are missing."""
+    usual, shapes = PLAN[experiment]
+    rounds = options.rounds or usual
+    where = describe(options.threads, bench.device)
+    key = f"{experiment}/{name}/{bench.device}"
+    section = results.get(key, {"environment": where, "seconds": 0.0, "rows": []})
+    known = {(row["batch"], row["length"]) for row in section["rows"]}
+    left = [shape for shape in shapes or [(1, length) for length in options.lengths] if shape not in known]
+    for shape in left:
+        start = time.perf_counter()
+        if experiment == "memory":
+            section["rows"] += memory(name, *shape, rounds, options.threads)
+        else:
+            one = Bench(bench.forced, bench.sessions, bench.device, rounds)
+            section["rows"] += RUNS[experiment](one, *shape)
+        section["seconds"] += time.perf_counter() - start
+        results.keep(key, section)
+    if left:
+        print(TITLES[experiment], key, *tables(experiment, section["rows"]), sep="\n\n", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    options = _parser().parse_args(arguments)
-    path = options.json or ("runs/latency-quick.json" if options.quick else RESULTS)
-    if options.docs is not None:
-        from latency_parts.page import write_page
-
-        print(write_page(read(path), options.docs))
-        return 0
-    settings = _settings(options)
-    store = Store(path, settings.quick, keep=options.resume or bool(options.only or options.sizes))
-    _measure(settings, options, store)
-
-    from latency_parts.page import targets_text
-
-    print(f"{targets_text(store.data)}\n\n{path}")
-    return 0
-
-
-def _measure(settings: Settings, options: argparse.Namespace, store: Store) -> None:
-    import torch
-    from latency_parts.loop import has_onnx, measure
-
-    torch.set_num_threads(settings.threads)
-    experiments = options.only or list(EXPERIMENTS)
-    devices = options.devices or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    left = [] if has_onnx() else [name for name in experiments if name in ONNX]
-    if left:
-        print(f"not measured, as they need pip install 'badge-peft[onnx]': {', '.join(left)}", flush=True)
-    print(f"{settings.threads} threads for torch and for every ONNX Runtime session; sessions do not spin", flush=True)
-    chosen = [name for name in experiments if name not in left]
-    with tempfile.TemporaryDirectory() as temporary:
-        measure(settings, chosen, devices, store, Path(options.cache or temporary), options.resume)
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    settings = (QUICK if options.quick else Settings()).with_rounds(options.rounds)
-    given = {"sizes": options.sizes, "lengths": options.lengths, "threads": options.threads}
-    return dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
-
-
-def _names(allowed: Any) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        wrong = [name for name in names if name not in allowed]
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)} is not allowed: choose from {', '.join(allowed)}.")
-        return names
-
-    return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be a whole number of at least 1.")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0],
-        epilog="Experiments:\n" + "\n".join(f"  {name:14} {text}" for name, text in EXPERIMENTS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    options = parser(__doc__, "runs/latency.json")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    options.add_argument("--only", nargs="+", choices=PLAN, default=list(PLAN), help="these experiments")
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=["BERT-base", "h384"])
+    options.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=devices)
+    options.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[16, 64, 128],
+        help="tokens per row, batch 1",
     )
-    parser.add_argument("--json", help=f"the file of the results (default: {RESULTS})")
-    parser.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file of the results")
-    rest = "the rest of the file stays"
-    several = {"metavar": "NAME,..."}
-    parser.add_argument("--only", type=_names(EXPERIMENTS), help=f"these experiments; {rest}", **several)
-    parser.add_argument("--sizes", type=_names(SIZES), help=f"of {', '.join(SIZES)}; {rest}", **several)
-    parser.add_argument("--devices", type=_names(("cpu", "cuda")), help="default: those that there are", **several)
-    parser.add_argument("--lengths", type=_positive, nargs="+", help="tokens per row, batch 1 (default: 16 64 128)")
-    parser.add_argument("--rounds", type=_positive, help="of every experiment (default: its own)")
-    parser.add_argument("--threads", type=_positive, help="of torch and of each session (default: 2)")
-    parser.add_argument("--resume", action="store_true", help="measure only what the file does not have")
-    parser.add_argument("--cache", metavar="FOLDER", help="keep exported ONNX files here; what is there is used")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds: says nothing about speed")
-    return parser
+    options.add_argument("--rounds", type=int, help="of every experiment (default: its own)")
+    options.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="keep exported ONNX files here; what is there is used",
+    )
+    return run(options.parse_args(arguments), measure, page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pools
 import torch
+from common import Results, calibrated, markdown, parser, run
 
 from badge_peft import EarlyExitConfig
-from badge_peft.evaluation import ExitLogits, calibrate, evaluate_policy, exit_scores
+from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores
 from badge_peft.evaluation.tradeoff import search
 
 ALLOWED = 0.01
@@ -59,7 +56,6 @@ each task's rows in a fixed random order; all others are the pool. One thread of
 2.13.0, transformers 5.24.0, numpy 2.4.6, scipy 1.17.1, scikit-learn 1.9.1; commit e1471cb.
 """
 TARGETS = (("in the mean", "mean", 0.3), ("at the 90th percentile", "high", 1.0))
-RESULTS = "runs/promises.json"
 
 
 def chosen_on_itself(rows: ExitLogits, policy: str) -> EarlyExitConfig:
@@ -69,20 +65,10 @@ def chosen_on_itself(rows: ExitLogits, policy: str) -> EarlyExitConfig:
     return max(good, key=lambda p: (p.layer_speedup, p.score)).config
 
 
-def cross_fitted(rows: ExitLogits, policy: str) -> EarlyExitConfig:
-    """What `calibrate` returns."""
-    return calibrate(rows, policy, max_score_drop=ALLOWED)
-
-
-def best_exit(rows: ExitLogits, policy: str) -> EarlyExitConfig:
-    """The exit with the best score, for every row."""
-    return EarlyExitConfig(policy="fixed_depth", depth=exit_scores(rows).best_exit)
-
-
 METHODS: dict[str, Callable[[ExitLogits, str], EarlyExitConfig]] = {
     "on itself": chosen_on_itself,
-    "calibrate": cross_fitted,
-    BEST_EXIT: best_exit,
+    "calibrate": lambda rows, policy: calibrated(rows, policy, max_score_drop=ALLOWED),
+    BEST_EXIT: lambda rows, _: EarlyExitConfig(policy="fixed_depth", depth=exit_scores(rows).best_exit),
 }
 
 
@@ -96,162 +82,159 @@ def divide(rows: int, data: Path, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in own), "utf-8")
 
 
-def measure(pool: ExitLogits, size: int, policy: str, draws: int, methods: list[str]) -> dict[str, Any]:
-    """`draws` validation sets of `size` rows.
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """What the file lacks of every task, policy and size."""
+    for task, file in (item.split("=", 1) for item in options.logits):
+        pool = ExitLogits.load(file)
+        for policy in options.policies:
+            for size in [n for n in options.sizes if n < len(pool) / 1.5]:
+                key = f"{task}/{policy}/{size}"
+                missing = [name for name in options.methods if name not in results.get(key, {})]
+                found = draw_sets(pool, size, policy, options.draws, missing)
+                results.keep(key, {**results.get(key, {}), **found})
+                print(key, flush=True)
 
-    Returns:
-        By method the test drops above the allowed one and the speed-ups on the test rows, a number for each draw.
-    """
+
+def draw_sets(pool: ExitLogits, size: int, policy: str, draws: int, methods: list[str]) -> dict[str, Any]:
+    """By method, of `draws` validation sets of `size` rows: points lost above the allowed one and the blocks saved on
+    the test rows, a number for each draw."""
     found: dict[str, Any] = {name: {"excess": [], "speedup": []} for name in methods}
     for draw in range(draws):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))
-        rows, test = pool.select(order[:size]), pool.select(order[size:])
+        rows = pool.select(order[:size])
+        test = pool.select(order[size:])
         best = exit_scores(test).best
         for name in methods:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                config = METHODS[name](rows, policy)
-            point = evaluate_policy(test, config)
+            point = evaluate_policy(test, METHODS[name](rows, policy))
             found[name]["excess"].append(round(100 * (best - point.score - ALLOWED), 4))
             found[name]["speedup"].append(round(point.layer_speedup, 5))
     return found
 
 
-def page(data: dict[str, Any]) -> str:
-    """The tables in Markdown: over all tasks first, then each task."""
-    lines = ["# What calibrate promises, on new data", "", INTRODUCTION.strip(), ""]
-    for policy in dict.fromkeys(key.split("/")[1] for key in data):
-        lines += [f"## policy={policy!r}", "", *_targets(data, policy), *_over_tasks(data, policy)]
-        lines += _each_task(data, policy)
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Excess:
-    """Drops above the allowed one, over draws.
-
-    Args:
-        mean: In points.
-        high: Their 90th percentile.
-        within: Share of the draws with at most the allowed drop.
-    """
+class Excess(NamedTuple):
+    """Points above the allowed drop, over draws: mean, 90th percentile, and the share of the draws within it."""
 
     mean: float
     high: float
     within: float
 
-    @classmethod
-    def of(cls, drops: np.ndarray) -> Excess:
-        """Of drops above the allowed one, in points."""
-        return cls(float(drops.mean()), float(np.quantile(drops, 0.9)), float((drops <= 1e-9).mean()))
 
-
-def _promised(methods: dict[str, Any], name: str) -> Excess:
-    """Counted from the exit that is best on the validation rows; its own drops were measured in the same draws."""
+def excess(methods: dict[str, Any], name: str, truly: bool) -> Excess:
+    """Counted from the exit that is truly best, on the test rows, or from that which is best on the validation rows,
+    whose own drops were measured in the same draws."""
     own, best = (np.array(methods[key]["excess"]) for key in (name, BEST_EXIT))
-    return Excess.of(own - best - 100 * ALLOWED)
+    drops = own if truly else own - best - 100 * ALLOWED
+    return Excess(float(drops.mean()), float(np.quantile(drops, 0.9)), float((drops <= 1e-9).mean()))
 
 
-def _truly(methods: dict[str, Any], name: str) -> Excess:
-    """Counted from the exit that is best on the test rows."""
-    return Excess.of(np.array(methods[name]["excess"]))
+def page(results: Results) -> str:
+    """Markdown: over all tasks first, then each task."""
+    parts = ["# What calibrate promises, on new data", INTRODUCTION.strip()]
+    for policy in dict.fromkeys(key.split("/")[1] for key in results):
+        of = {}  # (task, size) -> methods
+        for key, methods in results.items():
+            task, name, size = key.split("/")
+            if name == policy and BEST_EXIT in methods:
+                of[task, int(size)] = methods
+        parts += [f"## policy={policy!r}", *_targets(of), _over_tasks(of), _each_task(of)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _targets(data: dict[str, Any], policy: str) -> list[str]:
+def _targets(of: dict[Any, Any]) -> list[str]:
     """For how many tasks and sizes the targets are reached, and for which not."""
-    places = {
-        f"{key.split('/')[0]} {key.split('/')[2]}": methods
-        for key, methods in sorted(data.items())
-        if f"/{policy}/" in key and {"calibrate", BEST_EXIT} <= methods.keys()
-    }
-    said = []
-    for counted, figures in (("best on the validation rows", _promised), ("truly best", _truly)):
-        said.append(
-            f"`calibrate`, drops from the exit that is {counted}, tasks and sizes at which the target is reached:\n"
+    places = {f"{task} {size}": methods for (task, size), methods in sorted(of.items()) if "calibrate" in methods}
+    parts = []
+    for truly, counted in ((False, "best on the validation rows"), (True, "truly best")):
+        parts.append(
+            f"`calibrate`, drops from the exit that is {counted}, tasks and sizes at which the target is reached:"
         )
+        said = []
         for what, field, bound in TARGETS:
-            missed = [n for n, methods in places.items() if getattr(figures(methods, "calibrate"), field) > bound]
+            missed = [n for n in places if getattr(excess(places[n], "calibrate", truly), field) > bound]
+            both = [n for n in missed if getattr(excess(places[n], BEST_EXIT, truly), field) > bound]
             some = f"; missed: {', '.join(missed)} rows" if missed else ""
-            if both := [n for n in missed if getattr(figures(places[n], BEST_EXIT), field) > bound]:
-                some += f" (by the best exit alone, too: {', '.join(both)} rows)"
-            reached = len(places) - len(missed)
-            said.append(f"* At most {bound} points above the allowed drop {what}: {reached} of {len(places)}{some}.")
-        said.append("")
-    return said
+            some += f" (by the best exit alone, too: {', '.join(both)} rows)" if both else ""
+            reached = f"{len(places) - len(missed)} of {len(places)}"
+            said.append(f"* At most {bound} points above the allowed drop {what}: {reached}{some}.")
+        parts.append("\n".join(said))
+    return parts
 
 
-def _over_tasks(data: dict[str, Any], policy: str) -> list[str]:
+def _over_tasks(of: dict[Any, Any]) -> str:
     """A row for each size and method: the mean over tasks, and the worst of them."""
-    lines = _header("rows | method | tasks", " (worst)")
-    sizes = sorted({int(key.split("/")[2]) for key in data if f"/{policy}/" in key})
-    for size in sizes:
-        of = [methods for key, methods in data.items() if key.endswith(f"/{policy}/{size}")]
+    lines = []
+    for size in sorted({size for _, size in of}):
         for name in METHODS:
-            mine = [methods for methods in of if {name, BEST_EXIT} <= methods.keys()]
+            mine = [methods for (_, own), methods in of.items() if own == size and name in methods]
             cells = []
-            for figures in (_promised, _truly):
-                found = [figures(methods, name) for methods in mine]
-                if figures is _promised and name == BEST_EXIT:
-                    cells += ["-", "-", "-"]
-                elif found:
-                    mean, high, within = (np.array([getattr(f, x) for f in found]) for x in ("mean", "high", "within"))
-                    cells += [f"{mean.mean():+.2f} ({mean.max():+.2f})", f"{high.mean():+.2f} ({high.max():+.2f})"]
+            for truly in (False, True):
+                mean, high, within = np.array([excess(methods, name, truly) for methods in mine]).reshape(-1, 3).T
+                if not mine or name == BEST_EXIT and not truly:
+                    cells += ["-"] * 3
+                else:
+                    cells += [f"{x.mean():+.2f} ({x.max():+.2f})" for x in (mean, high)]
                     cells += [f"{within.mean():.0%} ({within.min():.0%})"]
             if mine:
                 saved = np.mean([np.mean(methods[name]["speedup"]) for methods in mine])
-                lines.append(f"| {' | '.join([str(size), name, str(len(mine)), *cells])} | {saved:.1%} |")
-    return [*lines, ""]
+                lines.append([str(size), name, str(len(mine)), *cells, f"{saved:.1%}"])
+    return markdown(_header(("rows", "method", "tasks"), " (worst)"), lines)
 
 
-def _each_task(data: dict[str, Any], policy: str) -> list[str]:
-    lines = _header("task | rows | draws | method", "")
-    for key, methods in sorted(data.items(), key=lambda item: (item[0].split("/")[0], int(item[0].split("/")[2]))):
-        task, of, size = key.split("/")
-        if of == policy and BEST_EXIT in methods:
-            for name in (name for name in METHODS if name in methods):
-                cells = [task, size, str(len(methods[name]["excess"])), name]
-                for figures in (_promised, _truly):
-                    one = figures(methods, name)
-                    said = [f"{one.mean:+.2f}", f"{one.high:+.2f}", f"{one.within:.0%}"]
-                    cells += ["-"] * 3 if figures is _promised and name == BEST_EXIT else said
-                lines.append(f"| {' | '.join(cells)} | {np.mean(methods[name]['speedup']):.1%} |")
-    return [*lines, ""]
+def _each_task(of: dict[Any, Any]) -> str:
+    lines = []
+    for (task, size), methods in sorted(of.items()):
+        for name in (name for name in METHODS if name in methods):
+            cells = []
+            for truly in (False, True):
+                mean, high, within = excess(methods, name, truly)
+                dash = name == BEST_EXIT and not truly
+                cells += ["-"] * 3 if dash else [f"{mean:+.2f}", f"{high:+.2f}", f"{within:.0%}"]
+            draws = len(methods[name]["excess"])
+            saved = np.mean(methods[name]["speedup"])
+            lines.append([task, str(size), str(draws), name, *cells, f"{saved:.1%}"])
+    return markdown(_header(("task", "rows", "draws", "method"), ""), lines)
 
 
-def _header(first: str, note: str) -> list[str]:
-    """Of a table, in Markdown."""
-    figures = [f"mean{note}", f"90th percentile{note}", f"within it{note}"]
-    columns = [*first.split(" | "), *(f"above the allowed: {x}" if x is figures[0] else x for x in figures)]
-    columns += [f"from the truly best: {x}" if x is figures[0] else x for x in figures] + ["blocks saved"]
-    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-
-
-def measure_pool(options: argparse.Namespace, task: str, pool: ExitLogits, data: pools.Results) -> Iterator[str]:
-    """What is missing of a task: every policy and size."""
-    for policy in options.policies:
-        for size in [n for n in options.sizes if n < len(pool) / 1.5]:
-            key = f"{task}/{policy}/{size}"
-            missing = [name for name in options.methods if name not in data.get(key, {})]
-            data.setdefault(key, {}).update(measure(pool, size, policy, options.draws, missing))
-            yield key
+def _header(first: tuple[str, ...], note: str) -> list[str]:
+    others = [f"90th percentile{note}", f"within it{note}"]
+    counted = [f"above the allowed: mean{note}", *others, f"from the truly best: mean{note}", *others]
+    return [*first, *counted, "blocks saved"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    parser = pools.parser(__doc__, draws=200, results=RESULTS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[200, 500, 1000, 3000], help="of the validation sets")
-    parser.add_argument("--policies", nargs="+", default=["divergence", "auto"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--divide", nargs=3, metavar=("ROWS", "FOLDER", "OUT"), help="only divide a data set: rows to train on, a pool"
+    options = parser(__doc__, "runs/promises.json", threads=1)
+    options.add_argument(
+        "--logits",
+        nargs="*",
+        default=[],
+        metavar="TASK=FILE",
+        help="pools of labeled exit logits",
     )
-    options = parser.parse_args(arguments)
-    if options.divide:
-        rows, data, folder = options.divide
+    options.add_argument("--draws", type=int, default=200)
+    options.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[200, 500, 1000, 3000],
+        help="of the validation sets",
+    )
+    options.add_argument("--policies", nargs="+", default=["divergence", "auto"])
+    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    names = ("ROWS", "FOLDER", "OUT")
+    options.add_argument(
+        "--divide",
+        nargs=3,
+        metavar=names,
+        help="only divide a data set: rows to train on, a pool",
+    )
+    given = options.parse_args(arguments)
+    if given.divide:
+        rows, data, folder = given.divide
         divide(int(rows), Path(data), Path(folder))
         return 0
-    return pools.run(options, measure_pool, page)
+    return run(given, measure, page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

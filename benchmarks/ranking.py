@@ -15,52 +15,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from latency_parts.environment import describe
+from common import Results, describe, read_lines, write_page
 from ranking_parts import clock, models, pools, quality
-from ranking_parts.families import compare_families
-from ranking_parts.first_exit import compare_first_exits
 from ranking_parts.page import page
 from ranking_parts.scores import PoolScores
 
 from badge_peft import load_pretrained
+
+RESULTS = "ranking.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "page":
-        text = page([_stored(folder) for folder in options.work], options.note)
-        if options.docs:
-            options.docs.write_text(text, encoding="utf-8")
-        print(text)
+        write_page(page([Results(folder / RESULTS) for folder in options.work], options.note), options.docs)
         return 0
     torch.set_num_threads(options.threads)
-    measure = {
-        "quality": measure_quality,
-        "clock": measure_times,
-        "first-exit": measure_first_exits,
-        "families": measure_families,
-    }
-    measure[options.command](options)
+    (measure_quality if options.command == "quality" else measure_times)(options)
     return 0
 
 
 def measure_quality(options: argparse.Namespace) -> None:
-    """Models, exits and scores, as far as they are not there, and what they are worth: quality.json."""
+    """Models, exits and scores, as far as they are not there, and what they are worth."""
     work, seeds = options.work[0], options.seeds
     work.mkdir(parents=True, exist_ok=True)
     model = work / "cross-encoder"
     if not (model / "config.json").exists():
-        models.fine_tune(options.encoder, pools.read_lines(options.data / "train.jsonl"), model, options)
+        models.fine_tune(options.encoder, read_lines(options.data / "train.jsonl"), model, options)
     sizes = {"train": options.train_queries, "validation": options.queries, "test": options.queries}
     made = {
         name: pools.pool_of_pairs(
@@ -106,78 +91,76 @@ def measure_quality(options: argparse.Namespace) -> None:
         "train_rows": len(made["train"]),
         "fine_tuning": models.fine_tuning(model),
         "shift": None if options.shift is None else options.shift.name,
-        "made": describe(options.threads, "cpu"),
+        "made": describe(options.threads),
         "found": found,
     }
-    _write(work / "quality.json", stored)
+    Results(work / RESULTS).keep("quality", stored)
 
 
 def measure_times(options: argparse.Namespace) -> None:
-    """The time of a query with the adapter of the first seed: clock.json."""
+    """The time of a query with the adapter of the first seed."""
     work = options.work[0]
-    settings = _stored(work)["quality"]["settings"]
-    model, adapter = work / "cross-encoder", work / f"exits-{settings['seeds'][0]}"
+    results = Results(work / RESULTS)
+    settings = results["quality"]["settings"]
+    model = work / "cross-encoder"
+    adapter = work / f"exits-{settings['seeds'][0]}"
     clock.export(model, adapter, work, settings["max_length"])
     if options.rounds:
         ways = clock.runners(model, adapter, work, settings["max_length"], options.threads)
         found = clock.clock(ways, pools.Pool.load(work / "test.jsonl"), options.candidates, options.rounds)
-        _write(work / "clock.json", {"made": describe(options.threads, "cpu"), "found": found})
-
-
-def measure_first_exits(options: argparse.Namespace) -> None:
-    """What exit 0 should read: first-exit.json."""
-    work = options.work[0]
-    settings = _stored(work)["quality"]["settings"]
-    stored = _scores(work, settings)
-    found = compare_first_exits(work / "cross-encoder", *stored, settings["max_length"])
-    _write(work / "first-exit.json", {"made": describe(options.threads, "cpu"), "found": found})
-
-
-def measure_families(options: argparse.Namespace) -> None:
-    """How margins should be chosen, with the scores of `quality`: families.json."""
-    work = options.work[0]
-    settings = _stored(work)["quality"]["settings"]
-    stored = _scores(work, settings)
-    found = compare_families(stored, len(settings["seeds"]), clock.TOP_K, options.splits)
-    _write(work / "families.json", {"splits": options.splits, "found": found})
-
-
-def _scores(work: Path, settings: dict[str, Any]) -> list[PoolScores]:
-    """What `quality` has stored of the queries that chose the margins, and of those that test them."""
-    return [
-        PoolScores.of(pools.Pool.load(work / f"{name}.jsonl"), work, [], work / f"{name}.npz", settings["max_length"])
-        for name in ("validation", "test")
-    ]
-
-
-def _stored(work: Path) -> dict[str, Any]:
-    """What has been measured in a folder."""
-    files = {name: work / f"{name}.json" for name in ("quality", "clock", "families")}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        results.keep("clock", {"made": describe(options.threads), "found": found})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     qualities = commands.add_parser("quality", help="train, calibrate, and measure what is kept and saved")
-    qualities.add_argument("--encoder", required=True, help="folder of a sentence encoder with BERT's architecture")
+    qualities.add_argument(
+        "--encoder",
+        required=True,
+        help="folder of a sentence encoder with BERT's architecture",
+    )
     qualities.add_argument("--name", help="of the encoder, on the page")
-    qualities.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
+    qualities.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with train, validation and test.jsonl",
+    )
     qualities.add_argument("--shift", type=Path, help="folder of a test collection in Cranfield's form")
     qualities.add_argument("--queries", type=int, default=1000, help="of validation and of test, at most")
     qualities.add_argument("--train-queries", type=int, default=200, help="that exits learn from")
     qualities.add_argument("--train-candidates", type=int, default=40, help="of these, drawn from the pool")
     qualities.add_argument("--shift-queries", type=int, default=100)
     qualities.add_argument("--pool", type=int, default=100, help="candidates of each query")
-    qualities.add_argument("--max-train", type=int, default=10**9, help="pairs that the cross-encoder learns from")
-    qualities.add_argument("--frozen-words", action="store_true", help="the cross-encoder's word embeddings stay")
-    qualities.add_argument("--bf16", action="store_true", help="the cross-encoder learns with products in bfloat16")
-    qualities.add_argument("--listwise", type=int, default=0, help="queries of which it learns the order afterwards")
-    qualities.add_argument("--negatives", type=int, default=4, help="pairs that are not relevant, for each that is")
+    qualities.add_argument(
+        "--max-train",
+        type=int,
+        default=10**9,
+        help="pairs that the cross-encoder learns from",
+    )
+    qualities.add_argument(
+        "--frozen-words",
+        action="store_true",
+        help="the cross-encoder's word embeddings stay",
+    )
+    qualities.add_argument(
+        "--bf16",
+        action="store_true",
+        help="the cross-encoder learns with products in bfloat16",
+    )
+    qualities.add_argument(
+        "--listwise",
+        type=int,
+        default=0,
+        help="queries of which it learns the order afterwards",
+    )
+    qualities.add_argument(
+        "--negatives",
+        type=int,
+        default=4,
+        help="pairs that are not relevant, for each that is",
+    )
     qualities.add_argument("--epochs", type=int, default=2, help="of the cross-encoder")
     qualities.add_argument("--exit-epochs", type=int, default=5, help="of the exits")
     qualities.add_argument("--exit-batch", type=int, default=40, help="candidates of a step")
@@ -191,15 +174,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     times = commands.add_parser("clock", help="time queries with what `quality` has made")
     times.add_argument("--candidates", type=int, nargs="+", default=[10, 30, 100], help="of a timed query")
-    times.add_argument("--rounds", type=int, default=20, help="queries to time; 0 writes the ONNX files alone")
-    firsts = commands.add_parser("first-exit", help="compare what exit 0 may read, with the scores of `quality`")
-    ways = commands.add_parser("families", help="compare ways to choose margins, with the scores of `quality`")
-    ways.add_argument("--splits", type=int, default=3, help="of the queries of validation and test, in halves")
+    times.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="queries to time; 0 writes the ONNX files alone",
+    )
     pages = commands.add_parser("page", help="write the page of what was measured")
     pages.add_argument("--note", nargs="*", default=[], help="said behind the targets")
     pages.add_argument("--docs", type=Path, help="where to")
-    for command in (qualities, times, firsts, ways, pages):
-        command.add_argument("--work", type=Path, nargs="+", required=True, help="folder for all that is made")
+    for command in (qualities, times, pages):
+        command.add_argument(
+            "--work",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="folder for all that is made",
+        )
         command.add_argument("--threads", type=int, default=2)
     return parser
 

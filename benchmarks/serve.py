@@ -12,19 +12,13 @@ pip install 'badge-peft[serve,plots]' httpx, and a machine that does nothing els
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from latency_parts.environment import describe
+from common import Results, describe, parser, read_lines, write_page
 from serve_parts import kills, overhead
 from serve_parts.client import Sent, bodies, play, saturate
 from serve_parts.page import page, picture
@@ -39,42 +33,28 @@ WARM = 5.0  # seconds in which the controller goes to its fastest setting
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    results = Results(options.json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services end, too
-    file = Path(options.json)
-    data: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if options.docs:
-        write_page(data, Path(options.docs))
+        write_all(results, Path(options.docs))
         return 0
-    if options.texts is None:
-        raise SystemExit("give ADAPTER and TEXTS, or --docs")
-    texts, labels = read(options.texts)
-    command = "python benchmarks/serve.py ADAPTER TEXTS.jsonl " + _said(options)
+    lines = read_lines(options.texts)
+    texts = [line["text"] for line in lines]
+    labels = [str(line["label"]) for line in lines]
     if options.kills:
-        measured = measure_kills(texts, options)
+        measure_kills(texts, options, results)
     elif options.overhead:
-        measured = measure_overhead(texts, options)
+        measure_overhead(texts, options, results)
     else:
-        measured = measure_load(texts, labels, options)
-    for found in measured:
-        if "kills" in found and "kills" in data:
-            found = {"kills": kills.together([data["kills"], found["kills"]])}
-        data |= found
-        data["commands"] = sorted({*data.get("commands", []), command.strip()})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(data))
+        measure_load(texts, labels, options, results)
     return 0
 
 
-def read(path: str) -> tuple[list[str], list[str]]:
-    """Texts and the names of their labels."""
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [line["text"] for line in lines], [str(line["label"]) for line in lines]
-
-
-def measure_load(texts: list[str], labels: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Everything but the kills, as it comes."""
-    names = ("target", "max_score_drop", "size", "price", "scale")
-    yield {"environment": describe(1, "cpu"), "adapter": options.about, **{n: getattr(options, n) for n in names}}
+def measure_load(texts: list[str], labels: list[str], options: argparse.Namespace, results: Results) -> None:
+    """Everything but the kills and the overhead, kept as it comes."""
+    names = ("target", "max_score_drop", "size", "scale")
+    about = {"environment": describe(1), "adapter": options.about}
+    results.keep("load", {**about, **{n: getattr(options, n) for n in names}})
     requests = bodies(texts, options.size)
     capacity: dict[str, Any] = {}
     runs: dict[str, Any] = {}
@@ -101,7 +81,7 @@ def measure_load(texts: list[str], labels: list[str], options: argparse.Namespac
         saturate(service.url, requests, CONNECTIONS, WARM)
         capacity["controller"] = saturated(service, requests, 8 * options.scale)
         print({way: round(own["texts_per_second"]) for way, own in capacity.items()}, flush=True)
-        yield {"capacity": capacity}
+        results.keep("capacity", capacity)
         stock = capacity["stock"]["texts_per_second"]
         for name, traffic in shapes(options.scale).items():
             times = arrivals(traffic, stock, options.size, options.seed)
@@ -111,7 +91,7 @@ def measure_load(texts: list[str], labels: list[str], options: argparse.Namespac
                 sent = play(service.url, requests, times)
                 runs.setdefault(name, {})[way] = [stored(one, gold) for one in sent]
                 print(f"{name}, {way}: {len(sent)} requests, {perf_counter() - start:.0f} s", flush=True)
-            yield {"runs": runs}
+            results.keep("runs", runs)
 
 
 def answers_of(sent: list[Sent], count: int) -> list[dict[str, Any] | None]:
@@ -125,7 +105,8 @@ def answers_of(sent: list[Sent], count: int) -> list[dict[str, Any] | None]:
 
 def saturated(service: Running, requests: Any, seconds: float) -> dict[str, float]:
     """What the service answers at most, and the processor time of its replica."""
-    start, cpu = perf_counter(), service.cpu_seconds()
+    start = perf_counter()
+    cpu = service.cpu_seconds()
     sent = saturate(service.url, requests, CONNECTIONS, seconds)
     texts = sum(len(request.rows) for request in sent if request.status == 200)
     taken = perf_counter() - start
@@ -145,17 +126,18 @@ def stored(request: Sent, gold: dict[str, list[str]]) -> list[float]:
     return [*times, request.status, len(places), right, full_right, blocks]
 
 
-def measure_overhead(texts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_overhead(texts: list[str], options: argparse.Namespace, results: Results) -> None:
     """One text at a time, all ways in turn."""
-    where = {"overhead_environment": describe(1, "cpu")}
-    rounds, each = max(round(8 * options.scale), 1), 25
+    where = {"environment": describe(1)}
+    rounds = max(round(8 * options.scale), 1)
+    each = 25
     for found in overhead.measure(options.adapter, texts, rounds, each, 8 * options.scale, Path(options.log)):
-        print({name: round(own["p50"], 1) for name, own in found["overhead"].items()}, found["most"], flush=True)
-        yield {**where, **found}
+        print({name: round(own["p50"], 1) for name, own in found["ways"].items()}, found["most"], flush=True)
+        results.keep("overhead", {**where, **found})
 
 
-def measure_kills(texts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """On a service of its own."""
+def measure_kills(texts: list[str], options: argparse.Namespace, results: Results) -> None:
+    """On a service of its own; added to earlier runs."""
     requests = bodies(texts[: 200 * options.size], options.size)
     replicas = ("--replicas", str(options.replicas))
     with Running(serve_command(options.adapter, *replicas), Path(options.log)) as service:
@@ -166,67 +148,45 @@ def measure_kills(texts: list[str], options: argparse.Namespace) -> Iterator[dic
             expected,
             options.kills,
             options.replicas,
-            options.connections,
             options.pause,
             limit=60 * options.minutes,
         )
         print(found)
-        yield {"kills": {**found, "replicas": options.replicas}}
+        results.keep("kills", kills.together([*([results["kills"]] if "kills" in results else []), found]))
 
 
-def write_page(data: dict[str, Any], path: Path) -> None:
+def write_all(data: Results, path: Path) -> None:
     """The page, and its pictures beside it."""
-    traffic, target = shapes(data["scale"]), data["target"]
+    traffic = shapes(data["load"]["scale"])
+    target = data["load"]["target"]
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, title in (("bursts", "Bursts of twice the stock model's capacity"), ("day", "A day in a minute")):
-        if name not in data["runs"]:
-            continue
         picture(data["runs"][name], target, title, folder / f"{name}.png")
         pictures[name] = f"{folder.name}/{name}.png"
-
-    def busy(name: str, second: float) -> bool:
-        part = traffic[name].busy
-        return part is not None and part(second)
-
-    path.write_text(page(data, busy, pictures), encoding="utf-8")
+    write_page(page(data, traffic["bursts"].busy, pictures), path)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", nargs="?")
-    parser.add_argument("texts", nargs="?")
-    parser.add_argument("--about", default="", help="what the page says of the adapter")
-    parser.add_argument("--target", type=float, default=0.5, help="seconds that the p95 is kept below")
-    parser.add_argument("--max-score-drop", type=float, default=0.01)
-    parser.add_argument("--size", type=int, default=8, help="texts of a request")
-    parser.add_argument("--price", type=float, default=0.1, help="dollars that the machine costs in an hour")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all durations; 0.1 tries the program")
-    parser.add_argument(
+    options = parser(__doc__, "runs/serve.json")
+    options.add_argument("adapter", nargs="?")
+    options.add_argument("texts", nargs="?")
+    options.add_argument("--about", default="", help="what the page says of the adapter")
+    options.add_argument("--target", type=float, default=0.5, help="seconds that the p95 is kept below")
+    options.add_argument("--max-score-drop", type=float, default=0.01)
+    options.add_argument("--size", type=int, default=8, help="texts of a request")
+    options.add_argument("--scale", type=float, default=1.0, help="of all durations; 0.1 tries the program")
+    options.add_argument(
         "--kills", type=int, default=0, help="so many, and measure nothing else; added to earlier runs"
     )
-    parser.add_argument("--overhead", action="store_true", help="one text at a time, and measure nothing else")
-    parser.add_argument("--replicas", type=int, default=2, help="with --kills")
-    parser.add_argument("--connections", type=int, default=4, help="with --kills")
-    parser.add_argument("--pause", type=float, default=2.0, help="seconds between two kills, with all replicas there")
-    parser.add_argument("--minutes", type=float, default=10.0, help="with --kills: no longer than this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", default="runs/serve.log", help="output of the services")
-    parser.add_argument("--json", default="runs/serve.json", help="the file of the results")
-    parser.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file")
-    return parser
-
-
-def _said(options: argparse.Namespace) -> str:
-    """The options that differ from their defaults, but those of places."""
-    parser = _parser()
-    names = [
-        name for name in vars(options) if name not in ("adapter", "texts", "about", "log", "json", "docs", "minutes")
-    ]
-    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
-    values = {name: getattr(options, name) for name in given}
-    return " ".join(f"--{n.replace('_', '-')}" + ("" if v is True else f" {v}") for n, v in values.items())
+    options.add_argument("--overhead", action="store_true", help="one text at a time, and measure nothing else")
+    options.add_argument("--replicas", type=int, default=2, help="with --kills")
+    options.add_argument("--pause", type=float, default=2.0, help="seconds between two kills, with all replicas there")
+    options.add_argument("--minutes", type=float, default=10.0, help="with --kills: no longer than this")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--log", default="runs/serve.log", help="output of the services")
+    return options
 
 
 if __name__ == "__main__":

@@ -7,61 +7,47 @@
     python benchmarks/tasks.py --docs docs/results/tasks.md                      # the page
 
 Each task's adapter is scored on its test rows, beside the same encoder trained for that task alone, all of it, with
-one linear exit on the last block. A task may label tokens: its rows have `tokens` and `tags`. What is in the file of
-the results is not measured again.
+one linear exit on the last block. A task may label tokens: its rows have `tokens` and `tags`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
-from latency_parts.environment import describe
-from latency_parts.store import Store
+from common import Results, describe, fit, markdown, parser
 from peft import get_peft_model
-from task_parts.stack_page import SECTION, TIMES
-from tasks import RESULTS
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, set_seed
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.evaluation import exit_scores
-from badge_peft.training import MultiExitTrainer, multi_exit_arguments
-from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.bench_tasks import bench_tasks
+from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, parse_tasks
+from badge_peft.workflows.bench import bench_tasks
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import evaluate_adapter, resolve_metric
 from badge_peft.workflows.fit import collator
 from badge_peft.workflows.settings import Columns
-from badge_peft.workflows.tasks import open_tasks, parse_tasks
+
+RESULTS = "runs/tasks.json"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    store = Store(options.json)
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """What the file lacks of each task, and the times where they are asked for."""
     adapters = parse_tasks(options.adapters)
     for task, place in adapters.items():
-        key = f"{SECTION}/{task}"
-        section = store.sections.get(key, {"environment": describe(options.threads, "cpu")})
+        key = f"stack/{task}"
+        section = results.get(key, {"environment": describe(options.threads)})
         if "frozen" not in section:
-            store.add(key, section := {**section, "frozen": score(place, Path(options.data, task))})
+            results.keep(key, section := {**section, "frozen": score(place, Path(options.data, task))})
         if "full" not in section and options.epochs:
             found = fine_tune(place, Path(options.data, task), options)
-            store.add(key, section := {**section, "full": found})
+            results.keep(key, section := {**section, "full": found})
         print(f"{task}: {section}", flush=True)
     if options.time:
-        store.add(TIMES, {"environment": describe(options.threads, "cpu"), **clock(adapters, options)})
-    return 0
+        results.keep("stack-time", {"environment": describe(options.threads), **clock(adapters, options)})
 
 
 def score(place: str, folder: Path) -> dict[str, Any]:
@@ -78,45 +64,21 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
     set_seed(options.seed)
     adapter = open_adapter(place)
     rows = {name: adapter.encode(adapter.read(str(folder / f"{name}.jsonl"), Columns())) for name in ("train", "test")}
-    labels, own = adapter.labels.names, adapter.badge.config_of()
+    labels = adapter.labels.names
+    own = adapter.badge.config_of()
     kind = AutoModelForTokenClassification if own.reads_tokens else AutoModelForSequenceClassification
-    config = BadgeConfig(
-        task_type=own.task_type,
-        backbone="full",
-        placement="none",
-        exit_layers=[adapter.badge.num_blocks],
-        final_exit="exit",
-        exit_pooling=own.exit_pooling,
-    )
+    form = {"placement": "none", "exit_layers": [adapter.badge.num_blocks], "exit_pooling": own.exit_pooling}
+    config = BadgeConfig(task_type=own.task_type, backbone="full", final_exit="exit", **form)
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     base = kind.from_pretrained(options.encoder, num_labels=len(labels), **names)  # tags are entities by their names
     model = get_peft_model(base, config)
-    with TemporaryDirectory() as output:
-        arguments = multi_exit_arguments(
-            model,
-            output,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=32,
-            bf16=options.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=options.seed,
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            label_names=["labels"],
-            report_to="none",
-        )
-        pad = collator(adapter.task == "tokens", adapter.tokenizer)
-        MultiExitTrainer(model=model, args=arguments, train_dataset=rows["train"], data_collator=pad).train()
+    pad = collator(adapter.task == "tokens", adapter.tokenizer)
+    steps = {"num_train_epochs": options.epochs, "per_device_train_batch_size": 32, "seed": options.seed}
+    fit(model, rows["train"], pad, bf16=options.bf16, use_cpu=not torch.cuda.is_available(), **steps)
     metric = resolve_metric(None, adapter.labels.problem_type, len(labels), adapter.tags)
-    found = exit_scores(collect_exit_logits(model.eval(), rows["test"]), metric)
-    return {
-        "score": found.per_exit[-1],
-        "train_rows": len(rows["train"]),
-        "epochs": options.epochs,
-        "bf16": options.bf16,
-        "seconds": time.perf_counter() - start,
-    }
+    found = exit_scores(collect_exit_logits(model, rows["test"]), metric)
+    settings = {"train_rows": len(rows["train"]), "epochs": options.epochs, "bf16": options.bf16}
+    return {"score": found.per_exit[-1], **settings, "seconds": time.perf_counter() - start}
 
 
 def clock(adapters: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
@@ -128,20 +90,73 @@ def clock(adapters: dict[str, str], options: argparse.Namespace) -> dict[str, An
     return bench_tasks(stack, TextDataset(texts), stack.early_exit_configs(), len(texts), threads=options.threads)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def stack_section(results: Results) -> str:
+    """Of the page of many tasks; nothing where no such stack was measured."""
+    tasks = results.below("stack")
+    full = {task: own["full"] for task, own in tasks.items() if "full" in own}
+    if not full:
+        return ""
+    heads = ["", "test rows", "metric", "frozen: full depth", "frozen, with exits", "blocks saved", "own encoder"]
+    lines = []
+    for task, own in full.items():
+        frozen = tasks[task]["frozen"]
+        scores = [frozen["full_depth_score"], frozen["early_exit"]["score"], own["score"]]
+        deep, early, alone = (f"{100 * value:.1f}" for value in scores)
+        saved = f"{frozen['early_exit']['layer_speedup']:.0%}"
+        cost = f"{100 * (scores[2] - scores[0]):.1f}"
+        lines.append([task, f"{frozen['rows']:,}", frozen["metric"], deep, early, saved, alone, cost])
+    rows = ", ".join(f"{task} {own['train_rows']:,}" for task, own in full.items())
+    first = next(iter(full.values()))
+    tokens = [task for task, own in tasks.items() if own["frozen"]["metric"] == "entity_f1"]
+    of_tokens = (
+        f" {', '.join(tokens)} labels tokens ([how it was trained](tokens.md)); its score is the F1 of entities."
     )
-    parser.add_argument("encoder", help="folder of the encoder")
-    parser.add_argument("data", help="folder with a folder for each task, of train.jsonl and test.jsonl")
-    parser.add_argument("--adapters", nargs="+", required=True, metavar="TASK=FOLDER", help="trained on the encoder")
-    parser.add_argument("--epochs", type=int, default=3, help="of the encoders that are trained; 0: none is")
-    parser.add_argument("--bf16", action="store_true", help="train these in bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--time", type=int, default=0, metavar="TEXTS", help="also time the stack on as many texts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", default=RESULTS, help=f"the file of the results (default: {RESULTS})")
-    return parser
+    return f"""
+## A real stack
+
+Adapters on one frozen all-MiniLM-L6-v2 (6 blocks, exits 0 to 6), each calibrated to lose at most one point, beside an
+encoder of its own for each task, all of it trained on the same rows. The last column is what the frozen backbone costs
+at full depth. Rows to train, to calibrate and to test on are parts of DATA, not the official splits.
+
+{markdown([*heads, "frozen costs, points"], lines)}
+
+The own encoders were trained for {first["epochs"]} epochs in {"bfloat16" if first["bf16"] else "float32"}, one seed,
+on all rows ({rows}).{of_tokens if tokens else ""}
+{_times(results)}
+```bash
+badge-peft train MINILM DATA/TASK/train.jsonl --eval-data DATA/TASK/validation.jsonl \\
+    --backbone frozen --exit-layers 0-6 --carry none --output-dir ADAPTERS/TASK
+python benchmarks/stack.py MINILM DATA --adapters {" ".join(f"{task}=ADAPTERS/{task}" for task in tasks)} ...
+```
+"""
+
+
+def _times(results: Results) -> str:
+    if (times := results.get("stack-time")) is None:
+        return ""
+    lines = [[way["name"], *(f"{way[key]:.1f}" for key in ("p50_ms", "p95_ms", "blocks"))] for way in times["results"]]
+    return f"""
+Time per text, {times["rows"]} test texts of all tasks in turn, one by one (PyTorch, float32, {times["threads"]}
+threads, load {times["environment"]["load_1min"]} at the start):
+
+{markdown(["", "median, ms", "95th percentile, ms", "blocks"], lines)}
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    options = parser(__doc__, RESULTS)
+    options.add_argument("encoder", help="folder of the encoder")
+    options.add_argument("data", help="folder with a folder for each task, of train.jsonl and test.jsonl")
+    options.add_argument("--adapters", nargs="+", required=True, metavar="TASK=FOLDER", help="trained on the encoder")
+    options.add_argument("--epochs", type=int, default=3, help="of the encoders that are trained; 0: none is")
+    options.add_argument("--bf16", action="store_true", help="train these in bfloat16")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--time", type=int, default=0, metavar="TEXTS", help="also time the stack on as many texts")
+    given = options.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    measure(given, Results(given.json))
+    return 0
 
 
 if __name__ == "__main__":

@@ -37,15 +37,7 @@ class Control:
 def controls_of(
     rule: EarlyExitConfig, exits: Sequence[int], num_labels: int, problem_type: str, widest: float | None = None
 ) -> list[Control]:
-    """What can be moved.
-
-    Args:
-        rule: With its open fields filled in, by `ExitPolicy.resolve`.
-        exits: Block numbers of the model's exits.
-        num_labels: K.
-        problem_type: As transformers has it.
-        widest: As for `ExitPolicy.threshold_range`.
-    """
+    """What can be moved."""
     policy = build_policy(rule)
     if policy.takes_depth:
         assert rule.depth is not None
@@ -67,11 +59,7 @@ def controls_of(
 
 def apply(rule: EarlyExitConfig, controls: Sequence[Control], values: Sequence[Any]) -> EarlyExitConfig:
     """`rule` with the controls at `values`. Within half a step of the rule's own value it is that value: a slider only
-    knows steps.
-
-    Raises:
-        ValueError: a value is not allowed.
-    """
+    knows steps."""
     changes: dict[str, Any] = {}
     for control, value in zip(controls, values, strict=True):
         if value is None or value == "":

@@ -89,15 +89,7 @@ class Explanation:
 
 @torch.no_grad()
 def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> ExitLogits:
-    """Runs one row through all blocks.
-
-    Args:
-        model: A PEFT model with an active BADGE adapter, in eval mode.
-        inputs: As for the model, each tensor with one row.
-
-    Raises:
-        ValueError: no BADGE adapter.
-    """
+    """Runs one row through all blocks."""
     badge = get_badge_model(model)
     output = badge(**inputs)
     kind = badge.config_of().resolved_problem_type
@@ -108,21 +100,13 @@ def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> ExitLogits:
 def explain(
     exit_logits: ExitLogits, rule: EarlyExitConfig | dict[str, Any] | None = None, **fields: Any
 ) -> Explanation:
-    """How `rule` decides at each exit of a row.
-
-    Args:
-        exit_logits: Of one row, from `read_exits` or stored.
-        rule: None takes the defaults of `EarlyExitConfig`.
-        **fields: Fields of `EarlyExitConfig`, which win over `rule`.
-
-    Raises:
-        ValueError: more than one row, a field has a value that is not allowed, or the rule does not suit the model.
-    """
+    """How `rule` decides at each exit of a row."""
     if len(exit_logits) != 1:
         raise ValueError(f"one row at a time can be explained, got {len(exit_logits)}.")
     policy = build_policy(EarlyExitConfig.of(rule, **fields))
     history = exit_logits.history()
-    exits, kind = history.exits, history.problem_type
+    exits = history.exits
+    kind = history.problem_type
     policy.check(exits, history.num_labels, kind)
     stops = [bool(policy.stops(history, j)[0]) for j in range(len(exits))]
     answers = stops.index(True)

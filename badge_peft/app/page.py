@@ -45,7 +45,8 @@ class Callbacks:
 
     def __init__(self, adapter: Adapter, folder: str, rule: EarlyExitConfig) -> None:
         labels = adapter.labels
-        self.adapter, self.folder = adapter, folder
+        self.adapter = adapter
+        self.folder = folder
         self.rule = build_policy(rule).resolve(len(labels.names), labels.problem_type)
         self.tradeoff = TradeOffView(folder, self.rule)
         exits = get_badge_model(adapter.model).exit_layers()
@@ -102,10 +103,12 @@ class Callbacks:
         """What all exits say, and what to say of a text that is longer than what the model reads: encoded, and so cut,
         as `badge-peft predict` encodes it."""
         tokenizer = self.adapter.tokenizer
-        text, pair = whole(text), None if pair is None else whole(pair)
+        text = whole(text)
+        pair = None if pair is None else whole(pair)
         encoded = encode_texts([text], None if pair is None else [pair], tokenizer)
         row = {name: values[0] for name, values in encoded.items()}
-        tokens, read = len(tokenizer(text, pair, verbose=False)["input_ids"]), len(row["input_ids"])
+        tokens = len(tokenizer(text, pair, verbose=False)["input_ids"])
+        read = len(row["input_ids"])
         cut = (
             f"The text has {tokens:,} tokens, and the model reads {read:,}: what is behind them was cut, as "
             "badge-peft predict cuts it."
@@ -115,11 +118,7 @@ class Callbacks:
 
 def build_page(callbacks: Callbacks) -> Blocks:
     """The page of one adapter: a text with its exits in one tab, the trade-off in the other, the rule's sliders beside
-    both. The sliders are those that the rule has. Its endpoints are `answer`, `moved`, `curve` and `rule`.
-
-    Raises:
-        ModuleNotFoundError: gradio is not installed.
-    """
+    both. The sliders are those that the rule has. Its endpoints are `answer`, `moved`, `curve` and `rule`."""
     import gradio as gr
 
     start = [control.value for control in callbacks.controls]
@@ -161,11 +160,7 @@ def build_page(callbacks: Callbacks) -> Blocks:
 
 def launch(page: Blocks, host: str, port: int | None, share: bool) -> None:
     """Serves the page until it is stopped, at the first free port from 7860 on where none is given; `share` makes a
-    public link, too, through gradio's servers. Texts are kept nowhere, not in the browser either.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    public link, too, through gradio's servers. Texts are kept nowhere, not in the browser either."""
     # gradio 6 came to keep a history of runs in the browser; releases before that do not know the argument
     history = {"run_history": False} if "run_history" in signature(page.launch).parameters else {}
     page.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **history)

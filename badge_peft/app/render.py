@@ -37,14 +37,7 @@ macros: Any = _environment.get_template("page.html").module
 
 
 def explanation(found: Explanation, names: Sequence[str], texts: Sequence[str], cut: str = "") -> str:
-    """The answer, why it was given where it was, and each exit as it came.
-
-    Args:
-        found: From `explain`.
-        names: Of the labels, by number.
-        texts: What was read.
-        cut: What to say of a text that was cut.
-    """
+    """The answer, why it was given where it was, and each exit as it came."""
     answer = _answer(found.answer, names, found.problem_type)
     return macros.explanation(found, texts, cut, answer, _bars(found, names))
 
@@ -71,10 +64,12 @@ def _bars(found: Explanation, names: Sequence[str]) -> list[list[tuple[str, floa
     their moves are seen."""
     problem = problem_of(found.problem_type)
     values = np.stack([s.logits if s.probabilities is None else s.probabilities for s in found.steps])  # [E, K]
-    shown, shares = list(range(len(names))), values
+    shown = list(range(len(names)))
+    shares = values
     said: Callable[[float], str] = "{:.1%}".format
     if not problem.gives_labels:
-        shares, said = 0.02 + 0.98 * (values - values.min()) / (np.ptp(values) or 1.0), number
+        shares = 0.02 + 0.98 * (values - values.min()) / (np.ptp(values) or 1.0)
+        said = number
     elif len(names) > MOST_LABELS:
         shown = sorted(np.argsort(-values.max(axis=0), kind="stable")[: MOST_LABELS - 1].tolist())
     exits = []

@@ -18,8 +18,7 @@ from badge_peft.evaluation.tradeoff import TradeOff, default_policies
 from badge_peft.hub import LOGITS
 from badge_peft.model_card import PICTURE, read_report
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.evaluate import measure
-from badge_peft.workflows.stored import stored_logits
+from badge_peft.workflows.evaluate import measure, stored_logits
 
 POINTS = 20  # of each curve
 
@@ -37,7 +36,8 @@ class TradeOffView:
     """
 
     def __init__(self, folder: str | Path, own: EarlyExitConfig) -> None:
-        self.folder, self.own = Path(folder), own
+        self.folder = Path(folder)
+        self.own = own
         self.logits: ExitLogits | None = None
         self.trouble = f"there is no file {self.folder / LOGITS}."
         if not (self.folder / LOGITS).exists():

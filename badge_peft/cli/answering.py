@@ -15,12 +15,11 @@ from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
 from badge_peft.utils.checks import check_choice
-from badge_peft.workflows.goal import PolicyOverrides
-from badge_peft.workflows.settings import Columns, TextColumns
+from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
 
 if TYPE_CHECKING:
     from badge_peft.export.report import ParityReport
-    from badge_peft.workflows.answerer import Answering
+    from badge_peft.workflows.predict import Answering
 
 
 def _check_file(_: Any, value: str | None) -> None:
@@ -72,9 +71,9 @@ def predict(
         address: With --engine ray: of a Ray cluster, auto for the one that this machine belongs to. Default: this
             machine alone.
     """
-    from badge_peft.workflows.answerer import Answerer, Answering
+    from badge_peft.workflows.adapter_dir import tasks_of
+    from badge_peft.workflows.predict import Answerer, Answering
     from badge_peft.workflows.stream import read_texts
-    from badge_peft.workflows.tasks import tasks_of
 
     if engine is not None:
         check_choice("engine", engine, ("ray",))
@@ -139,8 +138,7 @@ def export(
     """
     from badge_peft.export import export_onnx, export_tasks_onnx
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.tasks import open_tasks, tasks_of
+    from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, tasks_of
 
     require_onnx_exporter()
     adapter, dir = shared.places(task, (adapter, dir), ("DIR",))
@@ -232,8 +230,7 @@ def app(
 
     require("app", "gradio", "matplotlib")
     from badge_peft.app.page import Callbacks, build_page, launch
-    from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.kinds import check_texts_only
+    from badge_peft.workflows.adapter_dir import check_texts_only, open_adapter
 
     opened = open_adapter(adapter, base_model, device)
     check_texts_only(opened.task, "app")

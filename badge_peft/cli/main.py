@@ -67,12 +67,9 @@ def _run(tokens: Sequence[str] | None) -> None:
 
 
 def _meet(command: Callable[..., Any]) -> None:
-    """Meets the other processes, where several were started.
-
-    Raises:
-        ValueError: the command is for one process.
-    """
-    name, size = command.__name__, distributed.env_rank_world()[1]
+    """Meets the other processes, where several were started."""
+    name = command.__name__
+    size = distributed.env_rank_world()[1]
     if size > 1 and name not in DISTRIBUTED:
         raise ValueError(
             f"{name} is for one process, and {size} were started: call badge-peft {name} by itself. Processes can "

@@ -11,8 +11,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
-from badge_peft.workflows.goal import PolicyOverrides
-from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.settings import Columns, PolicyOverrides
 
 
 def evaluate(
@@ -42,10 +41,9 @@ def evaluate(
         save_logits: Write the logits of all exits to this safetensors file, for sweep and calibrate.
     """
     from badge_peft.utils.distributed import is_main
-    from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.evaluate import evaluate_adapter
+    from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.evaluate import evaluate_adapter, evaluate_tasks
     from badge_peft.workflows.report import latency_line, measured_table, summary, tasks_summary, tasks_table
-    from badge_peft.workflows.tasks import evaluate_tasks, open_tasks, tasks_of
 
     adapter, data = shared.places(task, (adapter, data), ("DATA",))
     if data is None:
@@ -175,21 +173,16 @@ def bench(
         onnx: Also export to ONNX and time ONNX Runtime, fp32 and int8.
     """
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import open_adapter
-    from badge_peft.workflows.bench import bench_adapter
-    from badge_peft.workflows.bench_ranking import bench_rankings
-    from badge_peft.workflows.kinds import check_texts_only
+    from badge_peft.workflows.adapter_dir import check_texts_only, open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.bench import bench_adapter, bench_tasks
     from badge_peft.workflows.rankings import check_metric
-    from badge_peft.workflows.report import bench_summary, bench_table, bench_tasks_table
-    from badge_peft.workflows.tasks import open_tasks, tasks_of
+    from badge_peft.workflows.report import bench_summary, bench_table
 
     adapter, data = shared.places(task, (adapter, data), ("DATA",))
     if data is None:
         raise ValueError("there is no DATA to time on: name a file, a folder or a data set.")
     tasks = tasks_of(task or [], adapter)
     if tasks is not None:
-        from badge_peft.workflows.bench_tasks import bench_tasks
-
         stack = open_tasks(tasks, base_model, device)
         configs = stack.early_exit_configs(**vars(overrides))
         texts = stack.shared.read(data, replace(columns, label_column=None, unlabeled=True))
@@ -200,7 +193,7 @@ def bench(
             "split": texts.split,
             **bench_tasks(stack, texts, configs, rows, batch_size or 1, threads),
         }
-        print(f"\n{bench_tasks_table(found)}")
+        print(f"\n{bench_table(found)}")
         shared.write(found, json_file)
         return
     assert adapter is not None
@@ -216,10 +209,7 @@ def bench(
     if opened.task == "ranking":
         check_metric(metric)
     shared.prepare_folder(json_file)
-    if opened.task == "ranking":
-        report = bench_rankings(opened, examples, config, rows, batch_size or 32, threads, onnx)
-    else:
-        report = bench_adapter(opened, examples, config, rows, batch_size or 1, threads, onnx, metric)
+    report = bench_adapter(opened, examples, config, rows, batch_size, threads, onnx, metric)
     report = {"adapter": adapter, "data": data, "split": examples.split, **report}
     print(f"\n{bench_table(report)}\n\n{bench_summary(report)}")
     shared.write(report, json_file)

@@ -1,4 +1,4 @@
-"""Options that several commands share: single ones, and the groups of settings.py and goal.py as panels."""
+"""Options that several commands share: single ones, and the groups of settings.py as panels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import PositiveInt
 
 from badge_peft.utils.files import write_json
-from badge_peft.workflows import goal, settings
+from badge_peft.workflows import settings
 
 DATA = (
     "A csv, tsv, json, jsonl, parquet or txt file (one text per line), a folder of such files, or a data set of the "
@@ -63,26 +63,14 @@ for panel, groups in (
     (Group("Exits", sort_key=3), (settings.ExitOptions,)),
     (Group("Training", sort_key=4), (settings.TrainingOptions,)),
     (Group("Search", sort_key=5), (settings.SearchOptions,)),
-    (Group("How to stop", sort_key=6), (goal.Goal, goal.PolicyOverrides)),
+    (Group("How to stop", sort_key=6), (settings.Goal, settings.PolicyOverrides)),
 ):
     for group in groups:
         Parameter("*", group=panel)(group)
 
 
 def places(tasks: list[str] | None, given: Sequence[str | None], names: Sequence[str]) -> list[Any]:
-    """The adapter and the arguments behind it, which come first where the adapters are named with `--task`.
-
-    Args:
-        tasks: What `--task` was given.
-        given: The arguments as they stand; None for those that are left out.
-        names: What those behind the adapter are called.
-
-    Returns:
-        The adapter, None with `--task`; and of each name what was given.
-
-    Raises:
-        ValueError: there is one too many, or no adapter.
-    """
+    """The adapter and the arguments behind it, which come first where the adapters are named with `--task`."""
     if tasks:
         if given[-1] is not None:
             found = " and ".join(str(value) for value in given)
@@ -94,12 +82,7 @@ def places(tasks: list[str] | None, given: Sequence[str | None], names: Sequence
 
 
 def prepare_folder(*files: Path | None) -> None:
-    """Makes the folders that files are to be written to, so that nothing fails at the end.
-
-    Raises:
-        ValueError: one of the files is a folder.
-        OSError: its folder cannot be made, or written to.
-    """
+    """Makes the folders that files are to be written to, so that nothing fails at the end."""
     for file in files:
         if file is None:
             continue
@@ -111,12 +94,7 @@ def prepare_folder(*files: Path | None) -> None:
 
 
 def check_folder(folder: str) -> None:
-    """Refuses a folder that cannot be made, or written to, before anything is computed for it.
-
-    Raises:
-        ValueError: it is a file, or lies in one.
-        OSError: it cannot be written to.
-    """
+    """Refuses a folder that cannot be made, or written to, before anything is computed for it."""
     place = Path(folder).absolute()
     there = next(path for path in (place, *place.parents) if path.exists())
     if not there.is_dir():

@@ -99,8 +99,7 @@ def serve(
 
 def _adapter(adapters: list[str]) -> Any:
     """A folder or repository, or a dict of them by task, each checked."""
-    from badge_peft.workflows.adapter_dir import check_adapter
-    from badge_peft.workflows.tasks import is_named, tasks_of
+    from badge_peft.workflows.adapter_dir import check_adapter, is_named, tasks_of
 
     for place in adapters:
         if (Path(place) / "early_exit.json").exists():
@@ -116,7 +115,7 @@ def _file(adapters: list[str], base_model: str | None) -> str:
     """The folder of an export, checked."""
     from badge_peft.export.folder import holds_tasks
     from badge_peft.utils.extras import require
-    from badge_peft.workflows.tasks import is_named
+    from badge_peft.workflows.adapter_dir import is_named
 
     if len(adapters) > 1 or is_named(adapters[0]):
         raise ValueError(

@@ -9,8 +9,7 @@ from cyclopts import Parameter
 
 from badge_peft.cli import options as shared
 from badge_peft.cli.errors import warn
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.settings import Columns, DemoSettings, TrainSettings
+from badge_peft.workflows.settings import Columns, DemoSettings, Goal, TrainSettings
 
 
 def train(
@@ -47,11 +46,6 @@ def train(
     Args:
         model: Your model: a folder, or a repository of the Hub. A fine-tuned classifier, or an encoder to make one of.
     """
-    if settings.task == "ranking":
-        from badge_peft.workflows.train_ranking import train_ranker
-
-        train_ranker(model, data, settings)
-        return
     from badge_peft.workflows.train import train_adapter
 
     train_adapter(model, data, settings)

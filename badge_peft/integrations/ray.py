@@ -19,11 +19,10 @@ import pyarrow as pa
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.clusters import ask_for_token, no_cluster
 from badge_peft.utils.extras import require
-from badge_peft.workflows.answerer import Answerer, Answering
-from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
 from badge_peft.workflows.columns import Names, find_columns
-from badge_peft.workflows.goal import PolicyOverrides
-from badge_peft.workflows.settings import TextColumns
+from badge_peft.workflows.predict import Answerer, Answering
+from badge_peft.workflows.settings import PolicyOverrides, TextColumns
+from badge_peft.workflows.stream import TextFiles, chunks_of, texts_of
 
 _BATCHES = 32  # passes of a chunk, which is what a process that dies has to do again
 

@@ -12,14 +12,7 @@ AUTH = "RAY_AUTH_MODE"
 
 def ask_for_token(address: str | None) -> None:
     """Has Ray refuse whoever has not its token: else all who reach the machine run code in it. To be called before Ray
-    is imported, which reads the environment then; a Ray that is there already asks by itself, unless told not to.
-
-    Args:
-        address: Of a cluster; None: a Ray that is started here, with a token of its own that lies in no file.
-
-    Raises:
-        ValueError: the environment has it ask nobody, and no cluster that is somebody's own choice is named.
-    """
+    is imported, which reads the environment then; a Ray that is there already asks by itself, unless told not to."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
@@ -36,12 +29,7 @@ def ask_for_token(address: str | None) -> None:
 
 
 def no_cluster(address: str, error: Exception) -> str:
-    """The message, with the remedies.
-
-    Args:
-        address: That was given.
-        error: Ray's.
-    """
+    """The message, with the remedies."""
     return (
         f"there is no Ray cluster at {address} ({error}): start one (`ray start --head`), or leave --address out. A "
         "cluster that was started with a token is reached with the same token in ~/.ray/auth_token; one that was "

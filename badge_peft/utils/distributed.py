@@ -27,7 +27,8 @@ _FAILED = "badge_peft: the main process has told its error"
 
 def env_rank_world() -> tuple[int, int]:
     """(rank, number of processes) that a launcher has put into the environment; (0, 1) without one."""
-    rank, size = get_int_from_env(_RANKS, -1), get_int_from_env(_SIZES, 1)
+    rank = get_int_from_env(_RANKS, -1)
+    size = get_int_from_env(_SIZES, 1)
     return (rank, size) if rank >= 0 and size > 1 else (0, 1)
 
 
@@ -58,11 +59,7 @@ def rows_per_device(batch_size: int) -> int:
 
 
 def init_process_group() -> None:
-    """Meets the other processes; a second call does nothing.
-
-    Raises:
-        RuntimeError: they could not be met.
-    """
+    """Meets the other processes; a second call does nothing."""
     size = env_rank_world()[1]
     if size == 1 or rank_world()[1] > 1:
         return

@@ -10,15 +10,7 @@ _EXPORTER = "2.8"  # torch's exporter does not know all of DeBERTa-v2 before, no
 
 
 def require(extra: str, *packages: str) -> None:
-    """For what needs optional packages; nothing is imported.
-
-    Args:
-        extra: Name of the extra of badge-peft that installs them.
-        packages: Names under which they are imported.
-
-    Raises:
-        ModuleNotFoundError: one is not installed.
-    """
+    """For what needs optional packages; nothing is imported."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -29,12 +21,7 @@ def require(extra: str, *packages: str) -> None:
 
 
 def require_onnx_exporter() -> None:
-    """For exporting to ONNX. (What has been exported runs with `onnxruntime` alone.)
-
-    Raises:
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
-        ImportError: torch is older than 2.8.
-    """
+    """For exporting to ONNX. (What has been exported runs with `onnxruntime` alone.)"""
     require("onnx", "onnx", "onnxscript", "onnxruntime")
     if torch.__version__ < f"{_EXPORTER}.dev0":  # a TorchVersion, which compares as versions do
         raise ImportError(

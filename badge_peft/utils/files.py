@@ -22,11 +22,7 @@ def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` in UTF-8, as `replacing` does; what UTF-8 cannot hold is a question mark.
-
-    Raises:
-        OSError: it cannot be written; what was there is as before.
-    """
+    """Writes `text` in UTF-8, as `replacing` does; what UTF-8 cannot hold is a question mark."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
 
@@ -34,11 +30,7 @@ def write_text(path: str | Path, text: str) -> None:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A new file, or folder, to write beside `path`, which takes its place at the end: a reader sees what was there
-    before or the new one. Links are followed, and a file that is replaced keeps its mode.
-
-    Raises:
-        OSError: it cannot be put there; what was there is as before.
-    """
+    before or the new one. Links are followed, and a file that is replaced keeps its mode."""
     target = Path(path).resolve()
     temporary = _beside(target)
     try:
@@ -54,16 +46,8 @@ def install(source: Path, folder: Path, last: Sequence[str] = ()) -> None:
     """Puts the files of `source` into `folder`, which is made, in the place of those of the same names.
 
     All of them are written beside their places first, and then renamed, one right after the other: on a full disk, or
-    in a process that is killed while it writes, `folder` stays as it was.
-
-    Args:
-        source: Holds files; folders in it are left aside.
-        folder: Where they go. Other files in it stay.
-        last: Names of files that are renamed after all others, in this order.
-
-    Raises:
-        OSError: they cannot be put there.
-    """
+    in a process that is killed while it writes, `folder` stays as it was. Files in `last` are renamed after all
+    others, in this order."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as temporary:

@@ -12,7 +12,8 @@ from transformers.utils import logging
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers' report on new heads, its loading bars, and its warnings to PEFT."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -8,13 +8,6 @@ from typing import Any
 
 
 def option(default: Any, help: str, *, choices: Sequence[str] | None = None, **arguments: Any) -> Any:
-    """A dataclass field with its default, and its line of help for parsers and the documentation.
-
-    Args:
-        default: Of the field.
-        help: The line.
-        choices: For `HfArgumentParser`.
-        **arguments: Of `dataclasses.field`.
-    """
+    """A dataclass field with its default, and its line of help for parsers and the documentation."""
     metadata = {"help": help} if choices is None else {"help": help, "choices": choices}
     return field(default=default, metadata=metadata, **arguments)

@@ -7,12 +7,7 @@ from pathlib import Path
 
 
 def is_local(name: str | Path, suffixes: Collection[str] = ()) -> bool:
-    """Whether `name` can only be of the file system. A repository of the Hub is called `name` or `owner/name`.
-
-    Args:
-        name: What the user gave.
-        suffixes: Endings that make a file of it, whether there is one or not.
-    """
+    """Whether `name` can only be of the file system. A repository of the Hub is called `name` or `owner/name`."""
     path = Path(name)
     return (
         path.exists()

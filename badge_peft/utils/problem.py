@@ -53,11 +53,7 @@ class Problem:
         return labels.reshape(-1) != NO_LABEL
 
     def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
-        """Refuses labels that a loss would turn into a crash or, worse, into nonsense.
-
-        Raises:
-            ValueError: labels of another shape, or outside of 0..K-1.
-        """
+        """Refuses labels that a loss would turn into a crash or, worse, into nonsense."""
         if labels.numel() != batch_size:
             raise ValueError(f"labels have shape {list(labels.shape)}, but the batch has {batch_size} rows.")
         if labels.is_floating_point():
@@ -71,11 +67,7 @@ class Problem:
             )
 
     def scored_labels(self, labels: Tensor, num_labels: int, rows: int) -> Tensor:
-        """The labels of rows to score, in the shape of `label_shape`.
-
-        Raises:
-            ValueError: as `check_labels`, and for a row without a label.
-        """
+        """The labels of rows to score, in the shape of `label_shape`."""
         missing = ~self.has_label(labels)
         if missing.any():
             row = _first_row(missing, len(labels))
@@ -104,16 +96,9 @@ class Problem:
         return float((~differs(self.predictions(logits), self.predictions(others))).mean())
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
-        """One row of logits [K] as JSON-able values.
-
-        Args:
-            logits: [K] float.
-            names: Of the labels.
-
-        Returns:
-            `label` and `confidence` (the label's probability); `labels` and the confidence of the least sure decision,
-            where a row may have several; `value`, a number or a list of them, for regression.
-        """
+        """One row of logits [K] as JSON-able values: `label` and `confidence` (the label's probability); `labels` and
+        the confidence of the least sure decision, where a row may have several; `value`, a number or a list of them,
+        for regression."""
         with np.errstate(over="ignore", invalid="ignore"):
             weights = np.exp(logits - logits.max())
             best = int(logits.argmax())
@@ -227,11 +212,7 @@ PROBLEM_TYPES = tuple(_PROBLEMS)
 
 
 def problem_of(problem_type: str) -> Problem:
-    """The problem type by its name in transformers.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """The problem type by its name in transformers."""
     check_choice("problem_type", problem_type, PROBLEM_TYPES)
     return _PROBLEMS[problem_type]
 

@@ -29,7 +29,9 @@ class RaggedRows:
 
     def __init__(self, counts: Sequence[int], channels: int, width: int, dtype: torch.dtype) -> None:
         self.counts = list(counts)
-        self.channels, self.width, self.dtype = channels, width, dtype
+        self.channels = channels
+        self.width = width
+        self.dtype = dtype
         self._starts = [0]
         for count in self.counts:
             self._starts.append(self._starts[-1] + count * channels * width)
@@ -48,9 +50,6 @@ class RaggedRows:
         Args:
             folder: Where a memory-mapped file goes; None: in memory. Several processes that each make the same call
                 with a folder share one file, and what one of them puts all of them read.
-
-        Raises:
-            OSError: there is none.
         """
         size = self._starts[-1]
         self.is_mapped = folder is not None

@@ -13,15 +13,7 @@ def whole(text: str) -> str:
 
 
 def check_second_text(reads_pairs: bool, is_pair: bool) -> None:
-    """Refuses one text for a model of pairs, which would answer something.
-
-    Args:
-        reads_pairs: Whether it was trained on pairs of texts.
-        is_pair: Whether there is a second text.
-
-    Raises:
-        ValueError: it needs one.
-    """
+    """Refuses one text for a model of pairs, which would answer something."""
     if reads_pairs and not is_pair:
         raise ValueError("this adapter was trained on pairs of texts, and here is one text: give the second one, too.")
 

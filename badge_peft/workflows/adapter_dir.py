@@ -1,8 +1,10 @@
-"""An adapter's folder as the commands see it: model, tokenizer, what training recorded, and its policy."""
+"""An adapter's folder as the commands see it, or those of many tasks on one model: model, tokenizer, what training
+recorded, and policies."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.dispatch import check_fits
 from badge_peft.early_exit.policies import build_policy, policy_class
@@ -24,9 +27,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples
-from badge_peft.workflows.encode import encode, load_tokenizer
-from badge_peft.workflows.encode_tokens import encode_tokens
-from badge_peft.workflows.kinds import check_kind
+from badge_peft.workflows.encode import check_kind, encode, encode_tokens, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
 
@@ -65,11 +66,7 @@ class Adapter:
         return next(self.model.parameters()).device
 
     def read(self, data: str | Path, columns: Columns = Columns()) -> TextDataset:
-        """Rows of a data set, in which a column that is not named is found as it was in training.
-
-        Raises:
-            ValueError: the rows are for another kind of task.
-        """
+        """Rows of a data set, in which a column that is not named is found as it was in training."""
         found = read_examples(data, columns, recorded=self.columns)
         check_kind(found, self.task == "tokens", "the adapter", data)
         return found
@@ -84,12 +81,7 @@ class Adapter:
 
     def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
         """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from
-        its own defaults: a threshold of one policy means nothing to another.
-
-        Raises:
-            ValueError: a field has a value that is not allowed, or that the policy does not read, or the policy does
-                not suit the model.
-        """
+        its own defaults: a threshold of one policy means nothing to another."""
         config = self._overridden(overrides)
         check_fits(config, self.badge.config_of(), self.badge.num_blocks)
         for name in self.unread(**overrides):
@@ -121,35 +113,40 @@ def open_adapter(path: str | Path, base_model: str | None = None, device: str | 
         path: A folder that `badge-peft train` or `save_pretrained` wrote, or a Hub repository.
         base_model: Folder or repository of the base model; None takes what the adapter names.
         device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
-
-    Raises:
-        OSError: there is no such adapter or base model.
-        ValueError: it is no BADGE adapter, or there is no tokenizer.
     """
-    check_adapter(path)
+    return open_adapters(str(path), {None: path}, base_model, device)[None]
+
+
+def open_adapters(
+    given: Any, places: Mapping[Any, str | Path], base_model: str | None, device: str | None
+) -> dict[Any, Adapter]:
+    """The adapters of one base model by their tasks (None: there is one adapter alone), all with the same model and
+    tokenizer; `given` is what `load_pretrained` takes."""
+    for place in places.values():
+        check_adapter(place)
     where = choose_device(device)
     with quiet():
-        model = load_pretrained(str(path), base_model=base_model).to(where)
-    config = get_badge_model(model).config_of()
-    base: Any = model.get_base_model()
-    named = path if has_tokenizer(path) else base_model or config.base_model_name_or_path
-    names = [str(base.config.id2label[i]) for i in range(config.resolved_labels)]
-    return Adapter(
-        model,
-        load_tokenizer(str(named), base),
-        LabelSet(names, config.resolved_problem_type),
-        config.data_columns or recorded_columns(path),
-        "tokens" if config.reads_tokens else recorded_task(path, config.early_exit),
-    )
+        model = load_pretrained(given, base_model=base_model).to(where)
+    badge = get_badge_model(model)
+    named = next((place for place in places.values() if has_tokenizer(place)), None)
+    named = named or base_model or badge.config_of().base_model_name_or_path
+    tokenizer = load_tokenizer(str(named), model.get_base_model())
+    found = {}
+    for task, place in places.items():
+        config = badge.config_of(task)
+        kind = recorded_task(place, config.early_exit) if task is None else "classification"
+        found[task] = Adapter(
+            model,
+            tokenizer,
+            LabelSet(badge.label_names(task), config.resolved_problem_type),
+            config.data_columns or recorded_columns(place),
+            "tokens" if config.reads_tokens else kind,
+        )
+    return found
 
 
 def check_adapter(path: str | Path) -> None:
-    """Refuses what cannot be an adapter, without loading anything.
-
-    Raises:
-        FileNotFoundError: it looks like a path and there is nothing.
-        ValueError: a folder without an adapter, or a file.
-    """
+    """Refuses what cannot be an adapter, without loading anything."""
     local = Path(path)
     if local.is_file():
         raise ValueError(f"{path} is a file: give the folder of an adapter.")
@@ -163,12 +160,7 @@ def check_adapter(path: str | Path) -> None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no local adapter, or not one of BADGE.
-    """
+    """The fields of `adapter_config.json`."""
     check_adapter(folder)
     path = Path(folder) / CONFIG
     if not path.exists():
@@ -198,22 +190,14 @@ def recorded_task(folder: str | Path, policy: Any = None) -> str:
 
 
 def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
-    """Puts `config` into `adapter_config.json`; all else in the file stays, and a reader sees the old file or the new.
-
-    Raises:
-        ValueError: `folder` is no local adapter.
-    """
+    """Puts `config` into `adapter_config.json`, of which all else stays; a reader sees the old file or the new."""
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
     write_json(Path(folder) / CONFIG, data)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; None: a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device of this name; None: a GPU where there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
     try:
@@ -222,3 +206,81 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
+    """Refuses a token adapter where a command answers whole texts, and one that ranks where texts are answered."""
+    if task == "ranking" and not ranks:
+        raise ValueError(
+            f"`badge-peft {command}` answers texts one by one, and this adapter ranks the candidates of a query: use "
+            "evaluate, sweep, calibrate, predict, bench, export or serve."
+        )
+    if task == "tokens":
+        raise ValueError(
+            f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "
+            "evaluate, sweep, calibrate, predict or export."
+        )
+
+
+@dataclass
+class TaskStack:
+    """Loaded adapters of many tasks."""
+
+    adapters: dict[str, Adapter]
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks."""
+        return list(self.adapters)
+
+    @property
+    def shared(self) -> Adapter:
+        """Any of them: what all share is in it."""
+        return self.adapters[self.names[0]]
+
+    def use(self, task: str) -> Adapter:
+        """The adapter of a task, which becomes the active one."""
+        adapter = self.adapters[task]
+        adapter.model.set_adapter(task, inference_mode=True)
+        return adapter
+
+    def early_exit_configs(self, **overrides: Any) -> dict[str, EarlyExitConfig]:
+        """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all tasks whose policy
+        reads them."""
+        unread = {task: set(self.use(task).unread(**overrides)) for task in self.names}
+        by_none = set.intersection(*unread.values())
+        found = {}
+        for task in self.names:
+            read = {name: value for name, value in overrides.items() if name not in unread[task] - by_none}
+            found[task] = self.use(task).early_exit_config(**read)
+        return found
+
+
+def is_named(value: str) -> bool:
+    """Whether it is NAME=ADAPTER, and not a place whose path has an equals sign in it."""
+    return "=" in value and "/" not in value.partition("=")[0] and not Path(value).exists()
+
+
+def parse_tasks(values: Sequence[str]) -> dict[str, str]:
+    """`["intent=DIR", "pii=user/repo"]` as a dict."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, place = value.partition("=")
+        if not (name and equals and place):
+            raise ValueError(f"--task {value} is not allowed: it must be NAME=ADAPTER, a folder or a repository.")
+        if name in found:
+            raise ValueError(f"--task has {name!r} more than once: name each task once.")
+        found[name] = place
+    return found
+
+
+def tasks_of(values: Sequence[str], adapter: str | None) -> dict[str, str] | None:
+    """The tasks that a command is given, with `--task` or as a bundle's folder; None: it is given one adapter."""
+    if values:
+        return parse_tasks(values)
+    return None if adapter is None else find_tasks(adapter)
+
+
+def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: str | None = None) -> TaskStack:
+    """Loads the adapters of many tasks on one base model."""
+    return TaskStack(open_adapters(tasks, tasks, base_model, device))

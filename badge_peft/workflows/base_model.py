@@ -21,9 +21,7 @@ from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import encode
-from badge_peft.workflows.encode_tokens import encode_tokens
-from badge_peft.workflows.kinds import check_kind
+from badge_peft.workflows.encode import check_kind, encode, encode_tokens
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
@@ -74,12 +72,7 @@ class Base:
 
 def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_head: bool = False) -> Base:
     """The model, with its own labels where it has a trained head, else with those of `examples`; with `new_head`, a
-    trained head is left aside, whatever its labels.
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: the model does not suit the settings or the rows.
-    """
+    trained head is left aside, whatever its labels."""
     path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
@@ -118,7 +111,12 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
 def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
     """The model, and the weights of its head that the checkpoint lacks."""
     with quiet():
-        model, info = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=new_head, **fields)
+        model, info = auto.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+            **fields,
+        )
     head = get_layout(model).head
     if new_head:
         return model, list(head)
@@ -132,21 +130,13 @@ def _head_of(path: str) -> str | None:
 
 
 def add_exits(base: Base, options: ExitOptions) -> PeftModel:
-    """The model with an untrained adapter on it.
-
-    Raises:
-        ValueError: the config does not fit the model.
-    """
+    """The model with an untrained adapter on it."""
     with quiet():
         return get_peft_model(base.model, badge_config_of(base, options))
 
 
 def badge_config_of(base: Base, options: ExitOptions) -> BadgeConfig:
-    """The config of an adapter for a model.
-
-    Raises:
-        ValueError: it does not fit the model.
-    """
+    """The config of an adapter for a model."""
     layout = get_layout(base.model)
     config = badge_config(
         options,
@@ -169,16 +159,7 @@ def badge_config_of(base: Base, options: ExitOptions) -> BadgeConfig:
 
 
 def badge_config(options: ExitOptions, has_head: bool = True, num_blocks: int = 1000, **others: Any) -> BadgeConfig:
-    """The adapter's config, with `others` as more fields of it.
-
-    Args:
-        options: What is asked for.
-        has_head: Whether the model's own head can answer at block M.
-        num_blocks: M, for ranges that do not name their end.
-
-    Raises:
-        ValueError: a field that `BadgeConfig` does not allow.
-    """
+    """The adapter's config, with `others` as more fields of it."""
     fields = asdict(options)
     fields["exit_layers"] = parse_blocks(options.exit_layers, num_blocks)
     fields["final_exit"] = options.final_exit or ("base_head" if has_head else "exit")
@@ -209,11 +190,7 @@ def _carry(options: ExitOptions, task_type: str | None) -> str | None:
 
 
 def parse_blocks(value: str | None, num_blocks: int = 1000) -> list[int] | None:
-    """`0,2-4` to [0, 2, 3, 4], `4-` to all blocks from 4 on; None and `all` to None.
-
-    Raises:
-        ValueError: it is no list of block numbers.
-    """
+    """`0,2-4` to [0, 2, 3, 4], `4-` to all blocks from 4 on; None and `all` to None."""
     if value is None or value.strip() == "all":
         return None
     blocks: list[int] = []
@@ -235,11 +212,7 @@ def keeps_answers(model: nn.Module) -> bool:
 
 
 def local_path(name: str) -> str:
-    """A folder by its whole path, so that an adapter finds its base model from anywhere; a Hub name as it is.
-
-    Raises:
-        FileNotFoundError: it looks like a path and there is nothing.
-    """
+    """A folder by its whole path, so that an adapter finds its base model from anywhere; a Hub name as it is."""
     path = Path(name)
     if path.is_dir():
         return str(path.resolve())

@@ -1,15 +1,14 @@
-"""`bench_adapter`: what an adapter saves on the user's own texts, beside what could be run instead. What `badge-peft
-bench` does.
+"""What an adapter saves on the user's own texts, beside what could be run instead. What `badge-peft bench` does.
 
-A runner takes padded batches [B, S] and gives logits [B, K], and of exits the blocks that answered [B], else None.
+All that is compared takes turns batch by batch, in changing order, each with the same number of threads; times are
+those of the model's calls alone, without the tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,56 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import score
 from badge_peft.evaluation.timing import Runner, Timed, take_turns
 from badge_peft.model import get_badge_model
+from badge_peft.ranking.calibration import METRIC
+from badge_peft.ranking.metrics import top_k_kept
+from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.adapter_dir import Adapter
+from badge_peft.workflows.adapter_dir import Adapter, TaskStack
 from badge_peft.workflows.base_model import keeps_answers
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.evaluate import recorded_fields, resolve_metric
+from badge_peft.workflows.predict import batch_of, pairs_of
+from badge_peft.workflows.rankings import STATE_BYTES
 
+Array = np.ndarray
+Row = dict[str, Any]
 Batch = dict[str, Tensor]
-WARMUP = 5  # batches, and the longest
-PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
+Runners = Callable[[int, Path], dict[str, Runner]]  # from the number of threads, and a folder for files
+_WARMUP = 5  # batches, and the longest
+_PAUSE = 0.005  # seconds before each call: the threads of the runtime that has just finished spin for a while
+_WARMUP_QUERIES = 2
+
+
+def bench(
+    runners: Runners,
+    batches: Sequence[Any],
+    warmup: Sequence[Any],
+    threads: int | None,
+    result: Callable[[Timed, list[Timed]], dict[str, Any]],
+) -> dict[str, Any]:
+    """The number of `threads`, and under `results` one dict per runner: its `name`, the `p50_ms` and `p95_ms` of a
+    batch, and what `result` makes of its outputs, beside those of all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            used = torch.get_num_threads()
+            made = runners(used, Path(folder))
+            timed = take_turns([*made.values()], batches, warmup=warmup, pause=_PAUSE, progress="timing")
+    finally:
+        torch.set_num_threads(before)
+    found = []
+    for name, own in zip(made, timed, strict=True):
+        p50, p95 = (1e3 * float(np.percentile(own.seconds, percent)) for percent in (50, 95))
+        found.append({"name": name, "p50_ms": p50, "p95_ms": p95, **result(own, timed)})
+    return {"threads": used, "results": found}
 
 
 def bench_adapter(
@@ -42,100 +76,168 @@ def bench_adapter(
     examples: TextDataset,
     config: EarlyExitConfig | None = None,
     limit: int = 200,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     threads: int | None = None,
     onnx: bool = True,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts.
-
-    All take turns batch by batch, in changing order, each with the same number of threads; times are those of the
-    model's call alone, without the tokenizer.
+    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts;
+    where it ranks, query by query.
 
     Args:
         adapter: From `open_adapter`.
-        examples: From `Adapter.read`; the first `limit` are timed.
+        examples: From `Adapter.read`; the first `limit` are timed, of a ranking whole queries.
         config: How to stop; None takes the adapter's own.
         limit: Of rows.
-        batch_size: Texts at once; times are then those of a batch.
+        batch_size: Texts at once, by default 1; times are then those of a batch. Of a ranking, candidates in a block
+            at once, by default 32; times are those of a query.
         threads: Of torch and of each session; None takes torch's own number.
         onnx: Whether to export and time ONNX Runtime, too.
-        metric: None is accuracy, for regression Pearson.
+        metric: None is accuracy, for regression Pearson; a ranking has its own.
 
     Returns:
         The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
-        `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind) and
-        `answers_as_full_depth`.
-
-    Raises:
-        ImportError: ONNX Runtime is wanted and not installed, or torch is too old to export.
-        ValueError: a wrong argument, or a policy that ONNX cannot express.
+        `mean_exit`, `score` (None without labels, and for a base model that the adapter's training left behind; of a
+        ranking the share of queries with the first runner's top k) and `answers_as_full_depth`.
     """
-    for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
-        check_int(name, value, at_least=1)
-    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
+    _check(limit, batch_size, threads)
     config = config or adapter.early_exit_config()
+    facts = {"spinning": False, "device": str(adapter.device), "num_blocks": adapter.badge.num_blocks}
+    facts["rule"] = recorded_fields(config)
+    make = partial(_runners, adapter, config, onnx)
+    if adapter.task == "ranking":
+        size = batch_size or 32
+        queries = _first_queries(adapter, examples, limit)
+        return {
+            "rows": sum(map(len, queries)),
+            "queries": len(queries),
+            "batch_size": size,
+            **facts,
+            "metric": METRIC,
+            "labels": None,
+            **bench(
+                lambda *where: _rankers(make(*where), adapter, config, size),
+                queries,
+                queries[:_WARMUP_QUERIES],
+                threads,
+                partial(_result_of_queries, config.resolved_top_k),
+            ),
+        }
+    size = batch_size or 1
+    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = adapter.encode(examples.select(range(min(limit, len(examples)))))
-    own = collect_exit_logits(adapter.model, encoded, batch_size)
+    own = collect_exit_logits(adapter.model, encoded, size)
     base = adapter.model.get_base_model()
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
-    batches = [pad_features(rows[start : start + batch_size], base) for start in range(0, len(rows), batch_size)]
-    longest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    with pinned_threads(threads) as used, tempfile.TemporaryDirectory() as folder:
-        runners = _torch_runners(adapter, config)
-        if onnx:
-            runners |= _onnx_runners(adapter, config, Path(folder), used)
-        warmup = [longest, *batches[:WARMUP]]
-        with torch.inference_mode():
-            timed = take_turns([*runners.values()], batches, warmup=warmup, pause=PAUSE, progress="timing")
-    found = zip(runners, timed, strict=True)
+    batches = [pad_features(rows[start : start + size], base) for start in range(0, len(rows), size)]
+    result = partial(_result, own, metric, keeps_answers(adapter.model))
+    return {
+        "rows": len(rows),
+        "batch_size": size,
+        **facts,
+        "metric": metric,
+        "labels": "given" if own.labels is not None else None,
+        **bench(make, batches, _warmup(batches), threads, result),
+    }
+
+
+def bench_tasks(
+    stack: TaskStack,
+    examples: TextDataset,
+    configs: dict[str, EarlyExitConfig],
+    limit: int = 200,
+    batch_size: int = 1,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Times one pass for all tasks, a call for each of them, and a full model for each, in PyTorch, on the same texts.
+    As `bench_adapter`; `blocks` are those that a text goes through on average."""
+    _check(limit, batch_size, threads)
+    names = stack.names
+    model = stack.shared.model
+    depth = stack.shared.badge.num_blocks
+    rows = examples.select(range(min(limit, len(examples))))
+    pairs = pairs_of(rows)
+    adapters = [*stack.adapters.values()]
+    batches = [batch_of(adapters, pairs[start : start + batch_size])[0] for start in range(0, len(rows), batch_size)]
+    stock = stock_model(stack.shared)
+
+    def one_pass(batch: Batch) -> Any:
+        return early_exit_forward(model, tasks=names, early_exit_config=configs, **batch)
+
+    def a_call_each(batch: Batch) -> list[Any]:  # without switching, which would take its time, too
+        return [
+            early_exit_forward(
+                model,
+                tasks=[t],
+                early_exit_config={t: configs[t]},
+                **batch,
+            )[t]
+            for t in names
+        ]
+
+    def full_models(batch: Batch) -> list[Any]:
+        given = {name: value for name, value in batch.items() if name != SPECIAL}
+        return [stock(**given) for _ in names]
+
+    # of a batch the blocks that its texts went through
+    ways: dict[str, tuple[Callable[[Batch], Any], Callable[[Any], float]]] = {
+        f"{len(names)} full models": (full_models, lambda outputs: depth * len(names) * len(outputs[0].logits)),
+        f"{len(names)} calls": (a_call_each, lambda outputs: sum(int(own.exit_layer.sum()) for own in outputs)),
+        "one pass": (one_pass, lambda output: int(output.blocks_run.sum())),
+    }
+    move = partial(_moved, stack.shared)
+    device = stack.shared.device
+
+    def result(timed: Timed, _: list[Timed]) -> dict[str, Any]:
+        return {"examples_per_s": len(rows) / sum(timed.seconds), "blocks": sum(timed.outputs) / len(rows)}
+
     return {
         "rows": len(rows),
         "batch_size": batch_size,
-        "threads": used,
-        "spinning": False,
-        "device": str(adapter.device),
-        "num_blocks": own.depth,
-        "rule": recorded_fields(config),
-        "metric": metric,
-        "labels": "given" if own.labels is not None else None,
-        "results": [
-            {"name": name, **_result(each, own, metric, keeps_answers(adapter.model))} for name, each in found
-        ],
+        "device": str(device),
+        "num_blocks": depth,
+        "rules": {task: recorded_fields(config) for task, config in configs.items()},
+        **bench(
+            lambda *_: {name: Runner(run, move, read, device) for name, (run, read) in ways.items()},
+            batches,
+            _warmup(batches),
+            threads,
+            result,
+        ),
     }
 
 
-def _torch_runners(adapter: Adapter, config: EarlyExitConfig) -> dict[str, Runner]:
-    """Stock PyTorch: the base model with nothing of the adapter around it; and the model with early exits."""
+def _check(limit: int, batch_size: int | None, threads: int | None) -> None:
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("threads", threads)):
+        check_int(name, value, at_least=1)
+
+
+def _warmup(batches: list[Batch]) -> list[Batch]:
+    return [max(batches, key=lambda batch: batch["input_ids"].numel()), *batches[:_WARMUP]]
+
+
+def _runners(adapter: Adapter, config: EarlyExitConfig, onnx: bool, threads: int, folder: Path) -> dict[str, Runner]:
+    """The model with nothing of the adapter around it, and with early exits, in PyTorch and, on the CPU, in ONNX
+    Runtime: in float32 and with weights in 8 bits (dynamic quantization). Sessions pin threads and do not spin."""
     early = partial(early_exit_forward, adapter.model, early_exit_config=config)
-
-    def move(batch: Batch) -> Batch:
-        return {name: value.to(adapter.device) for name, value in batch.items()}
-
-    def read(output: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        exits = getattr(output, "exit_layer", None)
-        return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
-
-    return {
-        "stock PyTorch": Runner(partial(_call, stock_model(adapter)), move, read, adapter.device),
-        "BADGE PyTorch": Runner(partial(_call, early), move, read, adapter.device),
+    move = partial(_moved, adapter)
+    found = {
+        name: Runner(partial(_call, model), move, _read, adapter.device)
+        for name, model in (("stock PyTorch", stock_model(adapter)), ("BADGE PyTorch", early))
     }
-
-
-def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threads: int) -> dict[str, Runner]:
-    """The same two in ONNX Runtime on the CPU, in float32 and with weights in 8 bits (dynamic quantization); sessions
-    pin their threads and do not spin."""
+    if not onnx:
+        return found
     from badge_peft.export.onnx import OnnxExporter
     from badge_peft.export.plain import FullDepthExporter
     from badge_peft.export.runtime import OnnxEarlyExitModel, open_session
 
     plain = FullDepthExporter(stock_model(adapter).cpu())
-    early = OnnxExporter(adapter.model, config)
-    found: dict[str, Runner] = {}
+    exits = OnnxExporter(adapter.model, config)
     for suffix in ("", " int8"):
-        file, directory = folder / f"full depth{suffix}.onnx", folder / f"early exits{suffix}"
+        file = folder / f"full depth{suffix}.onnx"
+        directory = folder / f"early exits{suffix}"
         plain.write(file, int8=bool(suffix))
-        early.write(directory, int8=bool(suffix))
+        exits.write(directory, int8=bool(suffix))
         session = open_session(file, threads)
         model = OnnxEarlyExitModel.from_pretrained(directory, threads=threads, spinning=False)
         arrays = partial(onnx_inputs, names=[entry.name for entry in session.get_inputs()])
@@ -148,6 +250,12 @@ def _onnx_runners(adapter: Adapter, config: EarlyExitConfig, folder: Path, threa
     return found
 
 
+def _read(output: Any) -> tuple[Array, Array | None]:
+    """Logits [B, K] and, where rows left early, their exits [B]."""
+    exits = getattr(output, "exit_layer", None)
+    return output.logits.float().cpu().numpy(), None if exits is None else exits.cpu().numpy()
+
+
 def stock_model(adapter: Adapter) -> Any:
     """A copy of the model with the adapter taken off."""
     return get_badge_model(copy.deepcopy(adapter.model)).unload().eval()
@@ -157,42 +265,87 @@ def _call(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
     return model(**inputs)
 
 
-def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, np.ndarray]:
+def _moved(adapter: Adapter, batch: Batch) -> Batch:
+    return {name: value.to(adapter.device) for name, value in batch.items()}
+
+
+def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, Array]:
     """The inputs of a graph; not every tokenizer gives the token_type_ids that it asks for."""
     filled = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
     return {name: filled[name].numpy().astype(np.int64) for name in names}
 
 
-def _result(timed: Timed, own: ExitLogits, metric: str, stock_counts: bool) -> dict[str, Any]:
-    """Times and scores of one runner, against the labels and full depth of the adapter's `own` exit logits. The base
-    model without exits has a score where `stock_counts`: it could be in service."""
+def _result(own: ExitLogits, metric: str, stock_counts: bool, timed: Timed, _: list[Timed]) -> dict[str, Any]:
+    """Scores of one runner, against the labels and full depth of the adapter's `own` exit logits. The base model
+    without exits has a score where `stock_counts`: it could be in service."""
     logits = torch.from_numpy(np.concatenate([logits for logits, _ in timed.outputs]))  # [N, K]
     exits = [exits for _, exits in timed.outputs if exits is not None]  # of each batch [B]
     comparable = bool(exits) or stock_counts
     same = problem_of(own.kind).same(logits, own.logits[:, -1])
     return {
-        **times(timed, len(logits)),
+        "examples_per_s": len(logits) / sum(timed.seconds),
         "mean_exit": float(np.concatenate(exits).mean()) if exits else float(own.depth),
         "score": score(own, logits, metric) if comparable and own.labels is not None else None,
         "answers_as_full_depth": same if comparable else None,
     }
 
 
-def times(timed: Timed, rows: int) -> dict[str, float]:
-    """What the clock says of one runner, which answered `rows` texts."""
-    return {
-        "p50_ms": 1e3 * float(np.percentile(timed.seconds, 50)),
-        "p95_ms": 1e3 * float(np.percentile(timed.seconds, 95)),
-        "examples_per_s": rows / sum(timed.seconds),
+def _first_queries(adapter: Adapter, examples: TextDataset, limit: int) -> list[list[Row]]:
+    """The encoded candidates of the first queries, until there are `limit`."""
+    queries: dict[str, list[int]] = {}
+    for i, query in enumerate(examples.queries()):
+        queries.setdefault(query, []).append(i)
+    counts = np.cumsum([len(rows) for rows in queries.values()])
+    chosen = [*queries.values()][: int(np.searchsorted(counts, limit)) + 1]
+    encoded = adapter.encode(examples.select([i for rows in chosen for i in rows]))
+    rows = iter(tensor_columns(adapter.model.get_base_model(), encoded))
+    return [[next(rows) for _ in part] for part in chosen]
+
+
+def _rankers(
+    runners: dict[str, Runner], adapter: Adapter, config: EarlyExitConfig, batch_size: int
+) -> dict[str, Runner]:
+    """The same for the candidates of a query: early exits take them all at once."""
+    depth = adapter.badge.num_blocks
+    base = adapter.model.get_base_model()
+    policy = build_policy(config)
+
+    def rank(runner: Runner, size: int | None, candidates: list[Row]) -> RankedCandidates:
+        order = sorted(range(len(candidates)), key=lambda i: -len(candidates[i]["input_ids"]))
+        scores = np.empty(len(candidates), dtype=np.float32)
+        exits = np.full(len(candidates), depth)
+        for start in range(0, len(order), size or len(order)):
+            part = order[start : start + (size or len(order))]
+            batch = pad_features([candidates[i] for i in part], base)
+            logits, left = runner.read(runner.run(runner.prepare(batch)))
+            scores[part] = logits[:, 0]
+            exits[part] = depth if left is None else left
+        return RankedCandidates(scores, exits, {}, ~np.isfinite(scores))
+
+    def early(candidates: list[Row]) -> RankedCandidates:
+        return CandidatePass(adapter.badge, candidates, policy, batch_size, STATE_BYTES).run()
+
+    found: dict[str, Callable[[list[Row]], RankedCandidates]] = {
+        name: partial(rank, runner, None if name.startswith("BADGE") else batch_size)
+        for name, runner in runners.items()
     }
+    found["BADGE PyTorch"] = early
+    return {name: Runner(run, device=adapter.device) for name, run in found.items()}
 
 
-@contextmanager
-def pinned_threads(count: int | None) -> Iterator[int]:
-    """Pins torch's threads, and says how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+def _result_of_queries(top_k: int, timed: Timed, every: list[Timed]) -> dict[str, Any]:
+    """The share of queries whose top k is that of the first runner, which is at full depth."""
+    kept = []
+    for found, whole in zip(timed.outputs, every[0].outputs, strict=True):
+        ends = found.exit_layer == found.exit_layer.max()
+        one = np.zeros(len(ends), dtype=np.int64)
+        # the two differ by rounding, so the candidates are compared, and not their scores
+        places = np.argsort(np.argsort(-whole.scores, kind="stable"))
+        kept.append(top_k_kept(-places.astype(float), found.scores, ends, one, top_k, ordered=False)[0])
+    exits = np.concatenate([found.exit_layer for found in timed.outputs])
+    return {
+        "examples_per_s": len(exits) / sum(timed.seconds),
+        "mean_exit": float(exits.mean()),
+        "score": float(np.mean(kept)),
+        "answers_as_full_depth": None,
+    }

@@ -15,9 +15,8 @@ from badge_peft.model_card import CARD, read_card, write_model_card
 from badge_peft.ranking import calibrate_ranking
 from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
 from badge_peft.workflows.evaluate import logits_of, measure, metric_of
-from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.rankings import check_metric
-from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.settings import Columns, Goal
 
 
 def calibrate_adapter(
@@ -42,10 +41,6 @@ def calibrate_adapter(
 
     Returns:
         The config, what `measure` says of it, and what the calibration warned of.
-
-    Raises:
-        OSError: something is not there.
-        ValueError: something is not what it should be; nothing has been written then.
     """
     check_policy_name(goal.policy, "auto")
     config = read_config(folder)
@@ -71,16 +66,13 @@ def choose(
     exit_logits: ExitLogits, goal: Goal, metric: str | None = None, costs: CostModel | None = None
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """The config that `calibrate` chooses (of rows with queries, `calibrate_ranking`), what `measure` says of it, and
-    what the calibration warned of.
-
-    Raises:
-        ValueError: the goal is out of reach, or does not suit the data.
-    """
+    what the calibration warned of."""
     if exit_logits.groups is not None:
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []
     metric = metric_of(exit_logits, metric)
-    kind, policy = POLICIES.get(goal.policy), cast(Any, goal.policy)
+    kind = POLICIES.get(goal.policy)
+    policy = cast(Any, goal.policy)
     if kind is not None and kind.takes_depth:  # a depth that is named is not searched for, and there is no default
         policy = EarlyExitConfig(policy=goal.policy, depth=exit_logits.depth)
     with warnings.catch_warnings(record=True) as caught:

@@ -12,16 +12,17 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from badge_peft.workflows.columns import Names, find_columns, unused_texts
-from badge_peft.workflows.settings import Columns
-from badge_peft.workflows.sources import read_source
-from badge_peft.workflows.token_rows import (
+from badge_peft.workflows.columns import (
+    Names,
     check_entities,
     check_tags,
+    find_columns,
     find_token_columns,
     kinds_of,
-    token_columns,
+    unused_texts,
 )
+from badge_peft.workflows.settings import Columns
+from badge_peft.workflows.sources import read_source
 
 _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is read, the first that there is
 
@@ -34,7 +35,7 @@ class TextDataset:
         texts: One per row; of tokens, these with blanks in between.
         pairs: The second texts; None where each row has one text.
         labels: As the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of
-            a row's words, or the entities of its text: see `token_rows.py`.
+            a row's words, or the entities of its text: see `columns.py`.
         class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
         columns: `text`, `text_pair` and `label`: what they are called in the data.
         split: Which split was read.
@@ -111,10 +112,6 @@ def read_examples(
         training: Which split is read where none is named: `train`, else `test`, `validation` or what there is.
         recorded: `TextDataset.columns` of the adapter's training data: a column that is not named is the one that has
             this name, where there is one.
-
-    Raises:
-        FileNotFoundError: `source` looks like a path and there is no such file.
-        ValueError: it cannot be read, or lacks a column, a split or any text; the message says what there is.
     """
     if columns.unlabeled and columns.label_column is not None:
         raise ValueError(
@@ -144,67 +141,50 @@ def to_examples(
 ) -> TextDataset:
     """The rows of `data` that have a text; see `read_examples`."""
     features = data.features
-    words, spans = find_token_columns(list(features), lambda name: data[name][:], columns, recorded)
     strings = {name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")}
-    if words is not None or spans is not None:
-        if words is None:
-            names = find_columns(list(features), replace(columns, unlabeled=True, label_column=None), recorded)
-            names = token_columns(None, names["text"], spans)
-        else:
-            names = token_columns(words, None, spans)
-        return _tagged(data, split, names, words is not None, columns.unlabeled, source)
-    names = find_columns(list(features), columns, recorded, strings.__contains__)
+    words, spans = find_token_columns(list(features), lambda name: data[name][:], columns, recorded)
+    tagged = words is not None or spans is not None
+    if words is None:
+        asked = replace(columns, unlabeled=True, label_column=None) if tagged else columns
+        names = find_columns(list(features), asked, recorded, strings.__contains__)
+    if tagged:
+        label = None if columns.unlabeled else spans
+        names = {"text": words or names["text"], "text_pair": None, "label": label}
     texts: list[Any] = data[names["text"]][:]
-    pairs, labels = (data[names[key]][:] if names[key] else None for key in ("text_pair", "label"))
+    pairs = data[names["text_pair"]][:] if names["text_pair"] else None
     rows = [i for i, row in enumerate(zip(texts, pairs or texts, strict=True)) if all(map(_has_text, row))]
     if not rows:
         raise ValueError(f"no row of {source} has a text in column {names['text']!r}.")
-    label = features[names["label"]] if names["label"] else None
+    kind = features[names["label"]] if names["label"] else None
+    labels = data[names["label"]][:] if names["label"] else None
+    if tagged and labels is not None:
+        labels = _named_tags(labels, kind)
+        for i in rows:
+            if labels[i] is not None:
+                (check_entities if words is None else check_tags)(texts[i], labels[i], i + 1)
+    elif labels is not None:
+        labels = _clean_labels(labels, isinstance(kind, ClassLabel))
     found = TextDataset(
-        [str(text) for text in texts],
+        [str(text) if words is None else " ".join(text or []) for text in texts],
         None if pairs is None else [str(pair) for pair in pairs],
-        None if labels is None else _clean_labels(labels, isinstance(label, ClassLabel)),
-        getattr(label, "names", None),
+        labels,
+        None if tagged else getattr(kind, "names", None),
         names,
         split,
         data[names["query_id"]][:] if names.get("query_id") else None,
+        words=texts if words is not None else None,
+        tagged=tagged and kind is not None,
     ).select(rows)
-    unused = unused_texts(data, strings, names)
-    for note in _notes(found, len(texts), unused):
+    for note in _notes(found, len(texts), [] if tagged else unused_texts(data, strings, names)):
         warnings.warn(f"{source}, {split}: {note}", stacklevel=2)
-    return found if found.labels else replace(found, class_names=None, columns={**names, "label": None})
+    if found.labels or tagged:
+        return found
+    return replace(found, class_names=None, columns={**names, "label": None})
 
 
-def _tagged(
-    data: Dataset, split: str, names: Names, are_words: bool, unlabeled: bool, source: str | Path
-) -> TextDataset:
-    """The rows of `data` with their tags, or with the entities of their text, checked."""
-    texts = data[names["text"]][:]
-    column = None if unlabeled else names["label"]
-    labels: list[Any] = [None] * len(texts) if column is None else _named_tags(data, column)
-    rows = [i for i, text in enumerate(texts) if (any(map(_has_text, text or [])) if are_words else _has_text(text))]
-    if not rows:
-        raise ValueError(f"no row of {source} has a text in column {names['text']!r}.")
-    for i in rows:
-        if labels[i] is not None:
-            (check_tags if are_words else check_entities)(texts[i], labels[i], i + 1)
-    found = TextDataset(
-        [" ".join(text or []) if are_words else str(text) for text in texts],
-        labels=labels,
-        columns={**names, "label": column},
-        split=split,
-        words=texts if are_words else None,
-        tagged=column is not None,
-    ).select(rows)
-    for note in _notes(found, len(texts), []):
-        warnings.warn(f"{source}, {split}: {note}", stacklevel=2)
-    return found
-
-
-def _named_tags(data: Dataset, column: str) -> list[Any]:
+def _named_tags(values: list[Any], kind: Any) -> list[Any]:
     """Tags or entities of each row; numbers that the data set has names for by these."""
-    names = getattr(getattr(data.features[column], "feature", None), "names", None)
-    values = data[column][:]
+    names = getattr(getattr(kind, "feature", None), "names", None)
     if names is None:
         return values
     hidden = [row is None or any(i is None or i < 0 for i in row) for row in values]  # -1, as in a test split
@@ -236,7 +216,8 @@ def _choose_split(splits: Mapping[str, Any], wanted: str | None, usual: tuple[st
 
 
 def _has_text(value: Any) -> bool:
-    return value is not None and bool(str(value).strip())
+    """Of a list of tokens, one of them."""
+    return any(map(_has_text, value)) if isinstance(value, list) else value is not None and bool(str(value).strip())
 
 
 def _clean_labels(values: list[Any], are_classes: bool) -> list[Any]:

@@ -19,9 +19,8 @@ from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import calibrate_adapter
 from badge_peft.workflows.data import TextDataset, read_examples, to_examples
 from badge_peft.workflows.evaluate import evaluate_adapter
-from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.report import draw, show, text_table
-from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, TrainingOptions, TrainSettings
+from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, Goal, TrainingOptions, TrainSettings
 from badge_peft.workflows.sources import read_source
 from badge_peft.workflows.splits import split_in_three
 from badge_peft.workflows.train import train_on
@@ -37,16 +36,12 @@ def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
     """Trains an adapter as `train_adapter` does, loads it onto a fresh base model, and measures what early exits save.
 
     The policy is chosen and calibrated on the validation split; every reported number but those under `validation`
-    is of the test split. What `report.json` holds is returned.
-
-    Raises:
-        ModuleNotFoundError: a package with the demo's model or data is not installed.
-        ValueError: the data set cannot be read, or the model is of no architecture that badge_peft knows.
-        OSError: there is no such file, model or data set.
-    """
+    is of the test split. What `report.json` holds is returned."""
     start = time.perf_counter()
-    out, folder = settings.output_dir, settings.output_dir / "adapter"
-    model, data = settings.model or MODEL_PACKAGE, settings.dataset or f"{DATA_PACKAGE}: film reviews"
+    out = settings.output_dir
+    folder = settings.output_dir / "adapter"
+    model = settings.model or MODEL_PACKAGE
+    data = settings.dataset or f"{DATA_PACKAGE}: film reviews"
     splits = split_in_three(_read(settings), settings.seed, settings.max_train, settings.max_eval)
     train = TrainSettings(
         output_dir=folder,
@@ -96,14 +91,24 @@ def _read(settings: DemoSettings) -> dict[str, TextDataset]:
         return {"train": packaged_reviews()}
     columns = Columns(text_column=settings.text_column, label_column=settings.label_column)
     splits = read_source(settings.dataset, settings.dataset_config)
-    found = {name: to_examples(data, name, columns, source=settings.dataset) for name, data in splits.items()}
+    found = {
+        name: to_examples(
+            data,
+            name,
+            columns,
+            source=settings.dataset,
+        )
+        for name, data in splits.items()
+    }
     labeled = {name: part.labeled() for name, part in found.items()}
     return {name: part for name, part in labeled.items() if len(part)} or found  # of which training says what is wrong
 
 
 def _early_exit(config: EarlyExitConfig, measured: dict[str, Any]) -> dict[str, Any]:
     """The entry `early_exit` of the report: times are those of one text at a time."""
-    early, latency, calibration = measured["early_exit"], measured["latency"], config.calibration or {}
+    early = measured["early_exit"]
+    latency = measured["latency"]
+    calibration = config.calibration or {}
     times = ("p50_ms", "p95_ms", "full_depth_p50_ms", "full_depth_p95_ms", "speedup_ratio")
     return {
         **{name: getattr(config, name) for name in ("policy", "divergence", "threshold", "patience", "depth")},
@@ -118,7 +123,8 @@ def _early_exit(config: EarlyExitConfig, measured: dict[str, Any]) -> dict[str, 
 
 def exit_table(test: ExitLogits, config: EarlyExitConfig, measured: dict[str, Any]) -> str:
     """One line per exit: how good it is for all rows, how many rows it answered, and how well."""
-    stops, metric = build_policy(config).replay(test), measured["metric"]
+    stops = build_policy(config).replay(test)
+    metric = measured["metric"]
     answers = test.answers(stops)
     lines = []
     for number, value in zip(measured["exit_layers"], measured["per_exit"], strict=True):
@@ -132,7 +138,8 @@ def exit_table(test: ExitLogits, config: EarlyExitConfig, measured: dict[str, An
 def summary_table(report: dict[str, Any], metric: str = "accuracy") -> str:
     """Full depth beside early exits."""
     early = report["early_exit"]
-    blocks, time_saved = early["layer_speedup"], early["wall_clock_speedup"]
+    blocks = early["layer_speedup"]
+    time_saved = early["wall_clock_speedup"]
     return text_table(
         ["test split, batch size 1", "full depth", "early exits", "saved"],
         [
@@ -146,20 +153,12 @@ def summary_table(report: dict[str, Any], metric: str = "accuracy") -> str:
 
 
 def packaged_model() -> Path:
-    """The folder of the packaged encoder, with config, weights and tokenizer.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
+    """The folder of the packaged encoder, with config, weights and tokenizer."""
     return _find(MODEL_PACKAGE, "model.safetensors").parent
 
 
 def packaged_reviews() -> TextDataset:
-    """12,808 snippets of film reviews, rotten or fresh. The file also holds plots of films, which are left out.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
+    """12,808 snippets of film reviews, rotten or fresh. The file also holds plots of films, which are left out."""
     data = read_examples(_find(DATA_PACKAGE, REVIEWS), Columns(text_column="text", label_column="category"))
     data = data.select([i for i, label in enumerate(data.labels or []) if label in LABELS])
     return replace(data, labels=[LABELS.index(label) for label in data.labels or []], class_names=LABELS)

@@ -1,30 +1,30 @@
-"""The tokenizer of a model, and texts as the rows that a model reads."""
+"""The tokenizer of a model, and texts, or their tokens with a label each, as the rows that a model reads."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from badge_peft.evaluation.entities import OUTSIDE
+from badge_peft.evaluation.words import Words, tokenize_words
 from badge_peft.hub import has_tokenizer
 from badge_peft.tuner.architectures import max_positions
+from badge_peft.utils.problem import NO_LABEL
 from badge_peft.utils.texts import length_limit, longest_text, whole
 from badge_peft.workflows.data import TextDataset
+
+# of a word that is its entity's first, and of one that is its last: the tag is the first of these that the model knows
+_PREFIXES = {(True, True): "SUBEI", (True, False): "BI", (False, True): "ELI", (False, False): "I"}
 
 
 def load_tokenizer(path: str, model: Any, max_length: int | None = None) -> Any:
     """The tokenizer in a folder or Hub repository. It cuts texts at `max_length`, at its own limit or the model's,
-    whichever is least, and is saved with that limit.
-
-    Args:
-        path: Folder or repository.
-        model: That will read the texts; its config gets a padding token where it has none.
-        max_length: Tokens per text; None takes what the model can read.
-
-    Raises:
-        ValueError: there is none, or one without a vocabulary.
-    """
+    whichever is least, and is saved with that limit."""
     remedy = "Save it there with tokenizer.save_pretrained, or name where it is with --tokenizer."
     if not has_tokenizer(path):
         raise ValueError(f"{path} holds no tokenizer. {remedy}")
@@ -56,6 +56,76 @@ def encode(rows: TextDataset, tokenizer: Any, targets: list[Any] | None = None) 
 
 def encode_texts(texts: list[str], pairs: list[str] | None, tokenizer: Any) -> dict[str, list[Any]]:
     """Token columns, one list per text, cut at the tokenizer's limit."""
-    texts, pairs = [whole(text) for text in texts], None if pairs is None else [whole(pair) for pair in pairs]
+    texts = [whole(text) for text in texts]
+    pairs = None if pairs is None else [whole(pair) for pair in pairs]
     encoded = tokenizer(texts, pairs, truncation=True, max_length=length_limit(tokenizer))
     return {name: list(values) for name, values in encoded.items()}
+
+
+def check_kind(rows: TextDataset, reads_tokens: bool, model: str, source: str | Path) -> None:
+    """Refuses labels of texts where tokens are labeled, and the reverse."""
+    column = rows.columns.get("label")
+    if reads_tokens and rows.labels and not rows.tagged:
+        raise ValueError(
+            f"{model} labels tokens, and {source} has one label for each text (column {column!r}): give rows with "
+            "tokens and tags, or with text and entities, or leave the labels out (--unlabeled)."
+        )
+    if not reads_tokens and (rows.tagged or rows.words is not None):
+        raise ValueError(
+            f"{model} classifies texts, and {source} has a label for each token (column {column!r}): give a model for "
+            "token classification or an encoder without a head, or name a column of labels with --label-column."
+        )
+
+
+def check_one_text(pairs: Iterable[str | None] | None) -> None:
+    """Refuses pairs of texts where tokens are labeled: the second ones would not be read."""
+    if any(pair is not None for pair in pairs or ()):
+        raise ValueError(
+            "tokens of one text are labeled, and these are pairs of texts: leave the second ones out, or name the "
+            "column of the texts with --text-column."
+        )
+
+
+def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None = None) -> Dataset:
+    """Token columns, `special_tokens_mask` (1 for tokens that need no answer) and, where the rows have tags or
+    entities, `labels`; rows without are then left out."""
+    check_one_text(rows.pairs)
+    if rows.tagged and names is not None:
+        rows = rows.labeled()
+    columns, words = tokenize_words(rows.words or rows.texts, tokenizer, length_limit(tokenizer))
+    if rows.tagged and names is not None and rows.labels is not None:
+        numbers = {name: i for i, name in enumerate(names)}
+        for i, (row, own, labels) in enumerate(zip(columns, words, rows.labels, strict=True)):
+            tags = labels if rows.words is not None else _tags_of(labels, own, numbers)
+            unknown = next((tag for tag in tags if tag not in numbers), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"row {rows.number(i)} has the tag {unknown!r}, which the model does not know; it knows "
+                    f"{', '.join(names[:20])}. Rename it, or leave the row out."
+                )
+            row["labels"] = [NO_LABEL] * len(row["input_ids"])
+            for tag, place in zip(tags, own.places, strict=True):
+                if place is not None:
+                    row["labels"][place] = numbers[tag]
+        lost = sum(place is None for own in words for place in own.places)
+        if lost:
+            total = sum(len(own.places) for own in words)
+            warnings.warn(
+                f"{lost} of {total} tokens are not scored: their text is longer than the {length_limit(tokenizer)} "
+                "tokens that are read of one, or the tokenizer makes nothing of them.",
+                stacklevel=2,
+            )
+    return Dataset.from_list(columns)
+
+
+def _tags_of(entities: Sequence[dict[str, Any]], words: Words, names: Container[str]) -> list[str]:
+    """[W]: the tags of the words that lie in entities, in whole or in part, in the scheme of `names`."""
+    tags = [OUTSIDE] * len(words.spans)
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        inside = [w for w, (a, b) in enumerate(words.spans) if a < entity["end"] and b > entity["start"]]
+        for w in inside:
+            if tags[w] == OUTSIDE:
+                prefixes = _PREFIXES[w == inside[0], w == inside[-1]]
+                usual = [*(f"{prefix}-{entity['label']}" for prefix in prefixes), entity["label"]]
+                tags[w] = next((tag for tag in usual if tag in names), f"B-{entity['label']}")
+    return tags

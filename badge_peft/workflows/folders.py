@@ -18,11 +18,10 @@ from tqdm import tqdm
 from badge_peft.integrations.ray import answer_files, cluster
 from badge_peft.utils import distributed
 from badge_peft.utils.files import replacing
-from badge_peft.workflows.answerer import Answerer, Answering
-from badge_peft.workflows.chunks import TextFiles
+from badge_peft.workflows.predict import Answerer, Answering
 from badge_peft.workflows.settings import TextColumns
 from badge_peft.workflows.sources import suffix_of
-from badge_peft.workflows.stream import FORMATS
+from badge_peft.workflows.stream import FORMATS, TextFiles
 
 _MARK = b"badge_peft"  # in the metadata of an answered file: what answered it
 _ROW_GROUP = 65_536
@@ -30,17 +29,11 @@ _ROW_GROUP = 65_536
 
 @dataclass
 class FolderReport:
-    """What was done.
-
-    Args:
-        files: Answered in this run.
-        rows: In them.
-        before: Files that had been answered before.
-    """
+    """What was done."""
 
     files: int = 0
     rows: int = 0
-    before: int = 0
+    before: int = 0  # files that had been answered before
 
 
 def predict_folder(
@@ -65,11 +58,6 @@ def predict_folder(
         columns: Where the texts are.
         workers: How many processes answer. None: as many as the machines have cores (or GPUs).
         address: Of a Ray cluster; None starts one here for this call.
-
-    Raises:
-        ModuleNotFoundError: Ray is not installed.
-        OSError: there is no such folder, adapter or cluster.
-        ValueError: a file or folder that cannot be taken; before a text is answered, but for a row without a text.
     """
     if distributed.rank_world()[1] > 1:
         raise ValueError("Ray starts processes of its own: call badge-peft predict --engine ray by itself.")
@@ -127,11 +115,7 @@ def _outputs(folder: Path, out: Path, format: str | None) -> dict[Path, Path]:
 
 
 def _is_answered(output: Path, mark: dict[str, Any]) -> bool:
-    """Whether `output` is there, written with the same adapter and settings.
-
-    Raises:
-        ValueError: it is there, and of others.
-    """
+    """Whether `output` is there, written with the same adapter and settings."""
     if not output.exists():
         return False
     try:
@@ -165,11 +149,7 @@ def _named(path: str, error: str) -> str:
 
 
 def _write(output: Path, chunks: Iterator[dict[str, Any]], mark: dict[str, Any]) -> Iterator[int]:
-    """Writes the answers of one file; yields how many rows were added, chunk by chunk.
-
-    Raises:
-        RuntimeError: a chunk is missing or comes twice.
-    """
+    """Writes the answers of one file; yields how many rows were added, chunk by chunk."""
     with replacing(output) as temporary, ExitStack() as stack:
         held: list[pa.Table] = []
         writer, rows, written = None, 0, 0

@@ -21,13 +21,9 @@ _EVERY, _OF_EMBEDDINGS = "1-", "0-"
 
 
 def exit_forms(settings: TrainSettings, base: Base) -> list[ExitOptions]:
-    """The forms that are tried; one where everything that matters is named, or nothing can be chosen.
-
-    Args:
-        settings: What was asked for.
-        base: The model.
-    """
-    exits, training = settings.exits, settings.training
+    """The forms that are tried; one where everything that matters is named, or nothing can be chosen."""
+    exits = settings.exits
+    training = settings.training
     plain = training.objective == "joint" and exits.placement != "none"
     if not plain or exits.backbone == "full" or distributed.rank_world()[1] > 1:
         return [with_defaults(exits, base)]
@@ -66,17 +62,7 @@ def choose_form(
     learns_labels: bool,
     metric: str,
 ) -> tuple[TrainSettings, list[dict[str, Any]]]:
-    """The settings with the best form in them, and what was measured of each.
-
-    Args:
-        base: The model, without an adapter, as it is afterwards.
-        rows: To train on.
-        eval_rows: To choose by.
-        tokenizer: Pads.
-        settings: What was asked for.
-        learns_labels: Whether the exits learn from labels.
-        metric: Of the exits.
-    """
+    """The settings with the best form in them, and what was measured of each."""
     forms = exit_forms(settings, base)
     few = len(rows) < FEWEST or len(eval_rows) < FEWEST // 4
     if len(forms) == 1 or few:
@@ -98,10 +84,16 @@ def choose_form(
         distillation=distillation,
         adapter_learning_rate=training.adapter_lr,
         per_device_train_batch_size=distributed.rows_per_device(training.batch_size),
-        tell=lambda form: print(f"   tried {_name(form)}: {form.time_saved:.0%} of the time saved", flush=True),
+        tell=lambda form: print(
+            f"   tried {describe_form(record_of(form))}: {form.time_saved:.0%} of the time saved", flush=True
+        ),
     )
     best = forms[[config is tried[0].config for config in configs].index(True)]
     return replace(settings, exits=best), [record_of(form) for form in tried]
+
+
+def _tell(form: ExitForm) -> None:
+    print(f"   tried {describe_form(record_of(form))}: {form.time_saved:.0%} of the time saved", flush=True)
 
 
 def record_of(form: ExitForm) -> dict[str, Any]:
@@ -140,7 +132,3 @@ def describe_form(form: dict[str, Any]) -> str:
     parts += ["from exit 0"] if layers and layers[0] == 0 else []
     parts += [f"{form['carry']} carried"] if form["carry"] else []
     return ", ".join(parts)
-
-
-def _name(form: ExitForm) -> str:
-    return describe_form(record_of(form))

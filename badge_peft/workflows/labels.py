@@ -10,8 +10,8 @@ from typing import Any
 
 from badge_peft.evaluation.entities import OUTSIDE, scheme_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
+from badge_peft.workflows.columns import tag_names
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.token_rows import tag_names
 
 _MOST_LABELS = 1000
 _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from the model's own answers"
@@ -19,14 +19,9 @@ _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from t
 
 @dataclass(frozen=True)
 class LabelSet:
-    """What a model answers with.
+    """What a model answers with."""
 
-    Args:
-        names: By number; for regression those of its values.
-        problem_type: As transformers has it.
-    """
-
-    names: list[str]
+    names: list[str]  # by number; for regression those of its values
     problem_type: str
 
     @classmethod
@@ -39,11 +34,7 @@ class LabelSet:
     @classmethod
     def of_tags(cls, rows: TextDataset) -> LabelSet:
         """The tags for a new head: all that the kinds of entities in the data have in its scheme or, where its tags
-        name no entities, those that it has.
-
-        Raises:
-            ValueError: there are none, or as many as no tags are.
-        """
+        name no entities, those that it has."""
         kinds = {kind for classes in rows.classes() for kind in classes}
         if not kinds:
             raise ValueError(
@@ -72,11 +63,7 @@ class LabelSet:
     @classmethod
     def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:
         """The labels for a new head, from the data: strings by the alphabet, numbers by size; fractions mean
-        regression.
-
-        Raises:
-            ValueError: there are none, or their number makes no classifier.
-        """
+        regression."""
         values = [value for value in rows.labels or [] if value is not None]
         if not values:
             raise ValueError(
@@ -99,16 +86,7 @@ class LabelSet:
         return cls(names, "single_label_classification")
 
     def targets(self, rows: TextDataset, scored: bool = False) -> list[Any] | None:
-        """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one.
-
-        Args:
-            rows: As read.
-            scored: They are not trained on. Beside labels that the model knows, others are then `UNKNOWN_LABEL`, which
-                is counted as wrong, with a warning.
-
-        Raises:
-            ValueError: a label that is not the model's, or no finite number for regression.
-        """
+        """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one."""
         if rows.labels is None:
             return None
         if self.problem_type == "regression":

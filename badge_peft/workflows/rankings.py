@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,14 @@ from badge_peft.ranking.segments import CandidatePass
 from badge_peft.workflows.adapter_dir import Adapter, read_config
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode_texts
-
-Pair = tuple[Any, ...]  # a query's text, a document, and what the query is called, without which it is its text
+from badge_peft.workflows.stream import Pair
 
 STATE_BYTES = 2**30  # for the states of one query's candidates
 
 
 def with_queries(exit_logits: ExitLogits, examples: TextDataset) -> ExitLogits:
     """The exit logits of `examples`, in their order, with their queries, and relevance where the rows have labels; a
-    row without one is not relevant.
-
-    Raises:
-        ValueError: a label that is no number of 0 or more.
-    """
+    row without one is not relevant."""
     labels = None
     if examples.labels is not None:
         values = [0.0 if label is None else _relevance(label, examples, i) for i, label in enumerate(examples.labels)]
@@ -93,7 +87,12 @@ def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[st
     if exit_logits.labels is not None and exit_logits.labels.any():
         assert exit_logits.groups is not None
         full = ranking_scores(exit_logits.logits[:, -1, 0], exit_logits.labels, exit_logits.groups, k)
-        early = ranking_scores(final_ranks(exit_logits, point.exit_layer), exit_logits.labels, exit_logits.groups, k)
+        early = ranking_scores(
+            final_ranks(exit_logits, point.exit_layer),
+            exit_logits.labels,
+            exit_logits.groups,
+            k,
+        )
         found["relevance"] = {
             "top_k": k,
             "queries": full.queries,
@@ -106,57 +105,17 @@ def measure_ranking(exit_logits: ExitLogits, config: EarlyExitConfig) -> dict[st
 
 
 def check_metric(metric: str | None) -> None:
-    """Refuses a metric that is asked for.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Refuses a metric that is asked for."""
     if metric is not None:
         raise ValueError(
             f"metric={metric!r} is not for ranking, which is measured by the top k that it keeps: leave it out."
         )
 
 
-def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """The candidates of one query after another. They follow one another in the rows, of which no more than those of a
-    query are in memory.
-
-    Raises:
-        ValueError: a query comes again after others.
-    """
-    seen: set[str] = set()
-    number = 1
-    for query, group in groupby(pairs, key=lambda pair: pair[2] if len(pair) > 2 else pair[0]):
-        rows = list(group)
-        if query in seen:
-            raise ValueError(
-                f"row {number} is of query {query[:80]!r} again, after rows of others: all candidates of a query must "
-                "follow one another to be ranked together. Sort the rows by their query, or, where two queries have "
-                "the same text, give each an id (--query-id-column)."
-            )
-        seen.add(query)
-        number += len(rows)
-        yield rows
-
-
 def rank_queries(
     adapter: Adapter, config: EarlyExitConfig, batch_size: int, queries: Iterable[list[Pair]]
 ) -> list[dict[str, Any]]:
-    """Ranks the candidates of each query.
-
-    Args:
-        adapter: With one output.
-        config: How candidates leave.
-        batch_size: Candidates in a block at once.
-        queries: Of each its candidates.
-
-    Returns:
-        One dict per row: `text`, `text_pair`, `value`, `exit`, and `rank` among its query's candidates, 1 for the
-        best; None for a candidate that left early.
-
-    Raises:
-        ValueError: a row without a document.
-    """
+    """Ranks the candidates of each query."""
     return [answer for pairs in queries for answer in _rank(adapter, config, batch_size, pairs)]
 
 

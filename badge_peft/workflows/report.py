@@ -29,7 +29,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def measured_table(report: dict[str, Any]) -> str:
     """One line per exit: its score on all rows, and how many rows the policy lets it answer."""
-    metric, rows = report["metric"], report["rows"]
+    metric = report["metric"]
+    rows = report["rows"]
     stopped = report["early_exit"]["rows_stopped"]
     lines = [
         [_exit_name(number, report["num_blocks"]), show(value, metric), f"{count / rows:.1%}"]
@@ -40,7 +41,8 @@ def measured_table(report: dict[str, Any]) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """S-avg, S-best and the policy, in a few lines."""
-    metric, early = report["metric"], report["early_exit"]
+    metric = report["metric"]
+    early = report["early_exit"]
     same = early["answers_as_full_depth"]
     lines = [
         f"S-avg {show(report['s_avg'], metric)}, S-best {show(report['s_best'], metric)} "
@@ -74,7 +76,8 @@ def tasks_table(report: dict[str, Any]) -> str:
     """One line per task: its scores, and the blocks that it would run alone."""
     lines = []
     for task, own in report["tasks"].items():
-        early, metric = own["early_exit"], own["metric"]
+        early = own["early_exit"]
+        metric = own["metric"]
         score, full = (show(value, metric) for value in (early["score"], own["full_depth_score"]))
         lines.append([task, str(own["rows"]), _metric_name(own), score, full, f"{early['mean_exit']:.2f}"])
     return text_table(["task", "rows", "metric", "early exit", "full depth", "blocks, alone"], lines)
@@ -90,7 +93,8 @@ def tasks_summary(report: dict[str, Any]) -> str:
 
 def warning(report: dict[str, Any]) -> str:
     """What has to be read before any result: exits that are not worth it, or know nothing; else nothing."""
-    constant, notes = report["constant_answer"], [f"WARNING: {note}" for note in report.get("notes", ())]
+    constant = report["constant_answer"]
+    notes = [f"WARNING: {note}" for note in report.get("notes", ())]
     columns = ", ".join(repr(name) for name in report["columns"].values() if name)
     if constant is not None and not constant["beaten"]:
         notes.append(
@@ -154,24 +158,21 @@ def latency_line(latency: dict[str, Any]) -> str:
 
 
 def bench_table(report: dict[str, Any]) -> str:
-    """One line per runner."""
-    metric = report["metric"]
+    """One line per runner, or per way to answer all tasks."""
     unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
-    if "queries" in report:
-        unit = "query"
-    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "mean exit", metric.replace("_", " "), "as full depth"]
-    lines = [
-        [
-            row["name"],
-            f"{row['p50_ms']:.2f}",
-            f"{row['p95_ms']:.2f}",
-            f"{row['examples_per_s']:.1f}",
-            f"{row['mean_exit']:.2f}",
-            "-" if row["score"] is None else show(row["score"], metric),
-            "-" if row["answers_as_full_depth"] is None else f"{row['answers_as_full_depth']:.1%}",
-        ]
-        for row in report["results"]
-    ]
+    header = ["", f"p50 ms per {'query' if 'queries' in report else unit}", "p95 ms", "texts/s"]
+    metric = report.get("metric")
+    header += ["mean exit", metric.replace("_", " "), "as full depth"] if metric else ["blocks per text"]
+    lines = []
+    for row in report["results"]:
+        line = [row["name"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", f"{row['examples_per_s']:.1f}"]
+        if metric is None:
+            lines.append([*line, f"{row['blocks']:.2f}"])
+            continue
+        score = row["score"]
+        same = row["answers_as_full_depth"]
+        line += [f"{row['mean_exit']:.2f}", "-" if score is None else show(score, metric)]
+        lines.append([*line, "-" if same is None else f"{same:.1%}"])
     return text_table(header, lines)
 
 
@@ -188,23 +189,6 @@ def bench_summary(report: dict[str, Any]) -> str:
     )
 
 
-def bench_tasks_table(report: dict[str, Any]) -> str:
-    """One line per way to answer all tasks."""
-    unit = "text" if report["batch_size"] == 1 else f"batch of {report['batch_size']}"
-    header = ["", f"p50 ms per {unit}", "p95 ms", "texts/s", "blocks per text"]
-    lines = [
-        [
-            row["name"],
-            f"{row['p50_ms']:.2f}",
-            f"{row['p95_ms']:.2f}",
-            f"{row['examples_per_s']:.1f}",
-            f"{row['blocks']:.2f}",
-        ]
-        for row in report["results"]
-    ]
-    return text_table(header, lines)
-
-
 def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Path, title: str) -> bool:
     """Draws the usual policies and, with a star, the chosen one; False where matplotlib is missing."""
     if find_spec("matplotlib") is None:
@@ -212,5 +196,10 @@ def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Pa
     scored = exit_logits.labeled()
     if exit_logits.labels is None:
         title += ", scored against full depth's answers"
-    plot_tradeoff(sweep(scored, metric=metric), path, title, chosen=evaluate_policy(scored, chosen, metric))
+    plot_tradeoff(
+        sweep(scored, metric=metric),
+        path,
+        title,
+        chosen=evaluate_policy(scored, chosen, metric),
+    )
     return True

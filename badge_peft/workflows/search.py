@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import set_seed
@@ -27,32 +30,30 @@ from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores, 
 from badge_peft.model import get_badge_model
 from badge_peft.training import cache_states
 from badge_peft.training.finite import TrainingStopped
+from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.workflows.base_model import Base, add_exits
 from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.fit import collator, train_exits
-from badge_peft.workflows.search_picture import SEARCH_PICTURE, draw_search
-from badge_peft.workflows.search_space import SearchSpace
-from badge_peft.workflows.settings import STUDY, ExitOptions, TrainSettings
+from badge_peft.workflows.settings import SEARCH_PICTURE, STUDY, ExitOptions, TrainSettings
 
 _SHARE, _MOST = 0.2, 2000  # of the training rows, to choose by
 # what a study may differ in and be gone on with
 _NOT_OF_STUDY = ("output_dir", "overwrite", "trials", "latency")
+_RATES = (1e-3, 5e-2)
+_OF_EXITS: dict[str, tuple[Any, ...]] = {
+    "r": (4, 8, 16, 32, 64),
+    "activation": ("gelu", "relu", "tanh", "identity"),
+    "norm": ("own", "shared"),
+}
+_OF_TRAINING: dict[str, tuple[Any, ...]] = {
+    "exit_weights": ("uniform", "linear"),
+    "objective": ("joint", "alternating", "two_stage"),
+}
+_WORTH = {"score": "S-avg on held-out rows", "speed": "share of blocks saved"}
 
 
 class Search:
-    """The trials of one command.
-
-    Args:
-        base: The model; between two trials it has no adapter.
-        rows: All training rows, encoded.
-        tokenizer: Pads.
-        settings: What was asked for; what is not searched stays.
-        learns_labels: Whether from labels.
-        model_name: Of the model.
-
-    Raises:
-        ValueError: there are too few rows.
-    """
+    """The trials of one command."""
 
     def __init__(
         self, base: Base, rows: Dataset, tokenizer: Any, settings: TrainSettings, learns_labels: bool, model_name: str
@@ -62,7 +63,12 @@ class Search:
         self.tokenizer = tokenizer
         self.settings = settings
         self.learns_labels = learns_labels
-        self.metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
+        self.metric = resolve_metric(
+            settings.metric,
+            base.labels.problem_type,
+            len(base.labels.names),
+            base.tags,
+        )
         texts = texts_of(rows)
         generator = torch.Generator().manual_seed(settings.training.seed)
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -79,11 +85,7 @@ class Search:
     def choose_form(
         self, choose: Callable[[], tuple[TrainSettings, list[dict[str, Any]]]]
     ) -> tuple[TrainSettings, list[dict[str, Any]]]:
-        """What `choose` chooses by the clock, or what it chose for the search that goes on.
-
-        Raises:
-            ValueError: the folder holds a study of other settings or data.
-        """
+        """What `choose` chooses by the clock, or what it chose for the search that goes on."""
         study = self._study()
         if "forms" not in study.user_attrs:
             settings, forms = choose()
@@ -94,18 +96,8 @@ class Search:
         return self.settings, study.user_attrs["forms"]
 
     def run(self, tell: Callable[[str], None]) -> tuple[TrainSettings, CachedStates, dict[str, Any]]:
-        """Tries what is still to be tried.
-
-        Args:
-            tell: Is given a line for each trial.
-
-        Returns:
-            The settings with the best values in them, the states of all training rows, and what the report says.
-
-        Raises:
-            ValueError: the folder holds a study of other settings or data, or training with the settings as they are
-                given fails.
-        """
+        """Tries what is still to be tried, and tells a line of each trial: the settings with the best values in them,
+        the states of all training rows, and what the report says."""
         import optuna
 
         study = self._study()
@@ -133,8 +125,9 @@ class Search:
             states.close()
             raise
         best = study.best_trial
-        worth = [{"value": trial.value, "params": trial.params} for trial in _done(study) if trial.value is not None]
-        draw_search(worth, self.settings.search.search_for, Path(str(self.settings.output_dir), SEARCH_PICTURE))
+        _draw(
+            optuna, study, _WORTH[self.settings.search.search_for], Path(str(self.settings.output_dir), SEARCH_PICTURE)
+        )
         found = {
             "trials": len(_done(study)),
             "for": self.settings.search.search_for,
@@ -195,7 +188,15 @@ class Search:
         model = add_exits(self.base, settings.exits)
         try:
             rows = self.rows.select(self.fit)
-            train_exits(model, rows, self.tokenizer, settings.training, self.learns_labels, fit, progress=False)
+            train_exits(
+                model,
+                rows,
+                self.tokenizer,
+                settings.training,
+                self.learns_labels,
+                fit,
+                progress=False,
+            )
             found = collect_exit_logits(model, self.rows.select(self.held), cached_states=held).labeled()
         except TrainingStopped as error:
             if not _done(study):
@@ -236,3 +237,65 @@ def _silent(optuna: Any) -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+class SearchSpace:
+    """What is searched, around what was asked for."""
+
+    def __init__(self, settings: TrainSettings, learns_labels: bool) -> None:
+        self.settings = settings
+        self.learns_labels = learns_labels
+
+    def _choices(self) -> dict[str, tuple[Any, ...]]:
+        """What is chosen among, the value that was given first. What would change nothing, or cannot be, is left."""
+        exits = self.settings.exits
+        training = self.settings.training
+        given = {**vars(exits), **vars(training), "exit_weights": training.exit_weights or "uniform"}
+        found = dict(_OF_EXITS) if exits.placement != "none" else {}
+        if training.objective in _OF_TRAINING["objective"]:
+            found["exit_weights"] = _OF_TRAINING["exit_weights"]
+            # of exits that share weights, none stays as it is while the others are trained
+            if self.learns_labels and not exits.keep_head and exits.exit_type != "past_future":
+                found["objective"] = _OF_TRAINING["objective"]
+        return {name: tuple(dict.fromkeys((given[name], *values))) for name, values in found.items()}
+
+    def suggest(self, trial: Any) -> dict[str, Any]:
+        """The values of an optuna trial."""
+        found = {name: trial.suggest_categorical(name, values) for name, values in self._choices().items()}
+        rate = self._rate()
+        low = min(rate, _RATES[0])
+        high = max(rate, _RATES[1])
+        return {**found, "adapter_lr": trial.suggest_float("adapter_lr", low, high, log=True)}
+
+    def given(self) -> dict[str, Any]:
+        """The values that were asked for."""
+        return {**{name: values[0] for name, values in self._choices().items()}, "adapter_lr": self._rate()}
+
+    def _rate(self) -> float:
+        rate = self.settings.training.adapter_lr
+        return ADAPTER_LR if rate is None else rate
+
+    def settings_of(self, params: dict[str, Any]) -> TrainSettings:
+        """What was asked for, with these values in it."""
+        exits = {name: value for name, value in params.items() if name in _OF_EXITS}
+        others = {name: value for name, value in params.items() if name not in _OF_EXITS}
+        return replace(
+            self.settings,
+            exits=replace(self.settings.exits, **exits),
+            training=replace(self.settings.training, **others),
+        )
+
+
+def _draw(optuna: Any, study: Any, worth: str, path: Path) -> None:
+    """A picture of what each trial was worth, by each setting, where matplotlib is there."""
+    if find_spec("matplotlib") is None:
+        return
+    from matplotlib import pyplot
+    from optuna.visualization.matplotlib import plot_slice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        axes: Any = plot_slice(study, target_name=worth)
+    figure = np.ravel(axes)[0].figure
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
@@ -18,7 +20,6 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from badge_peft.utils.paths import is_local
-from badge_peft.workflows.csv_rows import numbers_of, open_rows
 
 FORMATS = {
     ".csv": "csv",
@@ -29,16 +30,15 @@ FORMATS = {
     ".txt": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
+_FRACTION = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_TRUTH = re.compile("true|false|True|False|TRUE|FALSE")
 
 
 def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dataset]:
-    """Every split of a data set, with every column; `name` is the configuration of one of the Hub.
-
-    Raises:
-        FileNotFoundError: `source` looks like a path and there is no such file.
-        ValueError: a file of a format that is not known, that does not hold what its name says, or that has no rows.
-    """
-    path, suffix = Path(source), suffix_of(source)
+    """Every split of a data set, with every column; `name` is the configuration of one of the Hub."""
+    path = Path(source)
+    suffix = suffix_of(source)
     if path.is_dir():
         return _read_local(path)
     if not path.is_file():
@@ -124,3 +124,62 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.symlink(os.path.abspath(source), target)
     except OSError:  # Windows asks for rights
         shutil.copyfile(source, target)
+
+
+def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
+    """What stands between columns, and the rows by the names of these: of two columns `text` the second is `text.1`,
+    as pandas has it. Blank lines are passed over, and values that are missing at the end of a row are None."""
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # more than 131,072 characters
+    header = next((line for line in file if line.strip("\r\n")), "")
+    delimiter = delimiter_of(header, tabs)
+    return delimiter, _rows(header, file, delimiter)
+
+
+def delimiter_of(header: str, tabs: bool = False) -> str:
+    """What stands between the columns of a csv file with this first line: a comma, but for a header that has none and
+    has semicolons or tabs."""
+    if tabs:
+        return "\t"
+    plain = re.sub(r'"[^"]*"', "", header)
+    return next((d for d in (",", ";", "\t") if d in plain), ",")
+
+
+def numbers_of(values: list[str | None]) -> list[Any]:
+    """The values of a column as whole numbers, fractions, or true and false, where all are written so; a code such as
+    007 is no number."""
+    given = [value for value in values if value is not None]
+    kinds: Any = ((_WHOLE, int), (_FRACTION, float), (_TRUTH, lambda value: value.lower() == "true"))
+    for pattern, read in kinds if given else ():
+        if all(map(pattern.fullmatch, given)):
+            return [None if value is None else read(value) for value in values]
+    return list(values)
+
+
+def _rows(header: str, file: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        yield header
+        yield from file
+        ended = True
+
+    reader = csv.reader(lines(), delimiter=delimiter)
+    names = _unique(next(reader, []))
+    for number, row in enumerate(filter(None, reader), start=1):
+        if ended:  # the reader has asked for more in the middle of a value
+            raise ValueError(f'row {number} begins a quote (") that does not end: close it, or write "" for a quote.')
+        if len(row) > len(names):  # a text would lose what is behind its comma
+            raise ValueError(
+                f"row {number} has {len(row)} values, and the columns are {', '.join(names)}: put a text with "
+                f"{delimiter!r} in it in quotes."
+            )
+        yield dict(zip_longest(names, row))
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        copies = (f"{name}.{i}" for i in count(1))
+        found.append(name if name not in found else next(copy for copy in copies if copy not in found))
+    return found

@@ -20,12 +20,7 @@ _VALIDATION = ("validation", "dev", "valid", "val")
 
 
 def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
-    """Training rows and evaluation rows, those of a split or a file of their own, or held out.
-
-    Raises:
-        OSError: no such data.
-        ValueError: a column or split that is not there, or too few rows.
-    """
+    """Training rows and evaluation rows, those of a split or a file of their own, or held out."""
     examples, held_out = read_parts(data, columns)
     if columns.max_rows is not None and len(examples) > columns.max_rows:
         examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
@@ -59,11 +54,7 @@ def read_parts(data: str, columns: TrainColumns) -> tuple[TextDataset, TextDatas
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:
     """Training rows, and a `fraction` in (0, 1) of the texts for evaluation; no text is in both, and no class is in
-    the second alone.
-
-    Raises:
-        ValueError: too few different texts.
-    """
+    the second alone."""
     keys = examples.keys()
     different = list(dict.fromkeys(keys))
     random.Random(seed).shuffle(different)
@@ -98,17 +89,7 @@ def split_in_three(
     Splits that the source has are kept; a validation split that it lacks is cut from its training rows, a test split
     that it lacks too (where the source has only training and validation rows, the latter become the test split, as is
     usual where test labels are hidden). Of several rows with the same text the first counts, and a text of the test
-    split never trains. All three are shuffled, and the first rows taken.
-
-    Args:
-        source: Labeled rows by the name of their split.
-        seed: Of the shuffle.
-        max_train: At most this many training rows; None takes all.
-        max_eval: At most this many rows in each of the other two.
-
-    Raises:
-        ValueError: too few different texts for three splits, or a label that the training rows lack.
-    """
+    split never trains. All three are shuffled, and the first rows taken."""
     named = _named(source)
     seen: set[tuple[str, ...]] = set()
     parts = {split: _unique(named[split], seen) for split in reversed(SPLITS) if split in named}
@@ -120,7 +101,8 @@ def split_in_three(
     for split in ("test", "validation"):
         if split not in shuffled:
             count = max(1, round(_EVAL_FRACTION * len(parts["train"])))
-            cut, rest = shuffled["train"], range(len(shuffled["train"]))
+            cut = shuffled["train"]
+            rest = range(len(shuffled["train"]))
             count = count if max_eval is None else min(count, max_eval)
             shuffled[split], shuffled["train"] = cut.select(rest[:count]), cut.select(rest[count:])
     limits = {"train": max_train, "validation": max_eval, "test": max_eval}
@@ -133,7 +115,8 @@ def split_in_three(
     trained = set(_labels(found["train"]))
     missing = [y for part in found.values() for y in _labels(part) if y not in trained]
     if missing:
-        label, names = min(missing, key=str), found["train"].class_names
+        label = min(missing, key=str)
+        names = found["train"].class_names
         raise ValueError(
             f"no training row has the label {names[label] if names else label!r}: it is too rare for three splits. "
             "Leave it out."

@@ -1,13 +1,15 @@
-"""Texts to answer, one at a time: from a file or stdin, never all of it in memory."""
+"""Texts to answer, one at a time or in chunks: from files or stdin, never all of it in memory."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from io import TextIOWrapper
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,18 +18,14 @@ from pyarrow.parquet import ParquetFile
 
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.texts import whole
-from badge_peft.workflows.columns import find_columns
-from badge_peft.workflows.csv_rows import open_rows
+from badge_peft.workflows.columns import Names, find_columns, find_words
 from badge_peft.workflows.settings import TextColumns
-from badge_peft.workflows.sources import lines_of, open_text, suffix_of
-from badge_peft.workflows.token_rows import find_words
+from badge_peft.workflows.sources import lines_of, open_rows, open_text, suffix_of
 
 FORMATS = ("text", "csv", "tsv", "jsonl", "parquet")
 _CHUNK = 1024  # rows of a parquet file in memory at once
-
-Pair = tuple[
-    Any, ...
-]  # a text, or where tokens are asked for a list of these; its second text; where asked, its query
+#: A text, or where tokens are asked for a list of these; its second text; where asked, what its query is called.
+Pair = tuple[Any, ...]
 
 
 def read_texts(
@@ -48,10 +46,6 @@ def read_texts(
         recorded: What training recorded of its columns, as for `read_examples`.
         tokens: Whether a row may have a list of tokens in the place of its text (in jsonl and parquet).
         by_query: Also yield what each row's query is called: by its column, else the query's text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown format, a column that is not there, or a line that cannot be read.
     """
     if format is None:
         suffix = suffix_of(source).lstrip(".")
@@ -86,7 +80,9 @@ def _pairs(
             text = words if tokens else None
             if text is None:
                 names = find_columns(list(row), columns, recorded)
-                text, pair, query = names["text"], names["text_pair"], names.get("query_id")
+                text = names["text"]
+                pair = names["text_pair"]
+                query = names.get("query_id")
         for column in (text, pair):
             if column is not None and row.get(column) is None:
                 raise ValueError(f"row {number} has no value in column {column!r}.")
@@ -152,3 +148,71 @@ def _json_lines(file: TextIO) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f'line {number} is no JSON object: each line must be one, such as {{"text": "..."}}.')
         yield row
+
+
+def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """The candidates of one query after another. They follow one another in the rows, of which no more than those of a
+    query are in memory."""
+    seen: set[str] = set()
+    number = 1
+    for query, group in groupby(pairs, key=lambda pair: pair[2] if len(pair) > 2 else pair[0]):
+        rows = list(group)
+        if query in seen:
+            raise ValueError(
+                f"row {number} is of query {query[:80]!r} again, after rows of others: all candidates of a query must "
+                "follow one another to be ranked together. Sort the rows by their query, or, where two queries have "
+                "the same text, give each an id (--query-id-column)."
+            )
+        seen.add(query)
+        number += len(rows)
+        yield rows
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files of texts with what `read_texts` takes; `format` is that of all of them."""
+
+    paths: Sequence[str]
+    format: str | None = None
+    columns: TextColumns = TextColumns()
+    recorded: Names = field(default_factory=dict)
+    tokens: bool = False
+    by_query: bool = False
+
+    def read(self, number: int) -> Iterator[Pair]:
+        """The texts of one file."""
+        return read_texts(
+            self.paths[number],
+            self.format,
+            self.columns,
+            self.recorded,
+            self.tokens,
+            self.by_query,
+        )
+
+
+def chunks_of(files: TextFiles, number: int, size: int) -> Iterator[dict[str, Any]]:
+    """One file in chunks of `size` texts; the last may have fewer, and is there for an empty file, too. Where the rows
+    of a query belong together, a chunk goes on to the end of its last query."""
+    start, chunk = 0, list[Pair]()
+    try:
+        with closing(files.read(number)) as texts:  # type: ignore[type-var]  # a generator
+            parts: Iterable[list[Pair]] = queries_of(texts) if files.by_query else ([text] for text in texts)
+            for part in parts:
+                if len(chunk) >= size:
+                    yield _chunk(number, start, chunk)
+                    start = start + len(chunk)
+                    chunk = []
+                chunk += part
+        yield _chunk(number, start, chunk, last=True)
+    except (ValueError, OSError) as error:
+        yield _chunk(number, start, [], last=True, error=str(error))
+
+
+def texts_of(chunk: dict[str, Any]) -> list[Pair]:
+    """The texts of a chunk."""
+    return [tuple(row) for row in json.loads(chunk["texts"])]
+
+
+def _chunk(file: int, start: int, texts: list[Pair], last: bool = False, error: str = "") -> dict[str, Any]:
+    return {"file": file, "start": start, "last": last, "texts": json.dumps(texts), "error": error}

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import set_seed
 
+from badge_peft._version import package_version
 from badge_peft.early_exit.policies.text import describe
-from badge_peft.evaluation import collect_exit_logits
+from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.costs import measure_costs
+from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model
-from badge_peft.model_card import PICTURE, REPORT, write_model_card
+from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, write_model_card
 from badge_peft.utils import distributed
-from badge_peft.utils.files import write_json
+from badge_peft.utils.files import install, write_json
 from badge_peft.workflows.adapter_dir import choose_device
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, keeps_head, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
@@ -31,18 +38,21 @@ from badge_peft.workflows.evaluate import (
     resolve_metric,
     time_rows,
 )
-from badge_peft.workflows.finish import finish, report_of_training
-from badge_peft.workflows.fit import train_exits
+from badge_peft.workflows.fit import Choose, Plan, train_exits
 from badge_peft.workflows.forms import choose_form, form_table
 from badge_peft.workflows.report import draw, latency_line, measured_table, summary, warning
 from badge_peft.workflows.search import Search
 from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
+from badge_peft.workflows.train_ranking import for_ranking, plan_ranking, read_rankings
 from badge_peft.workflows.validate import check_output_dir, check_settings, check_training, with_output_dir
 
 
 def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, Any] | None:
     """Trains exits, saves them as an adapter, and chooses how to stop, with what it costs, on evaluation rows.
+
+    With `task="ranking"` exits learn the scores that the model itself gives to pairs of a query and a document, and
+    margins are chosen on queries that did not train. No labels are needed; full depth stays the model's own.
 
     `output_dir` gets the adapter (PEFT's files and the tokenizer's), `exit_logits.safetensors` (of the evaluation
     rows, for more sweeps and calibrations), `report.json`, `tradeoff.png` and a card, `README.md`.
@@ -51,25 +61,21 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
     writes.
 
     Args:
-        model: Folder or Hub repository of a classifier, or of an encoder that is to become one.
-        data: Texts, labeled or not: see `read_examples`.
+        model: Folder or Hub repository of a classifier, of an encoder that is to become one, or of a cross-encoder.
+        data: Texts, labeled or not: see `read_examples`. For ranking, the candidates of each query as the reranker
+            will see them; with `settings.columns.corpus` queries alone, whose candidates BM25 finds there.
         settings: What to train, and how.
 
     Returns:
         What `report.json` holds; None in a process that is not the first.
-
-    Raises:
-        ValueError: settings, model and data do not fit one another; nothing has been written then.
-        OSError: there is no such model or data.
     """
-    settings = with_output_dir(settings, model)
+    ranks = settings.task == "ranking"
+    settings = with_output_dir(for_ranking(settings) if ranks else settings, model)
     check_settings(settings)
-    if settings.task == "ranking":
-        raise ValueError("task='ranking' is trained by train_ranker, which asks other things of model and data.")
-    examples, eval_examples = read_training_data(data, settings.columns, settings.training.seed)
-    report = train_on(model, examples, eval_examples, settings, data=data)
+    read = read_rankings if ranks else read_training_data
+    report = train_on(model, *read(data, settings.columns, settings.training.seed), settings, data=data)
     if report is not None:
-        tried = f"\n{form_table(report['forms'], report['metric'])}\n" if report["forms"] else ""
+        tried = f"\n{form_table(report['forms'], report['metric'])}\n" if report.get("forms") else ""
         print(f"{tried}\n{warning(report)}{measured_table(report)}\n\n{summary(report)}\n{checks(report)}")
     return report
 
@@ -86,88 +92,160 @@ def train_on(
     """As `train_adapter`, on rows that have been read and that the report calls `data`. With `new_head`, labels are
     those of the data, and a trained head of the model is left aside."""
     start = time.perf_counter()
-    out, training = check_output_dir(settings), settings.training
-    set_seed(training.seed)
+    out = check_output_dir(settings)
+    ranks = settings.task == "ranking"
+    set_seed(settings.training.seed)
     base = load_base(model_name, settings, examples, new_head)
     tokenizer = load_tokenizer(local_path(settings.tokenizer or model_name), base.model, settings.max_length)
-    if training.objective != "joint" and settings.exits.keep_head is None:  # which may train the head
-        settings = replace(settings, exits=replace(settings.exits, keep_head=False))
-    settings = replace(settings, exits=replace(settings.exits, keep_head=keeps_head(settings.exits, base.has_head)))
-    eval_rows = base.encode(eval_examples, tokenizer, scored=True)
-    learns_labels = check_training(settings, base, bool(examples.labels), len(eval_rows))
-    train_rows = base.encode(examples, tokenizer, labeled=learns_labels)
-    print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
-
-    metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
-    base.model.to(choose_device(None))  # states are computed before Trainer takes the model there
-    choosing = partial(choose_form, base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
-    states, search = None, None
-    if settings.search.trials:
-        wanted = Search(base, train_rows, tokenizer, settings, learns_labels, model_name)
-        settings, forms = wanted.choose_form(choosing)
-        set_seed(training.seed)
-        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
-        settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
-        training = settings.training
-    else:
-        settings, forms = choosing()
-    set_seed(training.seed)
-    model = add_exits(base, settings.exits)
+    prepare = plan_ranking if ranks else _plan
+    plan = prepare(model_name, base, tokenizer, examples, eval_examples, settings)
+    batch_size = plan.settings.training.batch_size
+    model = add_exits(plan.base, plan.settings.exits)
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
-    pooled = "" if base.pooling is None else f"; a sentence encoder: exits pool by {badge.config_of().exit_pooling!r}"
+    pooling = badge.config_of().exit_pooling
+    pooled = "" if plan.base.pooling is None or ranks else f"; a sentence encoder: exits pool by {pooling!r}"
     print(f"2. model: {badge.num_blocks} blocks; {trainable:,} of {total:,} parameters are trained{pooled}")
-    print(f"3. training over {len(train_rows)} rows, epochs: {training.epochs}")
-    measured_training = train_exits(model, train_rows, tokenizer, training, learns_labels, states)
-    if states is not None:
-        states.close()
-    exit_logits = collect_exit_logits(
-        model, eval_rows, training.batch_size, progress=True, split_between_processes=True
+    print(f"3. training over {plan.counts[0]}, epochs: {plan.settings.training.epochs}")
+    trained = plan.train(model)
+    collected = collect_exit_logits(
+        model,
+        plan.eval_rows,
+        batch_size,
+        progress=True,
+        split_between_processes=True,
     )
 
     def save() -> dict[str, Any]:
-        constant = None
-        if exit_logits.labels is not None:
-            constant = constant_answer(exit_logits, metric_of(exit_logits, settings.metric), base.labels.names)
-        if constant is None or constant["beaten"]:
-            costs = measure_costs(model, eval_rows)
-            chosen = partial(choose, exit_logits, settings.goal, settings.metric, costs)
-        else:
-            chosen = partial(take_full_depth, exit_logits, settings.goal, settings.metric)
+        exit_logits, facts, choose = plan.choose(model, collected)
+        apart = eval_examples.split != examples.split
         report = {
-            **({"task": "tokens"} if base.reads_tokens else {}),
-            **report_of_training(
-                model_name, data, settings, examples, eval_examples, base, tokenizer, model, exit_logits
-            ),
-            "train_rows": len(train_rows),
-            "learned_from": "labels" if learns_labels else "the model's own answers",
-            "constant_answer": constant,
-            "forms": forms,
-            **measured_training,
-            "search": search,
+            "model": model_name,
+            "data": data,
+            "columns": examples.columns,
+            "max_length": tokenizer.model_max_length,
+            "label_names": base.labels.names,
+            "problem_type": base.labels.problem_type,
+            "evaluation": settings.columns.eval_data
+            or (f"{data}, split {eval_examples.split}" if apart else f"held out of {data}"),
+            "weights_hash": exit_logits.weights_hash,
+            "processes": distributed.rank_world()[1],
+            "trainable_parameters": trainable,
+            "settings": plan.settings.to_dict(),
+            "versions": {"badge_peft": package_version(), "torch": torch.__version__},
+            **facts,
+            **trained,
         }
-        return finish(model, tokenizer, exit_logits, chosen, report, out)
+        trouble = None
+        try:
+            config, measured, report["notes"] = choose()
+            model.set_early_exit_config(config)
+            report |= measured
+        except ValueError as error:
+            trouble, report["notes"] = error, []
+        report["calibration"] = badge.get_early_exit_config().calibration
+        _install(model, tokenizer, exit_logits, report, out)
+        if trouble is not None:
+            raise ValueError(
+                f"{trouble} The exits are trained and saved in {out}, but not calibrated: choose how they stop with "
+                f"`badge-peft calibrate {out}`."
+            ) from trouble
+        return report
 
     report = distributed.on_main(save)
     if not distributed.is_main():
         return None
-    chosen = badge.get_early_exit_config()
-    print(f"4. saved to {out}; policy, calibrated on {len(eval_rows)} evaluation rows: {describe(chosen)}")
-    same = keeps_answers(model)
-    report |= {
-        "full_depth_is_checkpoint": (
-            compare_with_checkpoint(model, local_path(model_name), eval_rows, training.batch_size) if same else None
-        ),
-        "latency": time_rows(model, eval_rows, settings.latency) if settings.latency else None,
-        "adapter_bytes": (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-    }
+    config = badge.get_early_exit_config()
+    print(f"4. saved to {out}; policy, calibrated on {plan.counts[1]}: {describe(config)}")
+    report["full_depth_is_checkpoint"] = None
+    if keeps_answers(model):
+        report["full_depth_is_checkpoint"] = compare_with_checkpoint(
+            model, local_path(model_name), plan.eval_rows, batch_size
+        )
+    timed = settings.latency and not ranks
+    report["latency"] = time_rows(model, plan.eval_rows, settings.latency) if timed else None
+    report["adapter_bytes"] = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     title = f"{Path(model_name).name}: {report['rows']} rows"
-    if not draw(exit_logits, chosen, report["metric"], out / PICTURE, title):
+    if not ranks and not draw(collected, config, report["metric"], out / PICTURE, title):
         print(f"   no {PICTURE}: plots need matplotlib: pip install 'badge-peft[plots]'")
     report["seconds"] = time.perf_counter() - start
     write_json(out / REPORT, report)
     write_model_card(out)
     return report
+
+
+def _plan(
+    model_name: str,
+    base: Base,
+    tokenizer: Any,
+    examples: TextDataset,
+    eval_examples: TextDataset,
+    settings: TrainSettings,
+) -> Plan:
+    """Of exits that classify: the form that is chosen, and the best settings where they are searched for."""
+    training = settings.training
+    if training.objective != "joint" and settings.exits.keep_head is None:  # which may train the head
+        settings = replace(settings, exits=replace(settings.exits, keep_head=False))
+    settings = replace(settings, exits=replace(settings.exits, keep_head=keeps_head(settings.exits, base.has_head)))
+    eval_rows = base.encode(eval_examples, tokenizer, scored=True)
+    learns_labels = check_training(settings, base, bool(examples.labels), len(eval_rows))
+    rows = base.encode(examples, tokenizer, labeled=learns_labels)
+    print(f"1. data: {_data_line(rows, eval_rows, base, examples, learns_labels)}")
+
+    metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
+    base.model.to(choose_device(None))  # states are computed before Trainer takes the model there
+    choosing = partial(choose_form, base, rows, eval_rows, tokenizer, settings, learns_labels, metric)
+    states, search = None, None
+    if settings.search.trials:
+        wanted = Search(base, rows, tokenizer, settings, learns_labels, model_name)
+        settings, forms = wanted.choose_form(choosing)
+        set_seed(training.seed)
+        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
+        settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
+    else:
+        settings, forms = choosing()
+    set_seed(training.seed)
+
+    def train(model: PeftModel) -> dict[str, Any]:
+        found = train_exits(model, rows, tokenizer, settings.training, learns_labels, states)
+        if states is not None:
+            states.close()
+        return found
+
+    def chosen(model: PeftModel, found: ExitLogits) -> tuple[ExitLogits, dict[str, Any], Choose]:
+        constant = None
+        if found.labels is not None:
+            constant = constant_answer(found, metric_of(found, settings.metric), base.labels.names)
+        facts = {
+            **({"task": "tokens"} if base.reads_tokens else {}),
+            "train_rows": len(rows),
+            "learned_from": "labels" if learns_labels else "the model's own answers",
+            "constant_answer": constant,
+            "forms": forms,
+            "search": search,
+        }
+        if constant is not None and not constant["beaten"]:
+            return found, facts, partial(take_full_depth, found, settings.goal, settings.metric)
+        return (
+            found,
+            facts,
+            partial(
+                choose,
+                found,
+                settings.goal,
+                settings.metric,
+                measure_costs(model, eval_rows),
+            ),
+        )
+
+    return Plan(
+        base,
+        settings,
+        eval_rows,
+        (f"{len(rows)} rows", f"{len(eval_rows)} evaluation rows"),
+        train,
+        chosen,
+    )
 
 
 def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextDataset, learns_labels: bool) -> str:
@@ -187,7 +265,8 @@ def _data_line(train: Dataset, held_out: Dataset, base: Base, examples: TextData
 def checks(report: dict[str, Any]) -> str:
     """What was checked and timed after the training, as lines."""
     lines = []
-    same, latency = report["full_depth_is_checkpoint"], report["latency"]
+    same = report["full_depth_is_checkpoint"]
+    latency = report["latency"]
     if latency is not None:
         lines.append(latency_line(latency))
     if same is not None and same["equal"]:
@@ -195,3 +274,21 @@ def checks(report: dict[str, Any]) -> str:
     elif same is not None:
         lines.append(f"WARNING: full depth DIFFERS from the checkpoint, by up to {same['largest_difference']:.3g}")
     return "\n".join(lines)
+
+
+def _install(model: PeftModel, tokenizer: Any, exit_logits: ExitLogits, report: dict[str, Any], out: Path) -> None:
+    """Puts all that was made into `out` at once: what is there is of one training, whenever this process ends."""
+    with TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        if (out / CARD).exists():  # what somebody wrote there is kept
+            shutil.copyfile(out / CARD, staged / CARD)
+        try:
+            model.save_pretrained(temporary)
+            exit_logits.save(staged / LOGITS)
+        except SafetensorError as error:
+            raise OSError(f"the adapter cannot be written into {temporary}: {error}") from error
+        tokenizer.save_pretrained(temporary)
+        write_json(staged / REPORT, report)
+        # PEFT takes the config inside of the weights where it finds that of another adapter beside them
+        install(staged, out, last=(SAFETENSORS_WEIGHTS_NAME, CONFIG, LOGITS, REPORT, CARD))
+    (out / PICTURE).unlink(missing_ok=True)  # of another training; this one's is still to be drawn

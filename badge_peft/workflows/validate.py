@@ -20,20 +20,15 @@ from badge_peft.utils.checks import check_choice
 from badge_peft.utils.extras import require
 from badge_peft.workflows.base_model import Base, badge_config
 from badge_peft.workflows.evaluate import resolve_metric
-from badge_peft.workflows.search_picture import SEARCH_PICTURE
-from badge_peft.workflows.settings import SEARCH_GOALS, STUDY, TrainColumns, TrainSettings
+from badge_peft.workflows.settings import SEARCH_GOALS, SEARCH_PICTURE, STUDY, TrainColumns, TrainSettings
 
 TASKS = ("classification", "ranking")
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Refuses what no model and no data could make right, before anything is read.
-
-    Raises:
-        ValueError: a value that is not allowed, or two that exclude one another, or processes that cannot share a
-            batch evenly.
-    """
-    exits, training = settings.exits, settings.training
+    """Refuses what no model and no data could make right, before anything is read."""
+    exits = settings.exits
+    training = settings.training
     make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)
     policy = settings.goal.policy
     check_policy_name(policy, "auto")
@@ -81,12 +76,9 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def check_ranking(settings: TrainSettings) -> None:
-    """Refuses what a ranking adapter cannot have, before anything is read.
-
-    Raises:
-        ValueError: a backbone, a head, an objective or a goal of another task.
-    """
-    exits, training = settings.exits, settings.training
+    """Refuses what a ranking adapter cannot have, before anything is read."""
+    exits = settings.exits
+    training = settings.training
     if exits.backbone != "frozen" or exits.final_exit == "exit":
         raise ValueError(
             "ranking exits follow the scores of the model as it is: use backbone='frozen' and final_exit='base_head'."
@@ -141,13 +133,10 @@ def _check_search(settings: TrainSettings) -> None:
 
 def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows: int) -> bool:
     """Whether the exits learn from labels (else from the model's own answers), of training rows that may be `labeled`
-    and this number of evaluation rows.
-
-    Raises:
-        ValueError: labels are needed and missing, the policy cannot work with such labels or be as fast as it shall
-            be, or there are too few rows for the confidence asked for.
-    """
-    exits, training, labels = settings.exits, settings.training, base.labels
+    and this number of evaluation rows."""
+    exits = settings.exits
+    training = settings.training
+    labels = base.labels
     learns_labels = labeled and training.distillation != 1
     if not learns_labels:
         if not base.has_head or exits.backbone != "frozen" or not exits.keep_head:
@@ -165,7 +154,8 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
             )
         if exits.learn_to_exit:
             raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
-    policy, blocks_saved = POLICIES.get(settings.goal.policy), settings.goal.target_blocks_saved
+    policy = POLICIES.get(settings.goal.policy)
+    blocks_saved = settings.goal.target_blocks_saved
     if policy is not None and not policy.suits(labels.problem_type):
         able = ", ".join(name for name, other in POLICIES.items() if other.suits(labels.problem_type))
         raise ValueError(
@@ -183,7 +173,8 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
             )
     metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names), base.tags)
     goal = settings.goal.arguments()
-    drop, confidence = goal["max_score_drop"], goal["confidence"]
+    drop = goal["max_score_drop"]
+    confidence = goal["confidence"]
     if confidence is not None:
         needed = rows_to_certify(drop, confidence, metric, labels.problem_type)
         if eval_rows < needed:
@@ -203,12 +194,7 @@ def with_output_dir(settings: TrainSettings, model: str) -> TrainSettings:
 
 
 def check_output_dir(settings: TrainSettings) -> Path:
-    """Where the adapter goes.
-
-    Raises:
-        ValueError: it is the model's folder or a file, it is not empty, has a README.md that cannot be read, or
-            cannot be made or written.
-    """
+    """Where the adapter goes."""
     out = settings.output_dir
     assert out is not None  # `with_output_dir` has been asked
     if out.is_file():

@@ -12,13 +12,7 @@ ROWS, BATCH, BATCHED_ROWS = 200, 32, 640
 
 
 def time_adapter(folder: Path, test: Path, threads: int) -> dict[str, Any]:
-    """Mean milliseconds of a call with one text, all ways to run it; and of one with 32 texts in PyTorch.
-
-    Args:
-        folder: Of the adapter.
-        test: File of test rows.
-        threads: Of torch and of each session.
-    """
+    """Mean milliseconds of a call with one text, all ways to run it; and of one with 32 texts in PyTorch."""
     adapter = open_adapter(folder)
     rows = adapter.read(test)
     one = bench_adapter(adapter, rows, limit=ROWS, threads=threads)

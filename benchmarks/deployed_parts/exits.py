@@ -15,16 +15,7 @@ PLAIN += ["--policy", "divergence"]
 
 
 def train_exits(model: Path, data: Path, out: Path, seed: int, plain: bool, threads: int) -> None:
-    """Writes an adapter, and beside it what the command printed and took.
-
-    Args:
-        model: Folder of the classifier.
-        data: Folder with train.jsonl and validation.jsonl.
-        out: Folder of the adapter.
-        seed: Of the exits.
-        plain: The paper's form in place of no option at all.
-        threads: Of torch.
-    """
+    """Writes an adapter, and beside it what the command printed and took."""
     part = out.with_name(out.name + ".part")  # what stands under its own name is finished
     shutil.rmtree(part, ignore_errors=True)
     options = ["--seed", str(seed), "--output-dir", str(part), *(PLAIN if plain else [])]

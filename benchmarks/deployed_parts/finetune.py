@@ -40,10 +40,17 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], length:
             texts.append([row["text_pair"] for row in rows])
         columns = dict(tokenizer(*texts, truncation=True, max_length=length))
         return Dataset.from_dict({**columns, "labels": [number[str(row["label"])] for row in rows]})
-    found = tokenizer([row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=length)
+    found = tokenizer(
+        [row["tokens"] for row in rows],
+        is_split_into_words=True,
+        truncation=True,
+        max_length=length,
+    )
     labels = []
     for i, row in enumerate(rows):
-        words, seen, own = found.word_ids(i), set(), []
+        words = found.word_ids(i)
+        seen = set()
+        own = []
         for word in words:
             own.append(-100 if word is None or word in seen else number[row["tags"][word]])
             seen.add(word)
@@ -65,21 +72,7 @@ def finetune(
     tokens: bool = False,
     max_blocks: int | None = None,
 ) -> None:
-    """Writes a fine-tuned classifier and its tokenizer.
-
-    Args:
-        backbone: Folder or Hub name of the encoder.
-        data: Folder with train.jsonl.
-        out: Folder to write.
-        epochs: Passes over the training rows; the last state counts.
-        max_length: Tokens of a text.
-        learning_rate: Of AdamW, decaying linearly.
-        batch_size: Texts of a step.
-        seed: Of the head and of the order of the rows.
-        bf16: Autocast to bfloat16.
-        tokens: Label words, not texts.
-        max_blocks: Keep the first blocks alone: a truncated student.
-    """
+    """Writes a fine-tuned classifier and its tokenizer."""
     set_seed(seed)
     rows = read_rows(data / "train.jsonl")
     names = label_names(rows, tokens)

@@ -30,17 +30,11 @@ PAUSE = 0.005  # seconds before each call, in which another runtime's threads co
 def compare_models(models: dict[str, Path], data: Path, length: int, tokens: bool, timed: int) -> dict[str, Any]:
     """Scores on test rows, agreement with the first model, and times in turn.
 
-    Args:
-        models: Folders by name, the full model first.
-        data: Folder with train.jsonl and test.jsonl.
-        length: Tokens of a text.
-        tokens: Labels are those of words.
-        timed: How many test rows are timed, one at a time.
-
     Returns:
         By name: `score`, `agreement`, `ms` (PyTorch), `int8_ms` (ONNX Runtime); times are means of a call.
     """
-    rows, names = read_rows(data / "test.jsonl"), label_names(read_rows(data / "train.jsonl"), tokens)
+    rows = read_rows(data / "test.jsonl")
+    names = label_names(read_rows(data / "train.jsonl"), tokens)
     auto = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
     loaded = {name: auto.from_pretrained(folder, dtype=torch.float32).eval() for name, folder in models.items()}
     encoded = encode(rows, AutoTokenizer.from_pretrained(next(iter(models.values()))), names, length, tokens)
@@ -99,12 +93,7 @@ def _times(models: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, di
 
 
 def linear_model(data: Path, timed: int) -> dict[str, float]:
-    """A logistic regression on tf-idf of words and pairs of words; its strength is chosen on validation rows.
-
-    Args:
-        data: Folder with train.jsonl, validation.jsonl and test.jsonl.
-        timed: How many test rows are timed, one at a time.
-    """
+    """A logistic regression on tf-idf of words and pairs of words; its strength is chosen on validation rows."""
     train, validation, test = (read_rows(data / f"{split}.jsonl") for split in ("train", "validation", "test"))
     columns = [name for name in ("text", "text_pair") if name in train[0]]
     readers = [
@@ -114,7 +103,8 @@ def linear_model(data: Path, timed: int) -> dict[str, float]:
     def read(rows: list[dict[str, Any]]) -> Any:
         return hstack([r.transform([row[name] for row in rows]) for r, name in zip(readers, columns, strict=True)])
 
-    features, labels = read(train), [row["label"] for row in train]
+    features = read(train)
+    labels = [row["label"] for row in train]
     models = [LogisticRegression(C=c, max_iter=300).fit(features, labels) for c in STRENGTHS]
     best = max(models, key=lambda model: model.score(read(validation), [row["label"] for row in validation]))
     seconds = []

@@ -12,18 +12,13 @@ from badge_peft.evaluation.costs import CostModel
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.calibrate import choose
 from badge_peft.workflows.evaluate import evaluate_adapter, measure
-from badge_peft.workflows.goal import Goal
+from badge_peft.workflows.settings import Goal
 
 DROPS = (0.01, 0.005)
 
 
 def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
-    """Scores, agreement and blocks saved on test rows, JSON-able.
-
-    Args:
-        folder: Of the adapter, as `badge-peft train` wrote it.
-        test: File of labeled test rows.
-    """
+    """Scores, agreement and blocks saved on test rows, JSON-able."""
     adapter = open_adapter(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found, logits = evaluate_adapter(adapter, adapter.read(test), report["metric"])
@@ -33,7 +28,16 @@ def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
     costs = CostModel.from_dict(stored["costs"]) if "costs" in stored else None
     depths = {}
     for drop in DROPS:
-        config = own if drop == DROPS[0] else choose(validation, Goal(max_score_drop=drop), report["metric"], costs)[0]
+        config = (
+            own
+            if drop == DROPS[0]
+            else choose(
+                validation,
+                Goal(max_score_drop=drop),
+                report["metric"],
+                costs,
+            )[0]
+        )
         depths[str(drop)] = {
             **_early(measure(logits, config, report["metric"])),
             "expected_time_saved": (config.calibration or {}).get("time_saved"),

@@ -1,3 +1,1 @@
 """The parts of `benchmarks/latency.py`: what early exits cost and save on the clock."""
-
-from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -25,7 +25,6 @@ from transformers import BertConfig, BertForSequenceClassification
 import badge_peft
 from badge_peft.tuner.bypass import Bypass
 from badge_peft.tuner.exits import MultiExitHead
-from latency_parts.settings import Size
 
 RULE = {"policy": "divergence", "divergence": "ce", "threshold": 0.2, "patience": 1}
 NOBODY = {**RULE, "threshold": 1e-9}  # decisions are made, and nobody leaves
@@ -37,17 +36,27 @@ _SAMPLES = 2  # contexts per token and length that the weights are fitted on
 _RIDGE = 1e-2
 
 
+class Size(NamedTuple):
+    """Of a BERT of random weights: d, M, heads of each attention, tokens."""
+
+    hidden: int
+    blocks: int
+    heads: int
+    vocabulary: int = 30522
+
+
+SIZES = {
+    "BERT-base": Size(768, 12, 12),
+    "h384": Size(384, 12, 12),  # MiniLM-L12-H384, e5-small
+    "tiny": Size(32, 4, 2, 200),  # tries a benchmark: says nothing about speed
+}
+
+
 @dataclass
 class Forced:
-    """Stock model and early-exit model of the same weights.
-
-    Args:
-        size: Of both.
-        stock: The base model, untouched.
-        model: The PEFT model, in eval mode; its adapter's own rule is `RULE`.
-        outside: The base model without its blocks, on the same weights: embeddings, masks, pooler, head, and what a
-            call costs that computes nothing.
-    """
+    """Stock model, PEFT model (in eval mode, its adapter's own policy is `RULE`) and the stock model without its
+    blocks (`outside`: embeddings, masks, pooler, head, and what a call costs that computes nothing), of the same
+    weights."""
 
     size: Size
     stock: BertForSequenceClassification
@@ -55,24 +64,14 @@ class Forced:
     outside: BertForSequenceClassification
 
     def batch(self, exits: Sequence[int], length: int, seed: int = 0) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` [B, S] of rows that leave at `exits` (2 to M); no padding.
-
-        Raises:
-            ValueError: an exit at which this rule cannot stop.
-        """
+        """`input_ids` and `attention_mask` [B, S] of rows that leave at `exits` (2 to M); no padding."""
         return make_batch(self.size, exits, length, seed)
-
-    def to(self, device: str) -> Forced:
-        """Moves both models."""
-        for model in (self.stock, self.model, self.outside):
-            model.to(device)
-        return self
 
 
 def add_copy(forced: Forced, name: str) -> None:
     """Gives the model an adapter of the same weights and rule as its first under another name."""
     first = forced.model.peft_config["default"]
-    config = badge_peft.BadgeConfig(train_head=False, carry=first.carry, early_exit=first.early_exit)
+    config = badge_peft.BadgeConfig(train_head=False, early_exit=first.early_exit)
     forced.model.add_adapter(name, config)
     weights = peft.get_peft_model_state_dict(forced.model, adapter_name="default")
     peft.set_peft_model_state_dict(forced.model, weights, adapter_name=name)
@@ -84,22 +83,16 @@ def exits_of(output: Any) -> list[int]:
     return [int(number) for number in output.exit_layer]
 
 
-def build(size: Size, lengths: Sequence[int], with_stock: bool = True, carry: str | None = None) -> Forced:
-    """Makes both models and fits the exits.
-
-    Args:
-        size: Of the models.
-        lengths: Tokens per row that will be measured.
-        with_stock: False keeps one set of weights only, for the measurement of memory: `stock` is then the base model
-            inside of `model`.
-        carry: Of the adapter; what is carried is multiplied by 0, so that rows stop where they do without.
-    """
+def build(size: Size, lengths: Sequence[int], with_stock: bool = True) -> Forced:
+    """Makes the models and fits the exits to rows of these lengths. Without stock there is one set of weights, for the
+    measurement of memory: `stock` is then the base model inside of `model`."""
     torch.manual_seed(0)
     base = make_base(size)
     weights = _fit(shared_copy(base), size, lengths)  # transformers leaves hooks behind where it has captured states
     stock = copy.deepcopy(base) if with_stock else base
-    outside = without_blocks(base)
-    config = badge_peft.BadgeConfig(train_head=False, carry=carry, early_exit=dict(RULE))
+    outside = shared_copy(base)
+    outside.bert.encoder.layer = torch.nn.ModuleList()
+    config = badge_peft.BadgeConfig(train_head=False, early_exit=dict(RULE))
     model = peft.get_peft_model(base, config).eval()
     _install(model, weights)
     return Forced(size, stock, model, outside)
@@ -121,13 +114,6 @@ def make_base(size: Size) -> BertForSequenceClassification:
     return model
 
 
-def without_blocks(model: BertForSequenceClassification) -> BertForSequenceClassification:
-    """The same weights without the blocks between embeddings and pooler."""
-    bare = shared_copy(model)
-    bare.bert.encoder.layer = torch.nn.ModuleList()
-    return bare
-
-
 def shared_copy(model: Any) -> Any:
     """Another model on the same weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -145,7 +131,7 @@ def make_batch(size: Size, exits: Sequence[int], length: int, seed: int = 0) -> 
     return {"input_ids": input_ids, "attention_mask": torch.ones(shape, dtype=torch.long)}
 
 
-def spread(rows: int, blocks: int) -> list[int]:
+def even_exits(rows: int, blocks: int) -> list[int]:
     """Exits from 2 to M, as even as can be; [B], in no order that a batch could profit from."""
     exits = np.linspace(2, blocks, rows).round().astype(int)
     return [int(number) for number in np.random.default_rng(0).permutation(exits)]

@@ -12,57 +12,47 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from latency_parts.settings import SIZES, Settings
-
-STOCK = "stock PyTorch"
 KINDS = {
+    "stock": "stock PyTorch",
     "all-exits": "full depth, all exits",
     "nobody": "early exit, nobody leaves",
     "mixed": "each row leaves on its own",
 }
 
 
-def memory(size: str, settings: Settings) -> list[dict[str, object]]:
+def memory(size: str, rows: int, length: int, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Peak resident memory, megabytes: median over processes, and the ratio to stock's."""
-    rows: list[dict[str, object]] = []
-    for count, length in settings.memory_batches:
-        peaks: dict[str, list[float]] = {kind: [] for kind in ("stock", *KINDS)}
-        imports: list[float] = []
-        for _ in range(settings.rounds_of("memory")):
-            for kind, found in peaks.items():
-                said = _child(kind, size, count, length, settings.threads)
-                found.append(said["peak_mb"])
-                imports.append(said["imports_mb"])
-        base = statistics.median(peaks["stock"])
-        for kind, name in KINDS.items():
-            ratios = sorted(peak / base for peak in peaks[kind])
-            rows.append(
-                {
-                    "variant": name,
-                    "base": STOCK,
-                    "batch": count,
-                    "length": length,
-                    "peak_mb": statistics.median(peaks[kind]),
-                    "base_peak_mb": base,
-                    "imports_mb": statistics.median(imports),
-                    "ratio": statistics.median(ratios),
-                    "ratio_q1": ratios[0],
-                    "ratio_q3": ratios[-1],
-                    "rounds": len(ratios),
-                }
-            )
-    return rows
+    said = {kind: [_child(kind, size, rows, length, threads) for _ in range(rounds)] for kind in KINDS}
+    imports = statistics.median(one["imports_mb"] for own in said.values() for one in own)
+    peaks = {kind: sorted(one["peak_mb"] for one in own) for kind, own in said.items()}
+    base = statistics.median(peaks.pop("stock"))
+    return [
+        {
+            "variant": KINDS[kind],
+            "base": KINDS["stock"],
+            "batch": rows,
+            "length": length,
+            "peak_mb": statistics.median(own),
+            "base_peak_mb": base,
+            "imports_mb": imports,
+            "ratio": statistics.median(own) / base,
+            "ratio_q1": own[0] / base,
+            "ratio_q3": own[-1] / base,
+            "rounds": rounds,
+        }
+        for kind, own in peaks.items()
+    ]
 
 
-def _child(kind: str, size: str, rows: int, length: int, threads: int) -> dict[str, float]:
+def _child(*arguments: Any) -> dict[str, float]:
     here = Path(__file__).resolve().parents[1]
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    command = [sys.executable, "-m", "latency_parts.memory", kind, size, str(rows), str(length), str(threads)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "latency_parts.memory", *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {kind} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the memory of {arguments[0]} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -70,23 +60,21 @@ def _measure(kind: str, size: str, rows: int, length: int, threads: int) -> dict
     """What the child does."""
     import torch
 
-    from latency_parts import forced
+    from latency_parts.forced import NOBODY, RULE, SIZES, build, even_exits, make_base, make_batch
 
     torch.set_num_threads(threads)
     imports = peak_mb()
-    blocks = SIZES[size].blocks
-    batch = forced.make_batch(SIZES[size], forced.spread(rows, blocks), length)
-    torch.manual_seed(0)
+    batch = make_batch(SIZES[size], even_exits(rows, SIZES[size].blocks), length)
     if kind == "stock":
-        stock = forced.make_base(SIZES[size])
-        call = lambda: stock(**batch)  # noqa: E731
+        torch.manual_seed(0)
+        call: Any = make_base(SIZES[size])
     else:
-        model = forced.build(SIZES[size], (min(length, 16),), with_stock=False).model
-        rule = forced.NOBODY if kind == "nobody" else forced.RULE
-        call = (lambda: model(**batch)) if kind == "all-exits" else lambda: model.early_exit_forward(**batch, **rule)
+        model = build(SIZES[size], (min(length, 16),), with_stock=False).model
+        call = model if kind == "all-exits" else model.early_exit_forward
+        batch |= {"nobody": NOBODY, "mixed": RULE}.get(kind, {})
     with torch.inference_mode():
         for _ in range(2):
-            call()
+            call(**batch)
     return {"peak_mb": peak_mb(), "imports_mb": imports}
 
 

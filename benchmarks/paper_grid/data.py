@@ -1,4 +1,4 @@
-"""Tasks: JSON-lines folders or GLUE from the Hub, cut to a seeded subset and tokenized once."""
+"""Tasks: folders of JSON lines, cut to a seeded subset and tokenized once."""
 
 from __future__ import annotations
 
@@ -9,38 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import read_lines
+
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass
 class TaskData:
-    """One task, tokenized.
-
-    Args:
-        splits: Split -> rows of features and `labels`.
-        num_labels: K; 1 is regression.
-        digest: Of the texts, so that two results can be known to be of the same data.
-    """
+    """One task, tokenized: rows of features and `labels` by split, K (1 is regression), and a digest of the texts, so
+    that two results can be known to be of the same data."""
 
     splits: dict[str, list[Row]]
     num_labels: int
     digest: str
 
-    @property
-    def problem_type(self) -> str:
-        """As transformers has it."""
-        return "regression" if self.num_labels == 1 else "single_label_classification"
-
 
 def load_task(settings: dict[str, Any], data_dir: str | Path | None, tokenizer: Any) -> TaskData:
-    """Reads, cuts and tokenizes the task of a run.
-
-    Args:
-        settings: Of a run: `data`, `rows`, `data_seed`, `max_length`.
-        data_dir: Where the folders are.
-        tokenizer: Of the backbone.
-    """
+    """Reads, cuts and tokenizes the task of a run."""
     raw = read_task(settings["data"], data_dir)
     numbers, num_labels = _numbers(raw)
     splits, digest = {}, hashlib.sha256()
@@ -59,46 +45,18 @@ def load_task(settings: dict[str, Any], data_dir: str | Path | None, tokenizer: 
 
 
 def read_task(data: str, data_dir: str | Path | None) -> dict[str, list[Row]]:
-    """Rows with `text`, `label` and, for pairs, `text_pair`, by split.
-
-    A test split that is missing (or whose labels are hidden) is half of the validation split, as the paper has it.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a split that cannot be done without is missing.
-    """
-    raw = _hub(data.removeprefix("glue:")) if data.startswith("glue:") else _folder(data, data_dir)
-    for split in ("train", "validation"):
-        if not raw.get(split):
-            raise ValueError(f"task data {data!r} has no {split} split; it has {', '.join(raw)}.")
-    if not raw.get("test"):
+    """Rows with `text`, `label` and, for pairs, `text_pair`, by split. A test split that is missing is half of the
+    validation split, as the paper has it."""
+    folder = Path(data_dir or ".", data)
+    raw = {split: read_lines(path) for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()}
+    if not {"train", "validation"} <= raw.keys():
+        raise FileNotFoundError(
+            f"{folder} lacks train.jsonl or validation.jsonl: give --data-dir the folder of {data!r}."
+        )
+    if "test" not in raw:
         rows = random.Random(0).sample(raw["validation"], len(raw["validation"]))
         raw["validation"], raw["test"] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     return raw
-
-
-def _folder(name: str, data_dir: str | Path | None) -> dict[str, list[Row]]:
-    if data_dir is None:
-        raise ValueError(f"task data {name!r} is a folder: say where it is with --data-dir.")
-    folder = Path(data_dir, name)
-    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    found = {split: path for split, path in files.items() if path.is_file()}
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no train.jsonl: give --data-dir the folder that has {name!r} in it.")
-    return {split: [json.loads(line) for line in path.open(encoding="utf-8")] for split, path in found.items()}
-
-
-def _hub(name: str) -> dict[str, list[Row]]:
-    from datasets import load_dataset
-
-    source = load_dataset("nyu-mll/glue", name)
-    columns = [c for c, f in source["train"].features.items() if getattr(f, "dtype", "") == "string"]
-    names = dict(zip(columns, ("text", "text_pair"), strict=False))
-    wanted = {"train": "train", "validation": "validation_matched" if name == "mnli" else "validation"}
-    return {
-        split: [{names.get(k, k): v for k, v in row.items() if k in names or k == "label"} for row in source[part]]
-        for split, part in wanted.items()
-    }
 
 
 def _some(rows: list[Row], count: int | None, seed: int) -> list[Row]:

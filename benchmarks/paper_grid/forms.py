@@ -1,127 +1,80 @@
-"""Forms of exits on one frozen backbone, task by task: scores, and gains of one over another."""
+"""Forms of exits on one frozen backbone, by their titles: what each is, and its runs in a store."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from badge_peft.evaluation import ExitLogits
 from paper_grid.records import Place, Record, by_seed
-from paper_grid.resampled import Gain, gains
-from paper_grid.settings import Settings
 from paper_grid.store import Store
 
-Fields = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Form:
-    """One column of the tables.
-
-    Args:
-        method: In `METHODS`.
-        fields: Of the adapter, on top of the method's.
-        title: In tables.
-    """
-
-    method: str
-    fields: Fields
-    title: str
-
-    def fits(self, record: Record, place: Place) -> bool:
-        """Whether a run is one of it."""
-        same = record.method == self.method and record.variant == dict(self.fields)
-        return same and record.place == place
-
-
-JOINT = Form("joint", (), "JT")
-PLAIN = Form("badge", (), "BADGE")
-CARRY = Form("badge", (("carry", "logits"),), "BADGE + carry")
-STATES = Form("badge", (("carry", "states"),), "BADGE + carried states")
-LADDER = Form("badge", (("ladder", True),), "BADGE + ladder")
-BOTH = Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + carry + ladder")
-ATTENTION = Form("badge", (("exit_type", "residual_mha"),), "BADGE + attention")
-CARRY_0 = Form("badge", (("carry", "logits"), ("exit_0", True)), "BADGE + carry + exit 0")
-CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mha")), "BADGE + carry + attention")
-CARRY_ATTENTION_0 = Form(
-    "badge",
-    (("carry", "logits"), ("exit_0", True), ("exit_type", "residual_mha")),
-    "BADGE + carry + attention + exit 0",
+JOINT, PLAIN, CARRY = "JT", "BADGE", "BADGE + carry"
+_CARRY = {"carry": "logits"}
+_ATTENTION = {"exit_type": "residual_mha"}
+_EXIT_0 = {"exit_0": True}
+#: Title -> method, and fields of the adapter on top of the method's.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    JOINT: ("joint", {}),
+    PLAIN: ("badge", {}),
+    CARRY: ("badge", _CARRY),
+    "BADGE + carry + exit 0": ("badge", _CARRY | _EXIT_0),
+    "BADGE + carry, linear weights": ("badge", _CARRY | {"exit_weights": "linear"}),
+    "BADGE + carry + distillation": ("badge_distilled", _CARRY),
+    "BADGE + carry + distillation, T = 2": ("badge_distilled_soft", _CARRY),
+    "BADGE + carry, r = 64": ("badge", _CARRY | {"r": 64}),
+    "BADGE + carry, first token": ("badge", _CARRY | {"exit_pooling": "cls"}),
+    "BADGE + attention": ("badge", _ATTENTION),
+    "BADGE + carry + attention": ("badge", _CARRY | _ATTENTION),
+    "BADGE + carry + attention + exit 0": ("badge", _CARRY | _ATTENTION | _EXIT_0),
+    "JT + carry": ("joint", _CARRY),
+    "JT + carry + attention": ("joint", _CARRY | _ATTENTION),
+    "2ST": ("two_stage", {}),
+    "2ST + carry": ("two_stage", _CARRY),
+    "ALT": ("alternating", {}),
+    "ALT + carry": ("alternating", _CARRY),
+    "GPF": ("past_future", {}),
+    "GPF + carry": ("past_future", _CARRY),
+    "GradEquil": ("gradient_equilibrium", {}),
+}
+COMPARED = (
+    *((PLAIN, rival) for rival in (JOINT, "2ST", "ALT", "GPF")),
+    (CARRY, PLAIN),
+    ("BADGE + carry + exit 0", CARRY),
+    ("BADGE + carry + exit 0", PLAIN),
+    *((form, CARRY) for form in FORMS if form.startswith((f"{CARRY}, ", f"{CARRY} + distillation"))),
+    ("BADGE + attention", PLAIN),
+    ("BADGE + carry + attention", PLAIN),
+    ("BADGE + carry + attention + exit 0", "BADGE + carry + attention"),
+    ("BADGE + carry + attention + exit 0", PLAIN),
+    *((f"{rival} + carry", rival) for rival in (JOINT, "2ST", "ALT", "GPF")),
+    *((form, PLAIN) for form in ("JT + carry", "JT + carry + attention")),
 )
-CARRY_LINEAR = Form("badge", (("carry", "logits"), ("exit_weights", "linear")), "BADGE + carry, linear weights")
-CARRY_DISTILLED = Form("badge_distilled", (("carry", "logits"),), "BADGE + carry + distillation")
-CARRY_DISTILLED_SOFT = Form("badge_distilled_soft", (("carry", "logits"),), "BADGE + carry + distillation, T = 2")
-CARRY_WIDE = Form("badge", (("carry", "logits"), ("r", 64)), "BADGE + carry, r = 64")
-CARRY_CLS = Form("badge", (("carry", "logits"), ("exit_pooling", "cls")), "BADGE + carry, first token")
-JOINT_CARRY = Form("joint", (("carry", "logits"),), "JT + carry")
-JOINT_CARRY_ATTENTION = Form("joint", (("carry", "logits"), ("exit_type", "residual_mha")), "JT + carry + attention")
-FORMS = (
-    JOINT,
-    PLAIN,
-    CARRY,
-    CARRY_0,
-    CARRY_LINEAR,
-    CARRY_DISTILLED,
-    CARRY_DISTILLED_SOFT,
-    CARRY_WIDE,
-    CARRY_CLS,
-    STATES,
-    LADDER,
-    BOTH,
-    ATTENTION,
-    CARRY_ATTENTION,
-    CARRY_ATTENTION_0,
-    JOINT_CARRY,
-    JOINT_CARRY_ATTENTION,
-)
-TWO_STAGE = Form("two_stage", (), "2ST")
-ALTERNATING = Form("alternating", (), "ALT")
-PAST_FUTURE = Form("past_future", (), "GPF")
-EQUILIBRIUM = Form("gradient_equilibrium", (), "GradEquil")
-TWO_STAGE_CARRY = Form("two_stage", (("carry", "logits"),), "2ST + carry")
-ALTERNATING_CARRY = Form("alternating", (("carry", "logits"),), "ALT + carry")
-PAST_FUTURE_CARRY = Form("past_future", (("carry", "logits"),), "GPF + carry")
-OTHERS = (
-    TWO_STAGE,
-    TWO_STAGE_CARRY,
-    ALTERNATING,
-    ALTERNATING_CARRY,
-    PAST_FUTURE,
-    PAST_FUTURE_CARRY,
-    EQUILIBRIUM,
-)
+#: Forms whose early answers are looked at.
+EARLY = (JOINT, PLAIN, CARRY, *(form for form in FORMS if form.endswith((" exit 0", f"{CARRY} + attention"))))
 
 
-def found_forms(records: list[Record], forms: tuple[Form, ...] = FORMS) -> list[Form]:
-    """Those that some run is one of."""
-    return [form for form in forms if any(form.fits(r, r.place) for r in records)]
+def is_of(record: Record, form: str, place: Place) -> bool:
+    """Whether a run on this place is one of the form."""
+    return (record.method, record.variant) == FORMS[form] and record.place == place
 
 
-def records_of(records: list[Record], form: Form, place: Place) -> list[Record]:
+def records_of(records: list[Record], form: str, place: Place) -> list[Record]:
     """Its runs on a task, by seed."""
-    return sorted((r for r in records if form.fits(r, place)), key=lambda r: r.seed)
+    return sorted((r for r in records if is_of(r, form, place)), key=lambda r: r.seed)
 
 
-def scores_of(records: list[Record], form: Form, place: Place, what: str) -> dict[int, float]:
+def scores_of(records: list[Record], form: str, place: Place, what: str) -> dict[int, float]:
     """Seed -> test score."""
-    return by_seed(records, lambda r: form.fits(r, place), what)
+    return by_seed(records, lambda r: is_of(r, form, place), what)
 
 
-def logits_of(records: list[Record], form: Form, place: Place, store: Store, split: str) -> dict[int, ExitLogits]:
-    """Seed -> stored logits."""
-    return {r.seed: store.logits(r.settled, split) for r in records_of(records, form, place)}
+def logits_of(records: list[Record], form: str, place: Place, store: Store) -> dict[int, ExitLogits]:
+    """Seed -> stored logits of the test rows."""
+    return {r.seed: store.logits(r.settled, "test") for r in records_of(records, form, place)}
 
 
-def gains_over(
-    records: list[Record], form: Form, place: Place, store: Store, settings: Settings, over: Form = PLAIN
-) -> dict[str, Gain] | None:
-    """How far a form is ahead of another on one task."""
-    ours, others = (logits_of(records, one, place, store, "test") for one in (form, over))
-    return gains(ours, others, settings.tasks[place[0]].metric)
-
-
-def mean(values: dict[int, float]) -> float:
-    """Over seeds; NaN for none."""
-    return float(np.mean(list(values.values()))) if values else float("nan")
+def mean(values: Any) -> float:
+    """NaN for none."""
+    return float(np.mean(list(values))) if values else float("nan")

@@ -21,44 +21,24 @@ _WAIT = 2.0  # seconds
 
 
 class Loop:
-    """Goes through runs in order.
+    """Goes through runs in order; `train` trains one run and stores it."""
 
-    Args:
-        settings: The grid.
-        store: Results that are there and those to come.
-        train: Trains one run and stores it.
-        minutes: Nothing is started after so many; None never stops.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        train: Callable[[dict[str, Any]], dict[str, Any]],
-        minutes: float | None = None,
-    ) -> None:
-        self.settings, self.store, self.train = settings, store, train
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+    def __init__(self, settings: Settings, store: Store, train: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.settings = settings
+        self.store = store
+        self.train = train
         self.failed: dict[str, str] = {}  # key -> label
         self._started = 0
 
-    def go(self, runs: list[Run], search_only: bool = False) -> None:
-        """Trains what these runs lack, their trials first. Comes back to those that had to wait for another process.
-
-        Args:
-            runs: In the order of their importance.
-            search_only: Only the trials.
-        """
+    def go(self, runs: list[Run]) -> None:
+        """Trains what these runs lack, their trials first. Comes back to those that had to wait for another
+        process."""
         waiting = list(runs)
         while waiting:
             started, left = self._started, []
-            for i, run in enumerate(waiting):
-                if self.time_is_up():
-                    left = waiting[i:]
-                    print(f"time is up with {len(left)} runs left to look at; the same command goes on", flush=True)
-                    return
+            for run in waiting:
                 status = self._search(run)
-                if status == DONE and not search_only:
+                if status == DONE:
                     settled, source = choose(self.settings, run, self.store)
                     status = self._train(settled, f"{run.label} ({source} rates)", "test")
                 if status == BUSY:
@@ -67,14 +47,10 @@ class Loop:
                 time.sleep(_WAIT)
             waiting = left
 
-    def time_is_up(self) -> bool:
-        """Whether nothing more may be started."""
-        return self.end is not None and time.monotonic() >= self.end
-
     def _search(self, run: Run) -> str:
         """Whether the run's rates are settled."""
         base = trial_base(self.settings, run.settings)
-        if base is None or choose(self.settings, run, self.store)[1] == "optuna":
+        if base is None:
             return DONE
         while True:
             todo, _ = trials(self.settings, base, self.store)
@@ -82,8 +58,6 @@ class Loop:
                 return DONE
             found = set()
             for trial in todo:
-                if self.time_is_up():
-                    return BUSY
                 found.add(self._train(trial, f"search {Run('search', trial).label}", "validation"))
                 if FAILED in found:
                     return FAILED
@@ -110,7 +84,8 @@ class Loop:
                 print(f"{text}: FAILED", file=sys.stderr, flush=True)
                 self.failed[key] = text
                 return FAILED
-        score, seconds = result["scores"][split], result["seconds"]["total"]
+        score = result["scores"][split]
+        seconds = result["seconds"]["total"]
         print(f"{text}: {split} avg {score['avg']:.4f} best {score['best']:.4f}, {seconds:.0f} s", flush=True)
         return DONE
 

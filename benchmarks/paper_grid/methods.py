@@ -2,82 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to train exits.
-
-    Args:
-        title: In tables.
-        objective: Of `MultiExitTrainer`.
-        adapter: Fields of `BadgeConfig` that make it what it is; a grid's variants come on top.
-        rates_of: The method whose learning rates it shares, where a search of its own would be a waste.
-        training: Further arguments of `MultiExitTrainer`.
-    """
+class Method(NamedTuple):
+    """One way to train exits: its title in tables, the objective of `MultiExitTrainer`, the fields of `BadgeConfig`
+    that make it what it is (a grid's variants come on top), the method whose learning rates it shares, and further
+    arguments of the trainer."""
 
     title: str
     objective: str = "joint"
-    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = {"placement": "none"}  # noqa: RUF012
     rates_of: str | None = None
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = {}  # noqa: RUF012
 
 
+_BLOCK = {"placement": "block"}
 METHODS: dict[str, Method] = {
     # `single_final` and `single_exits` become runs of `single`, one per depth.
-    "single": Method("single exit", "single_exit", {"placement": "none"}),
-    "two_stage": Method("2ST", "two_stage", {"placement": "none"}),
-    "joint": Method("JT", "joint", {"placement": "none"}),
-    "joint_mha": Method("JT + MHA exit", "joint", {"placement": "none", "exit_type": "mha"}),
-    "gradient_equilibrium": Method("GradEquil", "gradient_equilibrium", {"placement": "none"}),
-    "alternating": Method("ALT", "alternating", {"placement": "none"}),
+    "single": Method("single exit", "single_exit"),
+    "two_stage": Method("2ST", "two_stage"),
+    "joint": Method("JT"),
+    "joint_mha": Method("JT + MHA exit", adapter={"placement": "none", "exit_type": "mha"}),
+    "gradient_equilibrium": Method("GradEquil", "gradient_equilibrium"),
+    "alternating": Method("ALT", "alternating"),
     "past_future": Method("GPF", "past_future", {"placement": "none", "exit_type": "past_future"}),
-    "badge": Method("BADGE", "joint", {"placement": "block"}),
+    "badge": Method("BADGE", adapter=_BLOCK),
     # Beyond Table 1: the exits of LTE for Figure 2, and bypasses with the objectives of rivals.
-    "badge_lte": Method("BADGE + LTE", "joint", {"placement": "block", "learn_to_exit": True}, rates_of="badge"),
-    "badge_alternating": Method("BADGE + ALT", "alternating", {"placement": "block"}),
+    "badge_lte": Method("BADGE + LTE", adapter={**_BLOCK, "learn_to_exit": True}, rates_of="badge"),
+    "badge_alternating": Method("BADGE + ALT", "alternating", _BLOCK),
     "badge_distilled": Method(
-        "BADGE + distillation", "joint", {"placement": "block"}, rates_of="badge", training={"distillation": 0.5}
+        "BADGE + distillation", adapter=_BLOCK, rates_of="badge", training={"distillation": 0.5}
     ),
     "badge_distilled_soft": Method(
         "BADGE + distillation, T = 2",
-        "joint",
-        {"placement": "block"},
+        adapter=_BLOCK,
         rates_of="badge",
         training={"distillation": 0.5, "distillation_temperature": 2.0},
     ),
-    "badge_gradient_equilibrium": Method("BADGE + GradEquil", "gradient_equilibrium", {"placement": "block"}),
+    "badge_gradient_equilibrium": Method("BADGE + GradEquil", "gradient_equilibrium", _BLOCK),
 }
-
-SINGLE = ("single_final", "single_exits")
+SINGLE = {"single_final": "single final exit", "single_exits": "single exits"}
+TITLES = {**{name: method.title for name, method in METHODS.items()}, **SINGLE}
 #: The order of Table 1.
 TABLE_1 = (
-    "single_final",
-    "single_exits",
-    "two_stage",
-    "joint",
-    "joint_mha",
-    "gradient_equilibrium",
-    "alternating",
-    "past_future",
-    "badge",
+    *SINGLE,
+    *("two_stage", "joint", "joint_mha", "gradient_equilibrium", "alternating", "past_future", "badge"),
 )
-TITLES = {
-    **{name: method.title for name, method in METHODS.items()},
-    "single_final": "single final exit",
-    "single_exits": "single exits",
-}
-
-
-def check_method(name: str) -> str:
-    """`name`, when it is one.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if name not in METHODS and name not in SINGLE:
-        allowed = ", ".join([*SINGLE, *(m for m in METHODS if m != "single")])
-        raise ValueError(f"method {name!r} is not known: a grid's methods are among {allowed}.")
-    return name

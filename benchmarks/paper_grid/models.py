@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig
 from paper_grid.data import TaskData
@@ -16,11 +16,7 @@ from paper_grid.settings import Backbone
 
 
 def find_backbone(backbone: Backbone, model_dir: str | Path | None) -> str:
-    """The path or Hub name to load.
-
-    Raises:
-        FileNotFoundError: it is not there; the message says what to do.
-    """
+    """The path or Hub name to load."""
     if backbone.hub is not None:
         return backbone.hub
     if backbone.folder is not None:
@@ -38,20 +34,11 @@ def find_backbone(backbone: Backbone, model_dir: str | Path | None) -> str:
     return os.path.dirname(str(weights))
 
 
-def load_tokenizer(path: str) -> Any:
-    """The backbone's tokenizer."""
-    return AutoTokenizer.from_pretrained(path)
-
-
 def make_model(settings: dict[str, Any], path: str, data: TaskData) -> Any:
-    """The PEFT model of a run, fresh.
-
-    A single exit at depth m is the final exit of a backbone of m blocks: nothing behind it is computed.
-
-    Raises:
-        ValueError: the backbone has another number of blocks than the grid says.
-    """
-    config = AutoConfig.from_pretrained(path, num_labels=data.num_labels, problem_type=data.problem_type)
+    """The PEFT model of a run, fresh. A single exit at depth m is the final exit of a backbone of m blocks: nothing
+    behind it is computed."""
+    problem = "regression" if data.num_labels == 1 else "single_label_classification"
+    config = AutoConfig.from_pretrained(path, num_labels=data.num_labels, problem_type=problem)
     found = getattr(config, "num_hidden_layers", settings["blocks"])
     if found != settings["blocks"]:
         raise ValueError(f"backbone {settings['backbone']!r} has {found} blocks, the grid says {settings['blocks']}.")

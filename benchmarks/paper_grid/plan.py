@@ -16,12 +16,8 @@ from paper_grid.settings import Settings
 
 @dataclass
 class Run:
-    """One training, its learning rates still open.
-
-    Args:
-        group: The first group of the grid that asks for it.
-        settings: All that decides the result, except the learning rates.
-    """
+    """One training: the first group of the grid that asks for it, and all that decides the result except the learning
+    rates."""
 
     group: str
     settings: dict[str, Any] = field(repr=False)
@@ -78,16 +74,12 @@ def make_run(
     seed: int,
     depth: int | None = None,
 ) -> dict[str, Any]:
-    """The settings of one run.
-
-    Args:
-        settings: The grid.
-        task, backbone, mode, method, variant, seed: What the run combines.
-        depth: Of a single exit: the model is cut off behind this block.
-    """
+    """The settings of one run; behind block `depth` of a single exit the model is cut off."""
     if method == "badge" and variant.get("placement") == "none":  # that is what JT is
-        method, variant = "joint", {k: v for k, v in variant.items() if k != "placement"}
-    t, b = settings.tasks[task], settings.backbones[backbone]
+        method = "joint"
+        variant = {k: v for k, v in variant.items() if k != "placement"}
+    t = settings.tasks[task]
+    b = settings.backbones[backbone]
     adapter = {"r": settings.r, "activation": t.activation or settings.activation, **METHODS[method].adapter}
     adapter |= {"exit_pooling": b.pooling, "final_exit": b.final_exit, "backbone": mode}
     if adapter.get("exit_type") == "past_future":

@@ -33,7 +33,8 @@ def paper_difference(method: str) -> str:
         return "-"
     found = []
     for task in TASKS_1:
-        ours, theirs = TABLE_1["badge"][task][0], TABLE_1[method][task][0]
+        ours = TABLE_1["badge"][task][0]
+        theirs = TABLE_1[method][task][0]
         assert ours is not None and theirs is not None
         found.append(ours - theirs)
     return f"{min(found):+.1f} to {max(found):+.1f}"

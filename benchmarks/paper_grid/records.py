@@ -16,40 +16,20 @@ Place = tuple[str, str, str]  # task, backbone, mode
 
 @dataclass
 class Record:
-    """One finished run.
-
-    Args:
-        run: As planned.
-        settled: Its settings with learning rates, as stored.
-        rates: `search`, `optuna` or `default`.
-        result: The `run.json`.
-    """
+    """One finished run as planned, its settings with learning rates (from `search` or `default`), and its
+    `run.json`."""
 
     run: Run
     settled: dict[str, Any]
     rates: str
     result: dict[str, Any]
 
-    @property
-    def place(self) -> Place:
-        """Task, backbone, mode."""
+    def __post_init__(self) -> None:
         s = self.settled
-        return s["task"], s["backbone"], s["mode"]
-
-    @property
-    def method(self) -> str:
-        """Name in `METHODS`."""
-        return str(self.settled["method"])
-
-    @property
-    def variant(self) -> dict[str, Any]:
-        """What differs from the plain method."""
-        return dict(self.settled["variant"])
-
-    @property
-    def seed(self) -> int:
-        """The seed."""
-        return int(self.settled["seed"])
+        self.place: Place = (s["task"], s["backbone"], s["mode"])
+        self.method = s["method"]
+        self.variant = s["variant"]
+        self.seed = s["seed"]
 
     def score(self, what: str) -> float:
         """`avg`, `best` or `final` on the test split, in per cent."""
@@ -80,13 +60,10 @@ def by_seed(records: list[Record], keep: Callable[[Record], bool], what: str) ->
 
 
 def method_scores(records: list[Record], place: Place, row: str, what: str) -> dict[int, float]:
-    """Seed -> score of one row of Table 1.
-
-    `single_exits` needs one run per depth: its S-avg is their mean, its S-best the best of them; a seed with a missing
-    depth is left out.
-    """
+    """Seed -> score of one row of Table 1. `single_exits` needs one run per depth: its S-avg is their mean, its S-best
+    the best of them; a seed with a missing depth is left out."""
     if row not in ("single_final", "single_exits"):
-        return by_seed(records, lambda r: r.place == place and r.method == row and not r.variant, what)
+        return variant_scores(records, place, {}, what, row)
     singles = [r for r in records if r.place == place and r.method == "single" and not r.variant]
     found: dict[int, float] = {}
     for seed in sorted({r.seed for r in singles}):

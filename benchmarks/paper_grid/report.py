@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from common import markdown
+
 from paper_grid import tables
-from paper_grid.curves import draw, policy_curves
+from paper_grid.curves import draw, policy_curves, policy_lines
 from paper_grid.methods import TITLES
 from paper_grid.plan import Run
-from paper_grid.rates import race_table, trial_base
+from paper_grid.rates import race_table, trial_base, trials
 from paper_grid.records import Record, gather, places
 from paper_grid.settings import Settings
 from paper_grid.store import Store
@@ -23,21 +25,8 @@ that is best there; it is not in the paper. LTE needs exits that were trained wi
 def write_report(
     settings: Settings, store: Store, docs: str | Path, config: str | Path, figures: bool = True
 ) -> list[Path]:
-    """Writes the page and its figures.
-
-    Args:
-        settings: The grid.
-        store: What has been run, all of it or a part.
-        docs: The markdown file; figures go to a folder of the same name beside it.
-        config: The YAML file, for the command that the page names.
-        figures: With Figure 2, whose sweeps take a while.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ValueError: nothing of this grid is in the store.
-    """
+    """Writes the page, with Figure 2 (whose sweeps take a while) its pictures, in a folder of its name; returns the
+    files."""
     records, missing = gather(settings, store)
     if not records:
         raise ValueError(f"{store.root} holds no finished run of {config}: start with the command `run`.")
@@ -56,8 +45,7 @@ def write_report(
         tables.paper_table_1(),
         *_section("## Table 2: where the bypass reads", tables.table_2(settings, records)),
         *_section("## Table 3: bottleneck dimension", tables.table_3(settings, records)),
-        "## Table 6: backbones",
-        tables.table_6(settings, records),
+        *_section("## Table 6: backbones", tables.table_6(settings, records)),
         *_section("## Figure 2: exit policies", figure_2),
         *_section("## Exit 0, beyond the paper", tables.exit_0_table(settings, records)),
         "## Learning rates",
@@ -84,12 +72,11 @@ def _figure_2(settings: Settings, records: list[Record], store: Store, folder: P
             if "DGE" not in curves:
                 continue
             title = tables.place_title(settings, place) + word
-            folder.mkdir(exist_ok=True)
             picture = folder / f"{'-'.join(place)}{'-exit0' if variant else ''}.png"
-            draw(curves, title, settings.tasks[place[0]].metric, str(picture))
+            draw(policy_lines(curves), title, settings.tasks[place[0]].metric, picture)
             pictures.append(picture)
             text += f"### {title}\n\n![{title}]({folder.name}/{picture.name})\n\n"
-            text += tables.saving_table(curves, settings.savings) + "\n"
+            text += tables.saving_table(curves, settings.savings) + "\n\n"
     return text, pictures
 
 
@@ -97,15 +84,10 @@ def _made_by(
     settings: Settings, records: list[Record], missing: list[tuple[Run, str]], config: str | Path, page: str
 ) -> str:
     name = f"benchmarks/{Path(config).name}"
-    environments = Counter(tuple(r.result["environment"].items()) for r in records)
-    machines = [", ".join(f"{k} {v}" for k, v in env) + f" ({n} runs)" for env, n in environments.most_common()]
+    machines = Counter(r.result["environment"] for r in records).most_common()
     seconds = sum(r.result["seconds"]["total"] for r in records)
     sources = Counter(r.rates for r in records)
-    precision = (
-        "bfloat16 autocast in training, with a frozen backbone in its passes alone, else float32"
-        if settings.bf16
-        else "float32"
-    )
+    half = "bfloat16 autocast in training, with a frozen backbone in its passes alone, else float32"
     return "\n".join(
         [
             "Made from stored runs by",
@@ -118,10 +100,10 @@ def _made_by(
             f"* {len(records)} of {len(records) + len(missing)} runs are finished; one after the other they took "
             f"{seconds / 60:.0f} minutes, the search for learning rates not counted.",
             f"* Seeds {sorted({r.seed for r in records})}. {_epochs(settings)}; AdamW without weight decay, 10% "
-            f"warm-up, linear decay, batches of similar length; {precision}. 2ST trains as many epochs in each of its "
-            "stages. A single exit at depth m is a backbone that is cut off behind block m.",
+            f"warm-up, linear decay, batches of similar length; {half if settings.bf16 else 'float32'}. 2ST trains "
+            "as many epochs in each of its stages. A single exit at depth m is a backbone cut off behind block m.",
             f"* Learning rates by source: {', '.join(f'{k} {v} runs' for k, v in sources.items())}.",
-            *(f"* {machine}" for machine in machines),
+            *(f"* {machine} ({count} runs)" for machine, count in machines),
         ]
     )
 
@@ -158,19 +140,20 @@ def _rates(settings: Settings, records: list[Record], store: Store) -> str:
         key = (tables.place_title(settings, (base["task"], base["backbone"], base["mode"])), name)
         if key in rows:
             continue
-        race = race_table(settings, base, store)
+        race = race_table(base, trials(settings, base, store)[1], store)
         best = max(race, key=lambda rates: race[rates])
         tried = [sorted({rates[i] for rates in race}) for i in range(2)]  # a single rate has no edge
         edge = any(len(some) > 1 and rate in (some[0], some[-1]) for rate, some in zip(best, tried, strict=True))
-        trials = ", ".join(f"{a:g} / {b:g}: {100 * v:.1f}" for (a, b), v in race.items())
-        rows[key] = [*key, f"{best[0]:g} / {best[1]:g}{' *' if edge else ''}", trials]
-    return text + "\n\n" + tables.markdown(["task", "method", "best", "trials"], list(rows.values()))
+        tried_all = ", ".join(f"{a:g} / {b:g}: {100 * v:.1f}" for (a, b), v in race.items())
+        rows[key] = [*key, f"{best[0]:g} / {best[1]:g}{' *' if edge else ''}", tried_all]
+    return text + "\n\n" + markdown(["task", "method", "best", "trials"], list(rows.values()))
 
 
 def _data(settings: Settings, records: list[Record]) -> str:
     rows = {}
     for record in records:
-        task, data = settings.tasks[record.settled["task"]], record.result["data"]
+        task = settings.tasks[record.settled["task"]]
+        data = record.result["data"]
         subset = "a seeded subset" if task.max_train or task.max_test or task.max_validation else "all rows"
         counts = [str(data["rows"][split]) for split in ("train", "validation", "test")]
         rows[record.settled["task"]] = [
@@ -183,14 +166,11 @@ def _data(settings: Settings, records: list[Record]) -> str:
             f"{subset} (seed {settings.data_seed})" if subset != "all rows" else subset,
         ]
     header = ["task", "source", "metric", "train", "validation", "test", "tokens", "batch", "rows"]
-    return tables.markdown(header, list(rows.values()))
+    return markdown(header, list(rows.values()))
 
 
 def _missing(missing: list[tuple[Run, str]]) -> str:
     if not missing:
         return "Nothing: every run of the grid is stored."
-    groups = Counter((run.group, *run.label.rsplit("/s", 1)[:1]) for run, _ in missing)
-    lines = [
-        f"* `{label}` ({group}): {count} seed{'s' if count > 1 else ''}" for (group, label), count in groups.items()
-    ]
-    return f"{len(missing)} runs are not stored; the same `run` command makes them.\n\n" + "\n".join(lines)
+    labels = dict.fromkeys(run.label.rsplit("/s", 1)[0] for run, _ in missing)
+    return f"{len(missing)} runs are not stored; the same `run` command makes them: `{'`, `'.join(labels)}`."

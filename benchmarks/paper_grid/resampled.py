@@ -21,14 +21,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Gain:
-    """How far one way is ahead of another, in points.
-
-    Args:
-        mean: Over the seeds, on all test rows.
-        low: Lower end of the interval.
-        high: Upper end.
-        seeds: How many.
-    """
+    """How far one way is ahead of another, in points: the mean over so many seeds, and its interval."""
 
     mean: float
     low: float
@@ -42,16 +35,13 @@ class Gain:
 
 
 def gains(first: dict[int, ExitLogits], second: dict[int, ExitLogits], metric: str) -> dict[str, Gain] | None:
-    """S-avg (`avg`) and S-best (`best`) of the first less those of the second, by seed; None where they share no seed.
-
-    Args:
-        first, second: By seed, logits of the same test rows.
-        metric: A name in `WEIGHTED`.
-    """
+    """S-avg (`avg`) and S-best (`best`) of the first less those of the second, whose logits by seed are of the same
+    test rows; None where they share no seed."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    n, draw = len(first[seeds[0]]), np.random.default_rng(0)
+    n = len(first[seeds[0]])
+    draw = np.random.default_rng(0)
     counts = np.concatenate([np.ones((1, n)), draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)])  # [1 + R, N]
     drawn = draw.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=RESAMPLES) / len(seeds)  # [R, S]
     found = {}
@@ -68,7 +58,8 @@ def gains(first: dict[int, ExitLogits], second: dict[int, ExitLogits], metric: s
 def exit_scores_of(logits: ExitLogits, metric: str, counts: Array) -> Array:
     """[R, E]: the score of each exit behind a block, where row n is there `counts` [R, N] times."""
     assert logits.labels is not None
-    labels, problem = logits.labels.numpy(), problem_of(logits.kind)
+    labels = logits.labels.numpy()
+    problem = problem_of(logits.kind)
     behind = [j for j, m in enumerate(logits.exits) if m > 0]
     answers = [problem.predictions(logits.logits[:, j]) for j in behind]
     return np.stack([WEIGHTED[metric](answer, labels, counts) for answer in answers], axis=1)
@@ -80,8 +71,10 @@ def _accuracy(predictions: Array, labels: Array, counts: Array) -> Array:
 
 def _f1_of(predictions: Array, labels: Array, counts: Array, classes: Array) -> tuple[Array, Array]:
     """[R, C]: F1 of each class, and whether it is there at all."""
-    said, true = predictions[:, None] == classes, labels[:, None] == classes
-    right, seen = counts @ (said & true), counts @ (said.astype(float) + true)
+    said = predictions[:, None] == classes
+    true = labels[:, None] == classes
+    right = counts @ (said & true)
+    seen = counts @ (said.astype(float) + true)
     return 2 * right / np.maximum(seen, 1), seen > 0
 
 
@@ -96,7 +89,9 @@ def _macro_f1(predictions: Array, labels: Array, counts: Array) -> Array:
 
 
 def _pearson(predictions: Array, labels: Array, counts: Array) -> Array:
-    x, y, n = predictions.astype(np.float64), labels.astype(np.float64), counts.sum(axis=1)
+    x = predictions.astype(np.float64)
+    y = labels.astype(np.float64)
+    n = counts.sum(axis=1)
     mean_x, mean_y = counts @ x / n, counts @ y / n
     both, of_x, of_y = (counts @ z / n for z in (x * y, x * x, y * y))
     spread = np.sqrt(np.maximum((of_x - mean_x**2) * (of_y - mean_y**2), 0))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import calibrated
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.evaluation import ExitLogits, calibrate, exit_scores
+from badge_peft.evaluation import ExitLogits, exit_scores
 from badge_peft.utils.files import write_json
 from paper_grid.records import Record
 from paper_grid.store import Store
@@ -23,14 +23,11 @@ GOALS: dict[str, dict[str, float]] = {"drop": {"max_score_drop": DROP}, "share":
 
 
 class Savings:
-    """The rules of runs. A calibration takes a while, so they are kept beside the runs.
-
-    Args:
-        store: The runs.
-    """
+    """The policies of stored runs. A calibration takes a while, so they are kept beside the runs."""
 
     def __init__(self, store: Store) -> None:
-        self.store, self.path = store, Path(store.root, "rules.json")
+        self.store = store
+        self.path = Path(store.root, "rules.json")
         self._kept: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def rule(self, record: Record, goal: str) -> EarlyExitConfig:
@@ -38,9 +35,7 @@ class Savings:
         rules = self._kept.setdefault(record.result["key"], {})
         if goal not in rules:
             validation = self.store.logits(record.settled, "validation")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # few rows: the careful setting that is returned then counts
-                found = calibrate(validation, "auto", metric=record.settled["metric"], **GOALS[goal])
+            found = calibrated(validation, "auto", metric=record.settled["metric"], **GOALS[goal])
             rules[goal] = EarlyExitConfig.of(found, calibration=None).to_dict()
             write_json(self.path, self._kept)
         return EarlyExitConfig.of(rules[goal])
@@ -51,7 +46,12 @@ class Savings:
         blocks = build_policy(self.rule(record, goal)).replay_history(test.history())
         chosen = torch.from_numpy(np.searchsorted(test.exits, blocks))
         logits = test.logits[torch.arange(len(test)), chosen].unsqueeze(1)
-        return ExitLogits(logits, test.labels, [test.depth], test.kind), 1 - float(blocks.mean()) / test.depth
+        return ExitLogits(
+            logits,
+            test.labels,
+            [test.depth],
+            test.kind,
+        ), 1 - float(blocks.mean()) / test.depth
 
     def within_drop(self, record: Record) -> tuple[float, float]:
         """Share of blocks saved for half a point, and points lost against the exit that is best on validation rows."""

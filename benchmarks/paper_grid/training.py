@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import subprocess
 import time
-from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
+from common import describe, machine
+from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, set_seed
 from transformers.utils import logging
 
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments
 from paper_grid.data import TaskData, load_task
-from paper_grid.models import find_backbone, load_tokenizer, make_model
+from paper_grid.models import find_backbone, make_model
 from paper_grid.settings import Settings
 from paper_grid.states import SharedStates
 from paper_grid.store import Store
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
-
 
 class Workshop:
-    """Trains runs; what they share (tokenized data, the backbones' places) is read once.
-
-    Args:
-        settings: The grid.
-        store: Where unfinished files may lie.
-        data_dir: Where task folders are.
-        model_dir: Where backbone folders are.
-    """
+    """Trains runs; what they share (tokenized data, tokenizers, states) is made once."""
 
     def __init__(
         self, settings: Settings, store: Store, data_dir: str | None = None, model_dir: str | None = None
     ) -> None:
         self.settings, self.store = settings, store
-        self.data_dir, self.model_dir = data_dir, model_dir
+        self.data_dir = data_dir
+        self.model_dir = model_dir
         self._data: dict[str, TaskData] = {}
         self._tokenizers: dict[str, Any] = {}
         self._states = SharedStates(store.root)
+        logging.set_verbosity_error()  # no word about weights that a fresh head does not find
+        logging.disable_progress_bar()
 
     def path(self, run: dict[str, Any]) -> str:
         """Where the run's backbone is."""
@@ -55,7 +46,7 @@ class Workshop:
     def tokenizer(self, run: dict[str, Any]) -> Any:
         """The tokenizer of the run's backbone."""
         if run["backbone"] not in self._tokenizers:
-            self._tokenizers[run["backbone"]] = load_tokenizer(self.path(run))
+            self._tokenizers[run["backbone"]] = AutoTokenizer.from_pretrained(self.path(run))
         return self._tokenizers[run["backbone"]]
 
     def data(self, run: dict[str, Any]) -> TaskData:
@@ -77,19 +68,14 @@ class Workshop:
         rows = self.data(run).splits[split]
         return self._states.of(_place(run), run, model, split, rows, self.collator(run))
 
-    def trainer(self, run: dict[str, Any], folder: Path, **options: Any) -> MultiExitTrainer:
-        """A trainer for the run, without anything that costs time and tells nothing.
-
-        Args:
-            run: With its learning rates.
-            folder: For checkpoints.
-            **options: In place of the trainer's own `model`.
-        """
+    def trainer(self, run: dict[str, Any], folder: Path, model: Any, states: CachedStates | None) -> MultiExitTrainer:
+        """A trainer for the run, without anything that costs time and tells nothing."""
         data = self.data(run)
-        if "model" not in options and "model_init" not in options:
-            options["model"] = make_model(run, self.path(run), data)
-        model = options["model"] if "model" in options else options["model_init"](None)
-        last: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        last: dict[str, Any] = {
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        }
         arguments = multi_exit_arguments(
             model,
             str(folder),
@@ -107,6 +93,7 @@ class Workshop:
             **(last if run["patience"] is None else {}),
         )
         trainer = MultiExitTrainer(
+            model=model,
             args=arguments,
             train_dataset=data.splits["train"],
             eval_dataset=data.splits["validation"],
@@ -116,53 +103,41 @@ class Workshop:
             adapter_learning_rate=run["adapter_lr"],
             metric=run["metric"],
             early_stopping_patience=run["patience"],
+            cache_states=states,
             **run.get("training", {}),
-            **options,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def run(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Trains one run and stores it. A trial of the search is scored on validation data alone.
-
-        Args:
-            run: With its learning rates.
-
-        Returns:
-            What is stored in `run.json`.
-        """
+        """Trains one run and stores it; returns what is in `run.json`. A trial of the search is scored on validation
+        data alone."""
         start = time.perf_counter()
         data = self.data(run)
-        with self.store.scratch() as folder, quiet():
+        with self.store.scratch() as folder:
             set_seed(run["seed"])
             model = make_model(run, self.path(run), data)
             splits = ("validation",) if run["purpose"] == "search" else ("validation", "test")
             states = {split: self.states(run, model, split) for split in ("train", *splits)}
             set_seed(run["seed"])  # whatever the pass has drawn
-            trainer = self.trainer(run, folder, model=model, cache_states=states["train"])
+            trainer = self.trainer(run, folder, model, states["train"])
             trained = time.perf_counter()
             trainer.train()
             trained = time.perf_counter() - trained
             logits = {
-                split: collect_exit_logits(model, data.splits[split], batch_size=64, cached_states=states[split])
+                split: collect_exit_logits(
+                    model,
+                    data.splits[split],
+                    batch_size=64,
+                    cached_states=states[split],
+                )
                 for split in splits
             }
-        history = [
-            {k.removeprefix("eval_"): row[k] for k in ("epoch", "eval_s_avg", "eval_s_best") if k in row}
-            for row in trainer.state.log_history
-            if "eval_s_avg" in row
-        ]
         result = {
             "scores": {split: scores(one, run["metric"]) for split, one in logits.items()},
-            "best_epoch": max(history, key=lambda row: row["s_avg"])["epoch"] if history else None,
-            "history": history,
             "seconds": {"train": round(trained, 2), "total": round(time.perf_counter() - start, 2)},
-            "parameters": {
-                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "adapter": sum(p.numel() for n, p in model.named_parameters() if ".badge_" in n),
-            },
             "data": {"digest": data.digest, "rows": {s: len(rows) for s, rows in data.splits.items()}},
-            "environment": environment(),
+            "environment": f"{machine(describe(torch.get_num_threads()))}; badge_peft commit {_commit()}",
         }
         self.store.write(run, result, logits if run["purpose"] == "result" else {})
         return result
@@ -187,17 +162,6 @@ def scores(logits: ExitLogits, metric: str) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Versions, threads and machine."""
-    return {
-        "python": platform.python_version(),
-        "badge_peft commit": _commit(),
-        **{name: version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-    }
-
-
 @cache
 def _commit() -> str:
     """Of the source tree, `-dirty` where it differs from it."""
@@ -206,15 +170,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-@contextmanager
-def quiet() -> Any:
-    """No word about weights that a fresh head does not find, and no progress bars of loading."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -63,14 +63,18 @@ def runners(model: Path, adapter: Path, work: Path, max_length: int, threads: in
         names = [entry.name for entry in session.get_inputs()]
         return in_batches(lambda batch: session.run(["logits"], {name: batch[name].numpy() for name in names})[0])
 
+    def early(query: str, documents: list[str]) -> Ranked:
+        answers, report = ours.rank(query, documents, TOP_K, return_report=True)
+        return _numbers(answers, report.blocks_saved)
+
     found: dict[str, Rank] = {
         "PyTorch, stock": in_batches(lambda batch: stock(**batch).logits.numpy()),
         "sentence-transformers `rank`": lambda q, documents: _numbers(theirs.rank(q, documents, top_k=TOP_K)),
-        "PyTorch, early exits": _with_report(ours),
+        "PyTorch, early exits": early,
     }
     for int8 in (False, True):
-        plain, early = _files(work, int8)
-        graph = OnnxReranker.from_pretrained(early, threads=threads)
+        plain, exits = _files(work, int8)
+        graph = OnnxReranker.from_pretrained(exits, threads=threads)
         name = f"ONNX Runtime{' int8' if int8 else ''}"
         found[f"{name}, stock"] = of(open_session(plain, threads))
         found[f"{name}, early exits"] = lambda q, d, graph=graph: _numbers(graph.rank(q, d, TOP_K))  # type: ignore[misc]
@@ -81,18 +85,15 @@ def _numbers(answers: list[dict[str, Any]], saved: float | None = None) -> Ranke
     return [int(answer["corpus_id"]) for answer in answers], saved
 
 
-def _with_report(reranker: EarlyExitReranker) -> Rank:
-    def rank(query: str, documents: list[str]) -> Ranked:
-        answers, report = reranker.rank(query, documents, TOP_K, return_report=True)
-        return _numbers(answers, report.blocks_saved)
-
-    return rank
-
-
 def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: list[str]) -> Ranked:
     """As a cross-encoder is usually run: batches of similar length."""
     which = "token_type_ids" in inspect.signature(model.forward).parameters  # not every tokenizer gives them by itself
-    columns = tokenizer([query] * len(documents), documents, truncation=True, return_token_type_ids=which)
+    columns = tokenizer(
+        [query] * len(documents),
+        documents,
+        truncation=True,
+        return_token_type_ids=which,
+    )
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     scores = np.empty(len(rows), dtype=np.float32)
@@ -104,12 +105,9 @@ def _full_depth(logits: Any, model: Any, tokenizer: Any, query: str, documents: 
 
 @torch.inference_mode()
 def clock(ways: dict[str, Rank], pool: Pool, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Times `rounds` queries with their first candidates, as many as each of `counts` says; the ways take turns.
-
-    Returns:
-        For each count and way: the `seconds` of each query, `kept`, whether its top k is that of the first way,
-        and the shares of blocks `saved`.
-    """
+    """Times `rounds` queries with their first candidates, as many as each of `counts` says; the ways take turns. For
+    each count and way: the `seconds` of each query, `kept`, whether its top k is that of the first way, and the shares
+    of blocks `saved`."""
     queries = [*pool.queries().values()][: rounds + 1]
     found: list[dict[str, Any]] = []
     for count in counts:
@@ -120,7 +118,13 @@ def clock(ways: dict[str, Rank], pool: Pool, counts: Sequence[int], rounds: int)
             pairs = zip(each.outputs, timed[0].outputs, strict=True)
             kept = [set(best) == set(first) for (best, _), (first, _) in pairs]
             saved = [share for _, share in each.outputs if share is not None]
-            row = {"candidates": count, "way": name, "seconds": each.seconds, "kept": kept, "saved": saved}
+            row = {
+                "candidates": count,
+                "way": name,
+                "seconds": each.seconds,
+                "kept": kept,
+                "saved": saved,
+            }
             found.append(row)
             print(f"{count} candidates, {name}: {1e3 * np.median(each.seconds):.1f} ms", flush=True)
     return found

@@ -21,14 +21,8 @@ Array = np.ndarray
 
 
 def stops(head: Array, codes: Array, top_k: int, threshold: float) -> Array:
-    """[N], the block at which each candidate stops.
-
-    Args:
-        head: [N, M], scores of the model's own head behind each block.
-        codes: [N], of the queries.
-        top_k: k.
-        threshold: Of the spread.
-    """
+    """[N], the block at which each candidate stops; `head` [N, M] are scores of the model's own head behind each
+    block, `codes` [N] those of the queries, `threshold` that of the spread."""
     answer = np.full(len(head), head.shape[1])
     chances = 1 / (1 + np.exp(-head.astype(np.float64)))
     for rows in rows_of(codes):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import fit
 from peft import get_peft_model
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
-from badge_peft import BadgeConfig, MultiExitTrainer, cache_states
+from badge_peft import BadgeConfig, cache_states
 from badge_peft.integrations.bm25 import retrieve
-from badge_peft.training import QueryCollator, RankingDistillation, multi_exit_arguments, query_batches
+from badge_peft.training import QueryCollator, RankingDistillation, query_batches
 from badge_peft.training.arguments import sampling
 from ranking_parts.pools import Pool, Row
 
@@ -28,15 +31,7 @@ POOL, LIST = 100, 8  # candidates of BM25, and documents of a list, one of which
 def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
     """A cross-encoder with one output, trained to tell relevant pairs from others of the same query and from documents
     at random, and then to put them first (`learn_order`). Beside it, in `fine-tuning.json`, lies how many pairs it has
-    seen.
-
-    Args:
-        encoder: Folder.
-        rows: `query_id`, `query`, `document` and `label` each.
-        out: Where it goes.
-        options: `negatives` for each relevant pair, `max_train` pairs, `epochs`, `max_length`; `frozen_words`, the
-            word embeddings stay; `bf16`, products in bfloat16; `listwise`, queries for `learn_order`.
-    """
+    seen. The options are those of the command `quality`."""
     torch.manual_seed(0)
     draw = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -51,28 +46,14 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
     steps = options.epochs * -(-len(chosen) // BATCH)
     if options.frozen_words:
         model.get_input_embeddings().requires_grad_(False)
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=PEAK, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / (0.1 * steps), (steps - i) / steps)
-    )
+    step = _optimizer(model, lambda i: min((i + 1) / (0.1 * steps), (steps - i) / steps))
     model.train()
     start = time.perf_counter()
     for epoch in range(options.epochs):
         for part in batches_of(chosen, draw):
-            pairs = [r["query"] for r in part], [r["document"] for r in part]
-            batch = tokenizer(
-                *pairs, padding=True, truncation=True, max_length=options.max_length, return_tensors="pt"
-            )
-            wanted = torch.tensor([float(r["label"] > 0) for r in part])
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-                scores = model(**batch).logits[:, 0]
-            loss = F.binary_cross_entropy_with_logits(scores.float(), wanted)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            schedule.step()
+            scores = _scores(model, tokenizer, [(r["query"], r["document"]) for r in part], options)
+            loss = F.binary_cross_entropy_with_logits(scores, torch.tensor([float(r["label"] > 0) for r in part]))
+            step(loss)
         seconds = time.perf_counter() - start
         print(f"cross-encoder: epoch {epoch + 1}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
     if options.listwise:
@@ -85,14 +66,7 @@ def fine_tune(encoder: str, rows: list[Row], out: Path, options: Any) -> None:
 def learn_order(model: Any, tokenizer: Any, rows: list[Row], options: Any) -> None:
     """One pass over queries with an answer: a relevant document before seven others of those that BM25 finds, by the
     cross-entropy of a softmax over the eight scores. Source: Gao et al., "Rethink Training of BERT Rerankers in
-    Multi-Stage Retrieval Pipeline", ECIR 2021.
-
-    Args:
-        model: The cross-encoder; what of it is trained stays so.
-        tokenizer: Its own.
-        rows: As for `fine_tune`.
-        options: As for `fine_tune`.
-    """
+    Multi-Stage Retrieval Pipeline", ECIR 2021. What of the cross-encoder is trained stays so."""
     draw = random.Random(0)
     corpus = list(dict.fromkeys(row["document"] for row in rows))
     good: dict[str, list[str]] = {}
@@ -107,28 +81,38 @@ def learn_order(model: Any, tokenizer: Any, rows: list[Row], options: Any) -> No
     lists.sort(key=lambda pairs: sum(len(document) for _, document in pairs))
     batches = [lists[first : first + BATCH // LIST] for first in range(0, len(lists), BATCH // LIST)]
     draw.shuffle(batches)
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=PEAK, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / len(batches))
+    step = _optimizer(model, lambda i: 1 - i / len(batches))
     start = time.perf_counter()
     for batch in batches:
-        pairs = [pair for several in batch for pair in several]
-        inputs = tokenizer(
-            *map(list, zip(*pairs, strict=True)),
-            padding=True,
-            truncation=True,
-            max_length=options.max_length,
-            return_tensors="pt",
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            scores = model(**inputs).logits[:, 0]
-        loss = F.cross_entropy(scores.float().view(-1, LIST), torch.zeros(len(batch), dtype=torch.long))
+        scores = _scores(model, tokenizer, [pair for several in batch for pair in several], options)
+        loss = F.cross_entropy(scores.view(-1, LIST), torch.zeros(len(batch), dtype=torch.long))
+        step(loss)
+    print(f"cross-encoder: order, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _optimizer(model: Any, rate: Callable[[int], float]) -> Callable[[Tensor], None]:
+    """A step of AdamW down a loss; `rate` of the step's number is times `PEAK`."""
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=PEAK, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    def step(loss: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
-    print(f"cross-encoder: order, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    return step
+
+
+def _scores(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], options: Any) -> Tensor:
+    """[B] float32."""
+    texts = map(list, zip(*pairs, strict=True))
+    size = {"max_length": options.max_length, "truncation": True}
+    batch = tokenizer(*texts, padding=True, return_tensors="pt", **size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+        return model(**batch).logits[:, 0].float()
 
 
 def fine_tuning(folder: Path) -> dict[str, float] | None:
@@ -152,24 +136,16 @@ def encode(pool: Pool, tokenizer: Any, max_length: int, **options: Any) -> list[
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -> dict[str, float]:
-    """Exits that follow full depth's own scores: an adapter for each seed, all on the same states, computed once.
-
-    Args:
-        folder: Of the cross-encoder.
-        pool: Candidates that they learn from; labels are not read.
-        outs: Seed -> where its adapter goes.
-        options: `exit_epochs`, `exit_batch`, `max_length`, and the `exits` of `BadgeConfig`.
-
-    Returns:
-        Seconds of the states, and of a training on them.
-    """
+def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -> None:
+    """Exits that follow full depth's own scores of a pool's candidates, whose labels are not read: an adapter for each
+    seed, all on the same states, computed once."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, ids = encode(pool, tokenizer, options.max_length), pool.groups
+    rows = encode(pool, tokenizer, options.max_length)
+    ids = pool.groups
     codes = {query: number for number, query in enumerate(dict.fromkeys(ids))}
     batches = query_batches(ids, options.exit_batch)
     items = [[{**rows[i], "groups": codes[ids[i]]} for i in batch] for batch in batches]
-    states, start, found = None, time.perf_counter(), {}
+    states = None
     for seed, out in outs.items():
         set_seed(seed)
         base = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -177,34 +153,22 @@ def train_exits(folder: Path, pool: Pool, outs: dict[int, Path], options: Any) -
         model = get_peft_model(base, BadgeConfig(train_head=False, **fields)).eval()
         if states is None:
             states = cache_states(model, [rows[i] for batch in batches for i in batch], progress=True)
-            found["states"] = time.perf_counter() - start
-        start = time.perf_counter()
-        trainer = MultiExitTrainer(
-            model=model,
-            args=multi_exit_arguments(
-                model,
-                str(out),
-                num_train_epochs=options.exit_epochs,
-                per_device_train_batch_size=1,  # an item is a batch
-                eval_strategy="no",
-                save_strategy="no",
-                load_best_model_at_end=False,
-                logging_steps=10**9,
-                remove_unused_columns=False,
-                **sampling(by_length=False),
-                seed=seed,
-                disable_tqdm=True,
-            ),
-            objective=RankingDistillation(),
-            train_dataset=items,
-            data_collator=QueryCollator(DataCollatorWithPadding(tokenizer)),
-            cache_states=states,
+        fit(
+            model,
+            items,
+            QueryCollator(DataCollatorWithPadding(tokenizer)),
+            RankingDistillation(),
+            states,
+            num_train_epochs=options.exit_epochs,
+            per_device_train_batch_size=1,  # an item is a batch
+            remove_unused_columns=False,
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=seed,
+            **sampling(by_length=False),
         )
-        trainer.train()
-        found["training"] = time.perf_counter() - start
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        print(f"exits, seed {seed}: {found['training']:.0f} s", flush=True)
+        print(f"exits, seed {seed}", flush=True)
     if states is not None:
         states.close()
-    return found

@@ -7,14 +7,16 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-from latency_parts.tables import markdown
-
-from ranking_parts import families
+from common import machine, markdown, verdict
 
 TOP_K, CANDIDATES = 10, 100  # of the headline
 SAVED = {6: 0.40, 12: 0.50}  # target, by the number of blocks
-KEPT, NDCG_LOSS, TIME_SHARE, TIMES_FASTER = 0.95, 0.003, 0.85, 6.0
-STOCK, LIBRARY = "PyTorch, stock", "sentence-transformers `rank`"
+KEPT = 0.95
+NDCG_LOSS = 0.003
+TIME_SHARE = 0.85
+TIMES_FASTER = 6.0
+STOCK = "PyTorch, stock"
+LIBRARY = "sentence-transformers `rank`"
 FASTEST = "ONNX Runtime int8, early exits"
 
 Stored = dict[str, Any]
@@ -22,24 +24,16 @@ WAYS = ("exits", "margins on the model's own head", "clusters", "one depth")
 
 
 def page(models: Sequence[Stored], notes: Sequence[str] = ()) -> str:
-    """The page.
-
-    Args:
-        models: Of each what `quality` and `clock` have stored.
-        notes: Said behind the targets: why one was missed, or what is particular about a run.
-    """
+    """Markdown, from what `quality` and `clock` have stored of each model; the notes are said behind the targets."""
     parts = ["# Ranking", "\n".join(_point(line) for stored in models for line in headline(stored)), INTRODUCTION]
-    parts += ["## Targets", markdown(targets(models)), *(fill(note, 118) for note in notes)]
+    parts += ["## Targets", markdown(*targets(models)), *(fill(note, 118) for note in notes)]
     for stored in models:
         found = stored["quality"]
-        parts += [f"## {found['name']}, {found['blocks']} blocks", _pools(found), markdown(table(found, "test"))]
+        parts += [f"## {found['name']}, {found['blocks']} blocks", _pools(found), markdown(*table(found, "test"))]
         if "shift" in found["found"]:
-            parts += [_shift(found), markdown(table(found, "shift"))]
+            parts += [_shift(found), markdown(*table(found, "shift"))]
         if "clock" in stored:
-            parts += [_clock(stored), markdown(times(stored))]
-        if "families" in stored:
-            parts += [fill(families.describe(stored["families"]["splits"], TOP_K), 118)]
-            parts.append(markdown(families.table(stored["families"]["found"])))
+            parts += [_clock(stored), markdown(*times(stored))]
     parts += ["## How it was made", _made(models)]
     return "\n\n".join(parts) + "\n"
 
@@ -75,41 +69,25 @@ def targets(models: Sequence[Stored]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for stored in models:
         found = stored["quality"]
-        rows, name = _rows(found, "test", "exits", TOP_K), found["name"]
-        kept, saved = (float(np.mean([row[key] for row in rows])) for key in ("kept", "saved"))
-        bound = SAVED.get(found["blocks"])
-        if bound is not None:
-            lines.append(
-                [
-                    f"{name}: blocks saved, top {TOP_K} kept for {KEPT:.0%} of the queries",
-                    f"at least {bound:.0%}",
-                    f"{saved:.1%}, kept for {kept:.1%}",
-                    _verdict(saved >= bound and kept >= KEPT),
-                ]
-            )
-        loss = found["found"]["test"]["full"]["ndcg"] - float(np.mean([row["ndcg"] for row in rows]))
-        lines.append([f"{name}: nDCG@10 lost", f"at most {NDCG_LOSS}", f"{loss:.4f}", _verdict(loss <= NDCG_LOSS)])
+        rows = _rows(found, "test", "exits", TOP_K)
+        name = found["name"]
+        kept, saved, ndcg = (float(np.mean([row[key] for row in rows])) for key in ("kept", "saved", "ndcg"))
+        if (bound := SAVED.get(found["blocks"])) is not None:
+            what = f"{name}: blocks saved, top {TOP_K} kept for {KEPT:.0%} of the queries"
+            reached = verdict(saved >= bound and kept >= KEPT)
+            lines.append([what, f"at least {bound:.0%}", f"{saved:.1%}, kept for {kept:.1%}", reached])
+        loss = found["found"]["test"]["full"]["ndcg"] - ndcg
+        lines.append([f"{name}: nDCG@10 lost", f"at most {NDCG_LOSS}", f"{loss:.4f}", verdict(loss <= NDCG_LOSS)])
         if "clock" in stored:
             at = {row["way"]: row for row in _timed(stored, CANDIDATES)}
-            timed = 1 - 1 / _faster(at[STOCK], at["PyTorch, early exits"])
-            share = timed / float(np.mean(at["PyTorch, early exits"]["saved"]))
-            lines.append(
-                [
-                    f"{name}: time saved over blocks saved, PyTorch, {CANDIDATES} candidates",
-                    f"at least {TIME_SHARE}",
-                    f"{share:.2f}",
-                    _verdict(share >= TIME_SHARE),
-                ]
-            )
+            ours = at["PyTorch, early exits"]
+            share = (1 - 1 / _faster(at[STOCK], ours)) / float(np.mean(ours["saved"]))
+            what = f"{name}: time saved over blocks saved, PyTorch, {CANDIDATES} candidates"
+            lines.append([what, f"at least {TIME_SHARE}", f"{share:.2f}", verdict(share >= TIME_SHARE)])
             faster = _faster(at[LIBRARY], at[FASTEST])
-            lines.append(
-                [
-                    f"{name}: int8 with exits against {LIBRARY}, {CANDIDATES} candidates",
-                    f"at least {TIMES_FASTER:.0f} times faster",
-                    f"{faster:.1f}",
-                    _verdict(faster >= TIMES_FASTER),
-                ]
-            )
+            what = f"{name}: int8 with exits against {LIBRARY}, {CANDIDATES} candidates"
+            bound = f"at least {TIMES_FASTER:.0f} times faster"
+            lines.append([what, bound, f"{faster:.1f}", verdict(faster >= TIMES_FASTER)])
     return ["target", "bound", "measured", "result"], lines
 
 
@@ -142,7 +120,8 @@ def times(stored: Stored) -> tuple[list[str], list[list[str]]]:
 
 
 def _pools(found: Stored) -> str:
-    test, settings = found["found"]["test"], found["settings"]
+    test = found["found"]["test"]
+    settings = found["settings"]
     exits = ", ".join(
         f"{number}: {value:.2f}"
         for number, value in zip(test["exits"], np.mean(test["correlations"], axis=0), strict=True)
@@ -161,9 +140,11 @@ def _pools(found: Stored) -> str:
 
 
 def _shift(found: Stored) -> str:
-    shift, other = found["found"]["shift"], found["found"]["uncalibrated shift"]
+    shift = found["found"]["shift"]
+    other = found["found"]["uncalibrated shift"]
     rows = [row for row in other["rows"] if row["way"] == "exits" and row["top_k"] == TOP_K]
-    full, first = shift["full"], shift["first_stage"]
+    full = shift["full"]
+    first = shift["first_stage"]
     return fill(
         f"The same model and exits on another collection ({found['shift']}), calibrated on "
         f"{shift['calibration_queries']} of its queries and measured on {shift['queries']} others. Full depth: "
@@ -175,7 +156,8 @@ def _shift(found: Stored) -> str:
 
 
 def _clock(stored: Stored) -> str:
-    made, timed = stored["clock"]["made"], _timed(stored, CANDIDATES)
+    made = stored["clock"]["made"]
+    timed = _timed(stored, CANDIDATES)
     kept = {row["way"]: float(np.mean(row["kept"])) for row in timed}
     return fill(
         f"Time of a query, tokenizer included, {made['threads']} threads, median over {len(timed[0]['seconds'])} "
@@ -190,7 +172,8 @@ def _made(models: Sequence[Stored]) -> str:
     lines = []
     for stored in models:
         found = stored["quality"]
-        made, settings = found["made"], found["settings"]
+        made = found["made"]
+        settings = found["settings"]
         chosen = {k: v for k, v in settings.items() if k in _SHOWN and v and v != 10**9}  # which is all of them
         given = [f"--{k.replace('_', '-')} {_argument(v)}".rstrip() for k, v in chosen.items()]
         shift = [] if found["shift"] is None else [f"--shift {found['shift']}"]
@@ -198,30 +181,17 @@ def _made(models: Sequence[Stored]) -> str:
         lines.append(" \\\n    ".join(["python benchmarks/ranking.py quality", *parts]))
     lines.append("python benchmarks/ranking.py clock --work W")
     lines.append("python benchmarks/ranking.py page --work W --docs docs/results/ranking.md")
-    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    if any("families" in stored for stored in models):
-        lines.insert(-1, "python benchmarks/ranking.py families --work W")
     machines = [part["made"] for stored in models for part in stored.values() if "made" in part]
     loads = ", ".join(f"{machine['load_1min']:.1f}" for machine in machines)
     return (
-        "```bash\n" + "\n".join(lines) + "\n```\n\n" + METHOD + f"\n\n{made['cpu']}, {made['cores']} cores; Python "
-        f"{made['python']}, {versions}; {made['date']}; load at the start of each part: {loads}."
+        "```bash\n" + "\n".join(lines) + "\n```\n\n" + METHOD + f"\n\n{machine(made)}; {made['date']}; load at the "
+        f"start of each part: {loads}."
     )
 
 
 _SHOWN = (
-    "queries",
-    "shift_queries",
-    "train_queries",
-    "train_candidates",
-    "max_train",
-    "epochs",
-    "listwise",
-    "frozen_words",
-    "bf16",
-    "exit_epochs",
-    "seeds",
-    "exits",
+    *("queries", "shift_queries", "train_queries", "train_candidates", "max_train", "epochs", "listwise"),
+    *("frozen_words", "bf16", "exit_epochs", "seeds", "exits"),
 )
 
 METHOD = """* No cross-encoder was at hand, so the encoder is fine-tuned as one first, on WikiQA's training pairs: it
@@ -252,7 +222,8 @@ def _rows(found: Stored, pool: str, way: str, k: int) -> list[Stored]:
 
 def _mean(rows: Sequence[Stored], key: str) -> str:
     values = [100 * row[key] for row in rows]
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    low = f"{min(values):.1f}"
+    high = f"{max(values):.1f}"
     spread = "" if low == high else f" ({low}-{high})"
     return f"{np.mean(values):.1f}%{spread}"
 
@@ -272,7 +243,3 @@ def _median(row: Stored) -> float:
 def _faster(base: Stored, other: Stored) -> float:
     """Median of the quotients within a round."""
     return float(np.median(np.divide(base["seconds"], other["seconds"])))
-
-
-def _verdict(reached: bool) -> str:
-    return "reached" if reached else "missed"

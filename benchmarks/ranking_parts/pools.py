@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import read_lines
 
 from badge_peft.integrations.bm25 import retrieve
 
@@ -18,12 +19,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """The candidates of some queries, each query's side by side, best of BM25 first.
-
-    Args:
-        name: Of the file.
-        rows: `query_id`, `query`, `document` and `label` each.
-    """
+    """The candidates of some queries, each query's side by side, best of BM25 first: rows of `query_id`, `query`,
+    `document` and `label`."""
 
     name: str
     rows: list[Row]
@@ -57,21 +54,10 @@ class Pool:
         return np.concatenate([-np.arange(len(rows), dtype=np.float64) for rows in self.queries().values()])
 
 
-def read_lines(path: Path) -> list[Row]:
-    """The lines of a jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def pool_of_pairs(path: Path, out: Path, queries: int, candidates: int, keep: int | None = None) -> Pool:
-    """A pool of the labeled pairs of a file, whose documents are the corpus; of queries that have an answer.
-
-    Args:
-        path: `query_id`, `query`, `document` and `label` on each line.
-        out: Where the pool is written; what is there already is read.
-        queries: How many, at most.
-        candidates: Of each query.
-        keep: How many of these are kept, drawn at random; None: all.
-    """
+    """A pool of so many queries, at most, that have an answer among the labeled pairs of a file, whose documents are
+    the corpus; of the `candidates` of each query `keep` are kept, drawn at random. What is in `out` already is
+    read."""
     if not out.exists():
         rows = read_lines(path)
         corpus = list(dict.fromkeys(row["document"] for row in rows))
@@ -95,7 +81,15 @@ def pool_of_collection(folder: Path, out: Path, queries: int, candidates: int) -
             if row["grade"] > 0 and row["document_id"] in documents:
                 relevant.setdefault(row["query_id"], {})[documents[row["document_id"]]] = 1
         corpus = [text for text in dict.fromkeys(documents.values()) if text.strip()]
-        _write(out, {q: texts[q] for q in texts if q in relevant}, corpus, relevant, queries, candidates, None)
+        _write(
+            out,
+            {q: texts[q] for q in texts if q in relevant},
+            corpus,
+            relevant,
+            queries,
+            candidates,
+            None,
+        )
     return Pool.load(out)
 
 
@@ -111,9 +105,18 @@ def _write(
     draw = random.Random(0)
     chosen = draw.sample(sorted(texts), min(len(texts), queries))
     with out.open("w", encoding="utf-8") as file:
-        for query, places in zip(chosen, retrieve([texts[q] for q in chosen], corpus, candidates), strict=True):
+        for query, places in zip(
+            chosen,
+            retrieve([texts[q] for q in chosen], corpus, candidates),
+            strict=True,
+        ):
             kept = sorted(draw.sample(range(len(places)), min(keep or len(places), len(places))))
             for place in (places[i] for i in kept):
                 label = relevant[query].get(corpus[place], 0)
-                row = {"query_id": str(query), "query": texts[query], "document": corpus[place], "label": label}
+                row = {
+                    "query_id": str(query),
+                    "query": texts[query],
+                    "document": corpus[place],
+                    "label": label,
+                }
                 file.write(json.dumps(row) + "\n")

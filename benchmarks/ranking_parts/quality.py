@@ -25,16 +25,8 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranking:
-    """How the candidates of some queries were ranked.
-
-    Args:
-        answers: [N], the score of the exit at which each stopped.
-        stops: [N], its block.
-        full: [N], full depth's scores.
-        codes: [N], of the queries.
-        labels: [N], relevance.
-        blocks: M.
-    """
+    """How the candidates of some queries were ranked: of each [N] the score of the exit at which it stopped, its
+    block, full depth's score, the code of its query, relevance; and M."""
 
     answers: Array
     stops: Array
@@ -82,20 +74,15 @@ def ranked_by_clusters(stored: ExitLogits, top_k: int, threshold: float) -> Rank
 
 def _ranking(stored: ExitLogits, answers: Array, stops: Array) -> Ranking:
     assert stored.labels is not None
-    full, labels = stored.logits[:, -1, 0].numpy(), stored.labels.numpy()
+    full = stored.logits[:, -1, 0].numpy()
+    labels = stored.labels.numpy()
     return Ranking(answers, stops, full, stored.groups.numpy(), labels, stored.depth)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the queries of a pool choose for each k.
-
-    Args:
-        margins: (seed, k) -> of the exits.
-        own: k -> margins on the model's own head.
-        clusters: k -> threshold.
-        queries: How many have chosen.
-    """
+    """What so many queries of a pool choose: margins of the exits for a seed and k, and for each k margins on the
+    model's own head and the threshold of clusters."""
 
     margins: dict[tuple[int, int], EarlyExitConfig]
     own: dict[int, EarlyExitConfig]
@@ -116,22 +103,17 @@ class Settings:
 
 
 def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[str, Any]:
-    """What settings are worth on the queries of a pool.
-
-    Returns:
-        `rows`, one for each way, seed and k; `full`, relevance at full depth; `first_stage`, that of BM25; the numbers
-        of queries and candidates.
-    """
+    """What settings are worth on the queries of a pool: `rows`, one for each way, seed and k; `full`, relevance at
+    full depth; `first_stage`, that of BM25; the numbers of queries and candidates."""
     rows: list[Measured] = []
     head = test.of_head()
     for k in KS:
         for i, seed in enumerate(seeds):
             rows += _of_exits(chosen.margins[seed, k], test.of_seed(i), k, seed)
         rows.append({"way": "margins on the model's own head", **ranked_by(head, chosen.own[k]).measure(k)})
-        threshold = chosen.clusters[k]
-        found = ranked_by_clusters(head, k, threshold).measure(k)
-        rows.append({"way": "clusters", "threshold": threshold, **found})
-    labels, groups = test.pool.labels, test.pool.groups
+        rows.append({"way": "clusters", **ranked_by_clusters(head, k, chosen.clusters[k]).measure(k)})
+    labels = test.pool.labels
+    groups = test.pool.groups
     full = ranking_scores(test.full, labels, groups)
     first = ranking_scores(test.pool.first_stage(), labels, groups)
     return {
@@ -140,7 +122,6 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
         "first_stage": {"ndcg": first.ndcg, "mrr": first.mrr},
         "calibration_queries": chosen.queries,
         "queries": len(test.pool.queries()),
-        "relevant_queries": full.queries,
         "candidates": len(test.pool) / len(test.pool.queries()),
         "correlations": [rank_correlation(test.exits[i], test.of_seed(i).groups.numpy()) for i in range(len(seeds))],
         "exits": test.numbers,
@@ -150,12 +131,11 @@ def compare(chosen: Settings, test: PoolScores, seeds: Sequence[int]) -> dict[st
 def _of_exits(config: EarlyExitConfig, test: ExitLogits, k: int, seed: int) -> list[Measured]:
     """Margins on exits, and one depth for all candidates: the exit that costs most nearly the same."""
     found = ranked_by(test, config)
-    record: Any = config.calibration
     mean = float(found.stops.mean())
     depth = min((number for number in test.exits if number), key=lambda number: abs(number - mean))
     fixed = EarlyExitConfig(policy="fixed_depth", depth=depth, top_k=k)
     return [
-        {"way": "exits", "seed": seed, "held_out": record["held_out"], **found.measure(k)},
+        {"way": "exits", "seed": seed, **found.measure(k)},
         {"way": "one depth", "seed": seed, "depth": depth, **ranked_by(test, fixed).measure(k)},
     ]
 

@@ -1,25 +1,17 @@
-"""What every exit of every seed, and the model's own head behind every block, say about a pool: one pass."""
+"""What every exit of every seed, and the model's own head behind every block, say about a pool."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from badge_peft import ExitLogits
-from badge_peft.early_exit.full_depth import FullDepthReader
-from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.early_exit.readers import ExitReader
+from badge_peft import ExitLogits, collect_exit_logits, load_pretrained
 from badge_peft.evaluation.collate import pad_features
-from badge_peft.model import get_badge_model
 from ranking_parts.models import encode
 from ranking_parts.pools import Pool
 
@@ -28,14 +20,8 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class PoolScores:
-    """The scores of a pool's N rows.
-
-    Args:
-        exits: [R, N, E] float32: of each seed's exits, full depth last.
-        numbers: Block numbers of the exits, E.
-        head: [N, M] float32: of the model's own head, put behind each block.
-        pool: The pool.
-    """
+    """The scores of a pool's N rows, float32: [R, N, E] of each seed's exits, full depth last, whose block numbers are
+    `numbers`, and [N, M] of the model's own head, put behind each block."""
 
     exits: np.ndarray
     numbers: list[int]
@@ -63,7 +49,8 @@ class PoolScores:
         return self._stored(self.head, list(range(1, self.head.shape[1] + 1)))
 
     def _stored(self, scores: np.ndarray, numbers: list[int]) -> ExitLogits:
-        logits, labels = torch.from_numpy(scores).unsqueeze(-1), torch.from_numpy(self.pool.labels).float()
+        logits = torch.from_numpy(scores).unsqueeze(-1)
+        labels = torch.from_numpy(self.pool.labels).float()
         return ExitLogits(logits, labels, numbers, "regression", groups=self.pool.groups)
 
     @classmethod
@@ -75,45 +62,20 @@ class PoolScores:
         return cls(stored["exits"], stored["numbers"].tolist(), stored["head"], pool)
 
 
-class HeadReader(ExitReader):
-    """Keeps what the model's own head would read behind each block: the first position."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.states: list[Tensor] = []
-
-    def at_exit(self, block: Any, number: int, frame: Any) -> None:
-        if number:
-            self.states.append(frame.output[:, :1])
-
-
 @torch.inference_mode()
 def collect(pool: Pool, folder: Path, adapters: Sequence[Path], max_length: int) -> dict[str, np.ndarray]:
     """The arrays of `PoolScores`; of models with BERT's head."""
-    base = AutoModelForSequenceClassification.from_pretrained(folder)
-    model = PeftModel.from_pretrained(base, adapters[0], adapter_name="seed0")
-    for i, adapter in enumerate(adapters[1:], start=1):
-        model.load_adapter(adapter, adapter_name=f"seed{i}")
-    badge: Any = get_badge_model(model.eval())
-    exits = [badge.adapter_exits(f"seed{i}") for i in range(len(adapters))]
+    base = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     rows = encode(pool, AutoTokenizer.from_pretrained(folder), max_length)
+    found = [collect_exit_logits(load_pretrained(str(adapter)), rows, BATCH) for adapter in adapters]
+    head = np.empty((len(rows), base.config.num_hidden_layers), dtype=np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    found = np.empty((len(adapters), len(rows), len(exits[0].numbers)), dtype=np.float32)
-    head = np.empty((len(rows), badge.num_blocks), dtype=np.float32)
-    start = time.perf_counter()
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
         batch = pad_features([rows[i] for i in part], base)
-        mask = batch["attention_mask"]
-        readers = [FullDepthReader(each, len(part), mask) for each in exits]
-        heads = HeadReader(exits[0], len(part), mask)
-        with EarlyExitPass([*readers, heads], len(part), mask, badge.num_blocks):
-            full = badge.model(return_dict=True, **batch).logits
-        for r, reader in enumerate(readers):
-            scores = [reader.exit_logits.get(number, full) for number in reader.exits.numbers]
-            found[r, part] = torch.cat(scores, dim=1).numpy()
-        pooler, classifier = base.base_model.pooler, base.classifier
-        own = [classifier(pooler(states))[:, 0] for states in heads.states]
-        head[part] = torch.stack([*own[:-1], full[:, 0]], dim=1).numpy()
-    print(f"{pool.name}: {len(rows)} rows scored in {time.perf_counter() - start:.0f} s", flush=True)
-    return {"exits": found, "numbers": np.array(exits[0].numbers), "head": head}
+        states = base(**batch, output_hidden_states=True).hidden_states[1:]
+        head[part] = torch.cat([base.classifier(base.base_model.pooler(state)) for state in states], dim=1).numpy()
+    exits = np.stack([one.logits[:, :, 0].numpy() for one in found])
+    head[:, -1] = exits[0, :, -1]  # to the last bit, which batches decide
+    print(f"{pool.name}: {len(rows)} rows scored", flush=True)
+    return {"exits": exits, "numbers": np.array(found[0].exits), "head": head}

@@ -1,3 +1,1 @@
 """The parts of benchmarks/serve.py."""
-
-from __future__ import annotations

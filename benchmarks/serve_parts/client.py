@@ -17,16 +17,9 @@ FAILED = 0  # the status of a request that ended without one
 
 @dataclass
 class Sent:
-    """A request and what came of it.
-
-    Args:
-        at: Second at which it was to be sent.
-        lag: Seconds by which it was sent later: the client's own.
-        seconds: From `at` until the answer was there.
-        status: Of HTTP, or `FAILED`.
-        rows: Places of its texts.
-        content: Of the answer.
-    """
+    """A request and what came of it: the second at which it was to be sent, by how much later the client sent it, the
+    seconds from `at` until the answer was there, HTTP's status or `FAILED`, the places of its texts, and the
+    answer."""
 
     at: float
     lag: float
@@ -51,9 +44,11 @@ async def _post(client: httpx.AsyncClient, start: float, at: float, rows: list[i
     lag = perf_counter() - start - at
     try:
         answer = await client.post("/predict", content=body, headers={"Content-Type": "application/json"})
-        status, content = answer.status_code, answer.content
+        status = answer.status_code
+        content = answer.content
     except httpx.HTTPError as error:
-        status, content = FAILED, repr(error).encode()
+        status = FAILED
+        content = repr(error).encode()
     return Sent(at, lag, perf_counter() - start - at, status, rows, content)
 
 
@@ -71,7 +66,16 @@ def play(url: str, requests: Sequence[tuple[list[int], bytes]], times: Sequence[
             tasks, start = [], perf_counter()
             for i, at in enumerate(times):
                 await asyncio.sleep(max(at - (perf_counter() - start), 0))
-                tasks.append(asyncio.ensure_future(_post(client, start, at, *requests[i % len(requests)])))
+                tasks.append(
+                    asyncio.ensure_future(
+                        _post(
+                            client,
+                            start,
+                            at,
+                            *requests[i % len(requests)],
+                        )
+                    )
+                )
             return list(await asyncio.gather(*tasks))
 
     return _without_collector(run())
@@ -90,7 +94,8 @@ def saturate(
             async def work() -> None:
                 nonlocal number
                 while (perf_counter() - start < seconds) if seconds else (number < len(requests)):
-                    mine, number = requests[number % len(requests)], number + 1
+                    mine = requests[number % len(requests)]
+                    number = number + 1
                     found.append(await _post(client, start, perf_counter() - start, *mine))
 
             await asyncio.gather(*(work() for _ in range(connections)))

@@ -45,7 +45,8 @@ class Empty:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    port, stop = parser.parse_args().port, threading.Event()
+    port = parser.parse_args().port
+    stop = threading.Event()
     ray.init(address="local", include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Empty.options(logging_config={"enable_access_log": False}).bind(), name="empty")  # type: ignore[attr-defined]

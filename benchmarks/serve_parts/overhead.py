@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import psutil
-from latency_parts.tables import markdown
+from common import markdown, verdict
 
 from serve_parts.client import bodies, saturate
-from serve_parts.service import Running, empty_command, serve_command
+from serve_parts.service import Running, serve_command
 
-BARE, PAUSED = "the model, in one process", "the same, each text after a pause"
-EMPTY, SERVICE = "the empty deployment", "the service"
+BARE = "the model, in one process"
+PAUSED = "the same, each text after a pause"
+EMPTY = "the empty deployment"
+SERVICE = "the service"
 DEPTH = ", full depth"
 BEHIND = " behind HAProxy"
 _PAUSE = 0.015  # seconds, about what HTTP and Ray take between two passes of the service
+_EMPTY = str(Path(__file__).with_name("empty.py"))
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
 Ask = Callable[[str], dict[str, float]]
@@ -30,19 +33,12 @@ Ask = Callable[[str], dict[str, float]]
 def measure(
     adapter: str, texts: Sequence[str], rounds: int, each: int, seconds: float, log: Path
 ) -> Iterator[dict[str, Any]]:
-    """The ways of each proxy side by side, and how many texts its service answers at most.
-
-    Args:
-        adapter: To serve.
-        texts: To ask for.
-        rounds: How often each way has its turn.
-        each: Texts of a turn.
-        seconds: In which as many texts are sent as are answered.
-        log: File for the output of the services.
+    """The ways of each proxy side by side, `each` texts a turn, and how many texts its service answers in some seconds
+    in which as many are sent as are answered.
 
     Returns:
-        `overhead`: of each way quantiles in milliseconds (`p50`, `p95`), and medians of what `Server-Timing` says and
-        of the processor's milliseconds; `most`: by proxy, texts per second at the adapter's own setting.
+        `ways`: of each way quantiles in milliseconds (`p50`, `p95`), and medians of what `Server-Timing` says and of
+        the processor's milliseconds; `most`: by proxy, texts per second at the adapter's own setting.
     """
     found: dict[str, list[dict[str, float]]] = {}
     most: dict[str, float] = {}
@@ -50,7 +46,7 @@ def measure(
     for behind in ("", BEHIND):
         environment = {_HAPROXY: "1" if behind else "0"}
         with ExitStack() as stack:
-            empty = stack.enter_context(Running(empty_command(), log.with_suffix(".empty"), environment))
+            empty = stack.enter_context(Running([_EMPTY], log.with_suffix(".empty"), environment))
             service = stack.enter_context(Running(serve_command(adapter), log, environment))
             own = service.change()["early_exit"]["default"]
             service.change(early_exit={"policy": "never"})
@@ -64,7 +60,7 @@ def measure(
                 found.setdefault(name, []).extend(taken)
             service.change(early_exit=own)
             most[behind.strip() or "Ray's own proxy"] = texts_per_second(service, texts, seconds)
-        yield {"overhead": {name: summary(taken) for name, taken in found.items()}, "most": most}
+        yield {"ways": {name: summary(taken) for name, taken in found.items()}, "most": most}
 
 
 def in_turn(
@@ -93,7 +89,8 @@ def asked(service: Running) -> Ask:
     """One request, with what the service says of its time, and the processor's milliseconds of all its processes."""
 
     def ask(text: str) -> dict[str, float]:
-        cpu, start = _cpu_seconds(service), perf_counter()
+        cpu = _cpu_seconds(service)
+        start = perf_counter()
         answer = service.client.post("/predict", json={"inputs": [text]})
         seconds = perf_counter() - start
         answer.raise_for_status()
@@ -120,10 +117,12 @@ def bare(adapter: str) -> Ask:
     from badge_peft.early_exit.config import EarlyExitConfig
     from badge_peft.serving.engine import MAIN, Engine
 
-    engine, never = Engine(adapter, threads=1), {MAIN: EarlyExitConfig(policy="never")}
+    engine = Engine(adapter, threads=1)
+    never = {MAIN: EarlyExitConfig(policy="never")}
 
     def ask(text: str) -> dict[str, float]:
-        cpu, start = time.process_time(), perf_counter()
+        cpu = time.process_time()
+        start = perf_counter()
         engine.predict([(text, None)], never)
         return {"seconds": perf_counter() - start, "cpu": 1e3 * (time.process_time() - cpu)}
 
@@ -153,21 +152,25 @@ def _cpu_seconds(service: Running) -> float:
 
 def section(data: dict[str, Any]) -> list[str]:
     """Of the page: the table, and what of the difference is whose."""
-    found, most, where = data["overhead"], data["most"], data["overhead_environment"]
+    found = data["ways"]
+    most = data["most"]
+    where = data["environment"]
     columns = {"total": "in the replica", "body": "of it the body", "model": "the model"}
     head = ["one text at a time", "p50, ms", "p95, ms", *columns.values(), "processor, ms"]
     rows = []
     for name, own in found.items():
         parts = [f"{own[key]:.2f}" if key in own else "" for key in columns]
         rows.append([name, f"{own['p50']:.2f}", f"{own['p95']:.2f}", *parts, f"{own['cpu']:.1f}"])
-    model, late = found[BARE]["p50"], found[PAUSED]["p50"]
+    model = found[BARE]["p50"]
+    late = found[PAUSED]["p50"]
     said = []
     for behind, proxy in (("", "Ray's own proxy"), (BEHIND, "HAProxy")):
-        own, empty = found[SERVICE + behind + DEPTH], found[EMPTY + behind]["p50"]
+        own = found[SERVICE + behind + DEPTH]
+        empty = found[EMPTY + behind]["p50"]
         added = own["p50"] - model
         said.append(
             f"With {proxy} the service adds {added:.1f} ms at the median to the model's own time (the target was 3 "
-            f"ms: {'reached' if added <= 3 else 'missed'}). Of these HTTP, FastAPI and Ray Serve take {empty:.1f} ms "
+            f"ms: {verdict(added <= 3)}). Of these HTTP, FastAPI and Ray Serve take {empty:.1f} ms "
             f"without a model; the model itself takes {late - model:.1f} ms longer after a pause, and "
             f"{own['model'] - late:.1f} ms more in the replica; until Ray has handed over the body the replica waits "
             f"{own['body']:.2f} ms, and what it does beside that and the model takes "
@@ -175,7 +178,7 @@ def section(data: dict[str, Any]) -> list[str]:
         )
     speeds = ", ".join(f"{value:.0f} {name if name == BEHIND[1:] else f'with {name}'}" for name, value in most.items())
     return [
-        markdown((head, rows)),
+        markdown(head, rows),
         "",
         " ".join(said),
         "",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency_parts.tables import markdown
+from common import machine, markdown
 
 from serve_parts.overhead import section
 
@@ -20,8 +20,8 @@ NAMES = {
 SHAPES = {
     "bursts": "*bursts* 0.5 and, twice, 2.0",
     "day": "*day* a wave from 0.2 to 1.6",
-    "Poisson": "*Poisson* 0.7 throughout",
 }
+PRICE = 0.1  # dollars that a machine costs in an hour
 # a request as it is stored
 AT, LAG, SECONDS, STATUS, TEXTS, RIGHT, FULL_RIGHT, BLOCKS = range(8)
 
@@ -46,23 +46,20 @@ def summary(requests: Sequence[Sequence[float]], target: float) -> dict[str, flo
     }
 
 
-def load_table(runs: dict[str, Any], target: float, busy: Callable[[str, float], bool] | None = None) -> str:
+def load_table(runs: dict[str, Any], target: float) -> str:
     """One line for each traffic and way."""
     head = ["traffic", "served", "requests", "p50, ms", "p95, ms", "p99, ms", "within target", "errors"]
     head += ["mean exit", "score", "full depth's"]
     lines = []
     for traffic, ways in runs.items():
         for way, requests in ways.items():
-            own = [r for r in requests if busy is None or busy(traffic, r[AT])]
-            if not own:
-                continue
-            s = summary(own, target)
+            s = summary(requests, target)
             times = [f"{1e3 * s[name]:.0f}" for name in ("p50", "p95", "p99")]
             lines.append(
                 [traffic, NAMES[way], f"{s['requests']:.0f}", *times, f"{s['within']:.1%}", f"{s['errors']:.0f}"]
                 + [f"{s['blocks']:.2f}", f"{s['score']:.4f}", f"{s['full']:.4f}"]
             )
-    return markdown((head, lines))
+    return markdown(head, lines)
 
 
 def picture(ways: dict[str, Any], target: float, title: str, path: Path) -> None:
@@ -92,19 +89,18 @@ def picture(ways: dict[str, Any], target: float, title: str, path: Path) -> None
     figure.savefig(path, dpi=90)
 
 
-def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dict[str, str]) -> str:
-    """Markdown, headline first."""
-    target, capacity = data["target"], data["capacity"]
-    bursts = {
-        way: summary([r for r in requests if busy("bursts", r[AT])], target)
-        for way, requests in data["runs"]["bursts"].items()
-    }
+def page(data: dict[str, Any], busy: Callable[[float], bool], pictures: dict[str, str]) -> str:
+    """Markdown, headline first; `busy` says which seconds are of a burst."""
+    load, capacity = data["load"], data["capacity"]
+    target = load["target"]
+    where = load["environment"]
+    drop = load["max_score_drop"]
+    busiest = {way: [r for r in requests if busy(r[AT])] for way, requests in data["runs"]["bursts"].items()}
+    bursts = {way: summary(requests, target) for way, requests in busiest.items()}
     whole = {way: summary(requests, target) for way, requests in data["runs"]["bursts"].items()}
     held = bursts["controller"]
     verdict = "holds" if held["p95"] <= target else "misses"
     gain, fixed_gain = (100 * (whole[way]["score"] - whole[way]["full"]) for way in ("controller", "fixed"))
-    versions = ", ".join(f"{name} {version}" for name, version in data["environment"]["versions"].items())
-    where = data["environment"]
     lines = [
         "# The service under load",
         "",
@@ -115,7 +111,7 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
         f"the controller scores {gain:+.1f} points against full depth on the same texts "
         f"({whole['controller']['score']:.4f}, {whole['controller']['full']:.4f}).",
         "",
-        f"The adapter's own setting, which was calibrated to lose at most {100 * data['max_score_drop']:.0f} point, "
+        f"The adapter's own setting, which was calibrated to lose at most {100 * drop:.0f} point, "
         f"stays at {1e3 * bursts['fixed']['p95']:.0f} ms in the same bursts, at {fixed_gain:+.1f} points: where it is "
         "fast enough all day, nothing has to move.",
         "",
@@ -123,7 +119,7 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
         "",
         "## Traffic",
         "",
-        f"Requests of {data['size']} texts, sent at times that do not wait for answers; latency counts from the time "
+        f"Requests of {load['size']} texts, sent at times that do not wait for answers; latency counts from the time "
         "at which a request was to be sent. Rates are shares of what the stock model answers at most: "
         f"{'; '.join(SHAPES[name] for name in data['runs'])}.",
         "",
@@ -131,21 +127,22 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
         "",
         "Within the bursts alone:",
         "",
-        load_table(data["runs"], target, busy),
+        load_table({"bursts": busiest}, target),
         "",
-        *([f"![A day]({pictures['day']})", ""] if "day" in pictures else []),
+        f"![A day]({pictures['day']})",
+        "",
         "## What a machine answers, and what it costs",
         "",
     ]
-    head = ["served", "texts per second", "replica's CPU, ms per text", f"per 1,000 texts at ${data['price']}/h"]
+    head = ["served", "texts per second", "replica's CPU, ms per text", f"per 1,000 texts at ${PRICE}/h"]
     body = []
     names = {**NAMES, "controller": "BADGE, the fastest point above the controller's floor"}
     for way, own in capacity.items():
-        cost = 1000 / own["texts_per_second"] / 3600 * data["price"]
+        cost = 1000 / own["texts_per_second"] / 3600 * PRICE
         body.append([names[way], f"{own['texts_per_second']:.0f}", f"{own['cpu_ms']:.2f}", f"${cost:.6f}"])
-    lines += [markdown((head, body)), ""]
+    lines += [markdown(head, body), ""]
     if "overhead" in data:
-        lines += ["## What the service takes by itself", "", *section(data), ""]
+        lines += ["## What the service takes by itself", "", *section(data["overhead"]), ""]
     if "kills" in data:
         k = data["kills"]
         errors = ", ".join(f"{number} with {status}" for status, number in k["errors"].items()) or "none"
@@ -162,15 +159,17 @@ def page(data: dict[str, Any], busy: Callable[[str, float], bool], pictures: dic
     lines += [
         "## How it was measured",
         "",
-        f"{where['date']}: {where['cpu']}, {where['cores']} hardware threads, which the replica (one thread), Ray's "
-        f"proxy and the client share; load {where['load_1min']} at the start; Python {where['python']}, {versions}. "
+        f"{where['date']}, load {where['load_1min']} at the start: {machine(where)}. The replica, Ray's proxy and the "
+        "client share the cores. "
         f"The client sent 99% of the requests within {1e3 * max(lags):.0f} ms of their time. Adapter: "
-        f'{data["adapter"]}. *Stock* is the same service with `policy="never"`: full depth, where no exit is computed '
-        f"but the last. The controller's floor is {data['max_score_drop']} below full depth on the rows of the "
+        f'{load["adapter"]}. *Stock* is the same service with `policy="never"`: full depth, where no exit is computed '
+        f"but the last. The controller's floor is {drop} below full depth on the rows of the "
         "calibration, which are not the texts sent.",
         "",
         "```bash",
-        *data["commands"],
+        f"python benchmarks/serve.py ADAPTER TEXTS.jsonl --scale {load['scale']:g}",
+        "python benchmarks/serve.py ADAPTER TEXTS.jsonl --overhead",
+        "python benchmarks/serve.py ADAPTER TEXTS.jsonl --kills 20 --pause 1.0",
         "python benchmarks/serve.py --docs docs/results/serving.md",
         "```",
         "",

@@ -20,21 +20,22 @@ TOKEN = "of-the-benchmark"
 
 
 class Running:
-    """A service: `badge-peft serve`, or the empty deployment.
-
-    Args:
-        command: What follows `python`; the port is added.
-        log: File for its output.
-        environment: Beside that of this process.
-    """
+    """A service, `badge-peft serve` or the empty deployment: what follows `python` (the port is added), a file for its
+    output, and an environment beside that of this process."""
 
     def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        own = {"RAY_worker_niceness": "0", **os.environ, **(environment or {}), "BADGE_PEFT_TOKEN": TOKEN}
+        own = {
+            "RAY_worker_niceness": "0",
+            **os.environ,
+            **(environment or {}),
+            "BADGE_PEFT_TOKEN": TOKEN,
+        }
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command, "--port", str(port)], stdout=file, stderr=file, env=own
@@ -83,8 +84,3 @@ class Running:
 def serve_command(adapter: str, *options: str) -> list[str]:
     """`badge-peft serve`."""
     return ["-m", "badge_peft.cli", "serve", adapter, *options]
-
-
-def empty_command() -> list[str]:
-    """The empty deployment."""
-    return [str(Path(__file__).with_name("empty.py"))]

@@ -11,19 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Traffic:
-    """A shape of traffic.
-
-    Args:
-        seconds: How long it goes on.
-        rate: From a second to texts per second, as a share of what the stock model can answer.
-        peak: The largest rate.
-        busy: Whether a second is of the part that the tables show by itself; None: there is none.
-    """
+    """A shape of traffic: how long it goes on, texts per second at a second, as a share of what the stock model can
+    answer, the largest rate, and whether a second is of the part that the tables show by itself."""
 
     seconds: float
     rate: Callable[[float], float]
     peak: float
-    busy: Callable[[float], bool] | None = None
+    busy: Callable[[float], bool] = bool
 
 
 def shapes(scale: float) -> dict[str, Traffic]:
@@ -35,23 +29,23 @@ def shapes(scale: float) -> dict[str, Traffic]:
         return second % period >= quiet and second < 2 * period
 
     return {
-        "bursts": Traffic(2 * period + quiet, lambda second: 2.0 if in_burst(second) else 0.5, 2.0, in_burst),
+        "bursts": Traffic(
+            2 * period + quiet,
+            lambda second: 2.0 if in_burst(second) else 0.5,
+            2.0,
+            in_burst,
+        ),
         "day": Traffic(day, lambda second: 0.2 + 1.4 * math.sin(math.pi * second / day) ** 2, 1.6),
-        "Poisson": Traffic(20 * scale, lambda second: 0.7, 0.7),
     }
 
 
 def arrivals(traffic: Traffic, capacity: float, size: int, seed: int) -> list[float]:
     """The seconds at which requests of `size` texts are sent: a Poisson process whose rate follows the traffic, by
-    thinning (Lewis and Shedler, 1979).
-
-    Args:
-        traffic: Its shape.
-        capacity: Texts per second that the shares are of.
-        size: Texts per request.
-        seed: Of the process.
-    """
-    draw, most, found, now = np.random.default_rng(seed), traffic.peak * capacity / size, [], 0.0
+    thinning (Lewis and Shedler, 1979). The shares are of `capacity` texts per second."""
+    draw = np.random.default_rng(seed)
+    most = traffic.peak * capacity / size
+    found = []
+    now = 0.0
     while True:
         now += draw.exponential(1 / most)
         if now >= traffic.seconds:

@@ -14,9 +14,8 @@ from badge_peft.app.page import HINT, MOST_CHARACTERS, Callbacks
 from badge_peft.evaluation import evaluate_policy
 from badge_peft.hub import LOGITS
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.evaluate import evaluate_adapter
+from badge_peft.workflows.evaluate import evaluate_adapter, stored_logits
 from badge_peft.workflows.predict import predict
-from badge_peft.workflows.stored import stored_logits
 from tests.app.conftest import BLOCKS, Make, opened
 from tests.cli.conftest import Cli
 from tests.early_exit.reference import MULTI, REGRESSION

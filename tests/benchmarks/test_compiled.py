@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import compiled
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import compiled  # noqa: E402
-from latency_parts.compiled_page import page  # noqa: E402
-from latency_parts.compiled_runs import BLOCKS, COMPILED, EAGER, OUTSIDE, STOCK, WHOLE  # noqa: E402
-from latency_parts.store import Store, read  # noqa: E402
+from common import Results
+from compiled import BLOCKS, COMPILED, EAGER, OUTSIDE, STOCK, WHOLE, page
 
 
 def cell(compiled_s: float, exits: tuple[int, ...] = (2, 6)) -> dict[str, Any]:
@@ -39,43 +32,35 @@ def cell(compiled_s: float, exits: tuple[int, ...] = (2, 6)) -> dict[str, Any]:
 
 
 def test_the_page_says_against_what() -> None:
-    text = page({"quick": False, "sections": {"h384/B=1/S=16": cell(3.0), "h384/B=32/S=16": cell(9.0)}})
+    text = page({"h384/B=1/S=16": cell(3.0), "h384/B=32/S=16": cell(9.0)})
     assert "| ratio | B=1, S=16 | B=32, S=16 |" in text
     assert "| leaves at block 6: compiled / limit | 1.000 (1.000-1.000) | 1.667 (1.667-1.667) |" in text
     assert "| leaves at block 6: compiled / eager | 0.600 (0.600-0.600) | 1.000 (1.000-1.000) |" in text
     assert "faster than eager ones in 2 of 4 cases: they take 0.60 to 1.57 of the time" in text
-    assert "a cpu, 2 cores, 2 threads; Python 3, torch 2; weights of seed 0" in text and "tiny" not in text
+    assert "a cpu, 2 cores, 2 thread(s); Python 3, torch 2; weights of seed 0" in text
 
 
 def test_an_exit_that_was_not_measured_is_left_open() -> None:
-    text = page({"quick": True, "sections": {"tiny/B=1/S=8": cell(3.0), "tiny/B=1/S=16": cell(3.0, (2,))}})
-    assert "| leaves at block 6: compiled / limit | 1.000 (1.000-1.000) | - |" in text and "tiny model" in text
+    text = page({"tiny/B=1/S=8": cell(3.0), "tiny/B=1/S=16": cell(3.0, (2,))})
+    assert "| leaves at block 6: compiled / limit | 1.000 (1.000-1.000) | - |" in text
 
 
 def test_there_must_be_something(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="measure first"):
-        page({"quick": False, "sections": {}})
     with pytest.raises(FileNotFoundError, match="measure first"):
         compiled.main(["--json", str(tmp_path / "none.json"), "--docs", str(tmp_path / "x.md")])
 
 
 @pytest.mark.exhaustive
-def test_a_run_is_stored_cell_by_cell_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, docs = tmp_path / "r.json", tmp_path / "docs" / "compiled.md"
-    assert compiled.main(["--quick", "--backend", "eager", "--json", str(path), "--rows", "3"]) == 0
-    (key,) = read(path)["sections"]
-    stored = read(path)["sections"][key]
+def test_a_run_is_stored_cell_by_cell_and_goes_on(tmp_path: Path) -> None:
+    store, docs = ["--json", str(tmp_path / "r.json")], tmp_path / "docs" / "compiled.md"
+    few = "--sizes tiny --backend eager --rounds 2 --threads 1 --lengths 8 --exits 2 4 --rows".split()
+    assert compiled.main([*few, "3", *store]) == 0
+    ((key, stored),) = Results(tmp_path / "r.json").items()
     assert key == "tiny/B=3/S=8" and stored["as_forced"] and stored["max_difference"] < 1e-3
     assert {len(seconds) for seconds in stored["seconds"].values()} == {2}
-    data = read(path)
-    data["sections"]["tiny/B=1/S=8"] = {**stored, "took_s": 7.0}
-    path.write_text(json.dumps(data))
-    assert (
-        compiled.main(["--quick", "--backend", "eager", "--json", str(path)]) == 0
-    )  # both are there: nothing is measured again
-    assert read(path) == data
-    capsys.readouterr()
-    assert compiled.main(["--json", str(path), "--docs", str(docs)]) == 0
-    assert docs.read_text() == page(data)
-    with pytest.raises(ValueError, match="holds results of --quick"):
-        Store(path, quick=False)
+    results = Results(tmp_path / "r.json")
+    results.keep("tiny/B=1/S=8", {**stored, "took_s": 7.0})
+    assert compiled.main([*few, "1", "3", *store]) == 0  # both are there: nothing is measured again
+    assert Results(tmp_path / "r.json") == results
+    assert compiled.main([*store, "--docs", str(docs)]) == 0
+    assert docs.read_text() == page(results)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
+
+import drift
 
 from tests.evaluation.logits import plausible
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import drift  # noqa: E402
 
 
 def test_it_measures_false_alarms_and_delays_and_writes_the_page(tmp_path):

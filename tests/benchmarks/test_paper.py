@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paper
 import pytest
 import torch
 import yaml
+from paper_grid import regret, resampled
+from paper_grid.forms import CARRY, PLAIN, is_of, logits_of
+from paper_grid.loop import Loop
+from paper_grid.plan import Run, key_of, plan
+from paper_grid.published import TABLE_1
+from paper_grid.rates import choose
+from paper_grid.records import gather, method_scores
+from paper_grid.savings import GOALS, Savings
+from paper_grid.settings import load_settings
+from paper_grid.statistics import Paired, paired, summary
+from paper_grid.store import Store
+from paper_grid.training import Workshop
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores
+from badge_peft.evaluation.metrics import METRICS
+from badge_peft.training import cache_states
 
-import paper  # noqa: E402
-from paper_grid import regret, resampled  # noqa: E402
-from paper_grid.forms import CARRY, PLAIN, logits_of  # noqa: E402
-from paper_grid.loop import Loop  # noqa: E402
-from paper_grid.models import make_model  # noqa: E402
-from paper_grid.plan import Run, key_of, plan  # noqa: E402
-from paper_grid.published import TABLE_1  # noqa: E402
-from paper_grid.rates import choose  # noqa: E402
-from paper_grid.records import gather, method_scores  # noqa: E402
-from paper_grid.savings import GOALS, Savings  # noqa: E402
-from paper_grid.settings import load_settings  # noqa: E402
-from paper_grid.states import means_of  # noqa: E402
-from paper_grid.statistics import Paired, paired, summary  # noqa: E402
-from paper_grid.store import Store  # noqa: E402
-from paper_grid.training import Workshop  # noqa: E402
-
-from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores  # noqa: E402
-from badge_peft.evaluation.metrics import METRICS  # noqa: E402
-from badge_peft.training import cache_states  # noqa: E402
-
+BENCHMARKS = Path(paper.__file__).parent
 WORDS = [f"w{i}" for i in range(20)]
 METHODS = [
     "single_final",
@@ -92,7 +86,7 @@ GRID: dict[str, Any] = {
             "tasks": ["pairs"],
             "backbones": ["tiny"],
             "modes": ["lora"],
-            "methods": ["badge", {"badge": {"ladder": True}}],
+            "methods": ["badge", {"badge": {"carry": "logits"}}],
             "seeds": [0],
         },
     ],
@@ -112,7 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def _arguments(command: str, folder: Path, *more: str) -> list[str]:
     where = ["--data-dir", str(folder / "data"), "--model-dir", str(folder / "models")]
-    where = where if command in ("run", "search") else []
+    where = where if command == "run" else []
     return [command, str(folder / "grid.yaml"), "--out", str(folder / "runs"), *where, *more]
 
 
@@ -163,7 +157,7 @@ def test_every_method_is_run_and_stored(place: Path) -> None:
             assert len(logits) == rows
             assert logits.exits == record.result["scores"][split]["exits"]
         assert record.result["data"]["rows"]["train"] == 24
-        assert {"torch", "transformers", "peft", "threads"} <= set(record.result["environment"])
+        assert "torch" in record.result["environment"] and "badge_peft commit" in record.result["environment"]
         assert record.result["seconds"]["total"] > 0
     exits = {tuple(r.result["scores"]["test"]["exits"]) for r in records}
     assert exits == {(1, 2), (0, 1, 2), (1,), (2,)}  # all, with exit 0, and the single ones
@@ -224,16 +218,6 @@ def test_runs_of_a_frozen_task_share_one_pass(place: Path, tmp_path: Path, monke
         if run.settings["variant"] == {}:
             workshop.run(choose(settings, run, store)[0])
     assert passes == []
-    other = Workshop(settings, Store(tmp_path), str(place / "data"), str(place / "models"))
-    with_bypass, without = (next(r.settings for r in frozen if r.settings["method"] == m) for m in ("badge", "joint"))
-    model, data = (make_model(without, other.path(without), other.data(without)), other.data(without).splits["test"])
-    collate = other.collator(without)
-    bypassed = make_model(with_bypass, other.path(without), other.data(without))
-    with cache_states(bypassed, data) as whole, cache_states(model, data) as expected:
-        found = means_of(whole, model, data, collate)
-        rows = range(len(data))
-        a, b = (states._states.batch(rows, 1, torch.float32) for states in (found, expected))  # type: ignore[union-attr]
-        assert torch.allclose(a, b, atol=5e-3) and a.abs().max() > 0.1
 
 
 def test_a_failure_does_not_stop_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,20 +291,6 @@ def test_dry_run_starts_nothing(place: Path, capsys: pytest.CaptureFixture[str])
         paper.main(_arguments("run", place, "--only", "no-such-run"))
 
 
-def test_optuna_search_is_used_by_run(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
-    arguments = [*_arguments("search", place, "--optuna", "--trials", "2", "--only", "lora/badge")]
-    arguments[3] = str(tmp_path)
-    assert paper.main(arguments) == 0
-    store = Store(tmp_path)
-    run = next(run for run in plan(_settings(place)) if run.settings["mode"] == "lora")
-    settled, source = choose(_settings(place), run, store)
-    best = store.tuned("pairs-tiny-lora-badge")
-    assert best is not None and source == "optuna"
-    assert settled["adapter"]["activation"] == best["best"]["activation"]
-    assert settled["batch_size"] == best["best"]["batch_size"]
-
-
 def test_plan_has_no_run_twice_and_its_keys_are_stable(place: Path) -> None:
     runs = plan(_settings(place))
     keys = [key_of(run.settings) for run in runs]
@@ -329,7 +299,6 @@ def test_plan_has_no_run_twice_and_its_keys_are_stable(place: Path) -> None:
     assert len(set(labels)) == len(labels)
     assert "pairs/tiny/frozen/badge/r=16/s0" not in labels  # 16 is the grid's own
     assert "pairs/tiny/frozen/joint/r=4/s0" not in labels  # JT has no bottleneck
-    assert Run("g", runs[0].settings).matches("table-1") is False
     assert Run("g", runs[0].settings).matches("pairs/*/s0")
 
 
@@ -337,8 +306,8 @@ def test_plan_has_no_run_twice_and_its_keys_are_stable(place: Path) -> None:
     ("change", "message"),
     [
         ({"epoch": 3}, "has no field epoch"),
-        ({"groups": [{**GRID["groups"][0], "methods": ["sudden"]}]}, "method 'sudden' is not known"),
-        ({"groups": [{**GRID["groups"][0], "tasks": ["rte"]}]}, "'rte' is not defined in tasks"),
+        ({"groups": [{**GRID["groups"][0], "methods": ["sudden"]}]}, "'sudden' is not defined"),
+        ({"groups": [{**GRID["groups"][0], "tasks": ["rte"]}]}, "'rte' is not defined"),
         ({"backbones": {"tiny": {"blocks": 2}}}, "exactly one of package, folder and hub"),
     ],
 )
@@ -378,7 +347,7 @@ def test_statistics() -> None:
 
 def test_methods_with_fields_of_their_own_and_the_order_of_tasks(place: Path) -> None:
     labels = [run.label for run in plan(_settings(place))]
-    assert "pairs/tiny/lora/badge/ladder=True/s0" in labels
+    assert "pairs/tiny/lora/badge/carry=logits/s0" in labels
     settings = _settings(place)
     settings.tasks["again"] = settings.tasks["pairs"]
     group = settings.groups[1]
@@ -394,7 +363,6 @@ def test_without_patience_the_last_state_counts(place: Path, tmp_path: Path) -> 
     settings.patience = None
     run, _ = choose(settings, next(r for r in plan(settings) if r.settings["mode"] == "frozen"), Store(tmp_path))
     found = Workshop(settings, Store(tmp_path), str(place / "data"), str(place / "models")).run(run)
-    assert found["history"] == [] and found["best_epoch"] is None
     assert len(found["scores"]["test"]["per_exit"]) == 2
 
 
@@ -445,8 +413,8 @@ def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, store = _settings(place), Store(place / "runs")
     records, _ = gather(settings, store)
     task = ("pairs", "tiny", "frozen")
-    assert set(logits_of(records, CARRY, task, store, "test")) == {0, 1}
-    record, savings = next(r for r in records if PLAIN.fits(r, task)), Savings(store)
+    assert set(logits_of(records, CARRY, task, store)) == {0, 1}
+    record, savings = next(r for r in records if is_of(r, PLAIN, task)), Savings(store)
     answers, saved = savings.answers(record, "share")
     rule, test = savings.rule(record, "share"), store.logits(record.settled, "test")
     expected = evaluate_policy(test, rule, record.settled["metric"])
@@ -459,7 +427,7 @@ def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_regrets_of_policies(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regret, "SIZES", (8,))
     monkeypatch.setattr(regret, "LEFT", 8)
-    monkeypatch.setattr(regret, "SAVINGS", (0.25,))
+    monkeypatch.setattr(regret, "SAVED", 0.25)
     docs, kept = tmp_path / "policies.md", tmp_path / "policies.json"
     more = ["--docs", str(docs), "--json", str(kept)]
     assert paper.main([*_arguments("policies", place), *more]) == 0

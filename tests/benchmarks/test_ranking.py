@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from badge_peft import EarlyExitConfig, load_pretrained
 from badge_peft.early_exit.policies import build_policy
@@ -18,7 +15,9 @@ from tests.models import make_model
 from tests.ranking.pairs import make_documents, pair_tokenizer
 
 pytest.importorskip("bm25s")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import ranking  # noqa: E402
+from common import Results  # noqa: E402
+
 WORDS = ("film", "plot", "story", "cast")
 
 
@@ -50,14 +49,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     command = ["quality", "--encoder", str(folder / "encoder"), "--data", str(data), "--shift", str(shift)]
     small = ["--pool", "12", "--train-candidates", "6", "--epochs", "1", "--exit-epochs", "1", "--seeds", "0", "1"]
-    ranking = importlib.import_module("ranking")
     given = [*command, *small, "--max-length", "40", "--threads", "1", "--work", str(work)]
     assert ranking.main(given) == 0
     return work
 
 
 def test_what_is_measured(work: Path) -> None:
-    found = json.loads((work / "quality.json").read_text())
+    found = Results(work / "ranking.json")["quality"]
     assert found["blocks"] == 3 and set(found["found"]) == {"test", "shift", "uncalibrated shift"}
     pool = [json.loads(line) for line in (work / "test.jsonl").read_text().splitlines()]
     assert len(pool) == 4 * 12 and {row["label"] for row in pool} == {0, 1}
@@ -75,13 +73,12 @@ def test_a_row_is_what_the_adapter_does(work: Path) -> None:
     stored, pool = np.load(work / "test.npz"), (work / "test.jsonl").read_text().splitlines()
     ids = [json.loads(line)["query_id"] for line in pool]
     stops = build_policy(config).replay(stored["exits"][0][:, :, None], [0, 1, 2, 3], groups=ids)
-    rows = json.loads((work / "quality.json").read_text())["found"]["test"]["rows"]
+    rows = Results(work / "ranking.json")["quality"]["found"]["test"]["rows"]
     (row,) = [row for row in rows if (row["way"], row["top_k"], row.get("seed")) == ("exits", 10, 0)]
     assert row["saved"] == pytest.approx(1 - stops.double().mean().item() / 3)
 
 
 def test_the_page(work: Path, tmp_path: Path) -> None:
-    ranking = importlib.import_module("ranking")
     ways = ("PyTorch, stock", "sentence-transformers `rank`", "PyTorch, early exits")
     seconds = dict(zip(ways, (0.3, 0.4, 0.2), strict=True))
     seconds |= {f"ONNX Runtime{kind}, {which}": 0.1 for kind in ("", " int8") for which in ("stock", "early exits")}
@@ -90,8 +87,8 @@ def test_the_page(work: Path, tmp_path: Path) -> None:
         for n in (10, 100)
         for way, s in seconds.items()
     ]
-    made = json.loads((work / "quality.json").read_text())["made"]
-    (work / "clock.json").write_text(json.dumps({"made": made, "found": found}))
+    made = Results(work / "ranking.json")["quality"]["made"]
+    Results(work / "ranking.json").keep("clock", {"made": made, "found": found})
     assert ranking.main(["page", "--work", str(work), "--docs", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "600 ms by sentence-transformers" in page and "4.0 times faster" in page
@@ -100,21 +97,6 @@ def test_the_page(work: Path, tmp_path: Path) -> None:
     assert "The cross-encoder learned from 24 pairs." in page and "--epochs 1" in page and "--bf16" not in page
     ranking.main(["page", "--work", str(work), str(work), "--docs", str(tmp_path / "both.md")])
     assert (tmp_path / "both.md").read_text(encoding="utf-8").count("## encoder, 3 blocks") == 2
-
-
-def test_ways_to_choose_margins(work: Path, tmp_path: Path) -> None:
-    ranking = importlib.import_module("ranking")
-    from ranking_parts.families import FAMILIES, KEEPS
-
-    assert ranking.main(["families", "--work", str(work), "--threads", "1", "--splits", "1"]) == 0
-    stored = json.loads((work / "families.json").read_text())
-    found = stored["found"]
-    assert [(row["family"], row["keep"]) for row in found] == [(name, keep) for name in FAMILIES for keep in KEEPS]
-    assert all(0 <= row[key] <= 1 for row in found for key in ("kept", "saved"))
-    ranking.main(["page", "--work", str(work), "--docs", str(tmp_path / "page.md")])
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "| margins | asked for 90% |" in page and "ranking.py families" in page
-    (work / "families.json").unlink()
 
 
 def test_clusters() -> None:
@@ -133,36 +115,8 @@ def test_clusters() -> None:
 def test_it_times(work: Path) -> None:
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("onnxscript")
-    ranking = importlib.import_module("ranking")
-    before = (work / "clock.json").read_bytes() if (work / "clock.json").exists() else None
     command = ["clock", "--work", str(work), "--threads", "1", "--rounds", "1", "--candidates", "3", "12"]
     assert ranking.main(command) == 0
-    found = json.loads((work / "clock.json").read_text())["found"]
+    found = Results(work / "ranking.json")["clock"]["found"]
     assert len(found) == 2 * 7 and all(len(row["seconds"]) == 1 for row in found)
     assert all(row["kept"] == [True] for row in found if "stock" in row["way"] and "int8" not in row["way"])
-    if before is not None:
-        (work / "clock.json").write_bytes(before)
-
-
-def test_what_exit_0_reads(work: Path) -> None:
-    from ranking_parts.first_exit import Match
-
-    ranking = importlib.import_module("ranking")
-    assert ranking.main(["first-exit", "--work", str(work), "--threads", "1"]) == 0
-    found = json.loads((work / "first-exit.json").read_text())["found"]
-    assert [(row["exit 0"], row["top_k"]) for row in found] == [
-        (name, k) for name in ("none", "mean", "match") for k in (3, 10)
-    ]
-    assert all(0 <= row["kept"] <= 1 and -1 <= row["correlation"] <= 1 for row in found)
-    torch.manual_seed(0)
-    states, match = torch.randn(1, 5, 8), Match(8)
-    batch = {
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
-        "token_type_ids": torch.tensor([[0, 0, 1, 1, 1]]),
-    }
-    with torch.no_grad():
-        e = states[0]
-        unit = torch.nn.functional.normalize(match.project(e), dim=-1)
-        best = [max(float(unit[i] @ unit[j]) for j in (2, 3)) for i in (0, 1)]
-        wanted = match.weight((best[0] * e[0] + best[1] * e[1]) / 2) + match.linear(e[:4].mean(0))
-        torch.testing.assert_close(match(states, batch), wanted)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stack
+from common import Results
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import stack  # noqa: E402
-from task_parts.stack_page import stack_section  # noqa: E402
-
-from tests.models import shake  # noqa: E402
-from tests.texts import save_base, sentences  # noqa: E402
+from tests.models import shake
+from tests.texts import save_base, sentences
 
 
 @pytest.mark.slow
@@ -43,10 +38,10 @@ def test_a_stack(tmp_path: Path) -> None:
     adapters = [f"{task}={tmp_path / 'adapters' / task}" for task in ("mood", "tone")]
     few = ["--epochs", "1", "--time", "3", "--threads", "1", "--json", str(results)]
     assert stack.main([encoder, str(tmp_path), "--adapters", *adapters, *few]) == 0
-    data = json.loads(results.read_text())
-    own, times = data["sections"]["stack/mood"], data["sections"]["stack-time"]
+    data = Results(results)
+    own, times = data["stack/mood"], data["stack-time"]
     assert own["frozen"]["rows"] == 8 and own["full"]["train_rows"] == 24 and 0 <= own["full"]["score"] <= 1
     assert [way["name"] for way in times["results"]] == ["2 full models", "2 calls", "one pass"]
-    section = stack_section(data)
+    section = stack.stack_section(data)
     assert f"| mood | 8 | accuracy | {100 * own['frozen']['full_depth_score']:.1f} |" in section
-    assert "| one pass | " in section and stack_section({"sections": {}}) == ""
+    assert "| one pass | " in section and stack.stack_section(Results(tmp_path / "none.json")) == ""

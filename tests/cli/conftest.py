@@ -106,8 +106,8 @@ def adapter(trained: Path, tmp_path: Path) -> Path:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """`predict_folder` answers in this process; tests/serving/test_batch_scoring.py is with Ray."""
     from badge_peft.workflows import folders
-    from badge_peft.workflows.answerer import Answerer, Answering
-    from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
+    from badge_peft.workflows.predict import Answerer, Answering
+    from badge_peft.workflows.stream import TextFiles, chunks_of, texts_of
 
     def answer_files(files: TextFiles, answering: Answering, workers: int | None) -> Iterator[dict[str, Any]]:
         answerer = Answerer(answering)

@@ -13,10 +13,10 @@ from badge_peft import __version__
 from badge_peft.cli import main as cli
 from badge_peft.cli.commands import COMMANDS
 from badge_peft.workflows import demo
-from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.settings import (
     DemoSettings,
     ExitOptions,
+    Goal,
     SearchOptions,
     TrainColumns,
     TrainingOptions,

@@ -14,10 +14,9 @@ import pytest
 
 from badge_peft.utils import extras
 from badge_peft.workflows import folders
-from badge_peft.workflows.answerer import Answering
 from badge_peft.workflows.folders import predict_folder
-from badge_peft.workflows.goal import PolicyOverrides
-from badge_peft.workflows.settings import TextColumns
+from badge_peft.workflows.predict import Answering
+from badge_peft.workflows.settings import PolicyOverrides, TextColumns
 from tests.cli.conftest import ROWS, Cli, one_line
 
 TEXTS = [text for text, _ in ROWS]

@@ -18,13 +18,11 @@ from badge_peft import ExitLogits, load_pretrained
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.integrations.bm25 import retrieve
 from badge_peft.ranking import EarlyExitReranker, calibrate_ranking
-from badge_peft.workflows.answerer import Answering
 from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.folders import predict_folder
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.ranking_data import read_rankings
-from badge_peft.workflows.settings import Columns, TrainColumns, TrainSettings
-from badge_peft.workflows.train import train_adapter
+from badge_peft.workflows.predict import Answering
+from badge_peft.workflows.settings import Columns, Goal, TrainColumns
+from badge_peft.workflows.train_ranking import read_rankings
 from tests.cli.conftest import Cli, one_line, save_classifier
 from tests.models import make_model
 from tests.ranking.pairs import make_documents, pair_tokenizer
@@ -282,8 +280,6 @@ def test_other_models_data_and_tasks_are_refused(ranked: Path, tmp_path: Path, c
     one_line(cli(*plain, "--top-k", 3, fails=True), "top_k and keep are for ranking")
     one_line(cli(*plain, "--policy", "top_k", fails=True), "policy='top_k' ranks the candidates of a query")
     one_line(cli(*plain, "--task", "sorting", fails=True), "task='sorting' is not allowed")
-    with pytest.raises(ValueError, match="task='ranking' is trained by train_ranker"):
-        train_adapter(str(two), "x", TrainSettings(output_dir=tmp_path / "x", task="ranking"))
     with pytest.raises(ValueError, match=r"keep=2\.0 is not allowed: it is a share of the queries"):
         Goal(keep=2.0)
     wrong = write_pairs(tmp_path / "wrong.jsonl", 0, 5, label=-2)

@@ -15,9 +15,8 @@ from badge_peft import ExitLogits, exit_scores, sweep
 from badge_peft.training.finite import TrainingStopped
 from badge_peft.workflows import search
 from badge_peft.workflows import train as workflow
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.search_space import SearchSpace
-from badge_peft.workflows.settings import ExitOptions, SearchOptions, TrainingOptions, TrainSettings
+from badge_peft.workflows.search import SearchSpace
+from badge_peft.workflows.settings import ExitOptions, Goal, SearchOptions, TrainingOptions, TrainSettings
 from tests.cli.conftest import FAST, Cli, one_line
 
 pytest.importorskip("optuna")

@@ -18,8 +18,8 @@ from badge_peft import ExitLogits, load_pretrained, pipeline
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel
 from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.predict import Answerer, Answering
 from badge_peft.workflows.settings import Columns
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 from tests.models import make_model

@@ -20,8 +20,7 @@ from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.evaluate import compare_with_checkpoint
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.settings import Columns, TrainColumns, TrainingOptions
+from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainingOptions
 from badge_peft.workflows.splits import hold_out
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
 from tests.texts import make_tokenizer, write_csv

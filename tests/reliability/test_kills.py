@@ -19,7 +19,7 @@ from badge_peft import load_pretrained
 from badge_peft.training.stages import newest_checkpoint
 from badge_peft.utils.files import install
 from badge_peft.workflows.adapter_dir import read_config
-from badge_peft.workflows.stored import stored_logits
+from badge_peft.workflows.evaluate import stored_logits
 from tests.cli.conftest import FAST, ROWS, invoke, save_classifier
 from tests.models import exits_of, make_batch, make_model, shake, trained
 from tests.texts import write_csv

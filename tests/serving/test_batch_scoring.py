@@ -21,9 +21,8 @@ pytest.importorskip("pandas", reason="the extra `ray` is not installed")
 from badge_peft.integrations.ray import predict_dataset  # noqa: E402
 from badge_peft.workflows import folders  # noqa: E402
 from badge_peft.workflows.adapter_dir import open_adapter  # noqa: E402
-from badge_peft.workflows.answerer import Answering  # noqa: E402
 from badge_peft.workflows.folders import predict_folder  # noqa: E402
-from badge_peft.workflows.predict import predict  # noqa: E402
+from badge_peft.workflows.predict import Answering, predict  # noqa: E402
 from tests.cli.conftest import invoke, one_line  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402

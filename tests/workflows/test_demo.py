@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from badge_peft import evaluate_policy, load_pretrained
-from badge_peft.workflows.stored import stored_logits
+from badge_peft.workflows.evaluate import stored_logits
 from tests.cli.conftest import invoke
 from tests.models import make_batch
 from tests.texts import save_base, sentences, write_csv

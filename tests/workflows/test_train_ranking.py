@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from badge_peft.workflows import train_ranking
+from badge_peft.workflows import fit, train_ranking
 from badge_peft.workflows.settings import TrainingOptions
 from tests.models import make_badge, make_model
 from tests.ranking.pairs import pair_tokenizer
@@ -14,7 +14,7 @@ from tests.ranking.pairs import pair_tokenizer
 def test_processes_share_a_batch(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is one item of each of them."""
     trained = []
-    monkeypatch.setattr(train_ranking, "run", trained.append)
+    monkeypatch.setattr(fit, "_run", lambda trainer, _: trained.append(trainer))
     monkeypatch.setattr(train_ranking.distributed, "rank_world", lambda: (0, processes))
     model = make_badge("bert", make_model(num_labels=1), train_head=False)
     queries = [f"query {i // 3}" for i in range(24)]

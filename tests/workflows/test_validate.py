@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from badge_peft.workflows.base_model import Base
-from badge_peft.workflows.goal import Goal
-from badge_peft.workflows.settings import ExitOptions, TrainSettings
+from badge_peft.workflows.settings import ExitOptions, Goal, TrainSettings
 from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
 from tests.models import make_model
 

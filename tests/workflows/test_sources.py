@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from badge_peft.workflows.csv_rows import numbers_of
 from badge_peft.workflows.data import read_examples
-from badge_peft.workflows.sources import read_source
+from badge_peft.workflows.sources import numbers_of, read_source
 from badge_peft.workflows.stream import read_texts
 
 

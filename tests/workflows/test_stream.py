@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from badge_peft.workflows.chunks import TextFiles, chunks_of, texts_of
+from badge_peft.workflows.stream import TextFiles, chunks_of, texts_of
 
 PAIRS = st.lists(st.tuples(st.sampled_from("abc"), st.text(max_size=3)), max_size=12)
 

@@ -1,3 +1,0 @@
-"""Parts of `benchmarks/capacity.py`."""
-
-from __future__ import annotations

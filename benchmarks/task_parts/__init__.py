@@ -1,1 +1,0 @@
-"""Parts of `benchmarks/tasks.py`, `benchmarks/stack.py` and `benchmarks/decoders.py`."""
