@@ -85,7 +85,6 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
             past_future,
             self.wrapped[0].badge_doubt[adapter_name] if config.learn_to_exit else None,
             config.carry,
-            config.ladder,
             own_pooler(self.model, self.layout, adapter_name) if config.exit_type == "shared_pooled" else None,
         )
 

@@ -60,10 +60,6 @@ class RowOrder:
             for name, value in inputs.items()
         }
 
-    def together(self, readers: Sequence[PolicyReader]) -> Sequence[PolicyReader]:
-        """As they are: each has rows of its own."""
-        return readers
-
     def heads(self, readers: Sequence[PolicyReader]) -> RowHeads:
         """Each row goes through the copy of its own adapter."""
         return RowHeads([(question.adapter, question.rows) for question in self.questions])

@@ -72,9 +72,6 @@ class Call(Protocol):
     def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model's inputs with the rows of each adapter side by side."""
 
-    def together(self, readers: Sequence[PolicyReader]) -> Sequence[Any]:
-        """The readers as the pass has them."""
-
     def heads(self, readers: Sequence[PolicyReader]) -> Any:
         """Who answers at the model's own head; None: the active adapter."""
 
@@ -91,10 +88,6 @@ class OneAdapter:
     def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As they are."""
         return inputs
-
-    def together(self, readers: Sequence[PolicyReader]) -> Sequence[Any]:
-        """As they are."""
-        return readers
 
     def heads(self, readers: Sequence[PolicyReader]) -> Any:
         """The active adapter's."""

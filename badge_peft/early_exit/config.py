@@ -9,11 +9,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.utils.checks import check_choice, check_int, is_number, to_python
+from badge_peft.utils.checks import check_choice, check_int, is_number, to_python, without_removed
 from badge_peft.utils.options import option
 
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
+_REMOVED: dict[str, tuple[Any, str]] = {
+    "normalize": (
+        False,
+        "Leave it out, and multiply the threshold by ln K (of K independent labels, by K ln 2), or calibrate again.",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,6 @@ class EarlyExitConfig:
         "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
         "exits between count as earlier exits. On a GPU each decision waits for the device: fewer may be faster.",
     )
-    normalize: bool = option(False, "Divide entropies and cross-entropies by ln K before they meet the threshold.")
     temperature: list[float] | None = option(
         None, "One temperature per exit for `max_prob`; logits are divided by it."
     )
@@ -70,7 +75,7 @@ class EarlyExitConfig:
         return 10 if self.top_k is None else self.top_k
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", "normalize"):
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every"):
             self._set(name, to_python(getattr(self, name)))
         for name in ("threshold", "temperature"):
             value: Any = getattr(self, name)
@@ -101,8 +106,6 @@ class EarlyExitConfig:
                     f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
                 )
             self._set("temperature", [float(t) for t in self.temperature])
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize={self.normalize!r} is not allowed: it must be True or False.")
         for name in ("parameters", "calibration"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
@@ -164,7 +167,7 @@ class EarlyExitConfig:
             raise ValueError(
                 f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
             )
-        value = value or {}
+        value, overrides = (without_removed(given or {}, _REMOVED) for given in (value, overrides))
         named = overrides.get("policy")
         other = named is not None and "policy" in value and (named != value["policy"] or named == "never")
         data = overrides if other else {**value, **overrides}

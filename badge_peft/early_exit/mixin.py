@@ -186,7 +186,7 @@ class EarlyExitMixin:
         about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
         readers = [self._reader(question, about, overrides) for question in call.questions]
         read = positions_read(self.layout, inputs, ends)
-        running = self._pass(EarlyExitPass, call.together(readers), batch_size, read)
+        running = self._pass(EarlyExitPass, readers, batch_size, read)
         running.heads = call.heads(readers)
         # a call at full depth costs what the base model costs
         plain = running.heads is None and not any(reader.reads_exits for reader in readers)

@@ -28,8 +28,7 @@ class EarlyExitPass(BlockPass):
     block M the full batch is put together again for the model's own head. At full depth no row leaves.
 
     Args:
-        readers: `ExitReader`s; each asks about some of the rows, and several may ask about the same. `TaskReaders` is
-            one that stands for several.
+        readers: `ExitReader`s; each asks about some of the rows, and several may ask about the same.
         batch_size: B.
         attention_mask: [B, S] or None: positions behind the last one that is not 0 may be cut off.
         num_blocks: M.

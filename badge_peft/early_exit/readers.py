@@ -49,15 +49,10 @@ class ExitReader:
         self.rows = rows
         self.first = first
         self.pooling = Pooling(exits.pooling, attention_mask)
-        self.state = ExitState(exits.past_future, exits.keep_bottlenecks)
+        self.state = ExitState(exits.past_future)
         self.reads_uncertainty = exits.uncertainty is not None
         self.num_active = rows
         self.has_answered = False
-
-    @property
-    def adapters(self) -> list[str]:
-        """Whose exits are read."""
-        return [self.exits.adapter]
 
     def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Takes note of exit `number` of `block`, where the adapter has one.

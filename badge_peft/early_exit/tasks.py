@@ -17,7 +17,6 @@ from badge_peft.early_exit.adapter_names import check_frozen, check_known
 from badge_peft.early_exit.calls import Question
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policy_reader import PolicyReader
-from badge_peft.early_exit.together import TaskReaders
 from badge_peft.outputs import MultiTaskOutput
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.config import BadgeConfig
@@ -42,10 +41,6 @@ class Tasks:
     def sort(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As they are."""
         return inputs
-
-    def together(self, readers: Sequence[PolicyReader]) -> Sequence[Any]:
-        """As one, which reads and decides together what is alike."""
-        return [TaskReaders(readers)] if len(readers) > 1 else readers
 
     def heads(self, readers: Sequence[PolicyReader]) -> TaskHeads:
         """The model's own head, read for each task that still asks when the blocks are through."""

@@ -46,9 +46,6 @@ class Chain:
         self.threshold = ir.val("threshold", FLOAT, [len(taus)] if isinstance(taus, list) else [])
         self.patience = ir.val(decision.count_name, INT64, [])
         g.body.inputs.extend([*inputs, self.threshold, self.patience])
-        unit = decision.unit
-        #: The thresholds, one or one for each exit, in the unit of the policy's score.
-        self.limit = g.op("Mul", self.threshold, g.floats(unit)) if unit != 1 else self.threshold
         #: What pieces may read, beside the states.
         self.outer = {str(value.name): value for value in inputs}
         rows = g.op("Shape", inputs[0], start=0, end=1)
@@ -176,7 +173,7 @@ class Chain:
     def _limit(self, g: Graph, index: int) -> ir.Value:
         """The threshold of an exit, a scalar."""
         each = isinstance(self.decision.threshold, list)
-        return g.op("Gather", self.limit, g.ints(index), axis=0) if each else self.limit
+        return g.op("Gather", self.threshold, g.ints(index), axis=0) if each else self.threshold
 
     def _store_all(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
         """Notes the answers of the rows that stop, None: all, and had none."""

@@ -116,11 +116,9 @@ class TaskChain(Chain):
         return self.inner[group.tasks[0]]
 
     def _limit_of(self, task: str) -> ir.Value:
-        """The threshold of a task in the unit of its policy's score."""
-        g, decision, own = self.graph, self.decisions[task], self.thresholds[task]
-        if not decision.uses_threshold:
-            return g.floats(decision.threshold)
-        return g.op("Mul", own, g.floats(decision.unit)) if decision.unit != 1 else own
+        """The threshold of a task."""
+        decision = self.decisions[task]
+        return self.thresholds[task] if decision.uses_threshold else self.graph.floats(decision.threshold)
 
     def part_groups(self) -> None:
         """Once all pieces are there: each task's own answers, out of those of its group."""

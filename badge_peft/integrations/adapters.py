@@ -149,7 +149,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...]) -> None:
     if not isinstance(running, EarlyExitPass):
         return
     configs: dict[str, BadgeConfig] = model.peft_config  # type: ignore[assignment]  # a module's attributes are untyped
-    for name in (name for reader in running.readers for name in reader.adapters):
+    for name in (reader.exits.adapter for reader in running.readers):
         if name in configs:  # rows may ask for the base model alone
             AdaptersLibrary().check(model, configs[name])
 

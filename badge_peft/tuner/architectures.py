@@ -164,7 +164,7 @@ def base_name(name: str) -> str:
 
 
 def exit_norm(model: nn.Module, block: str, layout: BlockLayout) -> nn.Module:
-    """The norm of `model` that LN' copies or shares at the block of that name: its last, or the final one (pre-LN)."""
+    """The norm of `model` that LN' copies at the block of that name: its last, or the final one (pre-LN)."""
     if layout.last_norm is not None:
         return inner_block(model, block).get_submodule(layout.last_norm)
     return model.get_submodule(final_norm_name(model, layout))

@@ -45,7 +45,7 @@ def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
         pooler = own_pooler(model, layout)
         names = [name for name in names if all(part is not pooler for part in model.get_submodule(name).modules())]
     blocks = block_names(model, layout)
-    if config.norm == "own" and config.placement != "none":
+    if config.placement != "none":
         if layout.pre_norm:
             names.append(final_norm_name(model, layout))
         elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too

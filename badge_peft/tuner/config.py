@@ -18,6 +18,7 @@ from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
 from badge_peft.tuner.config_rules import (
+    REMOVED,
     check_data_columns,
     check_filled_in,
     check_label_names,
@@ -28,7 +29,7 @@ from badge_peft.tuner.config_rules import (
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_choice, check_int, is_number
+from badge_peft.utils.checks import check_choice, check_int, is_number, without_removed
 from badge_peft.utils.files import write_text
 from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
@@ -36,7 +37,6 @@ from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
 CHOICES: dict[str, tuple[str, ...]] = {
     "placement": ("block", "ffn", "mhsa", "none"),
     "activation": tuple(ACTIVATION_MODULES),
-    "norm": ("own", "shared"),
     "exit_type": tuple(EXITS),
     "exit_pooling": ("auto", "cls", "mean", "last"),
     "final_exit": ("base_head", "exit"),
@@ -72,7 +72,6 @@ class BadgeConfig(PeftConfig):
     placement: str = option("block", "Where the bypass reads: `block` (Eq. 2), `ffn`, `mhsa`, or `none`.")
     activation: str = option("gelu", f"g1 of Eq. 1: {', '.join(ACTIVATION_MODULES)}.")
     bias: bool = option(False, "Biases in the two projections of a bypass (Eq. 1 has none).")
-    norm: str = option("own", "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`.")
     exit_type: str = option(
         "linear",
         "`linear`, `pooled` (dense + tanh + linear), `shared_pooled` (the model's pooler), `mha`, "
@@ -85,11 +84,8 @@ class BadgeConfig(PeftConfig):
     )
     final_exit: str = option("base_head", "Exit M: the model's own head, `base_head`, or an `exit` like the others.")
     carry: str | None = option(
-        None,
-        "What an exit adds of those before it: the `logits` of the last one, times a learned number; the `states` of "
-        "their bottlenecks, times a learned matrix; None: nothing.",
+        None, "What an exit adds of the one before it: its `logits`, times a learned number; None: nothing."
     )
-    ladder: bool = option(False, "A bypass also reads the bottleneck of the one before it.")
     train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
     backbone: str = option("frozen", "`frozen`, `lora` or `full` (the paper).")
     lora: Any = option(None, "LoraConfig or dict for backbone='lora'.")
@@ -146,8 +142,8 @@ class BadgeConfig(PeftConfig):
             raise ValueError(f"r={self.r!r} is not allowed: it must be below 2**31.")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        check_links(self.carry, self.ladder, self.exit_type, self.final_exit, self.placement)
-        for name in ("bias", "ladder", "train_head", "learn_to_exit", "inference_mode"):
+        check_links(self.carry, self.exit_type, self.final_exit)
+        for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
         for name in ("base_model_name_or_path", "revision", "weights_hash"):
@@ -188,6 +184,11 @@ class BadgeConfig(PeftConfig):
         return data
 
     @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file as this version has them; PEFT asks while it reads one."""
+        return super().check_kwargs(**without_removed(kwargs, REMOVED))
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Reads `adapter_config.json`, as every config of PEFT. Its weights are compared with the config
         when it is put on a model, before that is changed.
@@ -207,7 +208,7 @@ class BadgeConfig(PeftConfig):
                     "where saving was interrupted: the config inside of the weights is taken. Save the adapter again.",
                     stacklevel=2,
                 )
-                config = cls.from_peft_type(**of_weights)
+                config = cls.from_peft_type(**without_removed(of_weights, REMOVED))
             config.source = source
         return config
 

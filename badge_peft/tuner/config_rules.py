@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from badge_peft.tuner.carry import CARRIES
 from badge_peft.utils.checks import is_number
 from badge_peft.utils.problem import Problem
 
@@ -13,6 +12,15 @@ TOKEN_CHOICES: dict[str, tuple[str | None, ...]] = {
     "exit_pooling": ("auto",),
     "exit_type": ("linear", "pooled", "mha", "residual_mha"),
     "problem_type": (None, Problem.name),
+}
+_AGAIN = (
+    "An adapter that was saved with it has to be trained again, or loaded with the badge_peft that saved it "
+    "(badge_version in its adapter_config.json)."
+)
+#: Fields that are no more, for `without_removed`.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "ladder": (False, f"Leave it out. {_AGAIN}"),
+    "norm": ("own", f"Leave it out: each bypass has a LayerNorm of its own. {_AGAIN}"),
 }
 
 
@@ -35,19 +43,18 @@ def sorted_layers(layers: Any) -> list[int] | None:
     return sorted(layers)
 
 
-def check_links(carry: Any, ladder: bool, exit_type: str, final_exit: str, placement: str) -> None:
+def check_links(carry: Any, exit_type: str, final_exit: str) -> None:
     """Checks what exits read of one another.
 
     Raises:
         ValueError: which field, and what it needs.
     """
-    if carry is not None and carry not in CARRIES:
-        raise ValueError(f"carry={carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
+    if carry == "states":
+        raise ValueError(f"carry='states' is not allowed: it has been removed. Use carry='logits' or None. {_AGAIN}")
+    if carry not in (None, "logits"):
+        raise ValueError(f"carry={carry!r} is not allowed: it must be None or 'logits'.")
     if exit_type == "past_future" and final_exit != "exit":
         raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-    if placement == "none" and (ladder is True or carry == "states"):
-        field = "ladder=True" if ladder is True else "carry='states'"
-        raise ValueError(f"{field} needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
 
 
 def check_label_names(names: Any, num_labels: int | None) -> None:

@@ -14,16 +14,14 @@ class ExitState:
 
     Args:
         exits: Of the call, shallow to deep, where each needs all others (Global Past-Future); else empty.
-        keeps_bottleneck: Whether a bypass leaves the states of its bottleneck.
 
     Attributes:
         left: What the exits so far have left, by name: [n, ...], or [n, S, ...] where each position has its own.
         keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
     """
 
-    def __init__(self, exits: Sequence[nn.Module] = (), keeps_bottleneck: bool = False) -> None:
+    def __init__(self, exits: Sequence[nn.Module] = ()) -> None:
         self.exits = list(exits)
-        self.keeps_bottleneck = keeps_bottleneck
         self.left: dict[str, Tensor] = {}
         self.keeps_vectors = False
         self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j

@@ -243,8 +243,7 @@ class AdapterExits:
         final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
         past_future: Its exits, shallow to deep, where each needs all others; else empty.
         uncertainty: The layer of learning to exit (LTE), where the adapter has one.
-        carry: What exit m adds of those before it: `logits`, `states`, or None for nothing.
-        ladder: Whether a bypass reads the bottleneck of the one before.
+        carry: What exit m adds of the one before it: `logits`, or None for nothing.
         pooler: The model's own, where all exits share it.
     """
 
@@ -258,18 +257,12 @@ class AdapterExits:
     past_future: list[nn.Module] = field(default_factory=list)
     uncertainty: nn.Module | None = None
     carry: str | None = None
-    ladder: bool = False
     pooler: nn.Module | None = None
-
-    @property
-    def keep_bottlenecks(self) -> bool:
-        """Whether deeper exits read the states of a bottleneck."""
-        return self.ladder or self.carry == "states"
 
     @property
     def are_linked(self) -> bool:
         """Whether exits need what those before them have left in the call's `ExitState`."""
-        return bool(self.past_future) or self.carry is not None or self.ladder
+        return bool(self.past_future) or self.carry is not None
 
     def linked_to(self, read: Iterable[int]) -> set[int]:
         """Block numbers of its own exits that are computed for those that are `read`: where exits need one another,
@@ -279,11 +272,6 @@ class AdapterExits:
         own = self.numbers if self.has_final_exit else self.numbers[:-1]
         last = max(set(own).intersection(read), default=-1)
         return {m for m in own if m <= last}
-
-    @property
-    def need_more_than_logits(self) -> bool:
-        """Whether exits need more of those before them than the logits of the last one."""
-        return bool(self.past_future) or self.keep_bottlenecks
 
     @property
     def reads_tokens(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
-from badge_peft.tuner.carry import CarriedLogits, CarriedStates, build_on
+from badge_peft.tuner.carry import CarriedLogits, build_on
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
 from badge_peft.tuner.exit_state import ExitState
@@ -61,7 +61,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             adapter_name: The adapter.
             config: Its config, with `num_labels` and `hidden_size` filled in.
             exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-            exit_norm: The norm that LN' copies or shares.
+            exit_norm: The norm that LN' copies.
             pooler: The model's own dense layer, which that of a `pooled` exit copies.
         """
         self.badge_placement[adapter_name] = config.placement
@@ -107,40 +107,32 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
             The vector [B, d] that the exit reads, and its logits [B, K].
         """
         exit_ = self.own_exit(exits.adapter, number)
-        bypass, norm = self.bypass_of(exits, number)
+        bypass = self.bypass_of(exits.adapter, number)
         placement = self.badge_placement[exits.adapter]
-        if not exit_.reads_sequence and not state.keeps_bottleneck:
-            mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, norm, frame, pooling)
+        if not exit_.reads_sequence:
+            mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, frame, pooling)
             if mean is not None:
                 vector = exit_.represent(mean, Pooling("cls", None))  # nothing is left to be reduced
                 if exits.pooler is not None:
                     vector = pool_by(exits.pooler, vector)
-                return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
+                return vector, build_on(exits, exit_, exit_(vector, state), state)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
-            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm, state)
+            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking)
         else:
             states = picking.pick(frame.output)
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
-                states = apply_norm(self._exit_norm(exits.final_norm), states)
+                assert exits.final_norm is not None
+                states = apply_norm(exits.final_norm, states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
         if exits.pooler is not None:
             vector = pool_by(exits.pooler, vector)
-        return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
+        return vector, build_on(exits, exit_, exit_(vector, state), state)
 
-    def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:
-        """The bypass of exit `number`, where it has one, and LN' where it is not the bypass's own."""
-        bypasses: Any = self._adapters("badge_bypass").get(exits.adapter) if number > 0 else None
-        bypass = None if bypasses is None else bypasses._modules[str(number)]
-        has_norm = bypass is not None and bypass._modules.get("norm") is not None
-        return bypass, None if has_norm else self._exit_norm(exits.final_norm)
-
-    def _exit_norm(self, final_norm: nn.Module | None) -> nn.Module:
-        """The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN)."""
-        if self.layout.last_norm is None:
-            assert final_norm is not None
-            return final_norm
-        return self.base_layer.get_submodule(self.layout.last_norm)
+    def bypass_of(self, adapter: str, number: int) -> Any:
+        """The bypass of exit `number`; None where it has none."""
+        bypasses: Any = self._adapters("badge_bypass").get(adapter) if number > 0 else None
+        return None if bypasses is None else bypasses._modules[str(number)]
 
     def _adapters(self, name: str) -> dict[str, nn.Module]:
         # the modules of `badge_exit` or `badge_bypass` by adapter, without the detours of a module's attribute access:
@@ -191,7 +183,7 @@ def adapter_modules(
         config: Its config, with `num_labels` and `hidden_size` filled in.
         numbers: The numbers of the block.
         exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-        exit_norm: The norm that LN' copies or shares.
+        exit_norm: The norm that LN' copies.
     """
     assert config.hidden_size is not None  # filled in by BadgeModel
     parts: dict[str, nn.Module] = {}
@@ -200,17 +192,13 @@ def adapter_modules(
         parts["badge_exit"] = head = MultiExitHead(
             own, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
         )
-        first = min(exits) if config.carry == "logits" else min((m for m in exits if m > 0), default=0)
         for m in own:
-            if config.carry is not None and m > first:
-                logits = config.carry == "logits"
-                head.exit(m).carry = CarriedLogits() if logits else CarriedStates(config.r, config.resolved_labels)
+            if config.carry is not None and m > min(exits):
+                head.exit(m).carry = CarriedLogits()
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
-        norm = exit_norm if config.norm == "own" else None
-        size = (config.hidden_size, config.r, config.activation, config.bias, norm)
-        first = min(m for m in exits if m > 0)
-        parts["badge_bypass"] = nn.ModuleDict({str(m): Bypass(*size, config.ladder and m > first) for m in bypassed})
+        size = (config.hidden_size, config.r, config.activation, config.bias, exit_norm)
+        parts["badge_bypass"] = nn.ModuleDict({str(m): Bypass(*size) for m in bypassed})
     if config.learn_to_exit and 1 in numbers:
         parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
     return parts

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.plain_exit import is_changed, is_plain
 from badge_peft.tuner.pooling import Pooling
 
 
@@ -70,7 +69,7 @@ class _MeanOfBypassed(torch.autograd.Function):
 
 
 def mean_of_bypassed(
-    bypass: nn.Module | None, placement: str, pre_norm: bool, norm: nn.Module | None, frame: Frame, pooling: Pooling
+    bypass: nn.Module | None, placement: str, pre_norm: bool, frame: Frame, pooling: Pooling
 ) -> Tensor | None:
     """The mean over positions of H'_m, [B, d]; None where it is the modules' work: without gradients, where the states
     take some, and for whatever is not a plain bypass at `block` or `ffn` in float32.
@@ -79,7 +78,6 @@ def mean_of_bypassed(
         bypass: Of the exit.
         placement: Of the bypass.
         pre_norm: Whether blocks normalize their inputs.
-        norm: LN' where it is shared.
         frame: What the block has computed.
         pooling: Of this call.
     """
@@ -87,12 +85,10 @@ def mean_of_bypassed(
         return None
     if type(bypass) is not Bypass or is_changed(bypass) or torch.jit.is_tracing():
         return None
-    down, up, activation = bypass.down, bypass.up, bypass.activation
-    own = bypass.norm is not None
-    norm = bypass.norm if own else norm
+    down, up, activation, norm = bypass.down, bypass.up, bypass.activation, bypass.norm
     if not (is_plain(down) and is_plain(up)) or is_changed(activation) or type(norm) is not nn.LayerNorm:
         return None
-    if is_changed(norm) if own else frame.scale_weights is not None:  # a shared norm is called past its hooks
+    if is_changed(norm):
         return None
     source, residual = (getattr(frame, name) for name in states_read(placement, pre_norm))
     used = (source, residual, down.weight, up.weight, norm.weight)
@@ -107,3 +103,15 @@ def mean_of_bypassed(
     if norm.bias is None:
         return mean * norm.weight
     return mean * norm.weight + norm.bias * weights.sum(dim=1, keepdim=True)
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `module` is a linear layer and nothing more."""
+    return type(module) is nn.Linear and not is_changed(module)
+
+
+def is_changed(module: Any) -> bool:
+    """Whether a call of `module` does more than its class says (hooks, or a forward of its own, as offloading sets
+    it), or its parameters are elsewhere (a replica of `nn.DataParallel`)."""
+    state = module.__dict__
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or "_is_replica" in state)

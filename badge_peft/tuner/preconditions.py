@@ -21,7 +21,7 @@ from badge_peft.tuner.config import is_badge
 # Names inside of our modules and of PEFT's wrappers, but for the block numbers.
 _NAMES = frozenset(
     "down up activation norm linear dropout dense query key value output imitate gate balance "
-    "carry ladder lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "carry lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
     "base_model model base_layer modules_to_save original_module".split()
 )
 _MERGE = (

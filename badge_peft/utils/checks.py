@@ -33,6 +33,22 @@ def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> No
         raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
 
 
+def without_removed(fields: dict[str, Any], removed: dict[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The fields of a saved config that there still are.
+
+    Args:
+        fields: By name.
+        removed: Fields that are no more: the value that they had where nobody set them, and what takes their place.
+
+    Raises:
+        ValueError: one that is no more was set.
+    """
+    for name, (default, remedy) in removed.items():
+        if fields.get(name, default) != default:
+            raise ValueError(f"{name}={fields[name]!r} is not allowed: this field has been removed. {remedy}")
+    return {name: value for name, value in fields.items() if name not in removed}
+
+
 def check_number(name: str, value: Any, allowed: Callable[[float], bool], rule: str) -> None:
     """Raises a ValueError, ending in `rule`, unless `value` is None or a finite number that is `allowed`."""
     if value is not None and not (is_number(value) and allowed(value)):

@@ -39,9 +39,6 @@ class Form:
 JOINT = Form("joint", (), "JT")
 PLAIN = Form("badge", (), "BADGE")
 CARRY = Form("badge", (("carry", "logits"),), "BADGE + carry")
-STATES = Form("badge", (("carry", "states"),), "BADGE + carried states")
-LADDER = Form("badge", (("ladder", True),), "BADGE + ladder")
-BOTH = Form("badge", (("carry", "logits"), ("ladder", True)), "BADGE + carry + ladder")
 ATTENTION = Form("badge", (("exit_type", "residual_mha"),), "BADGE + attention")
 CARRY_0 = Form("badge", (("carry", "logits"), ("exit_0", True)), "BADGE + carry + exit 0")
 CARRY_ATTENTION = Form("badge", (("carry", "logits"), ("exit_type", "residual_mha")), "BADGE + carry + attention")
@@ -67,9 +64,6 @@ FORMS = (
     CARRY_DISTILLED_SOFT,
     CARRY_WIDE,
     CARRY_CLS,
-    STATES,
-    LADDER,
-    BOTH,
     ATTENTION,
     CARRY_ATTENTION,
     CARRY_ATTENTION_0,

@@ -82,8 +82,8 @@ class Page:
             rows.append([f"{form.title} over {over.title}", *cells, str(len(found)), seeds])
         return f"""Exits on a frozen {backbones}: what forms of them gain, the mean over tasks in points, and on
 how many tasks the paired 95% interval lies above or below zero. BADGE is the plain bypass, JT has none; what
-`carry` and `ladder` do:
-[exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry-ladder). Attention is
+`carry` does:
+[exits that build on one another](../choosing.md#exits-that-build-on-one-another-carry). Attention is
 [`exit_type="residual_mha"`](../choosing.md#exit-type-exit_type),
 [exit 0](../choosing.md#exits-exit_layers-final_exit) an exit on the embeddings; S-avg and S-best are of the exits
 behind a block. {SHARE:.0%} saved: the score of early answers, by the rule that

@@ -100,7 +100,7 @@ def test_live_is_replay(case, placement, pooling, final_exit):
         final_exit=final_exit,
         exit_type=exit_type,
         exit_layers=EXIT_LAYERS[turn % len(EXIT_LAYERS)] if case != "albert-inner" else None,
-        **link(turn, placement),
+        **link(turn),
     )
     exits = model.base_model.exit_layers()
     batch, logits, doubts = safe_batch(model, 1 + turn % 17, seed=turn, side="left" if turn % 3 == 0 else "right")
@@ -135,7 +135,7 @@ def test_a_batch_is_each_row_alone(case, placement, pooling, final_exit, exit_ty
     without it."""
     kind = {"placement": placement, "exit_pooling": pooling, "final_exit": final_exit, "exit_type": exit_type}
     turn = sorted(CASES).index(case)
-    model = make(case, torch.float64, **kind, **link(turn, placement))
+    model = make(case, torch.float64, **kind, **link(turn))
     if attention and not case.startswith("modernbert"):  # whose eager attention gives NaN in float64
         model.base_model.model.set_attn_implementation(attention)
     batch, logits, doubts = safe_batch(model, 7, seed=turn)

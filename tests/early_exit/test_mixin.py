@@ -109,7 +109,6 @@ class TestConfig:
             "top_k": 3,
             "decide_every": 2,
             "exit_layers": [2, 4],
-            "normalize": True,
             "temperature": [1.0] * 6,
         }
         values |= {"parameters": {}, "calibration": {}}

@@ -48,7 +48,6 @@ def configs(draw, exits, num_labels, problem_type):
         "window": draw(st.sampled_from(["all", "consecutive"])),
         "threshold": draw(st.none() | TAUS | st.lists(TAUS, min_size=len(exits), max_size=len(exits))),
         "patience": draw(st.none() | st.integers(1, 4)),
-        "normalize": draw(st.booleans()),
         "decide_every": draw(st.sampled_from([1, 1, 2, 3, 4, 9])),
         "min_exit": low,
         "max_exit": high,

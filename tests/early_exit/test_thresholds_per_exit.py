@@ -90,7 +90,6 @@ def test_equal_ones_are_one(data):
         "patience": data.draw(st.none() | st.integers(1, 4)),
         "window": data.draw(st.sampled_from(["all", "consecutive"])),
         "divergence": data.draw(st.sampled_from(["ce", "js", "label"])),
-        "normalize": data.draw(st.booleans()),
     }
     tau = data.draw(st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.5]))
     one, many = (build_policy({**rule, "threshold": x}) for x in (tau, [tau] * EXITS))

@@ -35,7 +35,7 @@ def templates(draw, problem_type, exits):
     name = draw(st.sampled_from(names))
     low = draw(st.none() | st.sampled_from(exits))
     high = draw(st.none() | st.sampled_from([m for m in exits if m >= (low or 0)]))
-    config = {"policy": name, "min_exit": low, "max_exit": high, "normalize": draw(st.booleans())}
+    config = {"policy": name, "min_exit": low, "max_exit": high}
     config["divergence"] = draw(st.sampled_from(["ce", "kl", "js", "label"]))
     config["window"] = draw(st.sampled_from(["all", "consecutive"]))
     config["patience"] = draw(st.none() | st.integers(1, 5))

@@ -20,10 +20,10 @@ from badge_peft.export.task_chain import assemble_tasks
 from badge_peft.export.task_groups import grouped
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
-from tests.early_exit.test_together import LABELS, make
 from tests.models import make_badge, make_batch, make_model, shake
 
 EXITS, LENGTH = [1, 2, 3], 9
+LABELS = {"two": 2, "seven": 7, "three": 3, "five": 5}
 ALIKE = ["divergence", "entropy", "max_prob", "patience"]  # whatever the number of labels
 
 
@@ -50,7 +50,11 @@ def check(model: Any, session: Any, rules: dict[str, Any], rows: int, **feed: An
 @pytest.fixture(scope="module")
 def cut() -> tuple[Any, Any]:
     """Four tasks of like shape with 2, 7, 3 and 5 labels, and the pieces of their model."""
-    model = make()
+    model = make_badge(adapter_name="two", num_labels=2, final_exit="exit")
+    for seed, name in enumerate(["seven", "three", "five"]):
+        model.add_adapter(name, BadgeConfig(r=4, num_labels=LABELS[name], final_exit="exit"))
+        shake(model, seed=seed, only=f".{name}.")
+    model.eval()
     return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}}, 3)
 
 
@@ -80,7 +84,6 @@ def test_a_group_decides_as_each_alone(data: Any) -> None:
             "decide_every": data.draw(st.sampled_from([1, 1, 2])),
             "min_exit": data.draw(st.sampled_from([None, None, 2])),
             "max_exit": data.draw(st.sampled_from([None, None, 2])),
-            "normalize": data.draw(st.booleans()),
         }
     decisions = decisions_of(rules)
     assert [group.tasks for group in grouped(decisions)] == [tuple(LABELS)]

@@ -31,7 +31,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cascade": ({"carry": "logits", "exit_layers": [0, 1, 2]}, {"policy": "entropy"}),
     "twin": ({"carry": "logits", "exit_layers": [0, 1, 2]}, {"policy": "entropy"}),  # decides together with cascade
     "steps": (
-        {"carry": "states", "ladder": True, "final_exit": "exit", "num_labels": 4},
+        {"carry": "logits", "final_exit": "exit", "num_labels": 4},
         {"policy": "entropy", "decide_every": 2},
     ),
     "future": (

@@ -29,7 +29,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLEAN = (ValueError, OSError, SafetensorError)  # a JSON file that is none is a ValueError, too
 KINDS: list[dict[str, Any]] = [
     {},
-    {"placement": "ffn", "exit_pooling": "mean", "exit_type": "pooled", "norm": "shared"},
+    {"placement": "ffn", "exit_pooling": "mean", "exit_type": "pooled"},
     {"backbone": "lora", "exit_layers": [0, 2, 3], "learn_to_exit": True},
     {"final_exit": "exit", "num_labels": 4, "exit_type": "mha", "bias": True},
 ]

@@ -25,23 +25,23 @@ def make_frame(**changes: torch.Tensor) -> Frame:
     return frame
 
 
-def make_bypass(activation="gelu", bias=True, own=True, norm_bias=True):
+def make_bypass(activation="gelu", bias=True, norm_bias=True):
     torch.manual_seed(0)
     norm = nn.LayerNorm(8, bias=norm_bias)
     for parameter in norm.parameters():
         nn.init.normal_(parameter, 1.0, 0.5)
-    bypass = Bypass(8, 3, activation, bias, norm if own else None)
+    bypass = Bypass(8, 3, activation, bias, norm)
     nn.init.normal_(bypass.up.weight)
-    return bypass, (None if own else norm)
+    return bypass
 
 
 MASK = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 5 + [0], [0] * 6])
 
 
-def by_modules(bypass, placement, pre_norm, norm, frame, pooling):
+def by_modules(bypass, placement, pre_norm, frame, pooling):
     residual = frame.output if pre_norm else frame.ffn_sum
     source = frame.block_input if placement == "block" else frame.attention
-    return pooling.reduce(bypass(source, residual, norm))
+    return pooling.reduce(bypass(source, residual))
 
 
 def gradients(function, parameters, *arguments):
@@ -50,7 +50,7 @@ def gradients(function, parameters, *arguments):
     return vector, torch.autograd.grad((vector * weights).sum() + vector.square().sum(), parameters)
 
 
-NORMS = [(True, True, True), (False, True, False), (True, False, True)]  # bias, own, norm_bias
+NORMS = [(True, True), (False, False), (True, False)]  # bias, norm_bias
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ NORMS = [(True, True, True), (False, True, False), (True, False, True)]  # bias,
     ids=lambda value: "masked" if isinstance(value, torch.Tensor) else str(value),
 )
 def test_values_and_gradients(activation, norms, placement, pre_norm, mask):
-    bypass, norm = make_bypass(activation, *norms)
-    parameters = [*bypass.parameters(), *([] if norm is None else norm.parameters())]
-    arguments = (bypass, placement, pre_norm, norm, make_frame(), Pooling("mean", mask))
+    bypass = make_bypass(activation, *norms)
+    parameters = list(bypass.parameters())
+    arguments = (bypass, placement, pre_norm, make_frame(), Pooling("mean", mask))
     found, grads = gradients(mean_of_bypassed, parameters, *arguments)
     expected, wanted = gradients(by_modules, parameters, *arguments)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -78,24 +78,22 @@ def test_the_backward_is_the_derivative():
 
 
 def test_what_is_left_to_the_modules():
-    bypass, _ = make_bypass()
+    bypass = make_bypass()
     pooling = Pooling("mean", MASK)
-    given = {"placement": "block", "pre_norm": False, "norm": None, "frame": make_frame(), "pooling": pooling}
-    hooked, _ = make_bypass()
+    given = {"placement": "block", "pre_norm": False, "frame": make_frame(), "pooling": pooling}
+    hooked = make_bypass()
     hooked.down.register_forward_hook(lambda module, args, output: output * 2)
-    shared, norm = make_bypass(own=False)
-    scaled = make_frame()
-    scaled.scale_weights = lambda weight: weight
+    other = make_bypass()
+    other.norm = nn.RMSNorm(8)
     for change in (
         {"bypass": None},
         {"bypass": hooked},
-        {"bypass": make_bypass()[0].to(torch.bfloat16)},
+        {"bypass": make_bypass().to(torch.bfloat16)},
         {"placement": "mhsa"},
         {"pooling": Pooling("cls", MASK)},
         {"frame": make_frame(ffn_sum=torch.randn(4, 6, 8, requires_grad=True))},
         {"frame": make_frame(ffn_sum=torch.randn(4, 6, 8).half())},
-        {"bypass": shared, "norm": norm, "frame": scaled},
-        {"bypass": shared, "norm": nn.RMSNorm(8)},
+        {"bypass": other},
     ):
         assert mean_of_bypassed(**{"bypass": bypass, **given, **change}) is None, change
     with torch.no_grad():
@@ -109,8 +107,7 @@ def test_what_is_left_to_the_modules():
     ("fields", "asked"),
     [
         *(({"exit_type": name}, 3) for name in ("linear", "pooled", "past_future")),
-        # exits that read all positions, or the bottleneck of the bypass before
-        *((fields, 0) for fields in ({"exit_type": "residual_mha"}, {"ladder": True}, {"carry": "states"})),
+        ({"exit_type": "residual_mha"}, 0),  # which reads all positions
     ],
 )
 def test_a_model_trains_as_by_its_modules(fields, asked, monkeypatch):
@@ -140,7 +137,7 @@ def test_bypassed_states_says_the_same():
     """The reference of the tests above is Eq. 2 as the package has it."""
     from badge_peft.tuner.architectures import ARCHITECTURES
 
-    bypass, _ = make_bypass()
+    bypass = make_bypass()
     frame, pooling = make_frame(), Pooling("mean", MASK)
-    states = bypassed_states(bypass, "block", nn.Identity(), ARCHITECTURES["bert"], frame, pooling, None)
-    torch.testing.assert_close(pooling.reduce(states), by_modules(bypass, "block", False, None, frame, pooling))
+    states = bypassed_states(bypass, "block", nn.Identity(), ARCHITECTURES["bert"], frame, pooling)
+    torch.testing.assert_close(pooling.reduce(states), by_modules(bypass, "block", False, frame, pooling))

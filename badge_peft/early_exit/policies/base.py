@@ -61,15 +61,10 @@ class ExitPolicy(PolicyText):
         cap = self.max_exit
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
 
-    def company(self, num_labels: int) -> Hashable | None:
-        """What policies must have in common whose rows are decided in one array operation, beside the exits and the
-        problem type; `should_exit_by` decides then, and each policy says at which exits its rows may stop. None: this
-        policy decides by itself."""
+    def batching_key(self, num_labels: int) -> Hashable | None:
+        """What policies have in common whose tasks an exported graph decides in one operation, each with its own
+        threshold, beside the exits and the problem type; None: this policy decides by itself."""
         return None
-
-    def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
-        """[n] bool: as `should_exit`, with a threshold for each row [n], for policies that have `company`."""
-        raise NotImplementedError  # by those with `company`
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, at every `decide_every`-th
@@ -215,12 +210,8 @@ class ExitPolicy(PolicyText):
         return False
 
     def threshold(self, num_labels: int, problem_type: str, j: int = 0) -> float:
-        """The threshold in force at exit j (index), in the unit of what it is compared with; 0 where nothing is."""
+        """The threshold in force at exit j (index); 0 where nothing is compared."""
         return 0.0
-
-    def unit(self, num_labels: int, problem_type: str) -> float:
-        """What `threshold=1` means in the unit of what it is compared with."""
-        return 1.0
 
     def threshold_range(
         self, num_labels: int, problem_type: str, widest: float | None = None

@@ -46,8 +46,7 @@ class ConfidencePolicy(ThresholdPolicy):
 class EntropyPolicy(ConfidencePolicy):
     """Stop where the entropy of p_m, in nats, is below the threshold (BranchyNet, DeeBERT).
 
-    With `normalize=True` the threshold is a share of ln K, FastBERT's "speed". Default: 0.3 ln K. Multi-label: the sum
-    of the labels' entropies, against K ln 2.
+    Default: 0.3 ln K. Multi-label: the sum of the labels' entropies, against K ln 2.
     """
 
     name = "entropy"

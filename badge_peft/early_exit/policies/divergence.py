@@ -34,7 +34,7 @@ class DivergencePolicy(ThresholdPolicy):
 
     Defaults: t = 1; tau = 0.3 ln K for `ce` (which has to exceed the entropy of the prediction itself), 0.05 ln K for
     `kl`, 0.02 ln K for `js`, 0.5 for `label`; K independent labels count K ln 2 in place of ln K; 0.1 for regression,
-    where S = |y_m - y_i|. With `normalize=True` tau is a share of ln K.
+    where S = |y_m - y_i|.
     """
 
     name = "divergence"

@@ -21,7 +21,6 @@ _IN_A_LINE = (
     "max_exit",
     "exit_layers",
     "decide_every",
-    "normalize",
     "temperature",
 )
 
