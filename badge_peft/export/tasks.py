@@ -37,7 +37,6 @@ def export_tasks_onnx(
     tokenizer: Any = None,
     early_exit_config: Any = None,
     int8: bool = False,
-    compact: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes `model.onnx` for many tasks, with the tokenizer and configs beside it.
@@ -54,7 +53,6 @@ def export_tasks_onnx(
         tokenizer: Saved beside the graph, for `OnnxTasksModel.predict`.
         early_exit_config: As for `early_exit_forward(tasks=...)`.
         int8: As for `export_onnx`.
-        compact: As for `export_onnx`.
         progress: Show a progress bar.
 
     Returns:
@@ -103,13 +101,13 @@ def export_tasks_onnx(
         read[group] = numbers.union(*(badge.adapter_exits(task).linked_to(numbers) for task in group))
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
-    graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)
+    graph = assemble_tasks(pieces, decisions, int8=int8)
     check_size(graph)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         hashes = {task: badge.weights_hash(task) for task in names}
         facts = _metadata(copied, decisions, pieces.inputs, tokenizer, hashes)
-        facts |= {"int8": int8, "compact": compact}
+        facts["int8"] = int8
         metadata = stage(here, graph, facts, copied, tokenizer)
         session: Any = OnnxTasksModel.from_pretrained(here, threads=torch.get_num_threads())
         configs = {task: decision.policy.config for task, decision in decisions.items()}

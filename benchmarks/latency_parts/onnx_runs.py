@@ -28,7 +28,6 @@ PLAIN = "plain ONNX export"
 PLAIN_INT8 = "plain int8 ONNX export"
 HALF_WAY = "ONNX Runtime int8, leaves half-way"
 HALF_WAY_COLD = "the same, right after a pass of stock PyTorch"
-UNCOMPACTED = "each row leaves on its own, no compaction"
 _PAUSE = 0.01  # seconds between two runtimes
 
 
@@ -59,14 +58,14 @@ class Sessions:
         taken = [entry.name for entry in session.get_inputs()]
         return lambda **inputs: session.run(None, {name: inputs[name] for name in taken})
 
-    def early(self, int8: bool = False, compact: bool = True) -> Callable[..., Any]:
+    def early(self, int8: bool = False) -> Callable[..., Any]:
         """The file with early exits: numpy inputs [B, S] -> an output with `logits` [B, K] and `exit_layer` [B]."""
         from badge_peft.export import OnnxEarlyExitModel
 
-        folder = self.folder / f"early{'-int8' if int8 else ''}{'' if compact else '-uncompacted'}"
+        folder = self.folder / f"early{'-int8' if int8 else ''}"
         if not (folder / "model.onnx").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            self._once(folder, lambda: self._early.write(folder, int8=int8, compact=compact))
+            self._once(folder, lambda: self._early.write(folder, int8=int8))
         return OnnxEarlyExitModel.from_pretrained(folder, threads=self.threads, spinning=False)
 
     def _export_plain(self, blocks: bool) -> FullDepthExporter:
@@ -113,24 +112,23 @@ def exits(forced: Forced, settings: Settings, sessions: Sessions, int8: bool = F
 
 
 def batches(forced: Forced, settings: Settings, sessions: Sessions) -> list[Row]:
-    """Rows of a batch leave at blocks 2 to M: the rows that are left are gathered (`compact`), or not."""
+    """Rows of a batch leave at blocks 2 to M: the rows that are left are gathered."""
     rows, last = [], forced.size.blocks
     plain, outside = sessions.plain(), sessions.plain(blocks=False)
-    models = {MIXED: sessions.early(), UNCOMPACTED: sessions.early(compact=False)}
+    early = sessions.early()
     for count, length in settings.onnx_batches:
         wanted = spread(count, last)
         inputs = to_numpy(forced.batch(wanted, length))
-        calls = {name: partial(model, **inputs) for name, model in models.items()}
-        left = {name: exits_of(call()) for name, call in calls.items()}
+        call = partial(early, **inputs)
+        left = exits_of(call())
         timings = against_base(
             partial(plain, **inputs),
-            calls,
+            {MIXED: call},
             settings.rounds_of("onnx-batch"),
             settings.warmup,
             outside=partial(outside, **inputs),
         )
-        for name in calls:
-            rows.append(make_row(name, PLAIN, timings[name], last, length, wanted, left[name]))
+        rows.append(make_row(MIXED, PLAIN, timings[MIXED], last, length, wanted, left))
     return rows
 
 

@@ -142,13 +142,12 @@ def test_the_page(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI])
-@pytest.mark.parametrize("compact", [True, False])
-def test_exported_it_answers_as_replay_does(kind: str, compact: bool) -> None:
+def test_exported_it_answers_as_replay_does(kind: str) -> None:
     pytest.importorskip("onnxruntime")
     from tests.export.table import TableGraph
 
     logits = plausible(kind, 4, rows=60, exits=5).logits.numpy()
-    answers, exits = TableGraph({"policy": "odds"}, 5, 4, kind, compact)(logits, 0.35, 1)
+    answers, exits = TableGraph({"policy": "odds"}, 5, 4, kind)(logits, 0.35, 1)
     wanted = build_policy(policy="odds", threshold=0.35).replay(logits, None, kind)
     assert exits.tolist() == wanted.tolist() and len(set(exits.tolist())) > 2
     np.testing.assert_array_equal(answers, logits[np.arange(60), exits - 1])

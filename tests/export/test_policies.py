@@ -39,16 +39,6 @@ CASES = [
 ]
 
 
-#: Each rule on each problem in one form, on the next problem in the other; the rest in `nox -s exhaustive`.
-FORMS = [
-    pytest.param(rule, problem, compact, marks=[] if compact == bool((i + j) % 2) else pytest.mark.exhaustive)
-    for i, rule in enumerate(RULES)
-    for j, problem in enumerate(PROBLEMS)
-    if (rule, problem) in CASES
-    for compact in (True, False)
-]
-
-
 @cache
 def logits_of(problem: str, seed: int = 0, scale: float = 2.0) -> np.ndarray:
     """[N, E, K]: exits that agree more and more."""
@@ -82,13 +72,13 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
     return [float(middles[np.abs(middles - np.quantile(values, q)).argmin()]) for q in (0.2, 0.5, 0.8)]
 
 
-@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
-def test_as_replay(rule, problem, compact):
+@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+def test_as_replay(rule, problem):
     from .table import TableGraph
 
     logits = logits_of(problem)
     rule = full_rule(rule, problem, logits)
-    graph = TableGraph(rule, EXITS, logits.shape[2], problem, compact)
+    graph = TableGraph(rule, EXITS, logits.shape[2], problem)
     seen = set()
     for tau in thresholds(rule, problem, logits):
         for t in (1, 2, 3) if rule.get("policy", "divergence") in COUNTING else (1,):
@@ -100,8 +90,8 @@ def test_as_replay(rule, problem, compact):
     assert len(seen) > 2  # rows did stop at different blocks
 
 
-@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
-def test_a_threshold_for_each_exit(rule, problem, compact):
+@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+def test_a_threshold_for_each_exit(rule, problem):
     """Those of the file, and others with the call."""
     from .table import TableGraph
 
@@ -109,7 +99,7 @@ def test_a_threshold_for_each_exit(rule, problem, compact):
     rule = full_rule(rule, problem, logits)
     found = thresholds(rule, problem, logits)
     taus = [found[j % len(found)] for j in range(EXITS)]
-    graph = TableGraph({**rule, "threshold": taus}, EXITS, logits.shape[2], problem, compact)
+    graph = TableGraph({**rule, "threshold": taus}, EXITS, logits.shape[2], problem)
     counts = build_policy(rule).counts_exits
     takes = build_policy(rule).uses_threshold(problem)
     for own, t in ((None, 1), (taus[::-1], 2), ([found[0]] * EXITS, 1)):
@@ -128,7 +118,6 @@ def test_what_an_exported_file_takes():
             model._threshold(taus)
 
 
-@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
 @pytest.mark.parametrize(
     "rule",
     [
@@ -145,11 +134,11 @@ def test_what_an_exported_file_takes():
     ],
     ids=label,
 )
-def test_limits(rule, compact):
+def test_limits(rule):
     from .table import TableGraph
 
     logits = logits_of(SINGLE)
-    graph = TableGraph(rule, EXITS, logits.shape[2], SINGLE, compact)
+    graph = TableGraph(rule, EXITS, logits.shape[2], SINGLE)
     _, exits = graph(logits, None, rule.get("patience", 1))
     np.testing.assert_array_equal(exits, build_policy(rule).replay(logits).numpy())
 
@@ -159,7 +148,7 @@ def test_a_row_alone_and_among_others(problem):
     from .table import TableGraph
 
     logits = logits_of(problem, seed=5)
-    graph = TableGraph({"policy": "divergence"}, EXITS, logits.shape[2], problem, True)
+    graph = TableGraph({"policy": "divergence"}, EXITS, logits.shape[2], problem)
     answers, exits = graph(logits, 0.8, 1)
     for i in range(0, ROWS, 7):
         answer, alone = graph(logits[i : i + 1], 0.8, 1)
@@ -184,7 +173,7 @@ def test_any_logits(seed, scale, patience, tau):
 def _divergence_graph():
     from .table import TableGraph
 
-    return TableGraph({"policy": "divergence"}, EXITS, 4, SINGLE, True)
+    return TableGraph({"policy": "divergence"}, EXITS, 4, SINGLE)
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.get("policy") != "learned"], ids=label)
@@ -194,7 +183,7 @@ def test_huge_logits_give_numbers(rule):
     logits = logits_of(SINGLE) * np.float32(1e4)
     logits[3, 2, 1], logits[4, 1, 0] = np.inf, -np.inf
     rule = full_rule(rule, SINGLE, logits)
-    graph = TableGraph(rule, EXITS, 4, SINGLE, True)
+    graph = TableGraph(rule, EXITS, 4, SINGLE)
     _, exits = graph(logits, None, 2)
     wanted = build_policy({**rule, "patience": 2}).replay(logits).numpy()
     assert (exits == wanted).mean() > 0.9  # a threshold may lie on a signal that is 0 or 1 to rounding
