@@ -25,7 +25,7 @@ from latency_parts.tables import markdown
 
 from badge_peft import EarlyExitConfig, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe as describe_rule
+from badge_peft.early_exit.policies.base import describe as describe_rule
 from badge_peft.evaluation.selection import SETTINGS
 from badge_peft.evaluation.tradeoff import search
 from badge_peft.model_card import REPORT

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import HeadPass, RecordingPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.pooling import Pooling

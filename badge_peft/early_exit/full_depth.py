@@ -34,7 +34,7 @@ class FullDepthReader(ExitReader):
         self.exit_logits: dict[int, Tensor] = {}
         self.exit_uncertainty: dict[int, Tensor] = {}
 
-    def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+    def on_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number`, where there is one."""
         if block.has_exit(self.exits.adapter, number):
             self.exit_logits[number], uncertainty = self.read(block, number, frame)

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from badge_peft.early_exit.pass_ import as_result
-from badge_peft.tuner.block_pass import BlockPass, states_of
-from badge_peft.tuner.context import Frame, PassContext
+from badge_peft.tuner.context import BlockPass, Frame, PassContext, as_result, get_hidden_states
 from badge_peft.tuner.decoders import read_mask
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
@@ -51,7 +49,7 @@ class RecordingPass(BlockPass):
         """Runs `block`."""
         number = self.number_of(block)
         if number == 1:
-            self._keep(0, Frame(states_of(args, kwargs)))
+            self._keep(0, Frame(get_hidden_states(args, kwargs)))
         result, frame = self.run_block(block, args, kwargs)
         self.tuple_length = len(result) if isinstance(result, tuple) else 0
         self._keep(number, frame)
@@ -90,5 +88,5 @@ class HeadPass(PassContext):
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hands its input on; block M the given states."""
         self._visits += 1
-        states = self.states if self._visits == self.num_blocks else states_of(args, kwargs)
+        states = self.states if self._visits == self.num_blocks else get_hidden_states(args, kwargs)
         return as_result(states, self.tuple_length)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import extract
 from onnx_ir.passes.common import DeduplicateHashedInitializersPass, RemoveUnusedNodesPass
 
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.export.exit_nodes import ExitNodes
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT

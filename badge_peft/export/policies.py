@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.export.exit_nodes import ExitNodes, Value
 
 
 @dataclass

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.chain import Chain, in_int8
+from badge_peft.export.exit_nodes import ExitNodes
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, Graph
 from badge_peft.export.pieces import LEFT

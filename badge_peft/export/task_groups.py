@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.export.exit_nodes import ExitNodes, Value
 from badge_peft.export.graph import Graph
 from badge_peft.export.policies import Decision
 

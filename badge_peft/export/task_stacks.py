@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.tuner.bypass import Bypass, states_read
-from badge_peft.tuner.carry import CarriedLogits
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.exit_state import finite
-from badge_peft.tuner.exits import LinearExit
+from badge_peft.tuner.exits import CarriedLogits, LinearExit, finite
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.mean_bypass import is_changed, is_plain
 from badge_peft.tuner.pooling import Pooling

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from badge_peft._version import package_version
+from badge_peft.early_exit.calls import check_tasks, config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.tasks import check_tasks, config_of_each
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage

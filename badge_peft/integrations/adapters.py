@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.tuner.architectures import base_name
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import current_pass

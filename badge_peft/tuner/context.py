@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class Frame:
     """What one block sees while it runs; the names are those of DESIGN's equations. All tensors are [B, S, d]."""
@@ -145,3 +147,80 @@ def watch_block(
             norm = block.get_submodule(path)
             register = norm.register_forward_pre_hook if kind is RecordInput else norm.register_forward_hook
             handles[name], recorders[name] = register(recorder), recorder
+
+
+class BlockPass(PassContext):
+    """One call of a model whose blocks are wrapped. Subclasses say in `visit` what happens at each block.
+
+    Args:
+        compiled: The compiled code of the blocks, where `compile_blocks` has been called.
+        trains_backbone: Whether the blocks take gradients; asked only where these would get lost.
+    """
+
+    def __init__(self, compiled: Any = None, trains_backbone: Callable[[], bool] = lambda: True) -> None:
+        self.compiled = compiled
+        self.trains_backbone = trains_backbone
+        self._visits: dict[int, int] = {}
+
+    def number_of(self, block: Any) -> int:
+        """The block number of this visit: a shared block (ALBERT) has a new one each time."""
+        if len(block.numbers) == 1:
+            return block.numbers[0]
+        visit = self._visits.get(id(block), 0)
+        self._visits[id(block)] = visit + 1
+        return block.numbers[visit]
+
+    def run_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Frame]:
+        """Runs `block`, a `BadgeBlock`: what it returns, untouched, and what it saw on the way."""
+        hidden = get_hidden_states(args, kwargs)
+        frame = self.frame = Frame(hidden)
+        layer: Any = block._modules["base_layer"]
+        try:
+            if self.compiled is None or torch.is_grad_enabled():
+                result = layer(*args, **kwargs)
+            else:
+                recorders = list(block.recorders.values())
+                result, seen = self.compiled.run(layer, recorders, hidden.shape[1], args, kwargs)
+                for recorder, value in zip(recorders, seen, strict=False):
+                    if value is not None:
+                        frame.record(recorder.name, value)
+                if any(getattr(frame, recorder.name) is None for recorder in recorders):
+                    # where foreign hooks break the graph, torch takes the code of a block without recorders for this
+                    result = layer(*args, **kwargs)
+        finally:
+            self.frame = None
+        frame.output = result[0] if isinstance(result, tuple) else result
+        if frame.block_input.device != frame.output.device:  # a block on another device moves its input by itself
+            frame.block_input = frame.block_input.to(frame.output.device)
+        if torch.is_grad_enabled():
+            self._check_gradient(layer, frame)
+        return result, frame
+
+    def _check_gradient(self, layer: nn.Module, frame: Frame) -> None:
+        if frame.output.requires_grad:
+            inner = (getattr(frame, name) for name in ("attention_sum", "attention", "ffn_sum"))
+            hidden = any(x is not None and not x.requires_grad for x in inner) and self.trains_backbone()
+        else:  # where the block's input has no gradient, its output has none either, whatever is trained inside
+            hidden = any(parameter.requires_grad for parameter in layer.parameters())
+        if hidden:
+            raise RuntimeError(
+                "re-entrant gradient checkpointing hides what a block computes, so its exit could not send gradients "
+                "into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+
+def get_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """H_{m-1} [B, S, d] among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_states(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of a block with other states."""
+    if args:
+        return (states, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": states}
+
+
+def as_result(hidden: Tensor, tuple_length: int) -> Any:
+    """`hidden` in the shape in which a block returns its states: a tuple of this length, 0 for the tensor itself."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden

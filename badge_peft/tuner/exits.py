@@ -6,15 +6,58 @@ a reader may look at the vector (learning to exit does).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.pooling import TOKENS, Pooling
+
+
+class ExitState:
+    """What the exits of one call leave for the deeper ones, and for its objective. It belongs to the rows: those that
+    leave take theirs with them.
+
+    Args:
+        exits: Of the call, shallow to deep, where each needs all others (Global Past-Future); else empty.
+
+    Attributes:
+        left: What the exits so far have left, by name: [n, ...], or [n, S, ...] where each position has its own.
+        keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
+    """
+
+    def __init__(self, exits: Sequence[nn.Module] = ()) -> None:
+        self.exits = list(exits)
+        self.left: dict[str, Tensor] = {}
+        self.keeps_vectors = False
+        self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
+        self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
+
+    def from_before(self, name: str, like: Tensor) -> Tensor:
+        """What the exit before has left, where `like` is and in its precision, as `finite` has it."""
+        return finite(self.left[name].to(like))
+
+    def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
+        """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
+        before = self.left.get(name)
+        before = before if before is None else before.to(value.device)
+        self.left[name] = for_later if before is None else before + for_later
+        return value if before is None else before + value
+
+    def keep_rows(self, index: Tensor, length: int | None = None) -> None:
+        """Goes on with the rows `index` alone, and with their first `length` positions (None: all)."""
+        for name, value in self.left.items():
+            if length is not None and value.dim() > 2:
+                value = value[:, :length]
+            self.left[name] = torch.index_select(value, 0, index.to(value.device))
+
+
+def finite(left: Tensor) -> Tensor:
+    """What an exit has left for others. NaN and infinity count as 0: they say nothing, and would spread to all deeper
+    exits."""
+    return left.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class CenteredDropout(nn.Dropout):
@@ -277,3 +320,31 @@ class AdapterExits:
     def reads_tokens(self) -> bool:
         """Whether the exits answer each token: [B, S, K] in place of [B, K]."""
         return self.pooling == TOKENS
+
+
+class CarriedLogits(nn.Module):
+    """z_m + c_m z_{m-1}: the logits of the exit before, times one learned number.
+
+    c_m starts at 0, so that the exit starts as one that stands alone. z_{m-1} takes no gradient: each exit corrects
+    the one before it, as in boosting, and trains it for nobody else. Source: the cascade connections of Wolczyk et
+    al., "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks", NeurIPS 2021, which concatenate the
+    logits in place of adding them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))  # c_m
+
+    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Both [B, K], the result too."""
+        return logits + self.weight.to(logits.dtype) * before
+
+
+def build_on(exits: AdapterExits, exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
+    """What exit m answers, [B, K], given its own `logits`: z_m + c_m z_{m-1}, which is what exit m + 1 sees of it."""
+    if exits.carry is None:
+        return logits
+    if exit_.carry is not None:
+        logits = exit_.carry(logits, state.from_before("logits", logits))
+    state.left["logits"] = logits.detach()
+    return logits

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
-from badge_peft.tuner.carry import CarriedLogits, build_on
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
-from badge_peft.tuner.exit_state import ExitState
-from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
+from badge_peft.tuner.exits import AdapterExits, CarriedLogits, Exit, ExitState, MultiExitHead, build_on
 from badge_peft.tuner.mean_bypass import mean_of_bypassed
 from badge_peft.tuner.poolers import pool_by, start_from_pooler
 from badge_peft.tuner.pooling import Pooling

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import set_seed
 
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import collect_exit_logits
 from badge_peft.evaluation.costs import measure_costs
 from badge_peft.model import get_badge_model

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import DataCollatorWithPadding, set_seed
 
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import collect_exit_logits
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import REPORT, write_model_card

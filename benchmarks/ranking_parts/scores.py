@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from badge_peft import ExitLogits
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import FullDepthReader
-from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import get_badge_model
@@ -82,7 +82,7 @@ class HeadReader(ExitReader):
         super().__init__(*args)
         self.states: list[Tensor] = []
 
-    def at_exit(self, block: Any, number: int, frame: Any) -> None:
+    def on_exit(self, block: Any, number: int, frame: Any) -> None:
         if number:
             self.states.append(frame.output[:, :1])
 

@@ -13,10 +13,10 @@ from badge_peft import EarlyExitConfig, early_exit_forward
 from badge_peft.app.explain import explain, read_exits
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy, ThresholdPolicy, build_policy, register_policy
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import calibrate, evaluate_policy, sweep
 from badge_peft.evaluation.candidates import families
+from badge_peft.export.exit_nodes import ExitNodes, Value
 from badge_peft.model_card import write_model_card
 from tests.evaluation.logits import plausible
 from tests.models import exits_of, make_badge, make_batch, make_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from badge_peft import EarlyExitConfig
-from badge_peft.early_exit.policies.text import describe, set_fields
+from badge_peft.early_exit.policies.base import describe, set_fields
 
 
 @pytest.mark.parametrize(

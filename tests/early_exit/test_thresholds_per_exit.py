@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from badge_peft import BadgeConfig
 from badge_peft.app.explain import explain
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import ExitLogits, sweep
 from tests.models import exits_of, make_badge, make_batch, shake
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import policy_label
+from badge_peft.early_exit.policies.base import policy_label
 from badge_peft.evaluation import candidates
 from badge_peft.evaluation.candidates import families, running_min_score
 from badge_peft.evaluation.exit_logits import ExitLogits

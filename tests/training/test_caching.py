@@ -18,7 +18,7 @@ from badge_peft import (
     collect_exit_logits,
     multi_exit_arguments,
 )
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training.objectives import Objective
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
 

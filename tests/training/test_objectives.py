@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from badge_peft import BadgeConfig
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training.distillation import distillation_loss
 from badge_peft.training.equilibrium import GradientEquilibriumPass

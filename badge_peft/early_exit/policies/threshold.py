@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,8 +12,6 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
-from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
 #: Fields of a config that may differ among rows of which one score is computed.
 _OF_EACH_ROW = frozenset({"threshold", "calibration", "min_exit", "max_exit", "decide_every", "exit_layers"})
@@ -135,42 +133,10 @@ class ThresholdPolicy(ExitPolicy):
         open_ = self.uses_threshold(problem_type) and self.config.threshold is None
         return None if open_ else super().grid(exits, problem_type)
 
-    # ------------------------------------------------------------------------------------------------ in words, nodes
-
-    def quantity(self, problem_type: str) -> Quantity:
-        """What the score is."""
-        return Quantity(f"score of {self.name}", "s")
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """The score, compared with the threshold."""
-        value = float(self.score(history, j)[0])
-        passes = bool(self.should_exit(history, j)[0])
-        return self._evidence(history, j, (Measured(history.exits[j], value, passes),))
-
-    def _evidence(
-        self,
-        history: ExitHistory,
-        j: int,
-        measured: tuple[Measured, ...],
-        count: int | None = None,
-        in_a_row: bool = False,
-        of_pairs: bool = False,
-    ) -> Evidence:
-        kind = history.problem_type
-        limit = float(self.threshold(history.num_labels, kind, j)) if self.uses_threshold(kind) else None
-        patience = None if count is None else self.patience
-        return Evidence(
-            *self.quantity(kind), limit, self.stops_above, measured, count, patience, in_a_row, of_pairs=of_pairs
-        )
-
-    def _passes(self, history: ExitHistory, value: float, j: int) -> bool:
-        """Whether a score of exit j counts as close or sure: compared as `should_exit` does, in float32."""
-        return bool(np.float32(value) < self._tau(history, j))
-
-    def score_nodes(self, at: ExitNodes) -> Value:
+    def score_nodes(self, at: Any) -> Any:
         """[n]: `score` as nodes."""
         raise NotImplementedError  # by those that can be exported
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """The comparison, on `score_nodes`."""
         return at.op("GreaterOrEqual" if self.stops_above else "Less", self.score_nodes(at), at.threshold)
