@@ -26,9 +26,9 @@ from badge_peft.early_exit.policies import (
     NeverPolicy,
     ThresholdPolicy,
     TopKPolicy,
-    UnconditionalPolicy,
 )
 from badge_peft.early_exit.policies.base import short
+from badge_peft.early_exit.policies.fixed import UnconditionalPolicy
 from badge_peft.utils.problem import problem_of
 
 

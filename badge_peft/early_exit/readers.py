@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies import ExitPolicy, Schedule, schedule_of
+from badge_peft.early_exit.policies.base import ExitPolicy, Schedule, schedule_of
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.decoders import read_mask

@@ -63,7 +63,7 @@ def export_onnx(
             float32. The scale of the activations is that of the whole batch, so rows then depend a little on their
             neighbors.
         examples: Tokenized rows, with or without labels, on which the file is compared with the PyTorch model: what
-            int8 costs in score and does to the exits.
+            int8 costs in score and does to the exits. A column `groups` says which are candidates of one query.
         progress: Show a progress bar.
 
     Raises:
@@ -160,6 +160,7 @@ class OnnxExporter:
             "problem_type": decision.problem_type,
             "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
+            "hidden_size": config.hidden_size,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "reads_pairs": self.badge.config_of().reads_pairs,
             **input_limits(self.badge, tokenizer),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies import ExitPolicy, schedule_of
+from badge_peft.early_exit.policies.base import ExitPolicy, schedule_of
 from badge_peft.early_exit.readers import ExitReader, PolicyReader, exit_reader, linked_exits
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel

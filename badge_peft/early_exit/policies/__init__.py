@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from badge_peft.early_exit.config import POLICIES, EarlyExitConfig, register_policy
-from badge_peft.early_exit.policies.base import ExitPolicy, Schedule, schedule_of
+from badge_peft.early_exit.policies.base import ExitPolicy
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 
 # A class is registered when its module is read, and this is the order in which `policy="auto"` tries them.
@@ -14,7 +14,7 @@ from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 from badge_peft.early_exit.policies.divergence import DivergencePolicy, PatiencePolicy
 from badge_peft.early_exit.policies.confidence import ConfidentPatiencePolicy, EntropyPolicy, MaxProbPolicy
 from badge_peft.early_exit.policies.agreement import AgreementPolicy, LearnedPolicy
-from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy, UnconditionalPolicy
+from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy
 from badge_peft.early_exit.policies.ranking import TopKPolicy
 # isort: on
 
@@ -60,11 +60,8 @@ __all__ = [
     "MaxProbPolicy",
     "NeverPolicy",
     "PatiencePolicy",
-    "Schedule",
     "ThresholdPolicy",
     "TopKPolicy",
-    "UnconditionalPolicy",
     "build_policy",
     "register_policy",
-    "schedule_of",
 ]
