@@ -142,7 +142,10 @@ def check_rows(hidden: Tensor, batch_size: int) -> None:
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether a hook of somebody else's waits for what the model computes outside of its blocks."""
+    """Whether a hook of somebody else's, or transformers, waits for what the model computes outside of its blocks."""
+    config: Any = model.config
+    if config.output_hidden_states or config.output_attentions:  # its 4.57 would leave recorders behind
+        return True
     modules = [model]
     while modules:
         module = modules.pop()

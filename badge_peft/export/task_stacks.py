@@ -14,7 +14,6 @@ from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import CarriedLogits, LinearExit, finite
 from badge_peft.tuner.layer import BadgeBlock
-from badge_peft.tuner.mean_bypass import is_changed, is_plain
 from badge_peft.tuner.pooling import Pooling
 
 #: Logits of labels that an exit lacks, beside others that have them: as good as impossible.
@@ -122,8 +121,10 @@ def _plain_exit(block: BadgeBlock, number: int, frame: Frame, reader: ExitReader
     placement = block.badge_placement[adapter]
     if type(exit_) is not LinearExit or type(bypass) is not Bypass or placement not in ("block", "ffn"):
         return None
-    changed = any(map(is_changed, (exit_, exit_.dropout, bypass, bypass.activation, bypass.norm)))
-    if changed or not all(map(is_plain, (bypass.down, bypass.up, exit_.linear))):
+    linear = (bypass.down, bypass.up, exit_.linear)
+    if any(map(_is_changed, (exit_, exit_.dropout, bypass, bypass.activation, bypass.norm, *linear))):
+        return None
+    if any(type(layer) is not nn.Linear for layer in linear):
         return None
     reads = states_read(placement, block.layout.pre_norm)
     states = [getattr(frame, name) for name in reads]
@@ -133,6 +134,11 @@ def _plain_exit(block: BadgeBlock, number: int, frame: Frame, reader: ExitReader
         return None
     activation = _ACTIVATIONS[type(bypass.activation)]
     return PlainExit(reads, bypass.down, activation, bypass.up, bypass.norm, exit_.linear)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its class says: by hooks, or a forward of its own (offloading)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def carried(block: BadgeBlock, number: int, readers: Sequence[ExitReader], logits: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
 from badge_peft.tuner.exits import AdapterExits, CarriedLogits, Exit, ExitState, MultiExitHead, build_on
-from badge_peft.tuner.mean_bypass import mean_of_bypassed
 from badge_peft.tuner.poolers import pool_by, start_from_pooler
 from badge_peft.tuner.pooling import Pooling
 
@@ -106,16 +105,9 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         """
         exit_ = self.own_exit(exits.adapter, number)
         bypass = self.bypass_of(exits.adapter, number)
-        placement = self.badge_placement[exits.adapter]
-        if not exit_.reads_sequence:
-            mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, frame, pooling)
-            if mean is not None:
-                vector = exit_.represent(mean, Pooling("cls", None))  # nothing is left to be reduced
-                if exits.pooler is not None:
-                    vector = pool_by(exits.pooler, vector)
-                return vector, build_on(exits, exit_, exit_(vector, state), state)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
+            placement = self.badge_placement[exits.adapter]
             states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking)
         else:
             states = picking.pick(frame.output)
@@ -193,6 +185,8 @@ def adapter_modules(
         for m in own:
             if config.carry is not None and m > min(exits):
                 head.exit(m).carry = CarriedLogits()
+        if config.exit_type == "past_future" and min(exits) in own:
+            del head.exit(min(exits)).imitate  # no exit is before it, which might predict its state
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
         size = (config.hidden_size, config.r, config.activation, config.bias, exit_norm)

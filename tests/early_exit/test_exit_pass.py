@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+from badge_peft import BadgeConfig
 from badge_peft.early_exit.calls import MixedCall
-from tests.models import blocks_of, exits_of, make_badge, make_batch, make_model
+from tests.models import CASES, blocks_of, exits_of, make_badge, make_batch, make_model, one_of_each_kind, shake
 
 PARTS = ["pooler", "classifier", "encoder"]
 
@@ -39,6 +42,39 @@ def test_a_hook_sees_what_the_model_computes(part):
     handle.remove()
     model.early_exit_forward(**make_batch(), policy="fixed_depth", depth=1)
     assert len(seen) == 1
+
+
+def test_what_transformers_records_is_recorded_to_the_end():
+    model, ran = make_badge(train_head=False), []
+    model.base_model.model.config.output_hidden_states = True
+    outside(model, "classifier").register_forward_pre_hook(lambda *_: ran.append(1))
+    model.early_exit_forward(**make_batch(), policy="fixed_depth", depth=1)
+    assert ran == [1]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one adapter": {},
+    "an adapter for each row": {"adapter_names": ["default", "other", "__base__", "other"]},
+    "tasks": {"tasks": ["other", "default"]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", one_of_each_kind(CASES))
+@pytest.mark.parametrize("rule", [{"policy": "fixed_depth", "depth": 1}, {"policy": "entropy", "threshold": 0.6}])
+def test_a_pass_that_ends_answers_as_one_that_walks_on(case, way, rule):
+    model = make_badge(case)
+    model.add_adapter("other", BadgeConfig(r=4, placement="ffn", num_labels=5, exit_layers=[1]))
+    shake(model, seed=5)
+    ended = model.early_exit_forward(**make_batch(), **WAYS[way], **rule)
+    with_hook = outside(model, "classifier").register_forward_hook(lambda *_: None)
+    walked = model.early_exit_forward(**make_batch(), **WAYS[way], **rule)
+    with_hook.remove()
+    for found, want in zip(ended.values(), walked.values(), strict=True) if way == "tasks" else [(ended, walked)]:
+        assert found.keys() == want.keys()
+        for name in found:
+            assert torch.equal(found[name], want[name]), name
+            assert found[name].dtype is want[name].dtype
 
 
 def test_answers_have_one_precision_whether_the_head_is_read_or_not():

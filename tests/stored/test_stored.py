@@ -133,8 +133,9 @@ def test_an_adapter_is_saved_as_it_was(name: str, tmp_path: Path, monkeypatch: p
         load_file(tmp_path / "adapter_model.safetensors"),
         tensors("adapters", name, "adapter_model.safetensors"),
     )
-    assert found.keys() == {*wanted, CONFIG_TENSOR}  # which it holds since
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    kept = {key for key in wanted if ".1.imitate." not in key}  # of `past_future`, where nothing read it
+    assert found.keys() == {*kept, CONFIG_TENSOR}  # which it holds since
+    assert all(torch.equal(found[key], wanted[key]) for key in kept)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     expected = read("adapters", name, "adapter_config.json")
     expected = {key: value for key, value in expected.items() if key not in REMOVED}

@@ -148,8 +148,7 @@ HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"
         ({"train_head": False}, block_keys([1, 2], BYPASS, "bypass") | block_keys([1, 2], EXIT, "exit")),
         (
             {"final_exit": "exit", "bias": True},
-            block_keys([1, 2, 3], (*BYPASS[:2], "down.bias", "up.bias"), "bypass")
-            | block_keys([1, 2, 3], EXIT, "exit"),
+            block_keys([1, 2, 3], (*BYPASS, "down.bias", "up.bias"), "bypass") | block_keys([1, 2, 3], EXIT, "exit"),
         ),
         (
             {"placement": "none", "exit_type": "pooled", "exit_layers": [2]},
@@ -163,7 +162,7 @@ HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"
             | HEAD,
         ),
     ],
-    ids=["own", "untrained-head", "exit-shared-bias", "none-pooled", "exit-0"],
+    ids=["own", "untrained-head", "exit-bias", "none-pooled", "exit-0"],
 )
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_exact_keys(fields, keys, adapter_name, tmp_path):
