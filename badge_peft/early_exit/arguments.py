@@ -18,12 +18,8 @@ _REFUSED = ("output_hidden_states", "output_attentions")
 
 
 def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `EarlyExitConfig`, and inputs of the base model.
-
-    Raises:
-        ValueError: an argument that has no meaning where rows leave at different blocks, or one that is neither, which
-            models that take `**kwargs` would swallow.
-    """
+    """Fields of `EarlyExitConfig`, and inputs of the base model. What is neither, a model with `**kwargs` would
+    swallow."""
     overrides: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -52,12 +48,7 @@ def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
 
 
 def input_size(*args: Any, **kwargs: Any) -> tuple[int, int]:
-    """B and S, from whatever the base model is called with.
-
-    Raises:
-        ValueError: neither `input_ids` nor `inputs_embeds` is there, they have no rows and positions, or the batch is
-            empty.
-    """
+    """B and S, from whatever the base model is called with."""
     inputs = kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -81,11 +72,7 @@ def input_size(*args: Any, **kwargs: Any) -> tuple[int, int]:
 
 
 def check_special(mask: Any, batch_size: int, length: int) -> Tensor | None:
-    """[B, S], the tokens that need no answer; None: there are none.
-
-    Raises:
-        ValueError: the mask has another shape.
-    """
+    """[B, S], the tokens that need no answer; None: there are none."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch_size, length)):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(

@@ -105,16 +105,7 @@ class CachedStates:
         return [part for part in (self._states, self._head) if part is not None]
 
     def put(self, rows: Sequence[int], found: RecordingPass, logits: Tensor | None) -> None:
-        """Stores a batch.
-
-        Args:
-            rows: The numbers of its rows.
-            found: Their pass.
-            logits: [B, K] of the model's own head, where the plan has them.
-
-        Raises:
-            OverflowError: a number does not fit the type in which it is to be stored.
-        """
+        """Stores a batch. `logits` [B, K] are those of the model's own head, where the plan has them."""
         states = [found.states[state] for state in self.plan.states]
         head = [value for value in (found.head_of(logits),) if value is not None]
         for part, values in ((self._states, states), (self._head, head)):
@@ -136,15 +127,8 @@ class CachedStates:
         rows: Tensor,
         inputs: dict[str, Any],
     ) -> SequenceClassifierOutput:
-        """Hands the readers of `running` what a pass over these rows would, and gives what the base model returns.
-
-        Args:
-            model: The `BadgeModel`.
-            config: Of the adapter that asks.
-            running: A pass that has not begun.
-            rows: [B], their numbers.
-            inputs: The model's inputs, with which the head is called.
-        """
+        """Hands the readers of `running`, a pass that has not begun, what one over these `rows` [B] would, and gives
+        what the base model returns."""
         numbers = [self._number(row) for row in rows.tolist()]
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         (reader,) = running.readers

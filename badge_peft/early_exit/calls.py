@@ -94,11 +94,7 @@ class BatchInfo:
 
 
 class Call:
-    """One call, of one adapter for all rows.
-
-    Args:
-        requests: For each adapter.
-    """
+    """One call, of one adapter for all rows."""
 
     def __init__(self, requests: list[AdapterRequest]) -> None:
         self.requests = requests
@@ -117,12 +113,7 @@ class Call:
 
 
 class MixedCall(Call):
-    """A call of one adapter for each row: the rows of one are put side by side, and back again.
-
-    Args:
-        adapter_names: One for each row, B.
-        config: How to stop, as the call has it.
-    """
+    """A call of one adapter for each row: the rows of one are put side by side, and back again."""
 
     def __init__(self, adapter_names: Sequence[str], config: Any = None) -> None:
         names = list(dict.fromkeys(adapter_names))
@@ -173,14 +164,7 @@ class MixedCall(Call):
 
 
 class TaskCall(Call):
-    """A call of several adapters for every row, which goes as deep as its slowest task.
-
-    Args:
-        tasks: The adapters.
-        batch_size: B.
-        config: How to stop, as for `config_of_each`.
-        last_head: The module that gives the model's own logits; None where the model names none.
-    """
+    """A call of several adapters for every row, which goes as deep as its slowest task."""
 
     def __init__(self, tasks: Sequence[str], batch_size: int, config: Any, last_head: nn.Module | None) -> None:
         own = config_of_each(config, tasks)
@@ -206,18 +190,7 @@ def _asks(reader: PolicyReader) -> bool:
 def plan_call(
     badge: Any, batch_size: int, adapter_names: Sequence[str] | None, tasks: Sequence[str] | None, config: Any
 ) -> Call:
-    """The call that asks the active adapter of `badge`, a `BadgeModel`, or those that are named.
-
-    Args:
-        badge: The model.
-        batch_size: B.
-        adapter_names: One for each row, or None.
-        tasks: Those that answer every row, or None.
-        config: How to stop, as the call has it.
-
-    Raises:
-        ValueError: both are given, or they do not fit the rows or the model.
-    """
+    """The call that asks the active adapter of `badge`, a `BadgeModel`, or those that are named."""
     if tasks is None and adapter_names is None:
         return Call([AdapterRequest(badge.single_active_adapter(), 0, batch_size, config)])
     on = badge.model, badge.layout, badge.peft_config, badge.active_adapters
@@ -269,18 +242,7 @@ def check_tasks(
     configs: dict[str, BadgeConfig],
     active: Sequence[str],
 ) -> None:
-    """Refuses tasks that cannot share a pass.
-
-    Args:
-        tasks: Names of adapters.
-        model: The base model.
-        layout: Where its parts are.
-        configs: Of all adapters.
-        active: Names of the active adapters, which every row passes through.
-
-    Raises:
-        ValueError: no names, the same one twice, an unknown one, or an adapter that changes what the blocks compute.
-    """
+    """Refuses tasks that cannot share a pass."""
     names = [] if isinstance(tasks, str) else list(tasks)
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
@@ -295,16 +257,8 @@ def check_tasks(
 
 
 def config_of_each(given: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """The early-exit config of each task, as the call has it; None: the adapter's own.
-
-    Args:
-        given: A config (or a dict of its fields) for all of them, or a dict from tasks to such configs, in which a
-            task that is left out keeps its own.
-        tasks: Names.
-
-    Raises:
-        ValueError: the dict names a task that the call does not have.
-    """
+    """The early-exit config of each task: `given` for all of them, or by task in a dict, in which one that is left out
+    keeps its own, None."""
     if not isinstance(given, Mapping) or not given or not all(_is_config(value) for value in given.values()):
         return dict.fromkeys(tasks, given)
     unknown = [name for name in given if name not in tasks]

@@ -225,11 +225,7 @@ def register_policy(policy: Policy) -> Policy:
 
 
 def check_policy_name(name: Any, *others: str) -> None:
-    """Refuses what is no policy's name, nor one of `others`.
-
-    Raises:
-        ValueError: with the names there are.
-    """
+    """Refuses what is no policy's name, nor one of `others`."""
     if not isinstance(name, str) or name not in (*POLICIES, *others):
         raise ValueError(
             f"policy={name!r} is not allowed: it must be one of {', '.join((*others, *POLICIES))}. A policy of your "

@@ -186,11 +186,7 @@ def as_history(
     uncertainty: Any = None,
     groups: Any = None,
 ) -> ExitHistory:
-    """An `ExitHistory` from whatever `replay` accepts.
-
-    Raises:
-        ValueError: the logits are not [N, E, K], or `exit_layers`, `uncertainty` or `groups` do not match them.
-    """
+    """An `ExitHistory` from whatever `replay` accepts."""
     if hasattr(exit_logits, "history"):  # ExitLogits
         history = exit_logits.history()
         return history if groups is None else history.in_groups(group_codes(groups, history.rows))
@@ -209,15 +205,7 @@ def as_history(
 
 
 def group_codes(groups: Any, rows: int) -> Array | None:
-    """[n] whole numbers, the same for rows of one group; None stands for one group of all rows.
-
-    Args:
-        groups: [n], one id for each row: numbers or strings, a list, an array or a tensor.
-        rows: n.
-
-    Raises:
-        ValueError: not one id for each row, a NaN, or ids of several kinds.
-    """
+    """[n] whole numbers, the same for rows of one group; None stands for one group of all rows."""
     if groups is None:
         return None
     given = groups.tolist() if hasattr(groups, "tolist") else list(groups)

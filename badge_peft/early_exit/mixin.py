@@ -301,16 +301,7 @@ def early_exit_model(model: nn.Module) -> EarlyExitMixin:
 
 
 def validate_policy(policy: EarlyExitConfig | None, config: BadgeConfig, num_blocks: int) -> None:
-    """Refuses a policy that the exits of an adapter cannot follow, where it is stored and not by the first call.
-
-    Args:
-        policy: How the adapter is to stop; None is the default, which always fits.
-        config: Of the adapter, prepared for its model.
-        num_blocks: M.
-
-    Raises:
-        ValueError: it does not fit; the message says what to do.
-    """
+    """Refuses a policy that the exits of an adapter cannot follow, where it is stored and not by the first call."""
     if policy is not None:
         built = build_policy(policy)
         built.check(exit_numbers(config, num_blocks), config.resolved_labels, config.resolved_problem_type)

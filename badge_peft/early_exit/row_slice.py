@@ -19,14 +19,8 @@ Array = np.ndarray
 
 
 class RowSlice:
-    """The arguments with which a block runs for some of the rows.
-
-    Args:
-        index: [b], these rows in the batch, where the states are.
-        batch_size: B, rows that the model was called with.
-        positions: S, and its positions.
-        length: Positions in the states; None: all S.
-    """
+    """The arguments with which a block runs for the rows `index` [b] of B, and the first `length` (None: all) of S
+    positions."""
 
     def __init__(self, index: Tensor, batch_size: int, positions: int, length: int | None) -> None:
         self.index = index

@@ -14,18 +14,8 @@ from badge_peft.tuner.state_plan import State, StatePlan, plan_states
 
 
 class RecordingPass(BlockPass):
-    """A full-depth pass without readers that keeps what a plan names.
-
-    Args:
-        plan: What is kept.
-        num_blocks: M.
-        pooling: Of the exits.
-
-    Attributes:
-        states: [B, S, d] or [B, 1, d] each.
-        head: What the model's own head reads, where the plan has it.
-        tuple_length: Of what a block returns.
-    """
+    """A full-depth pass without readers that keeps what a plan names: `states` [B, S or 1, d] and what the `head`
+    reads."""
 
     def __init__(self, plan: StatePlan, num_blocks: int, pooling: Pooling) -> None:
         super().__init__()
@@ -71,13 +61,7 @@ class RecordingPass(BlockPass):
 
 
 class HeadPass(PassContext):
-    """A call in which no block runs, and the model's own head reads given states.
-
-    Args:
-        states: [B, S, d], the output of block M.
-        num_blocks: M.
-        tuple_length: Of what a block returns.
-    """
+    """A call in which no block runs, and the model's own head reads given states [B, S, d], the output of block M."""
 
     def __init__(self, states: Tensor, num_blocks: int, tuple_length: int) -> None:
         self.states = states

@@ -16,18 +16,8 @@ from badge_peft.tuner.layer import BadgeBlock
 
 class TokenReader(PolicyReader):
     """A `PolicyReader` of token classification, whose unit is a token: its history, exits and answers are those of
-    tokens, row by row. What leaves a pass is still the row: with its last token.
-
-    Args:
-        exits: Of the adapter.
-        rows: n.
-        attention_mask: [n, S] or None.
-        first: The first row in the batch.
-        policy: Decides, on the host, as for rows.
-        length: S.
-        special: [n, S'] or None, tokens that need no answer, as a tokenizer's `special_tokens_mask` has them; S' is
-            less than S where compiled blocks have padded.
-    """
+    tokens, row by row. What leaves a pass is still the row: with its last token. Those of `special` [n, S'] need no
+    answer; S' is less than S where compiled blocks have padded."""
 
     def __init__(
         self,

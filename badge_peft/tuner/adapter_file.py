@@ -31,11 +31,7 @@ class AdapterSource:
     hub: dict[str, Any] = field(default_factory=dict, repr=False)  # may hold a token
 
     def read_tensors(self) -> dict[str, Tensor] | None:
-        """The tensors in the file; None without a file.
-
-        Raises:
-            ValueError: the file cannot be read, or is not there and must be.
-        """
+        """The tensors in the file; None without a file, unless it must be there."""
         folder = Path(self.path, self.hub.get("subfolder") or "")
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         file = next((folder / name for name in names if (folder / name).exists()), None)
@@ -71,11 +67,7 @@ class AdapterSource:
 
 
 def check_latest(folder: Path) -> None:
-    """Refuses a folder in which PEFT would read the weights of an earlier saving.
-
-    Raises:
-        ValueError: there are two files of weights, and the one that is read is the older one.
-    """
+    """Refuses a folder in which PEFT would read the weights of an earlier saving."""
     read, other = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     if read.exists() and other.exists() and read.stat().st_mtime_ns < other.stat().st_mtime_ns:
         raise ValueError(

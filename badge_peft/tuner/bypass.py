@@ -69,16 +69,7 @@ def bypassed_states(
 
     * `block`: LN'( B(H_{m-1}) + H_{m,F} )                                                          (Eq. 2)
     * `ffn`:   LN'( B(H_{m,MHA}) + H_{m,F} )
-    * `mhsa`:  H'_MHA = LN_attn( B(H_{m-1}) + attention output + H_{m-1} ), then LN'( FFN(H'_MHA) + H'_MHA )
-
-    Args:
-        bypass: Of this block.
-        placement: One of the three.
-        block: The transformer block; `mhsa` runs its FFN a second time.
-        layout: Where the block's parts are.
-        frame: What the block has just computed.
-        pooling: Of this call.
-    """
+    * `mhsa`:  H'_MHA = LN_attn( B(H_{m-1}) + attention output + H_{m-1} ), then LN'( FFN(H'_MHA) + H'_MHA )"""
     source = frame.attention if placement == "ffn" else frame.block_input
     assert source is not None  # the hooks have run
     source = pooling.pick(source)

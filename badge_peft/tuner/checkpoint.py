@@ -54,18 +54,8 @@ def saved_state_dict(
 
 
 def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    """Compares the weights of a config that was read with what the adapter will have on `model`.
-
-    Nothing of the model is changed.
-
-    Args:
-        model: The base model, wrapped or not.
-        config: Prepared for `model`. Without a file of weights its `source` becomes None.
-        layout: Where the blocks of `model` are.
-
-    Raises:
-        ValueError: the file is damaged or not there, or does not hold exactly what `config` says.
-    """
+    """Compares the file of a config that was read with what the adapter will have on `model`, which is left as it is.
+    Without a file of weights its `source` becomes None."""
     if config.source is None:
         return
     found = config.source.read_tensors()
@@ -86,17 +76,7 @@ def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> No
 
 
 def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weights: dict[str, Tensor]) -> None:
-    """Compares weights that are about to be loaded with what the adapter has on `model`.
-
-    Args:
-        model: The PEFT model, with the adapter in place.
-        config: The adapter's config.
-        adapter_name: Its name.
-        weights: The file's tensors under the model's names.
-
-    Raises:
-        ValueError: `weights` do not hold exactly what the adapter has.
-    """
+    """Compares the file's tensors, under the model's names, with what the adapter has on `model`, the PEFT model."""
     here = model.state_dict()
     expected = adapter_state_dict(config, adapter_name, here)
     expected.update({name: here[name] for name in saved_names(model, adapter_name).values()})

@@ -257,11 +257,7 @@ class BadgeConfig(PeftConfig):
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:
-    """Block numbers that have an exit, in order; the last is always M.
-
-    Raises:
-        ValueError: `config.exit_layers` names a block that the model does not have.
-    """
+    """Block numbers that have an exit, in order; the last is always M."""
     if config.exit_layers is None:
         return list(range(1, num_blocks + 1))
     if config.exit_layers[-1] > num_blocks:

@@ -25,11 +25,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
 
 
 def sorted_layers(layers: Any) -> list[int] | None:
-    """`exit_layers`, in order.
-
-    Raises:
-        ValueError: they are not distinct block numbers.
-    """
+    """`exit_layers`, in order."""
     if layers is None:
         return None
     numbers = isinstance(layers, (list, tuple)) and all(
@@ -44,11 +40,7 @@ def sorted_layers(layers: Any) -> list[int] | None:
 
 
 def check_links(carry: Any, exit_type: str, final_exit: str) -> None:
-    """Checks what exits read of one another.
-
-    Raises:
-        ValueError: which field, and what it needs.
-    """
+    """Checks what exits read of one another."""
     if carry == "states":
         raise ValueError(f"carry='states' is not allowed: it has been removed. Use carry='logits' or None. {_AGAIN}")
     if carry not in (None, "logits"):
@@ -58,11 +50,7 @@ def check_links(carry: Any, exit_type: str, final_exit: str) -> None:
 
 
 def check_label_names(names: Any, num_labels: int | None) -> None:
-    """Checks that there is a different name for each label.
-
-    Raises:
-        ValueError: there is not.
-    """
+    """Checks that there is a different name for each label."""
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
@@ -72,11 +60,7 @@ def check_label_names(names: Any, num_labels: int | None) -> None:
 
 
 def check_data_columns(columns: Any) -> None:
-    """Checks what columns of the training data are called.
-
-    Raises:
-        ValueError: it is no dict of names.
-    """
+    """Checks what columns of the training data are called."""
     if columns is None or (
         isinstance(columns, dict)
         and all(isinstance(key, str) and isinstance(name, str | None) for key, name in columns.items())
@@ -89,14 +73,7 @@ def check_data_columns(columns: Any) -> None:
 
 
 def check_tokens(fields: dict[str, Any]) -> None:
-    """Checks the fields that have fewer choices where each token has an answer.
-
-    Args:
-        fields: At least those of `TOKEN_CHOICES`.
-
-    Raises:
-        ValueError: which field, and its choices.
-    """
+    """Checks the fields that have fewer choices where each token has an answer."""
     for name, allowed in TOKEN_CHOICES.items():
         if fields[name] not in allowed:
             raise ValueError(
@@ -106,11 +83,7 @@ def check_tokens(fields: dict[str, Any]) -> None:
 
 
 def check_filled_in(modules_to_save: Any, target_modules: Any, base_fingerprint: Any) -> None:
-    """Checks what nobody writes by hand, but a damaged file may hold.
-
-    Raises:
-        ValueError: which field, and what it must be.
-    """
+    """Checks what nobody writes by hand, but a damaged file may hold."""
     names, sample = modules_to_save, base_fingerprint
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")

@@ -93,11 +93,7 @@ class Recorder:
     nothing.
 
     Compiled code (`badge_peft.compile_blocks`) cannot look for the pass, so there the tensor is kept in `seen` until
-    the compiled function returns it; it never stays there.
-
-    Args:
-        name: Of the tensor, as in `Frame`.
-    """
+    the compiled function returns it; it never stays there."""
 
     def __init__(self, name: str) -> None:
         self.name = name

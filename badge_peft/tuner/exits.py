@@ -61,14 +61,8 @@ def finite(left: Tensor) -> Tensor:
 
 
 class CenteredDropout(nn.Dropout):
-    """Dropout of deviations from a mean: dropping a number that is the same for all texts says nothing of any.
-
-    Args:
-        p: Probability.
-
-    Attributes:
-        center: [d], while it is trained; None is 0.
-    """
+    """Dropout of deviations from a mean (`center` [d] while it is trained; None is 0): dropping a number that is the
+    same for all texts says nothing of any."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p)
@@ -83,13 +77,7 @@ class CenteredDropout(nn.Dropout):
 
 
 class Exit(nn.Module):
-    """One exit.
-
-    Args:
-        hidden_size: d.
-        num_labels: K.
-        dropout: Probability, before the linear layer.
-    """
+    """One exit, from d to K numbers."""
 
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False

@@ -23,11 +23,7 @@ _LENGTH = 16  # hexadecimal digits
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Sixteen hexadecimal digits that say which weights these are, names, types and shapes among them.
-
-    Args:
-        tensors: As `peft.get_peft_model_state_dict` gives them, or as a file has them.
-    """
+    """Sixteen hexadecimal digits that say which weights these are, names, types and shapes among them."""
     digest = hashlib.sha256()
     named = {base_name(name): value for name, value in tensors.items() if name != CONFIG_TENSOR}
     for name in sorted(named):

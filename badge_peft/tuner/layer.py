@@ -52,15 +52,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         exit_norm: nn.Module,
         pooler: nn.Module | None = None,
     ) -> None:
-        """Adds the bypasses and exits of `adapter_name`: those of `exits` that belong to this block.
-
-        Args:
-            adapter_name: The adapter.
-            config: Its config, with `num_labels` and `hidden_size` filled in.
-            exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-            exit_norm: The norm that LN' copies.
-            pooler: The model's own dense layer, which that of a `pooled` exit copies.
-        """
+        """Adds the bypasses and exits of `adapter_name`: those of `exits` (0: of the embeddings) that belong to this
+        block. LN' copies `exit_norm`, the dense layer of a `pooled` exit `pooler`."""
         self.badge_placement[adapter_name] = config.placement
         for kind, part in adapter_modules(config, self.numbers, exits, exit_norm).items():
             part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
@@ -91,18 +84,8 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
     def read_exit(
         self, exits: AdapterExits, number: int, frame: Frame, pooling: Pooling, state: ExitState
     ) -> tuple[Tensor, Tensor]:
-        """What exit `number` makes of what the block has just computed.
-
-        Args:
-            exits: Those of the adapter that asks.
-            number: A block number at which it `has_exit`.
-            frame: What the block saw.
-            pooling: Of this call.
-            state: What the exits of this call leave for one another.
-
-        Returns:
-            The vector [B, d] that the exit reads, and its logits [B, K].
-        """
+        """What exit `number` makes of what the block has just computed: the vector [B, d] that it reads, and logits
+        [B, K]."""
         exit_ = self.own_exit(exits.adapter, number)
         bypass = self.bypass_of(exits.adapter, number)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
@@ -167,14 +150,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
 def adapter_modules(
     config: BadgeConfig, numbers: list[int], exits: list[int], exit_norm: nn.Module
 ) -> dict[str, nn.Module]:
-    """What an adapter has at one block, by the name of the container that it goes into.
-
-    Args:
-        config: Its config, with `num_labels` and `hidden_size` filled in.
-        numbers: The numbers of the block.
-        exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-        exit_norm: The norm that LN' copies.
-    """
+    """What an adapter has at the block with these `numbers`, by the name of the container that it goes into."""
     assert config.hidden_size is not None  # filled in by BadgeModel
     parts: dict[str, nn.Module] = {}
     own = [m for m in exits if m in numbers or (m == 0 and 1 in numbers)]

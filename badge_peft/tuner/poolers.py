@@ -14,13 +14,8 @@ from badge_peft.tuner.preconditions import is_quantized
 
 
 def own_pooler(model: nn.Module, layout: BlockLayout, adapter_name: str | None = None) -> nn.Module | None:
-    """The dense layer of the model's pooler; None where it has none.
-
-    Args:
-        model: The base model, wrapped or not.
-        layout: Where its parts are.
-        adapter_name: Takes the copy that this adapter trains, where the pooler is part of a head that it trains.
-    """
+    """The dense layer of the model's pooler, or the copy of it that this adapter trains with the head; None where it
+    has none."""
     if layout.pooler is None:
         return None
     for root in (model.get_submodule(backbone_name(model)), model):

@@ -39,16 +39,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     owner made it, free for another model.
 
     PEFT has added heads to the caller's `modules_to_save`, and reads it once more when the tuner is in place, to train
-    them: they are taken out of it, and stand in the copy where they are to be trained.
-
-    Args:
-        model: The base model, wrapped or not.
-        config: A new config, or one read from a saved adapter.
-        adapter_name: The adapter that will carry it.
-
-    Raises:
-        ValueError: config and model do not fit; the message says what to do.
-    """
+    them: they are taken out of it, and stand in the copy where they are to be trained."""
     names = config.modules_to_save
     if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
         config.modules_to_save = names[: -len(_PEFT_HEADS)] or None

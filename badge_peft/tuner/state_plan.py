@@ -47,13 +47,7 @@ class StatePlan:
 
 
 def reads_of(config: BadgeConfig, layout: BlockLayout, num_blocks: int) -> dict[int, dict[str, State]]:
-    """By exit: the names in its `Frame` of what it reads, and which state each of them is.
-
-    Args:
-        config: The adapter's.
-        layout: Of the model.
-        num_blocks: M.
-    """
+    """By exit: the names in its `Frame` of what it reads, and which state each of them is."""
     return {
         m: {name: _state(m, name, layout) for name in (states_read(config.placement, layout.pre_norm) if m else ())}
         or {"output": (0, "output")}
@@ -64,15 +58,7 @@ def reads_of(config: BadgeConfig, layout: BlockLayout, num_blocks: int) -> dict[
 def plan_states(
     config: BadgeConfig, exits: AdapterExits, layout: BlockLayout, num_blocks: int, model: nn.Module
 ) -> StatePlan:
-    """The plan for one adapter, with its head as it is trained now.
-
-    Args:
-        config: The adapter's.
-        exits: Its exits.
-        layout: Of the model.
-        num_blocks: M.
-        model: The base model.
-    """
+    """The plan for one adapter, with its head as it is trained now."""
     reads = reads_of(config, layout, num_blocks)
     states = tuple(dict.fromkeys(state for fields in reads.values() for state in fields.values()))
     # normalized first and reduced afterwards where an exit reads pre-LN states, and by a bypass or its LN'
