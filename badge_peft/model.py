@@ -18,11 +18,11 @@ from badge_peft.model_card import write_card_of_adapter
 from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
 from badge_peft.tuner import backbone, checkpoint, lora
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR, weights_hash
 from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, final_norm_name, get_layout
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
-from badge_peft.tuner.identity import CONFIG_TENSOR, weights_hash
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.poolers import own_pooler

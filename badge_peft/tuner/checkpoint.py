@@ -17,10 +17,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from badge_peft.registry import PREFIX
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, exit_norm
 from badge_peft.tuner.backbone import is_own_weight
 from badge_peft.tuner.config import BadgeConfig, own_exits
-from badge_peft.tuner.identity import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config

@@ -17,19 +17,11 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.config_rules import (
-    REMOVED,
-    check_data_columns,
-    check_filled_in,
-    check_label_names,
-    check_links,
-    check_tokens,
-    sorted_layers,
-)
+from badge_peft.tuner.config_rules import REMOVED, check_fields
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_choice, check_int, is_number, without_removed
+from badge_peft.utils.checks import check_choice, check_int, require, without_removed
 from badge_peft.utils.files import write_text
 from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
@@ -138,41 +130,20 @@ class BadgeConfig(PeftConfig):
                 "'TOKEN_CLS'."
             )
         check_int("r", self.r, at_least=1, optional=False)
-        if self.r >= 2**31:  # no size of a tensor, and beyond 2**63 torch fails with an error of its own
-            raise ValueError(f"r={self.r!r} is not allowed: it must be below 2**31.")
+        require(self.r < 2**31, "r", self.r, "it must be below 2**31")  # else torch fails with an error of its own
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        check_links(self.carry, self.exit_type, self.final_exit)
-        for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
-        for name in ("base_model_name_or_path", "revision", "weights_hash"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.isprintable()):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a string that can be printed, or None.")
-        if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
-            raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
-        self.exit_layers = sorted_layers(self.exit_layers)
-        self.exit_weights = check_weights(self.exit_weights)
         for name in ("num_labels", "num_blocks", "hidden_size"):
             check_int(name, getattr(self, name), at_least=1)
-        check_label_names(self.label_names, self.num_labels)
-        check_data_columns(self.data_columns)
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        if self.reads_tokens:
-            check_tokens(vars(self))
-        if self.lora is not None and self.backbone != "lora":
-            raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
+        check_fields(self)
+        self.exit_layers = None if self.exit_layers is None else sorted(self.exit_layers)
+        self.exit_weights = check_weights(self.exit_weights)
         if self.backbone == "lora":
             self.lora = lora_fields(self.lora)
         if self.early_exit is not None:
             self.early_exit = EarlyExitConfig.of(self.early_exit)
-        if self.exclude_modules:
-            raise ValueError(
-                f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
-            )
-        check_filled_in(self.modules_to_save, self.target_modules, self.base_fingerprint)
         if self.block_layout is not None:
             self.block_layout = BlockLayout.of(self.block_layout)
 

@@ -19,6 +19,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def require(allowed: bool, name: str, value: Any, rule: str) -> None:
+    """Raises a ValueError, ending in `rule`, unless `allowed`."""
+    if not allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: {rule}.")
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    """Whether `value` is a list with nothing but `kind` in it."""
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import badge_peft
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from tests.models import make_batch, make_model, trained
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

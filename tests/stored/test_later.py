@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.config_rules import REMOVED
-from badge_peft.tuner.identity import CONFIG_TENSOR
 
 DATA = Path(__file__).parent / "later"
 ADAPTERS = sorted(path.name for path in (DATA / "adapters").iterdir())

@@ -25,8 +25,8 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import EarlyExitConfig, ExitLogits, calibrate, early_exit_forward, load_pretrained, sweep
 from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.config_rules import REMOVED
-from badge_peft.tuner.identity import CONFIG_TENSOR
 
 DATA = Path(__file__).parent / "data"
 ADAPTERS = sorted(path.stem for path in (DATA / "answers").glob("*.json"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, load_pretrained
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from tests import reference
 from tests.models import (
     CASES,
