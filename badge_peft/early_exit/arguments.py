@@ -84,14 +84,15 @@ def check_special(mask: Any, batch_size: int, length: int) -> Tensor | None:
 
 def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the base model with positional ones by their names, as far as its forward spells them out."""
-    names = _positions(type(model).forward)
+    names = positional(type(model).forward)
     if len(args) > len(names) or kwargs.keys() & names[: len(args)]:
         return args, kwargs  # torch says what is wrong
     return (), {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @cache
-def _positions(forward: Callable[..., Any]) -> tuple[str, ...]:
+def positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the positional arguments of a module's forward, `self` left out."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)

@@ -29,26 +29,16 @@ _EVERY_TOKEN = ("all", "token_logits")  # heads of which all positions are kept
 
 
 class CachedStates:
-    """The states of N rows. `cache_states` makes them; `close()`, or the end of a `with`, gives their place back.
-
-    Args:
-        counts: Positions of each row.
-        dtype: As which the states are stored.
-        example: A pass over some rows, which shows their sizes and types.
-        logits: [b, K] (of tokens [b, S, K]) of the model's own head in that pass, where the plan has them.
-
-    Attributes:
-        plan: What of each row there is.
-        texts: What tells each row's text from others.
-        backbone: What tells the backbone from others.
-    """
+    """The states of N rows, of `counts` positions each. `cache_states` makes them; `close()`, or the end of a `with`,
+    gives their place back. `example` is a pass over some rows, with the `logits` of the model's own head where the
+    plan has them: it shows sizes and types."""
 
     def __init__(
         self, counts: Sequence[int], dtype: torch.dtype, example: RecordingPass, logits: Tensor | None
     ) -> None:
         self.plan = example.plan
-        self.texts: list[bytes] = []
-        self.backbone: Any = None
+        self.texts: list[bytes] = []  # what tells each row's text from others
+        self.backbone: Any = None  # what tells the backbone from others
         self._numbers: Sequence[int] | None = None  # of the rows in the storage, where these are a part of them
         self._tuple_length = example.tuple_length
         self._types = {state: value.dtype for state, value in example.states.items()}
@@ -120,12 +110,7 @@ class CachedStates:
                     part.put(row, kept[:, b, : part.counts[row]])
 
     def answer(
-        self,
-        model: Any,
-        config: BadgeConfig,
-        running: EarlyExitPass,
-        rows: Tensor,
-        inputs: dict[str, Any],
+        self, model: Any, config: BadgeConfig, running: EarlyExitPass, rows: Tensor, inputs: dict[str, Any]
     ) -> SequenceClassifierOutput:
         """Hands the readers of `running`, a pass that has not begun, what one over these `rows` [B] would, and gives
         what the base model returns."""

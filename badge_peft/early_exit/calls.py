@@ -47,39 +47,22 @@ class AdapterRequest:
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """What a call knows of its rows, in the order of the pass.
+    """What a call knows of its rows, in the order of the pass."""
 
-    Args:
-        rows: B.
-        length: S, with what compiled blocks pad.
-        mask: [B, S], the attention mask, or None. One of another first dimension holds for all rows.
-        ends: [B, S], whose last position that is not 0 is a row's last token; the mask but for decoders.
-        special: [B, S'], 1 for tokens that need no answer; S' without padding of compiled blocks.
-        groups: [B], a number for each row, the same for the candidates of a query, or None.
-    """
-
-    rows: int
-    length: int
-    mask: Tensor | None
-    ends: Tensor | None
-    special: Tensor | None
-    groups: Any = None
+    rows: int  # B
+    length: int  # S, with what compiled blocks pad
+    mask: Tensor | None  # [B, S]; one of another first dimension holds for all rows
+    ends: Tensor | None  # [B, S], whose last position that is not 0 is a row's last token; the mask but for decoders
+    special: Tensor | None  # [B, S'], 1 for tokens that need no answer; S' without padding of compiled blocks
+    groups: Any = None  # [B], a number for each row, the same for the candidates of a query
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        layout: BlockLayout,
-        inputs: dict[str, Any],
-        length: int,
-        special: Tensor | None,
-        groups: Tensor | None,
-    ) -> BatchInfo:
-        """Of the inputs of `model`, whose rows had `length` positions before compiled blocks padded them."""
+    def of(cls, badge: Any, inputs: dict[str, Any], length: int, special: Any, groups: Any) -> BatchInfo:
+        """Of the inputs of `badge`, whose rows had `length` positions before compiled blocks padded them."""
         rows, padded = input_size(**inputs)
         if special is None and padded > length:
             special = torch.zeros(rows, length, dtype=torch.long)
-        ends = read_mask(model, layout, "last", inputs)
+        ends = read_mask(badge.model, badge.layout, "last", inputs)
         codes = None if groups is None else groups.numpy()
         return cls(rows, padded, inputs.get("attention_mask"), ends, special, codes)
 
@@ -193,26 +176,19 @@ def plan_call(
     """The call that asks the active adapter of `badge`, a `BadgeModel`, or those that are named."""
     if tasks is None and adapter_names is None:
         return Call([AdapterRequest(badge.single_active_adapter(), 0, batch_size, config)])
-    on = badge.model, badge.layout, badge.peft_config, badge.active_adapters
     if tasks is None:
-        check_adapter_names(adapter_names, batch_size, *on)
+        check_adapter_names(badge, adapter_names, batch_size)
         return MixedCall(adapter_names or (), config)
     if adapter_names is not None:
         raise ValueError("adapter_names has one adapter for each row, tasks has them all for every row: give one.")
-    check_tasks(tasks, *on)
+    check_tasks(badge, tasks)
     head = badge.layout.head
     return TaskCall(tasks, batch_size, config, getattr(badge.model, head[-1], None) if head else None)
 
 
-def check_adapter_names(
-    adapter_names: Any,
-    batch_size: int,
-    model: nn.Module,
-    layout: BlockLayout,
-    configs: dict[str, BadgeConfig],
-    active: Sequence[str],
-) -> None:
-    """Refuses, with a ValueError, rows that cannot share a pass; the last three are as for `check_tasks`."""
+def check_adapter_names(badge: Any, adapter_names: Any, batch_size: int) -> None:
+    """Refuses, with a ValueError, rows that cannot share a pass."""
+    model, layout, configs = badge.model, badge.layout, badge.peft_config
     named = not isinstance(adapter_names, str) and all(isinstance(name, str) for name in adapter_names)
     if not named or len(adapter_names) != batch_size:
         raise ValueError(
@@ -232,28 +208,22 @@ def check_adapter_names(
             f"adapter {tokens[0]!r} classifies tokens, so its rows have answers of another shape than those of "
             "others: run them in a call of their own, or give tasks=[...] in place of adapter_names."
         )
-    _check_frozen("adapter_names", names, model, layout, configs, active)
+    _check_frozen(badge, "adapter_names", names)
 
 
-def check_tasks(
-    tasks: Sequence[str],
-    model: nn.Module,
-    layout: BlockLayout,
-    configs: dict[str, BadgeConfig],
-    active: Sequence[str],
-) -> None:
-    """Refuses tasks that cannot share a pass."""
+def check_tasks(badge: Any, tasks: Sequence[str]) -> None:
+    """Refuses, with a ValueError, tasks that cannot share a pass."""
     names = [] if isinstance(tasks, str) else list(tasks)
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"tasks must be a list with the names of adapters, got {tasks!r}: the model has "
-            f"{', '.join(map(repr, configs))}."
+            f"{', '.join(map(repr, badge.peft_config))}."
         )
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"tasks has {twice[0]!r} more than once: name each adapter once, it answers every row.")
-    _check_known(names, configs)
-    _check_frozen("tasks", names, model, layout, configs, active)
+    _check_known(names, badge.peft_config)
+    _check_frozen(badge, "tasks", names)
 
 
 def config_of_each(given: Any, tasks: Sequence[str]) -> dict[str, Any]:
@@ -280,17 +250,10 @@ def _check_known(names: Iterable[str], configs: dict[str, BadgeConfig], *others:
         raise ValueError(f"there is no adapter {unknown[0]!r}; the model has {', '.join(map(repr, configs))}.")
 
 
-def _check_frozen(
-    argument: str,
-    names: Sequence[str],
-    model: nn.Module,
-    layout: BlockLayout,
-    configs: dict[str, BadgeConfig],
-    active: Sequence[str],
-) -> None:
+def _check_frozen(badge: Any, argument: str, names: Sequence[str]) -> None:
     """Refuses adapters that change what the others' rows pass through; `argument` named them."""
-    for name in (*names, *active):
-        changes = None if name == BASE else _changes(model, layout, name, configs[name])
+    for name in (*names, *badge.active_adapters):
+        changes = None if name == BASE else _changes(badge.model, badge.layout, name, badge.peft_config[name])
         if changes is None:
             continue
         if name in names:

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from badge_peft.utils.checks import check_choice, check_int, is_number, to_python, without_removed
+from badge_peft.utils.checks import check_choice, check_int, is_number, require, to_python, without_removed
 from badge_peft.utils.options import option
 
 Policy = TypeVar("Policy", bound=type[Any])
@@ -19,6 +19,7 @@ _TAKEN = "auto"  # what `calibrate` calls all of them
 
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
+_LISTS = ("exit_layers", "temperature")
 _REMOVED: dict[str, tuple[Any, str]] = {
     "normalize": (
         False,
@@ -80,20 +81,23 @@ class EarlyExitConfig:
         return 10 if self.top_k is None else self.top_k
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every"):
-            self._set(name, to_python(getattr(self, name)))
-        for name in ("threshold", "temperature"):
-            value: Any = getattr(self, name)
-            if hasattr(value, "tolist"):  # an array or a tensor
-                value = value.tolist()
-            self._set(name, [to_python(x) for x in value] if isinstance(value, (list, tuple)) else value)
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", *_LISTS):
+            self._set(name, _plain(getattr(self, name)))
         check_policy_name(self.policy)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("window", self.window, WINDOWS)
-        self._check_threshold()
-        self._check_exit_layers()
-        check_int("patience", self.patience, at_least=1)
-        check_int("top_k", self.top_k, at_least=1)
+        taus, blocks, temperature = self.threshold, self.exit_layers, self.temperature
+        each = taus if isinstance(taus, list) else [0.0 if taus is None else taus]
+        rule = "it must be a finite number or None, or a list with a number for each exit"
+        require(bool(each) and all(map(is_number, each)), "threshold", taus, rule)
+        if taus is not None:
+            self._set("threshold", [float(tau) for tau in each] if isinstance(taus, list) else float(taus))
+        if blocks is not None:
+            numbers = isinstance(blocks, list) and all(type(m) is int and m >= 0 for m in blocks)
+            rule = "it must be a list of increasing block numbers, or None"
+            require(numbers and sorted(set(blocks)) == blocks != [], "exit_layers", blocks, rule)
+        for name in ("patience", "top_k"):
+            check_int(name, getattr(self, name), at_least=1)
         for name in ("min_exit", "max_exit", "depth"):
             check_int(name, getattr(self, name), at_least=0)
         check_int("decide_every", self.decide_every, at_least=1, optional=False)
@@ -101,20 +105,15 @@ class EarlyExitConfig:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."
             )
-        if self.temperature is not None:
-            if (
-                not isinstance(self.temperature, (list, tuple))
-                or not self.temperature
-                or not all(is_number(t) and t > 0 for t in self.temperature)
-            ):
-                raise ValueError(
-                    f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
-                )
-            self._set("temperature", [float(t) for t in self.temperature])
+        if temperature is not None:
+            positive = isinstance(temperature, list) and all(is_number(t) and t > 0 for t in temperature)
+            require(
+                positive and temperature != [], "temperature", temperature, "it must be a list of positive numbers"
+            )
+            self._set("temperature", [float(t) for t in temperature])
         for name in ("parameters", "calibration"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
+            require(value is None or isinstance(value, dict), name, value, "it must be a dict or None")
         if self.calibration is not None:
             settings = self._settings_hash()
             if self.calibration.get("settings", settings) == settings:
@@ -128,28 +127,6 @@ class EarlyExitConfig:
         # of what tells configs apart as a rule; `==` compares all fields, which a dict among them keeps out of a hash
         taus = tuple(self.threshold) if isinstance(self.threshold, list) else self.threshold
         return hash((self.policy, self.divergence, taus, self.patience, self.window, self.depth))
-
-    def _check_threshold(self) -> None:
-        given = self.threshold
-        if given is None:
-            return
-        if not all(map(is_number, given)) if isinstance(given, list) and given else not is_number(given):
-            raise ValueError(
-                f"threshold={given!r} is not allowed: it must be a finite number or None, or a list with a number for "
-                "each exit."
-            )
-        self._set("threshold", [float(tau) for tau in given] if isinstance(given, list) else float(given))
-
-    def _check_exit_layers(self) -> None:
-        given = self.exit_layers
-        if given is None:
-            return
-        blocks = [to_python(m) for m in given] if isinstance(given, (list, tuple)) else []
-        if not blocks or any(type(m) is not int or m < 0 for m in blocks) or sorted(set(blocks)) != blocks:
-            raise ValueError(
-                f"exit_layers={given!r} is not allowed: it must be a list of increasing block numbers, or None."
-            )
-        self._set("exit_layers", blocks)
 
     def _set(self, name: str, value: Any) -> None:
         """For `__post_init__` alone: a frozen dataclass has no other way to store what it made of a value."""
@@ -201,6 +178,12 @@ class EarlyExitConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    """An array, a tensor or a tuple as a list, and numpy scalars as numbers; anything else as it is."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [to_python(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def register_policy(policy: Policy) -> Policy:

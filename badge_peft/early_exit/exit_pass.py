@@ -26,13 +26,8 @@ class EarlyExitPass(BlockPass):
     *entry* of a block, not at the exit, so that a model may still mix the states of all rows between two blocks. After
     block M the full batch is put together again for the model's own head. At full depth no row leaves.
 
-    Args:
-        readers: `ExitReader`s; each asks about some of the rows, and several may ask about the same.
-        batch_size: B.
-        attention_mask: [B, S] or None: positions behind the last one that is not 0 may be cut off.
-        num_blocks: M.
-        round_up: Gives the length to which rows of a length may be cut.
-        **kwargs: As for `BlockPass`.
+    Several `readers` may ask about the same rows. Positions behind the last one that is not 0 in the mask [B, S] may
+    be cut off, to a length that `round_up` gives.
     """
 
     def __init__(

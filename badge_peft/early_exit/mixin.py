@@ -172,7 +172,7 @@ class EarlyExitMixin:
         inputs, of_rows = call.sort(inputs), call.sort(of_rows)
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
-        batch = BatchInfo.of(self.model, self.layout, inputs, length, **of_rows)
+        batch = BatchInfo.of(self, inputs, length, **of_rows)
         readers = [self._reader(request, batch, overrides) for request in call.requests]
         heads = call.heads(readers)
         if heads is None and not readers[0].reads_exits:  # full depth costs what the base model costs

@@ -25,21 +25,8 @@ Array = np.ndarray
 
 
 class ExitReader:
-    """Reads the exits of one adapter. Its rows lie side by side in the batch.
-
-    Args:
-        exits: Of the adapter.
-        rows: How many rows it asks about, n.
-        attention_mask: [n, S] or None, of these rows; [1, S] holds for all of them.
-        first: The first of them in the batch.
-
-    Attributes:
-        num_active: Rows that have no answer yet.
-        has_answered: Whether rows in the states have their answer, so that they might be taken out.
-
-    Raises:
-        ValueError: the exits pool over positions and the mask has none.
-    """
+    """Reads the exits of one adapter. It asks about n `rows`, which lie side by side in the batch from `first` on. The
+    mask is [n, S] or None; [1, S] holds for all of them."""
 
     def __init__(self, exits: AdapterExits, rows: int, attention_mask: Tensor | None, first: int = 0) -> None:
         if attention_mask is not None and attention_mask.dim() != 2 and exits.pooling != "cls":
@@ -55,8 +42,8 @@ class ExitReader:
         self.pooling = Pooling(exits.pooling, attention_mask)
         self.state = ExitState(exits.past_future)
         self.reads_uncertainty = exits.uncertainty is not None
-        self.num_active = rows
-        self.has_answered = False
+        self.num_active = rows  # that have no answer yet
+        self.has_answered = False  # whether rows in the states have their answer, so that they might be taken out
 
     def on_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Takes note of exit `number` (0: of the embeddings) of `block`, which has just run, where the adapter has
@@ -90,20 +77,8 @@ def exit_reader(badge: Any, exits: AdapterExits, inputs: dict[str, Tensor]) -> E
 class PolicyReader(ExitReader):
     """Each row stops at the exit that the policy chooses. Exits on whose logits no decision depends are not computed.
 
-    What stops is a *unit*: here a row, in a `TokenReader` a token.
-
-    Args:
-        exits: Of the adapter.
-        rows: n.
-        attention_mask: [n, S] or None.
-        first: The first row in the batch.
-        policy: Decides, on the host.
-        groups: [n], a number for each row, the same for the candidates of a query; None: all rows are one group.
-
-    Attributes:
-        answer: [n, K], logits of the rows that have stopped.
-        exit_layer: [n], the block each row stopped at; -1 while it has not.
-        non_finite: [n] bool, the rows of which a decision has seen logits that are NaN or infinite.
+    What stops is a *unit*: here a row, in a `TokenReader` a token. `groups` [n] has a number for each row, the same
+    for the candidates of a query; None: all rows are one group.
     """
 
     def __init__(
@@ -119,9 +94,9 @@ class PolicyReader(ExitReader):
         policy.check(exits.numbers, exits.num_labels, exits.problem_type)
         self.policy = policy
         self.schedule = schedule_of(policy, exits.numbers)
-        self.answer: Tensor | None = None
-        self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)
-        self.non_finite: Array = np.zeros(rows, dtype=bool)
+        self.answer: Tensor | None = None  # [n, K], of the rows that have stopped
+        self.exit_layer: Array = np.full(rows, -1, dtype=np.int64)  # where they have; -1: they have not
+        self.non_finite: Array = np.zeros(rows, dtype=bool)  # of which a decision has seen NaN or infinity
         self.reads_uncertainty = policy.reads_uncertainty
         self._groups = groups
         self._own = frozenset(exits.numbers[: None if exits.has_final_exit else -1])  # others are the model's own head

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from badge_peft.early_exit.arguments import positional
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.layer import BadgeBlock
 
@@ -71,23 +70,14 @@ class ActiveRows:
 
     Whenever rows leave, the others are also cut after the last token of the longest of them: what is padding in every
     row takes part in nothing. That needs a mask [B, S], and a layout that says which arguments have positions.
-
-    Args:
-        batch_size: B.
-        attention_mask: What the model was called with.
-        round_up: Gives the length to which rows of a length are cut.
-
-    Attributes:
-        rows: [b], their places in the batch, ascending.
-        length: Positions in the states; None: all S.
-        part: The same rows and positions of the call; None while all of them are there.
+    `round_up` gives the length to which rows of a length are cut.
     """
 
     def __init__(self, batch_size: int, attention_mask: Tensor | None, round_up: Callable[[int], int] = int) -> None:
         self.batch_size = batch_size
-        self.rows: Array = np.arange(batch_size)
-        self.length: int | None = None
-        self.part: RowSlice | None = None
+        self.rows: Array = np.arange(batch_size)  # [b], their places in the batch, ascending
+        self.length: int | None = None  # of positions in the states; None: all S
+        self.part: RowSlice | None = None  # the same of the call; None while all rows are there
         self._round_up = round_up
         self._mask = attention_mask
         self._ends: Array | None = None  # [B], the position after each row's last token
@@ -153,12 +143,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _named(block: BadgeBlock, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
     """The positional arguments after the states with their names; '' where a forward only passes them on."""
-    names = (*_positional(type(block.base_layer).forward), *("" for _ in args))
+    names = (*positional(type(block.base_layer).forward), *("" for _ in args))
     return list(zip(names[1:], args[1:], strict=False))
-
-
-@cache
-def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a block's positional arguments, `self` left out."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds)[1:]

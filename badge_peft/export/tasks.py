@@ -73,7 +73,7 @@ def export_tasks_onnx(
 
     badge = get_badge_model(model)
     names = list(badge.peft_config) if tasks is None else list(tasks)
-    check_tasks(names, badge.model, badge.layout, badge.peft_config, badge.active_adapters)
+    check_tasks(badge, names)
     check_model(badge)
     given, decisions = config_of_each(early_exit_config, names), {}
     for task in names:

@@ -58,12 +58,7 @@ class Bypass(nn.Module):
 
 
 def bypassed_states(
-    bypass: Bypass,
-    placement: str,
-    block: nn.Module,
-    layout: BlockLayout,
-    frame: Frame,
-    pooling: Pooling,
+    bypass: Bypass, placement: str, block: nn.Module, layout: BlockLayout, frame: Frame, pooling: Pooling
 ) -> Tensor:
     """H'_m, at the position that the pooling picks, or at all of them.
 

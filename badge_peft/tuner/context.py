@@ -89,18 +89,20 @@ def no_pass() -> Iterator[None]:
 
 
 class Recorder:
-    """A hook that records, in the frame of the running block, a tensor that a norm sees. Outside of a pass it does
-    nothing.
+    """A hook that records, in the frame of the running block, a tensor that a norm sees: its output as a forward hook,
+    its input as a pre-hook. Outside of a pass it does nothing.
 
     Compiled code (`badge_peft.compile_blocks`) cannot look for the pass, so there the tensor is kept in `seen` until
-    the compiled function returns it; it never stays there."""
+    the compiled function returns it; it never stays there.
+    """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = name  # of the tensor, as in `Frame`
         self.seen: Tensor | None = None
 
-    def record(self, value: Tensor) -> None:
-        """Records `value`, or the next chunk of the sequence."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
+        """Records the tensor, or the next chunk of the sequence."""
+        value = args[0] if output is None else output
         if torch.compiler.is_dynamo_compiling():
             self.seen = value if self.seen is None else torch.cat([self.seen, value], dim=1)
             return
@@ -109,40 +111,21 @@ class Recorder:
             run.frame.record(self.name, value)
 
 
-class RecordInput(Recorder):
-    """A forward pre-hook: records the input of a norm."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.record(args[0])
-
-
-class RecordOutput(Recorder):
-    """A forward hook: records the output of a norm."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.record(output)
-
-
 def watch_block(
     block: nn.Module, layout: BlockLayout, placement: str, handles: dict[str, Any], recorders: dict[str, Recorder]
 ) -> None:
     """Puts the hooks on `block` that a placement needs and `handles` lacks."""
-    wanted: list[tuple[str, str, type[Recorder]]] = []  # tensor, norm, hook
-    if layout.last_norm:
-        wanted.append(("ffn_sum", layout.last_norm, RecordInput))
-    if layout.pre_norm:
-        if placement in ("ffn", "mhsa"):
-            wanted.append(("attention", layout.attention_norm, RecordInput))
-    elif placement == "ffn":
-        wanted.append(("attention", layout.attention_norm, RecordOutput))
-    elif placement == "mhsa":
-        wanted.append(("attention_sum", layout.attention_norm, RecordInput))
-    for name, path, kind in wanted:
+    after = placement == "ffn" and not layout.pre_norm  # reads what the norm gives
+    wanted = [("ffn_sum", layout.last_norm)] if layout.last_norm else []
+    if placement in ("ffn", "mhsa"):
+        wanted.append(("attention" if after or layout.pre_norm else "attention_sum", layout.attention_norm))
+    for name, path in wanted:
         if name not in handles:
-            recorder: Any = kind(name)
             norm = block.get_submodule(path)
-            register = norm.register_forward_pre_hook if kind is RecordInput else norm.register_forward_hook
-            handles[name], recorders[name] = register(recorder), recorder
+            watches = after and name == "attention"
+            register: Any = norm.register_forward_hook if watches else norm.register_forward_pre_hook
+            recorders[name] = Recorder(name)
+            handles[name] = register(recorders[name])
 
 
 class BlockPass(PassContext):

@@ -18,20 +18,12 @@ from badge_peft.tuner.pooling import TOKENS, Pooling
 
 class ExitState:
     """What the exits of one call leave for the deeper ones, and for its objective. It belongs to the rows: those that
-    leave take theirs with them.
-
-    Args:
-        exits: Of the call, shallow to deep, where each needs all others (Global Past-Future); else empty.
-
-    Attributes:
-        left: What the exits so far have left, by name: [n, ...], or [n, S, ...] where each position has its own.
-        keeps_vectors: Whether the vectors and predictions that the objective compares are kept.
-    """
+    leave take theirs with them. `exits` are those of the call where each needs all others (Global Past-Future)."""
 
     def __init__(self, exits: Sequence[nn.Module] = ()) -> None:
         self.exits = list(exits)
-        self.left: dict[str, Tensor] = {}
-        self.keeps_vectors = False
+        self.left: dict[str, Tensor] = {}  # by name: [n, ...], or [n, S, ...] where each position has its own
+        self.keeps_vectors = False  # those, and predictions, that the objective compares
         self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
         self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
 
@@ -262,33 +254,19 @@ class MultiExitHead(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class AdapterExits:
-    """The exits of one adapter, as a call reads them.
+    """The exits of one adapter, as a call reads them."""
 
-    Args:
-        adapter: Its name.
-        numbers: Block numbers of its exits, shallow to deep; the last is M.
-        pooling: `cls`, `mean`, `last`, or `tokens`.
-        num_labels: K.
-        problem_type: As transformers has it.
-        has_final_exit: Whether exit M is one of its own; otherwise the model's own head answers there.
-        final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
-        past_future: Its exits, shallow to deep, where each needs all others; else empty.
-        uncertainty: The layer of learning to exit (LTE), where the adapter has one.
-        carry: What exit m adds of the one before it: `logits`, or None for nothing.
-        pooler: The model's own, where all exits share it.
-    """
-
-    adapter: str
-    numbers: list[int]
-    pooling: str
-    num_labels: int
-    problem_type: str
-    has_final_exit: bool
-    final_norm: nn.Module | None = None
-    past_future: list[nn.Module] = field(default_factory=list)
-    uncertainty: nn.Module | None = None
-    carry: str | None = None
-    pooler: nn.Module | None = None
+    adapter: str  # its name
+    numbers: list[int]  # block numbers of its exits, shallow to deep; the last is M
+    pooling: str  # `cls`, `mean`, `last`, or `tokens`
+    num_labels: int  # K
+    problem_type: str  # as transformers has it
+    has_final_exit: bool  # whether exit M is one of its own; otherwise the model's own head answers there
+    final_norm: nn.Module | None = None  # the model's, where blocks have none of their own at their end (pre-LN)
+    past_future: list[nn.Module] = field(default_factory=list)  # its exits, where each needs all others
+    uncertainty: nn.Module | None = None  # the layer of learning to exit (LTE), where the adapter has one
+    carry: str | None = None  # what exit m adds of the one before it: `logits`, or None for nothing
+    pooler: nn.Module | None = None  # the model's own, where all exits share it
 
     @property
     def are_linked(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.utils.checks import check_choice, is_number
+from badge_peft.utils.checks import check_choice, is_number, require
 from badge_peft.utils.problem import NO_LABEL, problem_of
 
 
@@ -48,10 +48,10 @@ def check_weights(weights: Any) -> str | list[float]:
     if isinstance(weights, str):
         check_choice("exit_weights", weights, ("uniform", "linear"))
         return weights
-    if not isinstance(weights, (list, tuple)):
-        raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
-    if not all(is_number(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-        raise ValueError(f"exit_weights={weights!r} is not allowed: a list must hold numbers >= 0, not all of them 0.")
+    listed = isinstance(weights, (list, tuple))
+    require(listed, "exit_weights", weights, "it must be 'uniform', 'linear' or a list")
+    positive = all(is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+    require(positive, "exit_weights", weights, "a list must hold numbers >= 0, not all of them 0")
     return [float(w) for w in weights]
 
 

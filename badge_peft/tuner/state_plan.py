@@ -23,16 +23,12 @@ State = tuple[int, str]  # a block number, 0 for the embeddings, and a name of `
 class StatePlan:
     """What is kept of each row.
 
-    Args:
-        states: The tensors that the exits read, each once.
-        positions: `all` positions of these; or one: what the exits' pooling `cls`, `last` or `mean` makes of them.
-        head: For exit M, where that is the model's own head: its `logits`, of each token `token_logits`, or, where it
-            is trained, what it reads: the `first` position of the last block's output, or `all`. None: exit M is
-            another.
+    `head` is for exit M, where that is the model's own head: its `logits`, of each token `token_logits`, or, where it
+    is trained, what it reads: the `first` position of the last block's output, or `all`.
     """
 
-    states: tuple[State, ...]
-    positions: str
+    states: tuple[State, ...]  # the tensors that the exits read, each once
+    positions: str  # `all` of these; or one: what the exits' pooling `cls`, `last` or `mean` makes of them
     head: str | None = None
 
     def serves(self, other: StatePlan) -> bool:
