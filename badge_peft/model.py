@@ -19,13 +19,12 @@ from badge_peft.outputs import ignore_exit_logits, restore_output_keys
 from badge_peft.registry import PREFIX
 from badge_peft.tuner import backbone, checkpoint, lora
 from badge_peft.tuner.adapter_file import CONFIG_TENSOR, weights_hash
-from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, final_norm_name, get_layout
+from badge_peft.tuner.architectures import BlockLayout, block_names, exit_norm, final_norm_name, get_layout, own_pooler
 from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
 from badge_peft.tuner.lora_config import lora_config
-from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
 from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names, watch_saved_modules

@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from badge_peft.early_exit.exit_pass import EarlyExitPass
-from badge_peft.early_exit.state_passes import HeadPass, RecordingPass
+from badge_peft.early_exit.state_passes import HeadPass, RecordingPass, frame_of, reads_of
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.pooling import Pooling
-from badge_peft.tuner.state_plan import frame_of, reads_of
 from badge_peft.utils.ragged import RaggedRows
 
 _EVERY_TOKEN = ("all", "token_logits")  # heads of which all positions are kept

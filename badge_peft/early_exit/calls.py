@@ -156,18 +156,14 @@ class TaskCall(Call):
 
     def heads(self, readers: Sequence[PolicyReader]) -> TaskHeads:
         """The model's own head, read for each task that still asks when the blocks are through."""
-        asking = [reader for reader in readers if not reader.exits.has_final_exit]
-        return TaskHeads({reader.exits.adapter: partial(_asks, reader) for reader in asking}, self._last_head)
+        asks = {r.exits.adapter: partial(getattr, r, "num_active") for r in readers if not r.exits.has_final_exit}
+        return TaskHeads(asks, self._last_head)
 
     def output(self, readers: Sequence[PolicyReader]) -> MultiTaskOutput:
         """The answers, from the reader of each task."""
         answers = {reader.exits.adapter: reader.output() for reader in readers}
         exits: list[Any] = [output.exit_layer for output in answers.values()]
         return MultiTaskOutput(answers, torch.stack([x.to(exits[0].device) for x in exits]).amax(dim=0))
-
-
-def _asks(reader: PolicyReader) -> bool:
-    return reader.num_active > 0
 
 
 def plan_call(

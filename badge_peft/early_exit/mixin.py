@@ -106,7 +106,8 @@ class EarlyExitMixin:
         output = full_depth_output(
             reader, base, self.config_of(adapter), labels, num_items, running.training_outputs(), length
         )
-        if labels is None and exit_pass is None and self.training and _has_gradient(output.exit_logits):
+        gradient = getattr(output.exit_logits, "requires_grad", False)
+        if labels is None and exit_pass is None and self.training and gradient:
             warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
 
@@ -270,10 +271,6 @@ class EarlyExitMixin:
                 "weights of the model.",
                 stacklevel=5,
             )
-
-
-def _has_gradient(logits: Tensor | None) -> bool:
-    return logits is not None and logits.requires_grad
 
 
 def early_exit_forward(model: nn.Module, **kwargs: Any) -> Any:

@@ -243,7 +243,7 @@ class PolicyReader(ExitReader):
 def linked_exits(schedule: Schedule, exits: AdapterExits) -> set[int]:
     """Block numbers of exits that need one another, up to the last one on which a decision may depend."""
     reached = zip(exits.numbers[: schedule.end + 1], schedule.needed, strict=False)
-    return exits.linked_to(number for number, needed in reached if needed) if exits.are_linked else set()
+    return exits.linked_to(number for number, needed in reached if needed)
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from badge_peft.registry import PREFIX
-from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout
+from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout, own_pooler
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.lora import is_lora
-from badge_peft.tuner.poolers import own_pooler
 
 
 def is_own_weight(name: str) -> bool:

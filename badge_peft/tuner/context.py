@@ -19,15 +19,16 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Frame:
-    """What one block sees while it runs; the names are those of DESIGN's equations. All tensors are [B, S, d]."""
+    """What one block sees while it runs, in the names of Eq. 2. All tensors are [B, S, d]."""
+
+    attention_sum: Tensor | None = None  # the input of the attention LayerNorm
+    attention: Tensor | None = None  # H_{m,MHA}
+    ffn_sum: Tensor | None = None  # H_{m,F}
+    scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
 
     def __init__(self, block_input: Tensor) -> None:
         self.block_input = block_input  # H_{m-1}
-        self.attention_sum: Tensor | None = None  # the input of the attention LayerNorm
-        self.attention: Tensor | None = None  # H_{m,MHA}
-        self.ffn_sum: Tensor | None = None  # H_{m,F}
-        self.output: Tensor = block_input  # H_m, once the block is through
-        self.scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
+        self.output = block_input  # H_m, once the block is through
 
     def record(self, name: str, value: Tensor) -> None:
         """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`), or, when all of
@@ -49,15 +50,10 @@ class Frame:
 
 
 class PassContext:
-    """One call of a model. Inside of `with`, its blocks ask it what to do.
+    """One call of a model. Inside of `with`, its blocks ask it what to do."""
 
-    Attributes:
-        frame: Of the block that runs now.
-        heads: Who answers at the model's own head, where several adapters do: `saved_modules.RowHeads`, `TaskHeads`.
-    """
-
-    frame: Frame | None = None
-    heads: Any = None
+    frame: Frame | None = None  # of the block that runs now
+    heads: Any = None  # `RowHeads` or `TaskHeads`, where several adapters answer at the model's own head
 
     def __enter__(self) -> PassContext:
         self._token: Token[PassContext | None] = _CURRENT.set(self)
@@ -130,11 +126,7 @@ def watch_block(
 
 class BlockPass(PassContext):
     """One call of a model whose blocks are wrapped. Subclasses say in `visit` what happens at each block.
-
-    Args:
-        compiled: The compiled code of the blocks, where `compile_blocks` has been called.
-        trains_backbone: Whether the blocks take gradients; asked only where these would get lost.
-    """
+    `trains_backbone` says whether the blocks take gradients, and is asked only where these would get lost."""
 
     def __init__(self, compiled: Any = None, trains_backbone: Callable[[], bool] = lambda: True) -> None:
         self.compiled = compiled

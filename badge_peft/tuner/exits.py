@@ -27,10 +27,6 @@ class ExitState:
         self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
         self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
 
-    def from_before(self, name: str, like: Tensor) -> Tensor:
-        """What the exit before has left, where `like` is and in its precision, as `finite` has it."""
-        return finite(self.left[name].to(like))
-
     def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
         """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
         before = self.left.get(name)
@@ -268,15 +264,10 @@ class AdapterExits:
     carry: str | None = None  # what exit m adds of the one before it: `logits`, or None for nothing
     pooler: nn.Module | None = None  # the model's own, where all exits share it
 
-    @property
-    def are_linked(self) -> bool:
-        """Whether exits need what those before them have left in the call's `ExitState`."""
-        return bool(self.past_future) or self.carry is not None
-
     def linked_to(self, read: Iterable[int]) -> set[int]:
         """Block numbers of its own exits that are computed for those that are `read`: where exits need one another,
         all up to the last of these."""
-        if not self.are_linked:
+        if not self.past_future and self.carry is None:
             return set()
         own = self.numbers if self.has_final_exit else self.numbers[:-1]
         last = max(set(own).intersection(read), default=-1)
@@ -311,6 +302,6 @@ def build_on(exits: AdapterExits, exit_: Exit, logits: Tensor, state: ExitState)
     if exits.carry is None:
         return logits
     if exit_.carry is not None:
-        logits = exit_.carry(logits, state.from_before("logits", logits))
+        logits = exit_.carry(logits, finite(state.left["logits"].to(logits)))
     state.left["logits"] = logits.detach()
     return logits

@@ -12,9 +12,9 @@ from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
-from badge_peft.tuner.exits import AdapterExits, CarriedLogits, Exit, ExitState, MultiExitHead, build_on
-from badge_peft.tuner.poolers import pool_by, start_from_pooler
+from badge_peft.tuner.exits import AdapterExits, CarriedLogits, Exit, ExitState, MultiExitHead, PooledExit, build_on
 from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.preconditions import is_quantized
 
 
 class BadgeBlock(nn.Module, BaseTunerLayer):
@@ -58,7 +58,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         for kind, part in adapter_modules(config, self.numbers, exits, exit_norm).items():
             part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
             cast(nn.ModuleDict, getattr(self, kind))[adapter_name] = part
-        start_from_pooler(self._adapters("badge_exit").get(adapter_name), pooler)
+        _start_from_pooler(self._adapters("badge_exit").get(adapter_name), pooler)
         if adapter_name in self.badge_bypass:
             watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -99,7 +99,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
                 states = apply_norm(exits.final_norm, states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
         if exits.pooler is not None:
-            vector = pool_by(exits.pooler, vector)
+            vector = _pool_by(exits.pooler, vector)
         return vector, build_on(exits, exit_, exit_(vector, state), state)
 
     def bypass_of(self, adapter: str, number: int) -> Any:
@@ -170,6 +170,28 @@ def adapter_modules(
     if config.learn_to_exit and 1 in numbers:
         parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
     return parts
+
+
+def _pool_by(pooler: nn.Module, vector: Tensor) -> Tensor:
+    """tanh(dense(vector)) [B, d], in the pooler's own precision inside."""
+    weight = getattr(pooler, "weight", None)
+    inside = vector
+    if isinstance(weight, Tensor) and weight.is_floating_point():  # a quantized one casts on its own
+        inside = vector.to(weight)
+    return pooler(inside).tanh().to(vector)
+
+
+@torch.no_grad()
+def _start_from_pooler(exits: nn.Module | None, pooler: nn.Module | None) -> None:
+    """Makes the dense layers of `pooled` exits copies of the model's own, where it is a plain one of their size."""
+    weight, bias = getattr(pooler, "weight", None), getattr(pooler, "bias", None)
+    if exits is None or not isinstance(weight, Tensor) or is_quantized(weight):
+        return
+    for exit_ in exits.children():
+        if isinstance(exit_, PooledExit) and exit_.dense.weight.shape == weight.shape:
+            exit_.dense.weight.copy_(weight)
+            if bias is not None:
+                exit_.dense.bias.copy_(bias)
 
 
 MERGE_ERROR = (

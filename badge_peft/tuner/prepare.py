@@ -9,13 +9,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from badge_peft._version import package_version
-from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
+from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size, own_pooler
 from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.config_rules import check_label_names
 from badge_peft.tuner.extensions import check_saved, extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint, stored_setup
 from badge_peft.tuner.losses import loss_weights
-from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.pooling import TOKENS
 from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
 
