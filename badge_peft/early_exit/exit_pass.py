@@ -138,8 +138,8 @@ def check_rows(hidden: Tensor, batch_size: int) -> None:
 
 def _is_watched(model: nn.Module) -> bool:
     """Whether a hook of somebody else's, or transformers, waits for what the model computes outside of its blocks."""
-    config: Any = model.config
-    if config.output_hidden_states or config.output_attentions:  # its 4.57 would leave recorders behind
+    recorded = (getattr(model.config, f"output_{name}", False) for name in ("hidden_states", "attentions"))
+    if any(recorded):  # transformers 4.57 takes its recorders off at the end alone
         return True
     modules = [model]
     while modules:
