@@ -81,7 +81,7 @@ def load_pretrained(
         return _load_tasks(dict(tasks), base_model, is_trainable, hub, kwargs)
     path_or_repo = str(path_or_repo)
     try:
-        config = PeftConfig.from_pretrained(path_or_repo, revision=revision, **hub)
+        config = BadgeConfig.from_pretrained(path_or_repo, revision=revision, **hub)
     except _NO_CONFIG as error:  # PEFT takes for granted that the file is a config
         raise ValueError(
             f"{path_or_repo}/{CONFIG} is no config of an adapter ({type(error).__name__}: {error}): it is damaged. "
@@ -193,7 +193,7 @@ def push_to_hub(
                 raise ValueError(f"{folder} holds no adapter: it has no {CONFIG}.")
         else:
             folder = _save(adapter, Path(temporary), adapter_name, tokenizer)
-        config = PeftConfig.from_pretrained(str(folder))
+        config = BadgeConfig.from_pretrained(str(folder))
         if not is_badge(config):
             raise ValueError(f"{folder} holds a {config.peft_type} adapter, not a BADGE one: push it with PEFT.")
         names = _pushed_files(folder)

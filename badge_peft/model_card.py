@@ -22,7 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from yaml import YAMLError
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies.text import set_fields
+from badge_peft.early_exit.policies.base import set_fields
 from badge_peft.utils.checks import is_number
 from badge_peft.utils.files import write_text
 from badge_peft.utils.paths import is_local

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassif
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from badge_peft.bundle import is_bundle
+from badge_peft.early_exit.calls import config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.early_exit.tasks import config_of_each
 from badge_peft.evaluation.entities import in_iob2, scheme_of
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model

@@ -19,7 +19,7 @@ from common import Results, calibrated, describe, machine, markdown, parser, run
 
 from badge_peft import EarlyExitConfig, collect_exit_logits, evaluate_policy, exit_scores, measure_latency
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe as describe_policy
+from badge_peft.early_exit.policies.base import describe as describe_policy
 from badge_peft.model_card import REPORT
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.settings import ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings

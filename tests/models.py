@@ -35,13 +35,7 @@ _SIZES: dict[str, Any] = {
 }
 
 #: How exits may build on one another.
-LINKS: list[dict[str, Any]] = [
-    {"carry": "logits"},
-    {"ladder": True},
-    {"carry": "states"},
-    {"carry": "logits", "ladder": True},
-    {"carry": "states", "ladder": True},
-]
+LINKS: list[dict[str, Any]] = [{"carry": "logits"}]
 
 # name -> (model_type, what differs from _SIZES; None leaves an entry out)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -231,14 +225,9 @@ def exits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).exit_logits
 
 
-def link(turn: int, placement: str = "block") -> dict[str, Any]:
+def link(turn: int) -> dict[str, Any]:
     """Exits that stand alone, or one of `LINKS`."""
-    return linked([{}, *LINKS][turn % (len(LINKS) + 1)], placement)
-
-
-def linked(fields: dict[str, Any], placement: str) -> dict[str, Any]:
-    """`fields` as far as exits of this placement may have them: a ladder and states need bypasses."""
-    return {"carry": "logits" if fields.get("carry") else None} if placement == "none" else fields
+    return [{}, *LINKS][turn % (len(LINKS) + 1)]
 
 
 def blocks_of(model: nn.Module) -> list[BadgeBlock]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import FullDepthReader
-from badge_peft.early_exit.pass_ import EarlyExitPass
 
 
 def full_depth(

@@ -165,7 +165,6 @@ def exit_logits(
     number: int,
     mask: Tensor,
     kind: str,
-    before: Tensor | None = None,
 ) -> Tensor:
     """Logits of exit `number` at the states that `trace` has found, [B, K].
 
@@ -177,7 +176,6 @@ def exit_logits(
         number: 1 to M, or 0 for the embeddings.
         mask: [B, S].
         kind: The pooling.
-        before: What the bypass before has in its bottleneck, [B, S, r], where there is a ladder.
     """
     block = states[max(number - 1, 0)]
     parts, norm = PARTS[model.config.model_type], exit_norm(model, block.block)
@@ -189,7 +187,7 @@ def exit_logits(
         if parts.last_norm is None:
             state = layer_norm(state, norm.weight, norm.bias, norm.eps)
     else:
-        inner = bottleneck(config, weights, block, number, before)
+        inner = bottleneck(config, weights, block, number)
         adjustment = inner @ w["up.weight"].T + w.get("up.bias", 0)  # B, Eq. 1
         if config.placement != "mhsa":
             state = adjustment + block.ffn_sum
@@ -202,10 +200,7 @@ def exit_logits(
                 adjustment + block.attention_sum, attention_norm.weight, attention_norm.bias, attention_norm.eps
             )
             state = parts.ffn(block.block, inner) + inner
-        if config.norm == "own":
-            state = layer_norm(state, w["norm.weight"], w.get("norm.bias"), norm.eps)  # Eq. 2
-        else:
-            state = layer_norm(state, norm.weight, norm.bias, norm.eps)
+        state = layer_norm(state, w["norm.weight"], w.get("norm.bias"), norm.eps)  # Eq. 2
     w = {name.removeprefix(f"exit.{number}."): p for name, p in weights.items() if f"exit.{number}." in name}
     attended = attend(state, mask, w) if config.exit_type in ("mha", "residual_mha") else None
     pooled = pool(state if attended is None or config.exit_type == "residual_mha" else attended, mask, kind)
@@ -219,15 +214,11 @@ def exit_logits(
     return pooled @ w["linear.weight"].T + w["linear.bias"]
 
 
-def bottleneck(
-    config: Any, weights: dict[str, Tensor], block: States, number: int, before: Tensor | None = None
-) -> Tensor:
+def bottleneck(config: Any, weights: dict[str, Tensor], block: States, number: int) -> Tensor:
     """s_m [B, S, r] of the bypass at block `number`."""
     w = {name.removeprefix(f"bypass.{number}."): p for name, p in weights.items() if f"bypass.{number}." in name}
     source = block.attention if config.placement == "ffn" else block.block_input
     inner = source @ w["down.weight"].T + w.get("down.bias", 0)
-    if config.ladder and before is not None:
-        inner = inner + before @ w["ladder.weight"].T
     return ACTIVATIONS[config.activation](inner)
 
 
@@ -251,18 +242,11 @@ def all_logits(
     states, own = trace(model, batch)
     numbers = sorted({*config.exit_layers, len(states)}) if config.exit_layers else range(1, len(states) + 1)
     logits: list[Tensor] = []
-    s: Tensor | None = None  # of the bypass before
-    total: Tensor | float = 0.0  # of all before, pooled
     for number in numbers:
         if number == len(states) and config.final_exit == "base_head":
             logits.append(own)
             continue
-        found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind, s)
-        if config.carry == "states" and s is not None:
-            found = found + total @ weights[f"exit.{number}.carry.weight"].T
-        if number > 0 and config.placement != "none":
-            s = bottleneck(config, weights, states[number - 1], number, s)
-            total = total + pool(s, batch["attention_mask"], kind)
+        found = exit_logits(model, config, weights, states, number, batch["attention_mask"], kind)
         if config.carry == "logits" and logits:  # the exit before, whose logits take no gradient
             found = found + weights[f"exit.{number}.carry.weight"] * logits[-1].detach()
         logits.append(found)

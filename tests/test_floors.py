@@ -19,10 +19,8 @@ FLOORS = [
     (
         "early_exit.config",
         "early_exit.divergences",
-        "early_exit.groups",
         "early_exit.history",
         "early_exit.policies",
-        "early_exit.registry",
     ),
     ("tuner", "registry", "outputs"),
     ("early_exit", "model_card"),
@@ -126,5 +124,5 @@ def test_the_front_door_has_at_most_ten_files() -> None:
 
 
 def test_the_check_sees_what_it_should() -> None:
-    assert own_imports("early_exit.pass_") >= {"early_exit.survivors", "tuner.block_pass"}
-    assert floor("early_exit.policies.base") < floor("tuner.config") < floor("early_exit.pass_") < floor("model")
+    assert own_imports("early_exit.exit_pass") >= {"early_exit.row_slice", "tuner.context"}
+    assert floor("early_exit.policies.base") < floor("tuner.config") < floor("early_exit.exit_pass") < floor("model")

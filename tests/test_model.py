@@ -276,7 +276,7 @@ def test_wrong_early_exit_config_changes_nothing(call, message):
     [
         {"final_exit": "base_head"},
         {"final_exit": "exit"},
-        {"final_exit": "exit", "norm": "shared"},
+        {"final_exit": "exit", "placement": "ffn"},
         {"final_exit": "exit", "placement": "none"},
         {"final_exit": "exit", "placement": "mhsa", "exit_layers": [2]},
     ],

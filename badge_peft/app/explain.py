@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from badge_peft.app.evidence import Evidence, evidence_of, sentence, why
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.evidence import Evidence
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils.problem import problem_of
@@ -110,14 +110,14 @@ def explain(
     policy.check(exits, history.num_labels, kind)
     stops = [bool(policy.stops(history, j)[0]) for j in range(len(exits))]
     answers = stops.index(True)
-    evidence = [policy.evidence(history, j) for j in range(len(exits))]
+    evidence = [evidence_of(policy, history, j) for j in range(len(exits))]
     steps = tuple(
         ExitStep(
             block=exits[j],
             logits=history.logits[j, 0],
             probabilities=problem_of(kind).probabilities(history.logits[j, 0]),
             evidence=evidence[j],
-            why=policy.why(exits, j, evidence[j]),
+            why=why(policy, exits, j, evidence[j]),
             may_stop=policy.can_exit(exits, j),
             always=policy.is_final(exits, j),
             stops=stops[j],
@@ -126,5 +126,5 @@ def explain(
         )
         for j in range(len(exits))
     )
-    reason = policy.sentence(exits, answers, evidence[answers], kind)
+    reason = sentence(policy, exits, answers, evidence[answers], kind)
     return Explanation(steps, policy.config, reason, exit_logits.depth, kind)

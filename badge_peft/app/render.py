@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from badge_peft.app.evidence import number
 from badge_peft.app.explain import ExitStep, Explanation
-from badge_peft.early_exit.policies.evidence import number
 from badge_peft.evaluation.plots import COLORS
 from badge_peft.model_card import score_text
 from badge_peft.utils.problem import problem_of

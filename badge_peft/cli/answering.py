@@ -119,7 +119,6 @@ def export(
         str | None, Parameter(help=f"Compare the file with the PyTorch model on these rows. {shared.DATA}")
     ] = None,
     int8: bool = False,
-    compact: Annotated[bool, Parameter(negative="--no-compact")] = True,
     overrides: PolicyOverrides = PolicyOverrides(),
     columns: Columns = Columns(),
     json_file: shared.JsonFile = None,
@@ -134,7 +133,6 @@ def export(
     Args:
         dir: Folder to write; it is made.
         int8: Quantize the blocks: several times smaller and faster on a CPU.
-        compact: Take rows that have answered out of the batch, or let them go along.
     """
     from badge_peft.export import export_onnx, export_tasks_onnx
     from badge_peft.utils.extras import require_onnx_exporter
@@ -158,7 +156,6 @@ def export(
             tokenizer=stack.shared.tokenizer,
             early_exit_config=stack.early_exit_configs(**vars(overrides)),
             int8=int8,
-            compact=compact,
             progress=True,
         )
         exits = ", ".join(f"{name} {own['exit_layers']}" for name, own in written["tasks"].items())
@@ -181,7 +178,6 @@ def export(
         tokenizer=opened.tokenizer,
         early_exit_config=config,
         int8=int8,
-        compact=compact,
         examples=examples,
         progress=True,
     )

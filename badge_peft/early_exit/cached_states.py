@@ -18,37 +18,26 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.early_exit.state_passes import HeadPass, RecordingPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
+from badge_peft.early_exit.state_passes import HeadPass, RecordingPass, frame_of, reads_of
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.pooling import Pooling
-from badge_peft.tuner.state_plan import frame_of, reads_of
 from badge_peft.utils.ragged import RaggedRows
 
 _EVERY_TOKEN = ("all", "token_logits")  # heads of which all positions are kept
 
 
 class CachedStates:
-    """The states of N rows. `cache_states` makes them; `close()`, or the end of a `with`, gives their place back.
-
-    Args:
-        counts: Positions of each row.
-        dtype: As which the states are stored.
-        example: A pass over some rows, which shows their sizes and types.
-        logits: [b, K] (of tokens [b, S, K]) of the model's own head in that pass, where the plan has them.
-
-    Attributes:
-        plan: What of each row there is.
-        texts: What tells each row's text from others.
-        backbone: What tells the backbone from others.
-    """
+    """The states of N rows, of `counts` positions each. `cache_states` makes them; `close()`, or the end of a `with`,
+    gives their place back. `example` is a pass over some rows, with the `logits` of the model's own head where the
+    plan has them: it shows sizes and types."""
 
     def __init__(
         self, counts: Sequence[int], dtype: torch.dtype, example: RecordingPass, logits: Tensor | None
     ) -> None:
         self.plan = example.plan
-        self.texts: list[bytes] = []
-        self.backbone: Any = None
+        self.texts: list[bytes] = []  # what tells each row's text from others
+        self.backbone: Any = None  # what tells the backbone from others
         self._numbers: Sequence[int] | None = None  # of the rows in the storage, where these are a part of them
         self._tuple_length = example.tuple_length
         self._types = {state: value.dtype for state, value in example.states.items()}
@@ -105,16 +94,7 @@ class CachedStates:
         return [part for part in (self._states, self._head) if part is not None]
 
     def put(self, rows: Sequence[int], found: RecordingPass, logits: Tensor | None) -> None:
-        """Stores a batch.
-
-        Args:
-            rows: The numbers of its rows.
-            found: Their pass.
-            logits: [B, K] of the model's own head, where the plan has them.
-
-        Raises:
-            OverflowError: a number does not fit the type in which it is to be stored.
-        """
+        """Stores a batch. `logits` [B, K] are those of the model's own head, where the plan has them."""
         states = [found.states[state] for state in self.plan.states]
         head = [value for value in (found.head_of(logits),) if value is not None]
         for part, values in ((self._states, states), (self._head, head)):
@@ -129,22 +109,10 @@ class CachedStates:
                     part.put(row, kept[:, b, : part.counts[row]])
 
     def answer(
-        self,
-        model: Any,
-        config: BadgeConfig,
-        running: EarlyExitPass,
-        rows: Tensor,
-        inputs: dict[str, Any],
+        self, model: Any, config: BadgeConfig, running: EarlyExitPass, rows: Tensor, inputs: dict[str, Any]
     ) -> SequenceClassifierOutput:
-        """Hands the readers of `running` what a pass over these rows would, and gives what the base model returns.
-
-        Args:
-            model: The `BadgeModel`.
-            config: Of the adapter that asks.
-            running: A pass that has not begun.
-            rows: [B], their numbers.
-            inputs: The model's inputs, with which the head is called.
-        """
+        """Hands the readers of `running`, a pass that has not begun, what one over these `rows` [B] would, and gives
+        what the base model returns."""
         numbers = [self._number(row) for row in rows.tolist()]
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         (reader,) = running.readers

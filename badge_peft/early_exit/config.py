@@ -6,14 +6,26 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from badge_peft.early_exit.registry import POLICIES, check_policy_name
-from badge_peft.utils.checks import check_choice, check_int, is_number, to_python
+from badge_peft.utils.checks import check_choice, check_int, is_number, require, to_python, without_removed
 from badge_peft.utils.options import option
+
+Policy = TypeVar("Policy", bound=type[Any])
+
+#: The classes by the names that `EarlyExitConfig(policy=...)` takes, in the order in which `policy="auto"` tries them.
+POLICIES: dict[str, type[Any]] = {}
+_TAKEN = "auto"  # what `calibrate` calls all of them
 
 DIVERGENCES = ("ce", "kl", "js", "label")
 WINDOWS = ("all", "consecutive")
+_LISTS = ("exit_layers", "temperature")
+_REMOVED: dict[str, tuple[Any, str]] = {
+    "normalize": (
+        False,
+        "Leave it out, and multiply the threshold by ln K (of K independent labels, by K ln 2), or calibrate again.",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,6 @@ class EarlyExitConfig:
         "Rows may stop at every k-th exit only (exits k, 2k, ... in their order), and at the last. The "
         "exits between count as earlier exits. On a GPU each decision waits for the device: fewer may be faster.",
     )
-    normalize: bool = option(False, "Divide entropies and cross-entropies by ln K before they meet the threshold.")
     temperature: list[float] | None = option(
         None, "One temperature per exit for `max_prob`; logits are divided by it."
     )
@@ -70,20 +81,23 @@ class EarlyExitConfig:
         return 10 if self.top_k is None else self.top_k
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", "normalize"):
-            self._set(name, to_python(getattr(self, name)))
-        for name in ("threshold", "temperature"):
-            value: Any = getattr(self, name)
-            if hasattr(value, "tolist"):  # an array or a tensor
-                value = value.tolist()
-            self._set(name, [to_python(x) for x in value] if isinstance(value, (list, tuple)) else value)
+        for name in ("threshold", "patience", "min_exit", "max_exit", "depth", "top_k", "decide_every", *_LISTS):
+            self._set(name, _plain(getattr(self, name)))
         check_policy_name(self.policy)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("window", self.window, WINDOWS)
-        self._check_threshold()
-        self._check_exit_layers()
-        check_int("patience", self.patience, at_least=1)
-        check_int("top_k", self.top_k, at_least=1)
+        taus, blocks, temperature = self.threshold, self.exit_layers, self.temperature
+        each = taus if isinstance(taus, list) else [0.0 if taus is None else taus]
+        rule = "it must be a finite number or None, or a list with a number for each exit"
+        require(bool(each) and all(map(is_number, each)), "threshold", taus, rule)
+        if taus is not None:
+            self._set("threshold", [float(tau) for tau in each] if isinstance(taus, list) else float(taus))
+        if blocks is not None:
+            numbers = isinstance(blocks, list) and all(type(m) is int and m >= 0 for m in blocks)
+            rule = "it must be a list of increasing block numbers, or None"
+            require(numbers and sorted(set(blocks)) == blocks != [], "exit_layers", blocks, rule)
+        for name in ("patience", "top_k"):
+            check_int(name, getattr(self, name), at_least=1)
         for name in ("min_exit", "max_exit", "depth"):
             check_int(name, getattr(self, name), at_least=0)
         check_int("decide_every", self.decide_every, at_least=1, optional=False)
@@ -91,22 +105,15 @@ class EarlyExitConfig:
             raise ValueError(
                 f"min_exit={self.min_exit} is deeper than max_exit={self.max_exit}: no block could answer."
             )
-        if self.temperature is not None:
-            if (
-                not isinstance(self.temperature, (list, tuple))
-                or not self.temperature
-                or not all(is_number(t) and t > 0 for t in self.temperature)
-            ):
-                raise ValueError(
-                    f"temperature={self.temperature!r} is not allowed: it must be a list of positive numbers."
-                )
-            self._set("temperature", [float(t) for t in self.temperature])
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize={self.normalize!r} is not allowed: it must be True or False.")
+        if temperature is not None:
+            positive = isinstance(temperature, list) and all(is_number(t) and t > 0 for t in temperature)
+            require(
+                positive and temperature != [], "temperature", temperature, "it must be a list of positive numbers"
+            )
+            self._set("temperature", [float(t) for t in temperature])
         for name in ("parameters", "calibration"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a dict or None.")
+            require(value is None or isinstance(value, dict), name, value, "it must be a dict or None")
         if self.calibration is not None:
             settings = self._settings_hash()
             if self.calibration.get("settings", settings) == settings:
@@ -120,28 +127,6 @@ class EarlyExitConfig:
         # of what tells configs apart as a rule; `==` compares all fields, which a dict among them keeps out of a hash
         taus = tuple(self.threshold) if isinstance(self.threshold, list) else self.threshold
         return hash((self.policy, self.divergence, taus, self.patience, self.window, self.depth))
-
-    def _check_threshold(self) -> None:
-        given = self.threshold
-        if given is None:
-            return
-        if not all(map(is_number, given)) if isinstance(given, list) and given else not is_number(given):
-            raise ValueError(
-                f"threshold={given!r} is not allowed: it must be a finite number or None, or a list with a number for "
-                "each exit."
-            )
-        self._set("threshold", [float(tau) for tau in given] if isinstance(given, list) else float(given))
-
-    def _check_exit_layers(self) -> None:
-        given = self.exit_layers
-        if given is None:
-            return
-        blocks = [to_python(m) for m in given] if isinstance(given, (list, tuple)) else []
-        if not blocks or any(type(m) is not int or m < 0 for m in blocks) or sorted(set(blocks)) != blocks:
-            raise ValueError(
-                f"exit_layers={given!r} is not allowed: it must be a list of increasing block numbers, or None."
-            )
-        self._set("exit_layers", blocks)
 
     def _set(self, name: str, value: Any) -> None:
         """For `__post_init__` alone: a frozen dataclass has no other way to store what it made of a value."""
@@ -164,7 +149,7 @@ class EarlyExitConfig:
             raise ValueError(
                 f"an early-exit config must be an EarlyExitConfig, a dict or None, got {type(value).__name__}."
             )
-        value = value or {}
+        value, overrides = (without_removed(given or {}, _REMOVED) for given in (value, overrides))
         named = overrides.get("policy")
         other = named is not None and "policy" in value and (named != value["policy"] or named == "never")
         data = overrides if other else {**value, **overrides}
@@ -193,3 +178,39 @@ class EarlyExitConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    """An array, a tensor or a tuple as a list, and numpy scalars as numbers; anything else as it is."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [to_python(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def register_policy(policy: Policy) -> Policy:
+    """Class decorator that makes a policy known by its `name`: to configs, and to everything that takes one.
+
+    A class that is defined again, as a cell of a notebook does, takes the place of the first.
+
+    Raises:
+        ValueError: the class has no name of its own, or the name of another policy.
+    """
+    name = vars(policy).get("name")
+    if not isinstance(name, str) or not name or name == _TAKEN:
+        raise ValueError(f"{policy.__name__}.name={name!r} is not allowed: a policy needs a name of its own.")
+    other = POLICIES.get(name, policy)
+    if (other.__module__, other.__qualname__) != (policy.__module__, policy.__qualname__):
+        raise ValueError(
+            f"{policy.__name__}.name={name!r} is the name of {other.__module__}.{other.__qualname__} already: choose "
+            "another one."
+        )
+    POLICIES[name] = policy
+    return policy
+
+
+def check_policy_name(name: Any, *others: str) -> None:
+    """Refuses what is no policy's name, nor one of `others`."""
+    if not isinstance(name, str) or name not in (*POLICIES, *others):
+        raise ValueError(
+            f"policy={name!r} is not allowed: it must be one of {', '.join((*others, *POLICIES))}. A policy of your "
+            "own is known once the module with its `register_policy` has been imported."
+        )

@@ -19,22 +19,14 @@ from badge_peft.utils.problem import infer_problem_type, problem_of
 
 
 class FullDepthReader(ExitReader):
-    """Collects what every exit of the adapter gives.
-
-    Args:
-        (as `ExitReader`)
-
-    Attributes:
-        exit_logits: Block number -> [B, K].
-        exit_uncertainty: Block number -> [B], where the adapter has learned to exit (LTE).
-    """
+    """Collects what every exit of the adapter gives, by block number: logits [B, K] and uncertainty [B] (LTE)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exit_logits: dict[int, Tensor] = {}
         self.exit_uncertainty: dict[int, Tensor] = {}
 
-    def at_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+    def on_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
         """Reads exit `number`, where there is one."""
         if block.has_exit(self.exits.adapter, number):
             self.exit_logits[number], uncertainty = self.read(block, number, frame)
@@ -43,20 +35,10 @@ class FullDepthReader(ExitReader):
 
 
 def check_labels(config: BadgeConfig, labels: Tensor, batch_size: int, length: int = 0) -> None:
-    """Checks labels of an adapter's task.
+    """Checks labels of an adapter's task: [B, S] of tokens.
 
     The problem type of an adapter that nothing has told it yet (K > 1, and the model's config is silent) is read off
-    the first labels, as transformers does it, and is saved with the adapter.
-
-    Args:
-        config: Of the adapter.
-        labels: Of a batch.
-        batch_size: B.
-        length: S, which token classification needs: its labels are [B, S], -100 for tokens that do not count.
-
-    Raises:
-        ValueError: labels of another shape, or outside of 0..K-1.
-    """
+    the first labels, as transformers does it, and is saved with the adapter."""
     if config.reads_tokens:
         if labels.shape != (batch_size, length):
             raise ValueError(
@@ -78,17 +60,7 @@ def full_depth_output(
     more: dict[str, Tensor],
     length: int | None = None,
 ) -> MultiExitOutput:
-    """The output of a full-depth pass.
-
-    Args:
-        reader: The pass is over.
-        base: What the base model returned.
-        config: Of the adapter.
-        labels: As `exit_loss` takes them, or None.
-        num_items: As for `exit_loss`.
-        more: Further fields.
-        length: S, where exits answer each token: what compiled blocks have padded behind that is cut off.
-    """
+    """The output of a full-depth pass. Of tokens, what compiled blocks have padded behind `length` is cut off."""
     exits, tokens = reader.exits.numbers, reader.exits.reads_tokens
     if config.final_exit == "base_head":
         reader.exit_logits[exits[-1]] = base.logits

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit import divergences as div
-from badge_peft.early_exit.groups import group_codes
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
 Array = np.ndarray
@@ -187,11 +186,7 @@ def as_history(
     uncertainty: Any = None,
     groups: Any = None,
 ) -> ExitHistory:
-    """An `ExitHistory` from whatever `replay` accepts.
-
-    Raises:
-        ValueError: the logits are not [N, E, K], or `exit_layers`, `uncertainty` or `groups` do not match them.
-    """
+    """An `ExitHistory` from whatever `replay` accepts."""
     if hasattr(exit_logits, "history"):  # ExitLogits
         history = exit_logits.history()
         return history if groups is None else history.in_groups(group_codes(groups, history.rows))
@@ -207,6 +202,28 @@ def as_history(
     if seen is not None and seen.shape != logits.shape[:2]:
         raise ValueError(f"uncertainty must be {list(logits.shape[:2])}, got shape {list(seen.shape)}.")
     return ExitHistory.of(logits, exits, problem_type, seen, group_codes(groups, len(logits)))
+
+
+def group_codes(groups: Any, rows: int) -> Array | None:
+    """[n] whole numbers, the same for rows of one group; None stands for one group of all rows."""
+    if groups is None:
+        return None
+    given = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    ids = np.asarray(given)
+    if ids.shape != (rows,):
+        raise ValueError(
+            f"groups has shape {list(ids.shape)} for {rows} rows: give one id for each row, such as the number of its "
+            "query."
+        )
+    if ids.dtype.kind == "f" and np.isnan(ids).any():
+        raise ValueError("groups has a NaN, which is no id: give one for each row, such as the number of its query.")
+    try:
+        if ids.dtype.kind == "U" and not all(isinstance(each, str) for each in given):
+            raise TypeError  # of which numpy has made strings, the same one of 1 and "1"
+        return np.unique(ids, return_inverse=True)[1].reshape(rows)
+    except TypeError:
+        kinds = ", ".join(sorted({type(each).__name__ for each in given}))
+        raise ValueError(f"groups has ids of several kinds ({kinds}): give numbers alone, or strings alone.") from None
 
 
 def _numpy(values: Any) -> Array:

@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from badge_peft.early_exit.adapter_names import BASE
-from badge_peft.early_exit.arguments import by_name, split_arguments, split_special
+from badge_peft.early_exit.arguments import by_name, check_special, input_size, split_arguments
 from badge_peft.early_exit.cached_states import CachedStates
-from badge_peft.early_exit.calls import Call, OneAdapter, Question, RowFacts
+from badge_peft.early_exit.calls import BASE, AdapterRequest, BatchInfo, plan_call
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.dispatch import base_reader, call_of_several, check_fits, reader_of
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import FullDepthReader, check_labels, full_depth_output
-from badge_peft.early_exit.groups import group_codes
-from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.early_exit.policy_reader import PolicyReader, logits_dtype
+from badge_peft.early_exit.history import group_codes
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.readers import PolicyReader, module_dtype
+from badge_peft.early_exit.token_reader import TokenReader
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.backbone import is_trained
-from badge_peft.tuner.block_pass import count_positions, count_rows
-from badge_peft.tuner.compiled import CompiledBlocks
-from badge_peft.tuner.config import BadgeConfig
+from badge_peft.tuner.config import BadgeConfig, exit_numbers
 from badge_peft.tuner.context import no_pass
 from badge_peft.tuner.decoders import decoder_arguments, positions_read, read_mask
-from badge_peft.tuner.exits import AdapterExits
+from badge_peft.tuner.exits import TOKENS, AdapterExits
+from badge_peft.tuner.prepare import classifies_tokens
+from badge_peft.utils.problem import Problem
 
 _NO_LABELS = (
     "no labels reach the model in training, so it gives no loss, and one of `logits`, those of the last block, trains "
@@ -44,7 +44,7 @@ class EarlyExitMixin:
     model: Any
     layout: BlockLayout
     training: bool
-    compiled: CompiledBlocks | None = None  # by `compile_blocks`
+    compiled: Any = None  # `CompiledBlocks`, by `compile_blocks`
     adapters_enabled: Any
     active_adapters: Any
     num_blocks: Any
@@ -88,8 +88,7 @@ class EarlyExitMixin:
         labels = kwargs.pop("labels", None)
         num_items = kwargs.pop("num_items_in_batch", None)
         return_dict = kwargs.pop("return_dict", None)
-        batch_size = count_rows(*args, **kwargs)
-        length = count_positions(*args, **kwargs)
+        batch_size, length = input_size(*args, **kwargs)
         kwargs = decoder_arguments(self.model, kwargs, batch_size)
         if self.compiled is not None:
             kwargs = self.compiled.pad(kwargs)
@@ -107,7 +106,8 @@ class EarlyExitMixin:
         output = full_depth_output(
             reader, base, self.config_of(adapter), labels, num_items, running.training_outputs(), length
         )
-        if labels is None and exit_pass is None and self.training and _has_gradient(output.exit_logits):
+        gradient = getattr(output.exit_logits, "requires_grad", False)
+        if labels is None and exit_pass is None and self.training and gradient:
             warnings.warn(_NO_LABELS, stacklevel=2)
         return output if return_dict is not False else output.to_tuple()
 
@@ -164,52 +164,32 @@ class EarlyExitMixin:
             warnings.warn(
                 "early_exit_forward in training mode: dropout makes exits random. Call model.eval().", stacklevel=4
             )
-        batch_size = count_rows(**inputs)
+        batch_size, length = input_size(**inputs)
         inputs = decoder_arguments(self.model, inputs, batch_size)
-        call: Call
-        if adapter_names is None and tasks is None:
-            call = OneAdapter(self.single_active_adapter(), batch_size, early_exit_config)
-        else:
-            on = self.model, self.layout, self.peft_config, self.active_adapters
-            call = call_of_several(batch_size, adapter_names, tasks, early_exit_config, *on)
-        of_rows: Any = {
-            "groups": group_codes(groups, batch_size),
-            "special": split_special(special_tokens_mask, batch_size, count_positions(**inputs)),
-        }
-        inputs, of_rows = (
-            call.sort(inputs),
-            call.sort({k: torch.as_tensor(v) for k, v in of_rows.items() if v is not None}),
-        )
+        call = plan_call(self, batch_size, adapter_names, tasks, early_exit_config)
+        codes = group_codes(groups, batch_size)
+        of_rows = {"special": check_special(special_tokens_mask, batch_size, length)}
+        of_rows["groups"] = None if codes is None else torch.from_numpy(codes)
+        inputs, of_rows = call.sort(inputs), call.sort(of_rows)
         if self.compiled is not None:
             inputs = self.compiled.pad(inputs)
-        mask, ends = inputs.get("attention_mask"), read_mask(self.model, self.layout, "last", inputs)
-        about = RowFacts(batch_size, count_positions(**inputs), mask, ends, **of_rows)
-        readers = [self._reader(question, about, overrides) for question in call.questions]
-        read = positions_read(self.layout, inputs, ends)
-        running = self._pass(EarlyExitPass, call.together(readers), batch_size, read)
-        running.heads = call.heads(readers)
-        # a call at full depth costs what the base model costs
-        plain = running.heads is None and not any(reader.reads_exits for reader in readers)
-        with no_pass() if plain else running:
-            base = self.model(return_dict=True, **inputs)
+        batch = BatchInfo.of(self, inputs, length, **of_rows)
+        readers = [self._reader(request, batch, overrides) for request in call.requests]
+        heads = call.heads(readers)
+        if heads is None and not readers[0].reads_exits:  # full depth costs what the base model costs
+            with no_pass():
+                base = self.model(return_dict=True, **inputs)
+            self._note_precision(readers[0])
+        else:
+            read = positions_read(self.layout, inputs, batch.ends)
+            running = self._pass(EarlyExitPass, readers, batch_size, read)
+            running.heads = heads
+            base = running.run(self.model, inputs)
         for reader in readers:
-            if plain and len(reader.exits.numbers) > 1:  # one precision, whichever exit answers
-                number = reader.exits.numbers[0]
-                reader.note_dtype(logits_dtype(self.block_at(number).own_exit(reader.exits.adapter, number)))
             if not reader.exits.has_final_exit:
-                own = base.logits if running.heads is None else running.heads.logits(base.logits)[reader.exits.adapter]
-                reader.finish(own[..., : reader.exits.num_labels])
+                self._finish(reader, base, heads)
         output = call.output(readers)
-        non_finite = np.zeros(batch_size, dtype=bool)
-        for reader in readers:
-            non_finite[reader.first : reader.first + reader.rows] |= reader.rows_non_finite()
-        if non_finite.any():
-            warnings.warn(
-                f"{np.count_nonzero(non_finite)} of {batch_size} rows had logits that are NaN or infinite at an exit. "
-                "They did not stop there; the output's `non_finite` says which rows. Check the precision and the "
-                "weights of the model.",
-                stacklevel=4,
-            )
+        self._warn_of_non_finite(readers, batch_size)
         return output
 
     def get_early_exit_config(self, adapter_name: str | None = None) -> EarlyExitConfig:
@@ -226,7 +206,7 @@ class EarlyExitMixin:
         """
         own = self.config_of(adapter_name)
         new = None if config is None else EarlyExitConfig.of(config)
-        check_fits(new, own, self.num_blocks)
+        validate_policy(new, own, self.num_blocks)
         own.early_exit = new
 
     # ------------------------------------------------------------------------------------------------- pass and reader
@@ -235,17 +215,62 @@ class EarlyExitMixin:
         self, kind: type[EarlyExitPass], readers: Sequence[Any], batch_size: int, mask: Tensor | None
     ) -> EarlyExitPass:
         trained = partial(is_trained, self.model, self.layout)
-        return kind(readers, batch_size, mask, self.num_blocks, compiled=self.compiled, trains_backbone=trained)
+        return kind(
+            readers, batch_size, mask, self.num_blocks, self.round_up, compiled=self.compiled, trains_backbone=trained
+        )
 
-    def _reader(self, asked: Question, about: RowFacts, overrides: dict[str, Any]) -> PolicyReader:
-        name = asked.adapter
-        if name == BASE:
-            return base_reader(asked, about, self.num_blocks, self.model)
-        return reader_of(asked, about, self.adapter_exits(name), self.config_of(name).early_exit, overrides)
+    def round_up(self, length: int) -> int:
+        """The length to which rows whose longest has `length` tokens may be cut: a bucket of compiled blocks, or what
+        the blocks can part into chunks."""
+        length = length if self.compiled is None else self.compiled.round_up(length)
+        chunk = getattr(self.model.config, "chunk_size_feed_forward", 0) or 1
+        return -(-length // chunk) * chunk
 
+    def _reader(self, request: AdapterRequest, batch: BatchInfo, overrides: dict[str, Any]) -> PolicyReader:
+        """Who answers a request; rows without an adapter the base model, at full depth."""
+        first, rows = request.first, request.rows
+        if request.adapter == BASE:
+            pooling = TOKENS if classifies_tokens(self.model) else "cls"
+            labels = self.model.config.num_labels
+            exits = AdapterExits(BASE, [self.num_blocks], pooling, labels, Problem.name, False)
+            policy = build_policy({"policy": "never"})
+        else:
+            exits = self.adapter_exits(request.adapter)
+            own = self.config_of(request.adapter).early_exit
+            policy = build_policy(own if request.config is None else request.config, **overrides)
+        part = batch.part(first, rows)
+        if exits.reads_tokens:
+            return TokenReader(exits, rows, part.mask, first, policy, batch.length, part.special)
+        mask = part.ends if exits.pooling == "last" else part.mask
+        return PolicyReader(exits, rows, mask, first, policy, part.groups)
 
-def _has_gradient(logits: Tensor | None) -> bool:
-    return logits is not None and logits.requires_grad
+    def _note_precision(self, reader: PolicyReader) -> None:
+        """Of exits that are not read."""
+        numbers = reader.exits.numbers
+        if len(numbers) > 1:
+            reader.settle(module_dtype(self.block_at(numbers[0]).own_exit(reader.exits.adapter, numbers[0]).linear))
+
+    def _finish(self, reader: PolicyReader, base: Any, heads: Any) -> None:
+        """Gives a reader what the model's own head says; where the pass has ended before, only its precision."""
+        if base is None:
+            head = getattr(self.model, self.layout.head[-1], None) if self.layout.head else None
+            if head is not None:
+                reader.settle(module_dtype(head))
+            return
+        own = base.logits if heads is None else heads.logits(base.logits)[reader.exits.adapter]
+        reader.finish(own[..., : reader.exits.num_labels])
+
+    def _warn_of_non_finite(self, readers: Sequence[PolicyReader], batch_size: int) -> None:
+        found = np.zeros(batch_size, dtype=bool)
+        for reader in readers:
+            found[reader.first : reader.first + reader.rows] |= reader.rows_non_finite()
+        if found.any():
+            warnings.warn(
+                f"{np.count_nonzero(found)} of {batch_size} rows had logits that are NaN or infinite at an exit. "
+                "They did not stop there; the output's `non_finite` says which rows. Check the precision and the "
+                "weights of the model.",
+                stacklevel=5,
+            )
 
 
 def early_exit_forward(model: nn.Module, **kwargs: Any) -> Any:
@@ -270,3 +295,11 @@ def early_exit_model(model: nn.Module) -> EarlyExitMixin:
             "or load one with PeftModel.from_pretrained."
         )
     return inner
+
+
+def validate_policy(policy: EarlyExitConfig | None, config: BadgeConfig, num_blocks: int) -> None:
+    """Refuses a policy that the exits of an adapter cannot follow, where it is stored and not by the first call."""
+    if policy is not None:
+        built = build_policy(policy)
+        built.check(exit_numbers(config, num_blocks), config.resolved_labels, config.resolved_problem_type)
+        built.check_learned(config.learn_to_exit)

@@ -1,33 +1,95 @@
-"""Two passes around cached states: one that records them, and one in which the model's own head reads them."""
+"""Passes around cached states: which of them the exits of an adapter and the model's own head read, one pass that
+records these, and one in which the head reads them. With a frozen backbone they are the same in every epoch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from badge_peft.early_exit.pass_ import as_result
-from badge_peft.tuner.block_pass import BlockPass, states_of
-from badge_peft.tuner.context import Frame, PassContext
+from badge_peft.tuner.architectures import BlockLayout, head_pooling
+from badge_peft.tuner.bypass import states_read
+from badge_peft.tuner.config import BadgeConfig, own_exits
+from badge_peft.tuner.context import BlockPass, Frame, PassContext, as_result, get_hidden_states
 from badge_peft.tuner.decoders import read_mask
+from badge_peft.tuner.exits import EXITS, AdapterExits
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
-from badge_peft.tuner.state_plan import State, StatePlan, plan_states
+
+State = tuple[int, str]  # a block number, 0 for the embeddings, and a name of `Frame`
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """What is kept of each row.
+
+    `head` is for exit M, where that is the model's own head: its `logits`, of each token `token_logits`, or, where it
+    is trained, what it reads: the `first` position of the last block's output, or `all`.
+    """
+
+    states: tuple[State, ...]  # the tensors that the exits read, each once
+    positions: str  # `all` of these; or one: what the exits' pooling `cls`, `last` or `mean` makes of them
+    head: str | None = None
+
+    def serves(self, other: StatePlan) -> bool:
+        """Whether what is kept by this plan is enough for `other`."""
+        kept = {"logits": ("first", "all"), "token_logits": ("all",)}.get(str(other.head), ())
+        head = other.head in (None, self.head) or self.head in kept
+        return head and set(other.states) <= set(self.states) and self.positions in ("all", other.positions)
+
+    def reduce(self, states: Tensor, pooling: Pooling) -> Tensor:
+        """[B, S, d] -> what is kept of it, [B, S, d] or [B, 1, d]."""
+        return states if self.positions == "all" else pooling.reduce(pooling.pick(states)).unsqueeze(1)
+
+
+def reads_of(config: BadgeConfig, layout: BlockLayout, num_blocks: int) -> dict[int, dict[str, State]]:
+    """By exit: the names in its `Frame` of what it reads, and which state each of them is."""
+    return {
+        m: {name: _state(m, name, layout) for name in (states_read(config.placement, layout.pre_norm) if m else ())}
+        or {"output": (0, "output")}
+        for m in own_exits(config, num_blocks)
+    }
+
+
+def plan_states(
+    config: BadgeConfig, exits: AdapterExits, layout: BlockLayout, num_blocks: int, model: nn.Module
+) -> StatePlan:
+    """The plan for one adapter, with its head as it is trained now."""
+    reads = reads_of(config, layout, num_blocks)
+    states = tuple(dict.fromkeys(state for fields in reads.values() for state in fields.values()))
+    # normalized first and reduced afterwards where an exit reads pre-LN states, and by a bypass or its LN'
+    mean_first = config.placement == "none" and not layout.pre_norm
+    tokens = exits.reads_tokens
+    one = not tokens and not EXITS[config.exit_type].reads_sequence and (exits.pooling != "mean" or mean_first)
+    head = None
+    if not exits.has_final_exit:
+        trained = any(p.requires_grad for name, p in model.named_parameters() if name.split(".")[0] in layout.head)
+        if trained:
+            head = "first" if not tokens and head_pooling(model, layout) == "cls" else "all"
+        else:
+            head = "token_logits" if tokens else "logits"
+    return StatePlan(states, exits.pooling if one else "all", head)
+
+
+def _state(number: int, name: str, layout: BlockLayout) -> State:
+    """The input of a block is the output of the one before, unless the model mixes something in between."""
+    if name == "block_input" and (number == 1 or number - 1 > layout.full_rows_until):
+        return number - 1, "output"
+    return number, name
+
+
+def frame_of(fields: dict[str, Tensor]) -> Frame:
+    """A frame that has these tensors and no others."""
+    frame = Frame(next(iter(fields.values())))
+    for name, value in fields.items():
+        setattr(frame, name, value)
+    return frame
 
 
 class RecordingPass(BlockPass):
-    """A full-depth pass without readers that keeps what a plan names.
-
-    Args:
-        plan: What is kept.
-        num_blocks: M.
-        pooling: Of the exits.
-
-    Attributes:
-        states: [B, S, d] or [B, 1, d] each.
-        head: What the model's own head reads, where the plan has it.
-        tuple_length: Of what a block returns.
-    """
+    """A full-depth pass without readers that keeps what a plan names: `states` [B, S or 1, d] and what the `head`
+    reads."""
 
     def __init__(self, plan: StatePlan, num_blocks: int, pooling: Pooling) -> None:
         super().__init__()
@@ -51,7 +113,7 @@ class RecordingPass(BlockPass):
         """Runs `block`."""
         number = self.number_of(block)
         if number == 1:
-            self._keep(0, Frame(states_of(args, kwargs)))
+            self._keep(0, Frame(get_hidden_states(args, kwargs)))
         result, frame = self.run_block(block, args, kwargs)
         self.tuple_length = len(result) if isinstance(result, tuple) else 0
         self._keep(number, frame)
@@ -73,13 +135,7 @@ class RecordingPass(BlockPass):
 
 
 class HeadPass(PassContext):
-    """A call in which no block runs, and the model's own head reads given states.
-
-    Args:
-        states: [B, S, d], the output of block M.
-        num_blocks: M.
-        tuple_length: Of what a block returns.
-    """
+    """A call in which no block runs, and the model's own head reads given states [B, S, d], the output of block M."""
 
     def __init__(self, states: Tensor, num_blocks: int, tuple_length: int) -> None:
         self.states = states
@@ -90,5 +146,5 @@ class HeadPass(PassContext):
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hands its input on; block M the given states."""
         self._visits += 1
-        states = self.states if self._visits == self.num_blocks else states_of(args, kwargs)
+        states = self.states if self._visits == self.num_blocks else get_hidden_states(args, kwargs)
         return as_result(states, self.tuple_length)

@@ -1,5 +1,4 @@
-"""`TokenReader`: token classification, where each token stops by itself. What leaves a pass is still the row: with its
-last token."""
+"""`TokenReader`: token classification, where each token stops by itself."""
 
 from __future__ import annotations
 
@@ -7,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.policy_reader import PolicyReader
-from badge_peft.early_exit.readers import Array, ExitReader
+from badge_peft.early_exit.readers import Array, ExitReader, PolicyReader
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.exits import AdapterExits
@@ -18,20 +15,9 @@ from badge_peft.tuner.layer import BadgeBlock
 
 
 class TokenReader(PolicyReader):
-    """A `PolicyReader` whose unit is a token: its history, exits and answers are those of tokens, row by row.
-
-    Args:
-        exits: Of the adapter.
-        rows: n.
-        attention_mask: [n, S] or None.
-        first: The first row in the batch.
-        policy: Decides, on the host, as for rows.
-        length: S.
-        special: [n, S'] or None, tokens that need no answer, as a tokenizer's `special_tokens_mask` has them.
-
-    Raises:
-        ValueError: `special` has another shape than the inputs.
-    """
+    """A `PolicyReader` of token classification, whose unit is a token: its history, exits and answers are those of
+    tokens, row by row. What leaves a pass is still the row: with its last token. Those of `special` [n, S'] need no
+    answer; S' is less than S where compiled blocks have padded."""
 
     def __init__(
         self,
@@ -47,7 +33,7 @@ class TokenReader(PolicyReader):
         asked = np.ones((rows, length), dtype=bool)
         if attention_mask is not None:
             asked &= (attention_mask != 0).cpu().numpy()
-        self.length = length if special is None else special.shape[1]  # without what compiled blocks pad
+        self.length = length if special is None else special.shape[1]
         if special is not None:
             asked[:, : self.length] &= (special == 0).cpu().numpy()
         self.shape = rows, length
@@ -55,7 +41,6 @@ class TokenReader(PolicyReader):
         self.non_finite = np.zeros(rows * length, dtype=bool)
         self.num_active = int(asked.sum())
         self.has_answered = self.num_active < asked.size
-        self.history = ExitHistory(exits.numbers, self.num_active, exits.num_labels, exits.problem_type)
         self._places = np.arange(rows * length)
         self._rows = np.arange(rows)
 
@@ -72,10 +57,6 @@ class TokenReader(PolicyReader):
         """[n] bool, of the reader's rows in the states: those with a token that has no answer yet."""
         return (self.exit_layer[self._places] < 0).reshape(len(self._rows), -1).any(axis=1)
 
-    def active_units(self) -> Array | None:
-        """Places of the tokens in the states that have no answer yet; None: all of them."""
-        return np.flatnonzero(self.exit_layer[self._places] < 0) if self.has_answered else None
-
     def keep_rows(self, kept: Array, index: Tensor, length: int | None) -> None:
         """Goes on with some of its rows in the states, and with their first `length` tokens."""
         places = self._places.reshape(len(self._rows), -1)[kept][:, :length]
@@ -90,8 +71,8 @@ class TokenReader(PolicyReader):
     def output(self) -> EarlyExitOutput:
         """The answers [n, S, K] with the exit of each token [n, S], and of each row: where its last token left."""
         if self.answer is None:  # no token was asked about
-            weight = self.pooling.mask
-            device = None if weight is None else weight.device
+            mask = self.pooling.mask
+            device = None if mask is None else mask.device
             self.answer = torch.zeros(len(self.exit_layer), self.exits.num_labels, device=device)
         found = super().output()
         assert found.logits is not None

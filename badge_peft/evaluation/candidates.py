@@ -100,12 +100,11 @@ def settings(
         return [(config, build_policy(config).replay_history(history)) for config in grid]
     policy = cast(ThresholdPolicy, policy)
     policy.check(history.exits, history.num_labels, history.problem_type)
-    unit = policy.unit(history.num_labels, history.problem_type)
     scores = running_min_score(policy, history)  # [E-1, N]
     found = []
     leaves = scores if units is None else units.largest(scores)  # a text leaves once all of its tokens may stop
     for tau in _thresholds(leaves, policy.stops_above, history, count):
-        config = replace(family, threshold=tau / unit)
+        config = replace(family, threshold=tau)
         found.append((config, _stops(cast(ThresholdPolicy, build_policy(config)), scores, history)))
     return found
 

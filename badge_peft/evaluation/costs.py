@@ -24,7 +24,7 @@ from torch import nn
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.schedule import schedule_of
+from badge_peft.early_exit.policies.base import schedule_of
 from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.latency import evaluating, without_adapter

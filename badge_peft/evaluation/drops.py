@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import softmax
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.temperature import fitted_temperatures
+from badge_peft.early_exit.policies.confidence import fitted_temperatures
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, is_ratio, ratio_parts, scorer
 from badge_peft.utils.problem import problem_of

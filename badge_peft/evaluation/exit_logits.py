@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from badge_peft.early_exit.groups import group_codes
-from badge_peft.early_exit.history import ExitHistory
+from badge_peft.early_exit.history import ExitHistory, group_codes
 from badge_peft.evaluation.units import Units
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.files import replacing

@@ -57,7 +57,7 @@ def _settings(policy: ThresholdPolicy, thresholds: list[float], exit_logits: Exi
     )  # [L+1, N]
     depth = np.array(exits[: last + 1], dtype=np.float64)[:, None] / exit_logits.depth
     scores = decided_scores(policy, history)[:last]  # [L, N], small where a row may stop
-    to_config = (-1.0 if policy.stops_above else 1.0) / policy.unit(history.num_labels, history.problem_type)
+    to_config = -1.0 if policy.stops_above else 1.0
     order = scores.argsort(axis=1)
     found = []
     for price in PRICES:

@@ -11,7 +11,7 @@ import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
-from badge_peft.early_exit.policies.text import describe, policy_label, set_fields
+from badge_peft.early_exit.policies.base import describe, policy_label, set_fields
 from badge_peft.evaluation.candidates import families, fitted, settings
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, scorer

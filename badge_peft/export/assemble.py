@@ -13,7 +13,7 @@ from badge_peft.export.tokens import TokenChain
 from badge_peft.export.trace import ExportedBlocks
 
 
-def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact: bool) -> onnx.ModelProto:
+def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool) -> onnx.ModelProto:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`), `threshold` (a scalar, or [E] where each
     exit has its own) and `patience` to the answers.
 
@@ -25,11 +25,10 @@ def assemble(pieces: ExportedBlocks, decision: Decision, *, int8: bool, compact:
         pieces: Of the model.
         decision: The policy; with one that looks at a query, blocks run for a few of its rows at a time.
         int8: Quantize the blocks; exits and decisions stay in float32.
-        compact: Take rows that have answered out of the batch.
     """
     inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
     kind = SlicedChain if decision.policy.by_group else TokenChain if decision.reads_tokens else Chain
-    chain = kind(decision, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
+    chain = kind(decision, inputs, {*pieces.inputs, *pieces.per_row})
     if isinstance(chain, SlicedChain):
         chain.positions, chain.padding_token = pieces.positions, pieces.padding_token
     for number, piece in pieces.graphs.items():

@@ -5,8 +5,7 @@
 Nothing nests, so that the runtime packs each block's weights once, when it loads the file. Blocks behind the exit are
 not computed: their branch hands on the answers, and empty stubs in place of the states.
 
-With `compact`, rows that have answered are taken out of the states and of everything that has a row per input;
-without, they go along until all have answered, and their answers stay as they are.
+Rows that have answered are taken out of the states and of everything that has a row per input.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.convenience import extract
 from onnx_ir.passes.common import DeduplicateHashedInitializersPass, RemoveUnusedNodesPass
 
-from badge_peft.early_exit.policies.nodes import ExitNodes
+from badge_peft.export.exit_nodes import ExitNodes
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
@@ -36,19 +35,15 @@ class Chain:
         decision: The policy.
         inputs: Of the graph; each has a row per input.
         per_row: Names of these, and of what the embeddings share, that have one row per input.
-        compact: Whether rows that have answered are taken out.
     """
 
-    def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool) -> None:
-        self.decision, self.per_row, self.compact = decision, per_row, compact
+    def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str]) -> None:
+        self.decision, self.per_row = decision, per_row
         self.graph = g = Graph("main")
         taus = decision.threshold
         self.threshold = ir.val("threshold", FLOAT, [len(taus)] if isinstance(taus, list) else [])
         self.patience = ir.val(decision.count_name, INT64, [])
         g.body.inputs.extend([*inputs, self.threshold, self.patience])
-        unit = decision.unit
-        #: The thresholds, one or one for each exit, in the unit of the policy's score.
-        self.limit = g.op("Mul", self.threshold, g.floats(unit)) if unit != 1 else self.threshold
         #: What pieces may read, beside the states.
         self.outer = {str(value.name): value for value in inputs}
         rows = g.op("Shape", inputs[0], start=0, end=1)
@@ -56,9 +51,8 @@ class Chain:
         #: What goes from block to block: the answers [B, K] and [B], the states, the numbers of the rows that still go
         #: on, whether there are none (from the first exit on), what the policy keeps, and what exits leave for others.
         self.carried = {"answer": g.op("Expand", g.floats(0), shape), "exit_layer": g.op("Expand", g.ints(-1), rows)}
-        if compact:
-            numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
-            self.carried["rows"] = g.shaped(numbers, [None])
+        numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
+        self.carried["rows"] = g.shaped(numbers, [None])
         #: Of what is carried, what the graph gives in the end.
         self.answers: tuple[str, ...] = ANSWERS
 
@@ -127,7 +121,7 @@ class Chain:
         given = dict(self.outer)
         if number:
             given["hidden"] = self.carried["hidden"]
-        if self.compact and "done" in self.carried:
+        if "done" in self.carried:
             for name in sorted(self.per_row & given.keys()):
                 given[name] = g.op("Gather", given[name], self.carried["rows"], axis=0)
         left = {name: value for name, value in self.carried.items() if name.startswith(LEFT)}
@@ -169,27 +163,15 @@ class Chain:
             )
             stops = decision.stops(at, index)
         if last or (stops is not None and policy.can_exit(decision.exits, index)):
-            store = self._store_rows if self.compact else self._store_all
-            store(g, number, made["logits"], stops)
+            self._store(g, number, made["logits"], stops)
         return last
 
     def _limit(self, g: Graph, index: int) -> ir.Value:
         """The threshold of an exit, a scalar."""
         each = isinstance(self.decision.threshold, list)
-        return g.op("Gather", self.limit, g.ints(index), axis=0) if each else self.limit
+        return g.op("Gather", self.threshold, g.ints(index), axis=0) if each else self.threshold
 
-    def _store_all(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
-        """Notes the answers of the rows that stop, None: all, and had none."""
-        answer, exit_layer = (self.carried[name] for name in ANSWERS)
-        newly = g.op("Less", exit_layer, g.ints(0))
-        if stops is not None:
-            newly = g.op("And", newly, stops)
-        self.carried["answer"] = g.op("Where", g.op("Unsqueeze", newly, g.ints([1])), logits, answer)
-        self.carried["exit_layer"] = exit_layer = g.op("Where", newly, g.ints(number), exit_layer)
-        least = g.op("ReduceMin", exit_layer, g.ints([0]), keepdims=0)
-        self.carried["done"] = g.op("GreaterOrEqual", least, g.ints(0))
-
-    def _store_rows(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
+    def _store(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
         """Notes the answers of the rows that stop, None: all, and takes them out of everything."""
         leaving = self.carried["rows"]
         if stops is not None:

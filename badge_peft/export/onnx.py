@@ -41,7 +41,6 @@ def export_onnx(
     tokenizer: Any = None,
     early_exit_config: EarlyExitConfig | dict[str, Any] | None = None,
     int8: bool = False,
-    compact: bool = True,
     examples: Any = None,
     progress: bool = False,
 ) -> OnnxExportReport:
@@ -63,8 +62,6 @@ def export_onnx(
         int8: Quantize the weights of the blocks dynamically, with onnxruntime's own tool. Exits and decisions stay in
             float32. The scale of the activations is that of the whole batch, so rows then depend a little on their
             neighbors.
-        compact: Take rows that have answered out of the batch. Without it they go along; at batch size 1 there is no
-            difference in what is computed.
         examples: Tokenized rows, with or without labels, on which the file is compared with the PyTorch model: what
             int8 costs in score and does to the exits. A column `groups` says which are candidates of one query.
         progress: Show a progress bar.
@@ -77,7 +74,7 @@ def export_onnx(
         RuntimeError: the file does not answer as the model does. Nothing is written then.
     """
     exporter = OnnxExporter(model, early_exit_config, progress=progress)
-    return exporter.write(directory, tokenizer=tokenizer, int8=int8, compact=compact, examples=examples)
+    return exporter.write(directory, tokenizer=tokenizer, int8=int8, examples=examples)
 
 
 class OnnxExporter:
@@ -124,23 +121,16 @@ class OnnxExporter:
         *,
         tokenizer: Any = None,
         int8: bool = False,
-        compact: bool = True,
         examples: Any = None,
     ) -> OnnxExportReport:
         """Writes the folder, once the file answers as the model does."""
         from badge_peft.export.assemble import assemble
 
-        if self.decision.policy.by_group and not compact:
-            raise ValueError(
-                f"policy={self.decision.policy.name!r} compares the rows that are left, so compact=False is not "
-                "allowed."
-            )
-
-        graph = assemble(self.pieces, self.decision, int8=int8, compact=compact)
+        graph = assemble(self.pieces, self.decision, int8=int8)
         check_size(graph)
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
-            metadata = stage(here, graph, self._metadata(int8, compact, tokenizer), self.badge, tokenizer)
+            metadata = stage(here, graph, self._metadata(int8, tokenizer), self.badge, tokenizer)
             session = OnnxEarlyExitModel.from_pretrained(here, threads=torch.get_num_threads())
             policy_config = self.decision.policy.config
             report = OnnxExportReport(
@@ -159,7 +149,7 @@ class OnnxExporter:
         inputs = example_inputs(self.badge.model, OTHER)
         return check_difference(largest_difference(self.badge, session, self.decision.policy.config, inputs))
 
-    def _metadata(self, int8: bool, compact: bool, tokenizer: Any) -> dict[str, Any]:
+    def _metadata(self, int8: bool, tokenizer: Any) -> dict[str, Any]:
         """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
         decision, policy = self.decision, self.decision.policy
         config: Any = self.badge.model.config
@@ -182,7 +172,6 @@ class OnnxExporter:
             "uses_threshold": decision.uses_threshold,
             "uses_patience": policy.counts_exits,
             "int8": int8,
-            "compact": compact,
             "badge_peft": package_version(),
         }
 

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from badge_peft.early_exit.pass_ import as_result
 from badge_peft.early_exit.readers import ExitReader, exit_reader
 from badge_peft.model import BadgeModel
-from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
-from badge_peft.tuner.context import Frame
+from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
 from badge_peft.tuner.layer import BadgeBlock
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
@@ -77,7 +75,7 @@ class PiecePass(BlockPass):
         self.shared: list[Tensor] = []
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number, hidden = self.number_of(block), states_of(args, kwargs)
+        number, hidden = self.number_of(block), get_hidden_states(args, kwargs)
         beside = with_states(cast(Tensor, None), args, kwargs)
         places = {id(tensor): i for i, tensor in enumerate(self.shared)}
         for leaf in pytree.tree_leaves(beside):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.export.exit_nodes import ExitNodes, Value
 
 
 @dataclass
@@ -86,17 +86,12 @@ class Decision:
 
     @property
     def threshold(self) -> float | list[float]:
-        """The config's own, in its own unit, one or one for each exit; where there is none to choose, the number that
+        """The config's own, one or one for each exit; where there is none to choose, the number that
         takes its place."""
         given = self.policy.resolve(self.num_labels, self.problem_type).threshold
         if given is None or not self.uses_threshold:
             return self.policy.threshold(self.num_labels, self.problem_type)
         return given
-
-    @property
-    def unit(self) -> float:
-        """What a threshold is multiplied by before it meets the score."""
-        return self.policy.unit(self.num_labels, self.problem_type)
 
 
 def _depth(kind: type, *names: str) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from badge_peft.early_exit.policies.nodes import ExitNodes
 from badge_peft.export.chain import Chain, in_int8
+from badge_peft.export.exit_nodes import ExitNodes
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, Graph
 from badge_peft.export.pieces import LEFT
@@ -34,9 +34,7 @@ from badge_peft.export.tokens import (
 from badge_peft.export.trace import ExportedBlocks
 
 
-def assemble_tasks(
-    pieces: ExportedBlocks, decisions: Mapping[str, Decision], *, int8: bool, compact: bool
-) -> onnx.ModelProto:
+def assemble_tasks(pieces: ExportedBlocks, decisions: Mapping[str, Decision], *, int8: bool) -> onnx.ModelProto:
     """The graph, from `input_ids`, `attention_mask` (, `token_type_ids`) and for each task `<task>.threshold` and
     `<task>.patience`, which may be left out, to `<task>.logits` and `<task>.exit_layer`.
 
@@ -44,10 +42,9 @@ def assemble_tasks(
         pieces: Of the model, with the exits of all tasks.
         decisions: The policy of each task.
         int8: Quantize the blocks; exits and decisions stay in float32.
-        compact: Take rows that all tasks have answered out of the batch.
     """
     inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
-    chain = TaskChain(decisions, inputs, {*pieces.inputs, *pieces.per_row}, compact=compact)
+    chain = TaskChain(decisions, inputs, {*pieces.inputs, *pieces.per_row})
     for number, piece in pieces.graphs.items():
         chain.add(number, in_int8(piece) if int8 else [piece])
     chain.part_groups()
@@ -61,13 +58,10 @@ class TaskChain(Chain):
         decisions: By task.
         inputs: Of the graph; each has a row per input.
         per_row: As for `Chain`.
-        compact: Whether rows that have all answers are taken out.
     """
 
-    def __init__(
-        self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool
-    ) -> None:
-        self.decisions, self.per_row, self.compact = dict(decisions), per_row, compact
+    def __init__(self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str]) -> None:
+        self.decisions, self.per_row = dict(decisions), per_row
         self.groups = grouped(decisions)
         self.inner = inner_names(group.tasks for group in self.groups)
         self.graph = g = Graph("main")
@@ -87,9 +81,8 @@ class TaskChain(Chain):
             self._begin(group, rows, asked)
         self.answers = tuple(name for name in self.carried if not name.startswith("kept_"))
         self.open = [*self.groups]  # those that have not answered all rows before
-        if compact:
-            numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
-            self.carried["rows"] = g.shaped(numbers, [None])
+        numbers = g.op("Range", g.ints(0), g.op("Squeeze", rows), g.ints(1))
+        self.carried["rows"] = g.shaped(numbers, [None])
 
     def _begin(self, group: TaskGroup, rows: ir.Value, asked: ir.Value | None) -> None:
         """The answers before any row has its own; thresholds and patiences, of several tasks [B T]."""
@@ -116,11 +109,9 @@ class TaskChain(Chain):
         return self.inner[group.tasks[0]]
 
     def _limit_of(self, task: str) -> ir.Value:
-        """The threshold of a task in the unit of its policy's score."""
-        g, decision, own = self.graph, self.decisions[task], self.thresholds[task]
-        if not decision.uses_threshold:
-            return g.floats(decision.threshold)
-        return g.op("Mul", own, g.floats(decision.unit)) if decision.unit != 1 else own
+        """The threshold of a task."""
+        decision = self.decisions[task]
+        return self.thresholds[task] if decision.uses_threshold else self.graph.floats(decision.threshold)
 
     def part_groups(self) -> None:
         """Once all pieces are there: each task's own answers, out of those of its group."""
@@ -180,7 +171,7 @@ class TaskChain(Chain):
         answer, exits = (self.carried[f"{self._name(group)}.{kind}"] for kind in ("answer", "exit_layer"))
         if group.first.reads_tokens and stops is not None:
             stops = by_row(g, stops, exits)
-        noted = note_answers(g, number, given, stops, answer, exits, self.carried.get("rows"))
+        noted = note_answers(g, number, given, stops, answer, exits, self.carried["rows"])
         self.carried[f"{self._name(group)}.answer"], self.carried[f"{self._name(group)}.exit_layer"] = noted
         return True
 
@@ -209,14 +200,10 @@ class TaskChain(Chain):
         return stops
 
     def _take_out(self, g: Graph) -> None:
-        """Finds out which rows lack an answer, and with `compact` goes on with these alone."""
+        """Goes on with the rows that lack an answer alone."""
         least, *others = [self._least(g, group) for group in self.open]
         for other in others:
             least = g.op("Min", least, other)
-        if not self.compact:
-            lowest = g.op("ReduceMin", least, g.ints([0]), keepdims=0)
-            self.carried["done"] = g.op("GreaterOrEqual", lowest, g.ints(0))
-            return
         going = g.op("Less", g.op("Gather", least, self.carried["rows"], axis=0), g.ints(0))
         for group in self.open:
             prefix = f"kept_{self._name(group)}."

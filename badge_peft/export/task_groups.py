@@ -1,4 +1,4 @@
-"""`TaskGroup`: tasks of one file whose rows are decided side by side, as `early_exit/together.py` does it live.
+"""`TaskGroup`: tasks of one file whose rows are decided side by side, in one operation.
 
 Eight decisions in turn are eight times as many nodes, and a node costs the same for one row as for eight.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
+from badge_peft.export.exit_nodes import ExitNodes, Value
 from badge_peft.export.graph import Graph
 from badge_peft.export.policies import Decision
 
@@ -81,9 +81,9 @@ def grouped(decisions: Mapping[str, Decision]) -> list[TaskGroup]:
     """The tasks of a file in groups, in the order of their first tasks."""
     alike: dict[Hashable, list[str]] = {}
     for task, own in decisions.items():
-        company = None if own.reads_tokens else own.policy.company(own.num_labels)
-        key: Hashable = (company, tuple(own.exits), own.problem_type)
-        alike.setdefault((task,) if company is None else key, []).append(task)
+        batch = None if own.reads_tokens else own.policy.batching_key(own.num_labels)
+        key: Hashable = (batch, tuple(own.exits), own.problem_type)
+        alike.setdefault((task,) if batch is None else key, []).append(task)
     return [_group(tasks, decisions) for tasks in alike.values()]
 
 

@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader, exit_reader
-from badge_peft.early_exit.together import carried
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, PiecePass
 from badge_peft.export.task_groups import inner_names
-from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
+from badge_peft.export.task_stacks import ExportedStack, carried, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import Frame
 from badge_peft.tuner.layer import BadgeBlock

@@ -2,42 +2,94 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from badge_peft.early_exit.readers import ExitReader
+from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
+from badge_peft.tuner.exits import CarriedLogits, LinearExit, finite
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
-from badge_peft.tuner.stacked import MISSING, StackedExits, shape_of, stackable
+
+#: Logits of labels that an exit lacks, beside others that have them: as good as impossible.
+MISSING = -1e30
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor] | None] = {
+    nn.GELU: F.gelu,
+    nn.ReLU: F.relu,
+    nn.LeakyReLU: F.leaky_relu,
+    nn.SiLU: F.silu,
+    nn.Tanh: torch.tanh,
+    nn.Identity: None,
+}
+
+
+class PlainExit(NamedTuple):
+    """A linear exit behind a bypass, as the modules whose weights make all of it."""
+
+    reads: tuple[str, ...]  # names in `Frame` of what the bypass reads, and of H_{m,F}, to which it is added
+    down: Any
+    activation: Callable[[Tensor], Tensor] | None
+    up: Any
+    norm: Any
+    linear: Any
+
+    @property
+    def shape(self) -> Hashable:
+        """What exits that are stacked have in common."""
+        norm, linear = self.norm, self.linear
+        parts = (self.down.out_features, self.down.bias is None, self.up.bias is None, norm.bias is None, norm.eps)
+        return (self.reads, self.activation, *parts, linear.bias is None, linear.weight.dtype)
 
 
 class ExportedStack(nn.Module):
-    """Exits of like shape, whose stacked weights are buffers: those of single exits are not in the file.
+    """Exits of like shape, whose stacked weights are buffers: those of single exits are not in the file. The weights
+    of LN' are folded into those of the linear layer behind it: (n w + b) W + c = n (w W) + (b W + c).
 
     Args:
-        tasks: Whose exits.
-        stack: Their weights.
+        tasks: Whose exits, T of them.
+        exits: These.
     """
 
-    def __init__(self, tasks: list[str], stack: StackedExits) -> None:
+    def __init__(self, tasks: list[str], exits: Sequence[PlainExit]) -> None:
         super().__init__()
-        self.tasks, self.stack = tasks, stack
-        self.which = tuple(range(len(tasks)))
-        weights = stack.weights(self.which)  # here, so that what makes them is not in the graph
-        self.names = [f"weights_{i}" for i in range(len(weights))]
-        for name, value in zip(self.names, weights, strict=True):
-            self.register_buffer(name, value)
+        self.tasks = tasks
+        first = exits[0]
+        self.reads, self.activation = first.reads, first.activation
+        self.shape, self.eps = first.norm.normalized_shape, first.norm.eps
+        widest = max(e.linear.out_features for e in exits)
+        missing = max(MISSING, torch.finfo(first.linear.weight.dtype).min)
+        with torch.no_grad():
+            gaps = [widest - e.linear.out_features for e in exits]
+            weight = torch.stack([F.pad(e.linear.weight, (0, 0, 0, k)) for e, k in zip(exits, gaps, strict=True)])
+            bias = torch.stack([F.pad(e.linear.bias, (0, k), value=missing) for e, k in zip(exits, gaps, strict=True)])
+            scale, shift = torch.stack([e.norm.weight for e in exits]), _stack([e.norm.bias for e in exits])
+            if shift is not None:
+                bias = bias + torch.bmm(weight, shift.unsqueeze(-1)).squeeze(-1)
+            down_bias, up_bias = _stack([e.down.bias for e in exits]), _stack([e.up.bias for e in exits])
+            self.register_buffer("down", torch.cat([e.down.weight for e in exits]))  # [T r, d]
+            self.register_buffer("down_bias", None if down_bias is None else down_bias.flatten())
+            self.register_buffer("up", torch.stack([e.up.weight.t() for e in exits]))  # [T, r, d]
+            self.register_buffer("up_bias", None if up_bias is None else up_bias.unsqueeze(1))
+            self.register_buffer("weight", (weight * scale.unsqueeze(1)).transpose(1, 2).contiguous())  # [T, d, K]
+            self.register_buffer("bias", bias.unsqueeze(1))  # [T, 1, K]
 
     def forward(self, frame: Frame, pooling: Pooling) -> Tensor:
         """Logits [T, n, K]; of labels that an exit lacks, `MISSING`."""
-        stack = copy.copy(self.stack)
-        stack.parts = {self.which: tuple(self._buffers[name] for name in self.names)}
-        return stack.logits(frame, pooling, self.which)
+        down, down_bias, up, up_bias, weight, bias = self._buffers.values()
+        source, residual = (pooling.pick(getattr(frame, name)) for name in self.reads)  # [n, d]
+        inner = F.linear(source, cast(Tensor, down), down_bias)
+        if self.activation is not None:
+            inner = self.activation(inner)
+        assert up is not None and weight is not None and bias is not None
+        inner = inner.view(-1, len(self.tasks), up.shape[1]).transpose(0, 1)  # [T, n, r]
+        adjusted = torch.bmm(inner, up) if up_bias is None else torch.baddbmm(up_bias, inner, up)
+        normal = torch.layer_norm(adjusted + residual, self.shape, None, None, self.eps)  # B(.) + H_{m,F} (Eq. 1, 2)
+        return torch.baddbmm(bias, normal, weight)
 
 
 def stacks_of(block: BadgeBlock, number: int, frame: Frame, readers: Mapping[str, ExitReader]) -> list[ExportedStack]:
@@ -55,13 +107,64 @@ def stacks_of(block: BadgeBlock, number: int, frame: Frame, readers: Mapping[str
     for task, reader in readers.items():
         if number == 0 or reader.reads_uncertainty or reader.pooling.kind not in ("cls", "last"):
             continue
-        own = stackable(block, number, frame, reader.exits)
+        own = _plain_exit(block, number, frame, reader)
         if own is not None:
             plain[task] = own
-            alike.setdefault((reader.pooling.kind, shape_of(own)), []).append(task)
-    return [
-        ExportedStack(tasks, StackedExits([plain[t] for t in tasks])) for tasks in alike.values() if len(tasks) > 1
-    ]
+            alike.setdefault((reader.pooling.kind, own.shape), []).append(task)
+    return [ExportedStack(tasks, [plain[t] for t in tasks]) for tasks in alike.values() if len(tasks) > 1]
+
+
+def _plain_exit(block: BadgeBlock, number: int, frame: Frame, reader: ExitReader) -> PlainExit | None:
+    """The parts of an exit that is nothing but its weights; None where it is the modules' work."""
+    adapter = reader.exits.adapter
+    exit_, bypass = block.own_exit(adapter, number), block.bypass_of(adapter, number)
+    placement = block.badge_placement[adapter]
+    if type(exit_) is not LinearExit or type(bypass) is not Bypass or placement not in ("block", "ffn"):
+        return None
+    linear = (bypass.down, bypass.up, exit_.linear)
+    if any(map(_is_changed, (exit_, exit_.dropout, bypass, bypass.activation, bypass.norm, *linear))):
+        return None
+    if any(type(layer) is not nn.Linear for layer in linear):
+        return None
+    reads = states_read(placement, block.layout.pre_norm)
+    states = [getattr(frame, name) for name in reads]
+    if type(bypass.norm) is not nn.LayerNorm or type(bypass.activation) not in _ACTIVATIONS:
+        return None
+    if bypass.norm.weight is None or any(x is None or x.dtype != exit_.linear.weight.dtype for x in states):
+        return None
+    activation = _ACTIVATIONS[type(bypass.activation)]
+    return PlainExit(reads, bypass.down, activation, bypass.up, bypass.norm, exit_.linear)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its class says: by hooks, or a forward of its own (offloading)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def carried(block: BadgeBlock, number: int, readers: Sequence[ExitReader], logits: Tensor) -> Tensor:
+    """What exits `number` of T readers answer, [T, n, K], given what they say by themselves: those that carry logits
+    add those of the exit before, in one operation."""
+    exits = [block.own_exit(reader.exits.adapter, number) for reader in readers]
+    building = [i for i, exit_ in enumerate(exits) if exit_.carry is not None]
+    if building:
+        width = logits.shape[-1]
+        before = [
+            F.pad(readers[i].state.left["logits"], (0, width - readers[i].exits.num_labels)).to(logits)
+            for i in building
+        ]
+        numbers = torch.stack([cast(CarriedLogits, exits[i].carry).weight for i in building])
+        added = numbers.to(logits.dtype).unsqueeze(-1) * finite(torch.stack(before))
+        whole = len(building) == len(exits)
+        logits = logits + added if whole else logits.index_add(0, torch.tensor(building), added)
+    for i, reader in enumerate(readers):
+        if reader.exits.carry is not None:
+            reader.state.left["logits"] = logits[i, :, : reader.exits.num_labels].detach()
+    return logits
+
+
+def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
+    found = [value for value in values if value is not None]  # of all exits or of none, as their shape says
+    return torch.stack(found) if found else None
 
 
 def side_by_side(found: Sequence[tuple[list[str], Tensor]], group: Sequence[str], labels: int) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from badge_peft._version import package_version
+from badge_peft.early_exit.calls import check_tasks, config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.tasks import check_tasks, config_of_each
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL
 from badge_peft.export.onnx import check_difference, check_model, check_size, input_limits, own_copy, stage
@@ -37,7 +37,6 @@ def export_tasks_onnx(
     tokenizer: Any = None,
     early_exit_config: Any = None,
     int8: bool = False,
-    compact: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Writes `model.onnx` for many tasks, with the tokenizer and configs beside it.
@@ -54,7 +53,6 @@ def export_tasks_onnx(
         tokenizer: Saved beside the graph, for `OnnxTasksModel.predict`.
         early_exit_config: As for `early_exit_forward(tasks=...)`.
         int8: As for `export_onnx`.
-        compact: As for `export_onnx`.
         progress: Show a progress bar.
 
     Returns:
@@ -75,7 +73,7 @@ def export_tasks_onnx(
 
     badge = get_badge_model(model)
     names = list(badge.peft_config) if tasks is None else list(tasks)
-    check_tasks(names, badge.model, badge.layout, badge.peft_config, badge.active_adapters)
+    check_tasks(badge, names)
     check_model(badge)
     given, decisions = config_of_each(early_exit_config, names), {}
     for task in names:
@@ -103,13 +101,13 @@ def export_tasks_onnx(
         read[group] = numbers.union(*(badge.adapter_exits(task).linked_to(numbers) for task in group))
     copied = own_copy(badge)
     pieces = export_blocks(copied, read, max(max(numbers) for numbers in read.values()), progress)
-    graph = assemble_tasks(pieces, decisions, int8=int8, compact=compact)
+    graph = assemble_tasks(pieces, decisions, int8=int8)
     check_size(graph)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         hashes = {task: badge.weights_hash(task) for task in names}
         facts = _metadata(copied, decisions, pieces.inputs, tokenizer, hashes)
-        facts |= {"int8": int8, "compact": compact}
+        facts["int8"] = int8
         metadata = stage(here, graph, facts, copied, tokenizer)
         session: Any = OnnxTasksModel.from_pretrained(here, threads=torch.get_num_threads())
         configs = {task: decision.policy.config for task, decision in decisions.items()}

@@ -23,11 +23,10 @@ class TokenChain(Chain):
         decision: The policy.
         inputs: Of the graph, `attention_mask` among them.
         per_row: As for `Chain`.
-        compact: Whether rows whose tokens have answered are taken out.
     """
 
-    def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str], *, compact: bool) -> None:
-        super().__init__(decision, inputs, per_row, compact=compact)
+    def __init__(self, decision: Decision, inputs: Sequence[ir.Value], per_row: set[str]) -> None:
+        super().__init__(decision, inputs, per_row)
         special = special_input()
         self.graph.body.inputs.insert(len(inputs), special)
         asked = asked_tokens(self.graph, self.outer["attention_mask"], special)
@@ -42,9 +41,9 @@ class TokenChain(Chain):
         """The decision at block `number`, token by token; returns whether all rows answer here."""
         return super().decide(g, number, by_token(g, made, "", self.decision.num_labels))
 
-    def _store_rows(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
+    def _store(self, g: Graph, number: int, logits: ir.Value, stops: ir.Value | None) -> None:
         """Notes the answers of the tokens that stop, None: all, and takes rows out that have all of theirs."""
-        rows = self.carried["rows"] if self.compact else None
+        rows = self.carried["rows"]
         answer, exits = (self.carried[name] for name in ANSWERS)
         given = stops if stops is None else by_row(g, stops, exits)
         answer, exits = note_answers(g, number, by_row(g, logits, answer), given, answer, exits, rows)
@@ -52,9 +51,6 @@ class TokenChain(Chain):
         if stops is None:
             return
         lowest = least_answered(g, exits)
-        if rows is None:
-            self.carried["done"] = g.op("GreaterOrEqual", g.op("ReduceMin", lowest, keepdims=0), g.ints(0))
-            return
         going = g.op("Less", g.op("Gather", lowest, rows, axis=0), g.ints(0))
         of_tokens = by_tokens_of(g, going, exits)
         for name, value in self.carried.items():
@@ -62,8 +58,6 @@ class TokenChain(Chain):
                 kept = of_tokens if name.startswith("kept_") else going
                 self.carried[name] = g.shaped(g.op("Compress", value, kept, axis=0), value.shape)
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
-
-    _store_all = _store_rows
 
 
 def special_input() -> ir.Value:
@@ -100,7 +94,7 @@ def note_answers(
     stops: ir.Value | None,
     answer: ir.Value,
     exits: ir.Value,
-    rows: ir.Value | None,
+    rows: ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
     """Answers and exits, once what stops at block `number` and had no answer has its own.
 
@@ -111,17 +105,15 @@ def note_answers(
         stops: [n, S] or [n] bool, or what broadcasts to it; None: all.
         answer: [B, S, K] or [B, K], before.
         exits: [B, S] or [B], before.
-        rows: [n], the numbers of the rows that still go on; None: all do.
+        rows: [n], the numbers of the rows that still go on.
     """
-    before = exits if rows is None else g.op("Gather", exits, rows, axis=0)
+    before = g.op("Gather", exits, rows, axis=0)
     newly = g.op("Less", before, g.ints(0))
     if stops is not None:
         newly = g.op("And", newly, stops)
-    own = answer if rows is None else g.op("Gather", answer, rows, axis=0)
+    own = g.op("Gather", answer, rows, axis=0)
     own = g.op("Where", g.op("Unsqueeze", newly, g.ints([-1])), logits, own)
     found = g.op("Where", newly, g.ints(number), before)
-    if rows is None:
-        return own, found
     places = g.op("Unsqueeze", rows, g.ints([1]))
     return g.op("ScatterND", answer, places, own), g.op("ScatterND", exits, places, found)
 

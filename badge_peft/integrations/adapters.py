@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.tuner.architectures import base_name
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import current_pass
@@ -149,7 +149,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...]) -> None:
     if not isinstance(running, EarlyExitPass):
         return
     configs: dict[str, BadgeConfig] = model.peft_config  # type: ignore[assignment]  # a module's attributes are untyped
-    for name in (name for reader in running.readers for name in reader.adapters):
+    for name in (reader.exits.adapter for reader in running.readers):
         if name in configs:  # rows may ask for the base model alone
             AdaptersLibrary().check(model, configs[name])
 

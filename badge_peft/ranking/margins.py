@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.groups import kth_best
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.early_exit.policies.ranking import kth_best
 
 FACTORS = 60  # for each shape, spread over the queries that they keep
 _NEEDS = (0.8, 0.95)  # quantiles over the queries, as shapes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.early_exit.groups import group_codes
+from badge_peft.early_exit.history import group_codes
 from badge_peft.utils.checks import check_int
 
 Array = np.ndarray

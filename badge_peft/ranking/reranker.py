@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.dispatch import check_fits
+from badge_peft.early_exit.mixin import validate_policy
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
@@ -168,7 +168,7 @@ class EarlyExitReranker:
         whole = full_depth or top_k is None
         config = self._config(len(texts) if top_k is None else top_k, whole, early_exit_config, fields)
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
-        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
+        validate_policy(config, self.badge.config_of(), self.badge.num_blocks)
         found = self._run(rows, build_policy(config), batch_size or self.batch_size)
         if found.non_finite.any():
             warnings.warn(

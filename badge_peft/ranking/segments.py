@@ -20,17 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.pass_ import as_result
-from badge_peft.early_exit.policies import ExitPolicy
-from badge_peft.early_exit.policies.schedule import schedule_of
-from badge_peft.early_exit.policy_reader import PolicyReader, linked_exits
-from badge_peft.early_exit.readers import ExitReader, exit_reader
+from badge_peft.early_exit.policies.base import ExitPolicy, schedule_of
+from badge_peft.early_exit.readers import ExitReader, PolicyReader, exit_reader, linked_exits
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
 from badge_peft.ranking.slices import SlicedPass, StatesChanged
 from badge_peft.ranking.states import LeftStates, StateStore
-from badge_peft.tuner.block_pass import BlockPass, states_of, with_states
-from badge_peft.tuner.context import Frame
+from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
 from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.layer import BadgeBlock
 
@@ -88,7 +84,7 @@ class SegmentPass(BlockPass):
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `block` where it belongs to the segment."""
         number = self.number_of(block)
-        hidden = states_of(args, kwargs)
+        hidden = get_hidden_states(args, kwargs)
         if number == 1:
             self._read(block, 0, Frame(hidden))
         if number == self.blocks.stop:
@@ -161,9 +157,11 @@ class CandidatePass:
         mask = read_mask(self.badge.model, self.badge.layout, self.exits.pooling, batch)
         mask = batch["attention_mask"] if mask is None else mask  # None: all positions of a single row
         reader = PolicyReader(self.exits, n, mask, 0, self.policy)
-        with SlicedPass(reader, self.lengths[order], mask, self.batch_size, self.badge.num_blocks):
-            base = self.badge.model(return_dict=True, **batch)
-        if not self.exits.has_final_exit:
+        chunk = getattr(self.badge.model.config, "chunk_size_feed_forward", 0) or 1  # into which blocks part positions
+        lengths = np.minimum(-(-self.lengths[order] // chunk) * chunk, mask.shape[1])
+        running = SlicedPass(reader, lengths, mask, self.batch_size, self.badge.num_blocks)
+        base = running.run(self.badge.model, batch)
+        if base is not None and not self.exits.has_final_exit:
             reader.finish(base.logits)
         output, back = reader.output(), np.argsort(order)
         logits: Any = output.logits

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.early_exit.parts import CallPart, can_trim
-from badge_peft.early_exit.pass_ import EarlyExitPass, as_result
-from badge_peft.early_exit.policy_reader import PolicyReader
-from badge_peft.early_exit.readers import ExitReader
-from badge_peft.tuner.block_pass import states_of
-from badge_peft.tuner.context import Frame
+from badge_peft.early_exit.exit_pass import AllRowsAnswered, EarlyExitPass, check_rows
+from badge_peft.early_exit.readers import ExitReader, PolicyReader
+from badge_peft.early_exit.row_slice import RowSlice, can_trim
+from badge_peft.tuner.context import Frame, as_result, get_hidden_states
 from badge_peft.tuner.layer import BadgeBlock
 
 Array = np.ndarray
@@ -44,7 +42,7 @@ class Slice:
         reader: Reads their exits.
     """
 
-    def __init__(self, states: Tensor, part: CallPart, reader: ExitReader) -> None:
+    def __init__(self, states: Tensor, part: RowSlice, reader: ExitReader) -> None:
         self.states = states
         self.part = part
         self.reader = reader
@@ -77,12 +75,14 @@ class SlicedPass(EarlyExitPass):
         self.most = most
         self.slices: list[Slice] = []
         self._handed: Tensor | None = None  # what the block before has returned
+        self._tuple_length = 0  # of what blocks return
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs `block` for the rows that are still needed, slice by slice, and has its exits read."""
-        number, hidden = self.number_of(block), states_of(args, kwargs)
+        number, hidden = self.number_of(block), get_hidden_states(args, kwargs)
+        mixed = number <= block.layout.full_rows_until
         if number == 1:
-            self._check_rows(hidden)
+            check_rows(hidden, self.batch_size)
             if not can_trim(self.mask, hidden.shape[1], block, args, kwargs):
                 self.lengths = np.full_like(self.lengths, hidden.shape[1])
             self._cut(hidden)
@@ -92,43 +92,37 @@ class SlicedPass(EarlyExitPass):
                 raise StatesChanged
             for each in self.slices:  # no row has left yet
                 each.states = hidden[:, : each.states.shape[1]].index_select(0, each.part.index)
-        if not self.reader.num_active:
-            length = self._length_known(block, number)
-            if length is not None:
-                return self._hand_on(hidden, length)
-        elif number > block.layout.full_rows_until and self.reader.has_answered:
-            self._regroup()
-        self._read(block, number, self._run(block, number, args, kwargs))
-        length = self._tuple_length
-        assert length is not None
-        passed_on = number != self.num_blocks and number > block.layout.full_rows_until
-        if passed_on or not self.reader.num_active:
-            return self._hand_on(hidden, length)
+        if self.reader.num_active:
+            if self.reader.has_answered and not mixed:
+                self._regroup()
+        elif self._may_end:
+            raise AllRowsAnswered
+        self._read(block, number, self._run(block, args, kwargs))
+        if number != self.num_blocks and not mixed:
+            return self._hand_on(hidden)
         full = self.slices[0].states.new_zeros(hidden.shape)
         for each in self.slices:
-            each.part.put(each.states, full)
-        return self._hand_on(full, length)
+            each.part.scatter(each.states, full)
+        return self._hand_on(full)
 
-    def _run(
-        self, block: BadgeBlock, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[tuple[Slice, Frame]]:
+    def _run(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Slice, Frame]]:
         for each in self.slices:
             result, frame = self.run_block(block, *each.part.arguments(block, each.states, args, kwargs))
-            self._note_length(block, number, result)
+            self._tuple_length = len(result) if isinstance(result, tuple) else 0
             each.states = frame.output
             yield each, frame
 
     def _read(self, block: BadgeBlock, number: int, frames: Iterator[tuple[Slice, Frame]]) -> None:
         """Has exit `number` read slice by slice, where a decision may depend on it, and decides on all of them."""
-        asked = self.reader.num_active > 0 and self.reader.asks(block, number)
+        asked = self.reader.num_active > 0 and self.reader.needs_exit(block, number)
         logits = [each.reader.read(block, number, frame)[0] if asked else frame.output for each, frame in frames]
         if asked:
-            self.reader.take(number, torch.cat(logits), None)
+            self.reader.update(number, torch.cat(logits), None)
 
-    def _hand_on(self, states: Tensor, tuple_length: int) -> Any:
+    def _hand_on(self, states: Tensor) -> Any:
         """What a block returns: `states` [B, S, d]."""
         self._handed = states
-        return as_result(states, tuple_length)
+        return as_result(states, self._tuple_length)
 
     # ------------------------------------------------------------------------------------------------------- slices
 
@@ -163,11 +157,11 @@ class SlicedPass(EarlyExitPass):
         device = self.mask.device.type
         return slice_bounds(self.lengths[rows], self.most, _CALL_ON_CPU if device == "cpu" else _CALL_ON_GPU)
 
-    def _part(self, rows: Array, like: Tensor) -> CallPart:
+    def _part(self, rows: Array, like: Tensor) -> RowSlice:
         index = torch.from_numpy(rows).to(like.device)
-        return CallPart(index, self.batch_size, self.mask.shape[1], int(self.lengths[rows[0]]))
+        return RowSlice(index, self.batch_size, self.mask.shape[1], int(self.lengths[rows[0]]))
 
-    def _reader_of(self, part: CallPart) -> ExitReader:
+    def _reader_of(self, part: RowSlice) -> ExitReader:
         mask = self.mask.index_select(0, part.index)[:, : part.length]
         reader = ExitReader(self.reader.exits, len(mask), mask)
         reader.reads_uncertainty = False
@@ -196,7 +190,7 @@ def slice_bounds(lengths: Array, most: int, call: int) -> list[tuple[int, int]]:
     return bounds[::-1]
 
 
-def _gather(values: list[Tensor], owners: Array, places: Array, part: CallPart) -> Tensor:
+def _gather(values: list[Tensor], owners: Array, places: Array, part: RowSlice) -> Tensor:
     """[b, L, ...] or [b, ...]: rows that lie at `places` in the values of their `owners`, ascending; what has
     positions is cut at `part`'s length, or filled up to it."""
     found = []

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.dispatch import check_fits
-from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.mixin import early_exit_forward, validate_policy
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
@@ -55,7 +54,7 @@ class SettingCheck:
 
     def __call__(self, task: str, config: EarlyExitConfig) -> None:
         """Raises a ValueError where `config` does not suit `task`."""
-        check_fits(config, self.adapters[task], self.num_blocks)
+        validate_policy(config, self.adapters[task], self.num_blocks)
 
 
 class Engine:

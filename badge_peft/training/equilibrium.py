@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.tuner.block_pass import states_of, with_states
-from badge_peft.tuner.context import Frame
+from badge_peft.early_exit.exit_pass import EarlyExitPass
+from badge_peft.tuner.context import Frame, get_hidden_states, with_states
 
 
 class _Scale(torch.autograd.Function):
@@ -48,7 +47,7 @@ class GradientEquilibriumPass(EarlyExitPass):
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gradients that leave block `number` downwards have weight c_m and go on with c_{m-1}."""
-        hidden = scale_gradient(states_of(args, kwargs), self.weight(number - 1) / self.weight(number))
+        hidden = scale_gradient(get_hidden_states(args, kwargs), self.weight(number - 1) / self.weight(number))
         return with_states(hidden, args, kwargs)
 
     def before_exit(self, number: int, block_input: Tensor, frame: Frame) -> Frame:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.early_exit.pass_ import EarlyExitPass
-from badge_peft.tuner.exit_state import ExitState
+from badge_peft.early_exit.exit_pass import EarlyExitPass
+from badge_peft.tuner.exits import ExitState
 
 NEEDS = "objective='past_future' needs BadgeConfig(exit_type='past_future', final_exit='exit')."
 

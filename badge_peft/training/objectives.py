@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import sum_losses
-from badge_peft.early_exit.pass_ import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.distillation import distillation_loss

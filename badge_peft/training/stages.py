@@ -205,4 +205,4 @@ def check_final_stays(stages: list[Stage], model: nn.Module, adapter: str, last:
 
 
 def _brings_earlier(name: str) -> bool:
-    return ".carry." in name or ".ladder." in name
+    return ".carry." in name

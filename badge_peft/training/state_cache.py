@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of, check_backbone
 from badge_peft.training.equilibrium import GradientEquilibriumPass

@@ -15,6 +15,7 @@ from transformers import EvalPrediction, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from badge_peft.early_exit.arguments import input_size
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.full_depth import check_labels
 from badge_peft.evaluation.metrics import Metric, exit_scores
@@ -43,7 +44,6 @@ from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit
 from badge_peft.training.start import START_BATCH, start_exits
 from badge_peft.training.state_cache import StateCache, has_rows, without_unused_columns
 from badge_peft.tuner.backbone import is_trained
-from badge_peft.tuner.block_pass import count_positions, count_rows
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
 from badge_peft.utils.problem import problem_of
@@ -159,7 +159,7 @@ class MultiExitTrainer(CachingTrainer):
         features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS, ROWS)}
         labels = inputs.get("labels")
         if labels is not None:
-            check_labels(self.badge.config_of(), labels, count_rows(**features), count_positions(**features))
+            check_labels(self.badge.config_of(), labels, *input_size(**features))
         training = model.training
         if self._stage is not None:
             self._stage.set_modes(model, self.exits[-1])

@@ -1,41 +1,73 @@
-"""`AdapterSource`: the weights of an adapter whose config was read, checked before a model is changed for them."""
+"""An adapter's files: the weights of one whose config was read, and what ties the two together, a hash of the weights
+and the config inside of their file.
+
+Config, exit logits, report and exported graph carry the hash of the weights that they were made with, so that what was
+measured on others is noticed. PEFT replaces the file of the weights and then that of the config: where a process ends
+in between, the config in the weights' own file, which is written with them, says what they are.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 
-from badge_peft.tuner.identity import config_in, weights_hash
+from badge_peft.tuner.architectures import base_name
+
+#: Name of the tensor in an adapter's file that holds the config: JSON in UTF-8, as bytes.
+CONFIG_TENSOR = "config.json"
+_LENGTH = 16  # hexadecimal digits
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that say which weights these are, names, types and shapes among them."""
+    digest = hashlib.sha256()
+    named = {base_name(name): value for name, value in tensors.items() if name != CONFIG_TENSOR}
+    for name in sorted(named):
+        value = named[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:_LENGTH]
+
+
+def config_tensor(config: dict[str, Any]) -> Tensor:
+    """The fields of a config as a tensor, [bytes] uint8."""
+    return torch.frombuffer(bytearray(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def config_in(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The fields of the config inside of a file of weights; None where there is none that can be read."""
+    found = tensors.get(CONFIG_TENSOR)
+    if found is None or found.dtype is not torch.uint8:
+        return None
+    try:
+        data = json.loads(found.numpy().tobytes())
+    except (ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where a config was read.
+    """Where a config was read."""
 
-    Args:
-        path: A folder, or a repository of the Hub.
-        needs_weights: Whether the config was saved with an adapter, so that its weights must be there.
-        hub: Arguments of `hf_hub_download`, `subfolder` among them.
-    """
-
-    path: str
-    needs_weights: bool
-    hub: dict[str, Any] = field(default_factory=dict, repr=False)  # may hold a token
+    path: str  # a folder, or a repository of the Hub
+    needs_weights: bool  # whether the config was saved with an adapter
+    hub: dict[str, Any] = field(default_factory=dict, repr=False)  # of `hf_hub_download`; may hold a token
 
     def read_tensors(self) -> dict[str, Tensor] | None:
-        """The tensors in the file; None without a file.
-
-        Raises:
-            ValueError: the file cannot be read, or is not there and must be.
-        """
+        """The tensors in the file; None without a file, unless it must be there."""
         folder = Path(self.path, self.hub.get("subfolder") or "")
         names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         file = next((folder / name for name in names if (folder / name).exists()), None)
@@ -71,11 +103,7 @@ class AdapterSource:
 
 
 def check_latest(folder: Path) -> None:
-    """Refuses a folder in which PEFT would read the weights of an earlier saving.
-
-    Raises:
-        ValueError: there are two files of weights, and the one that is read is the older one.
-    """
+    """Refuses a folder in which PEFT would read the weights of an earlier saving."""
     read, other = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     if read.exists() and other.exists() and read.stat().st_mtime_ns < other.stat().st_mtime_ns:
         raise ValueError(

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from typing import Any, cast
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from badge_peft.tuner.decoders import decoder_layout
@@ -104,11 +105,7 @@ ARCHITECTURES: dict[str, BlockLayout] = {
 
 
 def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = None) -> BlockLayout:
-    """The row for `model`: `layout` when given, else the table's row for `model.config.model_type`.
-
-    Raises:
-        ValueError: the table has no such row, or `layout` does not fit the model, or the model reads images.
-    """
+    """The row for `model`: `layout` when given, else the table's row for `model.config.model_type`."""
     if getattr(model, "main_input_name", None) == "pixel_values":
         raise ValueError(
             f"{type(model).__name__} reads images, and exits are put on models that read texts: their rows are tokens "
@@ -139,14 +136,14 @@ def block_names(model: nn.Module, layout: BlockLayout) -> list[str]:
     each time that it runs."""
     prefix = backbone_name(model)
     root = f"{prefix}.{layout.blocks}" if prefix else layout.blocks
-    entries = _length(model, root)
+    entries = len(cast(nn.ModuleList, model.get_submodule(root)))
     if layout.inner_blocks is None:
         return [f"{root}.{i}" for i in range(entries)]
     runs = int(cast(Any, model.config).num_hidden_layers)
     names = []
     for i in range(runs):
         group = f"{root}.{int(i / (runs / entries))}.{layout.inner_blocks}"
-        names += [f"{group}.{j}" for j in range(_length(model, group))]
+        names += [f"{group}.{j}" for j in range(len(cast(nn.ModuleList, model.get_submodule(group))))]
     return names
 
 
@@ -164,7 +161,7 @@ def base_name(name: str) -> str:
 
 
 def exit_norm(model: nn.Module, block: str, layout: BlockLayout) -> nn.Module:
-    """The norm of `model` that LN' copies or shares at the block of that name: its last, or the final one (pre-LN)."""
+    """The norm of `model` that LN' copies at the block of that name: its last, or the final one (pre-LN)."""
     if layout.last_norm is not None:
         return inner_block(model, block).get_submodule(layout.last_norm)
     return model.get_submodule(final_norm_name(model, layout))
@@ -182,6 +179,24 @@ def head_pooling(model: nn.Module, layout: BlockLayout) -> str:
     return str(getattr(model.config, str(layout.pooling), None))
 
 
+def own_pooler(model: nn.Module, layout: BlockLayout, adapter_name: str | None = None) -> nn.Module | None:
+    """The dense layer of the model's pooler, or the copy of it that this adapter trains with the head; None where it
+    has none."""
+    if layout.pooler is None:
+        return None
+    for root in (model.get_submodule(backbone_name(model)), model):
+        found: Any = root
+        for part in layout.pooler.split("."):
+            found = getattr(found, part, None)
+            if isinstance(found, ModulesToSaveWrapper):
+                saved: Any = found.modules_to_save
+                has_own = adapter_name is not None and adapter_name in saved
+                found = saved[adapter_name] if has_own else found.original_module
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
 def max_positions(model: nn.Module) -> int | None:
     """How many tokens the model's table of positions has room for; None where it has no table."""
     for name, module in model.named_modules():
@@ -195,10 +210,6 @@ def max_positions(model: nn.Module) -> int | None:
 def hidden_size(model: nn.Module, layout: BlockLayout, block: str) -> int:
     """d: the width of the states of the block called `block`."""
     return int(cast(nn.Parameter, exit_norm(model, block, layout).weight).shape[-1])
-
-
-def _length(model: nn.Module, path: str) -> int:
-    return len(cast(nn.ModuleList, model.get_submodule(path)))
 
 
 def _check(model: nn.Module, layout: BlockLayout) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from badge_peft.registry import PREFIX
-from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout
+from badge_peft.tuner.architectures import BlockLayout, block_names, final_norm_name, get_layout, own_pooler
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.lora import is_lora
-from badge_peft.tuner.poolers import own_pooler
 
 
 def is_own_weight(name: str) -> bool:
@@ -45,7 +44,7 @@ def _unused_by_exits(model: nn.Module, config: BadgeConfig) -> tuple[str, ...]:
         pooler = own_pooler(model, layout)
         names = [name for name in names if all(part is not pooler for part in model.get_submodule(name).modules())]
     blocks = block_names(model, layout)
-    if config.norm == "own" and config.placement != "none":
+    if config.placement != "none":
         if layout.pre_norm:
             names.append(final_norm_name(model, layout))
         elif blocks.count(blocks[-1]) == 1:  # a shared block (ALBERT) runs before, too

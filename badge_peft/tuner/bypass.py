@@ -10,7 +10,6 @@ from torch.func import functional_call
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.pooling import Pooling
 
 Scale = Callable[[Tensor], Tensor]
@@ -31,23 +30,15 @@ class Bypass(nn.Module):
 
     W_up starts at zero, so that an exit starts from the block's own output.
 
-    With a `ladder`, the bottleneck also reads that of the bypass before: s_m = g1(x W_down + s_{m-1} A_m). A_m starts
-    at zero, so that a bypass starts as one that stands alone, and stays one where A_m is not trained. After the side
-    network of Sung et al., "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", NeurIPS
-    2022.
-
     Args:
         hidden_size: d.
         r: Bottleneck dimension.
         activation: g1.
         bias: Biases in both projections.
-        norm: A LayerNorm whose copy becomes LN', or None when LN' is shared with the block.
-        ladder: Whether it reads the bottleneck of the bypass before.
+        norm: A LayerNorm whose copy becomes LN'.
     """
 
-    def __init__(
-        self, hidden_size: int, r: int, activation: str, bias: bool, norm: nn.Module | None, ladder: bool = False
-    ) -> None:
+    def __init__(self, hidden_size: int, r: int, activation: str, bias: bool, norm: nn.Module) -> None:
         super().__init__()
         self.down = nn.Linear(hidden_size, r, bias=bias)
         self.activation = ACTIVATION_MODULES[activation]()
@@ -55,84 +46,39 @@ class Bypass(nn.Module):
         nn.init.zeros_(self.up.weight)
         if bias:
             nn.init.zeros_(self.up.bias)
-        self.norm = None if norm is None else _plain_copy(norm)
-        self.ladder = nn.Linear(r, r, bias=False) if ladder else None  # A_m
-        if self.ladder is not None:
-            nn.init.zeros_(self.ladder.weight)
+        self.norm = _plain_copy(norm)
 
-    def forward(
-        self,
-        source: Tensor,
-        residual: Tensor,
-        shared_norm: nn.Module | None,
-        scale_weights: Scale | None = None,
-        state: ExitState | None = None,
-    ) -> Tensor:
+    def forward(self, source: Tensor, residual: Tensor) -> Tensor:
         """LN'( B(source) + residual ); both [..., d], the result too."""
-        adjusted = self.bottleneck(source, state) + residual.to(self.down.weight.dtype)
-        return self.normalize(adjusted, shared_norm, scale_weights)
+        return self.norm(self.bottleneck(source) + residual.to(self.down.weight.dtype))
 
-    def bottleneck(self, source: Tensor, state: ExitState | None = None) -> Tensor:
-        """B(source): [..., d] -> [..., r] -> [..., d]; `state` has what the bypass before has left."""
-        inner = self.down(source.to(self.down.weight.dtype))  # [..., r]
-        if self.ladder is not None:
-            assert state is not None
-            inner = inner + self.ladder(state.from_before("bottleneck", inner))
-        inner = self.activation(inner)
-        if state is not None and state.keeps_bottleneck:
-            state.left["bottleneck"] = inner
-        return self.up(inner)
-
-    def normalize(self, states: Tensor, shared_norm: nn.Module | None, scale_weights: Scale | None = None) -> Tensor:
-        """LN'; `scale_weights` is for a shared one."""
-        if self.norm is None:
-            assert shared_norm is not None
-            return apply_norm(shared_norm, states, scale_weights)
-        return self.norm(states.to(self.down.weight.dtype))
+    def bottleneck(self, source: Tensor) -> Tensor:
+        """B(source): [..., d] -> [..., r] -> [..., d]."""
+        return self.up(self.activation(self.down(source.to(self.down.weight.dtype))))
 
 
 def bypassed_states(
-    bypass: Bypass,
-    placement: str,
-    block: nn.Module,
-    layout: BlockLayout,
-    frame: Frame,
-    pooling: Pooling,
-    exit_norm: nn.Module | None,
-    state: ExitState | None = None,
+    bypass: Bypass, placement: str, block: nn.Module, layout: BlockLayout, frame: Frame, pooling: Pooling
 ) -> Tensor:
     """H'_m, at the position that the pooling picks, or at all of them.
 
     * `block`: LN'( B(H_{m-1}) + H_{m,F} )                                                          (Eq. 2)
     * `ffn`:   LN'( B(H_{m,MHA}) + H_{m,F} )
-    * `mhsa`:  H'_MHA = LN_attn( B(H_{m-1}) + attention output + H_{m-1} ), then LN'( FFN(H'_MHA) + H'_MHA )
-
-    Args:
-        bypass: Of this block.
-        placement: One of the three.
-        block: The transformer block; `mhsa` runs its FFN a second time.
-        layout: Where the block's parts are.
-        frame: What the block has just computed.
-        pooling: Of this call.
-        exit_norm: The norm that LN' is when it is shared, else None.
-        state: What the bypasses of this call leave for one another.
-    """
+    * `mhsa`:  H'_MHA = LN_attn( B(H_{m-1}) + attention output + H_{m-1} ), then LN'( FFN(H'_MHA) + H'_MHA )"""
     source = frame.attention if placement == "ffn" else frame.block_input
     assert source is not None  # the hooks have run
     source = pooling.pick(source)
-    scale = frame.scale_weights
-    scale_last = None if layout.pre_norm else scale  # the model's final norm belongs to no block
     if placement == "mhsa":
         sums = frame.attention if layout.pre_norm else frame.attention_sum
         assert sums is not None
-        adjustment = bypass.bottleneck(source, state)
+        adjustment = bypass.bottleneck(source)
         inner = adjustment + pooling.pick(sums).to(adjustment.dtype)
         if not layout.pre_norm:
-            inner = apply_norm(block.get_submodule(layout.attention_norm), inner, scale)
-        return bypass.normalize(_ffn(block, layout, inner, scale) + inner, exit_norm, scale_last)
+            inner = apply_norm(block.get_submodule(layout.attention_norm), inner, frame.scale_weights)
+        return bypass.norm((_ffn(block, layout, inner, frame.scale_weights) + inner).to(bypass.down.weight.dtype))
     residual = frame.output if layout.pre_norm else frame.ffn_sum  # H_{m,F}
     assert residual is not None
-    return bypass(source, pooling.pick(residual), exit_norm, scale_last, state)
+    return bypass(source, pooling.pick(residual))
 
 
 def states_read(placement: str, pre_norm: bool) -> tuple[str, ...]:

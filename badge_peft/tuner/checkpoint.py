@@ -17,10 +17,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from badge_peft.registry import PREFIX
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, exit_norm
 from badge_peft.tuner.backbone import is_own_weight
 from badge_peft.tuner.config import BadgeConfig, own_exits
-from badge_peft.tuner.identity import CONFIG_TENSOR, config_tensor, weights_hash
 from badge_peft.tuner.layer import adapter_modules
 from badge_peft.tuner.lora import is_adapter_key, lora_tensors
 from badge_peft.tuner.lora_config import lora_config
@@ -54,18 +54,8 @@ def saved_state_dict(
 
 
 def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:
-    """Compares the weights of a config that was read with what the adapter will have on `model`.
-
-    Nothing of the model is changed.
-
-    Args:
-        model: The base model, wrapped or not.
-        config: Prepared for `model`. Without a file of weights its `source` becomes None.
-        layout: Where the blocks of `model` are.
-
-    Raises:
-        ValueError: the file is damaged or not there, or does not hold exactly what `config` says.
-    """
+    """Compares the file of a config that was read with what the adapter will have on `model`, which is left as it is.
+    Without a file of weights its `source` becomes None."""
     if config.source is None:
         return
     found = config.source.read_tensors()
@@ -74,7 +64,7 @@ def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> No
         return
     _compare(
         _expected_tensors(model, config, layout),
-        {base_name(name): value for name, value in found.items() if name != CONFIG_TENSOR},
+        {base_name(name): value for name, value in without_unread(config, found).items() if name != CONFIG_TENSOR},
         _embeddings(model),
     )
     if config.weights_hash is not None and weights_hash(found) != config.weights_hash:
@@ -86,21 +76,17 @@ def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> No
 
 
 def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weights: dict[str, Tensor]) -> None:
-    """Compares weights that are about to be loaded with what the adapter has on `model`.
-
-    Args:
-        model: The PEFT model, with the adapter in place.
-        config: The adapter's config.
-        adapter_name: Its name.
-        weights: The file's tensors under the model's names.
-
-    Raises:
-        ValueError: `weights` do not hold exactly what the adapter has.
-    """
+    """Compares the file's tensors, under the model's names, with what the adapter has on `model`, the PEFT model."""
     here = model.state_dict()
     expected = adapter_state_dict(config, adapter_name, here)
     expected.update({name: here[name] for name in saved_names(model, adapter_name).values()})
     _compare(expected, weights, _embeddings(model))
+
+
+def without_unread(config: BadgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` without the layer, of the first exit of `past_future`, that older versions saved and none reads."""
+    first = 1 if config.exit_layers is None else config.exit_layers[0]
+    return {name: value for name, value in tensors.items() if f".{first}.imitate." not in name}
 
 
 def materialize(model: nn.Module, names: Iterable[str]) -> None:

@@ -17,18 +17,11 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.config_rules import (
-    check_data_columns,
-    check_filled_in,
-    check_label_names,
-    check_links,
-    check_tokens,
-    sorted_layers,
-)
+from badge_peft.tuner.config_rules import REMOVED, check_fields
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_choice, check_int, is_number
+from badge_peft.utils.checks import check_choice, check_int, require, without_removed
 from badge_peft.utils.files import write_text
 from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
@@ -36,7 +29,6 @@ from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
 CHOICES: dict[str, tuple[str, ...]] = {
     "placement": ("block", "ffn", "mhsa", "none"),
     "activation": tuple(ACTIVATION_MODULES),
-    "norm": ("own", "shared"),
     "exit_type": tuple(EXITS),
     "exit_pooling": ("auto", "cls", "mean", "last"),
     "final_exit": ("base_head", "exit"),
@@ -72,7 +64,6 @@ class BadgeConfig(PeftConfig):
     placement: str = option("block", "Where the bypass reads: `block` (Eq. 2), `ffn`, `mhsa`, or `none`.")
     activation: str = option("gelu", f"g1 of Eq. 1: {', '.join(ACTIVATION_MODULES)}.")
     bias: bool = option(False, "Biases in the two projections of a bypass (Eq. 1 has none).")
-    norm: str = option("own", "LN' of Eq. 2: `own` weights, a copy at the start, or the block's, `shared`.")
     exit_type: str = option(
         "linear",
         "`linear`, `pooled` (dense + tanh + linear), `shared_pooled` (the model's pooler), `mha`, "
@@ -85,11 +76,8 @@ class BadgeConfig(PeftConfig):
     )
     final_exit: str = option("base_head", "Exit M: the model's own head, `base_head`, or an `exit` like the others.")
     carry: str | None = option(
-        None,
-        "What an exit adds of those before it: the `logits` of the last one, times a learned number; the `states` of "
-        "their bottlenecks, times a learned matrix; None: nothing.",
+        None, "What an exit adds of the one before it: its `logits`, times a learned number; None: nothing."
     )
-    ladder: bool = option(False, "A bypass also reads the bottleneck of the one before it.")
     train_head: bool = option(True, "Train the model's own head and save it. False keeps full depth bit for bit.")
     backbone: str = option("frozen", "`frozen`, `lora` or `full` (the paper).")
     lora: Any = option(None, "LoraConfig or dict for backbone='lora'.")
@@ -142,41 +130,20 @@ class BadgeConfig(PeftConfig):
                 "'TOKEN_CLS'."
             )
         check_int("r", self.r, at_least=1, optional=False)
-        if self.r >= 2**31:  # no size of a tensor, and beyond 2**63 torch fails with an error of its own
-            raise ValueError(f"r={self.r!r} is not allowed: it must be below 2**31.")
+        require(self.r < 2**31, "r", self.r, "it must be below 2**31")  # else torch fails with an error of its own
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        check_links(self.carry, self.ladder, self.exit_type, self.final_exit, self.placement)
-        for name in ("bias", "ladder", "train_head", "learn_to_exit", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be True or False.")
-        for name in ("base_model_name_or_path", "revision", "weights_hash"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value.isprintable()):
-                raise ValueError(f"{name}={value!r} is not allowed: it must be a string that can be printed, or None.")
-        if not is_number(self.exit_dropout) or not 0 <= self.exit_dropout < 1:
-            raise ValueError(f"exit_dropout={self.exit_dropout!r} is not allowed: it must be in [0, 1).")
-        self.exit_layers = sorted_layers(self.exit_layers)
-        self.exit_weights = check_weights(self.exit_weights)
         for name in ("num_labels", "num_blocks", "hidden_size"):
             check_int(name, getattr(self, name), at_least=1)
-        check_label_names(self.label_names, self.num_labels)
-        check_data_columns(self.data_columns)
         if self.problem_type is not None:
             check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        if self.reads_tokens:
-            check_tokens(vars(self))
-        if self.lora is not None and self.backbone != "lora":
-            raise ValueError(f"lora is set but backbone={self.backbone!r}: set backbone='lora', or leave lora out.")
+        check_fields(self)
+        self.exit_layers = None if self.exit_layers is None else sorted(self.exit_layers)
+        self.exit_weights = check_weights(self.exit_weights)
         if self.backbone == "lora":
             self.lora = lora_fields(self.lora)
         if self.early_exit is not None:
             self.early_exit = EarlyExitConfig.of(self.early_exit)
-        if self.exclude_modules:
-            raise ValueError(
-                f"exclude_modules={self.exclude_modules!r} is not allowed: exit_layers says which blocks have an exit."
-            )
-        check_filled_in(self.modules_to_save, self.target_modules, self.base_fingerprint)
         if self.block_layout is not None:
             self.block_layout = BlockLayout.of(self.block_layout)
 
@@ -186,6 +153,11 @@ class BadgeConfig(PeftConfig):
         for name in ("source", "after_saving"):
             data.pop(name)
         return data
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file as this version has them; PEFT asks while it reads one."""
+        return super().check_kwargs(**without_removed(kwargs, REMOVED))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -207,7 +179,7 @@ class BadgeConfig(PeftConfig):
                     "where saving was interrupted: the config inside of the weights is taken. Save the adapter again.",
                     stacklevel=2,
                 )
-                config = cls.from_peft_type(**of_weights)
+                config = cls.from_peft_type(**without_removed(of_weights, REMOVED))
             config.source = source
         return config
 
@@ -256,11 +228,7 @@ class BadgeConfig(PeftConfig):
 
 
 def exit_numbers(config: BadgeConfig, num_blocks: int) -> list[int]:
-    """Block numbers that have an exit, in order; the last is always M.
-
-    Raises:
-        ValueError: `config.exit_layers` names a block that the model does not have.
-    """
+    """Block numbers that have an exit, in order; the last is always M."""
     if config.exit_layers is None:
         return list(range(1, num_blocks + 1))
     if config.exit_layers[-1] > num_blocks:

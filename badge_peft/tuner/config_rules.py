@@ -4,118 +4,103 @@ from __future__ import annotations
 
 from typing import Any
 
-from badge_peft.tuner.carry import CARRIES
-from badge_peft.utils.checks import is_number
+from badge_peft.utils.checks import is_list_of, is_number, require
 from badge_peft.utils.problem import Problem
 
 #: What has a meaning where each token has an answer.
-TOKEN_CHOICES: dict[str, tuple[str | None, ...]] = {
+_TOKEN_CHOICES: dict[str, tuple[str | None, ...]] = {
     "exit_pooling": ("auto",),
     "exit_type": ("linear", "pooled", "mha", "residual_mha"),
     "problem_type": (None, Problem.name),
 }
+_AGAIN = (
+    "An adapter that was saved with it has to be trained again, or loaded with the badge_peft that saved it "
+    "(badge_version in its adapter_config.json)."
+)
+#: Fields that are no more, for `without_removed`.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "ladder": (False, f"Leave it out. {_AGAIN}"),
+    "norm": ("own", f"Leave it out: each bypass has a LayerNorm of its own. {_AGAIN}"),
+}
 
 
-def sorted_layers(layers: Any) -> list[int] | None:
-    """`exit_layers`, in order.
-
-    Raises:
-        ValueError: they are not distinct block numbers.
-    """
-    if layers is None:
-        return None
-    numbers = isinstance(layers, (list, tuple)) and all(
-        isinstance(m, int) and not isinstance(m, bool) and m >= 0 for m in layers
-    )
-    if not numbers or not layers or len(set(layers)) != len(layers):
-        raise ValueError(
-            f"exit_layers={layers!r} is not allowed: it must be None or a list of distinct block numbers, where 1 is "
-            "the first block and 0 the embeddings."
-        )
-    return sorted(layers)
-
-
-def check_links(carry: Any, ladder: bool, exit_type: str, final_exit: str, placement: str) -> None:
-    """Checks what exits read of one another.
-
-    Raises:
-        ValueError: which field, and what it needs.
-    """
-    if carry is not None and carry not in CARRIES:
-        raise ValueError(f"carry={carry!r} is not allowed: it must be None or {' or '.join(CARRIES)}.")
-    if exit_type == "past_future" and final_exit != "exit":
+def check_fields(config: Any) -> None:
+    """Refuses, with a ValueError, values of a `BadgeConfig` that are right on no model."""
+    for name in ("bias", "train_head", "learn_to_exit", "inference_mode"):
+        value = getattr(config, name)
+        require(isinstance(value, bool), name, value, "it must be True or False")
+    for name in ("base_model_name_or_path", "revision", "weights_hash"):
+        value = getattr(config, name)
+        printable = value is None or (isinstance(value, str) and value.isprintable())
+        require(printable, name, value, "it must be a string that can be printed, or None")
+    p = config.exit_dropout
+    require(is_number(p) and 0 <= p < 1, "exit_dropout", p, "it must be in [0, 1)")
+    if config.carry == "states":
+        raise ValueError(f"carry='states' is not allowed: it has been removed. Use carry='logits' or None. {_AGAIN}")
+    require(config.carry in (None, "logits"), "carry", config.carry, "it must be None or 'logits'")
+    if config.exit_type == "past_future" and config.final_exit != "exit":
         raise ValueError("exit_type='past_future' needs final_exit='exit': exit M is one of the exits it fuses.")
-    if placement == "none" and (ladder is True or carry == "states"):
-        field = "ladder=True" if ladder is True else "carry='states'"
-        raise ValueError(f"{field} needs a bypass at each exit: placement='block', 'ffn' or 'mhsa'.")
+    if config.lora is not None and config.backbone != "lora":
+        raise ValueError(f"lora is set but backbone={config.backbone!r}: set backbone='lora', or leave lora out.")
+    excluded = config.exclude_modules
+    require(not excluded, "exclude_modules", excluded, "exit_layers says which blocks have an exit")
+    _check_exit_layers(config.exit_layers)
+    check_label_names(config.label_names, config.num_labels)
+    _check_data_columns(config.data_columns)
+    if config.reads_tokens:
+        for name, choices in _TOKEN_CHOICES.items():
+            if getattr(config, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} is not allowed with task_type='TOKEN_CLS', where each token "
+                    f"has an answer of one label: it must be {' or '.join(map(repr, choices))}."
+                )
+    _check_filled_in(config.modules_to_save, config.target_modules, config.base_fingerprint)
+
+
+def _check_exit_layers(layers: Any) -> None:
+    numbers = isinstance(layers, (list, tuple)) and all(type(m) is int and m >= 0 for m in layers)
+    require(
+        layers is None or (numbers and len(set(layers)) == len(layers) > 0),
+        "exit_layers",
+        layers,
+        "it must be None or a list of distinct block numbers, where 1 is the first block and 0 the embeddings",
+    )
 
 
 def check_label_names(names: Any, num_labels: int | None) -> None:
-    """Checks that there is a different name for each label.
-
-    Raises:
-        ValueError: there is not.
-    """
+    """Refuses, with a ValueError, what is not a different name for each label."""
     if names is None:
         return
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
-        raise ValueError(f"label_names={names!r} is not allowed: it must be None or a list of different strings.")
+    different = is_list_of(str, names) and len(set(names)) == len(names)
+    require(different, "label_names", names, "it must be None or a list of different strings")
     if num_labels is not None and len(names) != num_labels:
         raise ValueError(f"label_names={names!r} has {len(names)} names, but num_labels={num_labels}.")
 
 
-def check_data_columns(columns: Any) -> None:
-    """Checks what columns of the training data are called.
-
-    Raises:
-        ValueError: it is no dict of names.
-    """
-    if columns is None or (
-        isinstance(columns, dict)
-        and all(isinstance(key, str) and isinstance(name, str | None) for key, name in columns.items())
-    ):
-        return
-    raise ValueError(
-        f"data_columns={columns!r} is not allowed: it must be None, or a dict from text, text_pair, label and "
-        "query_id to names of columns (None: there is none)."
+def _check_data_columns(columns: Any) -> None:
+    named = isinstance(columns, dict) and all(
+        isinstance(key, str) and isinstance(name, str | None) for key, name in columns.items()
+    )
+    require(
+        columns is None or named,
+        "data_columns",
+        columns,
+        "it must be None, or a dict from text, text_pair, label and query_id to names of columns (or None)",
     )
 
 
-def check_tokens(fields: dict[str, Any]) -> None:
-    """Checks the fields that have fewer choices where each token has an answer.
-
-    Args:
-        fields: At least those of `TOKEN_CHOICES`.
-
-    Raises:
-        ValueError: which field, and its choices.
-    """
-    for name, allowed in TOKEN_CHOICES.items():
-        if fields[name] not in allowed:
-            raise ValueError(
-                f"{name}={fields[name]!r} is not allowed with task_type='TOKEN_CLS', where each token has an answer "
-                f"of one label: it must be {' or '.join(map(repr, allowed))}."
-            )
-
-
-def check_filled_in(modules_to_save: Any, target_modules: Any, base_fingerprint: Any) -> None:
-    """Checks what nobody writes by hand, but a damaged file may hold.
-
-    Raises:
-        ValueError: which field, and what it must be.
-    """
-    names, sample = modules_to_save, base_fingerprint
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"modules_to_save={names!r} is not allowed: it must be None or a list of names.")
-    listed = isinstance(target_modules, (list, set, tuple)) and all(isinstance(name, str) for name in target_modules)
-    if not (target_modules is None or isinstance(target_modules, str) or listed):
-        raise ValueError(f"target_modules={target_modules!r} is not allowed: leave it None.")
-    if sample is not None and not (
-        isinstance(sample, dict)
-        and all(isinstance(values, list) and values for values in sample.values())
-        and all(is_number(v) or name.startswith("config.") for name, values in sample.items() for v in values)
-    ):
-        raise ValueError(
-            f"base_fingerprint={sample!r} is not allowed: it must be None (nothing is compared then) or lists of "
-            "numbers by name, as it was saved."
-        )
+def _check_filled_in(names: Any, target: Any, sample: Any) -> None:
+    """What nobody writes by hand, but a damaged file may hold."""
+    require(names is None or is_list_of(str, names), "modules_to_save", names, "it must be None or a list of names")
+    listed = isinstance(target, (list, set, tuple)) and all(isinstance(name, str) for name in target)
+    require(target is None or isinstance(target, str) or listed, "target_modules", target, "leave it None")
+    sampled = isinstance(sample, dict) and all(
+        isinstance(values, list) and values and (name.startswith("config.") or all(map(is_number, values)))
+        for name, values in sample.items()
+    )
+    require(
+        sample is None or sampled,
+        "base_fingerprint",
+        sample,
+        "it must be None (nothing is compared then) or lists of numbers by name, as it was saved",
+    )

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class Frame:
-    """What one block sees while it runs; the names are those of DESIGN's equations. All tensors are [B, S, d]."""
+    """What one block sees while it runs, in the names of Eq. 2. All tensors are [B, S, d]."""
+
+    attention_sum: Tensor | None = None  # the input of the attention LayerNorm
+    attention: Tensor | None = None  # H_{m,MHA}
+    ffn_sum: Tensor | None = None  # H_{m,F}
+    scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
 
     def __init__(self, block_input: Tensor) -> None:
         self.block_input = block_input  # H_{m-1}
-        self.attention_sum: Tensor | None = None  # the input of the attention LayerNorm
-        self.attention: Tensor | None = None  # H_{m,MHA}
-        self.ffn_sum: Tensor | None = None  # H_{m,F}
-        self.output: Tensor = block_input  # H_m, once the block is through
-        self.scale_weights: Callable[[Tensor], Tensor] | None = None  # for weights of the block that an exit uses
+        self.output = block_input  # H_m, once the block is through
 
     def record(self, name: str, value: Tensor) -> None:
         """Stores `value`; a second one is the next chunk of the sequence (`chunk_size_feed_forward`), or, when all of
@@ -47,15 +50,10 @@ class Frame:
 
 
 class PassContext:
-    """One call of a model. Inside of `with`, its blocks ask it what to do.
+    """One call of a model. Inside of `with`, its blocks ask it what to do."""
 
-    Attributes:
-        frame: Of the block that runs now.
-        heads: Who answers at the model's own head, where several adapters do: `saved_modules.RowHeads`, `TaskHeads`.
-    """
-
-    frame: Frame | None = None
-    heads: Any = None
+    frame: Frame | None = None  # of the block that runs now
+    heads: Any = None  # `RowHeads` or `TaskHeads`, where several adapters answer at the model's own head
 
     def __enter__(self) -> PassContext:
         self._token: Token[PassContext | None] = _CURRENT.set(self)
@@ -87,22 +85,20 @@ def no_pass() -> Iterator[None]:
 
 
 class Recorder:
-    """A hook that records, in the frame of the running block, a tensor that a norm sees. Outside of a pass it does
-    nothing.
+    """A hook that records, in the frame of the running block, a tensor that a norm sees: its output as a forward hook,
+    its input as a pre-hook. Outside of a pass it does nothing.
 
     Compiled code (`badge_peft.compile_blocks`) cannot look for the pass, so there the tensor is kept in `seen` until
     the compiled function returns it; it never stays there.
-
-    Args:
-        name: Of the tensor, as in `Frame`.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = name  # of the tensor, as in `Frame`
         self.seen: Tensor | None = None
 
-    def record(self, value: Tensor) -> None:
-        """Records `value`, or the next chunk of the sequence."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
+        """Records the tensor, or the next chunk of the sequence."""
+        value = args[0] if output is None else output
         if torch.compiler.is_dynamo_compiling():
             self.seen = value if self.seen is None else torch.cat([self.seen, value], dim=1)
             return
@@ -111,37 +107,91 @@ class Recorder:
             run.frame.record(self.name, value)
 
 
-class RecordInput(Recorder):
-    """A forward pre-hook: records the input of a norm."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.record(args[0])
-
-
-class RecordOutput(Recorder):
-    """A forward hook: records the output of a norm."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.record(output)
-
-
 def watch_block(
     block: nn.Module, layout: BlockLayout, placement: str, handles: dict[str, Any], recorders: dict[str, Recorder]
 ) -> None:
     """Puts the hooks on `block` that a placement needs and `handles` lacks."""
-    wanted: list[tuple[str, str, type[Recorder]]] = []  # tensor, norm, hook
-    if layout.last_norm:
-        wanted.append(("ffn_sum", layout.last_norm, RecordInput))
-    if layout.pre_norm:
-        if placement in ("ffn", "mhsa"):
-            wanted.append(("attention", layout.attention_norm, RecordInput))
-    elif placement == "ffn":
-        wanted.append(("attention", layout.attention_norm, RecordOutput))
-    elif placement == "mhsa":
-        wanted.append(("attention_sum", layout.attention_norm, RecordInput))
-    for name, path, kind in wanted:
+    after = placement == "ffn" and not layout.pre_norm  # reads what the norm gives
+    wanted = [("ffn_sum", layout.last_norm)] if layout.last_norm else []
+    if placement in ("ffn", "mhsa"):
+        wanted.append(("attention" if after or layout.pre_norm else "attention_sum", layout.attention_norm))
+    for name, path in wanted:
         if name not in handles:
-            recorder: Any = kind(name)
             norm = block.get_submodule(path)
-            register = norm.register_forward_pre_hook if kind is RecordInput else norm.register_forward_hook
-            handles[name], recorders[name] = register(recorder), recorder
+            watches = after and name == "attention"
+            register: Any = norm.register_forward_hook if watches else norm.register_forward_pre_hook
+            recorders[name] = Recorder(name)
+            handles[name] = register(recorders[name])
+
+
+class BlockPass(PassContext):
+    """One call of a model whose blocks are wrapped. Subclasses say in `visit` what happens at each block.
+    `trains_backbone` says whether the blocks take gradients, and is asked only where these would get lost."""
+
+    def __init__(self, compiled: Any = None, trains_backbone: Callable[[], bool] = lambda: True) -> None:
+        self.compiled = compiled
+        self.trains_backbone = trains_backbone
+        self._visits: dict[int, int] = {}
+
+    def number_of(self, block: Any) -> int:
+        """The block number of this visit: a shared block (ALBERT) has a new one each time."""
+        if len(block.numbers) == 1:
+            return block.numbers[0]
+        visit = self._visits.get(id(block), 0)
+        self._visits[id(block)] = visit + 1
+        return block.numbers[visit]
+
+    def run_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Frame]:
+        """Runs `block`, a `BadgeBlock`: what it returns, untouched, and what it saw on the way."""
+        hidden = get_hidden_states(args, kwargs)
+        frame = self.frame = Frame(hidden)
+        layer: Any = block._modules["base_layer"]
+        try:
+            if self.compiled is None or torch.is_grad_enabled():
+                result = layer(*args, **kwargs)
+            else:
+                recorders = list(block.recorders.values())
+                result, seen = self.compiled.run(layer, recorders, hidden.shape[1], args, kwargs)
+                for recorder, value in zip(recorders, seen, strict=False):
+                    if value is not None:
+                        frame.record(recorder.name, value)
+                if any(getattr(frame, recorder.name) is None for recorder in recorders):
+                    # where foreign hooks break the graph, torch takes the code of a block without recorders for this
+                    result = layer(*args, **kwargs)
+        finally:
+            self.frame = None
+        frame.output = result[0] if isinstance(result, tuple) else result
+        if frame.block_input.device != frame.output.device:  # a block on another device moves its input by itself
+            frame.block_input = frame.block_input.to(frame.output.device)
+        if torch.is_grad_enabled():
+            self._check_gradient(layer, frame)
+        return result, frame
+
+    def _check_gradient(self, layer: nn.Module, frame: Frame) -> None:
+        if frame.output.requires_grad:
+            inner = (getattr(frame, name) for name in ("attention_sum", "attention", "ffn_sum"))
+            hidden = any(x is not None and not x.requires_grad for x in inner) and self.trains_backbone()
+        else:  # where the block's input has no gradient, its output has none either, whatever is trained inside
+            hidden = any(parameter.requires_grad for parameter in layer.parameters())
+        if hidden:
+            raise RuntimeError(
+                "re-entrant gradient checkpointing hides what a block computes, so its exit could not send gradients "
+                "into it. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+
+def get_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """H_{m-1} [B, S, d] among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_states(states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of a block with other states."""
+    if args:
+        return (states, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": states}
+
+
+def as_result(hidden: Tensor, tuple_length: int) -> Any:
+    """`hidden` in the shape in which a block returns its states: a tuple of this length, 0 for the tensor itself."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden

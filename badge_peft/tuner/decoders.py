@@ -70,11 +70,7 @@ def decoder_layout(model: nn.Module) -> BlockLayout | None:
 
 
 def decoder_arguments(model: nn.Module, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """The arguments of a call of `model`, a decoder without a cache of keys and values; others as they are.
-
-    Raises:
-        ValueError: a cache is asked for or given, or rows may be padded and the model does not know with what.
-    """
+    """The arguments of a call of `model`, a decoder without a cache of keys and values; others as they are."""
     if not _keeps_cache(type(model).forward):
         return arguments
     given = [name for name in ("use_cache", *_CACHES) if arguments.get(name) not in (None, False)]

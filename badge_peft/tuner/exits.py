@@ -6,26 +6,51 @@ a reader may look at the vector (learning to exit does).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from badge_peft.tuner.exit_state import ExitState
 from badge_peft.tuner.pooling import TOKENS, Pooling
 
 
+class ExitState:
+    """What the exits of one call leave for the deeper ones, and for its objective. It belongs to the rows: those that
+    leave take theirs with them. `exits` are those of the call where each needs all others (Global Past-Future)."""
+
+    def __init__(self, exits: Sequence[nn.Module] = ()) -> None:
+        self.exits = list(exits)
+        self.left: dict[str, Tensor] = {}  # by name: [n, ...], or [n, S, ...] where each position has its own
+        self.keeps_vectors = False  # those, and predictions, that the objective compares
+        self.vectors: dict[int, Tensor] = {}  # index of the exit -> v_j
+        self.predictions: dict[tuple[int, int], Tensor] = {}  # (i, j) -> what exit i takes v_j to be
+
+    def add(self, name: str, value: Tensor, for_later: Tensor) -> Tensor:
+        """The sum of `name` up to this exit; deeper exits see `for_later` in place of `value`."""
+        before = self.left.get(name)
+        before = before if before is None else before.to(value.device)
+        self.left[name] = for_later if before is None else before + for_later
+        return value if before is None else before + value
+
+    def keep_rows(self, index: Tensor, length: int | None = None) -> None:
+        """Goes on with the rows `index` alone, and with their first `length` positions (None: all)."""
+        for name, value in self.left.items():
+            if length is not None and value.dim() > 2:
+                value = value[:, :length]
+            self.left[name] = torch.index_select(value, 0, index.to(value.device))
+
+
+def finite(left: Tensor) -> Tensor:
+    """What an exit has left for others. NaN and infinity count as 0: they say nothing, and would spread to all deeper
+    exits."""
+    return left.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 class CenteredDropout(nn.Dropout):
-    """Dropout of deviations from a mean: dropping a number that is the same for all texts says nothing of any.
-
-    Args:
-        p: Probability.
-
-    Attributes:
-        center: [d], while it is trained; None is 0.
-    """
+    """Dropout of deviations from a mean (`center` [d] while it is trained; None is 0): dropping a number that is the
+    same for all texts says nothing of any."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p)
@@ -40,13 +65,7 @@ class CenteredDropout(nn.Dropout):
 
 
 class Exit(nn.Module):
-    """One exit.
-
-    Args:
-        hidden_size: d.
-        num_labels: K.
-        dropout: Probability, before the linear layer.
-    """
+    """One exit, from d to K numbers."""
 
     #: Whether the exit reads all positions [B, S, d]; the others act on each alone, so pooling may come first.
     reads_sequence: ClassVar[bool] = False
@@ -231,61 +250,58 @@ class MultiExitHead(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class AdapterExits:
-    """The exits of one adapter, as a call reads them.
+    """The exits of one adapter, as a call reads them."""
 
-    Args:
-        adapter: Its name.
-        numbers: Block numbers of its exits, shallow to deep; the last is M.
-        pooling: `cls`, `mean`, `last`, or `tokens`.
-        num_labels: K.
-        problem_type: As transformers has it.
-        has_final_exit: Whether exit M is one of its own; otherwise the model's own head answers there.
-        final_norm: The model's final norm where blocks have none of their own at their end (pre-LN), else None.
-        past_future: Its exits, shallow to deep, where each needs all others; else empty.
-        uncertainty: The layer of learning to exit (LTE), where the adapter has one.
-        carry: What exit m adds of those before it: `logits`, `states`, or None for nothing.
-        ladder: Whether a bypass reads the bottleneck of the one before.
-        pooler: The model's own, where all exits share it.
-    """
-
-    adapter: str
-    numbers: list[int]
-    pooling: str
-    num_labels: int
-    problem_type: str
-    has_final_exit: bool
-    final_norm: nn.Module | None = None
-    past_future: list[nn.Module] = field(default_factory=list)
-    uncertainty: nn.Module | None = None
-    carry: str | None = None
-    ladder: bool = False
-    pooler: nn.Module | None = None
-
-    @property
-    def keep_bottlenecks(self) -> bool:
-        """Whether deeper exits read the states of a bottleneck."""
-        return self.ladder or self.carry == "states"
-
-    @property
-    def are_linked(self) -> bool:
-        """Whether exits need what those before them have left in the call's `ExitState`."""
-        return bool(self.past_future) or self.carry is not None or self.ladder
+    adapter: str  # its name
+    numbers: list[int]  # block numbers of its exits, shallow to deep; the last is M
+    pooling: str  # `cls`, `mean`, `last`, or `tokens`
+    num_labels: int  # K
+    problem_type: str  # as transformers has it
+    has_final_exit: bool  # whether exit M is one of its own; otherwise the model's own head answers there
+    final_norm: nn.Module | None = None  # the model's, where blocks have none of their own at their end (pre-LN)
+    past_future: list[nn.Module] = field(default_factory=list)  # its exits, where each needs all others
+    uncertainty: nn.Module | None = None  # the layer of learning to exit (LTE), where the adapter has one
+    carry: str | None = None  # what exit m adds of the one before it: `logits`, or None for nothing
+    pooler: nn.Module | None = None  # the model's own, where all exits share it
 
     def linked_to(self, read: Iterable[int]) -> set[int]:
         """Block numbers of its own exits that are computed for those that are `read`: where exits need one another,
         all up to the last of these."""
-        if not self.are_linked:
+        if not self.past_future and self.carry is None:
             return set()
         own = self.numbers if self.has_final_exit else self.numbers[:-1]
         last = max(set(own).intersection(read), default=-1)
         return {m for m in own if m <= last}
 
     @property
-    def need_more_than_logits(self) -> bool:
-        """Whether exits need more of those before them than the logits of the last one."""
-        return bool(self.past_future) or self.keep_bottlenecks
-
-    @property
     def reads_tokens(self) -> bool:
         """Whether the exits answer each token: [B, S, K] in place of [B, K]."""
         return self.pooling == TOKENS
+
+
+class CarriedLogits(nn.Module):
+    """z_m + c_m z_{m-1}: the logits of the exit before, times one learned number.
+
+    c_m starts at 0, so that the exit starts as one that stands alone. z_{m-1} takes no gradient: each exit corrects
+    the one before it, as in boosting, and trains it for nobody else. Source: the cascade connections of Wolczyk et
+    al., "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks", NeurIPS 2021, which concatenate the
+    logits in place of adding them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))  # c_m
+
+    def forward(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Both [B, K], the result too."""
+        return logits + self.weight.to(logits.dtype) * before
+
+
+def build_on(exits: AdapterExits, exit_: Exit, logits: Tensor, state: ExitState) -> Tensor:
+    """What exit m answers, [B, K], given its own `logits`: z_m + c_m z_{m-1}, which is what exit m + 1 sees of it."""
+    if exits.carry is None:
+        return logits
+    if exit_.carry is not None:
+        logits = exit_.carry(logits, finite(state.left["logits"].to(logits)))
+    state.left["logits"] = logits.detach()
+    return logits

@@ -72,11 +72,7 @@ def stored_setup(expected: Sample) -> str | None:
 
 
 def check_fingerprint(model: nn.Module, expected: Sample) -> None:
-    """Compares `model` with the sample stored with an adapter.
-
-    Raises:
-        ValueError: a sampled weight differs by more than rounding, or a field of the config.
-    """
+    """Refuses a `model` that differs from the sample by more than rounding."""
     for name in FIELDS:
         here = getattr(getattr(model, "config", None), name, None)
         for there in expected.get(f"config.{name}", []):

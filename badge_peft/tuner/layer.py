@@ -10,14 +10,11 @@ from torch import Tensor, nn
 
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import Bypass, apply_norm, bypassed_states
-from badge_peft.tuner.carry import CarriedLogits, CarriedStates, build_on
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.context import Frame, Recorder, current_pass, watch_block
-from badge_peft.tuner.exit_state import ExitState
-from badge_peft.tuner.exits import AdapterExits, Exit, MultiExitHead
-from badge_peft.tuner.mean_bypass import mean_of_bypassed
-from badge_peft.tuner.poolers import pool_by, start_from_pooler
+from badge_peft.tuner.exits import AdapterExits, CarriedLogits, Exit, ExitState, MultiExitHead, PooledExit, build_on
 from badge_peft.tuner.pooling import Pooling
+from badge_peft.tuner.preconditions import is_quantized
 
 
 class BadgeBlock(nn.Module, BaseTunerLayer):
@@ -55,20 +52,13 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
         exit_norm: nn.Module,
         pooler: nn.Module | None = None,
     ) -> None:
-        """Adds the bypasses and exits of `adapter_name`: those of `exits` that belong to this block.
-
-        Args:
-            adapter_name: The adapter.
-            config: Its config, with `num_labels` and `hidden_size` filled in.
-            exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-            exit_norm: The norm that LN' copies or shares.
-            pooler: The model's own dense layer, which that of a `pooled` exit copies.
-        """
+        """Adds the bypasses and exits of `adapter_name`: those of `exits` (0: of the embeddings) that belong to this
+        block. LN' copies `exit_norm`, the dense layer of a `pooled` exit `pooler`."""
         self.badge_placement[adapter_name] = config.placement
         for kind, part in adapter_modules(config, self.numbers, exits, exit_norm).items():
             part.train(self.base_layer.training)  # an adapter that joins a model in eval() must not drop anything
             cast(nn.ModuleDict, getattr(self, kind))[adapter_name] = part
-        start_from_pooler(self._adapters("badge_exit").get(adapter_name), pooler)
+        _start_from_pooler(self._adapters("badge_exit").get(adapter_name), pooler)
         if adapter_name in self.badge_bypass:
             watch_block(self.base_layer, self.layout, config.placement, self._hooks, self.recorders)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -94,53 +84,28 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
     def read_exit(
         self, exits: AdapterExits, number: int, frame: Frame, pooling: Pooling, state: ExitState
     ) -> tuple[Tensor, Tensor]:
-        """What exit `number` makes of what the block has just computed.
-
-        Args:
-            exits: Those of the adapter that asks.
-            number: A block number at which it `has_exit`.
-            frame: What the block saw.
-            pooling: Of this call.
-            state: What the exits of this call leave for one another.
-
-        Returns:
-            The vector [B, d] that the exit reads, and its logits [B, K].
-        """
+        """What exit `number` makes of what the block has just computed: the vector [B, d] that it reads, and logits
+        [B, K]."""
         exit_ = self.own_exit(exits.adapter, number)
-        bypass, norm = self.bypass_of(exits, number)
-        placement = self.badge_placement[exits.adapter]
-        if not exit_.reads_sequence and not state.keeps_bottleneck:
-            mean = mean_of_bypassed(bypass, placement, self.layout.pre_norm, norm, frame, pooling)
-            if mean is not None:
-                vector = exit_.represent(mean, Pooling("cls", None))  # nothing is left to be reduced
-                if exits.pooler is not None:
-                    vector = pool_by(exits.pooler, vector)
-                return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
+        bypass = self.bypass_of(exits.adapter, number)
         picking = Pooling("mean", pooling.mask) if exit_.reads_sequence else pooling  # all positions, or the one
         if bypass is not None:
-            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking, norm, state)
+            placement = self.badge_placement[exits.adapter]
+            states = bypassed_states(bypass, placement, self.base_layer, self.layout, frame, picking)
         else:
             states = picking.pick(frame.output)
             if number > 0 and self.layout.pre_norm:  # the model's own head reads normalized states, too
-                states = apply_norm(self._exit_norm(exits.final_norm), states)
+                assert exits.final_norm is not None
+                states = apply_norm(exits.final_norm, states)
         vector = exit_.represent(states.to(exit_.linear.weight.dtype), pooling)
         if exits.pooler is not None:
-            vector = pool_by(exits.pooler, vector)
-        return vector, build_on(exits, exit_, exit_(vector, state), state, pooling)
+            vector = _pool_by(exits.pooler, vector)
+        return vector, build_on(exits, exit_, exit_(vector, state), state)
 
-    def bypass_of(self, exits: AdapterExits, number: int) -> tuple[Any, nn.Module | None]:
-        """The bypass of exit `number`, where it has one, and LN' where it is not the bypass's own."""
-        bypasses: Any = self._adapters("badge_bypass").get(exits.adapter) if number > 0 else None
-        bypass = None if bypasses is None else bypasses._modules[str(number)]
-        has_norm = bypass is not None and bypass._modules.get("norm") is not None
-        return bypass, None if has_norm else self._exit_norm(exits.final_norm)
-
-    def _exit_norm(self, final_norm: nn.Module | None) -> nn.Module:
-        """The norm that LN' copies or shares: the block's last, or the model's final one (pre-LN)."""
-        if self.layout.last_norm is None:
-            assert final_norm is not None
-            return final_norm
-        return self.base_layer.get_submodule(self.layout.last_norm)
+    def bypass_of(self, adapter: str, number: int) -> Any:
+        """The bypass of exit `number`; None where it has none."""
+        bypasses: Any = self._adapters("badge_bypass").get(adapter) if number > 0 else None
+        return None if bypasses is None else bypasses._modules[str(number)]
 
     def _adapters(self, name: str) -> dict[str, nn.Module]:
         # the modules of `badge_exit` or `badge_bypass` by adapter, without the detours of a module's attribute access:
@@ -185,14 +150,7 @@ class BadgeBlock(nn.Module, BaseTunerLayer):
 def adapter_modules(
     config: BadgeConfig, numbers: list[int], exits: list[int], exit_norm: nn.Module
 ) -> dict[str, nn.Module]:
-    """What an adapter has at one block, by the name of the container that it goes into.
-
-    Args:
-        config: Its config, with `num_labels` and `hidden_size` filled in.
-        numbers: The numbers of the block.
-        exits: Block numbers that have an exit of their own, 0 among them when the embeddings have one.
-        exit_norm: The norm that LN' copies or shares.
-    """
+    """What an adapter has at the block with these `numbers`, by the name of the container that it goes into."""
     assert config.hidden_size is not None  # filled in by BadgeModel
     parts: dict[str, nn.Module] = {}
     own = [m for m in exits if m in numbers or (m == 0 and 1 in numbers)]
@@ -200,20 +158,40 @@ def adapter_modules(
         parts["badge_exit"] = head = MultiExitHead(
             own, config.exit_type, config.hidden_size, config.resolved_labels, config.exit_dropout
         )
-        first = min(exits) if config.carry == "logits" else min((m for m in exits if m > 0), default=0)
         for m in own:
-            if config.carry is not None and m > first:
-                logits = config.carry == "logits"
-                head.exit(m).carry = CarriedLogits() if logits else CarriedStates(config.r, config.resolved_labels)
+            if config.carry is not None and m > min(exits):
+                head.exit(m).carry = CarriedLogits()
+        if config.exit_type == "past_future" and min(exits) in own:
+            del head.exit(min(exits)).imitate  # no exit is before it, which might predict its state
     bypassed = [m for m in own if m > 0]
     if config.placement != "none" and bypassed:
-        norm = exit_norm if config.norm == "own" else None
-        size = (config.hidden_size, config.r, config.activation, config.bias, norm)
-        first = min(m for m in exits if m > 0)
-        parts["badge_bypass"] = nn.ModuleDict({str(m): Bypass(*size, config.ladder and m > first) for m in bypassed})
+        size = (config.hidden_size, config.r, config.activation, config.bias, exit_norm)
+        parts["badge_bypass"] = nn.ModuleDict({str(m): Bypass(*size) for m in bypassed})
     if config.learn_to_exit and 1 in numbers:
         parts["badge_doubt"] = nn.Linear(config.hidden_size, 1)
     return parts
+
+
+def _pool_by(pooler: nn.Module, vector: Tensor) -> Tensor:
+    """tanh(dense(vector)) [B, d], in the pooler's own precision inside."""
+    weight = getattr(pooler, "weight", None)
+    inside = vector
+    if isinstance(weight, Tensor) and weight.is_floating_point():  # a quantized one casts on its own
+        inside = vector.to(weight)
+    return pooler(inside).tanh().to(vector)
+
+
+@torch.no_grad()
+def _start_from_pooler(exits: nn.Module | None, pooler: nn.Module | None) -> None:
+    """Makes the dense layers of `pooled` exits copies of the model's own, where it is a plain one of their size."""
+    weight, bias = getattr(pooler, "weight", None), getattr(pooler, "bias", None)
+    if exits is None or not isinstance(weight, Tensor) or is_quantized(weight):
+        return
+    for exit_ in exits.children():
+        if isinstance(exit_, PooledExit) and exit_.dense.weight.shape == weight.shape:
+            exit_.dense.weight.copy_(weight)
+            if bias is not None:
+                exit_.dense.bias.copy_(bias)
 
 
 MERGE_ERROR = (

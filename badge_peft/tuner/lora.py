@@ -25,15 +25,7 @@ _STAND_IN = "stand_in"  # the name of an adapter that is never used
 
 
 def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:
-    """Puts the LoRA of `adapter_name` into the blocks.
-
-    Args:
-        model: The base model, its blocks wrapped by us or not.
-        adapter_name: The adapter.
-        config: Its LoRA; modules outside of the blocks are left alone.
-        blocks: Names of the blocks.
-        inference: Whether the adapter is loaded for inference only.
-    """
+    """Puts the LoRA of `adapter_name` into the blocks, which may be wrapped by us or not; others are left alone."""
     with _unwrapped(model):
         before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
         heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
@@ -51,11 +43,8 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
 
 
 def lora_tensors(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dict[str, Tensor]:
-    """What a LoRA would add to `model`, on "meta", by its names in a file: PEFT puts it on stand-ins of its targets.
-
-    Raises:
-        ValueError: the LoRA has no target inside of the blocks.
-    """
+    """What a LoRA would add to `model`, on "meta", by its names in a file: PEFT puts it on stand-ins of its
+    targets."""
     with _unwrapped(model):
         targets = _targets(model, config, blocks)
     stand_ins = nn.Module()

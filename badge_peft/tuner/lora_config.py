@@ -25,11 +25,7 @@ _NOT_IN_LORA = {
 
 
 def lora_fields(value: Any) -> dict[str, Any] | None:
-    """`lora` as the fields that differ from PEFT's defaults, which is what a config file should hold.
-
-    Raises:
-        ValueError: not a LoraConfig, a dict of its fields, or None; or a field that has no meaning in an adapter.
-    """
+    """`lora` as the fields that differ from PEFT's defaults, which is what a config file should hold."""
     if value is None:
         return None
     if not isinstance(value, (dict, LoraConfig)):

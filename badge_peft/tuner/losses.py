@@ -8,20 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from badge_peft.utils.checks import check_choice, is_number
+from badge_peft.utils.checks import check_choice, is_number, require
 from badge_peft.utils.problem import NO_LABEL, problem_of
 
 
 def exit_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Any = None) -> Tensor:
-    """Loss of one exit, as transformers computes it for its own head.
-
-    Args:
-        logits: [B, K].
-        labels: [B] class numbers, or [B, K] targets (multi-label, regression; [B] where K = 1).
-        problem_type: One of transformers' three.
-        num_items: Number of labels in the whole accumulated batch; the sum is divided by it instead of taking the mean
-            (Trainer's `num_items_in_batch`).
-    """
+    """Loss of one exit's logits [B, K], as transformers computes it for its own head. Of `num_items` labels in the
+    whole accumulated batch it is the sum over that number (Trainer's `num_items_in_batch`), else the mean."""
     logits = logits.float()
     reduction = "mean" if num_items is None else "sum"
     loss = problem_of(problem_type).loss(logits, labels, reduction)
@@ -36,15 +29,8 @@ def uncertainty_loss(
     num_items: Any = None,
 ) -> Tensor:
     """The loss of learning to exit: the mean over exits and rows of (u - t)^2, where t says how wrong the exit is: 1
-    or 0, for regression |tanh(y' - y)|. Source: BERxiT, section 4.2 (with the complement, certainty, there).
-
-    Args:
-        uncertainty: Block number -> u [B].
-        exit_logits: Block number -> [B, K].
-        labels: As for `exit_loss`.
-        problem_type: As for `exit_loss`.
-        num_items: As for `exit_loss`; the mean is weighted by the share of these labels that is here.
-    """
+    or 0, for regression |tanh(y' - y)|. Source: BERxiT, section 4.2 (with the complement, certainty, there). u [B] and
+    logits [B, K] come by block number."""
     problem, losses = problem_of(problem_type), []
     counts = problem.has_label(labels)
     for m, predicted in uncertainty.items():
@@ -58,18 +44,14 @@ def uncertainty_loss(
 
 
 def check_weights(weights: Any) -> str | list[float]:
-    """What `exit_weights` may be: `uniform`, `linear`, or numbers, which come back as a list of floats.
-
-    Raises:
-        ValueError: anything else; whether there is one number per exit, `loss_weights` sees.
-    """
+    """What `exit_weights` may be: `uniform`, `linear`, or numbers, which come back as a list of floats."""
     if isinstance(weights, str):
         check_choice("exit_weights", weights, ("uniform", "linear"))
         return weights
-    if not isinstance(weights, (list, tuple)):
-        raise ValueError(f"exit_weights={weights!r} is not allowed: it must be 'uniform', 'linear' or a list.")
-    if not all(is_number(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-        raise ValueError(f"exit_weights={weights!r} is not allowed: a list must hold numbers >= 0, not all of them 0.")
+    listed = isinstance(weights, (list, tuple))
+    require(listed, "exit_weights", weights, "it must be 'uniform', 'linear' or a list")
+    positive = all(is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+    require(positive, "exit_weights", weights, "a list must hold numbers >= 0, not all of them 0")
     return [float(w) for w in weights]
 
 
@@ -77,11 +59,7 @@ def loss_weights(weights: str | list[float], exits: list[int]) -> list[float]:
     """The weight of each exit's loss.
 
     `uniform`: 1 each, Eq. 8's plain sum. `linear`: m / sum of all m, as PABEE (exit 0 weighs as exit 1). A list: as
-    given.
-
-    Raises:
-        ValueError: a list of another length than the number of exits.
-    """
+    given."""
     if weights == "uniform":
         return [1.0] * len(exits)
     if weights == "linear":

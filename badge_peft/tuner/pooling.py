@@ -16,10 +16,8 @@ TOKENS = "tokens"
 class Pooling:
     """One call's pooling: `pick` before the position-wise maths, `reduce` after it.
 
-    Args:
-        kind: `cls` (position 0), `mean` (over the attention mask) or `last` (the last position of the mask); `tokens`
-            leaves all positions as they are, for exits that answer each token.
-        attention_mask: [B, S], 1 for real tokens, or None when every position is real.
+    Of a mask [B, S] (None: every position is real), `cls` is position 0, `mean` goes over all, `last` is the last
+    one, and `tokens` leaves all as they are, for exits that answer each token.
     """
 
     def __init__(self, kind: str, attention_mask: Tensor | None) -> None:

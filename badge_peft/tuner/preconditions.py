@@ -21,7 +21,7 @@ from badge_peft.tuner.config import is_badge
 # Names inside of our modules and of PEFT's wrappers, but for the block numbers.
 _NAMES = frozenset(
     "down up activation norm linear dropout dense query key value output imitate gate balance "
-    "carry ladder lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "carry lora_A lora_B lora_dropout lora_embedding_A lora_embedding_B lora_magnitude_vector "
     "base_model model base_layer modules_to_save original_module".split()
 )
 _MERGE = (
@@ -36,11 +36,7 @@ _ON_TOP = "model.add_adapter(name, BadgeConfig(...)) adds another adapter, model
 
 def check_no_other_tuner(model: nn.Module) -> None:
     """Refuses `model` when an adapter of PEFT's is on it, BADGE's own among them. One that has been merged or unloaded
-    leaves nothing on the model.
-
-    Raises:
-        ValueError: which adapter that is, where it is, and what to do. Nothing has been changed.
-    """
+    leaves nothing on the model."""
     configs = getattr(model, "peft_config", None) or {}
     kinds = {name: _kind(config) for name, config in configs.items() if isinstance(config, PeftConfig)}
     if any(isinstance(config, PeftConfig) and is_badge(config) for config in configs.values()):
@@ -69,11 +65,7 @@ def check_no_other_tuner(model: nn.Module) -> None:
 
 class BadgeConfigs(dict[str, PeftConfig]):
     """The configs of a model's adapters by name, BADGE's alone. PEFT lets a tuner that is put on top write its config
-    into the dict that it finds, over ours.
-
-    Raises:
-        ValueError: a config of another method is to be put in.
-    """
+    into the dict that it finds, over ours."""
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         if not is_badge(config):
@@ -139,16 +131,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def check_trainable(model: nn.Module, modules_to_save: list[str], backbone: str) -> None:
-    """Refuses to train what is quantized, before anything is changed.
-
-    Args:
-        model: The base model.
-        modules_to_save: Ends of the names of the modules that are trained with the exits.
-        backbone: As in `BadgeConfig`.
-
-    Raises:
-        ValueError: a weight that would be trained is quantized.
-    """
+    """Refuses to train what is quantized; `modules_to_save` are ends of names."""
     for name, parameter in model.named_parameters():
         if ".badge_" in name or not is_quantized(parameter):
             continue

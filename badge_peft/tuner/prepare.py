@@ -9,13 +9,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from badge_peft._version import package_version
-from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size
+from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size, own_pooler
 from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
 from badge_peft.tuner.config_rules import check_label_names
 from badge_peft.tuner.extensions import check_saved, extension_of
 from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint, stored_setup
 from badge_peft.tuner.losses import loss_weights
-from badge_peft.tuner.poolers import own_pooler
 from badge_peft.tuner.pooling import TOKENS
 from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
 
@@ -39,16 +38,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     owner made it, free for another model.
 
     PEFT has added heads to the caller's `modules_to_save`, and reads it once more when the tuner is in place, to train
-    them: they are taken out of it, and stand in the copy where they are to be trained.
-
-    Args:
-        model: The base model, wrapped or not.
-        config: A new config, or one read from a saved adapter.
-        adapter_name: The adapter that will carry it.
-
-    Raises:
-        ValueError: config and model do not fit; the message says what to do.
-    """
+    them: they are taken out of it, and stand in the copy where they are to be trained."""
     names = config.modules_to_save
     if names is not None and tuple(names[-len(_PEFT_HEADS) :]) == _PEFT_HEADS:
         config.modules_to_save = names[: -len(_PEFT_HEADS)] or None

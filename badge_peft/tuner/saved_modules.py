@@ -50,12 +50,7 @@ def has_own_labels(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -
 
 def resized(head: nn.Module, num_labels: int, std: float = 0.02) -> nn.Module:
     """A head, whose last linear layer gives logits, with another number of labels: itself, or what takes its place.
-
-    Args:
-        head: The last of the modules that the model's own head is made of.
-        num_labels: K.
-        std: Of the new weights, which are normally distributed; biases are 0.
-    """
+    The new weights are normally distributed."""
     name, old = next((n, part) for n, part in reversed([*head.named_modules()]) if isinstance(part, nn.Linear))
     weight = old.weight
     new = nn.Linear(old.in_features, num_labels, old.bias is not None, device=weight.device, dtype=weight.dtype)
@@ -74,11 +69,7 @@ def resized(head: nn.Module, num_labels: int, std: float = 0.02) -> nn.Module:
 
 
 class RowHeads:
-    """Each row is of one adapter.
-
-    Args:
-        adapter_rows: Adapters and how many rows each has, in the order of the batch.
-    """
+    """Each row is of one adapter: `adapter_rows` has how many rows each has, in the order of the batch."""
 
     def __init__(self, adapter_rows: Sequence[tuple[str, int]]) -> None:
         self.names = [name for name, _ in adapter_rows]
@@ -100,12 +91,8 @@ class RowHeads:
 
 
 class TaskHeads:
-    """Each row is of every one of these tasks.
-
-    Args:
-        asks: The adapters that answer at the model's own head, each with whether it still has rows without an answer.
-        last: The module that gives the model's logits; None where the model names none.
-    """
+    """Each row is of all tasks that answer at the model's own head. `asks` says whether one still has rows without an
+    answer, `last` is the module that gives the model's logits, where it names one."""
 
     def __init__(self, asks: Mapping[str, Callable[[], bool]], last: nn.Module | None) -> None:
         self.asks = asks

@@ -19,6 +19,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def require(allowed: bool, name: str, value: Any, rule: str) -> None:
+    """Raises a ValueError, ending in `rule`, unless `allowed`."""
+    if not allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: {rule}.")
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    """Whether `value` is a list with nothing but `kind` in it."""
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -31,6 +42,22 @@ def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> No
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
+
+
+def without_removed(fields: dict[str, Any], removed: dict[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The fields of a saved config that there still are.
+
+    Args:
+        fields: By name.
+        removed: Fields that are no more: the value that they had where nobody set them, and what takes their place.
+
+    Raises:
+        ValueError: one that is no more was set.
+    """
+    for name, (default, remedy) in removed.items():
+        if fields.get(name, default) != default:
+            raise ValueError(f"{name}={fields[name]!r} is not allowed: this field has been removed. {remedy}")
+    return {name: value for name, value in fields.items() if name not in removed}
 
 
 def check_number(name: str, value: Any, allowed: Callable[[float], bool], rule: str) -> None:

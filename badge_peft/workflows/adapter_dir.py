@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.dispatch import check_fits
+from badge_peft.early_exit.mixin import validate_policy
 from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
@@ -83,7 +83,7 @@ class Adapter:
         """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from
         its own defaults: a threshold of one policy means nothing to another."""
         config = self._overridden(overrides)
-        check_fits(config, self.badge.config_of(), self.badge.num_blocks)
+        validate_policy(config, self.badge.config_of(), self.badge.num_blocks)
         for name in self.unread(**overrides):
             raise ValueError(
                 f"{name}={overrides[name]!r} changes nothing, as policy={config.policy!r} does not read it: leave it "

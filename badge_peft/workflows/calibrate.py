@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.registry import POLICIES, check_policy_name
+from badge_peft.early_exit.config import POLICIES, EarlyExitConfig, check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.evaluation.costs import CostModel
 from badge_peft.model_card import CARD, read_card, write_model_card

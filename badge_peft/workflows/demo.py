@@ -10,7 +10,7 @@ from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import score
 from badge_peft.model_card import PICTURE, REPORT

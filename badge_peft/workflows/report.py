@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff

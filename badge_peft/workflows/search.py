@@ -43,7 +43,6 @@ _RATES = (1e-3, 5e-2)
 _OF_EXITS: dict[str, tuple[Any, ...]] = {
     "r": (4, 8, 16, 32, 64),
     "activation": ("gelu", "relu", "tanh", "identity"),
-    "norm": ("own", "shared"),
 }
 _OF_TRAINING: dict[str, tuple[Any, ...]] = {
     "exit_weights": ("uniform", "linear"),

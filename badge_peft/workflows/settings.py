@@ -201,7 +201,6 @@ class ExitOptions(Settings):
         placement: Where a bypass reads: block, ffn, mhsa, or none.
         r: Bottleneck dimension of the bypasses.
         activation: Of the bypasses: gelu, relu, leaky_relu, silu, tanh, identity.
-        norm: LayerNorm of the bypasses: own (weights of their own) or shared (the block's).
         exit_type: linear, pooled, shared_pooled (behind the model's own pooler), mha (attention over all tokens),
             residual_mha (added to the pooled state), or past_future. Default: chosen by a trial.
         exit_pooling: What an exit reads: cls, mean, last; auto does as the model's head. Default: chosen by a trial;
@@ -210,9 +209,7 @@ class ExitOptions(Settings):
             on. Default: all blocks, and 0 where exits read the mean.
         final_exit: What answers at the last block: base_head (the model's own head) or exit. Default: base_head where
             the model has a trained head.
-        carry: What an exit adds of those before it: logits, of the last one, states, of their bottlenecks, or none.
-            Default: chosen by a trial.
-        ladder: A bypass also reads the bottleneck of the one before it.
+        carry: What an exit adds of the one before it: logits, or none. Default: chosen by a trial.
         learn_to_exit: Also learn when an exit is wrong, for the policy learned.
     """
 
@@ -221,13 +218,11 @@ class ExitOptions(Settings):
     placement: str = "block"
     r: int = 16
     activation: str = "gelu"
-    norm: str = "own"
     exit_type: str | None = None
     exit_pooling: str | None = None
     exit_layers: str | None = None
     final_exit: str | None = None
     carry: str | None = None
-    ladder: bool = False
     learn_to_exit: bool = False
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from badge_peft._version import package_version
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.costs import measure_costs
 from badge_peft.hub import LOGITS

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from badge_peft.early_exit.registry import POLICIES, check_policy_name
+from badge_peft.early_exit.config import POLICIES, check_policy_name
 from badge_peft.evaluation.confidence import rows_to_certify
 from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model_card import read_card

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -65,9 +64,8 @@ def test_spelling_out_changes_no_exit(name: str, kind: str) -> None:
     labels = 1 if kind == REGRESSION else 4
     logits = np.random.default_rng(0).normal(size=(40, len(EXITS), labels), scale=0.7).cumsum(axis=1)
     doubts = np.random.default_rng(1).random((40, len(EXITS)))
-    variants = product(DIVERGENCES, (False, True)) if name == "divergence" else [("ce", False), ("ce", True)]
-    for divergence, normalize in variants:
-        fields = {**fields_of(name, EXITS, labels, kind), "divergence": divergence, "normalize": normalize}
+    for divergence in DIVERGENCES if name == "divergence" else ("ce",):
+        fields = {**fields_of(name, EXITS, labels, kind), "divergence": divergence}
         rule, found = opened_controls(kind, labels, **fields)
         untouched = apply(rule, found, [control.value for control in found])
         rounded = apply(rule, found, [round(control.value / control.step) * control.step for control in found])
@@ -103,8 +101,6 @@ def test_ranges() -> None:
     assert (t.value, t.low, t.high, t.step) == (1, 1, 4, 1)
     _, (tau, _) = opened_controls(labels=2, threshold=7.0)
     assert tau.high >= 8.75
-    _, (tau, _) = opened_controls(labels=2, threshold=0.4, normalize=True)
-    assert tau.value == 0.4 and tau.high == pytest.approx(2, rel=0.01)
     _, (depth,) = opened_controls(policy="fixed_depth", depth=3)
     assert depth.choices == tuple(EXITS) and depth.value == 3
 

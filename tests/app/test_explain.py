@@ -70,7 +70,6 @@ def cases(draw: st.DrawFn) -> tuple[str, int, np.ndarray, dict[str, Any]]:
     rule["window"] = draw(st.sampled_from(WINDOWS))
     rule["threshold"] = draw(st.none() | st.floats(0, 3) | st.floats(0.3, 0.99))
     rule["patience"] = draw(st.none() | st.integers(1, 4))
-    rule["normalize"] = draw(st.booleans())
     rule["decide_every"] = draw(st.sampled_from((1, 1, 2, 3)))
     low, high = sorted((draw(st.sampled_from(EXITS)), draw(st.sampled_from(EXITS))))
     rule["min_exit"], rule["max_exit"] = draw(st.sampled_from(((None, None), (low, None), (None, high), (low, high))))

@@ -86,7 +86,7 @@ GRID: dict[str, Any] = {
             "tasks": ["pairs"],
             "backbones": ["tiny"],
             "modes": ["lora"],
-            "methods": ["badge", {"badge": {"carry": "logits"}}],
+            "methods": ["badge", {"badge": {"bias": True}}],
             "seeds": [0],
         },
     ],
@@ -347,7 +347,7 @@ def test_statistics() -> None:
 
 def test_methods_with_fields_of_their_own_and_the_order_of_tasks(place: Path) -> None:
     labels = [run.label for run in plan(_settings(place))]
-    assert "pairs/tiny/lora/badge/carry=logits/s0" in labels
+    assert "pairs/tiny/lora/badge/bias=True/s0" in labels
     settings = _settings(place)
     settings.tasks["again"] = settings.tasks["pairs"]
     group = settings.groups[1]

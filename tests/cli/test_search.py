@@ -45,7 +45,7 @@ def test_the_best_settings_are_found_and_trained_with(place: Path, cli: Cli, tmp
     assert found["trials"] == 4 and found["for"] == "score" and found["rows"] == round(0.2 * report["train_rows"])
     assert found["value"] >= found["given"] and told.output.count("trial ") == 4 and "trial 4 of 4" in told.output
     assert {"trials.journal", "trials.png", "adapter_model.safetensors"} < {path.name for path in out.iterdir()}
-    names = {"adapter_lr", "r", "activation", "norm", "exit_weights"}
+    names = {"adapter_lr", "r", "activation", "exit_weights"}
     assert found["best"].keys() == names and found["best"] == {name: report["settings"][name] for name in names}
     assert report["states"]["kept"]
     # as if they had been given
@@ -182,9 +182,9 @@ def test_what_is_searched() -> None:
         assert again.exits == settings.exits
         return set(given)
 
-    whole = {"adapter_lr", "r", "activation", "norm", "exit_weights", "objective"}
+    whole = {"adapter_lr", "r", "activation", "exit_weights", "objective"}
     assert names() == names(adapter_lr=0.2, exit_weights="[1,1,1]") == whole
     assert names(learns=False) == names(ExitOptions(keep_head=True)) == whole - {"objective"}
     assert names(ExitOptions(exit_type="past_future", final_exit="exit")) == whole - {"objective"}
     assert names(ExitOptions(placement="none")) == {"adapter_lr", "exit_weights", "objective"}
-    assert names(objective="single_exit", depth=1) == {"adapter_lr", "r", "activation", "norm"}
+    assert names(objective="single_exit", depth=1) == {"adapter_lr", "r", "activation"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory, as_history
 from badge_peft.early_exit.policies import POLICIES, build_policy
-from badge_peft.early_exit.policies.agreement_features import features
+from badge_peft.early_exit.policies.agreement import features
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
 
 from .reference import SINGLE

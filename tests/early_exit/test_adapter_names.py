@@ -27,7 +27,7 @@ ADAPTERS = {
         {"divergence": "js"},
     ),
     "few": (
-        {**EXIT, "num_labels": 2, "exit_layers": [0, 2, 4], "norm": "own", "exit_pooling": "last"},
+        {**EXIT, "num_labels": 2, "exit_layers": [0, 2, 4], "exit_pooling": "last"},
         {"divergence": "ce"},
     ),
     "degree": ({**EXIT, "num_labels": 1, "placement": "none", "exit_type": "mha"}, {"threshold": 0.8}),
@@ -35,10 +35,10 @@ ADAPTERS = {
         {**EXIT, "num_labels": 4, "problem_type": "multi_label_classification", "placement": "mhsa"},
         {"policy": "entropy", "threshold": 0.9},
     ),
-    "steps": ({"carry": "states", "exit_pooling": "mean"}, {"policy": "entropy"}),
+    "steps": ({"carry": "logits", "exit_pooling": "mean"}, {"policy": "entropy"}),
     "stock": ({"train_head": False, "exit_type": "pooled"}, {"policy": "max_prob", "min_exit": 2}),
     "cascade": (
-        {**EXIT, "num_labels": 3, "carry": "logits", "ladder": True, "exit_layers": [1, 3]},
+        {**EXIT, "num_labels": 3, "carry": "logits", "exit_layers": [1, 3]},
         {"policy": "entropy"},
     ),
     "doubts": ({"learn_to_exit": True, "exit_pooling": "mean"}, {"policy": "learned"}),

@@ -11,9 +11,7 @@ from scipy.special import expit
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.agreement import AgreementPolicy
-from badge_peft.early_exit.policies.agreement_features import features
-from badge_peft.early_exit.policies.agreement_fit import fitted_parameters
+from badge_peft.early_exit.policies.agreement import AgreementPolicy, features, fitted_parameters
 
 from .reference import MULTI, SINGLE
 

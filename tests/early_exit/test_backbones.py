@@ -100,7 +100,7 @@ def test_live_is_replay(case, placement, pooling, final_exit):
         final_exit=final_exit,
         exit_type=exit_type,
         exit_layers=EXIT_LAYERS[turn % len(EXIT_LAYERS)] if case != "albert-inner" else None,
-        **link(turn, placement),
+        **link(turn),
     )
     exits = model.base_model.exit_layers()
     batch, logits, doubts = safe_batch(model, 1 + turn % 17, seed=turn, side="left" if turn % 3 == 0 else "right")
@@ -135,7 +135,7 @@ def test_a_batch_is_each_row_alone(case, placement, pooling, final_exit, exit_ty
     without it."""
     kind = {"placement": placement, "exit_pooling": pooling, "final_exit": final_exit, "exit_type": exit_type}
     turn = sorted(CASES).index(case)
-    model = make(case, torch.float64, **kind, **link(turn, placement))
+    model = make(case, torch.float64, **kind, **link(turn))
     if attention and not case.startswith("modernbert"):  # whose eager attention gives NaN in float64
         model.base_model.model.set_attn_implementation(attention)
     batch, logits, doubts = safe_batch(model, 7, seed=turn)
@@ -169,15 +169,12 @@ def test_a_batch_as_large_as_another_dimension(case, rows):
 
 @pytest.mark.parametrize(("case", "depth"), crossed(CASES, [0, 1, 3]))
 def test_all_rows_stop_at_one_exit(case, depth):
-    """On the first call, before anybody knows what a block returns, exit 0 may cost block 1; after that it is free."""
     model = make(case, exit_layers=[0, 1, 2, 3])
     blocks = BlockRows(model)
     batch = make_batch(5)
-    for call in range(2):
-        out = model.early_exit_forward(**batch, policy="fixed_depth", depth=depth)
-        assert out.exit_layer.tolist() == [depth] * 5
-        assert blocks.rows == [5] * max(depth, 1 - call)
-        blocks.rows.clear()
+    out = model.early_exit_forward(**batch, policy="fixed_depth", depth=depth)
+    assert out.exit_layer.tolist() == [depth] * 5
+    assert blocks.rows == [5] * depth
     close(out.logits, exits_of(model, batch)[:, depth])
 
 

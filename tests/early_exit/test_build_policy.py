@@ -83,9 +83,6 @@ def test_numbers_of_other_types_are_refused():
     build_policy(policy="patience", patience=1)
     with pytest.raises(ValueError, match="patience=True"):
         build_policy(policy="patience", patience=True)
-    build_policy({"normalize": True})
-    with pytest.raises(ValueError, match="normalize=1"):
-        build_policy({"normalize": 1})
 
 
 @pytest.mark.parametrize("config", ["divergence", 0.2, ["never"]])

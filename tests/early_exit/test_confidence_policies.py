@@ -89,7 +89,7 @@ def test_the_most_certain_rows_stop_and_the_least_certain_go_on(problem_type, na
     unsure = torch.zeros(3) if problem_type == MULTI else torch.full((3,), 1e4)
     logits = torch.stack([torch.stack([x] * 4) for x in (*certain, unsure)]).to(dtype)  # [3, 4, 3]
     first = 2 if name == "confident_patience" else 1
-    for fields in ({}, {"normalize": True}, {"temperature": [0.1, 1.0, 3.0, 100.0]}):
+    for fields in ({}, {"temperature": [0.1, 1.0, 3.0, 100.0]}):
         stops = build_policy(policy=name, **fields).replay(logits, problem_type=problem_type)
         assert stops.tolist() == [first, first, 4]
         assert not np.isnan(signals(name, logits.float().numpy(), problem_type, **fields)).any()

@@ -301,7 +301,7 @@ def test_gradients_with_a_frozen_backbone(case, placement, checkpointing):
     compare_gradients(case, checkpointing, placement=placement)
 
 
-@pytest.mark.parametrize("fields", [{"norm": "shared"}, {"exit_type": "pooled"}, {"exit_type": "mha", "bias": True}])
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"exit_type": "pooled"}, {"exit_type": "mha", "bias": True}])
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
 def test_gradients_of_other_exits(case, fields):
     compare_gradients(case, None if case == "albert" else NOT_REENTRANT, backbone="full", **fields)

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertForSequenceClassification
 
 from badge_peft import BadgeConfig, EarlyExitConfig, early_exit_forward
-from badge_peft.early_exit import policy_reader as run_module
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit import readers as run_module
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.context import current_pass
 from tests.models import CASES, exits_of, make_badge, make_batch, make_model, shake
@@ -109,7 +109,6 @@ class TestConfig:
             "top_k": 3,
             "decide_every": 2,
             "exit_layers": [2, 4],
-            "normalize": True,
             "temperature": [1.0] * 6,
         }
         values |= {"parameters": {}, "calibration": {}}
@@ -361,8 +360,8 @@ def test_multi_label_and_regression(problem_type, num_labels, final_exit):
 def test_logits_come_to_the_host_once_a_decision(model, rule, transfers, monkeypatch):
     """On a GPU each of these waits for the device. The last exit needs no decision."""
     found = []
-    whole = run_module.on_host
-    monkeypatch.setattr(run_module, "on_host", lambda values: found.append(len(values)) or whole(values))
+    whole = run_module._on_host
+    monkeypatch.setattr(run_module, "_on_host", lambda values: found.append(len(values)) or whole(values))
     model.early_exit_forward(**make_batch(ROWS), **{"threshold": 1e-9, **rule})
     assert found == transfers
 

@@ -13,10 +13,10 @@ from badge_peft import EarlyExitConfig, early_exit_forward
 from badge_peft.app.explain import explain, read_exits
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy, ThresholdPolicy, build_policy, register_policy
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import calibrate, evaluate_policy, sweep
 from badge_peft.evaluation.candidates import families
+from badge_peft.export.exit_nodes import ExitNodes, Value
 from badge_peft.model_card import write_model_card
 from tests.evaluation.logits import plausible
 from tests.models import exits_of, make_badge, make_batch, make_model
@@ -142,13 +142,12 @@ def test_the_page(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI])
-@pytest.mark.parametrize("compact", [True, False])
-def test_exported_it_answers_as_replay_does(kind: str, compact: bool) -> None:
+def test_exported_it_answers_as_replay_does(kind: str) -> None:
     pytest.importorskip("onnxruntime")
     from tests.export.table import TableGraph
 
     logits = plausible(kind, 4, rows=60, exits=5).logits.numpy()
-    answers, exits = TableGraph({"policy": "odds"}, 5, 4, kind, compact)(logits, 0.35, 1)
+    answers, exits = TableGraph({"policy": "odds"}, 5, 4, kind)(logits, 0.35, 1)
     wanted = build_policy(policy="odds", threshold=0.35).replay(logits, None, kind)
     assert exits.tolist() == wanted.tolist() and len(set(exits.tolist())) > 2
     np.testing.assert_array_equal(answers, logits[np.arange(60), exits - 1])

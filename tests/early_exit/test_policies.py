@@ -130,7 +130,6 @@ def test_rules_that_trust_an_exits_own_confidence(share, t, problem_type):
         return build_policy(policy=name, **fields).replay(logits, problem_type=problem_type).tolist()
 
     assert stop("entropy", threshold=low * most) == [first(row, lambda v: v < low) for row in h]
-    assert stop("entropy", threshold=low, normalize=True) == [first(row, lambda v: v < low) for row in h]
     assert stop("max_prob", threshold=high) == [first(row, lambda v: v >= high) for row in top]
     want = [pcee(row, low, t) for row in h]
     assert stop("confident_patience", threshold=low, patience=t) == want
@@ -358,20 +357,6 @@ def test_documented_defaults_of_patience(problem_type, num_labels):
     written = PatiencePolicy(patience=2, threshold=0.1)
     want = written.replay(logits, problem_type=problem_type).tolist()
     assert PatiencePolicy().replay(logits, problem_type=problem_type).tolist() == want
-
-
-@pytest.mark.parametrize(("problem_type", "unit"), [(SINGLE, np.log(3)), (MULTI, 3 * np.log(2)), (REGRESSION, 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_normalize_makes_tau_a_share_of_the_largest_entropy(kind, problem_type, unit):
-    logits = random_logits(problem_type)
-    share = 0.4
-    scaled = DivergencePolicy(divergence=kind, threshold=share, normalize=True)
-    plain = DivergencePolicy(divergence=kind, threshold=share * (1.0 if kind == "label" else float(unit)))
-    want = plain.replay(logits, problem_type=problem_type).tolist()
-    assert scaled.replay(logits, problem_type=problem_type).tolist() == want
-    default = DivergencePolicy(divergence=kind).replay(logits, problem_type=problem_type)
-    same = DivergencePolicy(divergence=kind, normalize=True).replay(logits, problem_type=problem_type)
-    assert default.tolist() == same.tolist()
 
 
 # ------------------------------------------------------------------------------------------------- building and input

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badge_peft import EarlyExitConfig
-from badge_peft.early_exit.groups import group_codes, kth_best
+from badge_peft.early_exit.history import group_codes
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe, set_fields
+from badge_peft.early_exit.policies.base import describe, set_fields
+from badge_peft.early_exit.policies.ranking import kth_best
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 
 from .reference import MULTI, REGRESSION, SINGLE

@@ -48,7 +48,6 @@ def configs(draw, exits, num_labels, problem_type):
         "window": draw(st.sampled_from(["all", "consecutive"])),
         "threshold": draw(st.none() | TAUS | st.lists(TAUS, min_size=len(exits), max_size=len(exits))),
         "patience": draw(st.none() | st.integers(1, 4)),
-        "normalize": draw(st.booleans()),
         "decide_every": draw(st.sampled_from([1, 1, 2, 3, 4, 9])),
         "min_exit": low,
         "max_exit": high,
@@ -266,12 +265,3 @@ def test_each_row_stops_somewhere_else(by_keyword, returns_tuple):
     warm_up(model, logits, EXITS[1])
     want = check(model, logits, EXITS[1], SINGLE, {"policy": "patience", "patience": 1})
     assert want.tolist() == [1, 2, 3, 4, 5, 6, 6]
-
-
-@pytest.mark.parametrize("depth", EXITS[1])
-def test_a_new_model_wastes_no_block(depth):
-    """Before its first block has run, nobody knows what a block returns; block 1 alone may run for that."""
-    table_model.cache_clear()
-    model = table_model(2, SINGLE, EXITS[1], BLOCKS, "exit", True)
-    model.early_exit_forward(**as_inputs(logits_of(0, 5, 2, "normal")), policy="fixed_depth", depth=depth)
-    assert model.base_model.model.computed == [5] * max(depth, 1)

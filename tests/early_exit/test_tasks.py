@@ -12,7 +12,7 @@ from torch import Tensor
 
 from badge_peft import BadgeConfig, EarlyExitConfig, EarlyExitOutput, MultiTaskOutput
 from badge_peft.compile import compile_blocks
-from badge_peft.early_exit.tasks import config_of_each
+from badge_peft.early_exit.calls import config_of_each
 from tests.models import CASES, LINKS, blocks_of, make_badge, make_batch, make_model, shake
 
 from .rules import RULES, with_threshold

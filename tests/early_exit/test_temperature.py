@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.temperature import LARGEST, fitted_temperatures
+from badge_peft.early_exit.policies.confidence import LARGEST, fitted_temperatures
 from badge_peft.utils.problem import UNKNOWN_LABEL
 
 from .reference import MULTI, REGRESSION, SINGLE

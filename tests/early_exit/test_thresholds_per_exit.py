@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from badge_peft import BadgeConfig
 from badge_peft.app.explain import explain
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import describe
+from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import ExitLogits, sweep
 from tests.models import exits_of, make_badge, make_batch, shake
 
@@ -90,7 +90,6 @@ def test_equal_ones_are_one(data):
         "patience": data.draw(st.none() | st.integers(1, 4)),
         "window": data.draw(st.sampled_from(["all", "consecutive"])),
         "divergence": data.draw(st.sampled_from(["ce", "js", "label"])),
-        "normalize": data.draw(st.booleans()),
     }
     tau = data.draw(st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.5]))
     one, many = (build_policy({**rule, "threshold": x}) for x in (tau, [tau] * EXITS))

@@ -116,7 +116,6 @@ def test_every_policy(rule: dict[str, Any]) -> None:
         {"placement": "mhsa", "exit_type": "residual_mha"},
         {"exit_layers": [2], "final_exit": "exit", "num_labels": 7},
         {"carry": "logits"},
-        {"carry": "states", "ladder": True},
         {"backbone": "lora"},
         {"backbone": "full"},
         *LINKS,

@@ -1,4 +1,4 @@
-"""Survivors are cut to the longest of them: on every backbone the same answers, and shorter states."""
+"""ActiveRows are cut to the longest of them: on every backbone the same answers, and shorter states."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_the_fields_of_the_user_are_kept():
     stored = plausible(rows=150)
     asked = EarlyExitConfig(divergence="js", window="consecutive", patience=2, max_exit=10)
     config = calibrate(stored, asked, target_blocks_saved=0.4)
-    kept = ("policy", "divergence", "window", "patience", "max_exit", "min_exit", "normalize")
+    kept = ("policy", "divergence", "window", "patience", "max_exit", "min_exit")
     assert {name: getattr(config, name) for name in kept} == {name: getattr(asked, name) for name in kept}
     assert config.threshold is not None and asked.threshold is None and asked.calibration is None
     tried = search(stored, {"policy": "entropy", "threshold": 0.5}, selection.SETTINGS, "accuracy")

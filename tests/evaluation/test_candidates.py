@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.text import policy_label
+from badge_peft.early_exit.policies.base import policy_label
 from badge_peft.evaluation import candidates
 from badge_peft.evaluation.candidates import families, running_min_score
 from badge_peft.evaluation.exit_logits import ExitLogits
@@ -35,7 +35,7 @@ def templates(draw, problem_type, exits):
     name = draw(st.sampled_from(names))
     low = draw(st.none() | st.sampled_from(exits))
     high = draw(st.none() | st.sampled_from([m for m in exits if m >= (low or 0)]))
-    config = {"policy": name, "min_exit": low, "max_exit": high, "normalize": draw(st.booleans())}
+    config = {"policy": name, "min_exit": low, "max_exit": high}
     config["divergence"] = draw(st.sampled_from(["ce", "kl", "js", "label"]))
     config["window"] = draw(st.sampled_from(["all", "consecutive"]))
     config["patience"] = draw(st.none() | st.integers(1, 5))

@@ -52,17 +52,6 @@ def test_twenty_points_spread_over_the_speed_ups(policy, problem_type, num_label
     assert speed_ups[-1] > 0.5
 
 
-@pytest.mark.parametrize("policy", ["divergence", "entropy"])
-@pytest.mark.parametrize(("problem_type", "num_labels"), [(SINGLE, 77), (MULTI, 6)])
-def test_normalized_thresholds_are_shares_of_the_same_ones(problem_type, num_labels, policy):
-    stored = plausible(problem_type, num_labels, rows=100, exits=6)
-    plain, normal = (sweep(stored, [{"policy": policy, "normalize": n}]).curve(policy) for n in (False, True))
-    assert [p.layer_speedup for p in normal] == [p.layer_speedup for p in plain] and len(plain) > 15
-    most = np.log(num_labels) if problem_type == SINGLE else num_labels * np.log(2)
-    for a, b in zip(plain, normal, strict=True):
-        assert b.config.threshold == pytest.approx(a.config.threshold / most)
-
-
 @pytest.mark.parametrize(("problem_type", "num_labels"), [size for size in SIZES if size[0] != REGRESSION])
 def test_patience_has_a_point_for_each_block(problem_type, num_labels):
     points = sweep(plausible(problem_type, num_labels), ["patience"]).curve("patience")
@@ -125,7 +114,7 @@ def test_policies_that_are_swept_unasked(problem_type, num_labels, names):
 
 def test_the_configs_of_the_user_are_kept():
     stored = plausible(rows=80)
-    template = EarlyExitConfig(divergence="js", patience=2, min_exit=3, max_exit=9, normalize=True)
+    template = EarlyExitConfig(divergence="js", patience=2, min_exit=3, max_exit=9)
     found = sweep(stored, [template, {"policy": "patience", "max_exit": 6}], points=9)
     points = [p for p in found.points if p.name == "divergence-js t=2"]
     assert 5 < len(points) <= 9
@@ -194,9 +183,9 @@ def test_rounding_does_not_keep_a_depth_from_its_own_speedup():
 
 
 def test_variants_of_a_policy_have_curves_of_their_own():
-    variants = [{}, {"min_exit": 3}, {"normalize": True}, {"decide_every": 2, "max_exit": 4}]
+    variants = [{}, {"min_exit": 3}, {"max_exit": 3}, {"decide_every": 2, "max_exit": 4}]
     found = sweep(plausible(rows=60, exits=5), [{"policy": "entropy", **fields} for fields in variants], points=4)
-    names = ["entropy", "entropy, min_exit=3", "entropy, normalize=True", "entropy, max_exit=4, decide_every=2"]
+    names = ["entropy", "entropy, min_exit=3", "entropy, max_exit=3", "entropy, max_exit=4, decide_every=2"]
     assert found.names == ["fixed_depth", *names]
     for name, fields in zip(names, variants, strict=True):
         assert 0 < len(found.curve(name)) <= 4

@@ -19,12 +19,12 @@ from badge_peft.export.policies import Decision
 class TableGraph:
     """A session that answers [B, E, K] logits as a policy would have it, exits at blocks 1..E."""
 
-    def __init__(self, rule: dict[str, Any], exits: int, num_labels: int, problem_type: str, compact: bool) -> None:
+    def __init__(self, rule: dict[str, Any], exits: int, num_labels: int, problem_type: str) -> None:
         decision = Decision(build_policy(rule), list(range(1, exits + 1)), num_labels, problem_type)
         self.default = decision.threshold
         self.count_name = decision.count_name
         inputs = [ir.val("table", FLOAT, ["b", exits, num_labels]), ir.val("doubts", FLOAT, ["b", exits])]
-        chain = Chain(decision, inputs, {"table", "doubts"}, compact=compact)
+        chain = Chain(decision, inputs, {"table", "doubts"})
         chain.add(0, [self._piece(None, exits, num_labels)])
         for j in range(exits):
             if decision.reads(j):

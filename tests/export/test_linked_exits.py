@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,22 +15,17 @@ from badge_peft.export.onnx import OnnxExporter
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
 from tests.models import LINKS, exits_of, make_badge, make_batch, make_model
 
-KINDS = itertools.cycle(
-    [
-        {"exit_layers": [0, 1, 3], "exit_pooling": "mean"},
+FORMS = [
+    ({"carry": "logits"}, {"exit_layers": [0, 1, 3], "exit_pooling": "mean"}),
+    (
+        {"carry": "logits"},
         {"exit_layers": [1, 2], "final_exit": "exit", "exit_type": "residual_mha", "placement": "ffn"},
-    ]
-)
-FORMS = [*zip(LINKS, KINDS, strict=False), ({"exit_type": "past_future", "final_exit": "exit"}, {})]
-#: A ladder that carries logits, and past_future; the others in `nox -s exhaustive`.
-WANTED = [form for form in FORMS if form[0] == {"carry": "logits", "ladder": True} or "exit_type" in form[0]]
+    ),
+    ({"exit_type": "past_future", "final_exit": "exit"}, {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("link", "kind"),
-    [pytest.param(*form, marks=[] if form in WANTED else pytest.mark.exhaustive) for form in FORMS],
-    ids=str,
-)
+@pytest.mark.parametrize(("link", "kind"), FORMS, ids=str)
 def test_the_file_answers_as_the_model(link, kind):
     blocks = max(kind.get("exit_layers", [2]))
     model = make_badge("bert", base=make_model(num_hidden_layers=blocks), **link, **kind)
@@ -43,24 +36,23 @@ def test_the_file_answers_as_the_model(link, kind):
         if labels_are_safe(logits):
             break
     exporter = OnnxExporter(model, mixed_rule(logits, exits))
-    for compact in (True, False):
-        graph = assemble(exporter.pieces, exporter.decision, int8=False, compact=compact)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-        tau = exporter.decision.threshold
-        for rows, factor in ((7, 1.0), (7, 0.8), (1, 1.0)):
-            fields = {name: tensor[:rows] for name, tensor in batch.items()}
-            wanted = early_exit_forward(model, **fields, policy="entropy", threshold=tau * factor)
-            feed = {name: tensor.numpy() for name, tensor in fields.items()}
-            feed |= {"token_type_ids": np.zeros_like(feed["input_ids"])}
-            answers, exit_layer = session.run(
-                ["logits", "exit_layer"], {**feed, "threshold": np.asarray(tau * factor, np.float32)}
-            )
-            assert exit_layer.tolist() == wanted.exit_layer.tolist()
-            assert rows == 1 or factor < 1 or len(set(exit_layer)) > 1
-            scale = max(1.0, float(wanted.logits.abs().max()))
-            np.testing.assert_allclose(answers / scale, wanted.logits.numpy() / scale, atol=1e-4)
+    graph = assemble(exporter.pieces, exporter.decision, int8=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    tau = exporter.decision.threshold
+    for rows, factor in ((7, 1.0), (7, 0.8), (1, 1.0)):
+        fields = {name: tensor[:rows] for name, tensor in batch.items()}
+        wanted = early_exit_forward(model, **fields, policy="entropy", threshold=tau * factor)
+        feed = {name: tensor.numpy() for name, tensor in fields.items()}
+        feed |= {"token_type_ids": np.zeros_like(feed["input_ids"])}
+        answers, exit_layer = session.run(
+            ["logits", "exit_layer"], {**feed, "threshold": np.asarray(tau * factor, np.float32)}
+        )
+        assert exit_layer.tolist() == wanted.exit_layer.tolist()
+        assert rows == 1 or factor < 1 or len(set(exit_layer)) > 1
+        scale = max(1.0, float(wanted.logits.abs().max()))
+        np.testing.assert_allclose(answers / scale, wanted.logits.numpy() / scale, atol=1e-4)
 
 
 def make_linked():

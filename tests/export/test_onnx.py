@@ -114,7 +114,7 @@ def test_every_backbone(case):
     badge = model.base_model
     exits = badge.exit_layers()
     pieces = export_blocks(badge, set(exits), exits[-1])
-    whole = assemble(pieces, Decision(build_policy(policy="never"), exits, LABELS, SINGLE), int8=False, compact=True)
+    whole = assemble(pieces, Decision(build_policy(policy="never"), exits, LABELS, SINGLE), int8=False)
     assert stored_numbers(whole.graph) <= sum(weight.numel() for weight in badge.parameters())
     batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
     # a first position that is padding sees nothing but padding in ModernBERT's windows: its state is up to the kernel
@@ -126,7 +126,7 @@ def test_every_backbone(case):
             logits, doubts = batches[0][1], model(**batches[0][0]).exit_uncertainty
         rule = with_threshold(rule, logits, exits, 0.4, doubts)
         decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
-        session = session_of(assemble(pieces, decision, int8=False, compact=i % 2 == 0))
+        session = session_of(assemble(pieces, decision, int8=False))
         for batch, _ in batches[: 3 if i < 2 else 1]:
             wanted = early_exit_forward(model, **batch, **rule)
             answers, exit_layer = run(session, batch, threshold=rule.get("threshold"), patience=rule.get("patience"))
@@ -375,15 +375,15 @@ def test_what_calibrate_recorded_of_other_weights_is_left_out(exporter, model):
     rule = {"threshold": 1.0, "calibration": {"rows": 9, "weights_hash": model.base_model.weights_hash()}}
     cut, exporter = exporter.pieces, OnnxExporter(model, rule)
     exporter.pieces = cut
-    assert exporter._metadata(False, True, None)["early_exit"]["calibration"]["rows"] == 9
+    assert exporter._metadata(False, None)["early_exit"]["calibration"]["rows"] == 9
     exporter.weights_hash = "of other weights"
-    assert exporter._metadata(False, True, None)["early_exit"]["calibration"] is None
+    assert exporter._metadata(False, None)["early_exit"]["calibration"] is None
 
 
 def test_an_export_that_ends_at_any_moment_leaves_the_old_one_or_the_new_one(exporter, folder, tmp_path, monkeypatch):
     """Every step of putting the files in place ends it once."""
     places = {"old": tmp_path / "old", "new": folder}
-    exporter.write(places["old"], compact=False)
+    exporter.write(places["old"], int8=True)
 
     def state(target):
         with warnings.catch_warnings():

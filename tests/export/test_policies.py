@@ -24,10 +24,8 @@ PROBLEMS = (SINGLE, MULTI, REGRESSION)
 COUNTING = ("divergence", "patience", "confident_patience")
 RULES: list[dict[str, Any]] = [
     *({"divergence": k, "window": w} for k in ("ce", "kl", "js", "label") for w in ("all", "consecutive")),
-    {"policy": "divergence", "normalize": True},
     {"policy": "patience"},
     {"policy": "entropy"},
-    {"policy": "entropy", "normalize": True},
     {"policy": "max_prob"},
     {"policy": "max_prob", "temperature": [2.0, 1.5, 1.0, 0.8, 1.2, 1.0]},
     {"policy": "learned"},
@@ -38,16 +36,6 @@ CASES = [
     (rule, problem)
     for rule, problem in itertools.product(RULES, PROBLEMS)
     if not (problem == REGRESSION and rule.get("policy") in NO_REGRESSION)
-]
-
-
-#: Each rule on each problem in one form, on the next problem in the other; the rest in `nox -s exhaustive`.
-FORMS = [
-    pytest.param(rule, problem, compact, marks=[] if compact == bool((i + j) % 2) else pytest.mark.exhaustive)
-    for i, rule in enumerate(RULES)
-    for j, problem in enumerate(PROBLEMS)
-    if (rule, problem) in CASES
-    for compact in (True, False)
 ]
 
 
@@ -81,17 +69,16 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
         return [0.5]
     middles, gaps = (values[1:] + values[:-1]) / 2, np.diff(values)
     middles = middles[gaps > 1e-4 * np.maximum(1, np.abs(middles))]
-    unit = policy.unit(logits.shape[2], problem)
-    return [float(middles[np.abs(middles - np.quantile(values, q)).argmin()]) / unit for q in (0.2, 0.5, 0.8)]
+    return [float(middles[np.abs(middles - np.quantile(values, q)).argmin()]) for q in (0.2, 0.5, 0.8)]
 
 
-@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
-def test_as_replay(rule, problem, compact):
+@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+def test_as_replay(rule, problem):
     from .table import TableGraph
 
     logits = logits_of(problem)
     rule = full_rule(rule, problem, logits)
-    graph = TableGraph(rule, EXITS, logits.shape[2], problem, compact)
+    graph = TableGraph(rule, EXITS, logits.shape[2], problem)
     seen = set()
     for tau in thresholds(rule, problem, logits):
         for t in (1, 2, 3) if rule.get("policy", "divergence") in COUNTING else (1,):
@@ -103,8 +90,8 @@ def test_as_replay(rule, problem, compact):
     assert len(seen) > 2  # rows did stop at different blocks
 
 
-@pytest.mark.parametrize(("rule", "problem", "compact"), FORMS, ids=label)
-def test_a_threshold_for_each_exit(rule, problem, compact):
+@pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
+def test_a_threshold_for_each_exit(rule, problem):
     """Those of the file, and others with the call."""
     from .table import TableGraph
 
@@ -112,7 +99,7 @@ def test_a_threshold_for_each_exit(rule, problem, compact):
     rule = full_rule(rule, problem, logits)
     found = thresholds(rule, problem, logits)
     taus = [found[j % len(found)] for j in range(EXITS)]
-    graph = TableGraph({**rule, "threshold": taus}, EXITS, logits.shape[2], problem, compact)
+    graph = TableGraph({**rule, "threshold": taus}, EXITS, logits.shape[2], problem)
     counts = build_policy(rule).counts_exits
     takes = build_policy(rule).uses_threshold(problem)
     for own, t in ((None, 1), (taus[::-1], 2), ([found[0]] * EXITS, 1)):
@@ -131,7 +118,6 @@ def test_what_an_exported_file_takes():
             model._threshold(taus)
 
 
-@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
 @pytest.mark.parametrize(
     "rule",
     [
@@ -148,11 +134,11 @@ def test_what_an_exported_file_takes():
     ],
     ids=label,
 )
-def test_limits(rule, compact):
+def test_limits(rule):
     from .table import TableGraph
 
     logits = logits_of(SINGLE)
-    graph = TableGraph(rule, EXITS, logits.shape[2], SINGLE, compact)
+    graph = TableGraph(rule, EXITS, logits.shape[2], SINGLE)
     _, exits = graph(logits, None, rule.get("patience", 1))
     np.testing.assert_array_equal(exits, build_policy(rule).replay(logits).numpy())
 
@@ -162,7 +148,7 @@ def test_a_row_alone_and_among_others(problem):
     from .table import TableGraph
 
     logits = logits_of(problem, seed=5)
-    graph = TableGraph({"policy": "divergence"}, EXITS, logits.shape[2], problem, True)
+    graph = TableGraph({"policy": "divergence"}, EXITS, logits.shape[2], problem)
     answers, exits = graph(logits, 0.8, 1)
     for i in range(0, ROWS, 7):
         answer, alone = graph(logits[i : i + 1], 0.8, 1)
@@ -187,7 +173,7 @@ def test_any_logits(seed, scale, patience, tau):
 def _divergence_graph():
     from .table import TableGraph
 
-    return TableGraph({"policy": "divergence"}, EXITS, 4, SINGLE, True)
+    return TableGraph({"policy": "divergence"}, EXITS, 4, SINGLE)
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.get("policy") != "learned"], ids=label)
@@ -197,7 +183,7 @@ def test_huge_logits_give_numbers(rule):
     logits = logits_of(SINGLE) * np.float32(1e4)
     logits[3, 2, 1], logits[4, 1, 0] = np.inf, -np.inf
     rule = full_rule(rule, SINGLE, logits)
-    graph = TableGraph(rule, EXITS, 4, SINGLE, True)
+    graph = TableGraph(rule, EXITS, 4, SINGLE)
     _, exits = graph(logits, None, 2)
     wanted = build_policy({**rule, "patience": 2}).replay(logits).numpy()
     assert (exits == wanted).mean() > 0.9  # a threshold may lie on a signal that is 0 or 1 to rounding
@@ -209,7 +195,7 @@ def test_defaults_are_those_of_the_policy():
         logits = logits_of(problem)
         policy = build_policy(full_rule(rule, problem, logits))
         decision = Decision(policy, list(range(1, EXITS + 1)), logits.shape[2], problem)
-        assert decision.threshold * decision.unit == pytest.approx(policy.threshold(logits.shape[2], problem))
+        assert decision.threshold == pytest.approx(policy.threshold(logits.shape[2], problem))
 
 
 def test_somebody_elses_policy_is_refused():

@@ -34,7 +34,7 @@ RULES: list[dict[str, Any]] = [
 def graph(number: int) -> Any:
     from .table import TableGraph
 
-    return TableGraph({"policy": "top_k", "top_k": 3, **RULES[number]}, EXITS, 1, REGRESSION, True)
+    return TableGraph({"policy": "top_k", "top_k": 3, **RULES[number]}, EXITS, 1, REGRESSION)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -212,7 +212,7 @@ def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:
 
 
 def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
-    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker, export_onnx
+    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker
 
     model, folder = exported
     file = OnnxReranker.from_pretrained(folder, threads=1)
@@ -224,8 +224,6 @@ def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
         file.model(np.ones((2, 5)), patience=2)
     with pytest.raises(ValueError, match="ranks the candidates of a query: use OnnxReranker"):
         file.model.predict(["a"])
-    with pytest.raises(ValueError, match="compact=False is not allowed"):
-        export_onnx(model, tmp_path, compact=False)
     plain = OnnxEarlyExitModel(folder, None, {"early_exit": {"policy": "never"}})
     with pytest.raises(ValueError, match="exported with policy='never', which ranks nothing"):
         OnnxReranker(plain)

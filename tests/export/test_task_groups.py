@@ -20,10 +20,10 @@ from badge_peft.export.task_chain import assemble_tasks
 from badge_peft.export.task_groups import grouped
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
-from tests.early_exit.test_together import LABELS, make
 from tests.models import make_badge, make_batch, make_model, shake
 
 EXITS, LENGTH = [1, 2, 3], 9
+LABELS = {"two": 2, "seven": 7, "three": 3, "five": 5}
 ALIKE = ["divergence", "entropy", "max_prob", "patience"]  # whatever the number of labels
 
 
@@ -50,7 +50,11 @@ def check(model: Any, session: Any, rules: dict[str, Any], rows: int, **feed: An
 @pytest.fixture(scope="module")
 def cut() -> tuple[Any, Any]:
     """Four tasks of like shape with 2, 7, 3 and 5 labels, and the pieces of their model."""
-    model = make()
+    model = make_badge(adapter_name="two", num_labels=2, final_exit="exit")
+    for seed, name in enumerate(["seven", "three", "five"]):
+        model.add_adapter(name, BadgeConfig(r=4, num_labels=LABELS[name], final_exit="exit"))
+        shake(model, seed=seed, only=f".{name}.")
+    model.eval()
     return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}}, 3)
 
 
@@ -80,19 +84,17 @@ def test_a_group_decides_as_each_alone(data: Any) -> None:
             "decide_every": data.draw(st.sampled_from([1, 1, 2])),
             "min_exit": data.draw(st.sampled_from([None, None, 2])),
             "max_exit": data.draw(st.sampled_from([None, None, 2])),
-            "normalize": data.draw(st.booleans()),
         }
     decisions = decisions_of(rules)
     assert [group.tasks for group in grouped(decisions)] == [tuple(LABELS)]
-    compact = data.draw(st.booleans())
-    session = session_of(assemble_tasks(pieces, decisions, int8=False, compact=compact))
+    session = session_of(assemble_tasks(pieces, decisions, int8=False))
     check(model, session, rules, data.draw(st.sampled_from([1, 6])))
 
 
 def test_each_task_takes_a_threshold_and_patience_of_its_own(cut: tuple[Any, Any]) -> None:
     model, pieces = cut
     rules = {name: {"policy": "divergence", "threshold": 0.1 * i} for i, name in enumerate(LABELS, start=1)}
-    session = session_of(assemble_tasks(pieces, decisions_of(rules), int8=False, compact=True))
+    session = session_of(assemble_tasks(pieces, decisions_of(rules), int8=False))
     called = {name: {**rule, "threshold": 1.3 - rule["threshold"], "patience": 1} for name, rule in rules.items()}
     called["three"]["patience"] = 2
     feed = {
@@ -104,7 +106,7 @@ def test_each_task_takes_a_threshold_and_patience_of_its_own(cut: tuple[Any, Any
 
 
 def test_weights_of_like_exits_are_in_the_file_once_side_by_side(cut: tuple[Any, Any]) -> None:
-    graph = assemble_tasks(cut[1], decisions_of(dict.fromkeys(LABELS, {})), int8=False, compact=True).graph
+    graph = assemble_tasks(cut[1], decisions_of(dict.fromkeys(LABELS, {})), int8=False).graph
     sizes = [list(weight.dims) for weight in graph.initializer]
     tasks, rank, hidden = len(LABELS), 4, 32
     assert sizes.count([tasks, rank, hidden]) == len(EXITS) and [rank, hidden] not in sizes

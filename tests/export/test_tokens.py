@@ -60,9 +60,9 @@ def cut() -> tuple[Any, Any]:
     return model, export_blocks(model.base_model, {0, 1, 2}, 2)
 
 
-def sessions(cut: tuple[Any, Any], rule: dict[str, Any], compact: bool) -> onnxruntime.InferenceSession:
+def sessions(cut: tuple[Any, Any], rule: dict[str, Any]) -> onnxruntime.InferenceSession:
     decision = Decision(build_policy(rule), cut[0].base_model.exit_layers(), LABELS, SINGLE, True)
-    graph = assemble(cut[1], decision, int8=False, compact=compact)
+    graph = assemble(cut[1], decision, int8=False)
     return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
@@ -79,16 +79,15 @@ def check(model: Any, session: Any, batch: dict[str, torch.Tensor], special: tor
 def test_every_kind_of_rule(cut: tuple[Any, Any], rule: dict[str, Any]) -> None:
     model, batch = cut[0], make_batch(ROWS, LENGTH)
     rule = safe_rule(model, batch, rule)
-    for compact in (True, False):
-        session = sessions(cut, rule, compact)
-        check(model, session, batch, special_of(batch), rule)
-        check(model, session, {k: v[:1] for k, v in batch.items()}, torch.zeros(1, LENGTH, dtype=torch.long), rule)
+    session = sessions(cut, rule)
+    check(model, session, batch, special_of(batch), rule)
+    check(model, session, {k: v[:1] for k, v in batch.items()}, torch.zeros(1, LENGTH, dtype=torch.long), rule)
     check(model, session, make_batch(3, 6, side="left"), torch.zeros(3, 6, dtype=torch.long), {**rule})
 
 
 @pytest.fixture(scope="module")
 def live(cut: tuple[Any, Any]) -> onnxruntime.InferenceSession:
-    return sessions(cut, {"policy": "entropy", "threshold": 0.5}, True)
+    return sessions(cut, {"policy": "entropy", "threshold": 0.5})
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
@@ -162,8 +161,7 @@ def test_exits_that_need_one_another(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.logits, want.logits.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("compact", [True, False])
-def test_tokens_and_texts_in_one_file(compact: bool, tmp_path: Path) -> None:
+def test_tokens_and_texts_in_one_file(tmp_path: Path) -> None:
     """Beside a token task, a text task and a second token task with other labels, one of them in the model's head."""
     base = make_base(num_hidden_layers=2, id2label=dict(enumerate(TAGS)))
     model: Any = get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS", r=4, train_head=False), adapter_name="names")
@@ -180,7 +178,7 @@ def test_tokens_and_texts_in_one_file(compact: bool, tmp_path: Path) -> None:
     rules = {name: rules[name] for name in names}
     options = {"tasks": names, "early_exit_config": rules, "tokenizer": make_tokenizer()}
     with one_cut("tokens and texts"):  # whose weights are the same each time
-        report = export_tasks_onnx(model, tmp_path, compact=compact, **options)
+        report = export_tasks_onnx(model, tmp_path, **options)
     assert report["max_difference"] < 1e-4
     session = OnnxTasksModel.from_pretrained(tmp_path, threads=1)
     for rows in (slice(None), slice(0, 1)):

@@ -108,7 +108,7 @@ def test_a_folder_is_the_formula(scaling, non_linearity, prefix, tmp_path):
     base = make_model()
     model = from_adapterhub(folder, base, train_head=False, exit_pooling="cls", final_exit="exit")
     config = model.peft_config["default"]
-    assert (config.placement, config.r, config.bias, config.norm) == ("ffn", HIDDEN // 5, True, "own")
+    assert (config.placement, config.r, config.bias) == ("ffn", HIDDEN // 5, True)
     tensors = load_file(folder / "adapter.safetensors")
     plain = make_model()
     states = hidden_states(plain)

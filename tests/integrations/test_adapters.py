@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from badge_peft import BadgeConfig, MultiExitTrainer, compile_blocks  # noqa: E402
 from badge_peft.early_exit.policies import build_policy  # noqa: E402
 from badge_peft.export import OnnxEarlyExitModel, export_onnx  # noqa: E402
-from badge_peft.tuner.identity import CONFIG_TENSOR  # noqa: E402
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR  # noqa: E402
 from tests.early_exit.rules import answers, labels_are_safe, mixed_rule  # noqa: E402
 from tests.labels import label  # noqa: E402
 from tests.models import LABELS, blocks_of, exits_of, make_batch, make_labels, make_model, shake  # noqa: E402

@@ -30,13 +30,12 @@ ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "deberta-v2", "elect
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "block": {},
-    "ffn": {"placement": "ffn", "norm": "shared", "bias": True},
+    "ffn": {"placement": "ffn", "bias": True},
     "mhsa": {"placement": "mhsa", "exit_type": "mha", "final_exit": "exit", "num_labels": 5},
     "none": {"placement": "none", "exit_type": "pooled", "train_head": False},
     "few exits": {"exit_layers": [0, 2], "exit_pooling": "mean"},
     "past_future": {"exit_type": "past_future", "final_exit": "exit"},
     "carry": {"carry": "logits", "exit_layers": [0, 2], "final_exit": "exit"},
-    "ladder": {"ladder": True, "carry": "states", "placement": "ffn", "exit_pooling": "mean"},
     "learn_to_exit": {"learn_to_exit": True},
     "lora": {"backbone": "lora"},
     "full": {"backbone": "full"},

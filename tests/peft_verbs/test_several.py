@@ -17,7 +17,7 @@ from tests.peft_verbs.test_same_answers import answers, same
 # Different r, placements, exit layers, numbers of labels, heads and rules.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "one": {"r": 2, "early_exit": {"policy": "max_prob", "threshold": 0.5}},
-    "two": {"r": 8, "placement": "ffn", "norm": "shared", "exit_layers": [1], "train_head": False},
+    "two": {"r": 8, "placement": "ffn", "exit_layers": [1], "train_head": False},
     "three": {"placement": "mhsa", "final_exit": "exit", "num_labels": 5, "exit_type": "mha"},
     "four": {"placement": "none", "exit_layers": [0, 2], "early_exit": {"policy": "fixed_depth", "depth": 2}},
     "five": {"backbone": "lora", "r": 3, "early_exit": {"policy": "patience", "patience": 1}},

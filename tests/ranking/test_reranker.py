@@ -88,8 +88,7 @@ def test_a_decoder_ranks(family: str, fields: dict[str, int]) -> None:
         {"placement": "mhsa", "exit_pooling": "mean"},
         {"exit_type": "past_future", "final_exit": "exit"},
         {"carry": "logits", "exit_layers": (0, 1, 2, 3)},
-        {"ladder": True, "exit_pooling": "mean"},
-        {"carry": "states", "ladder": True, "exit_layers": (1, 2, 3), "final_exit": "exit", "exit_pooling": "mean"},
+        {"carry": "logits", "exit_layers": (1, 2, 3), "final_exit": "exit", "exit_pooling": "mean"},
     ],
     ids=str,
 )
@@ -235,7 +234,7 @@ def test_slices_cost_least(lengths: list[int], most: int, call: int) -> None:
 
 def test_states_in_a_file_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "_COPIES", 10**9)  # segments, whatever fits
-    for dtype, fields in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"ladder": True})):
+    for dtype, fields in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"carry": "logits"})):
         model = copy.deepcopy(ranker(exit_pooling="mean", **fields)).to(dtype)
         config = top_k(3, all_scores(model, pair_tokenizer(), QUERY, DOCUMENTS).float())
         model.set_early_exit_config(config)

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import badge_peft
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from tests.models import make_batch, make_model, trained
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLEAN = (ValueError, OSError, SafetensorError)  # a JSON file that is none is a ValueError, too
 KINDS: list[dict[str, Any]] = [
     {},
-    {"placement": "ffn", "exit_pooling": "mean", "exit_type": "pooled", "norm": "shared"},
+    {"placement": "ffn", "exit_pooling": "mean", "exit_type": "pooled"},
     {"backbone": "lora", "exit_layers": [0, 2, 3], "learn_to_exit": True},
     {"final_exit": "exit", "num_labels": 4, "exit_type": "mha", "bias": True},
 ]

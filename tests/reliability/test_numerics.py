@@ -113,16 +113,8 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("rule", "compact"),
-    [
-        pytest.param(rule, compact, marks=[] if i % 2 == compact else pytest.mark.exhaustive)  # each rule in one form
-        for i, rule in enumerate(RULES)
-        for compact in (True, False)
-    ],
-    ids=lambda value: label(value) if isinstance(value, dict) else ("compact" if value else "masked"),
-)
-def test_onnx(rule, compact) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=label)
+def test_onnx(rule) -> None:
     pytest.importorskip("onnx_ir")
     pytest.importorskip("onnxruntime")
     from tests.export.table import TableGraph
@@ -133,7 +125,7 @@ def test_onnx(rule, compact) -> None:
         if problem == REGRESSION and name in NO_REGRESSION:
             continue
         full = {**rule, **fields_of(name, exits, k, problem)}
-        graph = TableGraph(full, len(exits), k, problem, compact)
+        graph = TableGraph(full, len(exits), k, problem)
         for seed, (scale, rows) in enumerate([(1.0, 257 if k < 1000 else 8), (1e4, 16), (0.0, 1)]):
             logits = as_exits_give(table_of(seed, rows, k, scale, 0.2)).numpy()
             doubts = np.random.default_rng(seed).uniform(size=logits.shape[:2]).astype(np.float32)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
+from badge_peft.tuner.config_rules import REMOVED
 
 DATA = Path(__file__).parent / "later"
 ADAPTERS = sorted(path.name for path in (DATA / "adapters").iterdir())
@@ -80,8 +81,10 @@ def test_an_adapter_is_saved_as_it_was(name: str, tmp_path: Path, monkeypatch: p
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted if key != CONFIG_TENSOR)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    made = ("badge_version", "peft_version", "base_model_name_or_path", "weights_hash")
-    expected = {key: x for key, x in read("adapters", name, "adapter_config.json").items() if key not in made}
+    made = ("badge_version", "peft_version", "base_model_name_or_path", "weights_hash", *REMOVED)
+    expected = {
+        key: x for key, x in read("adapters", name, "adapter_config.json").items() if key not in (*made, *REMOVED)
+    }
     assert {key: config.get(key, "missing") for key in expected} == expected
 
 

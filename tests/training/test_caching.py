@@ -18,7 +18,7 @@ from badge_peft import (
     collect_exit_logits,
     multi_exit_arguments,
 )
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training.objectives import Objective
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
 
@@ -69,7 +69,7 @@ def test_every_backbone(case, exit_pooling, final_exit):
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean", "last"])
 @pytest.mark.parametrize("placement", ["block", "ffn", "mhsa", "none"])
 def test_every_placement(placement, exit_pooling, case):
-    check(make_badge(case, placement=placement, exit_pooling=exit_pooling, norm="shared", bias=True))
+    check(make_badge(case, placement=placement, exit_pooling=exit_pooling, bias=True))
 
 
 @pytest.mark.parametrize("exit_pooling", ["cls", "mean", "last"])
@@ -138,9 +138,8 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alternating": ({}, {"objective": "alternating"}),
     "gradient_equilibrium": ({"placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "past_future": ({"exit_type": "past_future", "final_exit": "exit"}, {"objective": "past_future"}),
-    "single_exit": ({"learn_to_exit": True, "norm": "shared"}, {"objective": "single_exit", "depth": 2}),
-    "ladder, carried logits": ({"ladder": True, "carry": "logits", "exit_pooling": "mean"}, {}),
-    "carried states": ({"carry": "states", "exit_layers": [0, 1, 2]}, {}),
+    "single_exit": ({"learn_to_exit": True}, {"objective": "single_exit", "depth": 2}),
+    "carried logits": ({"carry": "logits", "exit_pooling": "mean", "exit_layers": [0, 1, 2]}, {}),
     "accumulated": ({"exit_type": "mha"}, {"gradient_accumulation_steps": 2}),
     "exit dropout": ({"exit_dropout": 0.3}, {}),
 }

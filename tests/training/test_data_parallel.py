@@ -86,9 +86,9 @@ CASES = {
     "equilibrium": ({"backbone": "full", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "past_future": ({"exit_type": "past_future", "final_exit": "exit"}, {"objective": "past_future"}),
     "learn_to_exit": ({"learn_to_exit": True}, {}),
-    "ladder": ({"ladder": True, "carry": "states", "placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
+    "mhsa": ({"placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
     "carry": ({"carry": "logits", "final_exit": "exit"}, {"objective": "alternating"}),
-    "shared_norm": ({"norm": "shared", "placement": "ffn"}, {"objective": "alternating"}),
+    "ffn": ({"placement": "ffn"}, {"objective": "alternating"}),
     "cached": ({"exit_pooling": "mean"}, {"cache_states": True, "cache_dtype": "float32"}),
     "lora": ({"backbone": "lora", "lora": {"r": 2, "lora_dropout": 0.0}}, {}),
 }
@@ -111,7 +111,7 @@ def test_it_trains_what_one_device_trains(name, two_devices, tmp_path):
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean", "deberta-v2"])
 @pytest.mark.parametrize("exit_type", ["linear", "mha", "past_future"])
 def test_replicas_answer_as_the_model(case, exit_type):
-    model = make_badge(case, exit_type=exit_type, final_exit="exit", learn_to_exit=True, norm="shared", carry="logits")
+    model = make_badge(case, exit_type=exit_type, final_exit="exit", learn_to_exit=True, carry="logits")
     batch = make_batch(rows=6)
     with torch.no_grad():
         want, found = model(**batch), DataParallel(model)(**batch)
@@ -122,7 +122,7 @@ def test_replicas_answer_as_the_model(case, exit_type):
 
 def test_a_replica_reads_its_own_weights():
     """Not those of the model that it is a copy of, which are on another device."""
-    model = make_badge(exit_type="past_future", final_exit="exit", learn_to_exit=True, norm="shared", carry="logits")
+    model = make_badge(exit_type="past_future", final_exit="exit", learn_to_exit=True, carry="logits")
     batch = make_batch()
     with torch.no_grad():
         want = model(**batch)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from badge_peft import ARCHITECTURES
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training.equilibrium import GradientEquilibriumPass, scale_gradient
 from badge_peft.tuner.architectures import head_pooling
 from tests import reference
@@ -146,7 +146,7 @@ def test_other_backbones(case, placement, exit_layers):
 
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
 @pytest.mark.parametrize("placement", ["block", "mhsa"])
-@pytest.mark.parametrize("fields", [{"norm": "shared"}, {"exit_type": "pooled"}, {"exit_type": "mha"}], ids=str)
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"exit_type": "pooled"}, {"exit_type": "mha"}], ids=str)
 def test_other_exits(case, placement, fields):
     """A LayerNorm that an exit shares with its block is the block's parameter still."""
     compare(case, placement=placement, final_exit="exit", exit_layers=[0, 1, 2, 3], **fields)

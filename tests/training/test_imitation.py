@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from badge_peft.training.imitation import ImitationPass, imitation_loss
-from badge_peft.tuner.exit_state import ExitState
+from badge_peft.tuner.exits import ExitState
 from tests import reference
 from tests.models import make_badge, make_batch
 from tests.passes import full_depth

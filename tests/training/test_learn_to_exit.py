@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.losses import exit_loss, uncertainty_loss
 from tests import reference
 from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from badge_peft import BadgeConfig
-from badge_peft.early_exit.pass_ import EarlyExitPass
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.training.distillation import distillation_loss
 from badge_peft.training.equilibrium import GradientEquilibriumPass
@@ -387,9 +387,7 @@ def test_exits_that_build_on_one_another_do_not_move_the_last_one_in_stage_2(lin
         make_trainer(tmp_path / name, each, Rows(), **options).train()
     found, alone = (exits_of(each.eval(), make_batch()) for each in (model, plain))
     torch.testing.assert_close(found[:, -1], alone[:, -1])
-    shares = {
-        name: p.any() for name, p in reference.own_weights(model).items() if ".carry." in name or ".ladder." in name
-    }
+    shares = {name: p.any() for name, p in reference.own_weights(model).items() if ".carry." in name}
     assert shares and all(learned == (".2." in name) for name, learned in shares.items())
 
 
@@ -646,9 +644,7 @@ def test_two_stages_are_not_for_exits_that_share_weights(tmp_path):
         make_trainer(tmp_path, model, objective="two_stage")
 
 
-@pytest.mark.parametrize(
-    ("fields", "part"), [*((f, "carry") for f in LINKS if "carry" in f), ({"ladder": True}, "ladder")]
-)
+@pytest.mark.parametrize(("fields", "part"), [(f, "carry") for f in LINKS])
 def test_two_stages_are_not_for_an_exit_m_that_builds_on_the_others(fields, part, tmp_path):
     """As a joint training leaves it; one that begins anew keeps these weights at zero."""
     model = make(final_exit="exit", **fields)

@@ -33,13 +33,11 @@ SOME = ("bert", "albert", "distilbert", "deberta-v2", "modernbert-cls")  # whose
 
 
 def test_bypass_alone():
-    bypass = Bypass(HIDDEN, 4, "identity", bias=False, norm=None)
+    bypass = Bypass(HIDDEN, 4, "identity", bias=False, norm=nn.LayerNorm(HIDDEN))
     shake(bypass, only="")
-    source, residual, norm = torch.randn(2, 5, HIDDEN), torch.randn(2, 5, HIDDEN), nn.LayerNorm(HIDDEN)
-    found = bypass(source, residual, norm)
-    expected = norm(source @ bypass.down.weight.T @ bypass.up.weight.T + residual)
-    torch.testing.assert_close(found, expected)
-    assert "norm" not in dict(bypass.named_children())
+    source, residual = torch.randn(2, 5, HIDDEN), torch.randn(2, 5, HIDDEN)
+    expected = bypass.norm(source @ bypass.down.weight.T @ bypass.up.weight.T + residual)
+    torch.testing.assert_close(bypass(source, residual), expected)
 
 
 def test_copied_norm_has_no_hooks_of_the_norm_it_copies():
@@ -48,12 +46,12 @@ def test_copied_norm_has_no_hooks_of_the_norm_it_copies():
     norm.register_forward_pre_hook(lambda *_: calls.append("before"))
     norm.register_forward_hook(lambda *_: calls.append("after"))
     bypass = Bypass(HIDDEN, 4, "gelu", bias=False, norm=norm)
-    bypass(torch.randn(2, HIDDEN), torch.randn(2, HIDDEN), norm)
+    bypass(torch.randn(2, HIDDEN), torch.randn(2, HIDDEN))
     assert not calls
     assert bypass.norm.weight.requires_grad and not norm.weight.requires_grad
 
 
-def second_pass(base, model, states, number, norm):
+def second_pass(base, model, states, number):
     """H'_m [B, S, d], by the formula alone."""
     parts = reference.PARTS[base.config.model_type]
     block, seen = states[number - 1].block, states[number - 1]
@@ -69,21 +67,17 @@ def second_pass(base, model, states, number, norm):
         state = reference.layer_norm(bypass + seen.attention_sum, ln.weight, ln.bias, ln.eps)
         state = parts.ffn(block, state) + state
     ln = reference.exit_norm(base, block)
-    if norm == "shared":
-        return reference.layer_norm(state, ln.weight, ln.bias, ln.eps)
     own = reference.own_weights(model)
     return reference.layer_norm(
         state, own[f"bypass.{number}.norm.weight"], own.get(f"bypass.{number}.norm.bias"), ln.eps
     )
 
 
-@pytest.mark.parametrize(
-    ("case", "norm"), [(case, ("own", "shared")[turn % 2]) for turn, case in enumerate(CASES)] + [("bert", "shared")]
-)
-def test_formula(case, norm):
+@pytest.mark.parametrize("case", CASES)
+def test_formula(case):
     base = make_model(case).double()
     plain = copy.deepcopy(base)
-    model = make_badge(base=base, placement="mhsa", norm=norm, final_exit="exit")
+    model = make_badge(base=base, placement="mhsa", final_exit="exit")
     weights = reference.own_weights(model)
     for pooling, side in zip(POOLINGS, ("right", "left", "left"), strict=True):
         batch = make_batch(side=side)
@@ -91,7 +85,7 @@ def test_formula(case, norm):
             states, logits = reference.trace(plain, batch)
             expected = []
             for number in range(1, len(states) + 1):
-                state = second_pass(plain, model, states, number, norm)
+                state = second_pass(plain, model, states, number)
                 vector = reference.pool(state, batch["attention_mask"], pooling)
                 expected.append(
                     vector @ weights[f"exit.{number}.linear.weight"].T + weights[f"exit.{number}.linear.bias"]
@@ -179,14 +173,13 @@ def test_early_exit(case, pooling, final_exit):
     assert shapes == expected
 
 
-@pytest.mark.parametrize("norm", ["own", "shared"])
-def test_the_second_pass_has_a_gradient_of_its_own(norm):
+def test_the_second_pass_has_a_gradient_of_its_own():
     """Exit m alone: its gradient reaches the FFN of block m by the second pass, and nothing of block m + 1."""
-    model = make_badge(placement="mhsa", norm=norm, backbone="full", final_exit="exit", exit_dropout=0.0)
+    model = make_badge(placement="mhsa", backbone="full", final_exit="exit", exit_dropout=0.0)
     logits = model.train()(**make_batch()).exit_logits[:, 1]
     torch.nn.functional.cross_entropy(logits, make_labels()).backward()
     for number, block in enumerate(blocks_of(model), start=1):
         parts = ("intermediate.dense", "output.dense", "attention.output.LayerNorm", "output.LayerNorm")
         gradients = [block.base_layer.get_submodule(part).weight.grad for part in parts]
         found = [gradient is not None and bool(gradient.any()) for gradient in gradients]
-        assert found == [number <= 2] * 3 + [number <= (1 if norm == "own" else 2)]
+        assert found == [number <= 2] * 3 + [number <= 1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from badge_peft import BadgeConfig, load_pretrained
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from tests import reference
 from tests.models import (
     CASES,
@@ -115,7 +115,7 @@ def test_number_of_labels_travels_with_the_adapter(tmp_path):
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
-@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full"}, {"norm": "shared"}], ids=str)
+@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"backbone": "full"}], ids=str)
 def test_copies_work_and_are_apart(how, case, fields):
     model = trained(case, **fields)
     expected = exits_of(model, make_batch())
@@ -147,9 +147,8 @@ HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"
         ({}, block_keys([1, 2], BYPASS, "bypass") | block_keys([1, 2], EXIT, "exit") | HEAD),
         ({"train_head": False}, block_keys([1, 2], BYPASS, "bypass") | block_keys([1, 2], EXIT, "exit")),
         (
-            {"final_exit": "exit", "norm": "shared", "bias": True},
-            block_keys([1, 2, 3], (*BYPASS[:2], "down.bias", "up.bias"), "bypass")
-            | block_keys([1, 2, 3], EXIT, "exit"),
+            {"final_exit": "exit", "bias": True},
+            block_keys([1, 2, 3], (*BYPASS, "down.bias", "up.bias"), "bypass") | block_keys([1, 2, 3], EXIT, "exit"),
         ),
         (
             {"placement": "none", "exit_type": "pooled", "exit_layers": [2]},
@@ -163,7 +162,7 @@ HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"
             | HEAD,
         ),
     ],
-    ids=["own", "untrained-head", "exit-shared-bias", "none-pooled", "exit-0"],
+    ids=["own", "untrained-head", "exit-bias", "none-pooled", "exit-0"],
 )
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_exact_keys(fields, keys, adapter_name, tmp_path):

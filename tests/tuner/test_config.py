@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -19,14 +20,12 @@ DEFAULTS = {
     "placement": "block",
     "activation": "gelu",
     "bias": False,
-    "norm": "own",
     "exit_type": "linear",
     "exit_pooling": "auto",
     "exit_dropout": 0.1,
     "exit_layers": None,
     "final_exit": "base_head",
     "carry": None,
-    "ladder": False,
     "train_head": True,
     "learn_to_exit": False,
     "backbone": "frozen",
@@ -46,14 +45,12 @@ OTHER: dict[str, Any] = {
     "placement": "ffn",
     "activation": "swish",
     "bias": True,
-    "norm": "shared",
     "exit_type": "pooled",
     "exit_pooling": "last",
     "exit_dropout": 0.0,
     "exit_layers": [0, 2, 3],
     "final_exit": "exit",
     "carry": "logits",
-    "ladder": True,
     "train_head": False,
     "learn_to_exit": True,
     "backbone": "full",
@@ -105,7 +102,6 @@ def test_every_field_says_what_it_is():
         *(("placement", value, "block, ffn, mhsa, none") for value in ("attention", "Block", None)),
         *(("activation", value, "gelu, relu, leaky_relu, silu, swish, tanh, identity") for value in ("softmax", None)),
         *(("bias", value, "True or False") for value in ("none", 1, None)),
-        *(("norm", value, "own, shared") for value in ("layer", True)),
         *(
             ("exit_type", value, "linear, pooled, shared_pooled, mha, residual_mha, past_future")
             for value in ("mlp", None)
@@ -114,8 +110,7 @@ def test_every_field_says_what_it_is():
         *(("exit_dropout", value, r"\[0, 1\)") for value in (1, 1.0, -0.1, "0.1", None, True, math.nan, math.inf)),
         *(("exit_layers", value, "distinct block numbers") for value in ([], [1, 1], [-1], [1.0], [True], "12", 3)),
         *(("final_exit", value, "base_head, exit") for value in ("head", None)),
-        *(("carry", value, "None or logits or states") for value in ("state", True, [], 1)),
-        *(("ladder", value, "True or False") for value in (1, None)),
+        *(("carry", value, "None or 'logits'") for value in ("state", True, [], 1)),
         *(("train_head", value, "True or False") for value in (0, "yes", None)),
         *(("learn_to_exit", value, "True or False") for value in (1, None)),
         *(("backbone", value, "frozen, lora, full") for value in ("trained", None)),
@@ -134,6 +129,7 @@ def test_every_field_says_what_it_is():
         *(("modules_to_save", value, "None or a list of names") for value in ([1], [None, {}])),
         *(("target_modules", value, "leave it None") for value in (3, {"a": 1}, [0], [["a"]])),
         ("r", 10**300, "must be below 2\\*\\*31"),
+        ("carry", "states", "has been removed. Use carry='logits' or None.*trained again"),
         *(("data_columns", value, "a dict from text") for value in ("text", ["text"], {"text": 3}, {3: "text"})),
         *(("base_fingerprint", value, "numbers by name") for value in ([1], {"w": 3}, {"w": ["a"]}, {"w": []}, "w")),
         *(("exclude_modules", value, "exit_layers") for value in ("encoder.layer.0", ["encoder.layer.0"])),
@@ -262,3 +258,36 @@ def test_exit_beyond_the_last_block():
 def test_is_badge():
     assert is_badge(BadgeConfig())
     assert not is_badge(LoraConfig())
+
+
+# ---------------------------------------------------------------------------------------------------- fields that went
+
+
+def saved_with(folder, **fields):
+    """A config as an earlier version has saved it."""
+    BadgeConfig(early_exit={"threshold": 0.2}, inference_mode=False).save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    data = json.loads(path.read_text())
+    data["early_exit"] |= {name: fields.pop(name) for name in ("normalize",) if name in fields}
+    path.write_text(json.dumps({**data, **fields}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("ladder", True, "Leave it out.*trained again.*badge_version"),
+        ("norm", "shared", "Leave it out.*trained again.*badge_version"),
+        ("carry", "states", "Use carry='logits' or None.*trained again.*badge_version"),
+        ("normalize", True, "multiply the threshold by ln K.*or calibrate again"),
+    ],
+)
+def test_a_removed_field_that_was_set_is_refused_at_load(field, value, remedy, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is not allowed: ") + f".*{remedy}"):
+        BadgeConfig.from_pretrained(saved_with(tmp_path, **{field: value}))
+
+
+def test_removed_fields_at_their_old_defaults_load(tmp_path, recwarn):
+    folder = saved_with(tmp_path, ladder=False, norm="own", carry=None, normalize=False)
+    assert BadgeConfig.from_pretrained(folder).early_exit.threshold == 0.2
+    assert not recwarn.list

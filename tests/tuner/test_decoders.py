@@ -35,7 +35,7 @@ def badge(family: str, **fields):
     return model
 
 
-def states_of(family, base, batch):
+def get_hidden_states(family, base, batch):
     with torch.no_grad():
         out = base(**batch)
     return out.last_hidden_state if family == "granite" else out.logits

@@ -53,9 +53,9 @@ def compare(case: str, pooling: str = "cls", side: str = "right", **fields) -> N
     assert (found[:, 1:] - found[:, :-1]).abs().amax(dim=(0, 2)).min() > 1e-3  # exits do differ
 
 
-@pytest.mark.parametrize(("case", "norm", "placement"), crossed(CASES, ["own", "shared"], PLACEMENTS))
-def test_exits_are_those_of_eq_1_and_2(case, norm, placement):
-    compare(case, placement=placement, norm=norm)
+@pytest.mark.parametrize(("case", "placement"), crossed(CASES, PLACEMENTS))
+def test_exits_are_those_of_eq_1_and_2(case, placement):
+    compare(case, placement=placement)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_poolings_and_exit_types(case, pooling, exit_type, placement):
 @pytest.mark.parametrize("bias", [False, True])
 def test_activations_and_biases(activation, bias):
     compare("bert", activation=activation, bias=bias)
-    compare("modernbert-cls", activation=activation, bias=bias, placement="ffn", norm="shared", pooling="last")
+    compare("modernbert-cls", activation=activation, bias=bias, placement="ffn", pooling="last")
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -91,12 +91,12 @@ def test_feed_forward_in_chunks(pooling, placement):
     torch.testing.assert_close(exits_of(model, batch), torch.stack(expected, dim=1), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("case", "placement", "norm"), pairs(CASES, ("block", "ffn", "mhsa"), ("own", "shared")))
-def test_at_initialization_a_bypass_adds_nothing(case, placement, norm):
+@pytest.mark.parametrize(("case", "placement"), pairs(CASES, ("block", "ffn", "mhsa")))
+def test_at_initialization_a_bypass_adds_nothing(case, placement):
     """W_up starts at zero and LN' as a copy, so the exits are those of a model without bypasses."""
     batch = make_batch()
     plain = get_peft_model(make_model(case).double(), BadgeConfig(placement="none")).eval()
-    model = get_peft_model(make_model(case).double(), BadgeConfig(placement=placement, norm=norm, bias=True)).eval()
+    model = get_peft_model(make_model(case).double(), BadgeConfig(placement=placement, bias=True)).eval()
     missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert missing and all(".badge_bypass." in name for name in missing)
     torch.testing.assert_close(exits_of(model, batch), exits_of(plain, batch), rtol=1e-12, atol=1e-12)
@@ -132,7 +132,6 @@ def test_own_norm_starts_as_a_copy_and_is_one(case):
     ("fields", "bypass", "exit_"),
     [
         ({}, 26_112, 3 * 769),  # 2 * 768 * 16 + 2 * 768
-        ({"norm": "shared"}, 24_576, 3 * 769),
         ({"bias": True}, 26_112 + 16 + 768, 3 * 769),
         ({"r": 8, "placement": "ffn"}, 2 * 768 * 8 + 2 * 768, 3 * 769),
         ({"placement": "none"}, 0, 3 * 769),

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from badge_peft import BadgeConfig
 from tests import reference
 from tests.design import pairs
-from tests.models import LABELS, LINKS, exits_of, linked, make_badge, make_batch, make_labels, make_model
+from tests.models import LINKS, exits_of, make_badge, make_batch, make_labels, make_model
 
 EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
 
@@ -30,7 +30,6 @@ EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
     ),
 )
 def test_formulas(case, placement, pooling, final_exit, exit_type, exit_layers, link):
-    link = linked(link, placement)
     base = make_model(case).double()
     model = make_badge(
         base=copy.deepcopy(base),
@@ -63,25 +62,6 @@ def test_the_models_own_head_stays_as_it_is(link):
     with torch.no_grad():
         expected = base(**batch).logits
         assert torch.equal(make_badge(base=base, train_head=False, **link)(**batch).logits, expected)
-
-
-@pytest.mark.parametrize(("exit_layers", "numbers"), [(None, 2), ([0, 1, 2, 3], 2), ([0, 2], 1), ([2], 1), ([3], 0)])
-@pytest.mark.parametrize("case", ["bert", "albert"])
-def test_one_matrix_for_each_bypass_but_the_first(case, exit_layers, numbers):
-    config = {"exit_layers": exit_layers, "final_exit": "exit", "r": 4}
-    plain, ladder, states = (
-        get_peft_model(make_model(case), BadgeConfig(**config, **link)).get_nb_trainable_parameters()[0]
-        for link in ({}, {"ladder": True}, {"carry": "states"})
-    )
-    assert (ladder - plain, states - plain) == (4 * 4 * numbers, 4 * LABELS * numbers)
-
-
-@pytest.mark.parametrize(
-    ("fields", "name"), [({"ladder": True}, "ladder=True"), ({"carry": "states"}, "carry='states'")]
-)
-def test_what_needs_bypasses(fields, name):
-    with pytest.raises(ValueError, match=f"{name} needs a bypass at each exit: placement='block'"):
-        BadgeConfig(placement="none", **fields)
 
 
 # ------------------------------------------------------------------------------------------------------ carried logits

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from badge_peft import ARCHITECTURES, BadgeBlock, BadgeConfig
-from badge_peft.tuner.identity import CONFIG_TENSOR
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.lora import lora_layers
 from badge_peft.tuner.lora_config import lora_fields
 from tests.labels import label

@@ -83,7 +83,6 @@ def test_of_a_repository(error: Exception, tmp_path: Path, monkeypatch: pytest.M
     [
         ({}, "logits"),
         ({"exit_type": "residual_mha", "keep_head": True}, "logits"),
-        ({"carry": "states"}, "states"),
         ({"carry": "none"}, None),
         ({"backbone": "lora"}, None),
         ({"placement": "none"}, None),

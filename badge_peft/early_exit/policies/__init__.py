@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import POLICIES, EarlyExitConfig, register_policy
 from badge_peft.early_exit.policies.base import ExitPolicy
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.early_exit.registry import POLICIES, register_policy
 
 # A class is registered when its module is read, and this is the order in which `policy="auto"` tries them.
 # isort: off
 from badge_peft.early_exit.policies.divergence import DivergencePolicy, PatiencePolicy
 from badge_peft.early_exit.policies.confidence import ConfidentPatiencePolicy, EntropyPolicy, MaxProbPolicy
-from badge_peft.early_exit.policies.agreement import AgreementPolicy
-from badge_peft.early_exit.policies.learned import LearnedPolicy
+from badge_peft.early_exit.policies.agreement import AgreementPolicy, LearnedPolicy
 from badge_peft.early_exit.policies.fixed import FixedDepthPolicy, NeverPolicy
 from badge_peft.early_exit.policies.ranking import TopKPolicy
 # isort: on
@@ -36,8 +35,17 @@ def build_policy(config: EarlyExitConfig | dict[str, Any] | None = None, **overr
         ValueError: `config` is of another type, or a field has a value that is not allowed.
     """
     if overrides or not isinstance(config, EarlyExitConfig):
-        config = EarlyExitConfig.of(config, **overrides)
+        given: Any = config
+        try:  # a call with the same overrides as the one before takes no config apart
+            config = _config_of(given, tuple((k, v, type(v)) for k, v in overrides.items()))  # 1 and True are equal
+        except TypeError:  # a dict, or a list among the overrides
+            config = EarlyExitConfig.of(config, **overrides)
     return policy_class(config)(config)
+
+
+@lru_cache(maxsize=256)
+def _config_of(config: EarlyExitConfig | None, overrides: tuple[tuple[str, Any, type], ...]) -> EarlyExitConfig:
+    return EarlyExitConfig.of(config, **{name: value for name, value, _ in overrides})
 
 
 __all__ = [

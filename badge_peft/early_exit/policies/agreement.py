@@ -1,26 +1,27 @@
-"""A learned agreement: a small logistic model per exit says how far its answer is to be trusted. Beyond the paper."""
+"""Policies that have learned how far an exit is to be trusted: `agreement`, a small logistic model per exit that is
+fitted afterwards, beyond the paper; and `learned` (LTE), a layer that is trained with the exits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import EarlyExitConfig, register_policy
+from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.agreement_features import LIMIT, features
 from badge_peft.early_exit.policies.base import Array
-from badge_peft.early_exit.policies.evidence import Evidence, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.checks import is_number
-from badge_peft.utils.problem import Regression
+from badge_peft.utils.problem import Regression, problem_of
 
+LIMIT = np.float32(50)  # features are clipped here: beyond it they say nothing new
+TOLERANCE = 1e-8  # of the gradient: where scikit-learn's 1e-4 stops differs from machine to machine
 _NAMES = frozenset(("exits", "coefficients", "intercepts", "problem_type", "reference"))
 
 
@@ -123,22 +124,10 @@ class AgreementPolicy(ThresholdPolicy):
         regression it is the distance from the reference's value. Parameters that are there already stay."""
         if config.parameters is not None:
             return config
-        from badge_peft.early_exit.policies.agreement_fit import fitted_parameters  # scikit-learn, for this alone
-
         cap = reference if config.max_exit is None else config.max_exit
         return replace(config, max_exit=cap, parameters=fitted_parameters(history, labels, reference))
 
-    def quantity(self, problem_type: str) -> Quantity:
-        if not self.stops_above:
-            return Quantity("predicted distance", "d")
-        what = "right" if self.fitted.get("target") == "correct" else "full depth's"
-        return Quantity(f"predicted probability that the answer is {what}", "P")
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """None at an exit that always answers: nothing was fitted for it."""
-        return None if self.is_final(history.exits, j) else super().evidence(history, j)
-
-    def score_nodes(self, at: ExitNodes) -> Value:
+    def score_nodes(self, at: Any) -> Any:
         """[n]: probability; for regression the predicted difference."""
         columns = _regression_nodes(at) if not self.stops_above else _class_nodes(at)
         stacked = at.op("Concat", *(at.op("Unsqueeze", column, at.ints([1])) for column in columns), axis=1)  # [n, F]
@@ -148,7 +137,37 @@ class AgreementPolicy(ThresholdPolicy):
         return at.op("Sigmoid", _clipped(at, linear)) if self.stops_above else linear
 
 
-def _class_nodes(at: ExitNodes) -> list[Value]:
+@register_policy
+class LearnedPolicy(ThresholdPolicy):
+    """LTE, learning to exit: stop where the uncertainty that a small trained layer predicts is below the threshold.
+
+    The layer is a linear map with a sigmoid, shared by all exits. `BadgeConfig(learn_to_exit=True)` adds it, and it is
+    trained to predict whether the exit is wrong (regression: how far off it is). Source: Xin et al., "BERxiT", 2021.
+    Default threshold: 0.1.
+    """
+
+    name = "learned"
+    reads_uncertainty = True
+
+    def lookback(self) -> int:
+        """No exit."""
+        return 0
+
+    def score(self, history: ExitHistory, j: int) -> Array:
+        """[n]: predicted uncertainty in [0, 1]."""
+        found = history.uncertainty
+        self.check_learned(found is not None and not np.isnan(found[j]).any())
+        return cast(Array, found)[j]
+
+    def score_nodes(self, at: Any) -> Any:
+        """[n]: predicted uncertainty."""
+        return at.uncertainty
+
+    def default_threshold(self, num_labels: int, problem_type: str) -> float:
+        return 0.1
+
+
+def _class_nodes(at: Any) -> list[Any]:
     """The columns of `_class_features`; the divergences in units of the largest entropy."""
     unit, tiny = at.floats(at.scale), at.floats(1e-6)
     log_p = at.log_probs()  # [n, W]
@@ -179,7 +198,7 @@ def _class_nodes(at: ExitNodes) -> list[Value]:
     return columns
 
 
-def _regression_nodes(at: ExitNodes) -> list[Value]:
+def _regression_nodes(at: Any) -> list[Any]:
     """The columns of `_regression_features`."""
     here, earlier = at.represent("ce"), at.kept("history")
     columns = [at.op("ReduceMean", at.logits, at.ints([-1]), keepdims=0)]
@@ -195,15 +214,116 @@ def _regression_nodes(at: ExitNodes) -> list[Value]:
     return columns
 
 
-def _clipped(at: ExitNodes, values: Value) -> Value:
+def _clipped(at: Any, values: Any) -> Any:
     return at.op("Clip", values, at.floats(-LIMIT), at.floats(LIMIT))
 
 
-def _reduced(at: ExitNodes, kind: str, values: Value) -> Value:
+def _reduced(at: Any, kind: str, values: Any) -> Any:
     """Over axis 1, which goes."""
     return at.op(kind, values, at.ints([1]), keepdims=0)
 
 
-def _last(at: ExitNodes, values: Value) -> Value:
+def _last(at: Any, values: Any) -> Any:
     """The last entry of axis 1, which stays."""
     return at.op("Gather", values, at.ints([-1]), axis=1)
+
+
+def features(history: ExitHistory, j: int) -> Array:
+    """[n, F]: what the model of exit j (index) reads, from the exits up to j; F is smaller for the first exit.
+
+    All are finite for any logits, and none depends on the other rows.
+    """
+    columns = (_class_features if history.problem.gives_labels else _regression_features)(history, j)
+    return np.clip(np.stack(columns, axis=-1), -LIMIT, LIMIT)
+
+
+def _class_features(history: ExitHistory, j: int) -> list[Array]:
+    scale = np.float32(max_entropy(history.num_labels, history.problem_type))
+    sure = history.confidence(j)
+    complement = np.maximum(1 - sure, np.float32(1e-6))
+    columns = [
+        history.entropy(j) / scale,
+        sure,
+        np.log(np.maximum(sure, np.float32(1e-6)) / complement),
+        history.margin(j),
+    ]
+    if j:
+        earlier = history.to_earlier("ce", j) / scale  # [j, n]
+        same = (history.to_earlier("label", j) == 0).mean(axis=0, dtype=np.float32)
+        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), history.to_previous("kl", j) / scale, same]
+        columns.append(history.confidence(j - 1))
+    return columns
+
+
+def _regression_features(history: ExitHistory, j: int) -> list[Array]:
+    columns = [history.logits[j].mean(axis=-1)]
+    if j:
+        earlier = history.to_earlier("ce", j)  # |y_j - y_i|: [j, n]
+        columns += [earlier.min(axis=0), earlier[-1], _mean(earlier), earlier.max(axis=0)]
+    return columns
+
+
+def _mean(values: Array) -> Array:
+    """[j, n] -> [n], added one by one: the order in which numpy sums the first axis depends on n."""
+    return sum(values[1:], start=values[0]) / np.float32(len(values))
+
+
+def fitted_parameters(history: ExitHistory, labels: Tensor | None, reference: int) -> dict[str, Any]:
+    """`EarlyExitConfig.parameters` of the policy; see `AgreementPolicy.fit`.
+
+    Args:
+        history: Of data that the model was not trained on, all exits seen.
+        labels: Of its rows, where there are any.
+        reference: Block number of the exit that answers at the latest.
+    """
+    problem, exits = problem_of(history.problem_type), history.exits
+    answers = [problem.predictions(torch.from_numpy(logits)) for logits in history.logits]
+    best = answers[exits.index(reference)]
+    coefficients, intercepts = [], []
+    for j in range(exits.index(reference)):
+        x = features(history, j).astype(np.float64)  # in which scikit-learn then fits
+        if problem.gives_labels:
+            right = answers[j] == (best if labels is None else problem.targets(labels))
+            weights, bias = _logistic(x, right if right.ndim == 1 else right.all(axis=1))
+        else:
+            distance = np.abs(answers[j] - best).reshape(len(best), -1).mean(axis=1)
+            weights, bias = _ridge(x, distance)
+        coefficients.append([float(f"{w:.7g}") for w in weights])
+        intercepts.append(float(f"{bias:.7g}"))
+    return {
+        "exits": list(exits),
+        "reference": reference,
+        "target": "agreement" if labels is None else "correct",
+        "problem_type": history.problem_type,
+        "coefficients": _padded(coefficients, history),
+        "intercepts": intercepts + [0.0] * (len(exits) - len(intercepts)),
+    }
+
+
+def _padded(coefficients: list[list[float]], history: ExitHistory) -> list[list[float]]:
+    """One list per exit: the reference and deeper exits are never asked, and have zeros."""
+    missing = range(len(coefficients), len(history.exits))
+    return coefficients + [[0.0] * features(history, j).shape[1] for j in missing]
+
+
+def _logistic(x: Array, right: Array) -> tuple[Array, float]:
+    rate = (right.sum() + 0.5) / (len(right) + 1)
+    if right.all() or not right.any():  # nothing to tell apart: the smoothed rate
+        return np.zeros(x.shape[1]), float(np.log(rate / (1 - rate)))
+    from sklearn.linear_model import LogisticRegression  # takes a second to import, and is needed for this alone
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    model = LogisticRegression(tol=TOLERANCE, max_iter=10_000).fit(scaler.transform(x), right)
+    weights = model.coef_[0] / scaler.scale_
+    return weights, float(model.intercept_[0] - weights @ scaler.mean_)
+
+
+def _ridge(x: Array, distance: Array) -> tuple[Array, float]:
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    model = Ridge().fit(scaler.transform(x), distance)
+    weights = model.coef_ / scaler.scale_
+    return weights, float(model.intercept_ - weights @ scaler.mean_)

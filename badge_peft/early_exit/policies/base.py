@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import POLICIES, EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory, as_history
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.policies.text import PolicyText
 
 Array = np.ndarray
+_DEFAULT = {name: field.default for name, field in EarlyExitConfig.__dataclass_fields__.items()}
+_IN_A_LINE = (
+    *("top_k", "threshold", "patience", "depth", "min_exit", "max_exit", "exit_layers", "decide_every"),
+    "temperature",
+)
 
 
-class ExitPolicy(PolicyText):
+class ExitPolicy:
     """When rows stop. A subclass says in `should_exit` which rows may; everything else has a default here.
 
-    Whatever other parts of the library want to know of a policy they ask its class: how a sweep varies it, how a page
-    explains it, how it is written as ONNX nodes. `register_policy` makes a subclass known by its name.
+    Whatever other parts of the library want to know of a policy they ask its class: how a sweep varies it, how it
+    is called, how it is written as ONNX nodes. `register_policy` makes a subclass known by its name.
 
     A policy keeps no state between calls: a decision is a function of the history of exits, so the live pass and the
     replay of stored logits cannot differ.
@@ -31,6 +35,12 @@ class ExitPolicy(PolicyText):
         **fields: Fields of `EarlyExitConfig`, which win over `config`.
     """
 
+    #: By which `EarlyExitConfig(policy=...)` knows it.
+    name: ClassVar[str]
+    #: The fields with a default other than None or False that this policy reads; all policies read the others.
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether several exits have to agree: as many as the field `patience` says.
+    counts_exits: ClassVar[bool] = False
     #: Whether `should_exit` reads the uncertainty that a learned exit layer predicts.
     reads_uncertainty: ClassVar[bool] = False
     #: Whether the field `depth` says where rows stop.
@@ -61,15 +71,10 @@ class ExitPolicy(PolicyText):
         cap = self.max_exit
         return j == len(exits) - 1 or (cap is not None and exits[j + 1] > cap)
 
-    def company(self, num_labels: int) -> Hashable | None:
-        """What policies must have in common whose rows are decided in one array operation, beside the exits and the
-        problem type; `should_exit_by` decides then, and each policy says at which exits its rows may stop. None: this
-        policy decides by itself."""
+    def batching_key(self, num_labels: int) -> Hashable | None:
+        """What policies have in common whose tasks an exported graph decides in one operation, each with its own
+        threshold, beside the exits and the problem type; None: this policy decides by itself."""
         return None
-
-    def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
-        """[n] bool: as `should_exit`, with a threshold for each row [n], for policies that have `company`."""
-        raise NotImplementedError  # by those with `company`
 
     def can_exit(self, exits: Sequence[int], j: int) -> bool:
         """Whether a row may stop at exit j (index): not before `min_exit`, at every `decide_every`-th
@@ -215,12 +220,8 @@ class ExitPolicy(PolicyText):
         return False
 
     def threshold(self, num_labels: int, problem_type: str, j: int = 0) -> float:
-        """The threshold in force at exit j (index), in the unit of what it is compared with; 0 where nothing is."""
+        """The threshold in force at exit j (index); 0 where nothing is compared."""
         return 0.0
-
-    def unit(self, num_labels: int, problem_type: str) -> float:
-        """What `threshold=1` means in the unit of what it is compared with."""
-        return 1.0
 
     def threshold_range(
         self, num_labels: int, problem_type: str, widest: float | None = None
@@ -282,9 +283,103 @@ class ExitPolicy(PolicyText):
             return [self.config]
         return [replace(self.config, patience=t) for t in reversed(range(1, max(2, len(exits))))]
 
+    # -------------------------------------------------------------------------------------------------------- in words
+
+    @classmethod
+    def title(cls, config: EarlyExitConfig) -> str:
+        """The policy and its form: `divergence (kl)`."""
+        return cls.name
+
+    @classmethod
+    def label(cls, config: EarlyExitConfig) -> str:
+        """A short name of the variant, for curves and tables: `divergence-kl-consecutive t=2`."""
+        own = [getattr(config, name) for name in cls.own_fields if getattr(config, name) != _DEFAULT[name]]
+        form = "-".join([cls.name, *own])
+        return f"{form} t={config.patience}" if cls.counts_exits and config.patience is not None else form
+
+    @classmethod
+    def fitted_numbers(cls, config: EarlyExitConfig) -> str:
+        """What of `parameters` tells settings apart, for a line; empty where the other fields do."""
+        return ""
+
     # ---------------------------------------------------------------------------------------------------------- ONNX
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """[n] bool: `should_exit` as nodes of an exported graph, where threshold and patience come with the call; None
-        where no row can stop. Without it the policy cannot be exported."""
+        where no row can stop. `at` is the `badge_peft.export.exit_nodes.ExitNodes` of the exit. Without it the policy
+        cannot be exported."""
         raise NotImplementedError  # by those that can be exported
+
+
+def describe(config: EarlyExitConfig) -> str:
+    """The policy and what is set: `divergence (ce), threshold=0.2, patience=1`."""
+    shown = [f"{name}={short(value)}" for name, value in _set(config).items()]
+    kind = POLICIES[config.policy]
+    return ", ".join(filter(None, [kind.title(config), *shown, kind.fitted_numbers(config)]))
+
+
+def short(value: float | list[float] | list[int]) -> str:
+    """Four digits, also of each number of a list."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(short, value))}]"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def policy_label(config: EarlyExitConfig) -> str:
+    """A short name of a policy's variant, for curves and tables: `divergence-kl-consecutive t=2`."""
+    return POLICIES[config.policy].label(config)
+
+
+def set_fields(config: EarlyExitConfig) -> dict[str, Any]:
+    """The fields that say how a config stops, of those that its policy reads; open ones are left out."""
+    own = ("policy", *POLICIES[config.policy].own_fields)
+    return {name: getattr(config, name) for name in own} | _set(config)
+
+
+def _set(config: EarlyExitConfig) -> dict[str, Any]:
+    return {name: value for name in _IN_A_LINE if (value := getattr(config, name)) != _DEFAULT[name]}
+
+
+class Schedule(NamedTuple):
+    """Of a policy and E exits.
+
+    Args:
+        needed: [E], `ExitPolicy.needs_logits`.
+        able: [E], `ExitPolicy.can_exit`.
+        final: [E], `ExitPolicy.is_final`.
+    """
+
+    needed: tuple[bool, ...]
+    able: tuple[bool, ...]
+    final: tuple[bool, ...]
+
+    @property
+    def end(self) -> int:
+        """The first exit (index) at which every row stops."""
+        return self.final.index(True)
+
+    @property
+    def decides(self) -> bool:
+        """Whether logits decide at any exit."""
+        return any(self.able[: self.end])
+
+
+def schedule_of(policy: ExitPolicy, exits: Sequence[int]) -> Schedule:
+    """The schedule of a policy for a model with these exits, by block number."""
+    if policy.config.parameters is not None:  # whatever was fitted may take longer to compare
+        return _work_out(policy, tuple(exits))
+    return _known(type(policy), policy.config, tuple(exits))  # type: ignore[arg-type]  # mypy: a class has no hash
+
+
+@lru_cache(maxsize=1024)
+def _known(kind: type[ExitPolicy], config: EarlyExitConfig, exits: tuple[int, ...]) -> Schedule:
+    return _work_out(kind(config), exits)
+
+
+def _work_out(policy: ExitPolicy, exits: tuple[int, ...]) -> Schedule:
+    places = range(len(exits))
+    return Schedule(
+        tuple(policy.needs_logits(exits, j) for j in places),
+        tuple(policy.can_exit(exits, j) for j in places),
+        tuple(policy.is_final(exits, j) for j in places),
+    )

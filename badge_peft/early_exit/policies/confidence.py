@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import EarlyExitConfig, register_policy
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
-from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.policies.temperature import fitted_temperatures
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import problem_of
+
+LARGEST = 32.0  # of a temperature; its inverse is the smallest
+_STEPS = 40
 
 
 class ConfidencePolicy(ThresholdPolicy):
@@ -46,8 +46,7 @@ class ConfidencePolicy(ThresholdPolicy):
 class EntropyPolicy(ConfidencePolicy):
     """Stop where the entropy of p_m, in nats, is below the threshold (BranchyNet, DeeBERT).
 
-    With `normalize=True` the threshold is a share of ln K, FastBERT's "speed". Default: 0.3 ln K. Multi-label: the sum
-    of the labels' entropies, against K ln 2.
+    Default: 0.3 ln K. Multi-label: the sum of the labels' entropies, against K ln 2.
     """
 
     name = "entropy"
@@ -58,7 +57,7 @@ class EntropyPolicy(ConfidencePolicy):
         """[n]: nats."""
         return history.entropy(j)
 
-    def score_nodes(self, at: ExitNodes) -> Value:
+    def score_nodes(self, at: Any) -> Any:
         """[n]: nats."""
         return at.entropy()
 
@@ -67,9 +66,6 @@ class EntropyPolicy(ConfidencePolicy):
 
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         return 0.3 * max_entropy(num_labels, problem_type)
-
-    def quantity(self, problem_type: str) -> Quantity:
-        return Quantity("entropy", "H")
 
 
 @register_policy
@@ -93,7 +89,7 @@ class MaxProbPolicy(ConfidencePolicy):
         scaled = history.logits[j] / np.float32(self.config.temperature[j])
         return ExitHistory.of(scaled[:, None], history.exits[j : j + 1], history.problem_type).confidence(0)
 
-    def score_nodes(self, at: ExitNodes) -> Value:
+    def score_nodes(self, at: Any) -> Any:
         """[n]: probability."""
         logits = at.logits
         if self.config.temperature is not None:
@@ -116,10 +112,6 @@ class MaxProbPolicy(ConfidencePolicy):
             raise ValueError(
                 f"temperature has {len(self.config.temperature)} numbers, but there are {len(exits)} exits."
             )
-
-    def quantity(self, problem_type: str) -> Quantity:
-        several = problem_of(problem_type).many_labels
-        return Quantity("probability of the least sure label" if several else "largest probability", "p")
 
 
 @register_policy
@@ -152,17 +144,15 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
         worst = history.entropy(j)
         for k in range(1, t):
             worst = np.maximum(worst, history.entropy(j - k))
-        return self._share(history, worst)
+        return self.share(history, worst)
 
     def should_exit_each(self, history: ExitHistory, j: int) -> Array:
         """[n] bool: t exits in a row are sure enough, each by its own threshold."""
         if j + 1 < self.patience:
             return np.zeros(history.rows, dtype=bool)
-        return self._all_below(
-            history, [self._share(history, history.entropy(j - k)) for k in range(self.patience)], j
-        )
+        return self._all_below(history, [self.share(history, history.entropy(j - k)) for k in range(self.patience)], j)
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """The run of exits that are sure enough."""
         share = at.op("Div", at.entropy(), at.floats(at.scale))
         return at.run_of(at.op("Less", share, at.threshold))
@@ -170,26 +160,43 @@ class ConfidentPatiencePolicy(ConfidencePolicy):
     def default_threshold(self, num_labels: int, problem_type: str) -> float:
         return 0.4
 
-    def quantity(self, problem_type: str) -> Quantity:
-        return Quantity("entropy as a share of the largest", "H")
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """The exit's own entropy, and how many exits in a row, up to this one, were sure enough."""
-        shares = [float(self._share(history, history.entropy(i))[0]) for i in range(j + 1)]
-        count = 0
-        while count <= j and self._passes(history, shares[j - count], j - count):
-            count += 1
-        return self._evidence(history, j, (Measured(history.exits[j], shares[j], count > 0),), count, in_a_row=True)
-
-    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-        """The exits that were sure."""
-        if self.is_final(exits, j) or evidence is None or evidence.count is None:
-            return super().sentence(exits, j, evidence, problem_type)
-        return (
-            f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
-            f"{evidence.limit} of the largest there can be: {evidence.comparison}."
-        )
-
     @staticmethod
-    def _share(history: ExitHistory, entropy: Array) -> Array:
+    def share(history: ExitHistory, entropy: Array) -> Array:
+        """Of the largest entropy."""
         return entropy / np.float32(max_entropy(history.num_labels, history.problem_type))
+
+
+def fitted_temperatures(history: ExitHistory, labels: Array) -> list[float]:
+    """[E]: the temperature of each exit with the least cross-entropy on these rows.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; of exits, Schwartz et al., "The Right
+    Tool for the Job", ACL 2020.
+
+    The cross-entropy is convex in the inverse temperature, so bisection of its derivative finds it. It lies in
+    [1 / 32, 32], which it reaches where an exit is always right, or knows nothing.
+
+    Args:
+        history: All exits seen.
+        labels: [n] class numbers, of which any outside of 0..K-1 are left out, or [n, K] targets of 0 and 1.
+    """
+    low, high = np.full(len(history.exits), 1 / LARGEST), np.full(len(history.exits), LARGEST)
+    for _ in range(_STEPS):
+        middle = np.sqrt(low * high)
+        rises = _slope(history, labels, middle) > 0
+        low, high = np.where(rises, low, middle), np.where(rises, middle, high)
+    return [float(f"{1 / x:.6g}") for x in np.sqrt(low * high)]
+
+
+def _slope(history: ExitHistory, labels: Array, inverse: Array) -> Array:
+    """[E]: the derivative of the cross-entropy's sum by the inverse temperature."""
+    logits = history.logits.astype(np.float64)  # [E, n, K]
+    scaled = logits * inverse[:, None, None]
+    if history.problem.many_labels:
+        probabilities, targets = 0.5 * (1 + np.tanh(scaled / 2)), labels.astype(np.float64)
+    else:
+        known = (labels >= 0) & (labels < history.num_labels)
+        logits, scaled = logits[:, known], scaled[:, known]
+        weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        probabilities = weights / weights.sum(axis=-1, keepdims=True)
+        targets = np.eye(history.num_labels)[labels[known]]
+    return ((probabilities - targets) * logits).sum(axis=(1, 2))

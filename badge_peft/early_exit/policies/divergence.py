@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig
+from badge_peft.early_exit.config import DIVERGENCES, WINDOWS, EarlyExitConfig, register_policy
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array
-from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity, exits_in_words, number
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.problem import problem_of
 
 
@@ -34,7 +30,7 @@ class DivergencePolicy(ThresholdPolicy):
 
     Defaults: t = 1; tau = 0.3 ln K for `ce` (which has to exceed the entropy of the prediction itself), 0.05 ln K for
     `kl`, 0.02 ln K for `js`, 0.5 for `label`; K independent labels count K ln 2 in place of ln K; 0.1 for regression,
-    where S = |y_m - y_i|. With `normalize=True` tau is a share of ln K.
+    where S = |y_m - y_i|.
     """
 
     name = "divergence"
@@ -84,7 +80,7 @@ class DivergencePolicy(ThresholdPolicy):
             return np.zeros(history.rows, dtype=bool)
         return self._all_below(history, [history.to_previous(self.kind, j - k) for k in range(self.patience)], j)
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """The count of Eq. 3, or the run of adjacent agreements: patience is an input of the graph."""
         kind = self.kind
         here, earlier = at.represent(kind), at.kept("history")  # [n, 1, W], [n, j, W] or the last alone
@@ -129,53 +125,11 @@ class DivergencePolicy(ThresholdPolicy):
         kinds = DIVERGENCES if problem_of(problem_type).gives_labels else DIVERGENCES[:1]
         return [EarlyExitConfig(policy=cls.name, divergence=d, window=w) for d in kinds for w in WINDOWS]
 
-    # ------------------------------------------------------------------------------------------------------- in words
-
     @classmethod
     def title(cls, config: EarlyExitConfig) -> str:
         """With the divergence, and the window where it is not all."""
         window = "" if config.window == "all" else f", window={config.window}"
         return f"{cls.name} ({config.divergence}){window}"
-
-    def quantity(self, problem_type: str) -> Quantity:
-        """S of Eq. 4."""
-        if not problem_of(problem_type).gives_labels:
-            return Quantity("distance", "|y - y'|")
-        if self.kind != "label":
-            return Quantity(f"divergence ({self.kind})", "S")
-        several = problem_of(problem_type).many_labels
-        return Quantity("labels that differ" if several else "another label (1) or the same (0)", "d")
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """The divergences from earlier exits, and cnt_m of Eq. 3 or the run of adjacent agreements."""
-        kind, consecutive = self.kind, self.consecutive
-        first = max(0, j - 1) if consecutive else 0
-        values = (float(history.to(kind, j, i)[0]) for i in range(first, j))
-        measured = tuple(
-            Measured(history.exits[i], value, self._passes(history, value, j)) for i, value in enumerate(values, first)
-        )
-        count = sum(m.passes for m in measured)
-        if consecutive:
-            count = 0
-            while count < j and self._passes(history, float(history.to_previous(kind, j - count)[0]), j - count):
-                count += 1
-        return self._evidence(history, j, measured, count, in_a_row=consecutive, of_pairs=True)
-
-    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-        """The exits that are near."""
-        if self.is_final(exits, j) or evidence is None or evidence.count is None:
-            return super().sentence(exits, j, evidence, problem_type)
-        if evidence.in_a_row:
-            within = f"lay within tau = {evidence.limit} of the exit before ({evidence.quantity})"
-            what = "gave the same answer as the exit before" if evidence.threshold is None else within
-            return f"{exits_in_words(evidence.count)} in a row {what}: {evidence.comparison}."
-        near = [m for m in evidence.measured if m.passes]
-        blocks = ", ".join(f"{m.block} ({evidence.symbol} = {number(m.value)})" for m in near)
-        what = "predicted a distribution" if problem_of(problem_type).gives_labels else "predicted a value"
-        return (
-            f"{exits_in_words(evidence.count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
-            f"{'that of block' if len(near) == 1 else 'those of blocks'} {blocks}: {evidence.comparison}."
-        )
 
 
 @register_policy

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.early_exit.config import EarlyExitConfig, register_policy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
-from badge_peft.early_exit.policies.evidence import Evidence, capitalized
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.registry import register_policy
 
 
 class UnconditionalPolicy(ExitPolicy):
@@ -35,10 +33,7 @@ class UnconditionalPolicy(ExitPolicy):
         """[n] bool."""
         return np.full(history.rows, self.is_final(history.exits, j))
 
-    def sentence(self, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-        return capitalized(self.why(exits, j, evidence))
-
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """Nothing to decide."""
         return None
 
@@ -80,20 +75,9 @@ class FixedDepthPolicy(UnconditionalPolicy):
         within = [m for m in reached if low is None or m >= low] or reached[-1:]
         return [replace(self.config, depth=m) for m in reversed(within)]
 
-    def why(self, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-        """The depth."""
-        depth, final = self.config.depth, self.is_final(exits, j)
-        if final and exits[j] != depth:
-            return super().why(exits, j, evidence)
-        return f"the rule {'always ' if final else ''}answers at block {depth}"
-
 
 @register_policy
 class NeverPolicy(UnconditionalPolicy):
     """No row stops before the last exit (or `max_exit`)."""
 
     name = "never"
-
-    def why(self, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-        """The end of the model."""
-        return super().why(exits, j, evidence) if self.is_final(exits, j) else "the rule never stops early"

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.groups import kth_best
+from badge_peft.early_exit.config import EarlyExitConfig, register_policy
 from badge_peft.early_exit.history import ExitHistory
-from badge_peft.early_exit.policies.base import Array
-from badge_peft.early_exit.policies.evidence import Evidence
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
-from badge_peft.early_exit.policies.text import short
+from badge_peft.early_exit.policies.base import Array, short
 from badge_peft.early_exit.policies.threshold import ThresholdPolicy
-from badge_peft.early_exit.registry import register_policy
 from badge_peft.utils.checks import is_number
 from badge_peft.utils.problem import Problem
 
@@ -154,7 +149,7 @@ class TopKPolicy(ThresholdPolicy):
     def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float:
         return FACTORS[0]
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """The comparison with the k-th best of all rows; k comes with the call. Rows that have left must not be there
         any more."""
         if np.isinf(self.limit(at.index, 1.0)):
@@ -180,10 +175,27 @@ class TopKPolicy(ThresholdPolicy):
             return [self.config]
         return [replace(self.config, threshold=factor) for factor in FACTORS]
 
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """None: one row alone is compared with nothing."""
-        return None
-
 
 def _is_margin(value: object) -> bool:
     return value is None or value == float("inf") or (is_number(value) and cast(float, value) >= 0)
+
+
+def kth_best(scores: Array, groups: Array | None, k: int) -> Array:
+    """[n]: for each row the k-th largest score of its group; -inf where the group has fewer than k rows.
+
+    Args:
+        scores: [n]; -inf counts as no score.
+        groups: [n], as `group_codes` gives them.
+        k: 1 or more.
+    """
+    n = len(scores)
+    if groups is None:
+        best = np.partition(scores, n - k)[n - k] if k <= n else -np.inf
+        return np.full(n, best, dtype=scores.dtype)
+    order = np.lexsort((-scores, groups))  # group by group, the best first
+    counts = np.bincount(groups)
+    place = np.cumsum(counts) - counts + k - 1  # of the k-th best of each group
+    enough = counts >= k
+    bars = np.full(len(counts), -np.inf, dtype=scores.dtype)
+    bars[enough] = scores[order[place[enough]]]
+    return bars[groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,13 +12,9 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.divergences import max_entropy
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import Array, ExitPolicy
-from badge_peft.early_exit.policies.evidence import Evidence, Measured, Quantity
-from badge_peft.early_exit.policies.nodes import ExitNodes, Value
 
 #: Fields of a config that may differ among rows of which one score is computed.
-_OF_EACH_ROW = frozenset(
-    {"threshold", "normalize", "calibration", "min_exit", "max_exit", "decide_every", "exit_layers"}
-)
+_OF_EACH_ROW = frozenset({"threshold", "calibration", "min_exit", "max_exit", "decide_every", "exit_layers"})
 
 
 class ThresholdPolicy(ExitPolicy):
@@ -55,16 +51,12 @@ class ThresholdPolicy(ExitPolicy):
         """[n] bool: as `should_exit`, where each exit has a threshold of its own."""
         return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type, j))
 
-    def compare(self, score: Array, threshold: float | Array) -> Array:
-        """[n] bool: which scores [n] lie on the right side of the threshold, one or [n]."""
-        tau = np.asarray(threshold, dtype=np.float32)
+    def compare(self, score: Array, threshold: float) -> Array:
+        """[n] bool: which scores [n] lie on the right side of the threshold."""
+        tau = np.float32(threshold)
         return score >= tau if self.stops_above else score < tau
 
-    def should_exit_by(self, history: ExitHistory, j: int, thresholds: Array) -> Array:
-        """[n] bool: the score of each row is on the right side of its own threshold."""
-        return self.compare(self.score(history, j), thresholds)
-
-    def company(self, num_labels: int) -> Hashable | None:
+    def batching_key(self, num_labels: int) -> Hashable | None:
         """All that the score may read; with scores that count labels, K too. None where each exit has a threshold."""
         own = type(self)
         decides_by_score = own.should_exit is ThresholdPolicy.should_exit and own.stops is ExitPolicy.stops
@@ -101,7 +93,7 @@ class ThresholdPolicy(ExitPolicy):
         given = self.config.threshold
         if given is None or not self.uses_threshold(problem_type):
             return self.default_threshold(num_labels, problem_type)
-        return (given[j] if isinstance(given, list) else given) * self.unit(num_labels, problem_type)
+        return given[j] if isinstance(given, list) else given
 
     def _tau(self, history: ExitHistory, j: int) -> np.float32:
         return np.float32(self.threshold(history.num_labels, history.problem_type, j))
@@ -115,12 +107,6 @@ class ThresholdPolicy(ExitPolicy):
         """Whether the score grows with ln K."""
         return False
 
-    def unit(self, num_labels: int, problem_type: str) -> float:
-        """ln K when the config says `normalize`."""
-        if self.config.normalize and self.in_nats(problem_type):
-            return max_entropy(num_labels, problem_type)
-        return 1.0
-
     def largest_score(self, num_labels: int, problem_type: str, widest: float | None) -> float | None:
         """A threshold beyond which moving on changes little or nothing, `widest` as for `threshold_range`; None where
         there is nothing to choose."""
@@ -133,57 +119,24 @@ class ThresholdPolicy(ExitPolicy):
         largest = self.largest_score(num_labels, problem_type, widest)
         if largest is None or not self.uses_threshold(problem_type):
             return None
-        return 0.0, largest / self.unit(num_labels, problem_type)
+        return 0.0, largest
 
     def resolve(self, num_labels: int, problem_type: str) -> EarlyExitConfig:
-        """With the threshold, where there is one to choose, in the config's own unit."""
+        """With the threshold, where there is one to choose."""
         config = super().resolve(num_labels, problem_type)
         if config.threshold is not None or self.threshold_range(num_labels, problem_type) is None:
             return config
-        default = self.default_threshold(num_labels, problem_type)
-        return replace(config, threshold=default / self.unit(num_labels, problem_type))
+        return replace(config, threshold=self.default_threshold(num_labels, problem_type))
 
     def grid(self, exits: Sequence[int], problem_type: str) -> list[EarlyExitConfig] | None:
         """Thresholds, where none is given."""
         open_ = self.uses_threshold(problem_type) and self.config.threshold is None
         return None if open_ else super().grid(exits, problem_type)
 
-    # ------------------------------------------------------------------------------------------------ in words, nodes
-
-    def quantity(self, problem_type: str) -> Quantity:
-        """What the score is."""
-        return Quantity(f"score of {self.name}", "s")
-
-    def evidence(self, history: ExitHistory, j: int) -> Evidence | None:
-        """The score, compared with the threshold."""
-        value = float(self.score(history, j)[0])
-        passes = bool(self.should_exit(history, j)[0])
-        return self._evidence(history, j, (Measured(history.exits[j], value, passes),))
-
-    def _evidence(
-        self,
-        history: ExitHistory,
-        j: int,
-        measured: tuple[Measured, ...],
-        count: int | None = None,
-        in_a_row: bool = False,
-        of_pairs: bool = False,
-    ) -> Evidence:
-        kind = history.problem_type
-        limit = float(self.threshold(history.num_labels, kind, j)) if self.uses_threshold(kind) else None
-        patience = None if count is None else self.patience
-        return Evidence(
-            *self.quantity(kind), limit, self.stops_above, measured, count, patience, in_a_row, of_pairs=of_pairs
-        )
-
-    def _passes(self, history: ExitHistory, value: float, j: int) -> bool:
-        """Whether a score of exit j counts as close or sure: compared as `should_exit` does, in float32."""
-        return bool(np.float32(value) < self._tau(history, j))
-
-    def score_nodes(self, at: ExitNodes) -> Value:
+    def score_nodes(self, at: Any) -> Any:
         """[n]: `score` as nodes."""
         raise NotImplementedError  # by those that can be exported
 
-    def nodes(self, at: ExitNodes) -> Value | None:
+    def nodes(self, at: Any) -> Any:
         """The comparison, on `score_nodes`."""
         return at.op("GreaterOrEqual" if self.stops_above else "Less", self.score_nodes(at), at.threshold)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from badge_peft import BadgeConfig
-from badge_peft.tuner.identity import CONFIG_TENSOR, config_in, config_tensor, weights_hash
+from badge_peft.tuner.adapter_file import CONFIG_TENSOR, config_in, config_tensor, weights_hash
 from tests.models import exits_of, make_batch, make_model, shake, trained
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
