@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import set_seed
@@ -124,9 +123,8 @@ class Search:
             states.close()
             raise
         best = study.best_trial
-        _draw(
-            optuna, study, _WORTH[self.settings.search.search_for], Path(str(self.settings.output_dir), SEARCH_PICTURE)
-        )
+        worth = [{"value": trial.value, "params": trial.params} for trial in _done(study) if trial.value is not None]
+        _draw(worth, self.settings.search.search_for, Path(str(self.settings.output_dir), SEARCH_PICTURE))
         found = {
             "trials": len(_done(study)),
             "for": self.settings.search.search_for,
@@ -285,16 +283,34 @@ class SearchSpace:
         )
 
 
-def _draw(optuna: Any, study: Any, worth: str, path: Path) -> None:
-    """A picture of what each trial was worth, by each setting, where matplotlib is there."""
+def _draw(trials: Sequence[dict[str, Any]], search_for: str, path: Path) -> None:
+    """Draws the trials; none where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         return
-    from matplotlib import pyplot
-    from optuna.visualization.matplotlib import plot_slice
+    from matplotlib.figure import Figure
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axes: Any = plot_slice(study, target_name=worth)
-    figure = np.ravel(axes)[0].figure
+    values = [trial["value"] for trial in trials]
+    names = list(trials[0]["params"])
+    columns = 1 + len(names)
+    figure = Figure(figsize=(2.4 * columns, 3.2), layout="constrained")
+    first, *others = figure.subplots(1, columns, sharey=True)
+    first.step(range(1, len(values) + 1), list(accumulate(values, max)), where="post", color="#bbbbbb")
+    first.plot(range(1, len(values) + 1), values, "o", markersize=4)
+    first.set(xlabel="trial", ylabel=_WORTH[search_for])
+    for axes, name in zip(others, names, strict=True):
+        settings = [trial["params"][name] for trial in trials]
+        if isinstance(settings[0], float):
+            axes.set_xscale("log")
+            places: list[Any] = settings
+        else:  # each in its column, in the order of numbers or of the alphabet
+            known = sorted(set(settings))
+            places = [known.index(setting) for setting in settings]
+            axes.set_xticks(range(len(known)), [str(setting) for setting in known], rotation=30, ha="right")
+        axes.plot(places, values, "o", markersize=4)
+        best = values.index(max(values))
+        axes.plot([places[best]], [values[best]], "*", markersize=11, color="#d62728")
+        axes.set_xlabel(name.replace("_", " "))
+    for axes in (first, *others):
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
