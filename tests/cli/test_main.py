@@ -51,7 +51,7 @@ def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.Mon
     assert invoke("demo").exit_code == 0
     given = ["--model", "m", "--dataset", "d", "--text-column", "t", "--label-column", "l", "--dataset-config", "c"]
     given += ["--output-dir", "o", "--epochs", "7", "--max-train", "8", "--max-eval", "9", "--max-length", "10"]
-    given += ["--learning-rate", "0.5", "--max-score-drop", "0.25", "--seed", "11"]
+    given += ["--max-score-drop", "0.25", "--seed", "11"]
     assert invoke("demo", *given).exit_code == 0
     default = DemoSettings()
     assert {f.name: str(getattr(seen[0], f.name)) for f in fields(default)} == {
@@ -59,7 +59,7 @@ def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.Mon
     }
     assert seen[1] == DemoSettings(
         model="m", dataset="d", text_column="t", label_column="l", dataset_config="c", output_dir=Path("o"), epochs=7,
-        max_train=8, max_eval=9, max_length=10, learning_rate=0.5, max_score_drop=0.25, seed=11,
+        max_train=8, max_eval=9, max_length=10, max_score_drop=0.25, seed=11,
     )  # fmt: skip
 
 

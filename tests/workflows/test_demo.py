@@ -3,133 +3,111 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from badge_peft import evaluate_policy, load_pretrained
-from badge_peft.workflows.evaluate import stored_logits
+from badge_peft import load_pretrained
+from badge_peft.workflows.demo import before_and_after
+from badge_peft.workflows.settings import DemoSettings
 from tests.cli.conftest import invoke
-from tests.models import make_batch
-from tests.texts import save_base, sentences, write_csv
+from tests.models import make_batch, make_model
+from tests.texts import make_tokenizer, save_base, sentences, write_csv
 
-EARLY_EXIT = {
-    "policy",
-    "threshold",
-    "patience",
-    "accuracy",
-    "mean_exit",
-    "layer_speedup",
-    "wall_clock_speedup",
-    "p50_ms",
-    "p95_ms",
-    "full_depth_p50_ms",
-}
-KEYS = {
-    "model",
-    "dataset",
-    "num_train",
-    "num_test",
-    "trainable_parameters",
-    "adapter_bytes",
-    "per_exit_accuracy",
-    "s_avg",
-    "s_best",
-    "full_depth_accuracy",
-    "early_exit",
-    "seconds",
-}
+Finished = tuple[Path, dict[str, Any], str]
+
+
+def run(folder: Path, model: str) -> Finished:
+    """The output folder of one run, its report, and what it printed."""
+    data = write_csv(folder / "films.csv", sentences(400), ("review", "sentiment"))
+    done = invoke("demo", "--model", model, "--dataset", data, "--output-dir", folder / "out", "--max-eval", 60)
+    assert done.exit_code == 0, done.output
+    return folder / "out", json.loads((folder / "out" / "report.json").read_text(encoding="utf-8")), done.output
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """The output folder of one run, its report, and what it printed."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Of an encoder without a head."""
     folder = tmp_path_factory.mktemp("demo")
-    base = save_base(folder / "base", num_labels=3)  # a head of another size is no hindrance
-    data = write_csv(folder / "films.csv", sentences(400), ("review", "sentiment"))
-    command = ["demo", "--model", base, "--dataset", data, "--output-dir", folder / "out", "--max-eval", 60]
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.simplefilter("ignore", ResourceWarning)  # nobody sees them outside of tests
-        warnings.showwarning = print_warning
-        done = invoke(*command, "--epochs", 15, "--learning-rate", 0.03)
-    assert done.exit_code == 0, done.output
-    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
-    return folder / "out", report, done.output
+    make_model("bert", num_labels=2).base_model.save_pretrained(folder / "encoder")
+    make_tokenizer().save_pretrained(folder / "encoder")
+    return run(folder, str(folder / "encoder"))
 
 
-def print_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """As Python does it outside of tests."""
-    print(warnings.formatwarning(message, category, *where[:2]), file=sys.stderr)
+def test_an_encoder_becomes_a_classifier_by_plain_trainer(finished: Finished) -> None:
+    out, report, printed = finished
+    assert report["classifier"] == str(out / "model")
+    config = json.loads((out / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["id2label"] == {
+        "0": "bad",
+        "1": "good",
+    }
+    assert "fine-tuning" in printed and f"badge-peft train {out / 'model'} {out / 'data'}" in printed
 
 
-def test_the_report_has_every_key(finished: tuple[Path, dict[str, Any], str]) -> None:
-    report = finished[1]
-    assert KEYS <= set(report)
-    assert EARLY_EXIT <= set(report["early_exit"])
-
-
-def test_the_numbers_fit_together(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_splits_are_files_that_train_reads(finished: Finished) -> None:
     out, report, _ = finished
-    early = report["early_exit"]
-    assert (report["num_train"], report["num_validation"], report["num_test"]) == (280, 60, 60)
-    assert report["exit_layers"] == [0, 1, 2, 3]
-    assert report["per_exit_accuracy"][-1] == report["full_depth_accuracy"]
-    assert report["s_avg"] == pytest.approx(sum(report["per_exit_accuracy"]) / 4)
-    assert report["s_best"] == max(report["per_exit_accuracy"])
-    assert early["layer_speedup"] == pytest.approx(1 - early["mean_exit"] / 3)
-    assert early["wall_clock_speedup"] == pytest.approx(1 - 1 / early["speedup_ratio"])
-    assert report["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert report["labels"] == ["bad", "good"]
-    assert report["seconds"] > 0
+    counts = {name: report[f"{name}_rows"] for name in ("train", "validation", "test")}
+    assert counts == {"train": 280, "validation": 60, "test": 60}
+    texts = set()
+    for name, count in counts.items():
+        rows = [json.loads(line) for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == count and {row["label"] for row in rows} == {"bad", "good"}
+        texts |= {row["text"] for row in rows}
+    assert len(texts) == 400
 
 
-def test_it_has_learnt_something(finished: tuple[Path, dict[str, Any], str]) -> None:
-    assert finished[1]["s_best"] > 0.75  # a single word gives the label away
-
-
-def test_the_rule_keeps_to_the_limit_on_the_validation_split(finished: tuple[Path, dict[str, Any], str]) -> None:
-    report = finished[1]
-    chosen = report["early_exit"]["validation"]
-    assert chosen["rows"] == report["num_validation"]
-    assert chosen["score"] >= chosen["full_depth_score"] - report["max_score_drop"] - 1e-9
-
-
-def test_the_saved_adapter_carries_the_rule_and_answers(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_full_depth_stays_the_classifier(finished: Finished) -> None:
     out, report, _ = finished
-    model = load_pretrained(str(out / "adapter"))
-    rule, early = model.get_early_exit_config(), report["early_exit"]
-    assert (rule.policy, rule.threshold, rule.patience) == (early["policy"], early["threshold"], early["patience"])
-    assert rule.calibration["rows"] == report["num_validation"]
-    out_ = model.early_exit_forward(**make_batch())
-    assert out_.logits.shape == (4, 2)
-    assert torch.isfinite(out_.logits).all()
+    classifier, batch = AutoModelForSequenceClassification.from_pretrained(out / "model"), make_batch()
+    model = load_pretrained(str(out / "exits"))
+    with torch.inference_mode():
+        whole = model.early_exit_forward(**batch, early_exit_config={"policy": "never"}).logits
+        assert torch.equal(whole, classifier.eval()(**batch).logits)
+    assert report["per_exit"][-1] == report["full_depth_score"]
 
 
-def test_the_rule_was_chosen_on_the_exit_logits_in_the_adapters_folder(
-    finished: tuple[Path, dict[str, Any], str],
-) -> None:
-    out, report, _ = finished
-    stored, chosen = stored_logits(out / "adapter"), report["early_exit"]["validation"]
-    rule = load_pretrained(str(out / "adapter")).get_early_exit_config()
-    point = evaluate_policy(stored, rule)
-    assert (len(stored.logits), point.score) == (chosen["rows"], pytest.approx(chosen["score"]))
-    assert point.layer_speedup == pytest.approx(chosen["layer_speedup"])
-
-
-def test_the_picture(finished: tuple[Path, dict[str, Any], str]) -> None:
-    assert (finished[0] / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_is_printed(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_table_is_of_the_report(finished: Finished) -> None:
     _, report, printed = finished
-    assert "accuracy, all rows" in printed and "full depth" in printed
-    for number, accuracy in zip(report["exit_layers"], report["per_exit_accuracy"], strict=True):
-        line = next(line for line in printed.splitlines() if line.split()[:1] == [str(number)])
-        assert f"{accuracy:.1%}" in line
-    assert "training: 100%" in printed  # the progress bar
-    assert "Warning" not in printed and "Traceback" not in printed
+    table = before_and_after(report)
+    assert table in printed and "Traceback" not in printed
+    lines = {line.split("  ")[0]: line for line in table.splitlines()}
+    early = report["early_exit"]
+    assert f"{early['layer_speedup']:.1%}" in lines["blocks a text"]
+    assert f"{report['full_depth_score']:.1%}" in lines["accuracy"] and f"{early['score']:.1%}" in lines["accuracy"]
+    for runner in report["bench"]["results"]:
+        assert f"{1e3 / runner['examples_per_s']:.2f}" in table
+
+
+def test_a_classifier_is_taken_as_it_is(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    config |= {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    out, report, printed = run(tmp_path, base)
+    assert report["classifier"] == base and not (out / "model").exists() and "fine-tuning" not in printed
+
+
+def test_tokens_are_refused(tmp_path: Path) -> None:
+    row = json.dumps({"tokens": ["a", "b"], "tags": ["O", "B-X"]}) + "\n"
+    (tmp_path / "tags.jsonl").write_text(row * 30, encoding="utf-8")
+    told = invoke("demo", "--model", save_base(tmp_path / "base"), "--dataset", tmp_path / "tags.jsonl")
+    assert told.exit_code == 1 and "error:" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"max_train": 0}, "max_train=0"),
+        ({"max_length": 2}, "max_length=2"),
+        ({"seed": -1}, "seed=-1"),
+        ({"max_score_drop": 1.5}, "max_score_drop=1.5"),
+    ],
+)
+def test_settings_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DemoSettings(**fields)
