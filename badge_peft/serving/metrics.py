@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -33,6 +34,7 @@ class ServiceMetrics:
         self._target = Gauge("badge_target_seconds", "The controller's target; NaN without one.", **on)
         self._speedup = Gauge("badge_setting_speedup", "Of the controller's point: the share of blocks saved.", **on)
         self._drift = Gauge("badge_drift", "1 from an alarm of drift on.", ["task"], **on)
+        self._watched = Gauge("badge_drift_watched", "0 where no drift would be noticed: /info says why.", ["task"], **on)
         self._agreement = Gauge("badge_agreement", "Shadow rows that agree with full depth.", ["task"], **on)
         self._shadow_rows = Gauge("badge_shadow_rows", "Shadow rows since the last reset.", ["task"], **on)
 
@@ -49,13 +51,15 @@ class ServiceMetrics:
 
     def forget(self, replica: str) -> None:
         """A replica has gone."""
-        self._waiting.remove(replica)
+        with suppress(KeyError):  # it has never reported to this governor
+            self._waiting.remove(replica)
 
     def text(
         self,
         version: int,
         configs: Mapping[str, EarlyExitConfig],
         monitors: Mapping[str, ExitMonitor],
+        unwatched: Mapping[str, str],
         target: float | None,
         speedup: float | None,
     ) -> str:
@@ -66,6 +70,7 @@ class ServiceMetrics:
         self._policy.clear()
         for task, config in configs.items():
             self._policy.labels(task, config.policy).set(1)
+            self._watched.labels(task).set(task not in unwatched)
             for name in ("threshold", "patience", "depth", "max_exit"):
                 value = getattr(config, name)
                 self._setting.labels(task, name).set(_number(None if isinstance(value, list) else value))

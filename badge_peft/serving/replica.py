@@ -21,7 +21,8 @@ from badge_peft.serving.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
 _NEW = 0.3  # weight of the last pass in how fast rows are answered
-_SHADOWS = 64  # rows that wait for a shadow run
+_SHADOWS = 8  # rows of a shadow run, which other requests wait for
+_SHADOW_TIME = 0.05  # the share of the time that shadow runs may take
 _JOINING = 60.0  # seconds within which a new replica has to hear of the setting
 
 
@@ -55,7 +56,8 @@ class Replica:
         self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
         self._model = ThreadPoolExecutor(1)  # one pass at a time, of as many threads as the settings say
         self._done = Done()
-        self._shadow_rows: list[tuple[str, Row]] = []
+        self._shadow_rows: list[tuple[str, Row]] = []  # of those that were drawn since the last run
+        self._drawn = 0
         self._draw = random.Random()
         self._reporting = asyncio.Lock()
         self._joined = asyncio.Event()
@@ -70,7 +72,7 @@ class Replica:
         Raises:
             RequestError: the request is refused.
         """
-        return await self.accept(work.rows, lambda: self._batcher(work))
+        return await self.accept(work.rows, lambda: self._batcher(work), measured=work.max_exit is None)
 
     async def rerank(self, body: RerankRequest) -> list[dict[str, Any]]:
         """The candidates of a query, best first: a pass of their own.
@@ -88,8 +90,8 @@ class Replica:
 
         return await self.accept(body.rows(), call)
 
-    async def accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]]) -> Any:
-        """What `call` gives, once the rows are within the limits.
+    async def accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]], measured: bool = True) -> Any:
+        """What `call` gives, once the rows are within the limits; `measured` where it is at the setting in force.
 
         Raises:
             RequestError: the request is refused.
@@ -107,7 +109,7 @@ class Replica:
             self.waiting.leave(ticket, len(rows))
         seconds = perf_counter() - start
         self._done.latencies.append(seconds)
-        if version == self.version:
+        if measured and version == self.version:
             self._done.measured.append(seconds)
         return found
 
@@ -117,8 +119,16 @@ class Replica:
         for work in works:
             work.seconds = seconds
         self._done.answered.update(batch.answered)
-        self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
+        self._keep(batch.sampled)
         return batch.results
+
+    def _keep(self, sampled: list[tuple[str, Row]]) -> None:
+        """Each row that was drawn since the last shadow run is as likely as any other to be in the next (a
+        reservoir)."""
+        for one in sampled:
+            self._drawn += 1
+            place = len(self._shadow_rows) if self._drawn <= _SHADOWS else self._draw.randrange(self._drawn)
+            self._shadow_rows[place : place + 1] = [one] if place < _SHADOWS else []
 
     def _sampled(self) -> bool:
         """Whether one more row runs at full depth as well."""
@@ -138,10 +148,8 @@ class Replica:
         self._speed = speed if self._speed is None else self._speed + _NEW * (speed - self._speed)
 
     async def report(self) -> dict[str, Any]:
-        """Tells the governor what was done, runs shadow rows where there is time, and takes the setting."""
+        """Tells the governor what was done, and takes the setting."""
         async with self._reporting:  # one after the other, or an older setting might come last
-            if self.waiting.rows == 0:
-                self._done.shadows += await self._run_shadows()
             done, self._done = self._done, Done()
             report = Report(
                 self.name,
@@ -174,12 +182,24 @@ class Replica:
             except Exception:
                 logger.exception("a report has failed; the next one comes")
 
-    async def _run_shadows(self) -> list[tuple[str, dict[str, Any]]]:
-        rows, self._shadow_rows, found = self._shadow_rows, [], []
+    async def shadow_for_ever(self) -> None:
+        """As often as shadow runs may take time, whether or not others wait: busy hours have texts of their own."""
+        pause = 0.0
+        while True:
+            await asyncio.sleep(max(pause, self.settings.report_every))
+            try:
+                pause = await self.run_shadows() / _SHADOW_TIME
+            except Exception:
+                logger.exception("a shadow run has failed; the next one comes")
+
+    async def run_shadows(self) -> float:
+        """Answers the rows that were drawn early and at full depth; returns the seconds that it took."""
+        rows, self._shadow_rows, self._drawn, took = self._shadow_rows, [], 0, 0.0
         for task in sorted({task for task, _ in rows}):
             own = [row for of, row in rows if of == task]
             for places in passes(own, self.settings.batch_size):
                 part = [own[i] for i in places]
-                said, _ = await self._run(self.engine.shadow, task, part, self.configs[task])
-                found += [] if said is None else [(task, said)]
-        return found
+                said, seconds = await self._run(self.engine.shadow, task, part, self.configs[task])
+                self._done.shadows += [] if said is None else [(task, said)]
+                took += seconds
+        return took

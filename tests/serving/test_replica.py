@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
+from time import perf_counter, sleep
 
 import pytest
 
@@ -30,6 +32,7 @@ class Echo:
         self.go = threading.Event()
         self.go.set()
         self.shadowed: list[tuple[str, str | None]] = []
+        self.seconds = self.shadow_seconds = 0.0
 
     def predict(self, rows, configs, tasks=None, max_exit=None):
         assert self.go.wait(10)
@@ -39,6 +42,9 @@ class Echo:
         return [{"index": 0, "score": config.threshold}], [2, 3, 3][: len(texts)]
 
     def shadow(self, task, rows, config):
+        start = perf_counter()
+        sleep(len(rows) * self.seconds)
+        self.shadow_seconds += perf_counter() - start
         self.shadowed += rows
         return {"rows": len(rows)}
 
@@ -190,23 +196,76 @@ def test_how_long_a_new_request_will_wait_follows_from_the_last_passes():
     asyncio.run(scene())
 
 
-def test_shadow_rows_run_when_nothing_waits():
+def test_what_a_client_has_bounded_says_nothing_of_the_setting():
     async def scene():
-        replica, engine, told = make(shadow_share=1.0)
+        replica, _, told = make()
         await replica.report()
+        await replica.predict(Work(list(ROWS), max_exit=1))
         await ask(replica)
-        engine.go.clear()
-        waits = asyncio.ensure_future(ask(replica, ROWS[:1]))
-        await asyncio.sleep(0.01)
         await replica.report()
-        assert engine.shadowed == []
-        engine.go.set()
-        await waits
-        await replica.report()
-        assert sorted(engine.shadowed) == sorted([*ROWS, ROWS[0]])
-        assert sum(said["rows"] for _, said in told.reports[-1].done.shadows) == 3
+        assert len(told.reports[-1].done.latencies) == 2 and len(told.reports[-1].done.measured) == 1
 
     asyncio.run(scene())
+
+
+def test_shadow_rows_run_though_others_always_wait_and_take_a_bounded_share_of_the_time():
+    async def scene():
+        replica, engine, told = make(shadow_share=1.0, report_every=0.001)
+        engine.seconds = 0.005
+        await replica.report()
+        load = [asyncio.ensure_future(keep_asking(replica)) for _ in range(2)]
+        shadows = asyncio.ensure_future(replica.shadow_for_ever())
+        start = perf_counter()
+        while len(engine.shadowed) < 24 or perf_counter() - start < 1:
+            assert perf_counter() - start < 60
+            await asyncio.sleep(0.01)
+        took = perf_counter() - start
+        for task in (*load, shadows):
+            task.cancel()
+        await replica.report()
+        assert engine.shadow_seconds < 0.06 * took + 0.1  # a run has just begun
+        assert sum(said["rows"] for _, said in told.reports[-1].done.shadows) >= 24
+
+    asyncio.run(scene())
+
+
+async def keep_asking(replica):
+    while True:
+        await ask(replica, ROWS[:1])
+
+
+def test_any_row_since_the_last_shadow_run_is_as_likely_to_be_in_the_next():
+    async def scene():
+        found: Counter = Counter()
+        for seed in range(400):
+            replica, engine, _ = make(shadow_share=1.0)
+            replica._draw.seed(seed)
+            await replica.report()
+            for i in range(20):
+                await ask(replica, [(f"text {i}", None), (f"text {20 + i}", None)])
+            await replica.run_shadows()
+            assert len(set(engine.shadowed)) == 8
+            found.update(int(text.split()[1]) for text, _ in engine.shadowed)
+        assert len(found) == 40 and max(found.values()) < 2 * min(found.values())  # 80 in the mean, 8 deviation
+
+    asyncio.run(scene())
+
+
+def test_a_shadow_run_that_fails_is_not_the_last(caplog):
+    async def scene():
+        replica, engine, _ = make(shadow_share=1.0, report_every=0.001)
+        await replica.report()
+        whole, engine.shadow = engine.shadow, None
+        task = asyncio.ensure_future(replica.shadow_for_ever())
+        await ask(replica)
+        while "a shadow run has failed" not in caplog.text:
+            await asyncio.sleep(0.001)
+        engine.shadow = whole
+        while not engine.shadowed:
+            await ask(replica)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(scene(), 30))
 
 
 def test_a_report_that_fails_is_not_the_last(caplog):
@@ -235,6 +294,7 @@ def test_what_a_failed_report_said_is_in_the_next():
                 await replica.report()
             await ask(replica, ROWS[:1])
             replica.count("/predict", 200)
+            await replica.run_shadows()
         replica._tell = tell
         await replica.report()
         found = told.reports[-1].done
