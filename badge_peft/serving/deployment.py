@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, get_type_hints
@@ -19,7 +20,7 @@ from badge_peft._version import package_version
 from badge_peft.serving.batching import Work
 from badge_peft.serving.front import Front, set_front
 from badge_peft.serving.governor import Governor
-from badge_peft.serving.replica import Replica, open_engine
+from badge_peft.serving.replica import Replica, open_engine, unwatched
 from badge_peft.serving.requests import (
     PolicyUpdate,
     PredictRequest,
@@ -27,11 +28,14 @@ from badge_peft.serving.requests import (
     RerankRequest,
     check_open,
     check_tasks,
-    check_token,
     shape_message,
 )
 from badge_peft.serving.settings import TOKEN, ServiceSettings
 
+_STARTING = (
+    "the governor, which knows the setting, is being started again: try again in a second. What is in force by then is "
+    "in /info."
+)
 _PATIENCE = 10.0  # seconds in which all replicas have to take a new setting
 
 api = FastAPI(title="badge_peft", version=package_version(), description="Early exits for Hugging Face encoders.")
@@ -83,7 +87,7 @@ class Service:
     """
 
     def __init__(self, settings: ServiceSettings, token: str | None) -> None:
-        self.settings, self.token = settings, token or os.environ.get(TOKEN)
+        self.settings = settings
         self.engine = open_engine(settings)
         made = ray.remote(Governor).options(
             name=settings.governor,
@@ -100,12 +104,16 @@ class Service:
             settings.target,
             settings.max_score_drop,
             settings.careful,
+            unwatched(self.engine, settings.shadow_share),
             settings.report_every,
         )
         name = f"{os.uname().nodename}-{os.getpid()}"
         self.replica = Replica(name, self.engine, settings, self.governor.report.remote)
-        set_front(settings.limits, self.replica.count)
-        self._task = asyncio.get_running_loop().create_task(self.replica.report_for_ever())
+        set_front(settings.limits, self.replica.count, token or os.environ.get(TOKEN))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self.replica.report_for_ever())]
+        if settings.shadow_share:
+            self._tasks.append(loop.create_task(self.replica.shadow_for_ever()))
 
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls this, and waits for it, before the first request: from then on the setting is known."""
@@ -145,29 +153,42 @@ class Service:
         """What is served, at which setting, within which limits."""
         adapter = {name: getattr(self.engine, name) for name in ("tasks", "labels", "ranks", "exits")}
         back_end = "onnx" if self.settings.onnx else "torch"
-        limits, state = asdict(self.settings.limits), await self.governor.state.remote()
+        limits, state = asdict(self.settings.limits), await _answer(self.governor.state.remote())
         return {"version": package_version(), "back_end": back_end, **adapter, "limits": limits, "policy": state}
 
     @api.get("/metrics", response_class=PlainTextResponse)
     @_typed
     async def metrics(self) -> str:
         """For Prometheus, of all replicas."""
-        return await self.governor.metrics.remote()
+        return await _answer(self.governor.metrics.remote())
 
     @api.put("/policy")
     @_typed
-    async def policy(self, body: PolicyUpdate, request: Request) -> Any:
+    async def policy(self, body: PolicyUpdate) -> Any:
         """Changes policy, floor and target on all replicas; answers when they have taken it."""
-        check_token(request.headers.get("authorization"), self.token)
-        try:
-            state = await self.governor.update.remote(body)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, (TypeError, ValueError)):
-                raise RequestError(400, str(error.cause)) from error
-            raise
+        known = await _answer(self.replica.report())
+        state = first = await _answer(self.governor.update.remote(body, known))
         end = perf_counter() + _PATIENCE
         while not state["on_all_replicas"] and perf_counter() < end:
-            await self.replica.report()
+            await _answer(self.replica.report())
             await asyncio.sleep(self.settings.report_every / 10)
-            state = await self.governor.state.remote()
+            state = await _answer(self.governor.state.remote())
+        if state["life"] != first["life"]:
+            raise RequestError(503, _STARTING, retry_after=1)
         return state
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    """What the governor says.
+
+    Raises:
+        RequestError: 400 for what it refuses, 503 where it has died.
+    """
+    try:
+        return await call
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (TypeError, ValueError)):
+            raise RequestError(400, str(error.cause)) from error
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise RequestError(503, _STARTING, retry_after=1) from error

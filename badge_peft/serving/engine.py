@@ -103,6 +103,10 @@ class Engine:
         adapters = {name or MAIN: self.badge.config_of(name) for name in names}
         return SettingCheck(adapters, self.badge.num_blocks)
 
+    def unwatched(self) -> dict[str, str]:
+        """For tasks that cannot be answered at full depth as well, the reason."""
+        return {}
+
     def predict(
         self,
         rows: Sequence[Row],

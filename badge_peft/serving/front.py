@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from badge_peft.serving.requests import Limits, RequestError
+from badge_peft.serving.requests import Limits, RequestError, check_token
 
 PATHS = ("/predict", "/rerank", "/policy", "/healthz", "/info", "/metrics")
 _GONE = 499  # the client has gone before its answer; the number that nginx gives it
@@ -22,6 +22,7 @@ class _Process:
 
     limits: Limits = field(default_factory=Limits)
     count: Callable[[str, int], None] = lambda path, status: None
+    token: str | None = None
     requests: int = 0  # that are here now
     held: int = 0  # bytes of their bodies
 
@@ -29,20 +30,21 @@ class _Process:
 _PROCESS = _Process()
 
 
-def set_front(limits: Limits, count: Callable[[str, int], None]) -> None:
+def set_front(limits: Limits, count: Callable[[str, int], None], token: str | None = None) -> None:
     """Sets what the middleware of this process does.
 
     Args:
         limits: Of bodies.
         count: Is given the path (one of `PATHS`, or `other`) and the status of each request that has ended.
+        token: Who has it may change something (PUT); None: nobody may.
     """
-    _PROCESS.limits, _PROCESS.count = limits, count
+    _PROCESS.limits, _PROCESS.count, _PROCESS.token = limits, count, token
 
 
 class Front:
     """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, and 429
     where all that are here take more than `Limits.all_bytes` and this one more than its share of that: a few large or
-    slow ones do not shut out the small ones. Notes in the header `Server-Timing` of each answer the milliseconds until
+    slow ones do not shut out the small ones; and 401 or 403 where a change does not bear the token. Notes in the header `Server-Timing` of each answer the milliseconds until
     it was there, and how many of these went by until the server had handed over the body.
 
     Args:
@@ -88,6 +90,8 @@ class Front:
         _PROCESS.requests += 1
         try:
             try:
+                if scope["method"] == "PUT":  # before anything of the body is read
+                    check_token(dict(scope["headers"]).get(b"authorization"), _PROCESS.token)
                 if not await asyncio.wait_for(body.read(receive), seconds):
                     return
             except asyncio.TimeoutError:
@@ -102,7 +106,8 @@ class Front:
             async def again() -> Any:
                 return whole.pop() if whole else await receive()
 
-            await self.app(scope, again, send)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server leaves the body out
+            await self.app({**scope, "method": method}, again, send)
         finally:
             _PROCESS.requests -= 1
             _PROCESS.held -= body.held

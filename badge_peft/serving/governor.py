@@ -15,7 +15,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
 from badge_peft.serving.metrics import ServiceMetrics
 from badge_peft.serving.monitor import DriftAlarm, ExitMonitor
-from badge_peft.serving.preflight import ONE_ADAPTER
+from badge_peft.serving.preflight import ONE_ADAPTER, check_goal
 from badge_peft.serving.report import Report
 from badge_peft.serving.requests import PolicyUpdate
 
@@ -93,6 +93,7 @@ class Governor:
 
     def _start(self, target: float | None, max_score_drop: float) -> None:
         """A controller for `target`, or none."""
+        check_goal(target, max_score_drop)
         made: LatencyController | None = None
         if target:
             if len(self._own) > 1:

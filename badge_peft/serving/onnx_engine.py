@@ -133,6 +133,16 @@ class OnnxEngine:
         """What refuses settings at which the file cannot answer; another process can have it."""
         return FileCheck(dict(self.rules))
 
+    def unwatched(self) -> dict[str, str]:
+        """As `Engine.unwatched`."""
+        found = {}
+        for task, rule in self.rules.items():
+            try:
+                rule.inputs(EarlyExitConfig(policy="never"))
+            except ValueError as error:
+                found[task] = str(error)
+        return found
+
     def predict(
         self,
         rows: Sequence[Row],
@@ -181,11 +191,9 @@ class OnnxEngine:
 
     def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any] | None:
         """As `Engine.shadow`; None where the file cannot be sent to full depth."""
-        never = EarlyExitConfig(policy="never")
-        try:
-            self.rules[task].inputs(never)
-        except ValueError:
+        if task in self.unwatched():
             return None
+        never = EarlyExitConfig(policy="never")
         early, full = (self._run(rows, {**self.configs, task: c})[task] for c in (config, never))
         return {
             "config": config.to_dict(),

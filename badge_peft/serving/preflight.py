@@ -16,14 +16,32 @@ from badge_peft.serving.settings import ServiceSettings
 ONE_ADAPTER = "a target is for a service of one adapter: of many tasks, set each one's threshold."
 
 
+def check_goal(target: float | None, max_score_drop: float) -> None:
+    """Refuses a target that no service can have, and a floor below all scores.
+
+    Raises:
+        ValueError: one of them.
+    """
+    if target is not None and not 0.001 <= target <= 3600:
+        raise ValueError(
+            f"target={target} is not allowed: a 95th percentile is kept below 0.001 to 3600 seconds (--target-p95 is in "
+            "milliseconds)."
+        )
+    if not 0 <= max_score_drop <= 1:
+        raise ValueError(
+            f"max_score_drop={max_score_drop} is not allowed: scores end at 1, and five points of them are 0.05."
+        )
+
+
 def check_settings(settings: ServiceSettings) -> None:
     """Refuses adapters that tag tokens, and a target that cannot be kept by moving along a stored curve. What lies in
     a repository is checked when it is there, by the replicas.
 
     Raises:
-        ValueError: an adapter tags tokens; a target with many tasks, without a curve, with a floor that no point
+        ValueError: `check_goal`; an adapter tags tokens; a target with many tasks, without a curve, with a floor that no point
             keeps, or with points at which a file cannot answer.
     """
+    check_goal(settings.target, settings.max_score_drop)
     tasks, facts = _facts(settings)
     check_texts([task for task, own in facts.items() if _reads_tokens(own)])
     if settings.target is None:

@@ -35,6 +35,13 @@ def open_engine(settings: ServiceSettings) -> Any:
     return Engine(settings.adapter, settings.base_model, settings.threads, settings.batch_size)
 
 
+def unwatched(engine: Any, shadow_share: float) -> dict[str, str]:
+    """For tasks whose traffic is not watched for drift, whatever the setting, the reason."""
+    why = "no rows are run at full depth as well: give a --shadow-share." if not shadow_share else None
+    why = "the candidates of /rerank are not run twice." if engine.ranks else why
+    return dict.fromkeys(engine.configs, why) if why else engine.unwatched()
+
+
 class Replica:
     """Answers at the setting that the governor says, once it has heard of it.
 

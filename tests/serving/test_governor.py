@@ -78,6 +78,12 @@ def test_another_policy_starts_from_its_own_defaults():
     [
         (PolicyUpdate(early_exit={"policy": "nope"}), "policy='nope'"),
         (PolicyUpdate(early_exit={"treshold": 1}), "treshold"),
+        (PolicyUpdate(target=1e-300), "target=1e-300 is not allowed"),
+        (PolicyUpdate(target=float("inf")), "target=inf"),
+        (PolicyUpdate(target=float("nan")), "target=nan"),
+        (PolicyUpdate(target=-1), "target=-1"),
+        (PolicyUpdate(max_score_drop=5), "max_score_drop=5.0.*0.05"),
+        (PolicyUpdate(max_score_drop=float("nan")), "max_score_drop=nan"),
         (PolicyUpdate(tasks={"pii": {"threshold": 1}}), "no task 'pii'.*default"),
         (PolicyUpdate(target=0.1, max_score_drop=0.01, early_exit={"threshold": 0.2}), "target=0"),
         (PolicyUpdate(target=0.1, max_score_drop=0.01, tasks={"default": {"max_exit": 1}}), "target=0"),

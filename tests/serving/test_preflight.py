@@ -42,6 +42,12 @@ def test_what_has_no_curve(tmp_path):
         check_settings(ServiceSettings(place, target=0.1))
 
 
+@pytest.mark.parametrize("goal", [{"target": 1e-300}, {"target": 1e9}, {"max_score_drop": 5}])
+def test_a_goal_that_no_service_has(goal):
+    with pytest.raises(ValueError, match="is not allowed"):
+        check_settings(ServiceSettings("someone/adapter", **goal))
+
+
 def test_a_repository_is_checked_by_the_replicas():
     check_settings(ServiceSettings("someone/adapter", target=0.1))
 
