@@ -49,7 +49,9 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:
     return [text for text, _ in rows], [pair for _, pair in rows if pair is not None] or None
 
 
-def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: str) -> list[dict[str, Any]]:
+def labeled(
+    logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: str, all_scores: bool = False
+) -> list[dict[str, Any]]:
     """As transformers' pipeline answers: the best label and its probability; of a regression the value. JSON has no
     NaN and no infinity: None stands in their place.
 
@@ -58,6 +60,7 @@ def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: s
         exit_layer: [n].
         labels: K names.
         problem_type: As transformers has it.
+        all_scores: Whether `scores` has those of all labels, too.
     """
     problem, values = problem_of(problem_type), np.asarray(logits, dtype=np.float32)
     scores: Any
@@ -69,14 +72,17 @@ def labeled(logits: Any, exit_layer: Any, labels: Sequence[str], problem_type: s
         else:
             weights = np.exp(values - values.max(-1, keepdims=True))
             scores = weights / weights.sum(-1, keepdims=True)
-    return [
+    answers: list[dict[str, Any]] = [
         {"label": labels[best], "score": _number(row[best]), "exit_layer": int(number)}
         for row, best, number in zip(scores, scores.argmax(-1), exit_layer, strict=True)
     ]
+    for answer, row in zip(answers, scores if all_scores else (), strict=all_scores):
+        answer["scores"] = {labels[i]: _number(score) for i, score in enumerate(row)}
+    return answers
 
 
 def reranked(found: Sequence[Mapping[str, Any]], report: ExitReport) -> tuple[list[dict[str, Any]], list[int]]:
-    """What a reranker says, as text-embeddings-inference has it, and the block that each candidate stopped at."""
+    """What a reranker says, and the block that each candidate stopped at."""
     answers = [{"index": int(item["corpus_id"]), "score": _number(item["score"])} for item in found]
     return answers, report.exit_layer.tolist()
 

@@ -21,12 +21,14 @@ class Work:
         rows: Its texts.
         tasks: As for `Engine.predict`.
         max_exit: As for `Engine.predict`.
+        all_scores: As for `Engine.predict`.
         seconds: Once it is answered: what the pass took that it shared with others.
     """
 
     rows: list[Row]
     tasks: tuple[str, ...] | None = None
     max_exit: int | None = None
+    all_scores: bool = False
     seconds: float = 0.0
 
 
@@ -60,12 +62,12 @@ def answer_together(
     """
     groups: dict[Any, list[int]] = {}
     for i, work in enumerate(works):
-        groups.setdefault((work.tasks, work.max_exit), []).append(i)
+        groups.setdefault((work.tasks, work.max_exit, work.all_scores), []).append(i)
     batch = Batch([None] * len(works))
-    for (tasks, max_exit), members in groups.items():
+    for (tasks, max_exit, all_scores), members in groups.items():
         rows = [row for i in members for row in works[i].rows]
         try:
-            answers = engine.predict(rows, configs, tasks, max_exit)
+            answers = engine.predict(rows, configs, tasks, max_exit, all_scores)
         except Exception as error:
             alone = [answer_together(engine, [works[i]], configs, draw) for i in members] if len(members) > 1 else []
             for i, own in zip(members, alone or [Batch([error])], strict=True):

@@ -122,10 +122,10 @@ class Service:
     @api.post("/predict")
     @_typed
     async def predict(self, body: PredictRequest) -> Any:
-        """Answers texts: a list of label, score and exit_layer; with tasks a mapping of such lists."""
+        """Answers texts: a list of label, score, exit_layer (and scores); with tasks a mapping of such lists."""
         rows = body.rows()
         tasks = check_tasks(body.tasks, self.engine.tasks)
-        work = Work(rows, tasks, body.max_exit)
+        work = Work(rows, tasks, body.max_exit, body.all_scores)
         found = await self.replica.predict(work)
         answers = found if tasks is None else {task: [row[task] for row in found] for task in tasks}
         return JSONResponse(answers, headers={"Server-Timing": f"model;dur={1e3 * work.seconds:.2f}"})

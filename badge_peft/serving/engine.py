@@ -113,6 +113,7 @@ class Engine:
         configs: dict[str, EarlyExitConfig],
         tasks: tuple[str, ...] | None = None,
         max_exit: int | None = None,
+        all_scores: bool = False,
     ) -> list[Any]:
         """What the pipeline answers to each row: a dict, or with tasks a dict of dicts.
 
@@ -121,6 +122,7 @@ class Engine:
             configs: For each task (or `default`) the setting to answer at.
             tasks: Some of `tasks`; None where there are none.
             max_exit: No row goes past this block.
+            all_scores: As for `labeled`.
 
         Raises:
             RequestError: 400 for a `max_exit` at which nothing could answer, or that the model does not have; where
@@ -141,7 +143,7 @@ class Engine:
                 outputs = {MAIN: early_exit_forward(self.model, early_exit_config=chosen[MAIN], **encoded)}
             return {
                 task: labeled(
-                    own.logits.float().cpu(), own.exit_layer.tolist(), self.labels[task], self.problems[task]
+                    own.logits.float().cpu(), own.exit_layer, self.labels[task], self.problems[task], all_scores
                 )
                 for task, own in outputs.items()
             }
@@ -158,14 +160,16 @@ class Engine:
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
     ) -> tuple[list[dict[str, Any]], list[int]]:
         """`index` and `score`, best first, as `config` says, of another policy than `top_k` at full depth; and for
-        each text the block that it stopped at.
+        each text the block that it stopped at. Without a `top_k` as many as `config` was calibrated for, else all.
 
         Raises:
             RequestError: 400 where the model does not rank, or the query is empty.
         """
         if self._reranker is None:
             raise RequestError(400, "this service does not rank: its model has several outputs. Use /predict.")
-        how: dict[str, Any] = {"full_depth": config.policy != "top_k", "early_exit_config": config}
+        ranks_early = config.policy == "top_k"
+        how: dict[str, Any] = {"full_depth": not ranks_early, "early_exit_config": config}
+        top_k = config.resolved_top_k if top_k is None and ranks_early else top_k
         try:
             ranked = self._reranker.rank(query, list(texts), top_k=top_k, return_report=True, **how)
         except ValueError as error:

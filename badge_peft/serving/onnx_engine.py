@@ -149,6 +149,7 @@ class OnnxEngine:
         configs: dict[str, EarlyExitConfig],
         tasks: tuple[str, ...] | None = None,
         max_exit: int | None = None,
+        all_scores: bool = False,
     ) -> list[Any]:
         """As `Engine.predict`. All tasks of the file run, whichever are asked for.
 
@@ -165,8 +166,9 @@ class OnnxEngine:
         def answer(part: list[Row]) -> dict[str, list[Any]]:
             outputs = self._run(part, configs)
             return {
-                task: labeled(outputs[task].logits, outputs[task].exit_layer, self.labels[task], self.problems[task])
-                for task in tasks or (MAIN,)
+                task: labeled(own.logits, own.exit_layer, self.labels[task], self.problems[task], all_scores)
+                for task, own in outputs.items()
+                if task in (tasks or (MAIN,))
             }
 
         return answered(rows, self.batch_size, tasks, answer)
@@ -183,8 +185,7 @@ class OnnxEngine:
             raise RequestError(400, "this service does not rank: the rule in its file is not top_k. Use /predict.")
         threshold, _ = self.rules[MAIN].inputs(config)
         try:
-            count = len(texts) if top_k is None else top_k
-            ranked = self._reranker.rank(query, list(texts), count, threshold=threshold, return_report=True)
+            ranked = self._reranker.rank(query, list(texts), top_k, threshold=threshold, return_report=True)
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         return reranked(*ranked)

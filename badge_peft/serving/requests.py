@@ -61,6 +61,7 @@ class PredictRequest(BaseModel):
     )
     tasks: list[StrictStr] | None = Field(None, description="Of a service of many tasks: which. None: all.")
     max_exit: StrictInt | None = Field(None, ge=0, description="No text of this request goes past this block.")
+    all_scores: StrictBool = Field(False, description="Also say `scores`, of every label.")
 
     def rows(self) -> list[Row]:
         """The texts, each with its second text or None."""
@@ -69,12 +70,12 @@ class PredictRequest(BaseModel):
 
 
 class RerankRequest(BaseModel):
-    """`POST /rerank`, in the shape of text-embeddings-inference."""
+    """`POST /rerank`."""
 
     model_config = ConfigDict(extra="forbid")
     query: StrictStr
     texts: list[StrictStr]
-    top_k: StrictInt | None = Field(None, ge=1, description="How many to return, best first. None: all.")
+    top_k: StrictInt | None = Field(None, ge=1, description="How many to return, best first. None: as many as calibrated.")
     return_text: StrictBool = False
 
     def rows(self) -> list[Row]:

@@ -55,6 +55,15 @@ def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
     assert [row for _, row in batch.sampled] == works[0].rows + works[1].rows  # a bound of its own is not sampled
 
 
+def test_a_client_can_have_the_scores_of_all_labels(engine, folder):
+    works = [Work([(text, None) for text in TEXTS[:3]], all_scores=True), Work([(TEXTS[3], None)])]
+    asked, other = answer_together(engine, works, engine.configs, lambda: False).results
+    assert "scores" not in other[0]
+    for answer, expected in zip(asked, pipeline(model=str(folder))(TEXTS[:3], top_k=None), strict=True):
+        assert answer["scores"] == pytest.approx({one["label"]: one["score"] for one in expected}, abs=1e-5)
+        assert answer["scores"][answer["label"]] == answer["score"] == max(answer["scores"].values())
+
+
 def test_an_adapter_of_pairs_answers_no_single_text(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pairs")
     config = tmp_path / "pairs" / "adapter_config.json"
@@ -149,6 +158,8 @@ def test_rerank(tmp_path, engine):
     ranks.badge.set_early_exit_config(rule)
     best, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 1, rule)
     assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
+    named_none, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], None, rule)  # the k of the calibration, and candidates leave
+    assert named_none == best and min(exits) == 1
     for bound in (1, 2):  # of the setting, not of the adapter
         assert max(ranks.rerank(TEXTS[0], TEXTS[1:6], 1, EarlyExitConfig.of(rule, max_exit=bound))[1]) == bound
     with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete

@@ -146,11 +146,12 @@ def test_a_file_that_ranks(tmp_path):
     export_onnx(load_pretrained(str(adapter)), tmp_path / "file", tokenizer=make_tokenizer(), early_exit_config=rule)
     file = OnnxEngine(str(tmp_path / "file"))
     assert file.ranks
-    full, exits = file.rerank(TEXTS[0], TEXTS[1:7], None, file.configs[MAIN])
+    full, exits = file.rerank(TEXTS[0], TEXTS[1:7], 6, file.configs[MAIN])
     assert exits == [2] * 6
     assert len(full) == 6 and [i["score"] for i in full] == sorted((i["score"] for i in full), reverse=True)
     best, exits = file.rerank(TEXTS[0], TEXTS[1:7], 2, file.configs[MAIN])
     assert len(best) == 2 and sorted(exits) == [1, 1, 1, 1, 2, 2]
+    assert file.rerank(TEXTS[0], TEXTS[1:7], None, file.configs[MAIN]) == (best, exits)
     with pytest.raises(RequestError, match="query"):
         file.rerank("", ["a"], None, file.configs[MAIN])
     with pytest.raises(RequestError, match="use /rerank"):

@@ -34,7 +34,7 @@ class Echo:
         self.shadowed: list[tuple[str, str | None]] = []
         self.seconds = self.shadow_seconds = 0.0
 
-    def predict(self, rows, configs, tasks=None, max_exit=None):
+    def predict(self, rows, configs, tasks=None, max_exit=None, all_scores=False):
         assert self.go.wait(10)
         return [{"text": text, "threshold": configs[MAIN].threshold, "exit_layer": 2} for text, _ in rows]
 
