@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable
 from dataclasses import asdict
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any, get_type_hints
 
 import ray
@@ -21,6 +22,7 @@ from badge_peft.serving.batching import Work
 from badge_peft.serving.front import Front, set_front
 from badge_peft.serving.governor import Governor
 from badge_peft.serving.replica import Replica, open_engine, unwatched
+from badge_peft.serving.report import Report
 from badge_peft.serving.requests import (
     PolicyUpdate,
     PredictRequest,
@@ -36,6 +38,7 @@ _STARTING = (
     "the governor, which knows the setting, is being started again: try again in a second. What is in force by then is "
     "in /info."
 )
+_ALONE = 60.0
 _PATIENCE = 10.0  # seconds in which all replicas have to take a new setting
 
 api = FastAPI(title="badge_peft", version=package_version(), description="Early exits for Hugging Face encoders.")
@@ -76,6 +79,20 @@ async def _nowhere(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": message}, error.status_code, error.headers)
 
 
+class Governing(Governor):
+    """A governor in a process of its own, which ends where no replica has reported for `_ALONE` seconds: whoever had
+    the service may have gone without a word."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while monotonic() - self.heard < _ALONE:
+            sleep(1.0)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
 @serve.deployment
 @serve.ingress(api)
 class Service:
@@ -89,14 +106,20 @@ class Service:
     def __init__(self, settings: ServiceSettings, token: str | None) -> None:
         self.settings = settings
         self.engine = open_engine(settings)
-        made = ray.remote(Governor).options(
-            name=settings.governor,
-            namespace="serve",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-            lifetime="detached",
-        )
+        self._meet_governor()
+        name = f"{os.uname().nodename}-{os.getpid()}"
+        self.replica = Replica(name, self.engine, settings, self._tell)
+        set_front(settings.limits, self.replica.count, token or os.environ.get(TOKEN))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self.replica.report_for_ever())]
+        if settings.shadow_share:
+            self._tasks.append(loop.create_task(self.replica.shadow_for_ever()))
+
+    def _meet_governor(self) -> None:
+        """Finds the governor of this service, or starts it."""
+        settings, name = self.settings, self.settings.governor
+        alive = {"num_cpus": 0, "max_restarts": -1, "lifetime": "detached"}
+        made = ray.remote(Governing).options(name=name, namespace="serve", get_if_exists=True, **alive)
         self.governor = made.remote(
             self.engine.configs,
             self.engine.problems,
@@ -107,13 +130,13 @@ class Service:
             unwatched(self.engine, settings.shadow_share),
             settings.report_every,
         )
-        name = f"{os.uname().nodename}-{os.getpid()}"
-        self.replica = Replica(name, self.engine, settings, self.governor.report.remote)
-        set_front(settings.limits, self.replica.count, token or os.environ.get(TOKEN))
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self.replica.report_for_ever())]
-        if settings.shadow_share:
-            self._tasks.append(loop.create_task(self.replica.shadow_for_ever()))
+
+    async def _tell(self, report: Report) -> dict[str, Any]:
+        try:
+            return await self.governor.report.remote(report)
+        except ray.exceptions.ActorDiedError:  # for good: it heard of nobody for long
+            self._meet_governor()
+            raise
 
     async def reconfigure(self, _: Any) -> None:
         """Ray Serve calls this, and waits for it, before the first request: from then on the setting is known."""

@@ -58,7 +58,7 @@ class Governor:
         self._unwatched = dict(unwatched or {})
         self._own, self._chosen = dict(configs), dict(configs)
         self._check, self._clock, self.interval = check, clock, interval
-        self._decided = clock()
+        self._decided = self.heard = clock()
         self._latencies: list[float] = []
         self._late, self._waits = 0.0, False
         self._replicas: dict[str, Report] = {}
@@ -151,6 +151,7 @@ class Governor:
         """Takes what a replica did, and says what to answer at from now on: `state`."""
         self._hear(report.state)
         now, before = self._clock(), self.configs
+        self.heard = now
         for name in [name for name, seen in self._seen.items() if now - seen >= _GONE]:
             del self._replicas[name], self._seen[name]
             self._metrics.forget(name)

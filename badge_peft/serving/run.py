@@ -91,18 +91,26 @@ def run_service(
     cores = most_replicas(settings) * settings.threads + 1  # what Ray counts, so that it never waits for a machine
     if address is None:
         check_port(host, port)
+    joined = False
     try:
         try:
             if address is None:
                 start_ray(host, port, cores)
             else:
                 join_cluster(address, host, port)
-            _deploy(settings, options, address)
-        except Exception as error:  # Ray has many kinds; a message holds the replica's traceback
+                joined = True
+            deployed = Service.options(**options)  # type: ignore[attr-defined]  # the decorator of Ray Serve adds it
+            serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
+            wait_for_proxy(host, port, address)
+        except BaseException as error:  # INT and TERM are none of Exception
+            if joined:  # nothing is left on a cluster; a governor, which may be on its way, ends by itself
+                serve.delete(APPLICATION, _blocking=False)
+            if not isinstance(error, Exception):
+                raise
+            # Ray has many kinds; a message holds the replica's traceback
             raise ValueError(f"the service has not started: {last_error(str(error))}") from error
         for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's handlers, which drop what is accepted
             signal.signal(number, lambda *_: stop.set())
-        wait_for_proxy(host, port, address)
         if ready is not None:
             ready()
         stop.wait()
@@ -120,17 +128,6 @@ def _absolute(settings: ServiceSettings) -> ServiceSettings:
     given = settings.adapter
     adapter = {task: whole(place) for task, place in given.items()} if isinstance(given, dict) else whole(given)
     return replace(settings, adapter=adapter, base_model=whole(settings.base_model))
-
-
-def _deploy(settings: ServiceSettings, options: dict[str, Any], address: str | None) -> None:
-    """Starts the replicas; where they do not start, nothing is left on a cluster."""
-    deployed = Service.options(**options)  # type: ignore[attr-defined]  # the decorator of Ray Serve adds it
-    try:
-        serve.run(deployed.bind(settings, os.environ.get(TOKEN)), name=APPLICATION)
-    except Exception:
-        if address is not None:
-            _end(settings, address)
-        raise
 
 
 def _end(settings: ServiceSettings, address: str | None) -> None:
