@@ -337,9 +337,26 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         named = {names.get(name, name): value for name, value in state_dict.items() if name != CONFIG_TENSOR}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         checkpoint.check_weights(model, config, adapter_name, mapped)
+        if config.source is None:  # it has weights already
+            _warn_of_others(get_badge_model(model), adapter_name, state_dict)
         checkpoint.materialize(model, mapped)
         config.source = None
         return mapped
+
+
+def _warn_of_others(badge: BadgeModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Warns where an adapter is about to get the weights of another one of the model."""
+    others = [name for name in badge.peft_config if name != adapter_name]
+    loaded = weights_hash(state_dict) if others else None
+    other = next((name for name in others if badge.weights_hash(name) == loaded), None)
+    if other is not None:
+        warnings.warn(
+            f"the adapter {adapter_name!r} gets the weights of {other!r}: the folder that is loaded holds these, and "
+            f"those of {adapter_name!r}, if any, in a folder of its name. transformers' Trainer loads so with "
+            "load_best_model_at_end=True: call the adapter that is trained 'default', or load the folder of its name "
+            "in the checkpoint with load_adapter.",
+            stacklevel=2,
+        )
 
 
 def get_badge_model(model: nn.Module) -> BadgeModel:

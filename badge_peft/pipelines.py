@@ -17,6 +17,7 @@ from badge_peft.bundle import is_bundle
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.tasks import config_of_each
+from badge_peft.evaluation.entities import in_iob2, scheme_of
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
@@ -114,7 +115,8 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
 class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: ignore[misc]  # typed for any
     """transformers' token-classification pipeline, in which each token stops alone and a text leaves with its last.
 
-    `aggregation_strategy`, `stride`, words and batches are as there. Each entity also holds `exit_layer`: the block
+    `aggregation_strategy`, `stride`, words and batches are as there; tags of IOBES and BILOU are read, too, and words
+    whose tags name no entities are not joined. Each entity also holds `exit_layer`: the block
     that answered its token; where tokens are aggregated, the one at which the text left. Rules are given as for
     `EarlyExitPipeline`.
 
@@ -139,6 +141,15 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
         output = early_exit_forward(self.model, early_exit_config=self._rule(**rule), **inputs)
         exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
         return {**dict.fromkeys(_BESIDE), **model_inputs, "logits": output.logits, **exits}
+
+    def group_entities(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """In the scheme of the labels, of which transformers reads B- and I- alone; words whose tags name no entities
+        stay one by one."""
+        names = get_badge_model(self.model).label_names()
+        if scheme_of(names) or not all("index" in entity for entity in entities):  # which tokens have, and words not
+            for entity, tag in zip(entities, in_iob2([e["entity"] for e in entities], names), strict=True):
+                entity["entity"] = tag
+        return super().group_entities(entities)
 
     def postprocess(self, all_outputs: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The entities of one text."""

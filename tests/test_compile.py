@@ -229,3 +229,11 @@ def test_torch_compile_of_the_whole_model(placement, case) -> None:
     wanted = model.early_exit_forward(**batch, **rule).exit_layer
     assert torch.equal(compiled.early_exit_forward(**batch, **rule).exit_layer, wanted)
     torch._dynamo.reset()
+
+
+def test_one_graph_of_the_whole_model_is_torchs_error() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(make_badge().eval(), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(**make_batch())
+    torch._dynamo.reset()

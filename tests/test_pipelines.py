@@ -345,3 +345,43 @@ def test_tokens_have_the_labels_of_the_adapter(token_adapter: Path) -> None:
             tag = badge_peft.pipeline("ner", model=model, tokenizer=make_tokenizer(), ignore_labels=[])
             found: Any = tag(TEXTS[0])
             assert {entity["entity"] for entity in found} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("O", "B-x", "I-x", "E-x", "S-x"), [("x", 0, 3), ("x", 3, 4), ("x", 4, 6)]),
+        (("O", "B-x", "I-x", "L-x", "U-x"), [("x", 0, 3), ("x", 3, 4), ("x", 4, 6)]),
+        (("O", "ADJ", "-LRB-", "B-", "X"), [(tag, i, i + 1) for i, tag in enumerate("ADJ -LRB- B- X ADJ B-".split())]),
+    ],
+)
+def test_words_are_joined_as_their_tags_say(
+    token_adapter: Path, names: tuple[str, ...], expected: list[tuple[str, int, int]]
+) -> None:
+    """By entities in each scheme; words whose tags name none stay alone."""
+    base = AutoModelForTokenClassification.from_pretrained(
+        token_adapter.parent / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    fields: Any = {"final_exit": "exit", "label_names": list(names), "num_labels": 5}
+    model = get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS", r=4, **fields)).eval()
+    tag = badge_peft.pipeline("ner", model=model, tokenizer=make_tokenizer(), aggregation_strategy="first")
+    said = [names[i] for i in (1, 2, 3, 4, 1, 3)]
+    words = [{"entity": name, "score": 1.0, "word": "a", "start": i, "end": i + 1} for i, name in enumerate(said)]
+    found = tag.group_entities(words)
+    assert [(entity["entity_group"], entity["start"], entity["end"]) for entity in found] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_windows_of_a_long_text_are_transformers_own(token_adapter: Path, batch_size: int) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids", "attention_mask"], 16
+    base: Any = AutoModelForTokenClassification.from_pretrained(token_adapter.parent / "base").eval()
+    options: Any = {"aggregation_strategy": "simple", "batch_size": batch_size, "stride": 4, "device": -1}
+    text = " ".join(TEXTS)
+    theirs: Any = TokenClassificationPipeline(model=base, tokenizer=tokenizer, **options)(text)
+    tag = badge_peft.pipeline("ner", model=str(token_adapter), tokenizer=tokenizer, policy="never", **options)
+    ours: Any = tag(text)
+    assert [{**entity, "exit_layer": 3} for entity in theirs] == [
+        {**entity, "score": pytest.approx(entity["score"], abs=1e-5)} for entity in ours
+    ]
+    assert len(ours) > 1 and {e["exit_layer"] for e in tag(text, policy="fixed_depth", depth=1)} == {1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from badge_peft import parameter_groups
 from tests import reference
-from tests.models import checkpoint, exits_of, make_badge, make_batch, make_labels, make_model, needs_safe_torch_load
+from tests.models import (
+    checkpoint,
+    exits_of,
+    make_badge,
+    make_batch,
+    make_labels,
+    make_model,
+    needs_safe_torch_load,
+    shake,
+)
 
 KINDS = [("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 1)]
 ROWS = 12
@@ -191,6 +202,24 @@ def test_best_checkpoint_is_loaded_at_the_end(backbone, tmp_path):
     assert torch.equal(exits_of(best, make_batch()), exits_of(model.eval(), make_batch()))
 
 
+def test_the_best_checkpoint_of_another_adapter_is_warned_of(tmp_path):
+    """transformers loads the checkpoint's own folder, that of `default`, into whatever is active."""
+    model = make_badge()
+    model.add_adapter("second", deepcopy(model.peft_config["default"]))
+    shake(model, only=".second.")
+    model.set_adapter("second")
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, model, load_best_model_at_end=True, metric_for_best_model="loss", **best)
+    with pytest.warns(UserWarning, match="'second' gets the weights of 'default'.*load_best_model_at_end=True"):
+        trainer.train()
+    hashes = [model.base_model.weights_hash(name) for name in ("default", "second")]
+    assert hashes[0] == hashes[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(Path(trainer.state.best_model_checkpoint, "second"), "second")
+    assert model.base_model.weights_hash("second") != hashes[0]
+
+
 def test_problem_type_that_the_labels_say_is_saved(tmp_path):
     data = Rows("multi_label_classification")
     model = make_badge()
@@ -239,3 +268,24 @@ def test_reentrant_checkpointing_of_a_lora_is_refused():
         assert not parameter.requires_grad  # so no input of a block has a gradient
     with pytest.raises(RuntimeError, match="re-entrant gradient checkpointing hides what a block computes"):
         model(**make_batch(), labels=make_labels())
+
+
+def test_reentrant_checkpointing_of_a_lora_whose_blocks_are_not_read():
+    """The same gradients where the input of the blocks has one, as transformers 5 sees to; else it is refused."""
+    gradients = []
+    for kwargs in (None, {"use_reentrant": True}):
+        model = make_badge(backbone="lora", placement="none", exit_dropout=0.0, lora={"r": 2, "lora_dropout": 0.0})
+        shake(model)
+        model.train()
+        for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        if kwargs is not None:
+            checkpoint(model.get_base_model(), kwargs)
+        try:
+            model(**make_batch(), labels=make_labels()).loss.backward()
+        except RuntimeError as error:
+            assert kwargs is not None and "use_reentrant" in str(error)
+            return
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora_" in name})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -170,7 +170,12 @@ def export(
     assert adapter is not None
     opened = open_adapter(adapter, base_model, "cpu")
     config = opened.early_exit_config(**vars(overrides))
-    examples = None if data is None else opened.encode(opened.read(data, columns))
+    examples = None
+    if data is not None:
+        rows = opened.read(data, columns)
+        examples = opened.encode(rows)
+        if opened.task == "ranking":
+            examples = examples.add_column("groups", rows.queries())
     shared.prepare_folder(json_file)
     report = export_onnx(
         opened.model,

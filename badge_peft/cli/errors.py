@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,20 @@ def warn(line: str, style: str = "yellow") -> None:
     Console(stderr=True).print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def tell(error: BaseException | None, what: str = "error") -> None:
+    """An error in a line; with BADGE_PEFT_DEBUG=1 in the environment its traceback, too."""
+    if os.environ.get("BADGE_PEFT_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    warn(f"{what}: {' '.join(str(error).split())}", "red")
+
+
 @contextmanager
 def exit_on_user_error(code: int = 1) -> Iterator[None]:
     """Prints a wrong value, a missing file or a missing package, and exits with `code`."""
     try:
         yield
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        warn(f"error: {' '.join(str(error).split())}", "red")
+        tell(error)
         raise SystemExit(code) from error
 
 

@@ -25,10 +25,24 @@ def main(tokens: Sequence[str] | None = None) -> None:
         print(MISSING, file=sys.stderr)
         raise SystemExit(1)
     if distributed.is_main():
-        _run(tokens)
+        try:
+            _run(tokens)
+        except SystemExit as end:
+            if end.code:
+                distributed.tell_failure()
+            raise
         return
+    told = sys.stderr
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        _run(tokens)  # one process speaks for all; what fails here alone is seen when it leaves this block
+        try:
+            _run(tokens)  # one process speaks for all
+        except SystemExit as end:  # any other error is seen when it leaves this block
+            if end.code and not distributed.main_fails():
+                from badge_peft.cli.errors import tell
+
+                with redirect_stderr(told):
+                    tell(end.__cause__, f"error in process {distributed.rank_world()[0]} alone")
+            raise
 
 
 def _run(tokens: Sequence[str] | None) -> None:

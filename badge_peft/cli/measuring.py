@@ -132,6 +132,8 @@ def sweep(
         found = sweep_ranking(exit_logits, top_k or own_top_k(adapter_or_logits), points)
         print(tradeoff_table(found, against_full_depth=True))
     else:
+        if top_k is not None:
+            raise ValueError(f"--top-k {top_k} is for ranking, and these exits rank nothing: leave it out.")
         scored = exit_logits.labeled()
         found = evaluation.sweep(scored, names, points, metric_of(scored, metric))
         print(tradeoff_table(found, against_full_depth=exit_logits.labels is None))
@@ -203,9 +205,12 @@ def bench(
         return
     assert adapter is not None
     if onnx:
-        require_onnx_exporter()
+        try:
+            require_onnx_exporter()
+        except ImportError as error:
+            raise ImportError(f"{error} Or leave ONNX Runtime out with --no-onnx.") from error
     opened = open_adapter(adapter, base_model, device)
-    check_texts_only(opened.task, "bench")
+    check_texts_only(opened.task, "bench", ranks=True)
     config = opened.early_exit_config(**vars(overrides))
     examples = opened.read(data, columns)
     if opened.task == "ranking":

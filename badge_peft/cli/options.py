@@ -47,8 +47,8 @@ Metric = Annotated[
     str | None,
     Parameter(
         help="accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman, "
-        "pearson_and_spearman, neg_mse; for tags entity_f1. Default: accuracy, for regression pearson, for tags "
-        "entity_f1."
+        "pearson_and_spearman, neg_mse; for tags of entities entity_f1. Default: accuracy, for regression pearson, "
+        "for tags of entities entity_f1."
     ),
 ]
 JsonFile = Annotated[Path | None, Parameter("--json", help="Also write the result to this JSON file.")]

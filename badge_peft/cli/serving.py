@@ -101,12 +101,12 @@ def serve(
 def _adapter(adapters: list[str]) -> Any:
     """A folder or repository, or a dict of them by task, each checked."""
     from badge_peft.workflows.adapter_dir import check_adapter
-    from badge_peft.workflows.tasks import tasks_of
+    from badge_peft.workflows.tasks import is_named, tasks_of
 
     for place in adapters:
         if (Path(place) / "early_exit.json").exists():
             raise ValueError(f"{place} is what badge-peft export wrote: serve it with --onnx.")
-    adapter = adapters[0] if len(adapters) == 1 and "=" not in adapters[0] else tasks_of(adapters, None)
+    adapter = adapters[0] if len(adapters) == 1 and not is_named(adapters[0]) else tasks_of(adapters, None)
     bundle = tasks_of([], adapter) if isinstance(adapter, str) else adapter
     for place in [adapters[0]] if bundle is None else bundle.values():
         check_adapter(place)
@@ -117,8 +117,9 @@ def _file(adapters: list[str], base_model: str | None) -> str:
     """The folder of an export, checked."""
     from badge_peft.export.folder import holds_tasks
     from badge_peft.utils.extras import require
+    from badge_peft.workflows.tasks import is_named
 
-    if len(adapters) > 1 or "=" in adapters[0]:
+    if len(adapters) > 1 or is_named(adapters[0]):
         raise ValueError(
             "--onnx serves one folder: write many tasks as one with badge-peft export --task NAME=ADAPTER."
         )

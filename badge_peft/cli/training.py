@@ -31,7 +31,7 @@ def train(
     the tokenizer beside it; report.json and tradeoff.png, with what was measured; and exit_logits.safetensors, from
     which badge-peft sweep and badge-peft calibrate can run again. Then badge-peft predict answers with it.
 
-    Where the rows have tokens and tags (IOB2), or a text and its entities [{start, end, label}], exits label tokens:
+    Where the rows have tokens and tags, or a text and its entities [{start, end, label}], exits label tokens:
 
         badge-peft train my-encoder rows.jsonl --output-dir my-tagger
 

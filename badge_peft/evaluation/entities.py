@@ -1,13 +1,14 @@
-"""Entities of tags (IOB2): what a text names, from where to where; and how many of them two taggings share.
+"""Entities of tags: what a text names, from where to where; and how many of them two taggings share.
 
-Entities are read as the CoNLL evaluation reads them, and `seqeval` by default: one begins at B-x, and also at an I-x
-that continues none of its kind, since a model may answer so. Source: Tjong Kim Sang and De Meulder, "Introduction to
+Tags are those of IOB1 and IOB2, IOBES, or BILOU, whose L and U are E and S. Entities are read as the CoNLL evaluation
+reads them, and `seqeval` by default: one begins at B-x or S-x, behind E-x or S-x, and also where a tag continues none
+of its kind, since a model may answer so. Source: Tjong Kim Sang and De Meulder, "Introduction to
 the CoNLL-2003 Shared Task", 2003, section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,47 +16,54 @@ from badge_peft.evaluation.units import Units
 
 Array = np.ndarray
 OUTSIDE = "O"
+SCHEMES = ("BI", "BIES", "BILU")  # prefixes: IOB1 and IOB2; IOBES (and IOE); BILOU
 
 
-def tag_type(tag: str) -> str | None:
-    """The x of B-x and I-x; None of O.
+def scheme_of(names: Iterable[str]) -> str | None:
+    """The prefixes of the scheme that `names` are tags of: one of `SCHEMES`; None where they name no entities."""
+    parts = [name.partition("-") for name in names if name != OUTSIDE]
+    if not parts or not all(kind for _, _, kind in parts):
+        return None
+    return next((scheme for scheme in SCHEMES if {prefix for prefix, _, _ in parts} <= set(scheme)), None)
 
-    Raises:
-        ValueError: it is no tag of IOB2.
-    """
-    prefix, dash, kind = tag.partition("-")
+
+def kind_of(tag: str) -> str | None:
+    """The x of B-x, I-x, ...; None of O; any other tag is its own kind."""
+    prefix, _, kind = tag.partition("-")
     if tag == OUTSIDE:
         return None
-    if prefix not in ("B", "I") or not dash or not kind:
-        raise ValueError(f"{tag!r} is no IOB2 tag: it must be O, B-x or I-x, with a kind of entity for x.")
-    return kind
+    return kind if kind and prefix in set().union(*SCHEMES) else tag
 
 
-def are_tags(names: Sequence[str]) -> bool:
-    """Whether all of `names` are tags of IOB2."""
-    try:
-        return any(tag_type(name) is not None for name in names)
-    except ValueError:
-        return False
+def in_iob2(tags: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The tags of one text with B- where an entity begins and I- where it goes on; where `names`, all tags that there
+    are, name no entities, each but O begins one."""
+    if scheme_of(names) is None:
+        return [tag if tag == OUTSIDE else f"B-{tag}" for tag in tags]
+    numbers = {name: i for i, name in enumerate(names)}
+    found = [OUTSIDE] * len(tags)
+    for first, end, kind in EntityReader(names).entities(np.array([numbers[tag] for tag in tags], dtype=int)):
+        found[first:end] = [f"B-{kind}", *[f"I-{kind}"] * (end - first - 1)]
+    return found
 
 
 class EntityReader:
     """Reads entities out of class numbers.
 
     Args:
-        names: Tags of the K classes.
-
-    Raises:
-        ValueError: one of them is no tag of IOB2.
+        names: Tags of the K classes, of a scheme in `SCHEMES`.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        kinds = [tag_type(name) for name in names]
+        kinds = [kind_of(name) for name in names]
         self.kinds = sorted({kind for kind in kinds if kind is not None})
         numbers = {kind: i for i, kind in enumerate(self.kinds)}
         # one class more, for a label that the model lacks: an entity that no answer has
         self.types = np.array([-1 if kind is None else numbers[kind] for kind in kinds] + [len(numbers)])
-        self.begins = np.array([name.startswith("B-") for name in names] + [True])
+        self.begins, self.ends = (
+            np.array([name[0] in prefixes and name != OUTSIDE for name in names] + [True])
+            for prefixes in ("BSU", "ELSU")
+        )
 
     def counts(self, predictions: Array, labels: Array, units: Units) -> tuple[Array, Array, Array]:
         """[U] each: how many entities both taggings have, the predictions, and the labels.
@@ -84,7 +92,8 @@ class EntityReader:
         types = self.types[numbers]
         before = np.append(-1, types[:-1])
         before[first] = -1
-        starts = (types >= 0) & (self.begins[numbers] | (before != types))
+        ended = np.append(False, self.ends[numbers[:-1]])
+        starts = (types >= 0) & (self.begins[numbers] | ended | (before != types))
         stops = np.flatnonzero(starts | (types < 0) | first)  # where no entity goes on
         ends = np.append(stops, len(types))[np.searchsorted(stops, np.arange(len(types)), side="right")]
         return starts, ends, types

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from badge_peft.evaluation.entities import EntityReader, are_tags
+from badge_peft.evaluation.entities import EntityReader, scheme_of
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.problem import differs, problem_of
@@ -235,10 +235,10 @@ def entity_reader(exit_logits: ExitLogits) -> EntityReader:
         ValueError: these are no tags.
     """
     names = exit_logits.label_names
-    if names is None or not are_tags(names):
+    if names is None or scheme_of(names) is None:
         found = "have no names" if names is None else f"are {', '.join(names[:5])}"
         raise ValueError(
-            f"metric={ENTITY_F1!r} reads entities out of tags (O, B-x, I-x), and the labels {found}: name them so in "
-            "the model's id2label, or use metric='accuracy'."
+            f"metric={ENTITY_F1!r} reads entities out of tags (IOB1, IOB2, IOBES, BILOU), and the labels {found}: "
+            "name them so in the model's id2label, or use metric='accuracy'."
         )
     return EntityReader(names)

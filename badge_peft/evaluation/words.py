@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from badge_peft.evaluation.collate import SPECIAL
-from badge_peft.evaluation.entities import OUTSIDE, EntityReader, are_tags
+from badge_peft.evaluation.entities import OUTSIDE, EntityReader, scheme_of
 from badge_peft.utils.problem import json_number
 from badge_peft.utils.texts import whole
 
@@ -86,9 +86,9 @@ def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) 
         names: K.
 
     Returns:
-        `tags` [W], O for a word that was cut off, and `entities`: of each its `label`, `start` and `end` in the text,
-        `text`, `confidence` (the mean probability of its words' tags, None where that is no number) and `exit` (the
-        deepest of its words'). Labels that are no tags make an entity of each word.
+        `tags` [W], O for a word that was cut off (None, if no tag is O), and `entities`: of each its `label`, `start`
+        and `end` in the text, `text`, `confidence` (the mean probability of its words' tags, None where that is no
+        number) and `exit` (the deepest of its words'). Tags that name no entities make one of each word that is not O.
     """
     read = [w for w, place in enumerate(words.places) if place is not None]
     places = [place for place in words.places if place is not None]
@@ -97,13 +97,14 @@ def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) 
         weights = np.exp(own - own.max(axis=-1, keepdims=True, initial=-np.inf))
         sure = weights.max(axis=-1, initial=0) / weights.sum(axis=-1)
     numbers = own.argmax(axis=-1)
-    tags = [OUTSIDE] * len(words.places)
+    tags: list[str | None] = [OUTSIDE if OUTSIDE in names else None] * len(words.places)
     for w, number in zip(read, numbers.tolist(), strict=True):
         tags[w] = names[number]
-    if are_tags(names):
+    if scheme_of(names) is not None:
         chunks = EntityReader(names).entities(numbers)
     else:
-        chunks = [(k, k + 1, names[number]) for k, number in enumerate(numbers.tolist())]
+        said = ((k, names[number]) for k, number in enumerate(numbers.tolist()))
+        chunks = [(k, k + 1, name) for k, name in said if name != OUTSIDE]
     entities = []
     for first, end, kind in chunks:
         start, last = words.spans[read[first]][0], words.spans[read[end - 1]][1]

@@ -66,7 +66,7 @@ def export_onnx(
         compact: Take rows that have answered out of the batch. Without it they go along; at batch size 1 there is no
             difference in what is computed.
         examples: Tokenized rows, with or without labels, on which the file is compared with the PyTorch model: what
-            int8 costs in score and does to the exits.
+            int8 costs in score and does to the exits. A column `groups` says which are candidates of one query.
         progress: Show a progress bar.
 
     Raises:
@@ -170,6 +170,7 @@ class OnnxExporter:
             "problem_type": decision.problem_type,
             "labels": self.badge.label_names() if config.id2label else None,
             "num_blocks": self.badge.num_blocks,
+            "hidden_size": config.hidden_size,
             "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
             "reads_pairs": self.badge.config_of().reads_pairs,
             **input_limits(self.badge, tokenizer),

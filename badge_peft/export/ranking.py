@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,27 @@ from badge_peft.ranking.report import ExitReport
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.texts import longest_text
 
+_COPIES = 4  # of the states of all candidates of a call, beside masks [N, 1, S, S]
+_HIDDEN_SIZE = 1024  # where a file of an earlier version does not say it
+
 
 class OnnxReranker:
     """As `EarlyExitReranker`, with onnxruntime: all candidates of a query are one call of the graph, which takes those
     out that leave, and runs its blocks for a few of similar length at a time.
 
+    Candidates that would take more than `max_state_bytes` together are several calls, each for candidates of similar
+    length. The bar is then that of each call, so that fewer leave, and the best of all calls are the answer.
+
     Args:
         model: Of a ranking adapter, with its tokenizer.
+        max_state_bytes: Memory for the states and masks of one query's candidates.
 
     Raises:
-        ValueError: its rule does not rank.
+        ValueError: its rule does not rank, or a number that is not allowed.
     """
 
-    def __init__(self, model: OnnxEarlyExitModel) -> None:
+    def __init__(self, model: OnnxEarlyExitModel, *, max_state_bytes: int = 2**30) -> None:
+        check_int("max_state_bytes", max_state_bytes, at_least=0, optional=False)
         if model.has_tasks:
             raise ValueError(
                 f"{model.directory} holds a file of many tasks, none of which ranks: export a ranking one."
@@ -37,11 +45,12 @@ class OnnxReranker:
                 "nothing: export a calibrated ranking adapter."
             )
         self.model = model
+        self.max_state_bytes = max_state_bytes
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> OnnxReranker:
-        """Loads a folder; arguments and errors are those of `OnnxEarlyExitModel.from_pretrained`."""
-        return cls(OnnxEarlyExitModel.from_pretrained(directory, **kwargs))
+    def from_pretrained(cls, directory: str | Path, *, max_state_bytes: int = 2**30, **kwargs: Any) -> OnnxReranker:
+        """Loads a folder; other arguments and errors are those of `OnnxEarlyExitModel.from_pretrained`."""
+        return cls(OnnxEarlyExitModel.from_pretrained(directory, **kwargs), max_state_bytes=max_state_bytes)
 
     def rank(
         self,
@@ -80,12 +89,14 @@ class OnnxReranker:
         tokenizer = self.model.tokenizer
         longest = longest_text(tokenizer, self.model.config["max_length"])
         rows, cut = encode_pairs([(query, text) for text in texts], tokenizer, longest)
-        order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"])))  # as slices want it
-        columns = tokenizer.pad([rows[i] for i in order], return_tensors="np")
-        fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
-        output = self.model(**fields, threshold=threshold, top_k=max(k, own))
-        back = np.argsort(order)
-        output = OnnxOutput(output.logits[back], output.exit_layer[back])
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        order = np.argsort(-lengths, kind="stable")  # as slices want it
+        output = OnnxOutput(np.empty((len(rows), 1), np.float32), np.empty(len(rows), np.int64))
+        for part in self._parts(order, lengths):
+            columns = tokenizer.pad([rows[i] for i in part], return_tensors="np")
+            fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
+            found = self.model(**fields, threshold=threshold, top_k=max(k, own))
+            output.logits[part], output.exit_layer[part] = found.logits, found.exit_layer
         last = np.flatnonzero(output.exit_layer == output.exit_layer.max())
         scores = output.logits[:, 0]
         best = last[np.argsort(-scores[last], kind="stable")][:k]
@@ -99,3 +110,12 @@ class OnnxReranker:
         left = {number: int((exits > number).sum()) for number in self.model.config["exit_layers"]}
         run = int(exits.sum())
         return answers, ExitReport(len(texts), self.model.config["num_blocks"], run, left, cut, exits)
+
+    def _parts(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """The candidates in `order`, the longest first, in as many parts as the memory makes of them."""
+        size = 4 * self.model.config.get("hidden_size", _HIDDEN_SIZE)
+        while len(order):
+            longest = int(lengths[order[0]])
+            count = max(1, self.max_state_bytes // (longest * (_COPIES * size + 4 * longest)))
+            yield order[:count]
+            order = order[count:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
+from badge_peft.early_exit.policies import policy_class
 from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
@@ -77,7 +79,8 @@ class OnnxExportReport:
 
 
 def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any) -> ParityReport:
-    """Both models on `examples`, tokenized rows with or without labels, one by one.
+    """Both models on `examples`, tokenized rows with or without labels, one by one; where the policy ranks, query by
+    query: rows with the same `groups`, all without that column.
 
     Raises:
         ValueError: there are no examples.
@@ -88,13 +91,25 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
     tokens = session.reads_tokens
     check = labeled_tokens if tokens else labeled_features
     rows = check(tensor_columns(badge.model, examples, tokens), session.config["num_labels"], problem)
-    counts: list[Any] = [_counted(row) if tokens else slice(None) for row in rows]
+    batches = [[i] for i in range(len(rows))]
+    if policy_class(config).by_group:
+        groups = examples["groups"][:] if "groups" in getattr(examples, "column_names", ()) else [0] * len(rows)
+        members: dict[Any, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        batches = [*members.values()]
+        rows = [rows[i] for batch in batches for i in batch]
+    counts: list[Any] = [_counted(row) if tokens else slice(None) for row in rows[: len(batches)]]
     labels = [torch.as_tensor(row.pop("labels")) for row in rows if "labels" in row]
-    pairs = [_both(badge, session, config, pad_features([row], badge.model)) for row in rows]
+    waiting = iter(rows)
+    pairs = [
+        _both(badge, session, config, pad_features(list(islice(waiting, len(batch))), badge.model))
+        for batch in batches
+    ]
     (logits_before, exits_before), (logits, exits) = (
         (
             np.concatenate([(x.logits[0] if tokens else x.logits)[k] for x, k in zip(outputs, counts, strict=True)]),
-            np.array([x.exit_layer.max() for x in outputs]),
+            np.concatenate([x.exit_layer.max(keepdims=True) if tokens else x.exit_layer for x in outputs]),
         )
         for outputs in zip(*pairs, strict=True)
     )

@@ -35,8 +35,8 @@ from badge_peft.serving.requests import (
 from badge_peft.serving.settings import TOKEN, ServiceSettings
 
 _STARTING = (
-    "the governor, which knows the setting, is being started again: try again in a second. What is in force by then is "
-    "in /info."
+    "the governor, which knows the setting, is being started again: try again in a second. What is in force by then "
+    "is in /info."
 )
 _ALONE = 60.0
 _PATIENCE = 10.0  # seconds in which all replicas have to take a new setting

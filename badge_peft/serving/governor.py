@@ -54,7 +54,8 @@ class Governor:
         interval: float = 1.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.version, self._life, self._known = 1, uuid4().hex, 0
+        self.version, self._life = 1, uuid4().hex
+        self._known: float = 0  # the newest version of an earlier life that was heard of
         self._unwatched = dict(unwatched or {})
         self._own, self._chosen = dict(configs), dict(configs)
         self._check, self._clock, self.interval = check, clock, interval

@@ -34,7 +34,9 @@ class ServiceMetrics:
         self._target = Gauge("badge_target_seconds", "The controller's target; NaN without one.", **on)
         self._speedup = Gauge("badge_setting_speedup", "Of the controller's point: the share of blocks saved.", **on)
         self._drift = Gauge("badge_drift", "1 from an alarm of drift on.", ["task"], **on)
-        self._watched = Gauge("badge_drift_watched", "0 where no drift would be noticed: /info says why.", ["task"], **on)
+        self._watched = Gauge(
+            "badge_drift_watched", "0 where no drift would be noticed: /info says why.", ["task"], **on
+        )
         self._agreement = Gauge("badge_agreement", "Shadow rows that agree with full depth.", ["task"], **on)
         self._shadow_rows = Gauge("badge_shadow_rows", "Shadow rows since the last reset.", ["task"], **on)
 

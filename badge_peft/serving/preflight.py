@@ -24,8 +24,8 @@ def check_goal(target: float | None, max_score_drop: float) -> None:
     """
     if target is not None and not 0.001 <= target <= 3600:
         raise ValueError(
-            f"target={target} is not allowed: a 95th percentile is kept below 0.001 to 3600 seconds (--target-p95 is in "
-            "milliseconds)."
+            f"target={target} is not allowed: a 95th percentile is kept below 0.001 to 3600 seconds (--target-p95 is "
+            "in milliseconds)."
         )
     if not 0 <= max_score_drop <= 1:
         raise ValueError(
@@ -38,8 +38,8 @@ def check_settings(settings: ServiceSettings) -> None:
     a repository is checked when it is there, by the replicas.
 
     Raises:
-        ValueError: `check_goal`; an adapter tags tokens; a target with many tasks, without a curve, with a floor that no point
-            keeps, or with points at which a file cannot answer.
+        ValueError: `check_goal`; an adapter tags tokens; a target with many tasks, without a curve, with a floor that
+            no point keeps, or with points at which a file cannot answer.
     """
     check_goal(settings.target, settings.max_score_drop)
     tasks, facts = _facts(settings)

@@ -75,7 +75,9 @@ class RerankRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     query: StrictStr
     texts: list[StrictStr]
-    top_k: StrictInt | None = Field(None, ge=1, description="How many to return, best first. None: as many as calibrated.")
+    top_k: StrictInt | None = Field(
+        None, ge=1, description="How many to return, best first. None: as many as calibrated."
+    )
     return_text: StrictBool = False
 
     def rows(self) -> list[Row]:

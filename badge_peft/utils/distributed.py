@@ -22,6 +22,7 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # the others wait while the main process times an adapter, say; a process that fails ends all of them anyway
 _TIMEOUT = timedelta(days=1)
+_FAILED = "badge_peft: the main process has told its error"
 
 
 def env_rank_world() -> tuple[int, int]:
@@ -50,6 +51,12 @@ def on_cpu() -> bool:
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_CPU") or "false")) or not _has_accelerator()
 
 
+def rows_per_device(batch_size: int) -> int:
+    """Of a batch that the processes share or, where there is one, the GPUs that it sees, as Trainer has it."""
+    size = rank_world()[1]
+    return max(1, batch_size // (size if size > 1 or on_cpu() else max(1, torch.cuda.device_count())))
+
+
 def init_process_group() -> None:
     """Meets the other processes; a second call does nothing.
 
@@ -69,6 +76,25 @@ def shutdown() -> None:
     if rank_world()[1] > 1:
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
+
+
+def tell_failure() -> None:
+    """In the main process: the others may know that it has told its error."""
+    if rank_world()[1] > 1:
+        _store().set(_FAILED, "")
+
+
+def main_fails(seconds: float = 10) -> bool:
+    """In another process: whether the main one, too, tells an error, or is gone, within this time."""
+    if rank_world()[1] == 1:
+        return True  # all have read the same command line, and not met yet
+    try:
+        _store().wait([_FAILED], timedelta(seconds=seconds))
+    except dist.DistNetworkError:
+        return True
+    except dist.DistError:
+        return False
+    return True
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -91,6 +117,10 @@ def on_main(work: Callable[[], T]) -> T:
 def gather(items: list[T]) -> list[T]:
     """The items of all processes, those of the first process first; the same list in each."""
     return items if rank_world()[1] == 1 else gather_object(items)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _has_accelerator() -> bool:

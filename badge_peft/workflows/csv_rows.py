@@ -1,4 +1,4 @@
-"""The rows of a csv file, one at a time; what pandas would refuse or misread is refused."""
+"""The rows of a csv file, one at a time; what could be misread is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import count, zip_longest
 from typing import Any, TextIO
+
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
+_FRACTION = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_TRUTH = re.compile("true|false|True|False|TRUE|FALSE")
 
 
 def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
@@ -21,7 +25,7 @@ def open_rows(file: TextIO, tabs: bool = False) -> tuple[str, Iterator[dict[str,
         ValueError: while rows are read, a row with more values than there are columns, or a quote without an end.
         csv.Error: while rows are read, what is no csv file.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # pandas takes more than 131,072 characters
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # more than 131,072 characters
     header = next((line for line in file if line.strip("\r\n")), "")
     delimiter = delimiter_of(header, tabs)
     return delimiter, _rows(header, file, delimiter)
@@ -34,6 +38,17 @@ def delimiter_of(header: str, tabs: bool = False) -> str:
         return "\t"
     plain = re.sub(r'"[^"]*"', "", header)
     return next((d for d in (",", ";", "\t") if d in plain), ",")
+
+
+def numbers_of(values: list[str | None]) -> list[Any]:
+    """The values of a column as whole numbers, fractions, or true and false, where all are written so; a code such as
+    007 is no number."""
+    given = [value for value in values if value is not None]
+    kinds: Any = ((_WHOLE, int), (_FRACTION, float), (_TRUTH, lambda value: value.lower() == "true"))
+    for pattern, read in kinds if given else ():
+        if all(map(pattern.fullmatch, given)):
+            return [None if value is None else read(value) for value in values]
+    return list(values)
 
 
 def _rows(header: str, file: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:

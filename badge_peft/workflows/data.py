@@ -120,7 +120,17 @@ def read_examples(
         raise ValueError(
             f"label_column={columns.label_column!r} is not allowed with unlabeled=True: leave one of them out."
         )
-    splits = read_source(source, columns.dataset_config)
+    return pick_split(read_source(source, columns.dataset_config), source, columns, training, recorded)
+
+
+def pick_split(
+    splits: Mapping[str, Dataset],
+    source: str | Path,
+    columns: Columns,
+    training: bool = False,
+    recorded: Mapping[str, str | None] | None = None,
+) -> TextDataset:
+    """As `read_examples`, of splits that have been read."""
     name = _choose_split(splits, columns.split, ("train",) if training else _EVALUATION, source)
     return to_examples(splits[name], name, columns, recorded, source)
 
@@ -195,7 +205,10 @@ def _named_tags(data: Dataset, column: str) -> list[Any]:
     """Tags or entities of each row; numbers that the data set has names for by these."""
     names = getattr(getattr(data.features[column], "feature", None), "names", None)
     values = data[column][:]
-    return values if names is None else [None if row is None else [names[i] for i in row] for row in values]
+    if names is None:
+        return values
+    hidden = [row is None or any(i is None or i < 0 for i in row) for row in values]  # -1, as in a test split
+    return [None if hides else [names[i] for i in row] for hides, row in zip(hidden, values, strict=True)]
 
 
 def _notes(found: TextDataset, total: int, unused: list[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +14,9 @@ from badge_peft.utils.problem import NO_LABEL
 from badge_peft.utils.texts import length_limit
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.kinds import check_one_text
+
+# of a word that is its entity's first, and of one that is its last: the tag is the first of these that the model knows
+_PREFIXES = {(True, True): "SUBEI", (True, False): "BI", (False, True): "ELI", (False, False): "I"}
 
 
 def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None = None) -> Dataset:
@@ -35,7 +38,7 @@ def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None
     if rows.tagged and names is not None and rows.labels is not None:
         numbers = {name: i for i, name in enumerate(names)}
         for i, (row, own, labels) in enumerate(zip(columns, words, rows.labels, strict=True)):
-            tags = labels if rows.words is not None else _tags_of(labels, own)
+            tags = labels if rows.words is not None else _tags_of(labels, own, numbers)
             unknown = next((tag for tag in tags if tag not in numbers), None)
             if unknown is not None:
                 raise ValueError(
@@ -57,12 +60,14 @@ def encode_tokens(rows: TextDataset, tokenizer: Any, names: Sequence[str] | None
     return Dataset.from_list(columns)
 
 
-def _tags_of(entities: Sequence[dict[str, Any]], words: Words) -> list[str]:
-    """[W]: the tags of the words that lie in entities, in whole or in part."""
+def _tags_of(entities: Sequence[dict[str, Any]], words: Words, names: Container[str]) -> list[str]:
+    """[W]: the tags of the words that lie in entities, in whole or in part, in the scheme of `names`."""
     tags = [OUTSIDE] * len(words.spans)
     for entity in sorted(entities, key=lambda e: e["start"]):
         inside = [w for w, (a, b) in enumerate(words.spans) if a < entity["end"] and b > entity["start"]]
         for w in inside:
             if tags[w] == OUTSIDE:
-                tags[w] = f"{'B' if w == inside[0] else 'I'}-{entity['label']}"
+                prefixes = _PREFIXES[w == inside[0], w == inside[-1]]
+                usual = [*(f"{prefix}-{entity['label']}" for prefix in prefixes), entity["label"]]
+                tags[w] = next((tag for tag in usual if tag in names), f"B-{entity['label']}")
     return tags

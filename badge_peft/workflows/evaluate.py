@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
-from badge_peft.evaluation.entities import are_tags
+from badge_peft.evaluation.entities import scheme_of
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.metrics import ENTITY_F1, exit_scores, score
 from badge_peft.evaluation.promise import ExitPromise
@@ -174,14 +174,14 @@ def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
 
 def resolve_metric(metric: str | None, problem_type: str, num_labels: int, tags: Sequence[str] | None = None) -> str:
     """The metric, or the problem type's own where it is None: accuracy, for regression Pearson's correlation, and of
-    token classification (`tags`: its labels) the F1 of entities, where the labels are IOB2.
+    token classification (`tags`: its labels) the F1 of entities, where the labels name entities.
 
     Raises:
         ValueError: it does not suit; said before any time is spent.
     """
     problem = problem_of(problem_type)
     if metric is None:
-        return ENTITY_F1 if tags is not None and are_tags(tags) else problem.default_metric
+        return ENTITY_F1 if tags is not None and scheme_of(tags) else problem.default_metric
     each = torch.eye(num_labels)[:, None]  # [K, 1, K]: every label is predicted once
     labels = torch.zeros(problem.label_shape(num_labels, num_labels), dtype=torch.long)
     more: dict[str, Any] = {} if tags is None else {"texts": [0] * num_labels, "label_names": list(tags)}
@@ -211,7 +211,7 @@ def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, ba
     features = tensor_columns(badge.model, rows.select(range(min(len(rows), COMPARED))))
     differences = []
     for start in range(0, len(features), batch_size):
-        batch = pad_features(features[start : start + batch_size], badge.model)
+        batch = pad_features(features[start : start + batch_size], badge.model, badge.config_of().reads_tokens)
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             differences.append((base(**batch).logits.float() - badge(**batch).logits.float()).abs().max())

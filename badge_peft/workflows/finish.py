@@ -73,6 +73,7 @@ def report_of_training(
     data: str,
     settings: TrainSettings,
     examples: TextDataset,
+    eval_examples: TextDataset,
     base: Base,
     tokenizer: Any,
     model: PeftModel,
@@ -85,11 +86,14 @@ def report_of_training(
         data: Where the rows are from.
         settings: As asked for.
         examples: The rows to train on, as they were read.
+        eval_examples: The rows to calibrate on.
         base: The base model with its labels.
         tokenizer: Of the model.
         model: The trained one.
         exit_logits: Of the evaluation rows.
     """
+    apart = eval_examples.split != examples.split
+    evaluation = f"{data}, split {eval_examples.split}" if apart else f"held out of {data}"
     return {
         "model": model_name,
         "data": data,
@@ -97,7 +101,7 @@ def report_of_training(
         "max_length": tokenizer.model_max_length,
         "label_names": base.labels.names,
         "problem_type": base.labels.problem_type,
-        "evaluation": settings.columns.eval_data or f"held out of {data}",
+        "evaluation": settings.columns.eval_data or evaluation,
         "weights_hash": exit_logits.weights_hash,
         "processes": distributed.rank_world()[1],
         "trainable_parameters": model.get_nb_trainable_parameters()[0],

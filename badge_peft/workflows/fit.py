@@ -62,7 +62,7 @@ def train_exits(
             exit_weights=options.exit_weights,
             adapter_learning_rate=options.adapter_lr,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size // distributed.rank_world()[1],
+            per_device_train_batch_size=distributed.rows_per_device(options.batch_size),
             seed=options.seed,
             eval_strategy="no",
             save_strategy="no",

@@ -97,7 +97,7 @@ def choose_form(
         seed=training.seed,
         distillation=distillation,
         adapter_learning_rate=training.adapter_lr,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=distributed.rows_per_device(training.batch_size),
         tell=lambda form: print(f"   tried {_name(form)}: {form.time_saved:.0%} of the time saved", flush=True),
     )
     best = forms[[config is tried[0].config for config in configs].index(True)]

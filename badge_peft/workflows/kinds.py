@@ -46,12 +46,17 @@ def check_one_text(pairs: Iterable[str | None] | None) -> None:
         )
 
 
-def check_texts_only(task: str, command: str) -> None:
-    """Refuses a token adapter where a command answers whole texts.
+def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
+    """Refuses a token adapter where a command answers whole texts, and one that ranks where it answers text by text.
 
     Raises:
-        ValueError: `task` is that of tokens.
+        ValueError: `task` is that of tokens or, unless the command `ranks`, of queries.
     """
+    if task == "ranking" and not ranks:
+        raise ValueError(
+            f"`badge-peft {command}` answers texts one by one, and this adapter ranks the candidates of a query: use "
+            "evaluate, sweep, calibrate, predict, bench, export or serve."
+        )
     if task == "tokens":
         raise ValueError(
             f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "

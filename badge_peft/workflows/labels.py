@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from badge_peft.evaluation.entities import OUTSIDE, scheme_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.token_rows import tag_names
@@ -37,10 +38,11 @@ class LabelSet:
 
     @classmethod
     def of_tags(cls, rows: TextDataset) -> LabelSet:
-        """The tags for a new head, of all kinds of entities in the data.
+        """The tags for a new head: all that the kinds of entities in the data have in its scheme or, where its tags
+        name no entities, those that it has.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or as many as no tags are.
         """
         kinds = {kind for classes in rows.classes() for kind in classes}
         if not kinds:
@@ -48,7 +50,24 @@ class LabelSet:
                 "this model has no trained head for tokens, so it needs rows with tags or entities to learn from, and "
                 "the data has none: name their column with --label-column."
             )
-        return cls(tag_names(kinds), "single_label_classification")
+        if rows.words is None:
+            return cls(tag_names(kinds), "single_label_classification")
+        tags = {tag for row in rows.labels or [] for tag in row or []}
+        scheme = scheme_of(tags)
+        if scheme is None and any(tag.startswith(("B-", "I-")) for tag in tags):
+            others = sorted(tag for tag in tags if tag != OUTSIDE and not tag.startswith(("B-", "I-")))
+            warnings.warn(
+                f"{', '.join(others[:5])} and the other tags are of no one scheme (IOB1, IOB2, IOBES, BILOU), so "
+                "tokens are scored, and not entities: mend them, where these are meant.",
+                stacklevel=2,
+            )
+        names = sorted(tags) if scheme is None else tag_names(kinds, scheme)
+        if not 2 <= len(names) <= _MOST_LABELS:
+            raise ValueError(
+                f"column {rows.columns.get('label')!r} has {len(names)} different tags: a tagger needs 2 to "
+                f"{_MOST_LABELS}. Name another with --label-column."
+            )
+        return cls(names, "single_label_classification")
 
     @classmethod
     def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:

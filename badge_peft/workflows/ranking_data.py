@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from badge_peft.integrations.bm25 import retrieve
 from badge_peft.workflows.columns import find_columns
-from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.settings import TextColumns, TrainColumns
 from badge_peft.workflows.sources import read_source
+from badge_peft.workflows.splits import EVAL_SHARE, read_parts
 
 
 def read_rankings(data: str, columns: TrainColumns, seed: int) -> tuple[TextDataset, TextDataset]:
@@ -22,17 +22,15 @@ def read_rankings(data: str, columns: TrainColumns, seed: int) -> tuple[TextData
         ValueError: a column or split that is not there, no pairs, or too few queries.
     """
     find = _pairs if columns.corpus is None else Retrieval(columns.corpus, columns.corpus_column, columns.candidates)
-    examples = read_examples(data, columns, training=True)
-    if columns.eval_data is None and columns.eval_split is None:
+    examples, held_out = read_parts(data, columns)
+    if held_out is None:
         examples = find(_fewer(examples, columns, seed), data)
-        return _hold_out(examples, columns.eval_share, random.Random(seed))
-    source = columns.eval_data or data
-    held_out = read_examples(source, replace(columns, split=columns.eval_split))
+        return _hold_out(examples, columns.eval_share or EVAL_SHARE, random.Random(seed))
     known = {" ".join(query.split()).casefold() for query in held_out.texts}
     kept = [i for i, query in enumerate(examples.texts) if " ".join(query.split()).casefold() not in known]
     if not kept:
         raise ValueError(f"every query of {data} is among the evaluation queries too: nothing is left to train.")
-    return find(_fewer(examples.select(kept), columns, seed), data), find(held_out, source)
+    return find(_fewer(examples.select(kept), columns, seed), data), find(held_out, columns.eval_data or data)
 
 
 class Retrieval:

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.fit import collator, train_exits
 from badge_peft.workflows.search_picture import SEARCH_PICTURE, draw_search
 from badge_peft.workflows.search_space import SearchSpace
-from badge_peft.workflows.settings import STUDY, TrainSettings
+from badge_peft.workflows.settings import STUDY, ExitOptions, TrainSettings
 
 _SHARE, _MOST = 0.2, 2000  # of the training rows, to choose by
 # what a study may differ in and be gone on with
@@ -61,7 +62,6 @@ class Search:
         self.tokenizer = tokenizer
         self.settings = settings
         self.learns_labels = learns_labels
-        self.space = SearchSpace(settings, learns_labels)
         self.metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
         texts = texts_of(rows)
         generator = torch.Generator().manual_seed(settings.training.seed)
@@ -75,6 +75,23 @@ class Search:
         labels = list(rows["labels"]) if "labels" in rows.column_names else None
         identity = [model_name, asked, labels, [text.hex() for text in texts]]
         self._identity = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
+
+    def choose_form(
+        self, choose: Callable[[], tuple[TrainSettings, list[dict[str, Any]]]]
+    ) -> tuple[TrainSettings, list[dict[str, Any]]]:
+        """What `choose` chooses by the clock, or what it chose for the search that goes on.
+
+        Raises:
+            ValueError: the folder holds a study of other settings or data.
+        """
+        study = self._study()
+        if "forms" not in study.user_attrs:
+            settings, forms = choose()
+            study.set_user_attr("exits", vars(settings.exits))
+            study.set_user_attr("forms", forms)
+        self.settings = replace(self.settings, exits=ExitOptions(**study.user_attrs["exits"]))
+        self.space = SearchSpace(self.settings, self.learns_labels)
+        return self.settings, study.user_attrs["forms"]
 
     def run(self, tell: Callable[[str], None]) -> tuple[TrainSettings, CachedStates, dict[str, Any]]:
         """Tries what is still to be tried.

@@ -53,8 +53,9 @@ class TrainColumns(Columns):
     """Which rows are trained on, and which the policy is calibrated on.
 
     Args:
-        eval_data: Other texts, to calibrate on. Default: a part of DATA is held out.
-        eval_share: How large that part is, between 0 and 1.
+        eval_data: Other texts, to calibrate on. Default: the validation split of DATA; where it has none, or
+            eval_share is given, a part of the texts is held out.
+        eval_share: How large that part is, between 0 and 1. Default: 0.2.
         eval_split: Split to calibrate on, of EVAL_DATA or of DATA.
         max_rows: Number of rows of DATA at most, drawn at random.
         corpus: For ranking, where DATA has queries alone: documents among which BM25 finds the candidates of each. A
@@ -64,7 +65,7 @@ class TrainColumns(Columns):
     """
 
     eval_data: str | None = None
-    eval_share: float = 0.2
+    eval_share: float | None = None
     eval_split: str | None = None
     max_rows: int | None = None
     corpus: str | None = None
@@ -173,8 +174,8 @@ class TrainSettings(Settings):
         max_length: Tokens per text; longer texts are cut. Default: all that the model can read.
         problem_type: For an encoder without a head: regression takes whole numbers as values, not classes.
         metric: accuracy, f1, acc_and_f1, macro_f1, matthews; for regression pearson, spearman,
-            pearson_and_spearman, neg_mse; for tags entity_f1. Default: accuracy, for regression pearson, for tags
-            entity_f1.
+            pearson_and_spearman, neg_mse; for tags of entities entity_f1. Default: accuracy, for regression pearson,
+            for tags of entities entity_f1.
         latency: How many rows to time, one by one; 0 for none.
         columns: What is read of the data.
         exits: The adapter.

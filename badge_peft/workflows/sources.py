@@ -11,14 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from badge_peft.utils.paths import is_local
-from badge_peft.workflows.csv_rows import open_rows
+from badge_peft.workflows.csv_rows import numbers_of, open_rows
 
 FORMATS = {
     ".csv": "csv",
@@ -69,26 +69,41 @@ def lines_of(file: Iterable[str]) -> Iterator[str]:
 
 def _read_local(path: Path, format: str | None = None) -> dict[str, Dataset]:
     """Streams files into memory: the user's cache is left alone, and a changed file is never missed."""
-    options: dict[str, Any] = {}
     try:
         if format == "text":
             with open_text(path, "\n") as file:
                 found = {"train": Dataset.from_dict({"text": list(lines_of(file))})}
+        elif format == "csv":
+            found = {"train": _read_csv([path])}
         else:
-            if format == "csv":  # "None", "NA" and "null" are texts, too
-                with open_text(path, "") as file:
-                    sep, rows = open_rows(file, suffix_of(path) == ".tsv")
-                    next(rows, None)  # were it too long, pandas would take the first column for names of rows
-                options = {"keep_default_na": False, "na_values": [""], "sep": sep}
             with _plainly_named(path) as there:
                 arguments = {"path": there} if format is None else {"path": format, "data_files": there}
-                splits = load_dataset(**arguments, streaming=True, **options)
-                found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in splits.items()}
+                builder = load_dataset_builder(**arguments)
+                if builder.name == "csv":  # a folder of them
+                    files = builder.config.data_files or {}
+                    found = {name: _read_csv(paths) for name, paths in files.items()}
+                else:
+                    streams = builder.as_streaming_dataset().items()
+                    found = {name: Dataset.from_list(list(rows), features=rows.features) for name, rows in streams}
     except (DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if not all(map(len, found.values())):
         raise ValueError(f"{path} cannot be read: it has no rows.")
     return found
+
+
+def _read_csv(files: Iterable[str | Path]) -> Dataset:
+    """As `predict` reads them, with numbers for what is one: pandas takes "NA" and "null" for missing values."""
+    columns: dict[str, list[Any]] = {}
+    for path in files:
+        with open_text(path, "") as file:
+            for row in open_rows(file, suffix_of(path) == ".tsv")[1]:
+                columns = columns or {name: [] for name in row}
+                if row.keys() != columns.keys():
+                    raise ValueError(f"its files have different columns: {', '.join(columns)}, and {', '.join(row)}.")
+                for name, value in row.items():
+                    columns[name].append(value or None)
+    return Dataset.from_dict({name: numbers_of(values) for name, values in columns.items()})
 
 
 @contextmanager

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from badge_peft.workflows.data import TextDataset, read_examples
+from badge_peft.workflows.data import TextDataset, pick_split, read_examples
 from badge_peft.workflows.settings import TrainColumns
+from badge_peft.workflows.sources import read_source
 
 SPLITS = ("train", "validation", "test")
+EVAL_SHARE = 0.2  # of the texts, to evaluate and calibrate on
 _EVAL_FRACTION = 0.16  # of a source that has not been split, for each of validation and test
 Key = tuple[str, ...]  # of a text, or a pair of them: see `TextDataset.keys`
 _VALIDATION = ("validation", "dev", "valid", "val")
@@ -24,12 +26,11 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
         OSError: no such data.
         ValueError: a column or split that is not there, or too few rows.
     """
-    examples = read_examples(data, columns, training=True)
+    examples, held_out = read_parts(data, columns)
     if columns.max_rows is not None and len(examples) > columns.max_rows:
         examples = examples.select(random.Random(seed).sample(range(len(examples)), columns.max_rows))
-    if columns.eval_data is None and columns.eval_split is None:
-        return hold_out(examples, columns.eval_share, seed)
-    held_out = read_examples(columns.eval_data or data, replace(columns, split=columns.eval_split))
+    if held_out is None:
+        return hold_out(examples, columns.eval_share or EVAL_SHARE, seed)
     known = set(held_out.keys())
     others = examples.select([i for i, key in enumerate(examples.keys()) if key not in known])
     if not len(others):
@@ -41,6 +42,19 @@ def read_training_data(data: str, columns: TrainColumns, seed: int) -> tuple[Tex
             stacklevel=2,
         )
     return others, held_out
+
+
+def read_parts(data: str, columns: TrainColumns) -> tuple[TextDataset, TextDataset | None]:
+    """Training rows, and those of the data or split to calibrate on: what is asked for, else the validation split of
+    the data, unless a share of the training rows is asked for; None where some are to be held out."""
+    splits = read_source(data, columns.dataset_config)
+    examples = pick_split(splits, data, columns, training=True)
+    wanted = columns.eval_split
+    if columns.eval_data is not None:
+        return examples, read_examples(columns.eval_data, replace(columns, split=wanted))
+    if wanted is None and columns.eval_share is None:
+        wanted = next((name for name in splits if name != columns.split and name.startswith(_VALIDATION)), None)
+    return examples, None if wanted is None else pick_split(splits, data, replace(columns, split=wanted))
 
 
 def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDataset, TextDataset]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class TaskStack:
         """The answers of a padded batch, from one pass."""
         batch = {name: value.to(self.shared.device) for name, value in batch.items()}
         return early_exit_forward(self.shared.model, tasks=self.names, early_exit_config=configs, **batch)
+
+
+def is_named(value: str) -> bool:
+    """Whether it is NAME=ADAPTER, and not a place whose path has an equals sign in it."""
+    return "=" in value and "/" not in value.partition("=")[0] and not Path(value).exists()
 
 
 def parse_tasks(values: Sequence[str]) -> dict[str, str]:

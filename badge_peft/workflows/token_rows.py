@@ -1,7 +1,7 @@
 """Rows with a tag for each token, or with the entities of a text: found by their columns, and checked.
 
-Two forms: `tokens` and `tags`, lists of the same length with tags of IOB2; or `text` and `entities`, a list of
-`{start, end, label}` in characters. Tags of IOB2: O outside, B-x where an entity of kind x begins, I-x inside.
+Two forms: `tokens` and `tags`, lists of the same length; or `text` and `entities`, a list of `{start, end, label}` in
+characters. Tags may be any names; those of IOB1, IOB2, IOBES and BILOU are read as entities.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from badge_peft.evaluation.entities import OUTSIDE, tag_type
+from badge_peft.evaluation.entities import OUTSIDE, kind_of
 from badge_peft.workflows.columns import LABEL_NAMES, Names
 from badge_peft.workflows.settings import Columns, TextColumns
 
 WORD_NAMES = ("tokens", "words")
-TAG_NAMES = ("tags", "ner_tags", "labels")
+TAG_NAMES = ("tags", "ner_tags", "labels", "pos_tags", "upos")
 ENTITY_NAMES = ("entities", "spans")
 _KEYS = ("start", "end", "label")
 
@@ -58,31 +58,19 @@ def find_words(row: Mapping[str, Any], wanted: TextColumns, recorded: Mapping[st
 
 
 def check_tags(words: Sequence[str], tags: Sequence[Any], row: int) -> None:
-    """Refuses a row whose tags are not IOB2.
+    """Refuses a row whose tags are not those of its tokens.
 
     Raises:
-        ValueError: another number of tags than tokens, something that is no tag, or an I-x that continues no x.
+        ValueError: another number of tags than tokens, or something that is no name.
     """
     if len(words) != len(tags):
         raise ValueError(f"row {row} has {len(words)} tokens and {len(tags)} tags: each token needs one. Mend it.")
-    before = None
     for i, tag in enumerate(tags):
-        if not isinstance(tag, str):
+        if not isinstance(tag, str) or not tag:
             raise ValueError(
-                f"row {row} has the tag {tag!r} at token {i + 1}: tags are names, O, B-x or I-x. Write them in place "
-                "of numbers."
+                f"row {row} has the tag {tag!r} at token {i + 1}: tags are names, such as O, B-x, I-x or NOUN. Write "
+                "them in place of numbers."
             )
-        try:
-            kind = tag_type(tag)
-        except ValueError as error:
-            raise ValueError(f"row {row}, token {i + 1}: {error} Turn the tags into IOB2.") from error
-        if tag.startswith("I-") and before != kind:
-            ahead = tags[i - 1] if i else "nothing"
-            raise ValueError(
-                f"row {row} has the tag {tag!r} at token {i + 1} behind {ahead}, and in IOB2 an entity begins with "
-                f"'B-{kind}'. Turn the tags into IOB2."
-            )
-        before = kind
 
 
 def check_entities(text: str, entities: Sequence[Any], row: int) -> None:
@@ -110,14 +98,14 @@ def check_entities(text: str, entities: Sequence[Any], row: int) -> None:
 
 
 def kinds_of(labels: Sequence[Any]) -> set[str]:
-    """The kinds of entities in a row's tags or entities."""
-    names = [label["label"] if isinstance(label, dict) else tag_type(label) for label in labels]
+    """The kinds of entities in a row's tags or entities; tags that name none are their own."""
+    names = [label["label"] if isinstance(label, dict) else kind_of(label) for label in labels]
     return {name for name in names if name is not None}
 
 
-def tag_names(kinds: Iterable[str]) -> list[str]:
-    """O, and for each kind, by the alphabet, where one begins and where it goes on."""
-    return [OUTSIDE, *(f"{prefix}-{kind}" for kind in sorted(set(kinds)) for prefix in "BI")]
+def tag_names(kinds: Iterable[str], scheme: str = "BI") -> list[str]:
+    """O, and each kind, by the alphabet, with each prefix of the scheme."""
+    return [OUTSIDE, *(f"{prefix}-{kind}" for kind in sorted(set(kinds)) for prefix in scheme)]
 
 
 def token_columns(words: str | None, text: str | None, label: str | None) -> Names:

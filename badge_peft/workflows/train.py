@@ -19,6 +19,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.model_card import PICTURE, REPORT, write_model_card
 from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
+from badge_peft.workflows.adapter_dir import choose_device
 from badge_peft.workflows.base_model import Base, add_exits, keeps_answers, keeps_head, load_base, local_path
 from badge_peft.workflows.calibrate import choose, take_full_depth
 from badge_peft.workflows.data import TextDataset
@@ -98,15 +99,19 @@ def train_on(
     print(f"1. data: {_data_line(train_rows, eval_rows, base, examples, learns_labels)}")
 
     metric = resolve_metric(settings.metric, base.labels.problem_type, len(base.labels.names), base.tags)
-    settings, forms = choose_form(base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
-    set_seed(training.seed)
+    base.model.to(choose_device(None))  # states are computed before Trainer takes the model there
+    choosing = partial(choose_form, base, train_rows, eval_rows, tokenizer, settings, learns_labels, metric)
     states, search = None, None
     if settings.search.trials:
-        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         wanted = Search(base, train_rows, tokenizer, settings, learns_labels, model_name)
+        settings, forms = wanted.choose_form(choosing)
+        set_seed(training.seed)
+        print(f"   search: {settings.search.trials} trials for {settings.search.search_for}")
         settings, states, search = wanted.run(lambda line: print(f"   {line}", flush=True))
         training = settings.training
-        set_seed(training.seed)
+    else:
+        settings, forms = choosing()
+    set_seed(training.seed)
     model = add_exits(base, settings.exits)
     badge = get_badge_model(model)
     trainable, total = model.get_nb_trainable_parameters()
@@ -131,7 +136,9 @@ def train_on(
             chosen = partial(take_full_depth, exit_logits, settings.goal, settings.metric)
         report = {
             **({"task": "tokens"} if base.reads_tokens else {}),
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
+            **report_of_training(
+                model_name, data, settings, examples, eval_examples, base, tokenizer, model, exit_logits
+            ),
             "train_rows": len(train_rows),
             "learned_from": "labels" if learns_labels else "the model's own answers",
             "constant_answer": constant,

@@ -103,7 +103,9 @@ def train_ranker(model_name: str, data: str, settings: TrainSettings) -> dict[st
     def save() -> dict[str, Any]:
         report = {
             "task": "ranking",
-            **report_of_training(model_name, data, settings, examples, base, tokenizer, model, exit_logits),
+            **report_of_training(
+                model_name, data, settings, examples, eval_examples, base, tokenizer, model, exit_logits
+            ),
             "train_rows": len(rows),
             "train_queries": counts[0],
             "learned_from": "the model's own scores",
@@ -139,7 +141,7 @@ def _train(
     numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     items = [
         [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
-        for batch in query_batches(queries, options.batch_size // distributed.rank_world()[1], options.seed)
+        for batch in query_batches(queries, distributed.rows_per_device(options.batch_size), options.seed)
     ]
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = multi_exit_arguments(

@@ -91,6 +91,12 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         invoke("demo")
 
 
+def test_the_traceback_of_an_error_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BADGE_PEFT_DEBUG", "1")
+    told = invoke("demo", "--dataset", str(tmp_path / "nowhere.csv")).stderr
+    assert "Traceback" in told and "sources.py" in told and told.splitlines()[-1].startswith("error: there is no file")
+
+
 def test_without_cyclopts_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

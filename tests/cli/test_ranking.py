@@ -363,6 +363,15 @@ def test_options_of_classification_are_refused(ranked: Path, tmp_path: Path, cli
     one_line(cli("calibrate", adapter, "--metric", "f1", fails=True), "metric='f1'")
 
 
+def test_the_page_is_for_texts(ranked: Path, cli: Cli) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (pip install -e '.[dev]')")
+    one_line(
+        cli("app", ranked / "reranker", fails=True),
+        "`badge-peft app` answers texts one by one",
+        "ranks the candidates",
+    )
+
+
 def test_an_adapter_is_known_by_its_policy_where_no_report_lies_beside_it(
     ranked: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from badge_peft import ExitLogits, exit_scores, sweep
 from badge_peft.training.finite import TrainingStopped
 from badge_peft.workflows import search
+from badge_peft.workflows import train as workflow
 from badge_peft.workflows.goal import Goal
 from badge_peft.workflows.search_space import SearchSpace
 from badge_peft.workflows.settings import ExitOptions, SearchOptions, TrainingOptions, TrainSettings
@@ -77,6 +79,31 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
     one_line(
         train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True), "holds the trials of another"
     )
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_its_form_of_exits(
+    place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the clock chose, and might choose otherwise."""
+    out, calls = tmp_path / "a", []
+
+    def chosen(base: Any, rows: Any, eval_rows: Any, tokenizer: Any, settings: TrainSettings, *others: Any) -> Any:
+        calls.append(settings)
+        form = replace(settings.exits, exit_pooling="mean" if len(calls) == 1 else "cls", exit_type="linear")
+        return replace(settings, exits=form), [{"exit_pooling": form.exit_pooling}]
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "choose_form", chosen)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(search, "train_exits", interrupted)
+        train(cli, place, out, "--trials", 2)
+    monkeypatch.setattr(workflow, "form_table", lambda *_: "")
+    train(cli, place, out, "--trials", 2)
+    assert len(calls) == 1 and report_of(out)["forms"] == [{"exit_pooling": "mean"}]
+    assert json.loads((out / "adapter_config.json").read_text())["exit_pooling"] == "mean"
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,17 @@ def test_a_file_is_served_with_onnx_and_an_adapter_without(tmp_path):
         serving._file([str(tmp_path)], "base")
 
 
+def test_a_path_with_an_equals_sign_is_no_task(tmp_path):
+    place = tmp_path / "lr=0.01"
+    place.mkdir()
+    (place / "adapter_config.json").write_text("{}")
+    assert serving._adapter([str(place)]) == str(place)
+    with pytest.raises(FileNotFoundError, match="runs/lr=0.01/none"):
+        serving._adapter(["runs/lr=0.01/none"])
+    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
+        serving._file([str(place)], None)
+
+
 def test_adapters_are_looked_at(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         serving._adapter([str(tmp_path / "nowhere")])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from badge_peft.utils import distributed
 from tests.cli.conftest import ROWS, Cli, Result, one_line, save_classifier
 from tests.cli.launched import main as run_commands
 from tests.integrations.launch import fork, launch
@@ -64,6 +65,22 @@ def test_the_command_line(by: str, tmp_path: Path, cli: Cli) -> None:
 
     one_line(error, "batch_size=5", "multiple of 2")
     assert not refused.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="safe on Linux alone")
+def test_an_error_of_one_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first, which tells those of all, has none."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        if distributed.rank_world()[0] == 1:
+            raise OSError("no space left")
+
+    monkeypatch.setattr("badge_peft.workflows.train.train_adapter", full)
+    main_fails = distributed.main_fails
+    monkeypatch.setattr(distributed, "main_fails", lambda: main_fails(0.5))
+    found, other = launched("fork", tmp_path, ("train", "model", "rows.csv"), input="")
+    assert (found[0].exit_code, found[0].output) == (0, "")
+    assert (other[0].exit_code, other[0].output) == (1, "error in process 1 alone: no space left\n")
 
 
 def launched(by: str, folder: Path, *commands: tuple[Any, ...], input: str) -> list[list[Result]]:

@@ -38,6 +38,7 @@ def test_wrong_input(trained: Path, place: Path, cli: Cli, adapter: Path, tmp_pa
     one_line(cli("sweep", tmp_path / "nothing", fails=True), "no file or folder")
     one_line(cli("sweep", place / "rows.csv", fails=True), "rows.csv", "no exit logits")
     one_line(cli("sweep", place, fails=True), "holds no adapter")
+    one_line(cli("sweep", trained, "--top-k", 5, fails=True), "--top-k 5 is for ranking", "leave it out")
     (adapter / "exit_logits.safetensors").unlink()
     one_line(cli("sweep", adapter, fails=True), "exit_logits.safetensors", "--save-logits")
     ExitLogits(torch.zeros(4, 2, 2)).save(tmp_path / "l.safetensors")

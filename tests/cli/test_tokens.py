@@ -11,10 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from seqeval.metrics import f1_score
+from seqeval.scheme import BILOU, IOB1, IOBES
 from transformers import AutoModelForTokenClassification
 
-from badge_peft import ExitLogits, load_pretrained
+from badge_peft import ExitLogits, load_pretrained, pipeline
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.export import OnnxEarlyExitModel
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.answerer import Answerer, Answering
 from badge_peft.workflows.data import read_examples
@@ -227,14 +229,87 @@ def test_a_tagger_in_service_teaches_its_exits(corpus: Path, cli: Cli, tmp_path:
     )
 
 
+NOUNS = {**dict.fromkeys((*GOOD, *BAD), "ADJ"), **dict.fromkeys(("film", "plot", "story", "cast", "end"), "NOUN")}
+
+
+def test_tags_that_name_no_entities(corpus: Path, cli: Cli, tmp_path: Path) -> None:
+    """Parts of speech train, are scored by the token, and come out word by word, of commands, file and pipeline."""
+    rows = [{"tokens": row["tokens"], "pos_tags": [NOUNS.get(w, "X") for w in row["tokens"]]} for row in tagged(60)]
+    data, out = write_jsonl(tmp_path / "pos.jsonl", rows), tmp_path / "pos"
+    found = cli("train", corpus / "encoder", data, "--output-dir", out, *FAST[2:], *LEARNS, "--exit-layers", "0-3")
+    assert "3 tags of tokens (ADJ, NOUN, X)" in found.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["metric"] == "accuracy" and report["label_names"] == ["ADJ", "NOUN", "X"] and report["s_best"] > 0.8
+    assert "| exit after block | accuracy | texts it answers |" in (out / "README.md").read_text()
+    cli("evaluate", out, data, "--json", tmp_path / "e.json")
+    lines = [json.loads(line) for line in cli("predict", out, data, "--policy", "never").stdout.splitlines()]
+    pairs = [
+        (a, b)
+        for row, line in zip(rows, lines, strict=True)
+        for a, b in zip(row["pos_tags"], line["tags"], strict=True)
+    ]
+    full = json.loads((tmp_path / "e.json").read_text())["full_depth_score"]
+    assert full == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+    for line in lines:
+        assert [entity["label"] for entity in line["entities"]] == line["tags"]
+    texts, words = [" ".join(line["tokens"]) for line in lines[:5]], [line["entities"] for line in lines[:5]]
+    cli("export", out, tmp_path / "onnx", "--policy", "never")
+    model = OnnxEarlyExitModel.from_pretrained(tmp_path / "onnx")
+    places = [[(e["label"], e["start"], e["end"]) for e in own] for own in words]
+    assert [[(e["label"], e["start"], e["end"]) for e in one["entities"]] for one in model.predict(texts)] == places
+    tag: Any = pipeline("token-classification", model=out, aggregation_strategy="first", policy="never")
+    assert [[(e["entity_group"], e["start"], e["end"]) for e in one] for one in tag(texts)] == places
+    assert (
+        cli("predict", out, "--format", "jsonl", input=json.dumps({"tokens": ["film"] * 50})).stdout.count("null") > 9
+    )
+
+
+def rewritten(tags: list[str], scheme: str) -> list[str]:
+    """IOB2 in another scheme."""
+    found = []
+    for i, tag in enumerate(tags):
+        kind, before, behind = tag[2:], tags[i - 1] if i else "O", tags[i + 1] if i + 1 < len(tags) else "O"
+        last = behind != f"I-{kind}"
+        if tag == "O":
+            found.append(tag)
+        elif scheme == "IOB1":
+            found.append(f"{'B' if tag[0] == 'B' and before[2:] == kind else 'I'}-{kind}")
+        else:
+            first, inner, end, single = scheme
+            letter = (single if last else first) if tag[0] == "B" else (end if last else inner)
+            found.append(f"{letter}-{kind}")
+    return found
+
+
+@pytest.mark.parametrize(("letters", "scheme"), [("IOB1", IOB1), ("BIES", IOBES), ("BILU", BILOU)])
+def test_other_schemes_of_entities(letters: str, scheme: Any, corpus: Path, cli: Cli, tmp_path: Path) -> None:
+    """Tags are learned as they are, scored as seqeval scores them, and the same entities with spans in their place."""
+    rows = [{**row, "tags": rewritten(row["tags"], letters)} for row in tagged(60)]
+    data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    cli("train", corpus / "encoder", data, "--output-dir", out, *FAST[2:], *LEARNS, "--exit-layers", "0-3")
+    own = [row["tags"] for row in rows]
+    assert f1_score(own, own, mode="strict", scheme=scheme) == 1
+    names = json.loads((out / "report.json").read_text())["label_names"]
+    prefixes = "BI" if letters == "IOB1" else letters
+    assert names == ["O", *(f"{prefix}-{kind}" for kind in ("bad", "good") for prefix in prefixes)]
+    cli("evaluate", out, data, "--json", tmp_path / "e.json")
+    said = [json.loads(line)["tags"] for line in cli("predict", out, data, "--policy", "never").stdout.splitlines()]
+    full = json.loads((tmp_path / "e.json").read_text())["full_depth_score"]
+    mapped = [[tag.translate(str.maketrans("LU", "ES")) for tag in tags] for tags in said]
+    given = [[tag.translate(str.maketrans("LU", "ES")) for tag in tags] for tags in own]
+    assert full == pytest.approx(f1_score(given, mapped)) and full > 0.1
+    spans = write_jsonl(tmp_path / "spans.jsonl", [as_entities(row) for row in tagged(60)])
+    opened = open_adapter(out, device="cpu")
+    words, same = (opened.encode(opened.read(place)) for place in (data, spans))
+    assert letters == "IOB1" or words["labels"] == same["labels"]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lengths": ({"tokens": ["a", "b"], "tags": ["O"]}, "row 2 has 2 tokens and 1 tags: each token needs one"),
-    "no tag": ({"tokens": ["a"], "tags": ["E-x"]}, "row 2, token 1: 'E-x' is no IOB2 tag: it must be O, B-x or I-x"),
-    "iob1": ({"tokens": ["a", "b"], "tags": ["O", "I-x"]}, "row 2 has the tag 'I-x' at token 2 behind O, and in IOB2"),
-    "other kind": ({"tokens": ["a", "b"], "tags": ["B-y", "I-x"]}, "'I-x' at token 2 behind B-y"),
+    "no name": ({"tokens": ["a", "b"], "tags": ["B-x", ""]}, "row 2 has the tag '' at token 2: tags are names"),
     "outside": ({"text": "a b", "entities": [{"start": 1, "end": 9, "label": "x"}]}, "its text has 3 characters"),
     "blank": ({"text": "a b", "entities": [{"start": 1, "end": 2, "label": "x"}]}, "something but white space"),
-    "no name": ({"text": "a b", "entities": [{"start": 0, "end": 1, "label": ""}]}, "label must be the name"),
+    "no kind": ({"text": "a b", "entities": [{"start": 0, "end": 1, "label": ""}]}, "label must be the name"),
     "overlap": (
         {"text": "a b", "entities": [{"start": 0, "end": 3, "label": "x"}, {"start": 2, "end": 3, "label": "x"}]},
         "which overlaps the one before",

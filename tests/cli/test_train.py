@@ -7,14 +7,15 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 import badge_peft
-from badge_peft import ExitLogits, collect_exit_logits, load_pretrained
+from badge_peft import ExitLogits, MultiExitTrainer, collect_exit_logits, load_pretrained
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import encode
@@ -241,6 +242,36 @@ def test_other_backbones(backbone: str, objective: str, place: Path, cli: Cli, t
     cli("train", place / "model", place / "rows.csv", "--output-dir", out, *options)
     report = json.loads((out / "report.json").read_text())
     assert report["full_depth_is_checkpoint"] is None
+
+
+def test_a_batch_is_that_of_all_gpus(place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer gives each GPU that it sees `per_device_train_batch_size` rows."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    sizes, step = [], MultiExitTrainer.training_step
+
+    def counted(self: MultiExitTrainer, model: Any, inputs: Any, *args: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(MultiExitTrainer, "training_step", counted)
+    data = ("train", place / "model", place / "rows.csv", "--output-dir", tmp_path / "a", "--exit-pooling", "cls")
+    cli(*data, *FAST, "--batch-size", 16, "--no-cache-states")
+    assert sizes == [16] * 6
+
+
+def test_what_comes_before_the_training_runs_on_its_device(
+    place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials are no matter for the CPU beside a GPU, of which `meta` stands here."""
+
+    def form(base: Any, *args: Any) -> None:
+        raise ValueError(f"trials on {base.model.device}")
+
+    monkeypatch.setattr("badge_peft.workflows.train.choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr("badge_peft.workflows.train.choose_form", form)
+    out = tmp_path / "a"
+    one_line(cli("train", place / "model", place / "rows.csv", "--output-dir", out, fails=True), "trials on meta")
 
 
 def test_a_drop_with_confidence_needs_rows(place: Path, cli: Cli, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES
 
 from badge_peft import ExitLogits, exit_scores
-from badge_peft.evaluation.entities import EntityReader, are_tags, tag_type
+from badge_peft.evaluation.entities import EntityReader, in_iob2, kind_of, scheme_of
 from badge_peft.evaluation.units import Units
 from badge_peft.evaluation.words import Words, answers_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
@@ -22,24 +23,28 @@ LAW = settings(deadline=None, derandomize=True, max_examples=150)
 pairs = st.lists(st.tuples(st.integers(0, len(TAGS) - 1), st.integers(0, len(TAGS) - 1)), min_size=1, max_size=9)
 
 
-def names_of(texts: list[list[tuple[int, int]]], side: int) -> list[list[str]]:
-    return [[TAGS[pair[side]] for pair in text] for text in texts]
+IOBES_TAGS = ["O", "B-x", "I-x", "E-x", "S-x", "E-y", "S-y"]
+spans = st.lists(st.tuples(st.sampled_from("oxy"), st.integers(1, 3)), min_size=1, max_size=6)  # of a text, in turn
+
+
+def names_of(texts: list[list[tuple[int, int]]], side: int, tags: list[str] = TAGS) -> list[list[str]]:
+    return [[tags[pair[side]] for pair in text] for text in texts]
 
 
 @LAW
-@given(st.lists(pairs, min_size=1, max_size=5))
-def test_f1_is_that_of_seqeval(texts: list[list[tuple[int, int]]]) -> None:
+@given(st.lists(pairs, min_size=1, max_size=5), st.sampled_from([TAGS, IOBES_TAGS]))
+def test_f1_is_that_of_seqeval(texts: list[list[tuple[int, int]]], tags: list[str]) -> None:
     """Whatever a model answers, tags that begin nowhere among it."""
     flat = np.array([pair for text in texts for pair in text])
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    both, answered, labeled = EntityReader(TAGS).counts(flat[:, 0], flat[:, 1], Units(len(flat), owner))
-    expected = float(f1_score(names_of(texts, 1), names_of(texts, 0), zero_division=0))
+    both, answered, labeled = EntityReader(tags).counts(flat[:, 0], flat[:, 1], Units(len(flat), owner))
+    expected = float(f1_score(names_of(texts, 1, tags), names_of(texts, 0, tags), zero_division=0))
     assert 2 * both.sum() / max(answered.sum() + labeled.sum(), 1) == pytest.approx(expected)
-    logits = torch.nn.functional.one_hot(torch.from_numpy(flat[:, 0]), len(TAGS)).float().unsqueeze(1)
-    stored = ExitLogits(logits, torch.from_numpy(flat[:, 1]), texts=owner, label_names=TAGS)
+    logits = torch.nn.functional.one_hot(torch.from_numpy(flat[:, 0]), len(tags)).float().unsqueeze(1)
+    stored = ExitLogits(logits, torch.from_numpy(flat[:, 1]), texts=owner, label_names=tags)
     assert exit_scores(stored, "entity_f1").per_exit == [pytest.approx(expected)]
     for i in range(len(texts)):  # what is counted for each text is counted of it alone
-        own = [part[i : i + 1] for part in (names_of(texts, 1), names_of(texts, 0))]
+        own = [part[i : i + 1] for part in (names_of(texts, 1, tags), names_of(texts, 0, tags))]
         f1 = float(f1_score(*own, zero_division=0))
         assert 2 * both[i] / max(answered[i] + labeled[i], 1) == pytest.approx(f1)
 
@@ -50,12 +55,55 @@ def test_an_entity_that_the_model_does_not_know_is_found_by_no_answer() -> None:
     assert (both.tolist(), answered.tolist(), labeled.tolist()) == ([1], [2], [2])
 
 
+def written(parts: list[tuple[str, int]], prefixes: str, iob1: bool = False) -> list[str]:
+    """Tags of parts (kind, length), `o` outside; `prefixes` are those of a first, an inner, a last, a single one."""
+    tags: list[str] = []
+    first, inner, last, single = prefixes
+    before = "o"
+    for kind, count in parts:
+        letters = single if count == 1 else first + inner * (count - 2) + last
+        if iob1 and before != kind:
+            letters = "I" + letters[1:]
+        tags += ["O"] * count if kind == "o" else [f"{letter}-{kind}" for letter in letters]
+        before = kind
+    return tags
+
+
+@pytest.mark.parametrize(
+    ("scheme", "prefixes", "names"),
+    [(IOB1, "BIIB", "BI"), (IOB2, "BIIB", "BI"), (IOBES, "BIES", "BIES"), (BILOU, "BILU", "BILU")],
+)
+@LAW
+@given(said=spans, true=spans)
+def test_each_scheme_is_read_as_seqeval_reads_it(
+    scheme: Any, prefixes: str, names: str, said: list[tuple[str, int]], true: list[tuple[str, int]]
+) -> None:
+    """Strictly, where a tagging is right in it."""
+    longest = max(sum(count for _, count in parts) for parts in (said, true))
+    sides = [[*parts, ("o", longest - sum(count for _, count in parts))] for parts in (said, true)]
+    answers, labels = (written(parts, prefixes, scheme is IOB1) for parts in sides)
+    tags = ["O", *(f"{prefix}-{kind}" for kind in "xy" for prefix in names)]
+    numbers = [np.array([tags.index(tag) for tag in side]) for side in (answers, labels)]
+    both, answered, given_ = EntityReader(tags).counts(*numbers, Units(longest, np.zeros(longest)))
+    f1 = float(f1_score([labels], [answers], mode="strict", scheme=scheme, zero_division=0))
+    assert 2 * both.sum() / max(answered.sum() + given_.sum(), 1) == pytest.approx(f1)
+    assert in_iob2(labels, tags) == written(sides[1], "BIIB")
+
+
 def test_what_is_a_tag() -> None:
-    assert [tag_type(tag) for tag in TAGS] == [None, "x", "x", "y", "y", "a-b"]
-    for wrong in ("x", "B", "B-", "E-x", "b-x", "LABEL_0"):
-        with pytest.raises(ValueError, match=f"'{wrong}' is no IOB2 tag: it must be O, B-x or I-x"):
-            tag_type(wrong)
-    assert are_tags(TAGS) and not are_tags(["O"]) and not are_tags(["O", "noun"])
+    assert [kind_of(tag) for tag in TAGS] == [None, "x", "x", "y", "y", "a-b"]
+    assert [kind_of(tag) for tag in ("S-x", "U-x", "B-", "-LRB-", "BI-x", "NOUN")] == [
+        "x",
+        "x",
+        "B-",
+        "-LRB-",
+        "BI-x",
+        "NOUN",
+    ]
+    assert scheme_of(TAGS) == "BI" and scheme_of(["O", "S-x"]) == "BIES" and scheme_of(["U-x", "I-x"]) == "BILU"
+    for others in (["O"], ["O", "noun"], ["B-x", "E-x", "L-x"], ["O", "B-"], ["b-x"], ["-LRB-"], ["LABEL_0"]):
+        assert scheme_of(others) is None
+    assert in_iob2(["O", "noun", "noun"], ["O", "noun"]) == ["O", "B-noun", "B-noun"]
 
 
 @pytest.mark.parametrize("texts", [None, [0, 0, 4, 7, 7, 7]])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +94,56 @@ def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
     with pytest.warns(UserWarning, match="calibrated for top_k=3, and 10 are asked for") as caught:
         assert len(file.rank(QUERY, documents, 10)) == min(10, count)
     assert caught[0].filename == __file__
+
+
+def test_more_than_the_memory_holds_is_ranked_in_parts(exported: tuple[Any, Path], monkeypatch: Any) -> None:
+    """No call holds more; the best are those of full depth as long as none is lost, and the report is of all."""
+    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker
+
+    model, folder = exported
+    documents, sizes, call = make_documents(60, seed=3), [], OnnxEarlyExitModel.__call__
+    whole = OnnxReranker.from_pretrained(folder, threads=1)
+    hidden = whole.model.config["hidden_size"]
+    assert hidden == model.config.hidden_size
+
+    def counted(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, length = np.shape(input_ids)
+        sizes.append(rows * length * (16 * hidden + 4 * length))
+        return call(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxEarlyExitModel, "__call__", counted)
+    expected, least = whole.rank(QUERY, documents, 3, threshold=100.0), sizes.pop()
+    for limit in (0, least // 4):
+        sizes.clear()
+        parts = OnnxReranker.from_pretrained(folder, threads=1, max_state_bytes=limit)
+        answers, report = parts.rank(QUERY, documents, 3, threshold=100.0, return_report=True)
+        assert [a["corpus_id"] for a in answers] == [a["corpus_id"] for a in expected]
+        assert [a["score"] for a in answers] == pytest.approx([a["score"] for a in expected], abs=1e-5)
+        assert report.candidates == len(report.exit_layer) == 60 and (report.exit_layer == 2).all()
+        assert len(sizes) == 60 if limit == 0 else 1 < len(sizes) < 20 and max(sizes) <= limit
+    _, early = whole.rank(QUERY, documents, 3, return_report=True)
+    answers, report = parts.rank(QUERY, documents, 3, return_report=True)
+    assert early.blocks_run <= report.blocks_run < 120 and len(answers) == 3
+    with pytest.raises(ValueError, match="max_state_bytes=-1 is not allowed"):
+        OnnxReranker.from_pretrained(folder, max_state_bytes=-1)
+
+
+def test_what_a_file_changes_is_counted_query_by_query(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    """A candidate by itself never leaves."""
+    from badge_peft.export import export_onnx
+
+    model, _ = exported
+    tokenizer, early = pair_tokenizer(), EarlyExitReranker(model, pair_tokenizer())
+    queries = {QUERY: make_documents(20, seed=1), "the plot": make_documents(15, seed=2)}
+    pairs = [(query, text) for query, texts in queries.items() for text in texts]
+    mixed = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+    rows = Dataset.from_dict(dict(tokenizer([q for q, _ in mixed], [text for _, text in mixed])))
+    rows = rows.add_column("groups", [query for query, _ in mixed])
+    exits = [early.rank(query, texts, 3, return_report=True)[1].exit_layer for query, texts in queries.items()]
+    changes = export_onnx(model, tmp_path, tokenizer=tokenizer, examples=rows).changes
+    assert changes.rows == 35 and changes.same_exit == 1 and changes.same_answer < 1e-4
+    mean = np.concatenate(exits).mean()
+    assert changes.mean_exit == changes.mean_exit_before == pytest.approx(mean) and 0 < mean < 1.9
 
 
 def test_the_report(exported: tuple[Any, Path]) -> None:

@@ -158,7 +158,7 @@ def test_rerank(tmp_path, engine):
     ranks.badge.set_early_exit_config(rule)
     best, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 1, rule)
     assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
-    named_none, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], None, rule)  # the k of the calibration, and candidates leave
+    named_none, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], None, rule)  # the calibrated k, and candidates leave
     assert named_none == best and min(exits) == 1
     for bound in (1, 2):  # of the setting, not of the adapter
         assert max(ranks.rerank(TEXTS[0], TEXTS[1:6], 1, EarlyExitConfig.of(rule, max_exit=bound))[1]) == bound

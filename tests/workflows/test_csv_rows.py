@@ -1,12 +1,16 @@
-"""Csv files as `predict` reads them, row by row, and as training does, with pandas: the same texts, or an error."""
+"""Csv files as `predict` reads them, row by row, and as training does, alone or in a folder: the same texts, or an
+error."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from badge_peft.workflows.csv_rows import numbers_of
 from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.sources import read_source
 from badge_peft.workflows.stream import read_texts
 
 
@@ -40,3 +44,48 @@ def test_a_row_that_lacks_its_quotes_loses_nothing_in_silence(content: str, mess
         list(read_texts(str(tmp_path / "f.csv")))
     with pytest.raises(ValueError, match="f.csv cannot be read"):
         read_examples(tmp_path / "f.csv")
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("train.csv", ","), ("train.csv", ";"), ("train.tsv", "\t")])
+def test_a_folder_is_read_as_its_files(name: str, delimiter: str, tmp_path: Path) -> None:
+    """A country, an id with zeros before it, and a text that looks like none."""
+    rows = [("NA", "NA", "007"), ("None", "US", "7"), ("a film", "NA", "7")]
+    lines = [("text", "label", "note"), *rows]
+    (tmp_path / name).write_text("".join(f"{delimiter.join(line)}\n" for line in lines))
+    for place in (tmp_path, tmp_path / name):
+        found = read_examples(place)
+        assert found.texts == ["NA", "None", "a film"] and found.labels == ["NA", "US", "NA"]
+        assert read_source(place)["train"]["note"][:] == ["007", "7", "7"]
+
+
+def test_files_of_a_folder_with_other_columns(tmp_path: Path) -> None:
+    (tmp_path / "train-1.csv").write_text("text,label\na,1\n")
+    (tmp_path / "train-2.csv").write_text("text;label\nb;1\n")
+    assert read_examples(tmp_path).texts == ["a", "b"]
+    (tmp_path / "train-2.csv").write_text("text,kind\nb,1\n")
+    with pytest.raises(
+        ValueError, match="cannot be read: its files have different columns: text, label, and text, kin"
+    ):
+        read_examples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1", None, "-20"], [1, None, -20]),
+        (["1", "0.5", ".5e3"], [1.0, 0.5, 500.0]),
+        (["True", "false"], [True, False]),
+        (["01", "1"], ["01", "1"]),
+        (["1", "1_0"], ["1", "1_0"]),
+        (["1", "9" * 30], [1.0, 1e30]),
+        ([None], [None]),
+    ],
+)
+def test_what_is_a_number(values: list[Any], expected: list[Any]) -> None:
+    assert numbers_of(values) == expected
+
+
+def test_a_folder_with_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        read_source(tmp_path)

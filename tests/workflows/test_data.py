@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from badge_peft.workflows import sources
 from badge_peft.workflows.columns import PAIR_NAMES
@@ -263,6 +263,15 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("text\ncafé\n".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv cannot be read"):
         read_examples(tmp_path / "latin.csv")
+
+
+def test_tags_that_are_numbers_have_the_names_of_their_data_set_and_hidden_ones_none() -> None:
+    tags = Sequence(ClassLabel(names=["NOUN", "VERB"]))
+    features = Features({"tokens": Sequence(Value("string")), "upos": tags})
+    data = Dataset.from_dict({"tokens": [["a"], ["b", "c"]], "upos": [[1], [-1, -1]]}, features)
+    with pytest.warns(UserWarning, match="1 of 2 rows have no label"):
+        found = to_examples(data, "test", Columns())
+    assert found.words == [["a"], ["b", "c"]] and found.labels == [["VERB"], None]
 
 
 def test_columns_as_they_were_in_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,13 @@ def test_training_rows_that_are_evaluation_rows_are_counted(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="2 of 5 rows are not trained on"):
         train, held_out = read_training_data(data, TrainColumns(eval_data=other), seed=0)
     assert (len(train), len(held_out)) == (3, 2)
+
+
+def test_the_validation_split_is_evaluated_on_unless_a_share_is_asked_for(tmp_path: Path) -> None:
+    for split, count in (("train", 20), ("validation", 6), ("test", 4)):
+        rows = [{"text": f"{split} text {i}", "label": i % 2} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    train, held_out = read_training_data(str(tmp_path), TrainColumns(), seed=0)
+    assert (len(train), len(held_out), held_out.split) == (20, 6, "validation")
+    train, held_out = read_training_data(str(tmp_path), TrainColumns(eval_share=0.25), seed=0)
+    assert (len(train), len(held_out), held_out.split) == (15, 5, "train")
