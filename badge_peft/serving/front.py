@@ -42,10 +42,10 @@ def set_front(limits: Limits, count: Callable[[str, int], None], token: str | No
 
 
 class Front:
-    """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, and 429
-    where all that are here take more than `Limits.all_bytes` and this one more than its share of that: a few large or
-    slow ones do not shut out the small ones; and 401 or 403 where a change does not bear the token. Notes in the
-    header `Server-Timing` of each answer the milliseconds until it was there, and how many of these went by until the server
+    """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, 429 where all
+    that are here take more than `Limits.all_bytes` and this one more than its share of that (a few large or slow ones
+    do not shut out the small ones), and 401 or 403 where a change does not bear the token. Notes in the header
+    `Server-Timing` of each answer the milliseconds until it was there, and how many of these went by until the server
     had handed over the body.
 
     Args:
