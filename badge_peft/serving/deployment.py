@@ -45,6 +45,22 @@ api = FastAPI(title="badge_peft", version=package_version(), description="Early 
 api.add_middleware(Front)
 
 
+async def _answer(call: Awaitable[Any]) -> Any:
+    """What the governor says. (Above the class, of which Ray has a copy from the moment of its definition on.)
+
+    Raises:
+        RequestError: 400 for what it refuses, 503 where it has died.
+    """
+    try:
+        return await call
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (TypeError, ValueError)):
+            raise RequestError(400, str(error.cause)) from error
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise RequestError(503, _STARTING, retry_after=1) from error
+
+
 def _typed(method: Any) -> Any:
     """With types for the names of types in its annotations: Ray sends the class to its replicas without this module's
     names, and FastAPI could not find them there."""
@@ -199,19 +215,3 @@ class Service:
         if state["life"] != first["life"]:
             raise RequestError(503, _STARTING, retry_after=1)
         return state
-
-
-async def _answer(call: Awaitable[Any]) -> Any:
-    """What the governor says.
-
-    Raises:
-        RequestError: 400 for what it refuses, 503 where it has died.
-    """
-    try:
-        return await call
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (TypeError, ValueError)):
-            raise RequestError(400, str(error.cause)) from error
-        raise
-    except ray.exceptions.RayActorError as error:
-        raise RequestError(503, _STARTING, retry_after=1) from error
