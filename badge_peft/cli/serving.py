@@ -75,9 +75,8 @@ def serve(
     require("serve", "ray", "pydantic", "fastapi", "prometheus_client")
     adapter = _file(adapters, base_model) if onnx else _adapter(adapters)
     ask_for_token(address)
-    from badge_peft.serving.requests import Limits
     from badge_peft.serving.run import run_service
-    from badge_peft.serving.settings import ServiceSettings
+    from badge_peft.serving.settings import Limits, ServiceSettings
 
     settings = ServiceSettings(
         adapter,

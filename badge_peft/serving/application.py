@@ -6,9 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from badge_peft.serving.deployment import Service
-from badge_peft.serving.requests import Limits
 from badge_peft.serving.run import replica_options
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import Limits, ServiceSettings
 
 
 def build(args: dict[str, Any]) -> Any:

@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 from badge_peft._version import package_version
 from badge_peft.serving.batching import Work
-from badge_peft.serving.front import Front, set_front
+from badge_peft.serving.front import Front, refusal, set_front
 from badge_peft.serving.governor import Governor
-from badge_peft.serving.replica import Replica, open_engine, unwatched
+from badge_peft.serving.replica import Replica, open_engine
 from badge_peft.serving.report import Report
 from badge_peft.serving.requests import (
     PolicyUpdate,
@@ -46,11 +46,8 @@ api.add_middleware(Front)
 
 
 async def _answer(call: Awaitable[Any]) -> Any:
-    """What the governor says. (Above the class, of which Ray has a copy from the moment of its definition on.)
-
-    Raises:
-        RequestError: 400 for what it refuses, 503 where it has died.
-    """
+    """What the governor says: 400 for what it refuses, 503 where it has died. (Above the class: Ray has a copy of that
+    from the moment of its definition on.)"""
     try:
         return await call
     except ray.exceptions.RayTaskError as error:
@@ -71,20 +68,19 @@ def _typed(method: Any) -> Any:
 @api.exception_handler(RequestError)
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"detail": error.message}, error.status, headers)
+    return refusal(error)
 
 
 @api.exception_handler(RequestValidationError)
 async def _misshapen(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    message = shape_message(error.errors(), request.headers.get("content-type", ""))
-    return JSONResponse({"detail": message}, 422)
+    return refusal(RequestError(422, shape_message(error.errors(), request.headers.get("content-type", ""))))
 
 
 @api.exception_handler(400)  # FastAPI's own, where a body cannot be read
 async def _unread(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."}, 400)
+    message = "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."
+    return refusal(RequestError(400, message))
 
 
 @api.exception_handler(404)
@@ -112,12 +108,7 @@ class Governing(Governor):
 @serve.deployment
 @serve.ingress(api)
 class Service:
-    """One replica.
-
-    Args:
-        settings: Of the service.
-        token: Who has it may change the policy; None: the one in this process's environment, if one is.
-    """
+    """One replica. Who has the `token` may change the policy; None: that in this process's environment, if one is."""
 
     def __init__(self, settings: ServiceSettings, token: str | None) -> None:
         self.settings = settings
@@ -133,17 +124,17 @@ class Service:
 
     def _meet_governor(self) -> None:
         """Finds the governor of this service, or starts it."""
-        settings, name = self.settings, self.settings.governor
+        settings, engine = self.settings, self.engine
         alive = {"num_cpus": 0, "max_restarts": -1, "lifetime": "detached"}
-        made = ray.remote(Governing).options(name=name, namespace="serve", get_if_exists=True, **alive)
+        made = ray.remote(Governing).options(name=settings.governor, namespace="serve", get_if_exists=True, **alive)
         self.governor = made.remote(
-            self.engine.configs,
-            self.engine.problems,
-            self.engine.checks(),
+            engine.configs,
+            engine.problems,
+            engine.checks(),
             settings.target,
             settings.max_score_drop,
             settings.careful,
-            unwatched(self.engine, settings.shadow_share),
+            engine.unwatched(settings.shadow_share),
             settings.report_every,
         )
 
@@ -173,7 +164,6 @@ class Service:
     @_typed
     async def rerank(self, body: RerankRequest) -> Any:
         """Ranks texts for a query: index and score, best first."""
-
         found = await self.replica.rerank(body)
         if body.return_text:
             found = [{**item, "text": body.texts[item["index"]]} for item in found]

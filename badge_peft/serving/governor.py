@@ -107,18 +107,9 @@ class Governor:
             self._chosen[task] = made.config
         self.controller, self.target, self.max_score_drop = made, target or None, max_score_drop
 
-    # ------------------------------------------------------------------------------------------------------- changes
-
     def update(self, change: PolicyUpdate, known: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Changes what was asked for, all of it or nothing.
-
-        Args:
-            change: The request.
-            known: What the replica that passes it on was told last.
-
-        Raises:
-            ValueError: a name, a field or a value is not allowed, or a threshold is set while a target moves it.
-        """
+        """Changes what was asked for, all of it or nothing, with a ValueError for what is not allowed. `known` is what
+        the replica that passes it on was told last."""
         self._hear(known)
         unknown = sorted(set(change.tasks or {}) - set(self._own))
         if unknown:

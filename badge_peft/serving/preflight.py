@@ -9,19 +9,15 @@ from typing import Any
 
 from badge_peft.bundle import find_tasks
 from badge_peft.early_exit.config import EarlyExitConfig
+from badge_peft.serving.base_engine import MAIN, check_texts
 from badge_peft.serving.controller import LatencyController
-from badge_peft.serving.engine import MAIN, check_texts
 from badge_peft.serving.settings import ServiceSettings
 
 ONE_ADAPTER = "a target is for a service of one adapter: of many tasks, set each one's threshold."
 
 
 def check_goal(target: float | None, max_score_drop: float) -> None:
-    """Refuses a target that no service can have, and a floor below all scores.
-
-    Raises:
-        ValueError: one of them.
-    """
+    """Refuses a target that no service can have, and a floor below all scores, with a ValueError."""
     if target is not None and not 0.001 <= target <= 3600:
         raise ValueError(
             f"target={target} is not allowed: a 95th percentile is kept below 0.001 to 3600 seconds (--target-p95 is "
@@ -34,13 +30,8 @@ def check_goal(target: float | None, max_score_drop: float) -> None:
 
 
 def check_settings(settings: ServiceSettings) -> None:
-    """Refuses adapters that tag tokens, and a target that cannot be kept by moving along a stored curve. What lies in
-    a repository is checked when it is there, by the replicas.
-
-    Raises:
-        ValueError: `check_goal`; an adapter tags tokens; a target with many tasks, without a curve, with a floor that
-            no point keeps, or with points at which a file cannot answer.
-    """
+    """Refuses with a ValueError adapters that tag tokens, and a target that cannot be kept by moving along a stored
+    curve. What lies in a repository is checked when it is there, by the replicas."""
     check_goal(settings.target, settings.max_score_drop)
     tasks, facts = _facts(settings)
     check_texts([task for task, own in facts.items() if _reads_tokens(own)])
@@ -53,11 +44,11 @@ def check_settings(settings: ServiceSettings) -> None:
     own = EarlyExitConfig.of(facts[MAIN].get("early_exit"))
     controller = LatencyController.for_adapter(own, settings.target, settings.max_score_drop)
     if settings.onnx:
-        from badge_peft.serving.onnx_engine import FileCheck, FixedRule
+        from badge_peft.serving.onnx_engine import FixedRule
 
-        check = FileCheck({MAIN: FixedRule.of(facts[MAIN], facts[MAIN]["num_blocks"])})
+        rule = FixedRule.of(facts[MAIN], facts[MAIN]["num_blocks"])
         for point in controller.points:
-            check(MAIN, point.config)
+            rule.inputs(point.config)
 
 
 def _facts(settings: ServiceSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -66,11 +57,8 @@ def _facts(settings: ServiceSettings) -> tuple[list[str], dict[str, dict[str, An
         whole = _read(Path(settings.adapter, "early_exit.json"))
         found = {task: {**whole, **own} for task, own in whole.get("tasks", {MAIN: {}}).items()}
         return list(found), found
-    places: Mapping[str, str]
-    if isinstance(settings.adapter, Mapping):
-        places = settings.adapter
-    else:
-        places = find_tasks(settings.adapter) or {MAIN: settings.adapter}
+    given = settings.adapter
+    places = given if isinstance(given, Mapping) else find_tasks(given) or {MAIN: given}
     files = {task: Path(place, "adapter_config.json") for task, place in places.items()}
     return list(places), {task: _read(file) for task, file in files.items() if file.exists()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -13,10 +13,10 @@ class Done:
 
     Args:
         latencies: Seconds that requests took.
-        measured: Those of requests that were answered at one setting from first to last.
+        measured: Those of requests that were answered at one setting, the one in force, from first to last.
         answered: Rows by task and exit.
         statuses: Requests by path and status.
-        shadows: For tasks what `Engine.shadow` gave.
+        shadows: For tasks what `BaseEngine.shadow` gave.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -26,13 +26,7 @@ class Done:
     shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def __add__(self, later: Done) -> Done:
-        return Done(
-            self.latencies + later.latencies,
-            self.measured + later.measured,
-            self.answered + later.answered,
-            self.statuses + later.statuses,
-            self.shadows + later.shadows,
-        )
+        return Done(*(getattr(self, f.name) + getattr(later, f.name) for f in fields(self)))
 
 
 @dataclass
@@ -56,31 +50,3 @@ class Report:
     oldest: float = 0.0
     expected: float = 0.0
     state: dict[str, Any] | None = None
-
-
-class Waiting:
-    """The requests that a replica has accepted and not answered, and since when.
-
-    Attributes:
-        rows: Of all of them.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._since: dict[object, float] = {}
-
-    def enter(self, rows: int, now: float) -> object:
-        """A request comes; `leave` takes what is returned."""
-        ticket = object()
-        self._since[ticket] = now
-        self.rows += rows
-        return ticket
-
-    def leave(self, ticket: object, rows: int) -> None:
-        """A request ends."""
-        del self._since[ticket]
-        self.rows -= rows
-
-    def oldest(self, now: float) -> float:
-        """Seconds that the oldest request has waited; 0 where none waits."""
-        return now - next(iter(self._since.values()), now)  # they are in the order in which they came

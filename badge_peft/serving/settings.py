@@ -6,9 +6,31 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from badge_peft.serving.requests import Limits
-
 TOKEN = "BADGE_PEFT_TOKEN"  # an environment variable: who has what is in it may change the policy
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one request, and all that wait, may hold.
+
+    Args:
+        rows: Texts (or pairs, or candidates) of one request.
+        characters: Of one text, or of the two of a pair.
+        body_bytes: Of one request.
+        waiting_rows: Rows that a replica has accepted and not answered; beyond it requests are refused with 429.
+        body_seconds: Within which a body has to be there, or the request is refused with 408.
+    """
+
+    rows: int = 1000
+    characters: int = 100_000
+    body_bytes: int = 4 * 2**20
+    waiting_rows: int = 2000
+    body_seconds: float = 30.0
+
+    @property
+    def all_bytes(self) -> int:
+        """Of the bodies that are in a replica at a time, read or not yet; beyond it the large ones get a 429."""
+        return 16 * self.body_bytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.serving.front import Front, set_front  # noqa: E402
-from badge_peft.serving.requests import Limits  # noqa: E402
+from badge_peft.serving.settings import Limits  # noqa: E402
 
 
 def ask(application, parts, headers=(), path="/predict", root_path="", method="POST", token=None):

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
+from badge_peft.serving.base_engine import MAIN  # noqa: E402
 from badge_peft.serving.batching import Work  # noqa: E402
-from badge_peft.serving.engine import MAIN  # noqa: E402
 from badge_peft.serving.replica import Replica  # noqa: E402
-from badge_peft.serving.report import Done, Waiting  # noqa: E402
-from badge_peft.serving.requests import Limits, RequestError, RerankRequest  # noqa: E402
-from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+from badge_peft.serving.report import Done  # noqa: E402
+from badge_peft.serving.requests import RequestError, RerankRequest  # noqa: E402
+from badge_peft.serving.settings import Limits, ServiceSettings  # noqa: E402
 
 ROWS = [("a text", None), ("another", "pair")]
 
@@ -27,6 +27,9 @@ class Echo:
 
     tasks: list[str] = []
     configs = {MAIN: EarlyExitConfig(threshold=0.1)}
+
+    def unwatched(self, shadow_share):
+        return {}
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -306,9 +309,40 @@ def test_what_a_failed_report_said_is_in_the_next():
 
 
 def test_the_oldest_request_is_the_first_that_is_left():
-    waiting = Waiting()
-    assert waiting.oldest(5.0) == 0.0
-    tickets = [waiting.enter(2, now) for now in (1.0, 2.0, 3.0)]
-    assert waiting.oldest(5.0) == 4.0 and waiting.rows == 6
-    waiting.leave(tickets[0], 2)
-    assert waiting.oldest(5.0) == 3.0 and waiting.rows == 4
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        engine.go.clear()
+        first = asyncio.ensure_future(ask(replica, ROWS[:1]))
+        await asyncio.sleep(0.05)
+        second = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        await replica.report()
+        assert told.reports[-1].waiting == 3 and told.reports[-1].oldest > 0.05
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await replica.report()
+        assert told.reports[-1].waiting == 2 and told.reports[-1].oldest < told.reports[-2].oldest
+        engine.go.set()
+        await second
+        await replica.report()
+        assert (told.reports[-1].waiting, told.reports[-1].oldest) == (0, 0.0)
+
+    asyncio.run(scene())
+
+
+def test_what_nobody_watches_does_not_run_twice(monkeypatch):
+    async def scene():
+        replica, engine, _ = make(shadow_share=1.0)
+        await replica.report()
+        await replica.predict(Work(list(ROWS), max_exit=1))  # a bound of its own
+        await replica.run_shadows()
+        assert engine.shadowed == []
+        monkeypatch.setattr(Echo, "unwatched", lambda self, share: {MAIN: "the file has no full depth"})
+        replica, engine, _ = make(shadow_share=1.0)
+        await replica.report()
+        await ask(replica)
+        await replica.run_shadows()
+        assert engine.shadowed == []
+
+    asyncio.run(scene())
