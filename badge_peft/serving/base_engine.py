@@ -11,10 +11,10 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.serving.requests import RequestError, Row
+from badge_peft.serving.settings import MAIN
 from badge_peft.utils.problem import problem_of
 from badge_peft.utils.texts import check_second_text
 
-MAIN = "default"  # what the one adapter of a service without tasks is called
 NEVER = EarlyExitConfig(policy="never")
 Array = np.ndarray
 Check = Callable[[str, EarlyExitConfig], None]  # raises a ValueError where a setting does not suit a task
@@ -138,16 +138,6 @@ class BaseEngine(ABC):
         )
         said = {"exit_layer": exits.tolist(), "logits": logits.tolist(), "full_logits": full.tolist()}
         return {"config": config.to_dict(), **said}
-
-
-def check_texts(tagging: Sequence[str]) -> None:
-    """Refuses tasks whose answers are tags of tokens, with a ValueError."""
-    if tagging:
-        who = "the adapter" if list(tagging) == [MAIN] else ", ".join(tagging)
-        raise ValueError(
-            f"{who}: the answers are tags of tokens, and a service answers whole texts. Leave it out, and tag with "
-            "badge-peft predict or badge_peft.pipeline."
-        )
 
 
 def passes(rows: Sequence[Row], size: int) -> Iterator[list[int]]:

@@ -14,8 +14,9 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.model import get_badge_model
 from badge_peft.pipelines import MultiTaskPipeline, pipeline
 from badge_peft.ranking import EarlyExitReranker
-from badge_peft.serving.base_engine import MAIN, Array, BaseEngine, Check, check_texts, columns
+from badge_peft.serving.base_engine import Array, BaseEngine, Check, columns
 from badge_peft.serving.requests import Row
+from badge_peft.serving.settings import MAIN, check_texts
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils.logs import quiet

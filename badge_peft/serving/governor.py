@@ -13,11 +13,10 @@ import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
-from badge_peft.serving.metrics import ServiceMetrics
 from badge_peft.serving.monitor import DriftAlarm, ExitMonitor
-from badge_peft.serving.preflight import ONE_ADAPTER, check_goal
-from badge_peft.serving.report import Report
+from badge_peft.serving.report import Report, ServiceMetrics
 from badge_peft.serving.requests import PolicyUpdate
+from badge_peft.serving.settings import ONE_ADAPTER, check_goal
 
 _GONE = 15.0  # seconds without a report after which a replica counts no more
 _CALM, _LONGEST = 1.0, 60.0  # seconds: of calm before more care is tried, and the most that this is doubled to
@@ -37,9 +36,6 @@ class Governor:
         unwatched: For tasks whose traffic is not watched, whatever the setting, the reason.
         interval: Seconds between two decisions of the controller, and two reports of a replica.
         clock: Seconds.
-
-    Raises:
-        ValueError: a target where there are many tasks, no curve, or one whose points the service cannot answer at.
     """
 
     def __init__(

@@ -15,8 +15,9 @@ from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
 from badge_peft.export.ranking import OnnxReranker
 from badge_peft.export.runtime import OnnxEarlyExitModel
 from badge_peft.export.tasks import OnnxTasksModel
-from badge_peft.serving.base_engine import MAIN, NEVER, Array, BaseEngine, Check, check_texts, columns
+from badge_peft.serving.base_engine import NEVER, Array, BaseEngine, Check, columns
 from badge_peft.serving.requests import Row
+from badge_peft.serving.settings import MAIN, check_texts
 
 _FAR = 1e30  # beyond every score, in float32 and times ln K, too
 _MOVED = ("threshold", "patience", "calibration")

@@ -12,11 +12,11 @@ from time import perf_counter
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.serving.base_engine import MAIN, BaseEngine, passes
+from badge_peft.serving.base_engine import BaseEngine, passes
 from badge_peft.serving.batching import Batcher, Work, answer_together
 from badge_peft.serving.report import Done, Report
 from badge_peft.serving.requests import RerankRequest, Row, check_open, check_room, check_rows
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import MAIN, ServiceSettings
 
 logger = logging.getLogger(__name__)
 _NEW = 0.3  # weight of the last pass in how fast rows are answered

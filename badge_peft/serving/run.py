@@ -20,8 +20,7 @@ from ray.serve.config import AutoscalingConfig
 
 from badge_peft.serving.connect import APPLICATION, check_port, end_serve, join_cluster, start_ray, wait_for_proxy
 from badge_peft.serving.deployment import Service
-from badge_peft.serving.preflight import check_settings
-from badge_peft.serving.settings import TOKEN, ServiceSettings
+from badge_peft.serving.settings import TOKEN, ServiceSettings, check_settings
 
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted
 _SLOTS = 100_000  # requests that Ray hands to a replica, which refuses by itself: slow ones are not to fill them up

@@ -14,8 +14,8 @@ from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits
 from badge_peft.evaluation.curve import stored_curve
 from badge_peft.hub import LOGITS
-from badge_peft.serving.base_engine import MAIN
 from badge_peft.serving.engine import Engine
+from badge_peft.serving.settings import MAIN
 from badge_peft.utils.problem import problem_of
 from badge_peft.workflows.stream import read_texts
 

@@ -10,9 +10,8 @@ import numpy as np
 
 from badge_peft import EarlyExitConfig
 from badge_peft.evaluation.curve import stored_curve
-from badge_peft.serving.base_engine import MAIN
 from badge_peft.serving.governor import Governor
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import MAIN, ServiceSettings
 from capacity_parts.fleet import simulate
 from capacity_parts.measure import FULL
 from capacity_parts.service import Outcome, Rows, Service

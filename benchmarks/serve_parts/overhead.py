@@ -118,8 +118,8 @@ def paused(ask: Ask) -> Ask:
 def bare(adapter: str) -> Ask:
     """The model in this process."""
     from badge_peft.early_exit.config import EarlyExitConfig
-    from badge_peft.serving.base_engine import MAIN
     from badge_peft.serving.engine import Engine
+    from badge_peft.serving.settings import MAIN
 
     engine, never = Engine(adapter, threads=1), {MAIN: EarlyExitConfig(policy="never")}
 

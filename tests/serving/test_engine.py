@@ -14,10 +14,11 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 from badge_peft import pipeline  # noqa: E402
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.serving import ExitMonitor  # noqa: E402
-from badge_peft.serving.base_engine import MAIN, labeled  # noqa: E402
+from badge_peft.serving.base_engine import labeled  # noqa: E402
 from badge_peft.serving.batching import Work, answer_together  # noqa: E402
 from badge_peft.serving.engine import Engine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
+from badge_peft.serving.settings import MAIN  # noqa: E402
 from tests.serving.adapters import NAMES, save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 

@@ -13,10 +13,10 @@ from badge_peft import load_pretrained  # noqa: E402
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.early_exit.policies import POLICIES, build_policy  # noqa: E402
 from badge_peft.export import export_onnx, export_tasks_onnx  # noqa: E402
-from badge_peft.serving.base_engine import MAIN  # noqa: E402
 from badge_peft.serving.engine import Engine  # noqa: E402
 from badge_peft.serving.onnx_engine import FixedRule, OnnxEngine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
+from badge_peft.serving.settings import MAIN  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
 

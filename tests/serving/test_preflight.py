@@ -10,8 +10,10 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.evaluation import calibrate  # noqa: E402
-from badge_peft.serving.preflight import check_settings  # noqa: E402
-from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+from badge_peft.serving.settings import (
+    ServiceSettings,  # noqa: E402
+    check_settings,  # noqa: E402
+)
 from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
 

@@ -12,12 +12,15 @@ import pytest
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
-from badge_peft.serving.base_engine import MAIN  # noqa: E402
 from badge_peft.serving.batching import Work  # noqa: E402
 from badge_peft.serving.replica import Replica  # noqa: E402
 from badge_peft.serving.report import Done  # noqa: E402
 from badge_peft.serving.requests import RequestError, RerankRequest  # noqa: E402
-from badge_peft.serving.settings import Limits, ServiceSettings  # noqa: E402
+from badge_peft.serving.settings import (  # noqa: E402
+    MAIN,  # noqa: E402
+    Limits,
+    ServiceSettings,
+)
 
 ROWS = [("a text", None), ("another", "pair")]
 
