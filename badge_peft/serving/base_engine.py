@@ -21,26 +21,16 @@ Check = Callable[[str, EarlyExitConfig], None]  # raises a ValueError where a se
 
 
 class BaseEngine(ABC):
-    """Answers the rows of many requests together. It knows models, and no server.
+    """Answers the rows of many requests together. It knows models, and no server."""
 
-    Attributes:
-        tasks: Names of the tasks; empty for one adapter.
-        configs: For each task (or `default`) the adapter's own setting.
-        exits: For each its exits.
-        problems: For each its problem type.
-        labels: For each the names of its labels.
-        ranks: Whether the model has one output, and ranks pairs.
-        reads_pairs: Whether it was trained on pairs of texts.
-    """
-
-    tasks: list[str]
-    configs: dict[str, EarlyExitConfig]
+    tasks: list[str]  # their names; empty for one adapter
+    configs: dict[str, EarlyExitConfig]  # for each task (or `default`) the adapter's own setting
     exits: dict[str, list[int]]
-    problems: dict[str, str]
+    problems: dict[str, str]  # problem types
     labels: dict[str, list[str]]
-    reads_pairs: bool
-    batch_size: int
-    _ranker: Any = None
+    reads_pairs: bool  # whether it was trained on pairs of texts
+    batch_size: int  # rows of a pass
+    _ranker: Any = None  # where the model has one output, and ranks pairs
     _ranks_not: str
 
     @property
@@ -79,19 +69,8 @@ class BaseEngine(ABC):
         max_exit: int | None = None,
         all_scores: bool = False,
     ) -> list[Any]:
-        """What the pipeline answers to each row: a dict, or with tasks a dict of dicts.
-
-        Args:
-            rows: Texts, each with its second text or None.
-            configs: For each task (or `default`) the setting to answer at.
-            tasks: Some of `tasks`; None where there are none.
-            max_exit: No row goes past this block.
-            all_scores: Whether `scores` has those of all labels, too.
-
-        Raises:
-            RequestError: 400 for a `max_exit` at which nothing could answer, where the setting compares the candidates
-                of a query, and for one text where the adapter was trained on pairs.
-        """
+        """What the pipeline answers to each row: a dict, or with tasks a dict of dicts; `max_exit` is a block that no
+        row goes past, and with `all_scores` each says those of all labels. A RequestError where that cannot be."""
         asked = tasks or (MAIN,)
         try:
             for _, pair in rows:
@@ -117,11 +96,7 @@ class BaseEngine(ABC):
         self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
     ) -> tuple[list[dict[str, Any]], list[int]]:
         """`index` and `score`, best first, at `config`, and for each text the block that it stopped at. Without a
-        `top_k` as many as were calibrated for, else all.
-
-        Raises:
-            RequestError: 400 where the model does not rank, or the query is empty.
-        """
+        `top_k` as many as were calibrated for, else all. A RequestError for what cannot be ranked."""
         if not self.ranks:
             raise RequestError(400, f"this service does not rank: {self._ranks_not}. Use /predict.")
         try:

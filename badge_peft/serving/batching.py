@@ -50,10 +50,9 @@ class Batcher:
     batches, and where nothing runs nobody waits. (`serve.batch` of Ray closes a batch by the clock, whether or not the
     model is free: a service that cannot keep up then works off a queue of small batches.)
 
-    Args:
-        run: Answers requests together; a result that is an exception is raised where the request came from.
-        rows: Rows of a batch; a request that has more is a batch by itself.
-        wait: Seconds that the first request of a batch that is not full waits for others.
+    `run` answers requests together; a result that is an exception is raised where the request came from. A batch has
+    `rows` rows (a request that has more is one by itself), and the first request of one that is not full waits `wait`
+    seconds for others.
     """
 
     def __init__(self, run: Callable[[list[Work]], Awaitable[list[Any]]], rows: int, wait: float = 0.0) -> None:

@@ -66,28 +66,21 @@ def _typed(method: Any) -> Any:
 
 
 @api.exception_handler(RequestError)
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestError)
+async def _refused(_: Request, error: Any) -> JSONResponse:
     return refusal(error)
 
 
 @api.exception_handler(RequestValidationError)
-async def _misshapen(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+async def _misshapen(request: Request, error: Any) -> JSONResponse:
     return refusal(RequestError(422, shape_message(error.errors(), request.headers.get("content-type", ""))))
 
 
-@api.exception_handler(400)  # FastAPI's own, where a body cannot be read
-async def _unread(_: Request, error: Exception) -> JSONResponse:
-    message = "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."
-    return refusal(RequestError(400, message))
-
-
-@api.exception_handler(404)
-@api.exception_handler(405)
-async def _nowhere(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+@api.exception_handler(HTTPException)
+async def _unmet(request: Request, error: Any) -> JSONResponse:
+    """FastAPI's own: a body that cannot be read, a path or a method that is not there."""
     message = f"there is no {request.method} {request.url.path} here: the page /docs has what there is."
+    if error.status_code == 400:
+        message = "the body cannot be read: it must be JSON in UTF-8, and not nested deeply."
     return JSONResponse({"detail": message}, error.status_code, error.headers)
 
 

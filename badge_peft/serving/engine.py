@@ -24,14 +24,7 @@ from badge_peft.utils.texts import longest_text
 
 
 class Engine(BaseEngine):
-    """A loaded adapter, or a bundle of many.
-
-    Args:
-        adapter: A folder or repository, or a dict from tasks to such.
-        base_model: As for `load_pretrained`.
-        threads: Of torch; None leaves it as it is.
-        batch_size: Rows per pass.
-    """
+    """A loaded adapter, or a bundle of many: a folder or repository, or a dict from tasks to such."""
 
     _ranks_not = "its model has several outputs"
 

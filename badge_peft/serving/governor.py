@@ -24,19 +24,10 @@ REPORTS = 400  # that are taken in a second, from all replicas
 
 
 class Governor:
-    """Takes what replicas report, and says at which setting they answer.
-
-    Args:
-        configs: For each task the adapter's own setting.
-        problems: For each task its problem type.
-        check: Raises a ValueError where a setting does not suit a task.
-        target: Seconds that the p95 latency is kept below; None: the setting stays as it is.
-        max_score_drop: The floor of the controller.
-        careful: Whether to go to full depth after an alarm of drift.
-        unwatched: For tasks whose traffic is not watched, whatever the setting, the reason.
-        interval: Seconds between two decisions of the controller, and two reports of a replica.
-        clock: Seconds.
-    """
+    """Takes what replicas report, and says at which setting they answer. `check` raises a ValueError where a setting
+    does not suit a task; `unwatched` has the reasons why tasks are not watched, whatever the setting; `interval` are
+    the seconds between two decisions of the controller, and two reports of a replica; the rest is of
+    `ServiceSettings`."""
 
     def __init__(
         self,

@@ -78,13 +78,7 @@ class FixedRule:
 
 
 class OnnxEngine(BaseEngine):
-    """A loaded file. All of its tasks run, whichever are asked for.
-
-    Args:
-        folder: That the export wrote.
-        threads: Of ONNX Runtime.
-        batch_size: Rows per call.
-    """
+    """A loaded file. All of its tasks run, whichever are asked for."""
 
     _ranks_not = "the rule in its file is not top_k"
 

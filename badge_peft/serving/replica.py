@@ -37,14 +37,8 @@ def open_engine(settings: ServiceSettings) -> BaseEngine:
 
 
 class Replica:
-    """Answers at the setting that the governor says, once it has heard of it.
-
-    Args:
-        name: Of this replica.
-        engine: Of the adapter.
-        settings: Of the service.
-        tell: Hands a report to the governor, and returns its `state`.
-    """
+    """Answers at the setting that the governor says, once it has heard of it. `tell` hands a report to the governor,
+    and returns its `state`."""
 
     def __init__(
         self,

@@ -19,21 +19,13 @@ _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75
 
 @dataclass
 class Done:
-    """What a replica did since the last report that has arrived.
+    """What a replica did since the last report that has arrived."""
 
-    Args:
-        latencies: Seconds that requests took.
-        measured: Those of requests that were answered at one setting, the one in force, from first to last.
-        answered: Rows by task and exit.
-        statuses: Requests by path and status.
-        shadows: For tasks what `BaseEngine.shadow` gave.
-    """
-
-    latencies: list[float] = field(default_factory=list)
-    measured: list[float] = field(default_factory=list)
-    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
-    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)  # seconds that requests took
+    measured: list[float] = field(default_factory=list)  # of those that the setting in force answered, first to last
+    answered: Counter[tuple[str, int]] = field(default_factory=Counter)  # rows by task and exit
+    statuses: Counter[tuple[str, int]] = field(default_factory=Counter)  # requests by path and status
+    shadows: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # for tasks what `BaseEngine.shadow` gave
 
     def __add__(self, later: Done) -> Done:
         return Done(*(getattr(self, f.name) + getattr(later, f.name) for f in fields(self)))
@@ -41,25 +33,15 @@ class Done:
 
 @dataclass
 class Report:
-    """How one replica stands, and what it did since its last report.
-
-    Args:
-        replica: Its name.
-        version: Of the setting that it answers at.
-        done: What it did.
-        waiting: Rows that are accepted and not answered.
-        oldest: Seconds that the oldest of them has waited; 0 where none waits.
-        expected: Seconds that a new one will wait, as fast as rows were answered of late; 0 where nobody knows.
-        state: What the governor said last.
-    """
+    """How one replica stands, and what it did since its last report."""
 
     replica: str
-    version: int = 0
+    version: int = 0  # of the setting that it answers at
     done: Done = field(default_factory=Done)
-    waiting: int = 0
-    oldest: float = 0.0
-    expected: float = 0.0
-    state: dict[str, Any] | None = None
+    waiting: int = 0  # rows that are accepted and not answered
+    oldest: float = 0.0  # seconds that the oldest of them has waited; 0 where none waits
+    expected: float = 0.0  # seconds that a new one will wait, by the last passes; 0 where nobody knows
+    state: dict[str, Any] | None = None  # what the governor said last
 
 
 class ServiceMetrics:

@@ -176,7 +176,7 @@ ACTORS = """
 import sys, time, ray
 from ray import serve
 from badge_peft.serving.application import build
-from badge_peft.serving.connect import _start_serve
+from badge_peft.serving.run import start_serve
 
 def until(what, *wanted):
     end = time.monotonic() + 200
@@ -189,7 +189,7 @@ def until(what, *wanted):
         time.sleep(0.5)
 
 ray.init(sys.argv[1], namespace="serve", log_to_driver=False)
-_start_serve("127.0.0.1", int(sys.argv[2]))
+start_serve("127.0.0.1", int(sys.argv[2]))
 if sys.argv[3:]:
     for size in (8, 16):
         serve.run(build({"adapter": sys.argv[3], "batch_size": size}), name="badge-peft")
