@@ -34,6 +34,9 @@ _SLOTS = 100_000  # requests that Ray hands to a replica, which refuses by itsel
 _ENVIRONMENT = {  # of the processes of a Ray that is started here
     # a busy machine takes longer than Ray's 5 seconds to start a proxy, which Ray would start over and over again
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # and kills one that is busy for 30 seconds; one that has died is noticed after three checks, of 10 seconds each
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_worker_niceness": "0",  # Ray's workers are nice to all else: a service is not to be
     # where RAY_SERVE_ENABLE_HA_PROXY=1 puts HAProxy before the replicas: what it counts is counted here, and nobody
     # else has to notice that a replica ends
