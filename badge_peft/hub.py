@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from json import JSONDecodeError
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
@@ -202,8 +201,8 @@ def push_to_hub(
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if not isinstance(adapter, (str, Path)):
-            # the repository's card, where there is one: what somebody wrote there is kept
-            with suppress(EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+            # what somebody wrote there is kept; a Hub that cannot say whether there is such a card ends this
+            if api.file_exists(repo, CARD, revision=revision):
                 hf_hub_download(repo, CARD, revision=revision, token=token, local_dir=folder, force_download=True)
         write_model_card(folder, repo, _remote_license(api, config))
         return api.create_commit(

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -185,9 +189,11 @@ class Hub:
             self.pushed[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
         return "commit"
 
+    def file_exists(self, repo_id: str, name: str, **kwargs: Any) -> bool:
+        return self.readme is not None
+
     def download(self, repo_id: str, name: str, local_dir: str, **kwargs: Any) -> str:
-        if self.readme is None:
-            raise LocalEntryNotFoundError("nothing there")
+        assert self.readme is not None
         Path(local_dir, name).write_text(self.readme)
         return str(Path(local_dir, name))
 
@@ -222,6 +228,46 @@ def test_what_somebody_wrote_on_the_hub_stays(saved: tuple[str, PeftModel], hub:
     push_to_hub(saved[1], "exits")
     assert "# Ours" in hub.card().text and hub.card().data.license == "mit"
     assert "badge" in (hub.card().data.tags or [])
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_out_of_order_loses_nobody_a_card(saved: tuple[str, PeftModel], tmp_path: Path) -> None:
+    """A real client of a Hub that makes repositories and answers 500 to what is asked of files."""
+    asked: list[str] = []
+
+    class Broken(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            body = json.dumps({"url": f"http://127.0.0.1:{server.server_port}/me/exits"}).encode()
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(500)
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys\nfrom badge_peft import load_pretrained, push_to_hub\n"
+        "try: push_to_hub(load_pretrained(sys.argv[1]), 'me/exits', token='x')\n"
+        "except OSError as error: print('refused', error)\n"
+    )
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, saved[0]], env=environment, capture_output=True, text=True)
+    server.shutdown()
+    assert done.stdout.startswith("refused") and "500" in done.stdout, done.stderr[-3000:]
+    assert any("README.md" in path for path in asked) and not any("commit" in path for path in asked), asked
 
 
 def test_one_adapter_of_several(saved: tuple[str, PeftModel], hub: Hub) -> None:

@@ -59,10 +59,14 @@ def _run(tokens: Sequence[str] | None) -> None:
         see = " ".join(["badge-peft", *(error.command_chain or ()), "--help"])
         warn(f"error: {' '.join(str(error).split())} See {see}.", "red")
         raise SystemExit(2) from error
-    with exit_on_user_error(), warnings_as_notes():
-        if command in COMMANDS:  # and not --help or --version
-            _meet(command)
-        command(*bound.args, **bound.kwargs)
+    try:
+        with exit_on_user_error(), warnings_as_notes():
+            if command in COMMANDS:  # and not --help or --version
+                _meet(command)
+            command(*bound.args, **bound.kwargs)
+    except KeyboardInterrupt as interrupt:
+        warn("interrupted")
+        raise SystemExit(130) from interrupt
     distributed.shutdown()
 
 

@@ -57,7 +57,8 @@ def serve(
         batch_wait: Milliseconds that a request also waits for others where none runs.
         target_p95: Milliseconds: move along the calibrated curve to keep the 95th percentile of the latency below.
         max_score_drop: With --target-p95: never go to a setting that scores so much less than full depth.
-        shadow_share: Share of the texts that also run at full depth in idle time, to notice drift.
+        shadow_share: Share of the texts that also run at full depth, in a twentieth of the time at most, to notice
+            drift.
         on_drift: After an alarm: alarm says it in the log and in /metrics, careful also goes to full depth.
         max_rows: Texts in one request; more are refused.
         max_characters: Of one text.
@@ -74,9 +75,8 @@ def serve(
     require("serve", "ray", "pydantic", "fastapi", "prometheus_client")
     adapter = _file(adapters, base_model) if onnx else _adapter(adapters)
     ask_for_token(address)
-    from badge_peft.serving.requests import Limits
     from badge_peft.serving.run import run_service
-    from badge_peft.serving.settings import ServiceSettings
+    from badge_peft.serving.settings import Limits, ServiceSettings
 
     settings = ServiceSettings(
         adapter,

@@ -6,20 +6,16 @@ from dataclasses import fields
 from typing import Any
 
 from badge_peft.serving.deployment import Service
-from badge_peft.serving.requests import Limits
 from badge_peft.serving.run import replica_options
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import Limits, ServiceSettings
 
 
 def build(args: dict[str, Any]) -> Any:
-    """What `import_path: badge_peft.serving.application:build` names.
+    """What `import_path: badge_peft.serving.application:build` names, as an application of Ray Serve. How many
+    replicas there are is said in the config file, of its deployment `Service`.
 
     Args:
         args: Fields of `ServiceSettings`, `adapter` among them; `limits` is a mapping of its own.
-
-    Returns:
-        An application of Ray Serve, whose deployment `Service` the config file may change: how many replicas there are
-        is said there.
 
     Raises:
         ValueError: a field that is not there, or no adapter.

@@ -3,85 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.serving.engine import MAIN, Engine
+from badge_peft.serving.base_engine import BaseEngine
 from badge_peft.serving.requests import Row
 
 
 @dataclass
 class Work:
-    """What one request asks.
-
-    Args:
-        rows: Its texts.
-        tasks: As for `Engine.predict`.
-        max_exit: As for `Engine.predict`.
-        seconds: Once it is answered: what the pass took that it shared with others.
-    """
+    """What one request asks: its texts, and the rest as `BaseEngine.predict` takes it. `seconds` are those of the pass
+    that it shared with others, once it is answered."""
 
     rows: list[Row]
     tasks: tuple[str, ...] | None = None
     max_exit: int | None = None
+    all_scores: bool = False
     seconds: float = 0.0
 
 
-@dataclass
-class Batch:
-    """What came of a batch of requests.
-
-    Args:
-        results: For each request the answers of its rows, or the exception that it ended with.
-        answered: How many rows each task and exit answered.
-        sampled: Rows drawn for a shadow run, with their task.
-    """
-
-    results: list[Any]
-    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
-    sampled: list[tuple[str, Row]] = field(default_factory=list)
-
-
-def answer_together(
-    engine: Engine, works: Sequence[Work], configs: dict[str, EarlyExitConfig], draw: Callable[[], bool]
-) -> Batch:
-    """Answers requests; those that ask for the same tasks and bound share their passes. Where these fail, each is
-    answered alone, so that none has the failure of another.
-
-    Args:
-        engine: Of the adapter.
-        works: The requests.
-        configs: As for `Engine.predict`.
-        draw: Whether a row is taken for a shadow run. Rows with a bound of their own are not: nothing was measured of
-            their setting.
-    """
+def answer_together(engine: BaseEngine, works: Sequence[Work], configs: Mapping[str, EarlyExitConfig]) -> list[Any]:
+    """For each request the answers of its rows, or the exception that it ended with. Those that ask for the same share
+    their passes; where these fail, each is answered alone, so that none has the failure of another."""
     groups: dict[Any, list[int]] = {}
     for i, work in enumerate(works):
-        groups.setdefault((work.tasks, work.max_exit), []).append(i)
-    batch = Batch([None] * len(works))
-    for (tasks, max_exit), members in groups.items():
-        rows = [row for i in members for row in works[i].rows]
+        groups.setdefault((work.tasks, work.max_exit, work.all_scores), []).append(i)
+    results: list[Any] = [None] * len(works)
+    for asked, members in groups.items():
         try:
-            answers = engine.predict(rows, configs, tasks, max_exit)
+            answers = iter(engine.predict([row for i in members for row in works[i].rows], configs, *asked))
         except Exception as error:
-            alone = [answer_together(engine, [works[i]], configs, draw) for i in members] if len(members) > 1 else []
-            for i, own in zip(members, alone or [Batch([error])], strict=True):
-                batch.results[i] = own.results[0]
-                batch.answered += own.answered
-                batch.sampled += own.sampled
-            continue
-        for row, said in zip(rows, answers, strict=True):
-            for task, own in (said if tasks else {MAIN: said}).items():
-                batch.answered[task, own["exit_layer"]] += 1
-                if max_exit is None and draw():
-                    batch.sampled.append((task, row))
-        for i in members:
-            count = len(works[i].rows)
-            batch.results[i], answers = answers[:count], answers[count:]
-    return batch
+            for i in members:
+                results[i] = error if len(members) == 1 else answer_together(engine, [works[i]], configs)[0]
+        else:
+            for i in members:
+                results[i] = list(islice(answers, len(works[i].rows)))
+    return results
 
 
 class Batcher:
@@ -89,10 +50,9 @@ class Batcher:
     batches, and where nothing runs nobody waits. (`serve.batch` of Ray closes a batch by the clock, whether or not the
     model is free: a service that cannot keep up then works off a queue of small batches.)
 
-    Args:
-        run: Answers requests together; a result that is an exception is raised where the request came from.
-        rows: Rows of a batch; a request that has more is a batch by itself.
-        wait: Seconds that the first request of a batch that is not full waits for others.
+    `run` answers requests together; a result that is an exception is raised where the request came from. A batch has
+    `rows` rows (a request that has more is one by itself), and the first request of one that is not full waits `wait`
+    seconds for others.
     """
 
     def __init__(self, run: Callable[[list[Work]], Awaitable[list[Any]]], rows: int, wait: float = 0.0) -> None:
@@ -112,8 +72,7 @@ class Batcher:
         return result
 
     async def _work(self) -> None:
-        """Until nobody waits."""
-        while self._queue:
+        while self._queue:  # until nobody waits
             if self.wait and sum(len(work.rows) for work, _ in self._queue) < self.rows:
                 await asyncio.sleep(self.wait)
             batch = self._take()
@@ -129,11 +88,8 @@ class Batcher:
         """The first requests that make a batch; those whose clients have gone are dropped."""
         batch: list[tuple[Work, asyncio.Future[Any]]] = []
         rows = 0
-        while self._queue:
-            work, future = self._queue[0]
-            if batch and rows + len(work.rows) > self.rows:
-                break
-            self._queue.popleft()
+        while self._queue and not (batch and rows + len(self._queue[0][0].rows) > self.rows):
+            work, future = self._queue.popleft()
             if not future.cancelled():
                 batch.append((work, future))
                 rows += len(work.rows)

@@ -10,7 +10,7 @@ Control", 1988): a load that lies between two points makes fewer and fewer trial
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -24,21 +24,13 @@ _LARGEST_STEP = 4  # points of the curve in one update
 
 @dataclass
 class _State:
-    """What a controller remembers; all of it is JSON.
+    """What a controller remembers; all of it is JSON."""
 
-    Args:
-        position: Index of the point in force.
-        missed: Measurements in a row that missed the target.
-        calm: Measurements in a row that kept it with room to spare.
-        held: Measurements since the target was last missed, or the setting last became faster.
-        waits: For each point, how many calm measurements come before it is entered from its faster neighbor.
-    """
-
-    position: int
-    missed: int
-    calm: int
-    held: int
-    waits: list[int]
+    position: int  # index of the point in force
+    missed: int  # measurements in a row that missed the target
+    calm: int  # in a row that kept it with room to spare
+    held: int  # since the target was last missed, or the setting last became faster
+    waits: list[int]  # for each point, how many calm measurements come before it is entered from its faster neighbor
 
 
 class LatencyController:
@@ -163,7 +155,7 @@ class LatencyController:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes, for JSON: another process goes on where this one was."""
-        return {"points": [p.to_dict() for p in self.points], **vars(self._state), "waits": list(self._state.waits)}
+        return {"points": [point.to_dict() for point in self.points], **asdict(self._state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another controller was.
@@ -171,30 +163,23 @@ class LatencyController:
         Raises:
             ValueError: the state is of other points, or is none; nothing has changed then.
         """
-        points = [p.to_dict() for p in self.points]
-        if not isinstance(state, dict) or state.get("points") != points:
+        points = [point.to_dict() for point in self.points]
+        if state.get("points") != points:
             raise ValueError(
                 "the state belongs to another curve or floor than this controller's: leave it out, and the controller "
                 "starts at the most careful point."
             )
-        numbers: dict[str, Any] = {name: state.get(name) for name in ("position", "missed", "calm", "held")}
-        waits = state.get("waits")
-        for name, value in numbers.items():
-            check_int(name, value, at_least=0, optional=False)
-        if not isinstance(waits, list) or len(waits) != len(points) or numbers["position"] >= len(points):
-            raise ValueError(f"position={numbers['position']!r} and waits={waits!r} do not fit {len(points)} points.")
-        for value in waits:
-            check_int("waits", value, at_least=1, optional=False)
-        self._state = _State(**numbers, waits=list(waits))
+        found = _State(**{field.name: state[field.name] for field in fields(_State)})
+        for name in ("position", "missed", "calm", "held"):
+            check_int(name, getattr(found, name), at_least=0, optional=False)
+        if len(found.waits) != len(points) or found.position >= len(points):
+            raise ValueError(f"position={found.position} and waits={found.waits} do not fit {len(points)} points.")
+        self._state = replace(found, waits=list(found.waits))
 
 
 def points_above(curve: Sequence[TradeOffPoint], min_score: float | None) -> list[TradeOffPoint]:
-    """The points that score at least `min_score`: from the slowest such point to the last before one that does not, so
-    that no lucky point far out is used.
-
-    Raises:
-        ValueError: the curve is empty or not in order from slow to fast, or no point scores as much.
-    """
+    """The points that score at least `min_score`: from the slowest such point to the last before one that does not,
+    so that no lucky point far out is used. A ValueError where there is none, or the curve is not in order."""
     speeds = [point.layer_speedup for point in curve]
     if not speeds or sorted(set(speeds)) != speeds:
         raise ValueError(f"a curve needs points from slow to fast, each faster than the last, got speed-ups {speeds}.")

@@ -4,13 +4,15 @@ and in seconds, before anything reads them whole, and tells how each request end
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from badge_peft.serving.requests import Limits, RequestError
+from starlette.responses import JSONResponse
+
+from badge_peft.serving.requests import RequestError, check_token
+from badge_peft.serving.settings import Limits
 
 PATHS = ("/predict", "/rerank", "/policy", "/healthz", "/info", "/metrics")
 _GONE = 499  # the client has gone before its answer; the number that nginx gives it
@@ -22,6 +24,7 @@ class _Process:
 
     limits: Limits = field(default_factory=Limits)
     count: Callable[[str, int], None] = lambda path, status: None
+    token: str | None = None
     requests: int = 0  # that are here now
     held: int = 0  # bytes of their bodies
 
@@ -29,31 +32,23 @@ class _Process:
 _PROCESS = _Process()
 
 
-def set_front(limits: Limits, count: Callable[[str, int], None]) -> None:
-    """Sets what the middleware of this process does.
-
-    Args:
-        limits: Of bodies.
-        count: Is given the path (one of `PATHS`, or `other`) and the status of each request that has ended.
-    """
-    _PROCESS.limits, _PROCESS.count = limits, count
+def set_front(limits: Limits, count: Callable[[str, int], None], token: str | None = None) -> None:
+    """Sets for this process the limits of bodies, what is given the path (one of `PATHS`, or `other`) and the status
+    of each request that has ended, and who may change something (PUT)."""
+    _PROCESS.limits, _PROCESS.count, _PROCESS.token = limits, count, token
 
 
 class Front:
-    """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, and 429
-    where all that are here take more than `Limits.all_bytes` and this one more than its share of that: a few large or
-    slow ones do not shut out the small ones. Notes in the header `Server-Timing` of each answer the milliseconds until
-    it was there, and how many of these went by until the server had handed over the body.
-
-    Args:
-        app: The application behind it.
-    """
+    """Answers 413 where a body is larger than allowed or said to be, 408 where it takes too long to come, 429 where
+    all that are here take more than `Limits.all_bytes` and this one more than its share of that (a few large or slow
+    ones do not shut out the small ones), and 401 or 403 where a change does not bear the token. Notes in
+    `Server-Timing` of each answer the milliseconds until it was there, and how many of these the server took to hand
+    over the body."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -84,15 +79,18 @@ class Front:
             _PROCESS.count(path if path in PATHS else "other", status)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        body, seconds = _Body(scope, _PROCESS), _PROCESS.limits.body_seconds
+        body, limit = _Body(dict(scope["headers"]).get(b"content-length", b"0")), _PROCESS.limits.body_seconds
         _PROCESS.requests += 1
         try:
             try:
-                if not await asyncio.wait_for(body.read(receive), seconds):
+                if scope["method"] == "PUT":  # before anything of the body is read
+                    check_token(dict(scope["headers"]).get(b"authorization"), _PROCESS.token)
+                if not await asyncio.wait_for(body.read(receive), limit):
                     return
             except asyncio.TimeoutError:
-                late = RequestError(408, f"the body has not come within {seconds:g} s: send less at a time.")
-                await _refuse(send, late)
+                await _refuse(
+                    send, RequestError(408, f"the body has not come within {limit:g} s: send less at a time.")
+                )
                 return
             except RequestError as error:
                 await _refuse(send, error)
@@ -102,7 +100,8 @@ class Front:
             async def again() -> Any:
                 return whole.pop() if whole else await receive()
 
-            await self.app(scope, again, send)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server leaves the body out
+            await self.app({**scope, "method": method}, again, send)
         finally:
             _PROCESS.requests -= 1
             _PROCESS.held -= body.held
@@ -111,18 +110,13 @@ class Front:
 class _Body:
     """The body of a request, which counts as held from its header on where that says how long it is."""
 
-    def __init__(self, scope: Any, process: _Process) -> None:
+    def __init__(self, said: bytes) -> None:
         self.parts: list[bytes] = []
-        self.held, self._process = 0, process
-        self._said = dict(scope["headers"]).get(b"content-length", b"0")
+        self.held, self._said = 0, said
 
     async def read(self, receive: Any) -> bool:
-        """All of it into `parts`; False where the client has gone before.
-
-        Raises:
-            RequestError: 413 where it is too large, 429 where there is no room for it.
-        """
-        self._hold(int(self._said) if self._said.isdigit() else self._process.limits.body_bytes + 1)
+        """All of it into `parts`, within the limits; False where the client has gone before."""
+        self._hold(int(self._said) if self._said.isdigit() else _PROCESS.limits.body_bytes + 1)
         size, more = 0, True
         while more:
             message = await receive()
@@ -134,21 +128,23 @@ class _Body:
         return True
 
     def _hold(self, more: int) -> None:
-        limits, process = self._process.limits, self._process
+        limits = _PROCESS.limits
         self.held += more
-        process.held += more
+        _PROCESS.held += more
         if self.held > limits.body_bytes:
             raise RequestError(413, f"the body has more than {limits.body_bytes} bytes: send the texts in parts.")
-        if process.held > limits.all_bytes and self.held > limits.all_bytes / process.requests:
+        if _PROCESS.held > limits.all_bytes and self.held > limits.all_bytes / _PROCESS.requests:
             raise RequestError(429, "the service holds as much as it may: try again in a second.", retry_after=1)
+
+
+def refusal(error: RequestError) -> JSONResponse:
+    """As an answer."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse({"detail": error.message}, error.status, headers)
 
 
 async def _refuse(send: Any, error: RequestError) -> None:
     """Answers, and has the server close the connection: what is left of the body is not read."""
-    body = json.dumps({"detail": error.message}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")]
-    if error.retry_after is not None:
-        headers += [(b"retry-after", str(error.retry_after).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    answer = refusal(error)
+    answer.headers["Connection"] = "close"
+    await answer({"type": "http"}, None, send)  # type: ignore[arg-type]  # it asks for nothing

@@ -3,19 +3,20 @@ an actor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import inf
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.serving.controller import LatencyController
-from badge_peft.serving.metrics import ServiceMetrics
 from badge_peft.serving.monitor import DriftAlarm, ExitMonitor
-from badge_peft.serving.preflight import ONE_ADAPTER
-from badge_peft.serving.report import Report
+from badge_peft.serving.report import Report, ServiceMetrics
 from badge_peft.serving.requests import PolicyUpdate
+from badge_peft.serving.settings import ONE_ADAPTER, check_goal
 
 _GONE = 15.0  # seconds without a report after which a replica counts no more
 _CALM, _LONGEST = 1.0, 60.0  # seconds: of calm before more care is tried, and the most that this is doubled to
@@ -23,21 +24,10 @@ REPORTS = 400  # that are taken in a second, from all replicas
 
 
 class Governor:
-    """Takes what replicas report, and says at which setting they answer.
-
-    Args:
-        configs: For each task the adapter's own setting.
-        problems: For each task its problem type.
-        check: Raises a ValueError where a setting does not suit a task.
-        target: Seconds that the p95 latency is kept below; None: the setting stays as it is.
-        max_score_drop: The floor of the controller.
-        careful: Whether to go to full depth after an alarm of drift.
-        interval: Seconds between two decisions of the controller, and two reports of a replica.
-        clock: Seconds.
-
-    Raises:
-        ValueError: a target where there are many tasks, no curve, or one whose points the service cannot answer at.
-    """
+    """Takes what replicas report, and says at which setting they answer. `check` raises a ValueError where a setting
+    does not suit a task; `unwatched` has the reasons why tasks are not watched, whatever the setting; `interval` are
+    the seconds between two decisions of the controller, and two reports of a replica; the rest is of
+    `ServiceSettings`."""
 
     def __init__(
         self,
@@ -47,13 +37,16 @@ class Governor:
         target: float | None = None,
         max_score_drop: float = 0.01,
         careful: bool = False,
+        unwatched: Mapping[str, str] | None = None,
         interval: float = 1.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.version = 1
+        self.version, self._life = 1, uuid4().hex
+        self._known: float = 0  # the newest version of an earlier life that was heard of
+        self._unwatched = dict(unwatched or {})
         self._own, self._chosen = dict(configs), dict(configs)
         self._check, self._clock, self.interval = check, clock, interval
-        self._decided = clock()
+        self._decided = self.heard = clock()
         self._latencies: list[float] = []
         self._late, self._waits = 0.0, False
         self._replicas: dict[str, Report] = {}
@@ -75,8 +68,20 @@ class Governor:
         kept = self._chosen.items()
         return {task: self.monitors[task].setting(c) if task in self.monitors else c for task, c in kept}
 
+    @property
+    def unwatched(self) -> dict[str, str]:
+        """For each task in whose traffic no drift would be noticed now, the reason."""
+        found = dict(self._unwatched)
+        for task, config in self.configs.items():
+            if task not in self.monitors:
+                found.setdefault(task, "nothing is stored that was measured: calibrate the adapter.")
+            elif EarlyExitConfig.of(config, calibration=None) not in self.monitors[task].promises:
+                found.setdefault(task, "nothing was measured of the setting in force: take a point of the curve.")
+        return found
+
     def _start(self, target: float | None, max_score_drop: float) -> None:
         """A controller for `target`, or none."""
+        check_goal(target, max_score_drop)
         made: LatencyController | None = None
         if target:
             if len(self._own) > 1:
@@ -89,17 +94,10 @@ class Governor:
             self._chosen[task] = made.config
         self.controller, self.target, self.max_score_drop = made, target or None, max_score_drop
 
-    # ------------------------------------------------------------------------------------------------------- changes
-
-    def update(self, change: PolicyUpdate) -> dict[str, Any]:
-        """Changes what was asked for, all of it or nothing.
-
-        Args:
-            change: The request.
-
-        Raises:
-            ValueError: a name, a field or a value is not allowed, or a threshold is set while a target moves it.
-        """
+    def update(self, change: PolicyUpdate, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Changes what was asked for, all of it or nothing, with a ValueError for what is not allowed. `known` is what
+        the replica that passes it on was told last."""
+        self._hear(known)
         unknown = sorted(set(change.tasks or {}) - set(self._own))
         if unknown:
             raise ValueError(f"there is no task {unknown[0]!r}: they are {', '.join(self._own)}.")
@@ -125,14 +123,14 @@ class Governor:
             for monitor in self.monitors.values():
                 monitor.reset()
         self._chosen = configs
-        self.version += 1
+        self.version, self._known = self.version + 1, inf  # what other replicas knew before is older
         return self.state()
 
     def report(self, report: Report) -> dict[str, Any]:
         """Takes what a replica did, and says what to answer at from now on: `state`."""
-        if report.state is not None and report.version > self.version:
-            self._restore(report.state)
+        self._hear(report.state)
         now, before = self._clock(), self.configs
+        self.heard = now
         for name in [name for name, seen in self._seen.items() if now - seen >= _GONE]:
             del self._replicas[name], self._seen[name]
             self._metrics.forget(name)
@@ -151,15 +149,23 @@ class Governor:
         self.version += self.configs != before
         return self.state()
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _hear(self, known: dict[str, Any] | None) -> None:
         """Goes on where a governor was that has died: a replica still knows. A controller starts at its most careful
-        point, and monitors count anew, but an alarm stays."""
-        self._chosen = {task: EarlyExitConfig.of(fields) for task, fields in state["chosen"].items()}
-        self._start(state["target"], state["max_score_drop"])
-        for task, alarm in state["drift"].items():
-            self.monitors[task].alarm = alarm and DriftAlarm(**alarm)
-        self._ending = state["ending"]
-        self.version = state["version"] + 1
+        point, and monitors count anew, but an alarm stays. Of what several replicas know the newest counts, and what
+        they know is never this life's version."""
+        if known is None or known["life"] == self._life:
+            return
+        if known["version"] > self._known:
+            self._known = known["version"]
+            self._chosen = {task: EarlyExitConfig.of(fields) for task, fields in known["chosen"].items()}
+            self._start(known["target"], known["max_score_drop"])
+            for task, alarm in known["drift"].items():
+                self.monitors[task].alarm = alarm and DriftAlarm(**alarm)
+            self._ending = known["ending"]
+            for name in known["replicas"]:  # they are to hear of all changes
+                self._replicas.setdefault(name, Report(name))
+                self._seen.setdefault(name, self._clock())
+        self.version = max(self.version, known["version"] + 1)
 
     def _decide(self, now: float) -> None:
         """Once in each interval: the controller's next setting."""
@@ -178,6 +184,7 @@ class Governor:
         """The setting in force and how it came about, for JSON."""
         return {
             "version": self.version,
+            "life": self._life,
             "early_exit": _fields(self.configs),
             "chosen": _fields(self._chosen),  # the same, but for an alarm's careful one
             "target": self.target,
@@ -188,6 +195,7 @@ class Governor:
             "ending": self._ending,
             "report_every": max(self.interval, len(self._replicas) / REPORTS),
             "drift": {task: m.alarm and dict(vars(m.alarm)) for task, m in self.monitors.items()},
+            "unwatched": self.unwatched,
         }
 
     def end(self) -> dict[str, Any]:
@@ -199,7 +207,7 @@ class Governor:
     def metrics(self) -> str:
         """For Prometheus, as text."""
         speedup = None if self.controller is None else self.controller.point.layer_speedup
-        return self._metrics.text(self.version, self.configs, self.monitors, self.target, speedup)
+        return self._metrics.text(self.version, self.configs, self.monitors, self.unwatched, self.target, speedup)
 
 
 def _fields(configs: dict[str, EarlyExitConfig]) -> dict[str, dict[str, Any]]:

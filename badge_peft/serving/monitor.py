@@ -1,8 +1,15 @@
 """`ExitMonitor`: does the traffic still look like the rows that the adapter was calibrated on?
 
-Some rows, drawn by chance, are answered a second time at full depth when there is time (a shadow run). Whether the
-two answers agree, and at which exit the row stopped, goes into sequential tests (`detector.py`); texts, labels and
-logits are not kept.
+Some rows, drawn by chance, are answered a second time at full depth (a shadow run). Whether the two answers agree, and
+at which exit the row stopped, goes into sequential tests; texts, labels and logits are not kept.
+
+The test is a Shiryaev-Roberts e-detector of Bernoulli likelihood ratios: R = (R + 1) L for each new row, where L is
+what a bet on a larger share pays, at most 1 in the mean while the promise holds. R less the number of rows is then a
+supermartingale, so with a limit c on R the probability of an alarm within n rows is at most n / c, and c rows pass
+before a false one in the mean, whatever the share below the promise. The mean of several such R, for several larger
+shares and several promises, has the same property. It needs no window.
+
+Source: Shin, Ramdas and Rinaldo, "E-detectors: A Nonparametric Framework for Sequential Change Detection", 2023.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +26,37 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation.curve import stored_promises
 from badge_peft.evaluation.promise import ExitPromise
-from badge_peft.serving.detector import RateDetector
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.problem import differs, problem_of
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray
+ODDS = (1.5, 2.0, 3.0, 5.0, 10.0)  # a bet for each factor by which the odds may have risen
+_LARGEST = 1e300  # R stays a finite number in JSON
+
+
+class RateDetector:
+    """Evidence that one of `count` shares lies above its promise."""
+
+    def __init__(self, count: int) -> None:
+        self.values = np.zeros((count, len(ODDS)))
+
+    def update(self, happened: Array, promised: Array) -> float:
+        """Takes one row: what happened, [count] bool, and the largest shares that keep the promise, [count]. Where one
+        is 1 or more, nothing can break it. Returns the evidence: to be compared with the limit c."""
+        p = np.clip(promised, 1e-6, 1.0)[:, None]
+        odds = np.array(ODDS)
+        bet = odds * p / (1 + (odds - 1) * p)  # the larger share whose odds are so many times those of p
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pays = np.where(np.asarray(happened)[:, None], bet / p, (1 - bet) / (1 - p))
+            grown = np.minimum((self.values + 1) * pays, _LARGEST)
+        self.values = np.where(p < 1, grown, self.values)
+        return self.evidence
+
+    @property
+    def evidence(self) -> float:
+        """The mean of all R."""
+        return float(self.values.mean()) if self.values.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -143,11 +175,9 @@ class ExitMonitor:
                 "a point of the calibrated curve, or give its ExitPromise."
             )
         exits, early, full = np.asarray(exit_layer), torch.as_tensor(logits), torch.as_tensor(full_logits)
-        if exits.ndim != 1 or early.shape != full.shape or early.ndim != 2 or len(early) != len(exits):
-            raise ValueError(
-                f"exit_layer {list(exits.shape)}, logits {list(early.shape)} and full_logits {list(full.shape)} must "
-                "be [n], [n, K] and [n, K]."
-            )
+        shapes = [list(values.shape) for values in (exits, early, full)]
+        if [[len(exits)], shapes[1], shapes[1]] != shapes or early.ndim != 2 or len(early) != len(exits):
+            raise ValueError(f"exit_layer, logits and full_logits of {shapes} must be [n], [n, K] and [n, K].")
         if not np.isin(exits, self.exit_layers).all():
             raise ValueError(f"exit_layer={exits.tolist()} has a block without an exit: they are {self.exit_layers}.")
         wrong = differs(*(self.problem.predictions(x) for x in (early, full)))
@@ -199,28 +229,27 @@ class ExitMonitor:
             "exit_layers": list(self.exit_layers),
             "rows": self.rows,
             "seen": [[number, int(wrong)] for number, wrong in self._seen],
-            "disagree": self._disagree.to_list(),
-            "exits": self._exits.to_list(),
-            "alarm": None if self.alarm is None else dict(vars(self.alarm)),
+            "disagree": self._disagree.values.tolist(),
+            "exits": self._exits.values.tolist(),
+            "alarm": None if self.alarm is None else asdict(self.alarm),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another monitor was.
 
         Raises:
-            ValueError: the state is of other exits, or is none; nothing has changed then.
+            ValueError: the state is of other exits, or of another shape; nothing has changed then.
         """
-        if not isinstance(state, dict) or state.get("exit_layers") != list(self.exit_layers):
+        if state.get("exit_layers") != list(self.exit_layers):
             raise ValueError(f"the state is not of an adapter with the exits {list(self.exit_layers)}: leave it out.")
-        disagree, exits = RateDetector(1), RateDetector(2 * (len(self.exit_layers) - 1))
-        disagree.load(state["disagree"])
-        exits.load(state["exits"])
         alarm = None if state["alarm"] is None else DriftAlarm(**state["alarm"])
-        check_int("rows", state["rows"], at_least=0, optional=False)
-        seen = [(int(number), bool(wrong)) for number, wrong in state["seen"]]
-        self.reset()
-        self._seen.extend(seen)
-        self.alarm, self.rows, self._disagree, self._exits = alarm, state["rows"], disagree, exits
+        found = [np.array(state[name], dtype=np.float64) for name in ("disagree", "exits")]
+        shapes = [own.values.shape for own in (self._disagree, self._exits)]
+        if [values.shape for values in found] != shapes:
+            raise ValueError(f"evidence of shape {[list(values.shape) for values in found]} does not fit {shapes}.")
+        self.alarm, self.rows = alarm, state["rows"]
+        self._disagree.values, self._exits.values = found
+        self._seen = deque(((number, bool(wrong)) for number, wrong in state["seen"]), self._seen.maxlen)
 
 
 def _common_exits(promises: Mapping[EarlyExitConfig, ExitPromise]) -> tuple[int, ...]:

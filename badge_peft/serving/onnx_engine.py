@@ -1,9 +1,10 @@
-"""`OnnxEngine`: as `Engine`, on a file that `export_onnx` or `export_tasks_onnx` wrote, run by ONNX Runtime."""
+"""`OnnxEngine`: answers by a file that `export_onnx` or `export_tasks_onnx` wrote, run by ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
 from badge_peft.export.ranking import OnnxReranker
-from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
+from badge_peft.export.runtime import OnnxEarlyExitModel
 from badge_peft.export.tasks import OnnxTasksModel
-from badge_peft.serving.answers import answered, columns, labeled, reranked
-from badge_peft.serving.engine import BY_QUERY, MAIN, check_texts
-from badge_peft.serving.requests import RequestError, Row, check_pairs
+from badge_peft.serving.base_engine import NEVER, Array, BaseEngine, Check, columns
+from badge_peft.serving.requests import Row
+from badge_peft.serving.settings import MAIN, check_texts
 
 _FAR = 1e30  # beyond every score, in float32 and times ln K, too
 _MOVED = ("threshold", "patience", "calibration")
@@ -24,15 +25,8 @@ _MOVED = ("threshold", "patience", "calibration")
 
 @dataclass(frozen=True)
 class FixedRule:
-    """The rule in a file, of which a call moves the threshold and the patience.
-
-    Args:
-        config: The rule.
-        num_labels: K.
-        problem_type: As transformers has it.
-        num_blocks: M.
-        thresholds: How many the file takes; 0: one number.
-    """
+    """The rule in a file, of which a call moves the threshold and the patience; `thresholds` is how many the file
+    takes, 0 for one number."""
 
     config: EarlyExitConfig
     num_labels: int
@@ -49,11 +43,8 @@ class FixedRule:
         )
 
     def inputs(self, config: EarlyExitConfig) -> tuple[Any, int | None]:
-        """Threshold and patience of a call at `config`; None where the rule does not read it.
-
-        Raises:
-            ValueError: the file cannot answer at this setting.
-        """
+        """Threshold and patience of a call at `config`, None where the rule does not read it; a ValueError where the
+        file cannot answer at this setting."""
         own = build_policy(self.config)
         compares = own.uses_threshold(self.problem_type)
         if config.policy == "never" and self.config.policy != "never":
@@ -86,29 +77,10 @@ class FixedRule:
         return _FAR if own.stops_above else -_FAR, None
 
 
-@dataclass(frozen=True)
-class FileCheck:
-    """Refuses settings at which a file cannot answer.
+class OnnxEngine(BaseEngine):
+    """A loaded file. All of its tasks run, whichever are asked for."""
 
-    Args:
-        rules: By task.
-    """
-
-    rules: dict[str, FixedRule]
-
-    def __call__(self, task: str, config: EarlyExitConfig) -> None:
-        """Raises a ValueError where it cannot."""
-        self.rules[task].inputs(config)
-
-
-class OnnxEngine:
-    """A loaded file. Arguments and attributes are those of `Engine`.
-
-    Args:
-        folder: That the export wrote.
-        threads: Of ONNX Runtime.
-        batch_size: Rows per call.
-    """
+    _ranks_not = "the rule in its file is not top_k"
 
     def __init__(self, folder: str, threads: int | None = None, batch_size: int = 32) -> None:
         self.batch_size = batch_size
@@ -118,98 +90,57 @@ class OnnxEngine:
         facts = self.session.config
         of_tasks: Mapping[str, Any] = facts.get("tasks") or {MAIN: facts}
         self.tasks = list(facts.get("tasks") or [])
-        self.configs = {task: EarlyExitConfig.of(own["early_exit"]) for task, own in of_tasks.items()}
-        self.problems = {task: own["problem_type"] for task, own in of_tasks.items()}
+        self.rules = {task: FixedRule.of(own, facts["num_blocks"]) for task, own in of_tasks.items()}
+        self.configs = {task: rule.config for task, rule in self.rules.items()}
+        self.problems = {task: rule.problem_type for task, rule in self.rules.items()}
         self.labels = {
             task: own["labels"] or [f"LABEL_{i}" for i in range(own["num_labels"])] for task, own in of_tasks.items()
         }
-        self.rules = {task: FixedRule.of(own, facts["num_blocks"]) for task, own in of_tasks.items()}
         self.exits = {task: list(own["exit_layers"]) for task, own in of_tasks.items()}
-        self._reranker = OnnxReranker(self.session) if "top_k" in facts else None
-        self.ranks = self._reranker is not None
+        self.reads_pairs = self.session.reads_pairs
+        self._ranker = OnnxReranker(self.session) if "top_k" in facts else None
         _ = self.session.tokenizer  # what is missing is said now
 
-    def checks(self) -> FileCheck:
-        """What refuses settings at which the file cannot answer; another process can have it."""
-        return FileCheck(dict(self.rules))
+    def checks(self) -> Check:
+        return partial(_check, self.rules)
 
-    def predict(
-        self,
-        rows: Sequence[Row],
-        configs: dict[str, EarlyExitConfig],
-        tasks: tuple[str, ...] | None = None,
-        max_exit: int | None = None,
-    ) -> list[Any]:
-        """As `Engine.predict`. All tasks of the file run, whichever are asked for.
+    def unwatched(self, shadow_share: float) -> dict[str, str]:
+        found = super().unwatched(shadow_share)
+        for task, rule in self.rules.items():
+            try:
+                rule.inputs(NEVER)
+            except ValueError as error:
+                found.setdefault(task, str(error))
+        return found
 
-        Raises:
-            RequestError: 400 for a `max_exit`, which is fixed in a file, where the file ranks, and for one text where
-                it was trained on pairs.
-        """
-        if max_exit is not None:
-            raise RequestError(400, "max_exit is fixed in an ONNX file: leave it out, or serve without --onnx.")
-        if self.ranks:
-            raise RequestError(400, BY_QUERY)
-        check_pairs(self.session.reads_pairs, rows)
-
-        def answer(part: list[Row]) -> dict[str, list[Any]]:
-            outputs = self._run(part, configs)
-            return {
-                task: labeled(outputs[task].logits, outputs[task].exit_layer, self.labels[task], self.problems[task])
-                for task in tasks or (MAIN,)
-            }
-
-        return answered(rows, self.batch_size, tasks, answer)
-
-    def rerank(
-        self, query: str, texts: Sequence[str], top_k: int | None, config: EarlyExitConfig
-    ) -> tuple[list[dict[str, Any]], list[int]]:
-        """As `Engine.rerank`.
-
-        Raises:
-            RequestError: 400 where the rule in the file does not rank, or the query is empty.
-        """
-        if self._reranker is None:
-            raise RequestError(400, "this service does not rank: the rule in its file is not top_k. Use /predict.")
-        threshold, _ = self.rules[MAIN].inputs(config)
-        try:
-            count = len(texts) if top_k is None else top_k
-            ranked = self._reranker.rank(query, list(texts), count, threshold=threshold, return_report=True)
-        except ValueError as error:
-            raise RequestError(400, str(error)) from error
-        return reranked(*ranked)
-
-    def shadow(self, task: str, rows: Sequence[Row], config: EarlyExitConfig) -> dict[str, Any] | None:
-        """As `Engine.shadow`; None where the file cannot be sent to full depth."""
-        never = EarlyExitConfig(policy="never")
-        try:
-            self.rules[task].inputs(never)
-        except ValueError:
-            return None
-        early, full = (self._run(rows, {**self.configs, task: c})[task] for c in (config, never))
-        return {
-            "config": config.to_dict(),
-            "exit_layer": early.exit_layer.tolist(),
-            "logits": early.logits.tolist(),
-            "full_logits": full.logits.tolist(),
-        }
-
-    def _run(self, rows: Sequence[Row], configs: Mapping[str, EarlyExitConfig]) -> dict[str, OnnxOutput]:
-        """The answers of all tasks to the rows of a pass; in int8 row by row: there the scale of the activations is
-        that of the whole call, and a row would be answered by what others happen to be in it."""
+    def _run(
+        self, rows: Sequence[Row], configs: Mapping[str, EarlyExitConfig], tasks: Sequence[str]
+    ) -> dict[str, tuple[Array, Array]]:
         if self.session.config["int8"] and len(rows) > 1:
-            alone = [self._run([row], configs) for row in rows]
-            return {
-                task: OnnxOutput(
-                    np.concatenate([own[task].logits for own in alone]),
-                    np.concatenate([own[task].exit_layer for own in alone]),
-                )
-                for task in alone[0]
+            # one by one: the scale of int8's activations is that of the call, and a row would be answered by others
+            alone = [self._run([row], configs, tasks) for row in rows]
+            joined = {
+                task: [np.concatenate(part) for part in zip(*(own[task] for own in alone), strict=True)]
+                for task in tasks
             }
-        encoded = self.session.tokenize(*columns(rows))
-        given = {task: self.rules[task].inputs(configs[task]) for task in self.rules}
-        if not self.tasks:
-            threshold, patience = given[MAIN]
-            return {MAIN: self.session(**encoded, threshold=threshold, patience=patience)}
-        thresholds, counts = ({task: numbers[i] for task, numbers in given.items()} for i in (0, 1))
-        return self.session(**encoded, threshold=thresholds, patience=counts)
+            return {task: (logits, exits) for task, (logits, exits) in joined.items()}
+        given = {task: rule.inputs(configs[task]) for task, rule in self.rules.items()}
+        names = ("threshold", "patience")
+        if self.tasks:
+            how: Any = {name: {task: own[i] for task, own in given.items()} for i, name in enumerate(names)}
+        else:
+            how = dict(zip(names, given[MAIN], strict=True))
+        found = self.session(**self.session.tokenize(*columns(rows)), **how)
+        found = found if self.tasks else {MAIN: found}
+        return {task: (own.logits, own.exit_layer) for task, own in found.items()}
+
+    def _bounded(self, task: str, config: EarlyExitConfig, max_exit: int) -> EarlyExitConfig:
+        raise ValueError("max_exit is fixed in an ONNX file: leave it out, or serve without --onnx.")
+
+    def _rank(self, query: str, texts: list[str], top_k: int | None, config: EarlyExitConfig) -> Any:
+        threshold, _ = self.rules[MAIN].inputs(config)
+        return self._ranker.rank(query, texts, top_k, threshold=threshold, return_report=True)
+
+
+def _check(rules: Mapping[str, FixedRule], task: str, config: EarlyExitConfig) -> None:
+    rules[task].inputs(config)

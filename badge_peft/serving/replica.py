@@ -12,50 +12,52 @@ from time import perf_counter
 from typing import Any
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.serving.answers import passes
+from badge_peft.serving.base_engine import BaseEngine, passes
 from badge_peft.serving.batching import Batcher, Work, answer_together
-from badge_peft.serving.engine import MAIN, Engine
-from badge_peft.serving.report import Done, Report, Waiting
+from badge_peft.serving.report import Done, Report
 from badge_peft.serving.requests import RerankRequest, Row, check_open, check_room, check_rows
-from badge_peft.serving.settings import ServiceSettings
+from badge_peft.serving.settings import MAIN, ServiceSettings
 
 logger = logging.getLogger(__name__)
 _NEW = 0.3  # weight of the last pass in how fast rows are answered
-_SHADOWS = 64  # rows that wait for a shadow run
+_SHADOWS = 8  # rows of a shadow run, which other requests wait for
+_SHADOW_TIME = 0.05  # the share of the time that shadow runs may take
 _JOINING = 60.0  # seconds within which a new replica has to hear of the setting
 
 
-def open_engine(settings: ServiceSettings) -> Any:
-    """What answers: an `Engine`, or an `OnnxEngine`."""
+def open_engine(settings: ServiceSettings) -> BaseEngine:
+    """What answers."""
     if settings.onnx:
         from badge_peft.serving.onnx_engine import OnnxEngine
 
         return OnnxEngine(settings.adapter, settings.threads, settings.batch_size)
+    from badge_peft.serving.engine import Engine
+
     return Engine(settings.adapter, settings.base_model, settings.threads, settings.batch_size)
 
 
 class Replica:
-    """Answers at the setting that the governor says, once it has heard of it.
-
-    Args:
-        name: Of this replica.
-        engine: Of the adapter.
-        settings: Of the service.
-        tell: Hands a report to the governor, and returns its `state`.
-    """
+    """Answers at the setting that the governor says, once it has heard of it. `tell` hands a report to the governor,
+    and returns its `state`."""
 
     def __init__(
-        self, name: str, engine: Any, settings: ServiceSettings, tell: Callable[[Report], Awaitable[dict[str, Any]]]
+        self,
+        name: str,
+        engine: BaseEngine,
+        settings: ServiceSettings,
+        tell: Callable[[Report], Awaitable[dict[str, Any]]],
     ) -> None:
         self.name, self.engine, self.settings, self._tell = name, engine, settings, tell
         self.configs, self.version, self.ending = dict(engine.configs), 0, False
         self._state: dict[str, Any] | None = None
-        self.waiting = Waiting()
+        self._waiting: dict[object, float] = {}  # for each request that is accepted and not answered, since when
+        self._waiting_rows = 0
         self._speed: float | None = None  # rows that a second of passes answers
         self._batcher = Batcher(self._answer, settings.batch_size, settings.batch_wait)
         self._model = ThreadPoolExecutor(1)  # one pass at a time, of as many threads as the settings say
         self._done = Done()
-        self._shadow_rows: list[tuple[str, Row]] = []
+        self._shadow_rows: list[tuple[str, Row]] = []  # of those that were drawn since the last run
+        self._drawn, self._unwatched = 0, engine.unwatched(settings.shadow_share)
         self._draw = random.Random()
         self._reporting = asyncio.Lock()
         self._joined = asyncio.Event()
@@ -65,64 +67,61 @@ class Replica:
         self._done.statuses[path, status] += 1
 
     async def predict(self, work: Work) -> Any:
-        """The answers to the rows of a request, which share their passes with other requests.
-
-        Raises:
-            RequestError: the request is refused.
-        """
-        return await self.accept(work.rows, lambda: self._batcher(work))
+        """The answers to the rows of a request, which share their passes with other requests."""
+        return await self._accept(work.rows, lambda: self._batcher(work), measured=work.max_exit is None)
 
     async def rerank(self, body: RerankRequest) -> list[dict[str, Any]]:
-        """The candidates of a query, best first: a pass of their own.
-
-        Raises:
-            RequestError: the request is refused.
-        """
+        """The candidates of a query, best first: a pass of their own."""
 
         async def call() -> list[dict[str, Any]]:
-            config = self.configs.get(MAIN)  # None: of many tasks, which do not rank
+            config = next(iter(self.configs.values()))
             (found, exits), seconds = await self._run(self.engine.rerank, body.query, body.texts, body.top_k, config)
             self._note_speed(len(exits), seconds)
             self._done.answered.update((MAIN, number) for number in exits)
             return found
 
-        return await self.accept(body.rows(), call)
+        return await self._accept(body.rows(), call)
 
-    async def accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]]) -> Any:
-        """What `call` gives, once the rows are within the limits.
-
-        Raises:
-            RequestError: the request is refused.
-        """
-        start, version = perf_counter(), self.version
+    async def _accept(self, rows: list[Row], call: Callable[[], Awaitable[Any]], measured: bool = True) -> Any:
+        """What `call` gives, once the rows are within the limits; `measured` where it is at the setting in force."""
+        start, version, ticket = perf_counter(), self.version, object()
         check_open(self.ending)
         check_rows(rows, self.settings.limits)
-        check_room(self.waiting.rows, len(rows), self.settings.limits)
-        ticket = self.waiting.enter(len(rows), start)
+        check_room(self._waiting_rows, len(rows), self.settings.limits)
+        self._waiting[ticket] = start
+        self._waiting_rows += len(rows)
         try:
-            if not self._joined.is_set():
-                await asyncio.wait_for(self._joined.wait(), _JOINING)
+            await asyncio.wait_for(self._joined.wait(), _JOINING)
             found = await call()
         finally:
-            self.waiting.leave(ticket, len(rows))
+            del self._waiting[ticket]
+            self._waiting_rows -= len(rows)
         seconds = perf_counter() - start
         self._done.latencies.append(seconds)
-        if version == self.version:
+        if measured and version == self.version:
             self._done.measured.append(seconds)
         return found
 
     async def _answer(self, works: list[Work]) -> list[Any]:
-        batch, seconds = await self._run(answer_together, self.engine, works, dict(self.configs), self._sampled)
+        results, seconds = await self._run(answer_together, self.engine, works, dict(self.configs))
         self._note_speed(sum(len(work.rows) for work in works), seconds)
-        for work in works:
+        for work, result in zip(works, results, strict=True):
             work.seconds = seconds
-        self._done.answered.update(batch.answered)
-        self._shadow_rows = (self._shadow_rows + batch.sampled)[:_SHADOWS]
-        return batch.results
+            for row, said in zip(work.rows, () if isinstance(result, Exception) else result, strict=False):
+                for task, own in (said if work.tasks else {MAIN: said}).items():
+                    self._done.answered[task, own["exit_layer"]] += 1
+                    if work.max_exit is None:  # of a bound of its own nothing was measured
+                        self._maybe_shadow(task, row)
+        return results
 
-    def _sampled(self) -> bool:
-        """Whether one more row runs at full depth as well."""
-        return self._draw.random() < self.settings.shadow_share
+    def _maybe_shadow(self, task: str, row: Row) -> None:
+        """Draws rows that run at full depth as well. Each since the last shadow run is as likely as any other to be in
+        the next (a reservoir)."""
+        if task in self._unwatched or self._draw.random() >= self.settings.shadow_share:
+            return
+        self._drawn += 1
+        place = len(self._shadow_rows) if self._drawn <= _SHADOWS else self._draw.randrange(self._drawn)
+        self._shadow_rows[place : place + 1] = [(task, row)] if place < _SHADOWS else []
 
     async def _run(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
         """What `call` gives in the thread of the model, and the seconds that it takes there."""
@@ -138,21 +137,14 @@ class Replica:
         self._speed = speed if self._speed is None else self._speed + _NEW * (speed - self._speed)
 
     async def report(self) -> dict[str, Any]:
-        """Tells the governor what was done, runs shadow rows where there is time, and takes the setting."""
+        """Tells the governor what was done, and takes the setting."""
         async with self._reporting:  # one after the other, or an older setting might come last
-            if self.waiting.rows == 0:
-                self._done.shadows += await self._run_shadows()
             done, self._done = self._done, Done()
-            report = Report(
-                self.name,
-                self.version,
-                done,
-                self.waiting.rows,
-                self.waiting.oldest(perf_counter()),
-                self.waiting.rows / self._speed if self._speed else 0.0,
-                self._state,
-            )
+            now, waiting = perf_counter(), self._waiting_rows
+            oldest = now - next(iter(self._waiting.values()), now)  # they are in the order in which they came
+            expected = waiting / self._speed if self._speed else 0.0
             try:
+                report = Report(self.name, self.version, done, waiting, oldest, expected, self._state)
                 self._state = state = await self._tell(report)
             except Exception:
                 self._done = done + self._done
@@ -174,12 +166,24 @@ class Replica:
             except Exception:
                 logger.exception("a report has failed; the next one comes")
 
-    async def _run_shadows(self) -> list[tuple[str, dict[str, Any]]]:
-        rows, self._shadow_rows, found = self._shadow_rows, [], []
+    async def shadow_for_ever(self) -> None:
+        """As often as shadow runs may take time, whether or not others wait: busy hours have texts of their own."""
+        pause = 0.0
+        while True:
+            await asyncio.sleep(max(pause, self.settings.report_every))
+            try:
+                pause = await self.run_shadows() / _SHADOW_TIME
+            except Exception:
+                logger.exception("a shadow run has failed; the next one comes")
+
+    async def run_shadows(self) -> float:
+        """Answers the rows that were drawn early and at full depth; returns the seconds that it took."""
+        rows, self._shadow_rows, self._drawn, took = self._shadow_rows, [], 0, 0.0
         for task in sorted({task for task, _ in rows}):
             own = [row for of, row in rows if of == task]
             for places in passes(own, self.settings.batch_size):
                 part = [own[i] for i in places]
-                said, _ = await self._run(self.engine.shadow, task, part, self.configs[task])
-                found += [] if said is None else [(task, said)]
-        return found
+                said, seconds = await self._run(self.engine.shadow, task, part, self.configs[task])
+                self._done.shadows.append((task, said))
+                took += seconds
+        return took

@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from secrets import compare_digest
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from badge_peft.utils.texts import check_second_text
+from badge_peft.serving.settings import Limits
 
 Row = tuple[str, str | None]
 
 
 class RequestError(Exception):
-    """A request that is refused.
-
-    Args:
-        status: Of the answer, 4xx or 503.
-        message: What is wrong, and the remedy.
-        retry_after: Seconds, for 429 and 503.
-    """
+    """A request that is refused: the status of the answer, what is wrong and the remedy, and for 429 and 503 the
+    seconds after which to try again."""
 
     def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much one request, and all that wait, may hold.
-
-    Args:
-        rows: Texts (or pairs, or candidates) of one request.
-        characters: Of one text, or of the two of a pair.
-        body_bytes: Of one request.
-        waiting_rows: Rows that a replica has accepted and not answered; beyond it requests are refused with 429.
-        body_seconds: Within which a body has to be there, or the request is refused with 408.
-    """
-
-    rows: int = 1000
-    characters: int = 100_000
-    body_bytes: int = 4 * 2**20
-    waiting_rows: int = 2000
-    body_seconds: float = 30.0
-
-    @property
-    def all_bytes(self) -> int:
-        """Of the bodies that are in a replica at a time, read or not yet; beyond it the large ones get a 429."""
-        return 16 * self.body_bytes
 
 
 class PredictRequest(BaseModel):
@@ -60,6 +31,7 @@ class PredictRequest(BaseModel):
     )
     tasks: list[StrictStr] | None = Field(None, description="Of a service of many tasks: which. None: all.")
     max_exit: StrictInt | None = Field(None, ge=0, description="No text of this request goes past this block.")
+    all_scores: StrictBool = Field(False, description="Also say `scores`, of every label.")
 
     def rows(self) -> list[Row]:
         """The texts, each with its second text or None."""
@@ -68,12 +40,14 @@ class PredictRequest(BaseModel):
 
 
 class RerankRequest(BaseModel):
-    """`POST /rerank`, in the shape of text-embeddings-inference."""
+    """`POST /rerank`."""
 
     model_config = ConfigDict(extra="forbid")
     query: StrictStr
     texts: list[StrictStr]
-    top_k: StrictInt | None = Field(None, ge=1, description="How many to return, best first. None: all.")
+    top_k: StrictInt | None = Field(
+        None, ge=1, description="How many to return, best first. None: as many as calibrated."
+    )
     return_text: StrictBool = False
 
     def rows(self) -> list[Row]:
@@ -87,20 +61,13 @@ class PolicyUpdate(BaseModel):
     model_config = ConfigDict(extra="forbid")
     early_exit: dict[str, Any] | None = Field(None, description="Fields of EarlyExitConfig, for all tasks.")
     tasks: dict[StrictStr, dict[str, Any]] | None = Field(None, description="The same, for single tasks.")
-    target: float | None = Field(None, description="For the controller; 0 switches it off.", ge=0, allow_inf_nan=False)
-    max_score_drop: float | None = Field(
-        None, description="The controller's floor, from full depth.", ge=0, allow_inf_nan=False
-    )
+    target: float | None = Field(None, description="Seconds, for the controller; 0 switches it off.")
+    max_score_drop: float | None = Field(None, description="The controller's floor, from full depth.")
     reset_drift: StrictBool = Field(False, description="Take the alarm back, and watch anew.")
 
 
 def shape_message(errors: Sequence[dict[str, Any]], content_type: str) -> str:
-    """What is wrong with the shape of a body, in a line, without what the body holds.
-
-    Args:
-        errors: As pydantic has them.
-        content_type: Of the request.
-    """
+    """What is wrong with the shape of a body, in a line, without what the body holds."""
     if "json" not in content_type:
         return "the body is not said to be JSON: send the header Content-Type: application/json."
     if errors and errors[0]["type"] == "json_invalid":
@@ -114,106 +81,53 @@ def shape_message(errors: Sequence[dict[str, Any]], content_type: str) -> str:
 
 
 def check_rows(rows: Sequence[Row], limits: Limits) -> None:
-    """Refuses a request without texts, or with too much of them.
-
-    Raises:
-        RequestError: 422 for no text, or what is none; 413 for too many or too long ones.
-    """
+    """Refuses a request without texts, with too many or too long ones, or with what is none: JSON can say what no
+    tokenizer reads."""
     if not rows:
         raise RequestError(422, "there is no text in this request: give at least one.")
     if len(rows) > limits.rows:
         raise RequestError(413, f"{len(rows)} texts are more than the {limits.rows} of one request: send parts.")
-    for number, (text, pair) in enumerate(rows):
-        length = len(text) + len(pair or "")
-        if length > limits.characters:
+    for number, row in enumerate(rows):
+        whole = "".join(text or "" for text in row)
+        if len(whole) > limits.characters:
             raise RequestError(
-                413, f"text {number} has {length} characters, and {limits.characters} are allowed: shorten it."
+                413, f"text {number} has {len(whole)} characters, and {limits.characters} are allowed: shorten it."
             )
-        if not (_is_unicode(text) and _is_unicode(pair or "")):
-            raise RequestError(422, f"text {number} has one half of a surrogate pair, which is no text: take it out.")
-
-
-def check_pairs(reads_pairs: bool, rows: Sequence[Row]) -> None:
-    """Refuses one text for an adapter of pairs.
-
-    Args:
-        reads_pairs: Whether it was trained on pairs of texts.
-        rows: Of the request.
-
-    Raises:
-        RequestError: 400.
-    """
-    for _, pair in rows:
         try:
-            check_second_text(reads_pairs, pair is not None)
-        except ValueError as error:
-            raise RequestError(400, str(error)) from error
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a tokenizer can read it: JSON can say what no text can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            whole.encode()
+        except UnicodeEncodeError as error:
+            message = f"text {number} has one half of a surrogate pair, which is no text: take it out."
+            raise RequestError(422, message) from error
 
 
 def check_tasks(tasks: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...] | None:
-    """The tasks that a request asks for; None where the service has one adapter and no tasks.
-
-    Args:
-        tasks: Of the request.
-        known: Of the service; empty where it has no tasks.
-
-    Raises:
-        RequestError: 400 for a task that is not there, none, or one twice.
-    """
+    """The tasks that a request asks for, of those that the service has; None where it has one adapter and no tasks."""
     if tasks is None:
         return tuple(known) or None
     if not known:
         raise RequestError(400, "this service has one adapter and no tasks: leave `tasks` out.")
-    unknown = [task for task in tasks if task not in known]
-    if unknown or not tasks or len(set(tasks)) < len(tasks):
+    if not tasks or not set(tasks) <= set(known) or len(set(tasks)) < len(tasks):
         raise RequestError(400, f"tasks={list(tasks)} is not allowed: name some of {', '.join(known)}, each once.")
     return tuple(tasks)
 
 
-def check_room(waiting: int, rows: int, limits: Limits) -> None:
-    """Refuses what a replica could not answer soon.
+def check_open(ending: bool) -> None:
+    """Refuses what comes after the service has been told to end."""
+    if ending:
+        raise RequestError(503, "this service is ending: ask another one, or try again in a while.", retry_after=1)
 
-    Raises:
-        RequestError: 429 with the seconds after which to try again.
-    """
+
+def check_room(waiting: int, rows: int, limits: Limits) -> None:
+    """Refuses what a replica could not answer soon."""
     if waiting and waiting + rows > limits.waiting_rows:
         raise RequestError(
             429, f"{waiting} texts are waiting, and {limits.waiting_rows} may: try again in a second.", retry_after=1
         )
 
 
-def check_open(ending: bool) -> None:
-    """Refuses what comes after the service has been told to end.
-
-    Raises:
-        RequestError: 503.
-    """
-    if ending:
-        raise RequestError(503, "this service is ending: ask another one, or try again in a while.", retry_after=1)
-
-
-def check_token(header: str | None, token: str | None) -> None:
-    """Lets those pass who may change the policy.
-
-    Args:
-        header: `Authorization` of the request.
-        token: The service's; None: nobody may.
-
-    Raises:
-        RequestError: 403 where the service has no token, 401 for another one.
-    """
-    from secrets import compare_digest
-
+def check_token(header: bytes | None, token: str | None) -> None:
+    """Lets those pass who may change the policy; where the service has no token nobody may."""
     if not token:
         raise RequestError(403, "this service takes no changes: start it with BADGE_PEFT_TOKEN in its environment.")
-    if header is None or not compare_digest(header.encode(), f"Bearer {token}".encode()):
+    if header is None or not compare_digest(header, f"Bearer {token}".encode()):
         raise RequestError(401, "the bearer token is missing or wrong: send `Authorization: Bearer TOKEN`.")

@@ -115,7 +115,8 @@ def paused(ask: Ask) -> Ask:
 def bare(adapter: str) -> Ask:
     """The model in this process."""
     from badge_peft.early_exit.config import EarlyExitConfig
-    from badge_peft.serving.engine import MAIN, Engine
+    from badge_peft.serving.engine import Engine
+    from badge_peft.serving.settings import MAIN
 
     engine = Engine(adapter, threads=1)
     never = {MAIN: EarlyExitConfig(policy="never")}

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 ray = pytest.importorskip("ray", reason="the extra `serve` is not installed")
@@ -169,6 +170,71 @@ def test_candidates_are_ranked_where_the_other_service_was(address, port, tmp_pa
         assert running.stop() == 0, running.log.read_text()[-3000:]
     finally:
         running.kill()
+
+
+ACTORS = """
+import sys, time, ray
+from ray import serve
+from badge_peft.serving.application import build
+from badge_peft.serving.run import start_serve
+
+def until(what, *wanted):
+    end = time.monotonic() + 200
+    while True:
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        counts = tuple(sum(part in name for name in names) for part in ("governor", "badge-peft#Service"))
+        if counts == wanted:
+            return
+        assert time.monotonic() < end, (what, names)
+        time.sleep(0.5)
+
+ray.init(sys.argv[1], namespace="serve", log_to_driver=False)
+start_serve("127.0.0.1", int(sys.argv[2]))
+if sys.argv[3:]:
+    for size in (8, 16):
+        serve.run(build({"adapter": sys.argv[3], "batch_size": size}), name="badge-peft")
+    until("one service has one governor", 1, 1)
+    serve.delete("badge-peft")
+until("nothing is left", 0, 0)
+assert "badge-peft" not in serve.status().applications
+"""
+
+
+def check_actors(address, port, *arguments):
+    command = [sys.executable, "-c", ACTORS, address, str(port), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **AUTH}, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_another_deployment_and_the_end_leave_no_actor(address, port, tmp_path):
+    check_actors(address, port, str(save_adapter(tmp_path)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_interrupted_leaves_nothing_on_the_cluster(address, port, tmp_path, number):
+    command = [sys.executable, "-m", "badge_peft.cli", "serve", str(save_adapter(tmp_path)), "--address", address]
+    whole = {**os.environ, **AUTH}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env=whole)
+    end = time.monotonic() + 300
+    while not replicas(address):
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(120) in (130, 15), log.read_text()[-3000:]
+    said = log.read_text()
+    assert "serving at" not in said and "Traceback" not in said, said
+    check_actors(address, port)
+
+
+def replicas(address):
+    """Whether a replica of the service has been started."""
+    return any(
+        "badge-peft:Service" in " ".join(process.info["cmdline"] or ())
+        for process in psutil.process_iter(["cmdline"])
+        if os.getpid() in [parent.pid for parent in process.parents()]
+    )
 
 
 def test_a_cluster_that_obeys_everybody_is_joined_by_name_alone(tmp_path):

@@ -13,12 +13,12 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft import pipeline  # noqa: E402
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
-from badge_peft.ranking import ExitReport  # noqa: E402
 from badge_peft.serving import ExitMonitor  # noqa: E402
-from badge_peft.serving.answers import labeled, reranked  # noqa: E402
+from badge_peft.serving.base_engine import labeled  # noqa: E402
 from badge_peft.serving.batching import Work, answer_together  # noqa: E402
-from badge_peft.serving.engine import MAIN, Engine  # noqa: E402
+from badge_peft.serving.engine import Engine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
+from badge_peft.serving.settings import MAIN  # noqa: E402
 from tests.serving.adapters import NAMES, save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
@@ -46,13 +46,21 @@ def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
         Work([(TEXTS[5], TEXTS[6])]),
         Work([(TEXTS[7], None)], None, 1),
     ]
-    batch = answer_together(engine, works, engine.configs, lambda: True)
+    results = answer_together(engine, works, engine.configs)
     alone = pipeline(model=str(folder))
-    close(batch.results[0], alone(TEXTS[:5]))
-    close(batch.results[1], [alone({"text": TEXTS[5], "text_pair": TEXTS[6]})])
-    close(batch.results[2], alone([TEXTS[7]], max_exit=1))
-    assert sum(batch.answered.values()) == 7 and batch.results[2][0]["exit_layer"] <= 1
-    assert [row for _, row in batch.sampled] == works[0].rows + works[1].rows  # a bound of its own is not sampled
+    close(results[0], alone(TEXTS[:5]))
+    close(results[1], [alone({"text": TEXTS[5], "text_pair": TEXTS[6]})])
+    close(results[2], alone([TEXTS[7]], max_exit=1))
+    assert results[2][0]["exit_layer"] <= 1
+
+
+def test_a_client_can_have_the_scores_of_all_labels(engine, folder):
+    works = [Work([(text, None) for text in TEXTS[:3]], all_scores=True), Work([(TEXTS[3], None)])]
+    asked, other = answer_together(engine, works, engine.configs)
+    assert "scores" not in other[0]
+    for answer, expected in zip(asked, pipeline(model=str(folder))(TEXTS[:3], top_k=None), strict=True):
+        assert answer["scores"] == pytest.approx({one["label"]: one["score"] for one in expected}, abs=1e-5)
+        assert answer["scores"][answer["label"]] == answer["score"] == max(answer["scores"].values())
 
 
 def test_an_adapter_of_pairs_answers_no_single_text(folder, tmp_path):
@@ -62,16 +70,15 @@ def test_an_adapter_of_pairs_answers_no_single_text(folder, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "data_columns": columns}))
     engine = Engine(str(tmp_path / "pairs"), threads=1)
     works = [Work([(TEXTS[0], TEXTS[1])]), Work([(TEXTS[0], None)])]
-    pair, one = answer_together(engine, works, engine.configs, lambda: False).results
+    pair, one = answer_together(engine, works, engine.configs)
     assert pair[0]["label"] in NAMES.values() and one.status == 400 and "trained on pairs" in str(one)
 
 
 def test_a_group_that_fails_leaves_the_others(engine):
     works = [Work([(TEXTS[0], None)], None, 0), Work([(TEXTS[1], None)])]
-    batch = answer_together(engine, works, engine.configs, lambda: False)
-    assert isinstance(batch.results[0], RequestError) and batch.results[0].status == 400
-    assert "the first exit is at block 1" in batch.results[0].message
-    assert len(batch.results[1]) == 1 and batch.sampled == []
+    refused, other = answer_together(engine, works, engine.configs)
+    assert isinstance(refused, RequestError) and refused.status == 400
+    assert "the first exit is at block 1" in refused.message and len(other) == 1
 
 
 @pytest.mark.parametrize("own", [None, 2])
@@ -95,10 +102,10 @@ def test_one_request_that_fails_fails_alone(engine, monkeypatch):
 
     monkeypatch.setattr(engine, "predict", predict)
     works = [Work([(text, None)]) for text in (TEXTS[0], "bad", TEXTS[1])]
-    batch = answer_together(engine, works, engine.configs, lambda: True)
-    assert isinstance(batch.results[1], RuntimeError) and len(batch.sampled) == sum(batch.answered.values()) == 2
+    results = answer_together(engine, works, engine.configs)
+    assert isinstance(results[1], RuntimeError)
     for i in (0, 2):
-        close(batch.results[i], whole(works[i].rows, engine.configs))
+        close(results[i], whole(works[i].rows, engine.configs))
 
 
 def test_the_setting_of_the_call_counts(engine):
@@ -149,6 +156,8 @@ def test_rerank(tmp_path, engine):
     ranks.badge.set_early_exit_config(rule)
     best, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], 1, rule)
     assert len(best) == 1 and exits[best[0]["index"]] == max(exits) == 3 and min(exits) == 1
+    named_none, exits = ranks.rerank(TEXTS[0], TEXTS[1:6], None, rule)  # the calibrated k, and candidates leave
+    assert named_none == best and min(exits) == 1
     for bound in (1, 2):  # of the setting, not of the adapter
         assert max(ranks.rerank(TEXTS[0], TEXTS[1:6], 1, EarlyExitConfig.of(rule, max_exit=bound))[1]) == bound
     with pytest.raises(RequestError, match="use /rerank"):  # rows of other requests would compete
@@ -169,5 +178,3 @@ def test_numbers_that_json_does_not_have_are_none():
     )
     assert [answer["score"] is None for answer in answers] == [True, True, False]
     assert labeled(np.array([[np.inf]]), [1], ["value"], "regression")[0]["score"] is None
-    report = ExitReport(1, 3, 3, {}, 0, np.array([3]))
-    assert reranked([{"corpus_id": 0, "score": float("nan")}], report)[0] == [{"index": 0, "score": None}]

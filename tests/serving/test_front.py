@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.serving.front import Front, set_front  # noqa: E402
-from badge_peft.serving.requests import Limits  # noqa: E402
+from badge_peft.serving.settings import Limits  # noqa: E402
 
 
-def ask(application, parts, headers=(), path="/predict", root_path=""):
+def ask(application, parts, headers=(), path="/predict", root_path="", method="POST", token=None):
     """The messages that one request gets, what was counted, and what it raised."""
     counted: list[tuple[str, int]] = []
     messages = [{"type": "http.request", "body": p, "more_body": i < len(parts) - 1} for i, p in enumerate(parts)]
@@ -28,8 +28,8 @@ def ask(application, parts, headers=(), path="/predict", root_path=""):
     async def send(message):
         sent.append(message)
 
-    set_front(Limits(body_bytes=5), lambda path, status: counted.append((path, status)))
-    scope = {"type": "http", "headers": list(headers), "path": path, "root_path": root_path}
+    set_front(Limits(body_bytes=5), lambda path, status: counted.append((path, status)), token)
+    scope = {"type": "http", "method": method, "headers": list(headers), "path": path, "root_path": root_path}
     try:
         asyncio.run(Front(application)(scope, receive, send))
     except (Exception, asyncio.CancelledError) as error:
@@ -76,6 +76,27 @@ def test_each_request_is_counted_by_its_path_and_status(path, root_path, name):
     assert counted == [(name, 401)]
     kept, (name, _) = sent[0]["headers"]
     assert kept == (b"a", b"b") and name == b"server-timing"
+
+
+@pytest.mark.parametrize(
+    ("token", "header", "status"),
+    [("x", None, 401), ("x", b"Bearer y", 401), (None, b"Bearer x", 403), ("x", b"Bearer x", 200)],
+)
+def test_a_change_shows_the_token_before_its_body_is_read(token, header, status):
+    read: list[bytes] = []
+    headers = [] if header is None else [(b"authorization", header)]
+    sent, counted, _ = ask(answering(200, read), [b"no json, and long"[:5]], headers, "/policy", "", "PUT", token)
+    assert sent[0]["status"] == status and counted == [("/policy", status)]
+    assert read == ([b"no js"] if status == 200 else [])
+
+
+def test_a_head_is_answered_as_a_get():
+    async def application(scope, receive, send):
+        assert scope["method"] == "GET"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    sent, counted, raised = ask(application, [b""], path="/healthz", method="HEAD")
+    assert raised is None and sent[0]["status"] == 200 and counted == [("/healthz", 200)]
 
 
 def test_the_time_of_a_request_is_told_and_how_much_of_it_was_its_body(monkeypatch):
@@ -127,7 +148,7 @@ class Client:
             if message["type"] == "http.response.start":
                 self.status, self.headers = message["status"], dict(message["headers"])
 
-        scope = {"type": "http", "headers": [], "path": "/predict"}
+        scope = {"type": "http", "method": "POST", "headers": [], "path": "/predict"}
         self.task = asyncio.ensure_future(Front(application)(scope, self.parts.get, send))
 
 

@@ -78,6 +78,12 @@ def test_another_policy_starts_from_its_own_defaults():
     [
         (PolicyUpdate(early_exit={"policy": "nope"}), "policy='nope'"),
         (PolicyUpdate(early_exit={"treshold": 1}), "treshold"),
+        (PolicyUpdate(target=1e-300), "target=1e-300 is not allowed"),
+        (PolicyUpdate(target=float("inf")), "target=inf"),
+        (PolicyUpdate(target=float("nan")), "target=nan"),
+        (PolicyUpdate(target=-1), "target=-1"),
+        (PolicyUpdate(max_score_drop=5), "max_score_drop=5.0.*0.05"),
+        (PolicyUpdate(max_score_drop=float("nan")), "max_score_drop=nan"),
         (PolicyUpdate(tasks={"pii": {"threshold": 1}}), "no task 'pii'.*default"),
         (PolicyUpdate(target=0.1, max_score_drop=0.01, early_exit={"threshold": 0.2}), "target=0"),
         (PolicyUpdate(target=0.1, max_score_drop=0.01, tasks={"default": {"max_exit": 1}}), "target=0"),
@@ -232,6 +238,50 @@ def test_a_governor_that_was_started_again_hears_from_a_replica_where_it_was(cha
         assert state[name] == known[name], name
     assert state["drift"]["default"] and state["early_exit"]["default"]["policy"] == "never"
     assert report(again)["version"] == state["version"]  # once
+
+
+def test_a_change_that_reaches_a_new_governor_first_is_not_lost_to_what_replicas_knew():
+    first, _ = governor()
+    known = [report(first, replica="a"), first.update(PolicyUpdate(early_exit={"threshold": 0.1}))][1]
+    again, _ = governor()
+    acknowledged = again.update(PolicyUpdate(early_exit={"threshold": 0.2}), known)
+    assert acknowledged["on_all_replicas"] is False  # `a` has yet to hear of it
+    newer = {**known, "version": 9}
+    state = report(again, version=9, state=newer)
+    assert state["early_exit"]["default"]["threshold"] == 0.2 and state["version"] > 9
+    assert report(again, version=state["version"], state=state)["on_all_replicas"] is True
+
+
+def test_a_change_beside_what_was_in_force_keeps_the_rest_of_it():
+    first, _ = governor()
+    known = first.update(PolicyUpdate(early_exit={"max_exit": 7}))
+    again, _ = governor()
+    state = again.update(PolicyUpdate(early_exit={"threshold": 0.2}), known)
+    assert state["early_exit"]["default"]["max_exit"] == 7 and state["early_exit"]["default"]["threshold"] == 0.2
+
+
+def test_of_what_replicas_know_the_newest_counts_and_all_hear_of_it():
+    """Two replicas know different settings, and the older one is the first to report."""
+    first, _ = governor()
+    older = first.update(PolicyUpdate(early_exit={"threshold": 0.1}))
+    newer = first.update(PolicyUpdate(early_exit={"threshold": 0.2}))
+    again, _ = governor()
+    heard = report(again, replica="a", version=older["version"], state=older)
+    assert heard["version"] == newer["version"]  # by chance, the number that another setting had
+    state = report(again, replica="b", version=newer["version"], state=newer)
+    assert state["version"] > newer["version"] and state["early_exit"]["default"]["threshold"] == 0.2
+    assert state["on_all_replicas"] is False
+
+
+def test_it_says_where_no_drift_would_be_noticed():
+    of, _ = governor()
+    assert report(of)["unwatched"] == {} and 'badge_drift_watched{task="default"} 1.0' in of.metrics()
+    by_hand = of.update(PolicyUpdate(early_exit={"threshold": 0.123}))
+    assert "nothing was measured of the setting" in by_hand["unwatched"]["default"]
+    assert 'badge_drift_watched{task="default"} 0.0' in of.metrics()
+    assert governor(unwatched={"default": "why"})[0].state()["unwatched"] == {"default": "why"}
+    bare = Governor({"default": EarlyExitConfig()}, {"default": SINGLE}, no_check)
+    assert "calibrate" in bare.state()["unwatched"]["default"]
 
 
 def test_the_end_is_told_to_all_replicas_and_what_waits_is_known():

@@ -20,7 +20,7 @@ from badge_peft.evaluation.curve import stored_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.serving import DriftAlarm, ExitMonitor
-from badge_peft.serving.detector import ODDS, RateDetector
+from badge_peft.serving.monitor import ODDS, RateDetector
 from tests.evaluation.logits import MULTI, REGRESSION, plausible
 
 CALIBRATION, TRAFFIC = plausible(rows=1500, seed=1), plausible(rows=6000, seed=2)

@@ -13,9 +13,10 @@ from badge_peft import load_pretrained  # noqa: E402
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.early_exit.policies import POLICIES, build_policy  # noqa: E402
 from badge_peft.export import export_onnx, export_tasks_onnx  # noqa: E402
-from badge_peft.serving.engine import MAIN, Engine  # noqa: E402
+from badge_peft.serving.engine import Engine  # noqa: E402
 from badge_peft.serving.onnx_engine import FixedRule, OnnxEngine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
+from badge_peft.serving.settings import MAIN  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
 
@@ -146,11 +147,12 @@ def test_a_file_that_ranks(tmp_path):
     export_onnx(load_pretrained(str(adapter)), tmp_path / "file", tokenizer=make_tokenizer(), early_exit_config=rule)
     file = OnnxEngine(str(tmp_path / "file"))
     assert file.ranks
-    full, exits = file.rerank(TEXTS[0], TEXTS[1:7], None, file.configs[MAIN])
+    full, exits = file.rerank(TEXTS[0], TEXTS[1:7], 6, file.configs[MAIN])
     assert exits == [2] * 6
     assert len(full) == 6 and [i["score"] for i in full] == sorted((i["score"] for i in full), reverse=True)
     best, exits = file.rerank(TEXTS[0], TEXTS[1:7], 2, file.configs[MAIN])
     assert len(best) == 2 and sorted(exits) == [1, 1, 1, 1, 2, 2]
+    assert file.rerank(TEXTS[0], TEXTS[1:7], None, file.configs[MAIN]) == (best, exits)
     with pytest.raises(RequestError, match="query"):
         file.rerank("", ["a"], None, file.configs[MAIN])
     with pytest.raises(RequestError, match="use /rerank"):

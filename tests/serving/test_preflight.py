@@ -10,8 +10,10 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.evaluation import calibrate  # noqa: E402
-from badge_peft.serving.preflight import check_settings  # noqa: E402
-from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+from badge_peft.serving.settings import (
+    ServiceSettings,  # noqa: E402
+    check_settings,  # noqa: E402
+)
 from tests.evaluation.logits import SINGLE, plausible  # noqa: E402
 
 
@@ -40,6 +42,12 @@ def test_what_has_no_curve(tmp_path):
     check_settings(ServiceSettings(place))  # nothing is asked for
     with pytest.raises(ValueError, match="calibrate the adapter again"):
         check_settings(ServiceSettings(place, target=0.1))
+
+
+@pytest.mark.parametrize("goal", [{"target": 1e-300}, {"target": 1e9}, {"max_score_drop": 5}])
+def test_a_goal_that_no_service_has(goal):
+    with pytest.raises(ValueError, match="is not allowed"):
+        check_settings(ServiceSettings("someone/adapter", **goal))
 
 
 def test_a_repository_is_checked_by_the_replicas():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
+from time import perf_counter, sleep
 
 import pytest
 
@@ -11,11 +13,14 @@ pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.serving.batching import Work  # noqa: E402
-from badge_peft.serving.engine import MAIN  # noqa: E402
 from badge_peft.serving.replica import Replica  # noqa: E402
-from badge_peft.serving.report import Done, Waiting  # noqa: E402
-from badge_peft.serving.requests import Limits, RequestError, RerankRequest  # noqa: E402
-from badge_peft.serving.settings import ServiceSettings  # noqa: E402
+from badge_peft.serving.report import Done  # noqa: E402
+from badge_peft.serving.requests import RequestError, RerankRequest  # noqa: E402
+from badge_peft.serving.settings import (  # noqa: E402
+    MAIN,  # noqa: E402
+    Limits,
+    ServiceSettings,
+)
 
 ROWS = [("a text", None), ("another", "pair")]
 
@@ -26,12 +31,16 @@ class Echo:
     tasks: list[str] = []
     configs = {MAIN: EarlyExitConfig(threshold=0.1)}
 
+    def unwatched(self, shadow_share):
+        return {}
+
     def __init__(self) -> None:
         self.go = threading.Event()
         self.go.set()
         self.shadowed: list[tuple[str, str | None]] = []
+        self.seconds = self.shadow_seconds = 0.0
 
-    def predict(self, rows, configs, tasks=None, max_exit=None):
+    def predict(self, rows, configs, tasks=None, max_exit=None, all_scores=False):
         assert self.go.wait(10)
         return [{"text": text, "threshold": configs[MAIN].threshold, "exit_layer": 2} for text, _ in rows]
 
@@ -39,6 +48,9 @@ class Echo:
         return [{"index": 0, "score": config.threshold}], [2, 3, 3][: len(texts)]
 
     def shadow(self, task, rows, config):
+        start = perf_counter()
+        sleep(len(rows) * self.seconds)
+        self.shadow_seconds += perf_counter() - start
         self.shadowed += rows
         return {"rows": len(rows)}
 
@@ -190,23 +202,76 @@ def test_how_long_a_new_request_will_wait_follows_from_the_last_passes():
     asyncio.run(scene())
 
 
-def test_shadow_rows_run_when_nothing_waits():
+def test_what_a_client_has_bounded_says_nothing_of_the_setting():
     async def scene():
-        replica, engine, told = make(shadow_share=1.0)
+        replica, _, told = make()
         await replica.report()
+        await replica.predict(Work(list(ROWS), max_exit=1))
         await ask(replica)
-        engine.go.clear()
-        waits = asyncio.ensure_future(ask(replica, ROWS[:1]))
-        await asyncio.sleep(0.01)
         await replica.report()
-        assert engine.shadowed == []
-        engine.go.set()
-        await waits
-        await replica.report()
-        assert sorted(engine.shadowed) == sorted([*ROWS, ROWS[0]])
-        assert sum(said["rows"] for _, said in told.reports[-1].done.shadows) == 3
+        assert len(told.reports[-1].done.latencies) == 2 and len(told.reports[-1].done.measured) == 1
 
     asyncio.run(scene())
+
+
+def test_shadow_rows_run_though_others_always_wait_and_take_a_bounded_share_of_the_time():
+    async def scene():
+        replica, engine, told = make(shadow_share=1.0, report_every=0.001)
+        engine.seconds = 0.005
+        await replica.report()
+        load = [asyncio.ensure_future(keep_asking(replica)) for _ in range(2)]
+        shadows = asyncio.ensure_future(replica.shadow_for_ever())
+        start = perf_counter()
+        while len(engine.shadowed) < 24 or perf_counter() - start < 1:
+            assert perf_counter() - start < 60
+            await asyncio.sleep(0.01)
+        took = perf_counter() - start
+        for task in (*load, shadows):
+            task.cancel()
+        await replica.report()
+        assert engine.shadow_seconds < 0.06 * took + 0.1  # a run has just begun
+        assert sum(said["rows"] for _, said in told.reports[-1].done.shadows) >= 24
+
+    asyncio.run(scene())
+
+
+async def keep_asking(replica):
+    while True:
+        await ask(replica, ROWS[:1])
+
+
+def test_any_row_since_the_last_shadow_run_is_as_likely_to_be_in_the_next():
+    async def scene():
+        found: Counter = Counter()
+        for seed in range(400):
+            replica, engine, _ = make(shadow_share=1.0)
+            replica._draw.seed(seed)
+            await replica.report()
+            for i in range(20):
+                await ask(replica, [(f"text {i}", None), (f"text {20 + i}", None)])
+            await replica.run_shadows()
+            assert len(set(engine.shadowed)) == 8
+            found.update(int(text.split()[1]) for text, _ in engine.shadowed)
+        assert len(found) == 40 and max(found.values()) < 2 * min(found.values())  # 80 in the mean, 8 deviation
+
+    asyncio.run(scene())
+
+
+def test_a_shadow_run_that_fails_is_not_the_last(caplog):
+    async def scene():
+        replica, engine, _ = make(shadow_share=1.0, report_every=0.001)
+        await replica.report()
+        whole, engine.shadow = engine.shadow, None
+        task = asyncio.ensure_future(replica.shadow_for_ever())
+        await ask(replica)
+        while "a shadow run has failed" not in caplog.text:
+            await asyncio.sleep(0.001)
+        engine.shadow = whole
+        while not engine.shadowed:
+            await ask(replica)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(scene(), 30))
 
 
 def test_a_report_that_fails_is_not_the_last(caplog):
@@ -235,6 +300,7 @@ def test_what_a_failed_report_said_is_in_the_next():
                 await replica.report()
             await ask(replica, ROWS[:1])
             replica.count("/predict", 200)
+            await replica.run_shadows()
         replica._tell = tell
         await replica.report()
         found = told.reports[-1].done
@@ -246,9 +312,40 @@ def test_what_a_failed_report_said_is_in_the_next():
 
 
 def test_the_oldest_request_is_the_first_that_is_left():
-    waiting = Waiting()
-    assert waiting.oldest(5.0) == 0.0
-    tickets = [waiting.enter(2, now) for now in (1.0, 2.0, 3.0)]
-    assert waiting.oldest(5.0) == 4.0 and waiting.rows == 6
-    waiting.leave(tickets[0], 2)
-    assert waiting.oldest(5.0) == 3.0 and waiting.rows == 4
+    async def scene():
+        replica, engine, told = make()
+        await replica.report()
+        engine.go.clear()
+        first = asyncio.ensure_future(ask(replica, ROWS[:1]))
+        await asyncio.sleep(0.05)
+        second = asyncio.ensure_future(ask(replica))
+        await asyncio.sleep(0.01)
+        await replica.report()
+        assert told.reports[-1].waiting == 3 and told.reports[-1].oldest > 0.05
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await replica.report()
+        assert told.reports[-1].waiting == 2 and told.reports[-1].oldest < told.reports[-2].oldest
+        engine.go.set()
+        await second
+        await replica.report()
+        assert (told.reports[-1].waiting, told.reports[-1].oldest) == (0, 0.0)
+
+    asyncio.run(scene())
+
+
+def test_what_nobody_watches_does_not_run_twice(monkeypatch):
+    async def scene():
+        replica, engine, _ = make(shadow_share=1.0)
+        await replica.report()
+        await replica.predict(Work(list(ROWS), max_exit=1))  # a bound of its own
+        await replica.run_shadows()
+        assert engine.shadowed == []
+        monkeypatch.setattr(Echo, "unwatched", lambda self, share: {MAIN: "the file has no full depth"})
+        replica, engine, _ = make(shadow_share=1.0)
+        await replica.report()
+        await ask(replica)
+        await replica.run_shadows()
+        assert engine.shadowed == []
+
+    asyncio.run(scene())

@@ -55,9 +55,6 @@ def test_rerank_pairs_the_query_with_each_text():
         RerankRequest(query="q", texts=["a"], top_k=0)
     with pytest.raises(pydantic.ValidationError):
         PolicyUpdate.model_validate({"threshold": 1})
-    for field in ("target", "max_score_drop"):
-        with pytest.raises(pydantic.ValidationError):
-            PolicyUpdate.model_validate({field: float("inf")})
 
 
 @pytest.mark.parametrize(
@@ -72,9 +69,9 @@ def test_rerank_pairs_the_query_with_each_text():
         (lambda: check_tasks(["a", "a"], ["a"]), 400, "each once"),
         (lambda: check_tasks(["a"], []), 400, "leave `tasks` out"),
         (lambda: check_room(9, 2, Limits(waiting_rows=10)), 429, "try again"),
-        (lambda: check_token("Bearer x", None), 403, "BADGE_PEFT_TOKEN"),
+        (lambda: check_token(b"Bearer x", None), 403, "BADGE_PEFT_TOKEN"),
         (lambda: check_token(None, "x"), 401, "bearer token"),
-        (lambda: check_token("Bearer y", "x"), 401, "Authorization"),
+        (lambda: check_token(b"Bearer y", "x"), 401, "Authorization"),
     ],
 )
 def test_what_is_refused(check, status, message):
@@ -88,7 +85,7 @@ def test_what_is_not():
     check_rows([("abcd", None), ("ab", "cd")], limits)
     check_room(0, 11, limits)  # one large request alone is not refused for ever
     check_room(8, 2, limits)
-    check_token("Bearer x", "x")
+    check_token(b"Bearer x", "x")
     assert check_tasks(None, []) is None and check_tasks(None, ["a", "b"]) == ("a", "b")
     assert check_tasks(["b"], ["a", "b"]) == ("b",)
 

@@ -1,3 +1,8 @@
+"""Tables."""
+
+from __future__ import annotations
+
+from badge_peft.workflows.report import text_table
 
 
 def test_columns_line_up() -> None:
