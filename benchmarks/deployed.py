@@ -3,6 +3,7 @@
     python benchmarks/deployed.py finetune --data-dir DATA --model-dir MODELS  # the classifiers
     python benchmarks/deployed.py exits --data-dir DATA  # adapters, scored on test rows
     python benchmarks/deployed.py clock --data-dir DATA  # times; on a quiet machine
+    python benchmarks/deployed.py page --docs docs/results/deployed.md
 
 Each step leaves out what is there, so that it can be stopped and started again.
 """
@@ -23,9 +24,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from common import describe, write_page  # noqa: E402
 from deployed_parts.clock import time_adapter  # noqa: E402
 from deployed_parts.exits import train_exits  # noqa: E402
 from deployed_parts.finetune import finetune  # noqa: E402
+from deployed_parts.page import page, read_found  # noqa: E402
 from deployed_parts.rivals import compare_models, linear_model  # noqa: E402
 from deployed_parts.scores import score_adapter  # noqa: E402
 from paper_grid.models import find_backbone  # noqa: E402
@@ -119,7 +122,7 @@ def classifiers(settings: dict[str, Any], args: argparse.Namespace) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["finetune", "exits", "clock"])
+    parser.add_argument("step", choices=["finetune", "exits", "clock", "page"])
     parser.add_argument("--settings", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--data-dir", type=Path, default=None)
     parser.add_argument("--model-dir", type=Path, default=None)
@@ -128,9 +131,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of the exits")
     parser.add_argument("--students", action="store_true", help="finetune: the first blocks alone, too")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--docs", type=Path, default=None, help="page: where to write it; default: print it")
     args = parser.parse_args()
     settings = yaml.safe_load(args.settings.read_text(encoding="utf-8"))
     torch.set_num_threads(args.threads or settings["threads"])
+    if args.step == "page":
+        found = read_found(args.out / "records", classifiers(settings, args))
+        write_page(page(found, describe(torch.get_num_threads())), args.docs)
+        return
     if args.data_dir is None:
         parser.error("--data-dir is needed: a folder with one folder per task.")
     step = {"finetune": finetune_all, "exits": exits_all, "clock": clock_all}[args.step]
