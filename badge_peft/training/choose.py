@@ -185,8 +185,14 @@ class _States:
             return None, None
         if not self.kept or not self.kept[0].plan.serves(RecordingPass.of(badge, {}).plan):
             self.close()
-            self.kept = [cache_states(model, part, data_collator=self.collate) for part in self.sets]
+            try:
+                self.kept = self._cached(model, "float16")
+            except CannotCache:  # states of some models are too large for it
+                self.kept = self._cached(model, "float32")
         return self.kept
+
+    def _cached(self, model: nn.Module, dtype: str) -> list[CachedStates]:
+        return [cache_states(model, part, data_collator=self.collate, dtype=dtype) for part in self.sets]
 
 
 def _try(

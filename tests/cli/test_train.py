@@ -23,7 +23,8 @@ from badge_peft.workflows.evaluate import compare_with_checkpoint
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns, TrainingOptions
 from badge_peft.workflows.splits import hold_out
 from tests.cli.conftest import FAST, ROWS, Cli, one_line, save_classifier
-from tests.texts import make_tokenizer, write_csv
+from tests.models import make_model
+from tests.texts import make_tokenizer, sentences, write_csv
 
 
 def test_full_depth_of_a_deployed_checkpoint_is_kept_bit_for_bit(place: Path, trained: Path) -> None:
@@ -205,6 +206,27 @@ def test_exits_that_have_learned_nothing_are_told_first_and_not_used(place: Path
     assert report["constant_answer"]["beaten"] is False and report["early_exit"]["layer_speedup"] == 0
     assert json.loads((out / "adapter_config.json").read_text())["early_exit"]["policy"] == "never"
     assert "| exit after block | accuracy |" in (out / "README.md").read_text()
+
+
+def test_a_model_whose_exits_cannot_work_stays_as_it_was(cli: Cli, tmp_path: Path) -> None:
+    """Its blocks scatter texts, so that what it answers can be read behind the last one alone."""
+    model = make_model("bert", num_labels=2)
+    with torch.no_grad():
+        for weights in model.base_model.encoder.parameters():
+            weights.mul_(30 if weights.dim() > 1 else 1)
+        model.classifier.bias.zero_()
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    with (tmp_path / "texts.txt").open("w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text, _ in sentences(400))
+    told = cli("train", tmp_path / "base", tmp_path / "texts.txt", "--output-dir", tmp_path / "out").stdout
+    assert "WARNING: Early exits are not worth it here" in told and "policy 'never'" in told
+    config = load_pretrained(str(tmp_path / "out")).get_early_exit_config()
+    assert config.policy == "never" and config.calibration["time_saved"] == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Early exits are not worth it here" in card
+    answers = cli("predict", tmp_path / "out", tmp_path / "texts.txt").stdout.splitlines()
+    assert {json.loads(line)["exit"] for line in answers} == {3}
 
 
 def test_a_label_of_the_evaluation_rows_alone_counts_as_wrong(place: Path, cli: Cli, tmp_path: Path) -> None:
