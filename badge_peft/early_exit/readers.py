@@ -250,7 +250,9 @@ def module_dtype(module: nn.Module) -> torch.dtype:
     """The precision in which a layer that gives logits would answer."""
     weight: Any = module._parameters.get("weight")
     weight = next(module.parameters()) if weight is None else weight
-    device = weight.device.type
+    hook = getattr(module, "_hf_hook", None)  # of weights that are elsewhere between calls, by accelerate
+    device = torch.device(getattr(hook, "execution_device", None) or weight.device).type
+    device = "cpu" if device == "meta" else device
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 

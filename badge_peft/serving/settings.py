@@ -119,11 +119,11 @@ def check_settings(settings: ServiceSettings) -> None:
     own = EarlyExitConfig.of(facts[MAIN].get("early_exit"))
     controller = LatencyController.for_adapter(own, settings.target, settings.max_score_drop)
     if settings.onnx:
-        from badge_peft.serving.onnx_engine import FixedRule
+        from badge_peft.serving.fixed_policy import FixedPolicy
 
-        rule = FixedRule.of(facts[MAIN], facts[MAIN]["num_blocks"])
+        policy = FixedPolicy.of(facts[MAIN], facts[MAIN]["num_blocks"])
         for point in controller.points:
-            rule.inputs(point.config)
+            policy.inputs(point.config)
 
 
 def _facts(settings: ServiceSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:

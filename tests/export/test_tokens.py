@@ -130,7 +130,7 @@ def test_the_folder(cut: tuple[Any, Any], tmp_path: Path) -> None:
     found = session.predict(texts, batch_size=2)
 
     class Opened:
-        tokenizer, device, task = make_tokenizer(), torch.device("cpu"), "tokens"
+        tokenizer, device, tags = make_tokenizer(), torch.device("cpu"), TAGS
 
         class labels:
             names = TAGS

@@ -14,7 +14,8 @@ from badge_peft.early_exit.config import EarlyExitConfig  # noqa: E402
 from badge_peft.early_exit.policies import POLICIES, build_policy  # noqa: E402
 from badge_peft.export import export_onnx, export_tasks_onnx  # noqa: E402
 from badge_peft.serving.engine import Engine  # noqa: E402
-from badge_peft.serving.onnx_engine import FixedRule, OnnxEngine  # noqa: E402
+from badge_peft.serving.fixed_policy import FixedPolicy
+from badge_peft.serving.onnx_engine import OnnxEngine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
 from badge_peft.serving.settings import MAIN  # noqa: E402
 from tests.serving.adapters import save_adapter  # noqa: E402
@@ -104,7 +105,7 @@ def test_what_is_fixed_in_the_file_is_refused(engines):
 )
 def test_the_numbers_of_full_depth_stop_no_row_whatever_the_policy(name):
     own = EarlyExitConfig(policy=name, **({"depth": 2} if POLICIES[name].takes_depth else {}))
-    rule = FixedRule(own, 3, SINGLE, 4, 0)
+    rule = FixedPolicy(own, 3, SINGLE, 4, 0)
     never = EarlyExitConfig(policy="never")
     if name == "fixed_depth":
         with pytest.raises(ValueError, match="cannot be sent to full depth"):
@@ -119,7 +120,7 @@ def test_the_numbers_of_full_depth_stop_no_row_whatever_the_policy(name):
 
 
 def test_a_file_that_ends_early_has_no_full_depth():
-    rule = FixedRule(EarlyExitConfig(max_exit=3), 3, SINGLE, 4, 0)
+    rule = FixedPolicy(EarlyExitConfig(max_exit=3), 3, SINGLE, 4, 0)
     with pytest.raises(ValueError, match="cannot be sent to full depth"):
         rule.inputs(EarlyExitConfig(policy="never"))
 
