@@ -52,7 +52,7 @@ def _answer(step: ExitStep, names: Sequence[str], problem_type: str) -> str:
     said = problem_of(problem_type).format_prediction(step.logits, names)
     if "value" in said:
         return ", ".join(map(number, step.logits))
-    sure = "not a number" if said["confidence"] is None else f"{said['confidence']:.1%}"
+    sure = "not a number" if said["score"] is None else f"{said['score']:.1%}"
     if "labels" in said:
         return f"{', '.join(said['labels']) or 'no label'} (least sure label {sure})"
     return f"{said['label']} ({sure})"

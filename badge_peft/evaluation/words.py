@@ -114,8 +114,8 @@ def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) 
                 "start": start,
                 "end": last,
                 "text": words.text[start:last],
-                "confidence": json_number(sure[first:end].mean()),
-                "exit": int(exits[places[first:end]].max()),
+                "score": json_number(sure[first:end].mean()),
+                "exit_layer": int(exits[places[first:end]].max()),
             }
         )
     return {"tags": tags, "entities": entities}

@@ -102,7 +102,7 @@ class Problem:
         with np.errstate(over="ignore", invalid="ignore"):
             weights = np.exp(logits - logits.max())
             best = int(logits.argmax())
-            return {"label": names[best], "confidence": json_number(weights[best] / weights.sum())}
+            return {"label": names[best], "score": json_number(weights[best] / weights.sum())}
 
 
 class MultiLabel(Problem):
@@ -161,7 +161,7 @@ class MultiLabel(Problem):
         with np.errstate(over="ignore", invalid="ignore"):
             sure = (1 / (1 + np.exp(-np.abs(logits)))).min()  # the larger of p and 1 - p
         chosen = [name for name, value in zip(names, logits, strict=True) if value > 0]
-        return {"labels": chosen, "confidence": json_number(sure)}
+        return {"labels": chosen, "score": json_number(sure)}
 
 
 class Regression(MultiLabel):

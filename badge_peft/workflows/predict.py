@@ -27,9 +27,15 @@ from badge_peft.workflows.rankings import rank_queries
 from badge_peft.workflows.settings import PolicyOverrides
 from badge_peft.workflows.stream import Pair, queries_of
 
-_WHOLE = ("exit", "rank", "blocks", "start", "end")  # what `predict` gives as a whole number
-_OF_TOKENS = ("text", "tokens", "tags", "entities", "exit")  # of texts and of lists of tokens, which may be mixed
-_ENTITY = ("label", "start", "end", "text", "confidence", "exit")
+_WHOLE = ("exit_layer", "rank", "blocks", "start", "end")  # what `predict` gives as a whole number
+_OF_TOKENS = (
+    "text",
+    "tokens",
+    "tags",
+    "entities",
+    "exit_layer",
+)  # of texts and of lists of tokens, which may be mixed
+_ENTITY = ("label", "start", "end", "text", "score", "exit_layer")
 
 
 def predict(
@@ -129,7 +135,7 @@ def _answers(adapter: Adapter, texts: list[Pair], words: list[Words] | None, out
     else:
         problem = problem_of(adapter.labels.problem_type)
         answers = [problem.format_prediction(row, names) for row in logits]
-    return [{**answer, "exit": exit_} for answer, exit_ in zip(answers, output.exit_layer.tolist(), strict=True)]
+    return [{**answer, "exit_layer": exit_} for answer, exit_ in zip(answers, output.exit_layer.tolist(), strict=True)]
 
 
 def batch_of(
@@ -221,7 +227,7 @@ def _type_of(name: str, value: Any) -> pa.DataType:
     """Of a column, which may hold None in any row."""
     if isinstance(value, dict):
         return pa.struct([(inner, _type_of(inner, own)) for inner, own in value.items()])
-    if name in ("confidence", "value"):
+    if name in ("score", "value"):
         return pa.list_(pa.float64()) if isinstance(value, list) else pa.float64()
     if name == "entities":
         return pa.list_(pa.struct([(inner, _type_of(inner, None)) for inner in _ENTITY]))

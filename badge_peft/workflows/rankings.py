@@ -134,7 +134,7 @@ def _rank(adapter: Adapter, config: EarlyExitConfig, batch_size: int, pairs: lis
             "text": pair[0],
             "text_pair": pair[1],
             "value": round(float(score), 6) if np.isfinite(score) else None,
-            "exit": int(number),
+            "exit_layer": int(number),
             "rank": places.get(i),
         }
         for i, (pair, score, number) in enumerate(zip(pairs, found.scores, found.exit_layer, strict=True))

@@ -54,8 +54,8 @@ def test_a_slider_moves_the_exit(adapter: Path, address: str, driver: Any) -> No
     page = Page(driver, address)
     page.ask(TEXT)
     expected = live(adapter, TEXT)
-    assert page.texts("#exits .bx-stop") == [stop(expected["exit"])]
-    assert page.texts("#exits .bx-answer") == [f"{expected['label']} ({expected['confidence']:.1%})"]
+    assert page.texts("#exits .bx-stop") == [stop(expected["exit_layer"])]
+    assert page.texts("#exits .bx-answer") == [f"{expected['label']} ({expected['score']:.1%})"]
     assert len(page.texts("#exits .bx-exit")) == BLOCKS
 
     tau, t = (control for control in opened(adapter).controls)
@@ -67,20 +67,20 @@ def test_a_slider_moves_the_exit(adapter: Path, address: str, driver: Any) -> No
         page.find("#threshold input[type=range]").send_keys(keys)
         page.until("#exits .bx-why", lambda said, tau=rule["threshold"]: f"tau = {tau:.4g}\n" in f"{said}\n")
         expected = live(adapter, TEXT, **rule)
-        assert page.texts("#exits .bx-stop") == [stop(expected["exit"])]
-        assert page.texts("#exits .bx-answer") == [f"{expected['label']} ({expected['confidence']:.1%})"]
-        found.append(expected["exit"])
+        assert page.texts("#exits .bx-stop") == [stop(expected["exit_layer"])]
+        assert page.texts("#exits .bx-answer") == [f"{expected['label']} ({expected['score']:.1%})"]
+        found.append(expected["exit_layer"])
     assert found[0] == BLOCKS > found[1]
 
     page.find("#patience input[type=range]").send_keys(Keys.END)
     page.until("#exits .bx-why", lambda said: f"t = {t.high}" in said)
     expected = live(adapter, TEXT, threshold=tau.high, patience=int(t.high))
-    assert expected["exit"] > found[1] and page.texts("#exits .bx-stop") == [stop(expected["exit"])]
+    assert expected["exit_layer"] > found[1] and page.texts("#exits .bx-stop") == [stop(expected["exit_layer"])]
 
     page.find("#reset").click()
     expected = live(adapter, TEXT)
     page.until("#exits .bx-why", lambda said: f"tau = {tau.value:.4g}\n" in f"{said}\n" and "t = 1" in said)
-    assert page.texts("#exits .bx-stop") == [stop(expected["exit"])]
+    assert page.texts("#exits .bx-stop") == [stop(expected["exit_layer"])]
 
 
 def test_the_curve_follows_the_slider(adapter: Path, address: str, driver: Any) -> None:

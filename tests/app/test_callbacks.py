@@ -74,13 +74,13 @@ def test_answer_and_exit_are_those_of_predict(adapter: Path, rule: dict[str, Any
     for text in TEXTS:
         (expected,) = predict(callbacks.adapter, [(text, None)], callbacks.rule)
         page = callbacks.answer(text, None, *values(callbacks))
-        assert said(page, "bx-answer") == f"{expected['label']} ({expected['confidence']:.1%})"
+        assert said(page, "bx-answer") == f"{expected['label']} ({expected['score']:.1%})"
         name = {0: "embeddings", BLOCKS: f"block {BLOCKS} (full depth)"}
-        assert said(page, "bx-stop") == name.get(expected["exit"], f"block {expected['exit']}")
-        assert said(page, "bx-saved").startswith(f"{BLOCKS - expected['exit']} of {BLOCKS} blocks saved")
+        assert said(page, "bx-stop") == name.get(expected["exit_layer"], f"block {expected['exit_layer']}")
+        assert said(page, "bx-saved").startswith(f"{BLOCKS - expected['exit_layer']} of {BLOCKS} blocks saved")
         assert [block for _, block in blocks(page)] == [0, 1, 2, 3, 5]
-        assert ("answers", expected["exit"]) in blocks(page)
-        exits.add(expected["exit"])
+        assert ("answers", expected["exit_layer"]) in blocks(page)
+        exits.add(expected["exit_layer"])
     assert len(exits) > 1 or rule.get("policy") in ("never", "fixed_depth")
 
 
@@ -99,7 +99,7 @@ def test_a_moved_threshold_moves_the_exit(adapter: Path) -> None:
     assert exit_at(threshold=100.0, patience=2) == 2
     own = callbacks.adapter.model.get_early_exit_config()
     (expected,) = predict(callbacks.adapter, [(TEXTS[0], None)], own)
-    assert exit_at() == expected["exit"]
+    assert exit_at() == expected["exit_layer"]
 
 
 def test_why(adapter: Path) -> None:
@@ -130,12 +130,12 @@ def test_several_labels_and_values(make: Make) -> None:
         (expected,) = predict(several.adapter, [(text, None)])
         page = several.answer(text, None, *values(several))
         chosen = ", ".join(expected["labels"]) or "no label"
-        assert said(page, "bx-answer") == f"{chosen} (least sure label {expected['confidence']:.1%})"
-        assert ("answers", expected["exit"]) in blocks(page) and "4 more" in page
+        assert said(page, "bx-answer") == f"{chosen} (least sure label {expected['score']:.1%})"
+        assert ("answers", expected["exit_layer"]) in blocks(page) and "4 more" in page
         (expected,) = predict(value.adapter, [(text, None)])
         page = value.answer(text, None, *values(value))
         assert float(said(page, "bx-answer")) == pytest.approx(expected["value"], rel=1e-3)
-        assert ("answers", expected["exit"]) in blocks(page) and "distance" in page
+        assert ("answers", expected["exit_layer"]) in blocks(page) and "distance" in page
 
 
 def test_a_pair(make: Make) -> None:
@@ -145,7 +145,7 @@ def test_a_pair(make: Make) -> None:
     assert callbacks.pairs is True
     (expected,) = predict(callbacks.adapter, [("the film", "a plot")])
     page = callbacks.answer("the film", "a plot", *values(callbacks))
-    assert ("answers", expected["exit"]) in blocks(page) and "“a plot”" in page
+    assert ("answers", expected["exit_layer"]) in blocks(page) and "“a plot”" in page
     assert "type the second one" in mistake(callbacks.answer("the film", " ", *values(callbacks)))
 
 

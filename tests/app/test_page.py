@@ -43,7 +43,7 @@ def test_the_endpoints_are_the_callbacks(served: tuple[Any, Any]) -> None:
             assert page == callbacks.answer(text, "", tau, t) == client.predict(text, "", tau, t, api_name="/moved")
             rule = {"threshold": tau, "patience": t}
             (expected,) = predict(callbacks.adapter, [(text, None)], callbacks.rule.of(callbacks.rule, **rule))
-            assert ("answers", expected["exit"]) in blocks(page)
+            assert ("answers", expected["exit_layer"]) in blocks(page)
             assert said(page, "bx-answer").startswith(expected["label"])
     assert "threshold=0.7, patience=2" in client.predict(0.7, 2, api_name="/rule")
     assert "threshold=0.7, patience=2" in client.predict(0.7, 2, api_name="/curve")

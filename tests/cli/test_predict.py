@@ -34,14 +34,14 @@ def answers(result: Any) -> list[dict[str, Any]]:
 def test_the_answers_are_the_models_in_the_order_of_the_texts(trained: Path, place: Path, cli: Cli) -> None:
     found = answers(cli("predict", trained, place / "texts.txt", "--batch-size", 7))
     assert [answer["text"] for answer in found] == TEXTS
-    assert all(list(answer) == ["text", "label", "confidence", "exit"] for answer in found)
+    assert all(list(answer) == ["text", "label", "score", "exit_layer"] for answer in found)
     model = load_pretrained(str(trained))
     out = model.early_exit_forward(**make_tokenizer()(TEXTS, padding=True, return_tensors="pt"))
-    assert [answer["exit"] for answer in found] == out.exit_layer.tolist()
+    assert [answer["exit_layer"] for answer in found] == out.exit_layer.tolist()
     assert len(set(out.exit_layer.tolist())) > 1
     assert [answer["label"] for answer in found] == [("bad", "good")[i] for i in out.logits.argmax(-1)]
     sure = out.logits.softmax(-1).max(-1).values
-    assert [answer["confidence"] for answer in found] == pytest.approx(sure.tolist(), abs=1e-5)
+    assert [answer["score"] for answer in found] == pytest.approx(sure.tolist(), abs=1e-5)
 
 
 def test_every_format_gives_the_same(trained: Path, place: Path, cli: Cli, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_line_in_a_line_out(trained: Path, cli: Cli) -> None:
 
 def test_overrides(trained: Path, cli: Cli) -> None:
     def exits(*options: Any) -> set[int]:
-        return {answer["exit"] for answer in answers(cli("predict", trained, *options, input="\n".join(TEXTS)))}
+        return {answer["exit_layer"] for answer in answers(cli("predict", trained, *options, input="\n".join(TEXTS)))}
 
     assert exits("--policy", "never") == {3}
     assert exits("--policy", "fixed_depth", "--depth", 2) == {2}
@@ -122,7 +122,7 @@ def test_several_labels(cli: Cli, tmp_path: Path) -> None:
     train = ("train", model, tmp_path / "d.jsonl", "--output-dir", tmp_path / "a", "--keep-head", "--epochs", 1)
     cli(*train, "--latency", 0, "--policy", "divergence")
     for answer in answers(cli("predict", tmp_path / "a", input="a film\nthe plot\n")):
-        assert set(answer["labels"]) <= {"a", "b", "c"} and 0.5 <= answer["confidence"] <= 1
+        assert set(answer["labels"]) <= {"a", "b", "c"} and 0.5 <= answer["score"] <= 1
 
 
 def test_wrong_input(trained: Path, place: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:

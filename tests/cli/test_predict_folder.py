@@ -51,12 +51,10 @@ def test_each_file_has_the_answers_of_predict(folder: Path, trained: Path, cli: 
     }
     for name, count in {"a.csv.parquet": len(TEXTS), "b.jsonl.parquet": 9, "more/c.parquet": 30}.items():
         found = answers(out / name)
-        assert [(row["text"], row["label"], row["exit"]) for row in found] == [
-            (row["text"], row["label"], row["exit"]) for row in expected[:count]
+        assert [(row["text"], row["label"], row["exit_layer"]) for row in found] == [
+            (row["text"], row["label"], row["exit_layer"]) for row in expected[:count]
         ]
-        assert [row["confidence"] for row in found] == pytest.approx(
-            [row["confidence"] for row in expected[:count]], abs=1e-5
-        )
+        assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected[:count]], abs=1e-5)
     assert answers(out / "d.txt.parquet") == []
     schemas = {pq.read_schema(path) for path in out.rglob("*.parquet")}
     assert len(schemas) == 1  # also that of no rows

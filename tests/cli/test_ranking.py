@@ -172,7 +172,7 @@ def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:
         for place, wanted in enumerate(best, start=1):
             answer = part[wanted["corpus_id"]]
             assert answer["rank"] == place and answer["value"] == pytest.approx(wanted["score"], abs=1e-4)
-        assert all((a["rank"] is None) == (a["exit"] < 3) for a in part)
+        assert all((a["rank"] is None) == (a["exit_layer"] < 3) for a in part)
     wide = cli("predict", ranked / "reranker", ranked / "other.jsonl", "--policy", "never").stdout.splitlines()
     assert all("rank" not in json.loads(line) for line in wide)
     one_line(cli("predict", ranked / "reranker", "-", input="was the film\n", fails=True), "pairs of texts")

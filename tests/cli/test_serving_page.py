@@ -23,7 +23,7 @@ def test_the_page_runs_as_printed(trained, one_translation, tmp_path, monkeypatc
         space = run(ROOT / "docs" / "serving.md", space)
     for queue in (1, 50, 500):
         answers = space["answer"](texts, queue)
-        assert [set(a) for a in answers] == [{"label", "confidence", "exit_layer"}] * 2
+        assert [set(a) for a in answers] == [{"label", "score", "exit_layer"}] * 2
     careful, hurried = space["careful"], space["hurried"]
     assert careful.policy == hurried.policy == "max_prob"
     assert careful.calibration["mean_exit"] >= hurried.calibration["mean_exit"]

@@ -58,7 +58,7 @@ def test_predict_says_of_each_task_what_predict_says_of_it_alone(
     for name, adapter in tasks.items():
         model = load_pretrained(adapter)
         out = model.early_exit_forward(**make_tokenizer()(TEXTS, padding=True, return_tensors="pt"))
-        assert [line["tasks"][name]["exit"] for line in found] == out.exit_layer.tolist()
+        assert [line["tasks"][name]["exit_layer"] for line in found] == out.exit_layer.tolist()
         if name == "degree":
             assert [line["tasks"][name]["value"] for line in found] == pytest.approx(
                 out.logits[:, 0].tolist(), abs=1e-4
@@ -67,7 +67,7 @@ def test_predict_says_of_each_task_what_predict_says_of_it_alone(
             names = NAMES if name == "mood" else ("short", "medium", "long")
             assert [line["tasks"][name]["label"] for line in found] == [names[i] for i in out.logits.argmax(-1)]
     for line in found:
-        assert line["blocks"] == max(answer["exit"] for answer in line["tasks"].values())
+        assert line["blocks"] == max(answer["exit_layer"] for answer in line["tasks"].values())
 
 
 def test_a_bundle_and_standard_input(tasks: dict[str, str], place: Path, cli: Cli, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_overrides_hold_for_all_tasks(tasks: dict[str, str], place: Path, cli: C
     found = lines(cli("predict", *options(tasks), place / "texts.txt", "--policy", "fixed_depth", "--depth", 1))
     assert {line["blocks"] for line in found} == {1}
     found = lines(cli("predict", *options(tasks), place / "texts.txt", "--threshold", 0.0))
-    assert {line["tasks"]["mood"]["exit"] for line in found} == {1}  # others do not read it, or stop nowhere
+    assert {line["tasks"]["mood"]["exit_layer"] for line in found} == {1}  # others do not read it, or stop nowhere
     one_line(cli("predict", *options(tasks), place / "texts.txt", "--depth", 1, fails=True), "depth=1 changes nothing")
 
 
@@ -163,7 +163,7 @@ def test_export_writes_one_file_for_all_tasks(tasks: dict[str, str], place: Path
     found = OnnxTasksModel.from_pretrained(tmp_path / "onnx", threads=1).predict(TEXTS)
     said = lines(cli("predict", *options(some), place / "texts.txt", *rule))
     for line, answer in zip(said, found, strict=True):
-        assert {name: own["exit"] for name, own in line["tasks"].items()} == {
+        assert {name: own["exit_layer"] for name, own in line["tasks"].items()} == {
             name: own["exit_layer"] for name, own in answer.items()
         }
     one_line(cli("export", *options(some), fails=True), "there is no DIR")

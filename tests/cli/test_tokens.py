@@ -137,7 +137,7 @@ def test_evaluate_calibrate_and_sweep(corpus: Path, adapter: Path, cli: Cli, tmp
     said = [line["tags"] for line in lines]
     f1 = f1_score([row["tags"] for row in rows], said)
     assert report["early_exit"]["score"] == pytest.approx(f1)
-    assert report["early_exit"]["mean_exit"] == pytest.approx(sum(line["exit"] for line in lines) / 30)
+    assert report["early_exit"]["mean_exit"] == pytest.approx(sum(line["exit_layer"] for line in lines) / 30)
     accuracy = cli(
         "evaluate", adapter, corpus / "test_spans.jsonl", "--metric", "accuracy", "--json", tmp_path / "a.json"
     )
@@ -162,12 +162,16 @@ def test_predict_names_entities_of_texts(corpus: Path, adapter: Path, cli: Cli) 
     found = cli("predict", adapter, "--policy", "never", input="\n".join(texts) + "\n").stdout.splitlines()
     assert sum(len(line["entities"]) for line in words) > 0
     for line, own, text in zip(map(json.loads, found), words, texts, strict=True):
-        assert line["text"] == text and line["exit"] == own["exit"] == 3 and line["entities"] == own["entities"]
+        assert (
+            line["text"] == text
+            and line["exit_layer"] == own["exit_layer"] == 3
+            and line["entities"] == own["entities"]
+        )
         for entity in line["entities"]:
-            assert entity["text"] == text[entity["start"] : entity["end"]] and 0 < entity["confidence"] <= 1
+            assert entity["text"] == text[entity["start"] : entity["end"]] and 0 < entity["score"] <= 1
     batched = [json.loads(x) for x in cli("predict", adapter, corpus / "test_spans.jsonl").stdout.splitlines()]
     alone = cli("predict", adapter, corpus / "test_spans.jsonl", "--batch-size", 1).stdout.splitlines()
-    assert [line["exit"] for line in batched] == [json.loads(line)["exit"] for line in alone]
+    assert [line["exit_layer"] for line in batched] == [json.loads(line)["exit_layer"] for line in alone]
 
 
 def test_a_row_without_tokens_has_no_entities(adapter: Path, cli: Cli) -> None:
@@ -175,7 +179,7 @@ def test_a_row_without_tokens_has_no_entities(adapter: Path, cli: Cli) -> None:
     given = "".join(json.dumps({"tokens": words}) + "\n" for words in ([], ["a", "fine"], []))
     found = [json.loads(x) for x in cli("predict", adapter, "--format", "jsonl", input=given).stdout.splitlines()]
     (empty,) = map(json.loads, cli("predict", adapter, input="\n").stdout.splitlines())
-    assert found[0] == found[2] == {"tokens": [], "tags": [], "entities": [], "exit": empty["exit"]}
+    assert found[0] == found[2] == {"tokens": [], "tags": [], "entities": [], "exit_layer": empty["exit_layer"]}
     assert empty["entities"] == [] and len(found[1]["tags"]) == 2
 
 
@@ -198,8 +202,8 @@ def test_many_tasks_with_tokens_among_them(corpus: Path, adapter: Path, cli: Cli
     lines = [json.loads(x) for x in cli("predict", *tasks, input=given).stdout.splitlines()]
     alone = [json.loads(x) for x in cli("predict", adapter, input=given).stdout.splitlines()]
     for line, own in zip(lines, alone, strict=True):
-        assert line["tasks"]["names"] == {"entities": own["entities"], "exit": own["exit"]}
-        assert line["blocks"] >= own["exit"] and "label" in line["tasks"]["mood"]
+        assert line["tasks"]["names"] == {"entities": own["entities"], "exit_layer": own["exit_layer"]}
+        assert line["blocks"] >= own["exit_layer"] and "label" in line["tasks"]["mood"]
     rows = [{**as_entities(row), "mood": "good"} for row in tagged(6, seed=3)]
     data = write_jsonl(tmp_path / "both.jsonl", [{**row, "names": row.pop("entities")} for row in rows])
     out = cli("evaluate", *tasks, data, "--json", tmp_path / "t.json").stdout

@@ -226,7 +226,7 @@ def test_a_model_whose_exits_cannot_work_stays_as_it_was(cli: Cli, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Early exits are not worth it here" in card
     answers = cli("predict", tmp_path / "out", tmp_path / "texts.txt").stdout.splitlines()
-    assert {json.loads(line)["exit"] for line in answers} == {3}
+    assert {json.loads(line)["exit_layer"] for line in answers} == {3}
 
 
 def test_a_label_of_the_evaluation_rows_alone_counts_as_wrong(place: Path, cli: Cli, tmp_path: Path) -> None:

@@ -143,4 +143,4 @@ def test_texts_and_names_that_do_not_fit() -> None:
 def test_a_confidence_that_is_no_number_is_none() -> None:
     words = Words("ab c", [(0, 2), (3, 4)], [0, 1])
     found = answers_of(words, np.array([[0, np.inf], [0.0, 5.0]]), np.array([1, 1]), ["O", "B-x"])
-    assert [entity["confidence"] for entity in found["entities"]] == [None, pytest.approx(0.9933, abs=1e-4)]
+    assert [entity["score"] for entity in found["entities"]] == [None, pytest.approx(0.9933, abs=1e-4)]

@@ -189,7 +189,7 @@ def test_texts_in_answers_out(folder, model):
     names = model.config.id2label
     assert [a["label"] for a in together] == [names[int(i)] for i in wanted.logits.argmax(-1)]
     scores = wanted.logits.softmax(-1).amax(-1)
-    assert [a["confidence"] for a in together] == pytest.approx(scores.tolist(), abs=1e-4)
+    assert [a["score"] for a in together] == pytest.approx(scores.tolist(), abs=1e-4)
 
 
 def test_without_any_of_our_packages(folder):
@@ -329,7 +329,7 @@ def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
             for row in (cut, whole)
         )
     ]
-    answer = session.predict(text)[0]["confidence"]
+    answer = session.predict(text)[0]["score"]
     assert answer == pytest.approx(confidence[0], abs=1e-5) != pytest.approx(confidence[1], abs=1e-5)
 
 

@@ -141,9 +141,9 @@ def test_the_folder(cut: tuple[Any, Any], tmp_path: Path) -> None:
         predict(opened, [(text, None) for text in texts], model.base_model.get_early_exit_config().of(rule))
     )
     for answer, want in zip(found, expected, strict=True):
-        assert answer["exit_layer"] == want["exit"]
+        assert answer["exit_layer"] == want["exit_layer"]
         for entity, other in zip(answer["entities"], want["entities"], strict=True):
-            assert entity == {**other, "confidence": pytest.approx(other["confidence"], abs=1e-4)}
+            assert entity == {**other, "score": pytest.approx(other["score"], abs=1e-4)}
     with pytest.raises(ValueError, match="labels tokens of a text, and text_pairs are given"):
         session.predict(["a"], ["b"])
     int8 = exporter.write(tmp_path / "int8", int8=True, examples=rows)

@@ -104,7 +104,7 @@ def check_answers(facts: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     counts = {f"{n} texts": n for n in (0, 1, 8, 13)}
     assert {name: len(alone[name]) for name in counts} == counts
     assert {name: first[name] for name in counts} == {name: alone[name] for name in counts}
-    assert len({answer["exit"] for answer in alone["13 texts"]}) > 1
+    assert len({answer["exit_layer"] for answer in alone["13 texts"]}) > 1
     assert first["first of many"] == alone["first of many"] != other["first of many"] is None
     assert first["broken"] == ["line 6 is no text", 4]  # all that was there before a batch with the broken line
     assert other["broken"] == ["line 6 is no text", 0]

@@ -102,7 +102,7 @@ def test_a_dataset(adapter: str, expected: Any, cluster: None) -> None:
     ]
     assert predict_dataset(ray.data.from_items([]), adapter).take_all() == []
     never = predict_dataset(ray.data.from_items(rows[:3]), adapter, workers=1, policy="fixed_depth", depth=2)
-    assert {row["exit"] for row in never.take_all()} == {2}
+    assert {row["exit_layer"] for row in never.take_all()} == {2}
     for bad, message in (
         ([{"id": 1, "text": "x", "label": "y"}], "has columns label already"),
         ([{"id": 1, "n": 2}], "cannot tell which column holds the texts"),

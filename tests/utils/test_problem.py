@@ -57,15 +57,15 @@ def test_a_row_in_words() -> None:
     sure = math.exp(2.0) / sum(map(math.exp, (2.0, -1.0, 0.5)))
     assert problem_of(SINGLE).format_prediction(row, names) == {
         "label": "bad",
-        "confidence": pytest.approx(sure, abs=1e-6),
+        "score": pytest.approx(sure, abs=1e-6),
     }
     least = 1 / (1 + math.exp(-0.5))  # of the three decisions
     found = problem_of(MULTI).format_prediction(row, names)
-    assert found == {"labels": ["bad", "good"], "confidence": pytest.approx(least, abs=1e-6)}
+    assert found == {"labels": ["bad", "good"], "score": pytest.approx(least, abs=1e-6)}
     assert problem_of(REGRESSION).format_prediction(row, names) == {"value": [2.0, -1.0, 0.5]}
     assert problem_of(REGRESSION).format_prediction(row[:1], ["value"]) == {"value": 2.0}
     broken = LOGITS[0].numpy() * float("nan")
-    assert problem_of(SINGLE).format_prediction(broken, names)["confidence"] is None  # JSON has no NaN
+    assert problem_of(SINGLE).format_prediction(broken, names)["score"] is None  # JSON has no NaN
 
 
 def test_the_names_are_those_of_transformers() -> None:
