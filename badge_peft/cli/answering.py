@@ -124,7 +124,7 @@ def export(
     json_file: shared.JsonFile = None,
     base_model: shared.BaseModel = None,
 ) -> None:
-    """Write an adapter with its model as one ONNX file that computes no block behind the exit.
+    """Write an adapter with its model as one ONNX file that skips all blocks after the exit.
 
     Threshold and patience stay inputs of the graph, so a service changes its speed from call to call. The folder also
     gets the tokenizer, the configs and a card. With --task one file answers all tasks, with threshold and patience of

@@ -100,7 +100,7 @@ def sweep(
         adapter_or_logits: An adapter's folder (or repository), or a file of exit logits.
         policies: Policies to compare, with commas. Default: divergence,patience,entropy,max_prob.
         points: Settings of each policy.
-        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, else 10.
+        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own policy, else 10.
         plot: Draw the curves into this file (png, svg or pdf).
     """
     from badge_peft import evaluation

@@ -55,7 +55,7 @@ class FixedRule:
             raise ValueError(
                 f"{other[0]}={getattr(config, other[0])!r} is not allowed: it is fixed in the file as "
                 f"{getattr(self.config, other[0])!r}, and a call changes threshold and patience (or goes to full "
-                "depth, policy='never'). Export the adapter with the other rule, or serve it without --onnx."
+                "depth, policy='never'). Export the adapter with the other policy, or serve it without --onnx."
             )
         wanted = build_policy(config).resolve(self.num_labels, self.problem_type)
         given = len(wanted.threshold) if isinstance(wanted.threshold, list) else 0
@@ -70,7 +70,7 @@ class FixedRule:
         if capped or own.by_group or not (own.counts_exits or compares):
             raise ValueError(
                 f"policy='never' is not allowed: the file, of policy={self.config.policy!r}, cannot be sent to full "
-                "depth. Export the adapter with another rule, or serve it without --onnx."
+                "depth. Export the adapter with another policy, or serve it without --onnx."
             )
         if own.counts_exits:
             return None, LARGEST_PATIENCE
@@ -80,7 +80,7 @@ class FixedRule:
 class OnnxEngine(BaseEngine):
     """A loaded file. All of its tasks run, whichever are asked for."""
 
-    _ranks_not = "the rule in its file is not top_k"
+    _ranks_not = "the policy in its file is not top_k"
 
     def __init__(self, folder: str, threads: int | None = None, batch_size: int = 32) -> None:
         self.batch_size = batch_size
