@@ -384,7 +384,7 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
         if kind != "past_future":
             assert trained(bert, exit_type=kind, placement="none", **one) == count
     both = trained(bert, exit_type="past_future", placement="none", final_exit="exit", **one)
-    assert both == 2 * exits["past_future"]  # exits 1 and M
+    assert both == 2 * exits["past_future"] - d * (d + 1)  # exits 1 and M
     assert said["`bias=True` adds"] == r + d == trained(bert, bias=True, **one) - trained(bert, **one)
     two = {"exit_layers": [1, 2], "train_head": False}
     assert said['`carry="logits"` adds, but for the first exit'] == trained(bert, carry="logits", **two) - trained(
