@@ -54,7 +54,7 @@ PUBLIC = (
 )
 HUB = "google-bert/bert-base-uncased"
 # A policy is no rule, a prediction no answer, and time is measured, not read off a clock.
-INSTEAD = r"\b(?:exit )?rules?\b|\bon the clock\b|\bthe answers? of\b|\ball the way\b|\bbehind the exit\b|\bbeside stock\b"
+INSTEAD = r"\b(?:exit )?rules?\b|\bon the clock\b|\bthe answers? of\b|\ball the way\b|\bbehind the exit\b"
 
 
 def test_the_first_page_lists_every_extra() -> None:

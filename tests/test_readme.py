@@ -1,4 +1,4 @@
-"""The code of README.md runs as printed, in one session, on tiny models in the folders that its commands would have made."""
+"""The code of README.md runs as printed, in one session, on tiny models in the folders that its commands make."""
 
 from __future__ import annotations
 

@@ -128,6 +128,8 @@ def check_room(waiting: int, rows: int, limits: Limits) -> None:
 def check_token(header: bytes | None, token: str | None) -> None:
     """Lets those pass who may change the policy; where the service has no token nobody may."""
     if not token:
-        raise RequestError(403, "policy updates are disabled: start the service with BADGE_PEFT_TOKEN in its environment.")
+        raise RequestError(
+            403, "policy updates are disabled: start the service with BADGE_PEFT_TOKEN in its environment."
+        )
     if header is None or not compare_digest(header, f"Bearer {token}".encode()):
         raise RequestError(401, "the bearer token is missing or wrong: send `Authorization: Bearer TOKEN`.")
