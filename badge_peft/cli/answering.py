@@ -44,7 +44,7 @@ def predict(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Answer texts with early exits: one line of JSON per text, in the order of the texts.
+    """Predict with early exits: one line of JSON per text, in the order of the texts.
 
     Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
     An adapter for tokens gives entities in the place of the label, and tags where a row has a list of tokens. One that

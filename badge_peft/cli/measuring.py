@@ -91,7 +91,7 @@ def sweep(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Show what every setting of a policy would cost and save, without choosing one.
+    """Show the trade-off between score and blocks saved of every policy, without choosing one.
 
     The fixed depths, where every text stops at the same block, are always shown beside the policies: a policy is worth
     having where it beats them.
@@ -158,7 +158,7 @@ def bench(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Time an adapter on texts of yours beside what could be run instead.
+    """Compare the speed of an adapter on your texts with stock PyTorch and ONNX Runtime.
 
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels. With --task: one pass
