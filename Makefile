@@ -55,7 +55,7 @@ demo: $(DEMO_DATA) ## train, calibrate and time a small adapter on the CPU; ARGS
 	$(BIN)/badge-peft demo $(ARGS)
 
 docs: $(DOCS_TOOLS) ## build the documentation into site/
-	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/mkdocs build --strict
 
 dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/
 	rm -rf dist

@@ -68,7 +68,7 @@ def same_answers(model: torch.nn.Module, name: str, rows: Dataset, collator: Dat
 
 
 def main() -> None:
-    """Trains exits, chooses the rule, checks that nothing else has changed, and reports."""
+    """Trains exits, chooses the policy, checks that nothing else has changed, and reports."""
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -104,8 +104,8 @@ def main() -> None:
 
     # Without labels a score is the share of the texts that get full depth's answer.
     exit_logits = badge_peft.collect_exit_logits(model, rows["test"])
-    rule = badge_peft.calibrate(exit_logits, policy="auto", max_score_drop=args.max_score_drop)
-    model.set_early_exit_config(rule)
+    chosen = badge_peft.calibrate(exit_logits, policy="auto", max_score_drop=args.max_score_drop)
+    model.set_early_exit_config(chosen)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     exit_logits.save(Path(args.output_dir, "exit_logits.safetensors"))  # what `badge-peft sweep` reads
@@ -117,10 +117,10 @@ def main() -> None:
     report = {
         "full_depth_is_checkpoint": equal,
         "held_out_texts": len(rows["test"]),
-        "same_answer_per_exit": rule.calibration["exit_scores"],
-        "policy": rule.policy,
-        "same_answer": rule.calibration["score"],
-        "blocks_saved": rule.calibration["layer_speedup"],
+        "same_answer_per_exit": chosen.calibration["exit_scores"],
+        "policy": chosen.policy,
+        "same_answer": chosen.calibration["score"],
+        "blocks_saved": chosen.calibration["layer_speedup"],
         "time_saved": latency.speedup_paper,
         "p50_ms": latency.p50_ms,
         "full_depth_p50_ms": latency.full_depth_p50_ms,

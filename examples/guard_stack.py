@@ -7,7 +7,7 @@
     python examples/guard_stack.py --tasks intent=out/intent pii=out/pii toxic=out/toxic topic=out/topic \
         --texts texts.txt --bundle out/guards
 
-Each task stops by its own rule, and a text leaves with its slowest task. A task may label tokens: its answer is the
+Each task has its own policy, and a text runs as deep as its slowest task. A task may label tokens: its answer is the
 words that have a tag. The bundle is all of it as one folder, which `badge_peft.load_pretrained`, `badge_peft.pipeline`
 and `badge-peft predict` take.
 """

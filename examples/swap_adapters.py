@@ -5,7 +5,7 @@
     python examples/swap_adapters.py --adapters out/sst2 out/mrpc --requests requests.jsonl
 
 A request is a line of JSON: {"task": "sst2", "text": "..."}, for pairs with "text_pair" as well. The task is the name
-of an adapter's folder. Each adapter has its own exits, labels and exit rule. `--backbone lora` works, too; `full` does
+of an adapter's folder. Each adapter has its own exits, labels and policy. `--backbone lora` works, too; `full` does
 not, as it changes the encoder.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
         switching += time.perf_counter() - start
         count += 1
         batch = tokenizer(request["text"], request.get("text_pair"), truncation=True, return_tensors="pt")
-        out = model.early_exit_forward(**batch)  # by the rule of the adapter that is active
+        out = model.early_exit_forward(**batch)  # by the policy of the active adapter
         names = model.peft_config[task].label_names
         answer = float(out.logits[0, 0]) if names is None else names[int(out.logits[0].argmax())]
         print(json.dumps({**request, "answer": answer, "exit_layer": int(out.exit_layer[0])}, ensure_ascii=False))

@@ -43,7 +43,7 @@ class Arguments:
 
 
 def main() -> None:
-    """Trains, chooses the exit rule on validation rows, saves, and prints scores on test rows."""
+    """Trains, chooses the policy on validation rows, saves, and prints scores on test rows."""
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
     if args.task is None and args.data_dir is None:
         raise SystemExit("say what to train on: --task NAME (from the Hub) or --data-dir FOLDER.")
@@ -86,20 +86,20 @@ def main() -> None:
     trainer.train()
 
     validation = badge_peft.collect_exit_logits(model, task.splits["validation"])
-    rule = badge_peft.calibrate(validation, policy="auto", max_score_drop=args.max_score_drop, metric=task.metric)
-    model.set_early_exit_config(rule)
+    chosen = badge_peft.calibrate(validation, policy="auto", max_score_drop=args.max_score_drop, metric=task.metric)
+    model.set_early_exit_config(chosen)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     validation.save(Path(args.output_dir, "exit_logits.safetensors"))  # what `badge-peft sweep` reads
 
     test = badge_peft.collect_exit_logits(model, task.splits["test"])
     scores = badge_peft.exit_scores(test, task.metric)
-    early = badge_peft.evaluate_policy(test, rule, task.metric)
+    early = badge_peft.evaluate_policy(test, chosen, task.metric)
     print(f"\n{task.name}, {task.metric} on {len(test)} test rows")
     for block, score in zip(scores.exit_layers, scores.per_exit, strict=True):
         print(f"  exit {block:2}  {score:.1%}")
     print(f"  S-avg    {scores.avg:.1%}\n  S-best   {scores.best:.1%}")
-    print(f"stopping early ({rule.policy}): {early.score:.1%}, with {early.layer_speedup:.1%} of the blocks saved")
+    print(f"stopping early ({chosen.policy}): {early.score:.1%}, with {early.layer_speedup:.1%} of the blocks saved")
     print(f"saved to {args.output_dir}")
 
 

@@ -53,6 +53,8 @@ PUBLIC = (
     "badge_peft.training",
 )
 HUB = "google-bert/bert-base-uncased"
+# A policy is no rule, a prediction no answer, and time is measured, not read off a clock.
+INSTEAD = r"\b(?:exit )?rules?\b|\bon the clock\b|\bthe answers? of\b|\ball the way\b|\bbehind the exit\b"
 
 
 def test_the_first_page_lists_every_extra() -> None:
@@ -202,6 +204,21 @@ def test_every_entry_of_the_navigation_exists_and_every_page_is_found() -> None:
     assert len(entries) == len(set(entries))
     linked = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in links(page)}
     assert [path_of(p) for p in PAGES if p not in linked and p.relative_to(DOCS).as_posix() not in entries] == []
+
+
+def test_pages_for_users_are_short_and_have_one_word_for_one_thing() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    sections = {name: _files(part) for entry in nav for name, part in entry.items()}
+    contributors = sections.pop("For contributors")
+    users = [DOCS / file for files in sections.values() for file in files if not file.startswith("api/")]
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in users) <= 16_000
+    assert "architecture.md" in contributors and len(users) > 15
+    found = [
+        f"{path_of(page)}: {words}"
+        for page in (README, *users, *(DOCS / "api").glob("*.md"))
+        for words in re.findall(INSTEAD, re.sub(r"`[^`]*`", "", " ".join(prose(page).split())), re.IGNORECASE)
+    ]
+    assert not found, f"say policy, time, predictions, run every block, skip the blocks after: {', '.join(found)}"
 
 
 def _files(nav: Any) -> list[str]:

@@ -1,53 +1,53 @@
-"""The README's code runs as printed, in one session, on a tiny model in place of the one from the Hub."""
+"""The code of README.md runs as printed, in one session, on tiny models in the folders that its commands make."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
 
-import badge_peft
-from tests.texts import save_base
-
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-TEXTS = ["a fine film", "two hours that I want back", "not fine", "a film that I want"] * 4
+from badge_peft import BadgeConfig
+from tests.models import make_model
+from tests.pages import README, blocks, run
+from tests.ranking.pairs import make_documents, make_ranker, pair_tokenizer
+from tests.texts import make_tokenizer, save_base
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`google-bert/bert-base-uncased` is a tiny random BERT in a folder; the working directory is empty."""
-    folder = save_base(tmp_path / "bert")
-    for auto in (AutoModelForSequenceClassification, AutoTokenizer):
-        real = auto.from_pretrained
-
-        def from_pretrained(name: str, *args: Any, real: Any = real, **kwargs: Any) -> Any:
-            return real(folder if name == "google-bert/bert-base-uncased" else name, *args, **kwargs)
-
-        monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README takes for granted, in a working directory with the adapters of its commands."""
     monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    save_base(tmp_path / "my-model")
+    for folder in ("my-exits", "out/intent", "out/pii"):
+        model = AutoModelForSequenceClassification.from_pretrained("my-model")
+        adapter = get_peft_model(model, BadgeConfig(r=4, train_head=False, early_exit={"policy": "max_prob"}))
+        adapter.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    make_model(num_labels=1).save_pretrained("cross-encoder")
+    pair_tokenizer().save_pretrained("cross-encoder")
+    ranker = make_ranker()
+    ranker.peft_config["default"].base_model_name_or_path = "cross-encoder"
+    ranker.set_early_exit_config({"policy": "top_k", "top_k": 10, "parameters": {"margins": [0.1, 0.1, None]}})
+    ranker.save_pretrained("my-reranker")
+    return {
+        "documents": make_documents(20),
+        "batch": tokenizer(["the film was good", "a dull plot"], padding=True, return_tensors="pt"),
+        "classifier": AutoModelForSequenceClassification.from_pretrained("my-model"),
+    }
 
 
-def test_readme_code_runs_as_printed(hub: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS) == 4
-    space: dict[str, Any] = {}
-    exec(BLOCKS[0], space)
+def test_readme_code_runs_as_printed(space: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    after = run(README, space)
     printed = capsys.readouterr().out
-    assert "trainable params" in printed and "tensor(" in printed
-    features = space["tokenizer"](TEXTS)
-    data = Dataset.from_dict({**features, "labels": [0, 1, 1, 0] * 4})
-    space.update(train_dataset=data, eval_dataset=data)
-    exec(BLOCKS[1], space)
-    exec(BLOCKS[2], space)
-    exec(BLOCKS[3], space)
-    assert space["model"].get_early_exit_config() == badge_peft.EarlyExitConfig.of(space["config"])
-    assert set(space["out"].exit_layer.tolist()) <= {1, 2, 3}
+    assert "exit_layer" in printed and "trainable params" in printed and "tensor(" in printed
+    assert len(after["best"]) == 10
+    assert after["out"].logits.shape == (2, 2) and set(after["out"].exit_layer.tolist()) <= {1, 2, 3}
 
 
-def test_the_first_example_is_short() -> None:
-    lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
-    assert len(lines) <= 12
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert not [block for block in blocks(README) if block.skipped]

@@ -251,7 +251,7 @@ def why(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | N
             return f"no row stops before block {config.min_exit} (min_exit)"
         if config.exit_layers is not None and block not in config.exit_layers:
             return f"the policy decides at blocks {short(config.exit_layers)} only (exit_layers)"
-        return f"the rule decides at each k-th exit only, k = {config.decide_every} (decide_every)"
+        return f"the policy decides at each k-th exit only, k = {config.decide_every} (decide_every)"
     return f"policy {policy.name!r} has decided" if evidence is None else evidence.comparison
 
 
@@ -264,20 +264,20 @@ def _(policy: FixedDepthPolicy, exits: Sequence[int], j: int, evidence: Evidence
     depth, final = policy.config.depth, policy.is_final(exits, j)
     if final and exits[j] != depth:
         return _why(policy, exits, j, evidence)
-    return f"the rule {'always ' if final else ''}answers at block {depth}"
+    return f"the policy {'always ' if final else ''}answers at block {depth}"
 
 
 @why.register
 def _(policy: NeverPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
     """The end of the model."""
-    return _why(policy, exits, j, evidence) if policy.is_final(exits, j) else "the rule never stops early"
+    return _why(policy, exits, j, evidence) if policy.is_final(exits, j) else "the policy never stops early"
 
 
 @singledispatch
 def sentence(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
     """Why a row got its answer at exit j (index)."""
     reason = why(policy, exits, j, evidence)
-    return f"No exit before it met the rule, and {reason}." if j == len(exits) - 1 else capitalized(reason)
+    return f"No exit before it met the policy, and {reason}." if j == len(exits) - 1 else capitalized(reason)
 
 
 _sentence = sentence.dispatch(ExitPolicy)

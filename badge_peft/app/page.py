@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradio import Blocks
 
 EXAMPLE = "a fine film, though its end is a little flat"
-HINT = "Type a text and press Answer: each exit is shown as it comes, and where the rule stops."
+HINT = "Type a text and press Answer: each exit is shown as it comes, and where the policy stops."
 MOST_CHARACTERS = 20_000
 _KEPT = 32  # texts whose exits are kept, so that a moved slider runs no model
 
@@ -132,7 +132,7 @@ def build_page(callbacks: Callbacks) -> Blocks:
                 pair = gr.Textbox(label=label, lines=2, max_lines=8, elem_id="pair", visible=visible)
                 button = gr.Button("Answer", variant="primary", elem_id="answer")
                 said = callbacks.describe(*start)
-                rule = gr.Textbox(said, label="Exit rule", interactive=False, elem_id="rule")
+                rule = gr.Textbox(said, label="Policy", interactive=False, elem_id="rule")
                 sliders: list[Any] = []
                 for control in callbacks.controls:
                     common = {"value": control.value, "label": control.label, "elem_id": control.field}
@@ -140,7 +140,7 @@ def build_page(callbacks: Callbacks) -> Blocks:
                         sliders.append(gr.Radio(control.choices, **common))
                     else:
                         sliders.append(gr.Slider(control.low, control.high, step=control.step, **common))
-                reset = gr.Button("Back to the rule at the start", size="sm", elem_id="reset", visible=bool(sliders))
+                reset = gr.Button("Back to the starting policy", size="sm", elem_id="reset", visible=bool(sliders))
             with gr.Column(scale=5, min_width=420):
                 with gr.Tab("This text"):
                     shown = gr.HTML(render.macros.hint(HINT), elem_id="exits")

@@ -87,7 +87,7 @@ class TradeOffView:
     def _draw(self, rule: EarlyExitConfig) -> str:
         """The picture of `plot_tradeoff`, with the rule at the start and the present one marked, as a URL."""
         start, present = (evaluate_policy(self.scored, config, self.metric) for config in (self.own, rule))
-        figure = plot_tradeoff(self.curves(rule), chosen={"the rule at the start": start, "as set here": present})
+        figure = plot_tradeoff(self.curves(rule), chosen={"the starting policy": start, "as set here": present})
         out = io.BytesIO()
         figure.savefig(out, format="svg")
         return render.data_url(out.getvalue(), "svg+xml")

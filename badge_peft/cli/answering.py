@@ -44,7 +44,7 @@ def predict(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Answer texts with early exits: one line of JSON per text, in the order of the texts.
+    """Predict with early exits: one line of JSON per text, in the order of the texts.
 
     Each line has the text, its label, the confidence (the label's probability), and the exit: the block that answered.
     An adapter for tokens gives entities in the place of the label, and tags where a row has a list of tokens. One that
@@ -124,7 +124,7 @@ def export(
     json_file: shared.JsonFile = None,
     base_model: shared.BaseModel = None,
 ) -> None:
-    """Write an adapter with its model as one ONNX file that computes no block behind the exit.
+    """Write an adapter with its model as one ONNX file that skips all blocks after the exit.
 
     Threshold and patience stay inputs of the graph, so a service changes its speed from call to call. The folder also
     gets the tokenizer, the configs and a card. With --task one file answers all tasks, with threshold and patience of

@@ -1,4 +1,4 @@
-"""Lines on stderr: an error that a user can mend is one line, without a traceback."""
+"""Lines on stderr: an error the user can fix is one line, without a traceback."""
 
 from __future__ import annotations
 

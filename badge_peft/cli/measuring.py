@@ -91,7 +91,7 @@ def sweep(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Show what every setting of a policy would cost and save, without choosing one.
+    """Show the trade-off between score and blocks saved of every policy, without choosing one.
 
     The fixed depths, where every text stops at the same block, are always shown beside the policies: a policy is worth
     having where it beats them.
@@ -100,7 +100,7 @@ def sweep(
         adapter_or_logits: An adapter's folder (or repository), or a file of exit logits.
         policies: Policies to compare, with commas. Default: divergence,patience,entropy,max_prob.
         points: Settings of each policy.
-        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, else 10.
+        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own policy, else 10.
         plot: Draw the curves into this file (png, svg or pdf).
     """
     from badge_peft import evaluation
@@ -158,7 +158,7 @@ def bench(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Time an adapter on texts of yours beside what could be run instead.
+    """Compare the speed of an adapter on your texts with stock PyTorch and ONNX Runtime.
 
     Stock PyTorch, early exits in PyTorch, ONNX Runtime at full depth, early exits in ONNX Runtime, and both in int8,
     in turn: milliseconds, texts per second, mean exit, and the score where the data has labels. With --task: one pass

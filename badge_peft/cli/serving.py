@@ -39,7 +39,7 @@ def serve(
     address: str | None = None,
     base_model: shared.BaseModel = None,
 ) -> None:
-    """Answer texts over HTTP, in batches, on any number of replicas. Needs the extra serve.
+    """Serve an adapter over HTTP, in batches, on any number of replicas. Needs the extra serve.
 
     POST /predict {"inputs": ["a text"]}, for models that rank POST /rerank {"query": ..., "texts": [...]}, GET
     /healthz, /info, /metrics and /docs; PUT /policy with the bearer token that is in BADGE_PEFT_TOKEN, if one is. INT

@@ -18,7 +18,7 @@ def train(
     /,
     settings: TrainSettings = TrainSettings(),
 ) -> None:
-    """Put early exits on a model: train them, choose when to stop, and say what it costs.
+    """Put early exits on a model: train them, choose a policy, and report what it costs.
 
     The usual case: a classifier that is in service, and a file of texts like those that it sees, labeled or not:
 
@@ -63,7 +63,7 @@ def calibrate(
     base_model: shared.BaseModel = None,
     device: shared.Device = None,
 ) -> None:
-    """Choose how an adapter stops, and write the choice into its adapter_config.json.
+    """Choose the policy of an adapter, and write it into its adapter_config.json.
 
     Nothing else in the folder changes but the numbers of its card, and nothing is trained: an adapter can be
     calibrated again, in seconds, whenever another speed is wanted.

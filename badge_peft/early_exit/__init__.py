@@ -1,4 +1,4 @@
-"""Stopping early: the exit rules, their config, and the pass that obeys them."""
+"""Stopping early: the exit policies, their config, and the pass that obeys them."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ class EarlyExitConfig:
     divergence: str = option("ce", "S of Eq. 4 for `divergence`: `ce` (the paper's), `kl`, `js` or `label`.")
     threshold: float | list[float] | None = option(
         None,
-        "tau of Eq. 3, or the bound of the other rules; a list has one for each exit, the last among them. None: the "
-        "policy's default.",
+        "tau of Eq. 3, or the bound of the other policies; a list has one for each exit, the last among them. None: "
+        "the policy's default.",
     )
     patience: int | None = option(None, "t of Eq. 3: how many exits must agree. None: the policy's default.")
     window: str = option(

@@ -1,4 +1,4 @@
-"""`export_onnx`: a model with early exits as one ONNX file that computes no block behind the exit."""
+"""`export_onnx`: a model with early exits as one ONNX file that skips all blocks after the exit."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class OnnxEarlyExitModel(ExportedFolder):
         for name, count in counts.items():
             check_int(name, count, at_least=1)
             if count is not None and name != own:
-                raise ValueError(f"{name}={count} is not allowed: the rule in the file reads {own}.")
+                raise ValueError(f"{name}={count} is not allowed: the policy in the file reads {own}.")
         feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
         if threshold is not None:
             feed["threshold"] = self._threshold(threshold)
@@ -186,7 +186,7 @@ class OnnxEarlyExitModel(ExportedFolder):
             sub-token of each word answers for it, and the text leaves with the last of these.
         """
         if "top_k" in self.config:
-            raise ValueError("the rule in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
+            raise ValueError("the policy in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
         if isinstance(texts, str):
             texts = [texts]
         problem = problem_of(self.config["problem_type"])

@@ -22,7 +22,7 @@ from badge_peft.serving.settings import MAIN, check_texts
 class OnnxEngine(BaseEngine):
     """A loaded file. All of its tasks run, whichever are asked for."""
 
-    _ranks_not = "the rule in its file is not top_k"
+    _ranks_not = "the policy in its file is not top_k"
 
     def __init__(self, folder: str, threads: int | None = None, batch_size: int = 32) -> None:
         self.batch_size = batch_size

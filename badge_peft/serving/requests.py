@@ -84,7 +84,7 @@ def check_rows(rows: Sequence[Row], limits: Limits) -> None:
     """Refuses a request without texts, with too many or too long ones, or with what is none: JSON can say what no
     tokenizer reads."""
     if not rows:
-        raise RequestError(422, "there is no text in this request: give at least one.")
+        raise RequestError(422, "inputs is empty: give at least one text.")
     if len(rows) > limits.rows:
         raise RequestError(413, f"{len(rows)} texts are more than the {limits.rows} of one request: send parts.")
     for number, row in enumerate(rows):
@@ -128,6 +128,8 @@ def check_room(waiting: int, rows: int, limits: Limits) -> None:
 def check_token(header: bytes | None, token: str | None) -> None:
     """Lets those pass who may change the policy; where the service has no token nobody may."""
     if not token:
-        raise RequestError(403, "this service takes no changes: start it with BADGE_PEFT_TOKEN in its environment.")
+        raise RequestError(
+            403, "policy updates are disabled: start the service with BADGE_PEFT_TOKEN in its environment."
+        )
     if header is None or not compare_digest(header, f"Bearer {token}".encode()):
         raise RequestError(401, "the bearer token is missing or wrong: send `Authorization: Bearer TOKEN`.")

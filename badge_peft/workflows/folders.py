@@ -104,7 +104,7 @@ def _outputs(folder: Path, out: Path, format: str | None) -> dict[Path, Path]:
     for name in names:
         if format is None and suffix_of(name) != ".txt" and suffix_of(name).lstrip(".") not in FORMATS:
             raise ValueError(
-                f"{folder / name} is in no format that can be read row by row: take it out of the folder, or say with "
+                f"{folder / name} has a format that cannot be read row by row: take it out of the folder, or say with "
                 "--format what all files are."
             )
         found[folder / name] = out / (name if name.suffix == ".parquet" else name.with_name(f"{name.name}.parquet"))

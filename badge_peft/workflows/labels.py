@@ -105,7 +105,7 @@ class LabelSet:
                 others = [repr(self._spelled(v, rows)) for v, number in numbers.items() if number == UNKNOWN_LABEL]
                 warnings.warn(
                     f"{unknown} of {len(rows)} rows to score have a label that the model does not know "
-                    f"({', '.join(sorted(others)[:5])}): every answer to them counts as wrong.",
+                    f"({', '.join(sorted(others)[:5])}): every prediction for them counts as an error.",
                     stacklevel=2,
                 )
             return [values[0] if values else None for values in found]

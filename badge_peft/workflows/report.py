@@ -47,7 +47,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"S-avg {show(report['s_avg'], metric)}, S-best {show(report['s_best'], metric)} "
         f"({_metric_name(report)}, {report['rows']} rows)",
-        f"exit rule: {describe(EarlyExitConfig.of(early['config']))}",
+        f"policy: {describe(EarlyExitConfig.of(early['config']))}",
         f"  {_metric_name(report)} {show(early['score'], metric)}; at full depth "
         f"{show(report['full_depth_score'], metric)}",
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
@@ -66,7 +66,7 @@ def summary(report: dict[str, Any]) -> str:
         ]
     unknown = report["rows_of_unknown_label"]
     if unknown:
-        lines.append(f"  {unknown} of the rows have a label that the model does not know, and count as wrong")
+        lines.append(f"  {unknown} of the rows have a label that the model does not know and count as errors")
     if same is not None and report["labels"] == "given":
         lines.append(f"  {same:.1%} of the rows get the answer that full depth gives")
     return "\n".join(lines)
@@ -150,7 +150,7 @@ def _exit_name(number: int, num_blocks: int) -> str:
 def latency_line(latency: dict[str, Any]) -> str:
     """One line for a terminal."""
     return (
-        f"  on the clock ({latency['rows']} rows, one at a time, {latency['device']}, {latency['threads']} threads): "
+        f"  latency ({latency['rows']} rows, one at a time, {latency['device']}, {latency['threads']} threads): "
         f"p50 {latency['p50_ms']:.2f} ms, p95 {latency['p95_ms']:.2f} ms; the model without exits "
         f"{latency['full_depth_p50_ms']:.2f} and {latency['full_depth_p95_ms']:.2f} ms: "
         f"{latency['speedup_paper']:.1%} of the time saved"
@@ -183,7 +183,7 @@ def bench_summary(report: dict[str, Any]) -> str:
     timed_onnx = any("ONNX" in row["name"] for row in report["results"])
     onnx = ", ONNX Runtime on the CPU without spinning" if timed_onnx else ""
     return (
-        f"exit rule: {describe(EarlyExitConfig.of(report['rule']))}\n"
+        f"policy: {describe(EarlyExitConfig.of(report['rule']))}\n"
         f"{report['rows']} {texts}, batch size {report['batch_size']}, {report['threads']} threads each, in turn; "
         f"PyTorch on {where}{onnx}; the tokenizer's time is not in it"
     )

@@ -1,7 +1,7 @@
 """`Search`: adapters with other settings, all on the same cached states, so that each takes seconds.
 
 A fifth of the training rows chooses the settings; the others train. What a trial is worth is S-avg there, or, for
-speed, the largest share of blocks saved by an exit rule that scores no less than the best exit of the first trial, the
+speed, the largest share of blocks saved by a policy that scores no less than the best exit of the first trial, the
 settings as they were given, minus the drop that is allowed: so no adapter looks fast because its last exit is poor. An
 adapter that never scores as much is worth less than 0: by how much it falls short.
 

@@ -57,7 +57,7 @@ class Goal(Settings):
         target_speedup: The old name of target_blocks_saved.
         confidence: Such as 0.95: choose so that with this probability the drop holds on new data of the same kind,
             too. Takes more rows.
-        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own rule, of a new
+        top_k: For ranking: how many candidates of a query count. Default: those of the adapter's own policy, of a new
             one 10.
         keep: For ranking, in the place of a largest drop: share of the queries whose top k is to be full depth's.
             Default: 0.95.

@@ -46,7 +46,7 @@ def read_source(source: str | Path, name: str | None = None) -> Mapping[str, Dat
             raise FileNotFoundError(f"there is no file {path}.")
         return load_dataset(str(source), name)
     if suffix not in FORMATS:
-        raise ValueError(f"{path} is in no format that can be read: its name must end in {', '.join(FORMATS)}.")
+        raise ValueError(f"{path} has an unsupported format: its name must end in {', '.join(FORMATS)}.")
     return _read_local(path, FORMATS[suffix])
 
 

@@ -51,7 +51,7 @@ def read_texts(
         suffix = suffix_of(source).lstrip(".")
         format = "text" if suffix in ("", "txt") else suffix
         if format not in FORMATS:
-            raise ValueError(f"{source} is in no format that can be read line by line: say which with --format.")
+            raise ValueError(f"{source} has a format that cannot be read line by line: name one with --format.")
     check_choice("format", format, FORMATS)
     if source != "-" and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}.")

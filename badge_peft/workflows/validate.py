@@ -26,7 +26,7 @@ TASKS = ("classification", "ranking")
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Refuses what no model and no data could make right, before anything is read."""
+    """Validates settings that need neither model nor data, before anything is read."""
     exits = settings.exits
     training = settings.training
     make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)

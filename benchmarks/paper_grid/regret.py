@@ -108,14 +108,15 @@ def page(entries: list[dict[str, Any]], config: str) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn"))
     return f"""# What `policy="auto"` costs
 
-`auto` should never be more than {ALLOWED} points below the best single rule on average: {verdict(worst >= -ALLOWED)},
-it is {-worst:.2f}.
+`auto` should never be more than {ALLOWED} points below the best single policy on average:
+{verdict(worst >= -ALLOWED)}, it is {-worst:.2f}.
 
-Points below the best single rule (0.00): the mean over runs, and its standard error where it is paired with that rule.
+Points against the best single policy (0.00), negative where a policy is worse: the mean over runs, and its standard
+error where it is paired with that policy.
 Validation rows are drawn from the rows that a run was not trained on, `calibrate(policy, target_blocks_saved=...)`
 chooses on them, for {SAVED:.0%} of the blocks saved, and the other rows are answered.
 {CARRY}, seeds {", ".join(map(str, seeds))}, the [tasks](../paper.md) with labels and rows enough; regression
-lacks half of the rules.
+lacks half of the policies.
 
 {markdown(header, rows)}
 

@@ -111,8 +111,8 @@ def test_why(adapter: Path) -> None:
         "max_prob": "p = ",
         "confident_patience": "run = ",
         "learned": "u = ",
-        "fixed_depth": "the rule answers at block 2: go on",
-        "never": "the rule never stops early: go on",
+        "fixed_depth": "the policy answers at block 2: go on",
+        "never": "the policy never stops early: go on",
     }
     for rule in RULES:
         callbacks = opened(adapter, **rule)

@@ -46,7 +46,7 @@ def test_the_answers_are_those_of_the_library(trained: Path, place: Path, cli: C
     assert (early["score"], early["mean_exit"]) == (point.score, pytest.approx(point.mean_exit))
     for row in report["results"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["examples_per_s"] > 0
-    for word in (*TORCH, "p50 ms per text", "texts/s", "mean exit", "accuracy", "exit rule: max_prob", "1 threads"):
+    for word in (*TORCH, "p50 ms per text", "texts/s", "mean exit", "accuracy", "policy: max_prob", "1 threads"):
         assert word in told
 
 

@@ -1,4 +1,4 @@
-"""`badge-peft calibrate`: another exit rule for an adapter, and nothing else changed."""
+"""`badge-peft calibrate`: another policy for an adapter, and nothing else changed."""
 
 from __future__ import annotations
 

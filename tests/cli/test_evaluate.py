@@ -1,4 +1,4 @@
-"""`badge-peft evaluate`: exits, exit rule and clock on a data set."""
+"""`badge-peft evaluate`: exits, policy and latency on a data set."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_library(
     assert report["latency"]["rows"] == 3 and report["latency"]["full_depth_p50_ms"] > 0
     stored = ExitLogits.load(tmp_path / "l.safetensors")
     assert torch.equal(stored.logits, logits.logits) and torch.equal(stored.labels, logits.labels)
-    for word in ("block 3 (full depth)", "S-avg", "S-best", "exit rule: max_prob", "on the clock"):
+    for word in ("block 3 (full depth)", "S-avg", "S-best", "policy: max_prob", "latency ("):
         assert word in told.output
 
 

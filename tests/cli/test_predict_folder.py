@@ -146,7 +146,7 @@ def test_what_is_wrong_is_said_before_anything_is_answered(
     shutil.copy(folder / "a.csv", folder / "a.csv.parquet")
     refused(ValueError, "two files would be called .*a.csv.parquet", folder, out, answering)
     (folder / "a.csv.parquet").rename(folder / "notes.md")
-    refused(ValueError, r"notes\.md is in no format", folder, out, answering)
+    refused(ValueError, r"notes\.md has a format", folder, out, answering)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "_x.csv").write_text("")
     refused(ValueError, "holds no file", tmp_path / "empty", out, answering)

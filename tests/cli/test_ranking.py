@@ -76,7 +76,7 @@ def test_the_report(ranked: Path) -> None:
     config = json.loads((ranked / "reranker" / "adapter_config.json").read_text())
     assert (config["exit_pooling"], config["carry"]) == ("mean", None)
     told = (ranked / "told.txt").read_text()
-    for part in (f"{12 * CANDIDATES} candidates of 12 queries", "exit rule: top_k, top_k=3", "nDCG@3", "MRR@3"):
+    for part in (f"{12 * CANDIDATES} candidates of 12 queries", "policy: top_k, top_k=3", "nDCG@3", "MRR@3"):
         assert part in told
     assert "top k kept against full depth" in told and "full depth answers as the checkpoint, bit for bit" in told
 
@@ -122,7 +122,7 @@ def test_calibrate(ranked: Path, tmp_path: Path, cli: Cli) -> None:
     told = cli("calibrate", adapter, "--top-k", 1, "--keep", 1.0).output
     config = load_pretrained(str(adapter)).get_early_exit_config()
     assert (config.top_k, config.calibration["keep"], config.calibration["queries"]) == (1, 1.0, 3)
-    assert "exit rule: top_k, top_k=1" in told
+    assert "policy: top_k, top_k=1" in told
     cli("calibrate", adapter, ranked / "other.jsonl", "--top-k", 2)
     config = load_pretrained(str(adapter)).get_early_exit_config()
     assert (config.top_k, config.calibration["queries"], config.calibration["keep"]) == (2, 4, 0.95)

@@ -48,7 +48,7 @@ def test_the_command_line(by: str, tmp_path: Path, cli: Cli) -> None:
 
     numbered = [line[:2] for line in trained.stdout.splitlines() if line[:1].isdecimal()]
     assert numbered == ["1.", "2.", "3.", "4."], trained.stdout
-    assert trained.stdout.count("exit rule: ") == 1 and trained.stderr.count("training:   0%") == 1
+    assert trained.stdout.count("\npolicy: ") == 1 and trained.stderr.count("training:   0%") == 1
     report = json.loads((adapter / "report.json").read_text())
     assert report["processes"] == 2 and report["train_rows"] + report["rows"] == len(ROWS)
     assert report["full_depth_is_checkpoint"]["equal"]

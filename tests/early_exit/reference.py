@@ -1,4 +1,4 @@
-"""The exit rules written again from their formulas: plain Python loops in float64, one row at a time."""
+"""The exit policies written again from their formulas: plain Python loops in float64, one row at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every exit rule against its formula, exit by exit, on random logits."""
+"""Every exit policy against its formula, exit by exit, on random logits."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ def test_quickstart_notebook(place: Path, tmp_path: Path, start: Start) -> None:
         BADGE_TRAIN_ROWS=32,
     )
     model = badge_peft.load_pretrained(str(tmp_path / "out"))
-    assert f"rule: {model.get_early_exit_config().policy}; adapter of" in said
+    assert f"policy: {model.get_early_exit_config().policy}; adapter of" in said
     assert len(re.findall(r"'label': '(?:negative|positive)'.*'exit_layer': \d", said)) == 3
     assert re.search(r"accuracy \S+% \(full depth \S+%\), \S+% of the blocks saved", said)
     assert (tmp_path / "out" / "tradeoff.png").stat().st_size > 1000

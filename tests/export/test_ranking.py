@@ -220,7 +220,7 @@ def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
         file.rank(QUERY, [])
     with pytest.raises(ValueError, match="top_k=0 is not allowed"):
         file.rank(QUERY, ["a"], 0)
-    with pytest.raises(ValueError, match=r"patience=2 is not allowed: the rule in the file reads top_k"):
+    with pytest.raises(ValueError, match=r"patience=2 is not allowed: the policy in the file reads top_k"):
         file.model(np.ones((2, 5)), patience=2)
     with pytest.raises(ValueError, match="ranks the candidates of a query: use OnnxReranker"):
         file.model.predict(["a"])

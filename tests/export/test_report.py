@@ -36,7 +36,7 @@ def test_its_code_is_python() -> None:
 def test_it_says_what_the_inputs_are() -> None:
     card = onnx_card(REPORT, METADATA, has_tokenizer=True)
     assert "| `input_ids` | int64 [batch, sequence] | as the tokenizer makes it |\n| `attention_mask` |" in card
-    assert "| `threshold` | float32 scalar, may be left out (0.5) | where the rule stops |" in card
+    assert "| `threshold` | float32 scalar, may be left out (0.5) | where the policy stops |" in card
     assert "| `patience` | int64 scalar, may be left out (1) | this rule does not read it |" in card
     assert "answers at blocks 1, 2, 3; weights in float32. Made by badge_peft 1.2\n" in card
     assert card.startswith("---\nlibrary_name: onnx\n") and card.endswith("```\n")
