@@ -240,17 +240,7 @@ def _worth(choice: Choice) -> tuple[float, float]:
 
 
 def _check_reach(drops: list[float], scores: ExitScores, reference: int, max_score_drop: float) -> None:
-    """Refuses bounds between which nothing comes near enough to the reference.
-
-    Args:
-        drops: Of all settings.
-        scores: Of the exits.
-        reference: Block number of the exit from which drops are counted.
-        max_score_drop: The drop that is allowed.
-
-    Raises:
-        ValueError: no setting is within it.
-    """
+    """Refuses bounds between which no drop comes near enough to the reference."""
     if min(drops) > max_score_drop + 1e-12:
         wanted = scores.per_exit[scores.exit_layers.index(reference)]
         name = "full depth" if reference == scores.exit_layers[-1] else "the best exit"
@@ -271,14 +261,7 @@ def _one_depth(policy: Any, reference: int, scores: ExitScores) -> EarlyExitConf
 
 
 def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: int) -> str:
-    """Why early exits are not worth it, and what else would help.
-
-    Args:
-        scores: Of the exits.
-        saved: The share of the time that the best setting would save.
-        max_score_drop: The drop that is allowed.
-        reference: Block number of the exit from which drops are counted.
-    """
+    """Why early exits are not worth it, and what else would help."""
     wanted = scores.per_exit[scores.exit_layers.index(reference)] - max_score_drop
     weak = [m for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if s < wanted]
     exits = f"exits {weak[0]} to {weak[-1]}" if len(weak) > 1 else f"exit {weak[0]}" if weak else "the exits"

@@ -23,15 +23,8 @@ _VARIED = ("threshold", "patience", "depth")
 def setting_curve(
     exit_logits: ExitLogits, config: EarlyExitConfig, metric: Metric = "accuracy", points: int = POINTS
 ) -> list[TradeOffPoint]:
-    """`config` and other settings of its policy, slow to fast, with all but the threshold (patience, depth) as it is.
-    Of settings that are equally fast there is one.
-
-    Args:
-        exit_logits: With labels.
-        config: A setting, of which `max_exit`, `min_exit` and the like are kept.
-        metric: As for `exit_scores`.
-        points: At most so many beside `config`, evenly spread over the speed-ups that the policy can give.
-    """
+    """`config` and at most `points` other settings of its policy, slow to fast, with all but the threshold (patience,
+    depth) as it is. Of settings that are equally fast there is one."""
     own = evaluate_policy(exit_logits, EarlyExitConfig.of(config, calibration=None), metric)
     family = build_policy(config).opened(exit_logits.kind) or own.config
     found = {point.layer_speedup: point for point in curve_points(exit_logits, [family], points, metric)}
@@ -53,11 +46,7 @@ def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[d
 
 
 def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
-    """The curve that `calibrate` stored with this setting, slow to fast.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The curve that `calibrate` stored with this setting, slow to fast."""
     return [
         TradeOffPoint(config.policy, setting, entry["mean_exit"], entry["layer_speedup"], entry["score"])
         for setting, entry in _entries(config)
@@ -65,11 +54,7 @@ def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
 
 
 def stored_promises(config: EarlyExitConfig) -> dict[EarlyExitConfig, ExitPromise]:
-    """What is promised of each point of the stored curve.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """What is promised of each point of the stored curve."""
     entries = _entries(config)
     exits = tuple(int(number) for number in (config.calibration or {})["exit_scores"])
     return {

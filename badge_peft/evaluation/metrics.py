@@ -170,11 +170,7 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
 
 def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[..., float]:
     """A function of predictions [N] (or [N, K]) that gives their score; where these are of some of the rows alone, it
-    takes the labels of these, too.
-
-    Raises:
-        ValueError: as `exit_scores`; by the function, where a score is NaN or infinite.
-    """
+    takes the labels of these, too."""
     problem, labels, name = problem_of(exit_logits.kind), exit_logits.targets, metric_name(metric)
     if isinstance(metric, str):
         check_choice("metric", metric, METRIC_NAMES)
@@ -209,17 +205,8 @@ def is_ratio(metric: Metric) -> bool:
 
 
 def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> tuple[Array, Array]:
-    """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`.
-
-    Args:
-        exit_logits: With labels.
-        predictions: [N], or [N, K] of several labels.
-        metric: Accuracy: rows that are right, of all. Entity F1: twice the entities that are right, of those that are
-            given and those that are answered.
-
-    Raises:
-        ValueError: the labels are no tags.
-    """
+    """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`. Accuracy: rows
+    that are right, of all. Entity F1: twice the entities that are right, of those that are given and answered."""
     units, labels = exit_logits.units, exit_logits.targets
     if metric != ENTITY_F1:
         right = (~differs(predictions, labels)).astype(np.float64)
@@ -229,11 +216,7 @@ def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> 
 
 
 def entity_reader(exit_logits: ExitLogits) -> EntityReader:
-    """What reads entities out of the labels of token classification.
-
-    Raises:
-        ValueError: these are no tags.
-    """
+    """What reads entities out of the labels of token classification."""
     names = exit_logits.label_names
     if names is None or scheme_of(names) is None:
         found = "have no names" if names is None else f"are {', '.join(names[:5])}"

@@ -19,15 +19,9 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class ExitPromise:
-    """One setting on the calibration's rows.
-
-    Args:
-        exit_layers: Block numbers of the E exits.
-        rows_stopped: [E], how many rows each exit answers.
-        disagreements: How many rows get another answer than full depth's; None for regression.
-
-    Of token classification a row is a text, which stops with its last token, and its answer is that of all of them.
-    """
+    """How many rows stop at each exit under one setting, and get another answer than full depth's (None for
+    regression). Of token classification a row is a text, which stops with its last token, and its answer is that of
+    all of them."""
 
     exit_layers: tuple[int, ...]
     rows_stopped: tuple[int, ...]

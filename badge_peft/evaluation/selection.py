@@ -41,16 +41,8 @@ Forms = Callable[[ExitLogits], Iterable[EarlyExitConfig]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting on some rows.
-
-    Args:
-        form: Which form of its policy it is of.
-        config: The setting.
-        saved: The share of the cost that it saves.
-        drop: Score of the reference less its score, as it is estimated.
-        error: The standard error of the drop.
-        counted: The drop on these rows themselves.
-    """
+    """A setting of a form on some rows: the share of the cost that it saves, the drop as estimated, with its standard
+    error, and as counted on these rows."""
 
     form: int
     config: EarlyExitConfig
@@ -62,15 +54,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy offers.
-
-    Args:
-        setting: Chosen on all rows.
-        strictness: Of the rule that chose it.
-        drop: Of that rule, on rows that did not choose.
-        error: Its standard error.
-        saved: What that rule saves there.
-    """
+    """What a policy offers: a setting, chosen on all rows by a rule of some strictness, and that rule's drop, standard
+    error and saving on rows that did not choose."""
 
     setting: Setting
     strictness: float
@@ -81,13 +66,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows that test what the others choose.
-
-    Args:
-        rows: [n], which they are.
-        tested: These rows.
-        others: What settings lose on the rest.
-    """
+    """Rows [n] that test what the others choose."""
 
     rows: Array
     tested: ExitLogits
@@ -108,13 +87,7 @@ def held_out(drops: Drops) -> list[Fold]:
 
 
 def settings_of(drops: Drops, forms: Forms, costs: CostModel) -> list[Setting]:
-    """All settings of a policy on some rows, form by form, slow to fast.
-
-    Args:
-        drops: On these rows.
-        forms: Of the policy.
-        costs: Of a call.
-    """
+    """All settings of a policy on some rows, form by form, slow to fast."""
     rows = drops.exit_logits
     found, all_stops = [], []
     for form, family in enumerate(forms(rows)):
@@ -154,15 +127,7 @@ def fastest_within(found: list[Setting], max_score_drop: float, strictness: floa
 def choose_within(
     drops: Drops, folds: list[Fold], forms: Forms, costs: CostModel, max_score_drop: float
 ) -> Choice | None:
-    """The fastest setting of one policy that the rows can carry; None: there is none.
-
-    Args:
-        drops: On all rows.
-        folds: `held_out`.
-        forms: Of the policy.
-        costs: Of a call.
-        max_score_drop: The drop that is allowed.
-    """
+    """The fastest setting of one policy that the rows can carry; None: there is none."""
     rows = drops.exit_logits
     found = settings_of(drops, forms, costs)
     tried = [settings_of(fold.others, forms, costs) for fold in folds]

@@ -84,14 +84,7 @@ def cache_states(
 
 
 class StatePasses:
-    """Passes over the rows of a data set, in which the states are recorded.
-
-    Args:
-        badge: The model.
-        rows: Features of each row.
-        collate: Makes a batch of rows.
-        autocast: The precision of the passes.
-    """
+    """Passes over the rows of a data set, in the precision of `autocast`, in which the states are recorded."""
 
     def __init__(
         self,
@@ -160,11 +153,7 @@ class StatePasses:
         return inputs, recording, base.get("logits")
 
     def check(self, numbers: Sequence[int]) -> tuple[RecordingPass, Tensor | None]:
-        """A pass over a few rows, whose exits are the same by what is kept of it.
-
-        Raises:
-            CannotCache: they are not.
-        """
+        """A pass over a few rows, whose exits are the same by what is kept of it."""
         inputs, recording, logits = self.run(numbers)
         with CachedStates([self.counts[i] for i in numbers], torch.float32, recording, logits) as states:
             states.allocate()
@@ -187,11 +176,7 @@ _LABELS = {"label", "labels", "label_ids"}
 
 
 def check_backbone(badge: BadgeModel) -> None:
-    """Refuses a backbone whose states change with every step.
-
-    Raises:
-        CannotCache: it is trained.
-    """
+    """Refuses a backbone whose states change with every step."""
     if is_trained(badge.model, badge.layout):
         mode = badge.config_of().backbone
         raise CannotCache(f"the backbone is trained (backbone={mode!r}), and its states change with every step")

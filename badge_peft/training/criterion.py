@@ -18,14 +18,9 @@ from badge_peft.utils.problem import NO_LABEL, Problem
 
 @dataclass(frozen=True)
 class Criterion:
-    """The loss of the problem type, with label smoothing and class weights, or a function in its place.
-
-    Args:
-        label_smoothing: Share of the label that all classes get (`label_smoothing_factor`).
-        class_weights: K numbers, one for each class, or None; the mean is a weighted one, as torch's.
-        function: Trainer's `compute_loss_func`, called for each exit with an output whose `logits` are those of the
-            exit, the labels, and `num_items_in_batch`, how many labels of these rows count.
-    """
+    """The loss of the problem type, with label smoothing and class weights (one for each class; the mean is a weighted
+    one), or Trainer's `compute_loss_func` in its place, which is called for each exit, with `num_items_in_batch`, how
+    many labels of these rows count."""
 
     label_smoothing: float = 0.0
     class_weights: list[float] | None = None
@@ -45,17 +40,7 @@ class Criterion:
         return loss / total if total > 0 else 0 * loss  # a batch of which nothing counts has no loss, and not NaN
 
     def check(self, problem_type: str, num_labels: int, reads_labels: bool) -> None:
-        """Refuses what would be left out without a word.
-
-        Args:
-            problem_type: As transformers has it.
-            num_labels: K.
-            reads_labels: Whether any loss of the objective is one against labels.
-
-        Raises:
-            ValueError: label smoothing or class weights without classes, or beside a function; weights of another
-                number of classes; or no loss reads a label.
-        """
+        """Refuses what would be left out without a word."""
         given = [f"label_smoothing_factor={self.label_smoothing}"] if self.label_smoothing else []
         given += [] if self.class_weights is None else [f"class_weights={self.class_weights}"]
         if given and problem_type != Problem.name:
@@ -78,11 +63,7 @@ class Criterion:
 
 
 def check_class_weights(weights: Any) -> list[float]:
-    """What `class_weights` may be, a list, an array or a tensor, as a list.
-
-    Raises:
-        ValueError: anything but numbers of at least 0, not all of them 0.
-    """
+    """What `class_weights` may be, a list, an array or a tensor, as a list."""
     numbers = weights.tolist() if hasattr(weights, "tolist") else weights
     if not isinstance(numbers, (list, tuple)) or not all(is_number(w) and w >= 0 for w in numbers) or not any(numbers):
         raise ValueError(

@@ -10,14 +10,8 @@ from badge_peft.utils.problem import problem_of
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student), the mean over rows; multi-label: summed over labels; regression: squared difference.
-
-    Args:
-        student: [B, K].
-        teacher: [B, K], without gradient.
-        problem_type: As transformers has it.
-        temperature: T, of distributions; values have none.
-    """
+    """T^2 KL(teacher || student) of logits [B, K], the mean over rows; multi-label: summed over labels; regression:
+    squared difference. The teacher comes without gradient."""
     student, teacher = student.float(), teacher.float()
     problem = problem_of(problem_type)
     if not problem.gives_labels:

@@ -12,25 +12,13 @@ class TrainingStopped(ValueError):
 
 
 def check_loss(loss: Tensor, step: int) -> None:
-    """Refuses a loss that is not finite. Trainer would count it as zero, and go on.
-
-    Args:
-        loss: Of one batch.
-        step: The optimizer's step that the batch is for, from 1 on.
-
-    Raises:
-        TrainingStopped: NaN or infinite.
-    """
+    """Refuses a loss that is not finite. Trainer would count it as zero, and go on."""
     if not loss.isfinite():
         raise TrainingStopped(f"training stopped: the loss of step {step} is {loss.item()}. {_REMEDY}")
 
 
 def check_parameters(model: nn.Module, step: int) -> None:
-    """Refuses a trained model with weights that are not finite.
-
-    Raises:
-        TrainingStopped: some are NaN or infinite, after this `step`.
-    """
+    """Refuses a trained model with weights that are not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise TrainingStopped(f"training stopped: after step {step}, {name} is not finite. {_REMEDY}")

@@ -29,11 +29,7 @@ class ImitationPass(EarlyExitPass):
 
 
 def imitation_loss(state: ExitState) -> Tensor:
-    """[B]: mean over exits i of the mean over j > i of 1 - cos(prediction_ij, v_j), v_j without gradient.
-
-    Raises:
-        ValueError: the exits predict nothing.
-    """
+    """[B]: mean over exits i of the mean over j > i of 1 - cos(prediction_ij, v_j), v_j without gradient."""
     if not state.predictions:
         raise ValueError(NEEDS)
     per_exit: dict[int, list[Tensor]] = {}

@@ -14,11 +14,7 @@ ROWS = "cached_rows"  # in a batch: [B]
 
 class NumberedRows(Dataset):
     """A map-style data set whose rows are (number, row). Where its items are whole batches, lists of rows, the number
-    is a range: their rows are numbered through.
-
-    Args:
-        rows: The data set.
-    """
+    is a range: their rows are numbered through."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -58,11 +54,7 @@ def unnumbered(rows: Any) -> Any:
 
 
 class NumberedCollator:
-    """Batches of `NumberedRows`.
-
-    Args:
-        collate: Makes a batch of the rows alone.
-    """
+    """Batches of `NumberedRows`."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate

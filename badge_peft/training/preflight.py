@@ -16,14 +16,7 @@ _LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make 
 
 
 def check_processes(world_size: int) -> None:
-    """Refuses several processes of which each would train by itself, and all write the same files.
-
-    Args:
-        world_size: Processes that Trainer knows of.
-
-    Raises:
-        ValueError: a launcher started several, and Trainer knows of one.
-    """
+    """Refuses several processes of which each would train by itself, and all write the same files."""
     size = env_rank_world()[1]
     if size > 1 and world_size == 1:
         raise ValueError(
@@ -33,16 +26,7 @@ def check_processes(world_size: int) -> None:
 
 
 def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: bool) -> None:
-    """Refuses an objective with steps of exit M alone where nothing that exit M reads is trained.
-
-    Args:
-        objective: Of the training.
-        exits: Block numbers of the exits; the last is M.
-        trains_final_exit: Whether a parameter that exit M reads takes gradients.
-
-    Raises:
-        ValueError: such steps would have no gradient.
-    """
+    """Refuses an objective with steps of exit M alone where nothing that exit M reads is trained."""
     if trains_final_exit or not objective.final_exit_alone(exits):
         return
     raise ValueError(
@@ -53,11 +37,7 @@ def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: 
 
 
 def check_batch_metrics(args: TrainingArguments) -> None:
-    """Refuses scores of one batch at a time, which do not add up to those of all rows.
-
-    Raises:
-        ValueError: `batch_eval_metrics`.
-    """
+    """Refuses scores of one batch at a time, which do not add up to those of all rows."""
     if args.batch_eval_metrics:
         raise ValueError(
             "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
@@ -66,15 +46,7 @@ def check_batch_metrics(args: TrainingArguments) -> None:
 
 
 def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
-    """Refuses to load, at the end, the weights of another adapter.
-
-    Args:
-        args: Say whether the best checkpoint is loaded.
-        adapter_name: The adapter that is trained.
-
-    Raises:
-        ValueError: it is loaded, and its folder holds no weights of this adapter.
-    """
+    """Refuses to load, at the end, the weights of another adapter."""
     if args.load_best_model_at_end and adapter_name != "default":
         raise ValueError(
             f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
@@ -84,14 +56,7 @@ def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
 
 
 def check_optimizer_options(given: tuple[Any, dict[str, Any]] | None) -> None:
-    """Refuses a learning rate that would not be used.
-
-    Args:
-        given: Trainer's `optimizer_cls_and_kwargs`.
-
-    Raises:
-        ValueError: it has a rate.
-    """
+    """Refuses a learning rate that would not be used."""
     if given is not None and "lr" in given[1]:
         raise ValueError(
             f"optimizer_cls_and_kwargs has lr={given[1]['lr']}, but each part of the model has a rate of its own: "
@@ -100,15 +65,7 @@ def check_optimizer_options(given: tuple[Any, dict[str, Any]] | None) -> None:
 
 
 def check_given_optimizer(given: bool, folder: str) -> None:
-    """Refuses an optimizer, or a schedule, that a training in stages would replace.
-
-    Args:
-        given: Whether the trainer was given one.
-        folder: Of the first stage; "" where the training has no stages.
-
-    Raises:
-        ValueError: both.
-    """
+    """Refuses an optimizer, or a schedule, that a training in stages would replace."""
     if given and folder:
         raise ValueError(
             "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
@@ -122,17 +79,7 @@ def check_evaluation(
     label_names: Sequence[str],
     batches: Callable[[Any], Iterable[Mapping[str, Any]]],
 ) -> None:
-    """Refuses evaluations that cannot give the score by which the best checkpoint is chosen.
-
-    Args:
-        args: Say when there are evaluations, and what the score is called.
-        eval_dataset: A data set, a dict of several, or None.
-        label_names: What labels are called in a batch.
-        batches: The batches of a data set, as an evaluation would see them.
-
-    Raises:
-        ValueError: the evaluation rows have no labels, or of several sets none is chosen.
-    """
+    """Refuses evaluations that cannot give the score by which the best checkpoint is chosen."""
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or eval_dataset is None:
         return

@@ -14,18 +14,8 @@ from badge_peft.utils.problem import problem_of
 def rows_of_loss(
     exit_logits: Tensor, uncertainties: Tensor | None, labels: Tensor | None, mask: Tensor | None, config: BadgeConfig
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What the loss reads of a batch. Tokens of padding are no rows.
-
-    Args:
-        exit_logits: [B, E, K], of tokens [B, E, S, K].
-        uncertainties: Of exits that learn them: [B, E], of tokens [B, E, S].
-        labels: [B, ...], of tokens [B, S]; or None.
-        mask: attention_mask [B, S], or None.
-        config: Of the adapter.
-
-    Returns:
-        The logits of each exit [n, K], labels and the uncertainties [n, E], where there are any.
-    """
+    """The logits of each exit [n, K], the labels and the uncertainties [n, E] that the loss reads of a batch: of exit
+    logits [B, E, K], or of tokens [B, E, S, K], of which padding is no row."""
     logits = list(exit_logits.unbind(dim=1))
     if not config.reads_tokens:
         return logits, labels, uncertainties
@@ -40,15 +30,7 @@ def rows_of_loss(
 def rows_of_scores(
     exit_logits: np.ndarray, label_ids: np.ndarray, exits: list[int], config: BadgeConfig, names: list[str]
 ) -> ExitLogits:
-    """What an evaluation scores: the rows that have a label.
-
-    Args:
-        exit_logits: [N, E, K], of tokens [N, S, E, K].
-        label_ids: [N, ...], of tokens [N, S].
-        exits: Block numbers of the exits.
-        config: Of the adapter.
-        names: Of the labels; tags make entities of tokens.
-    """
+    """What an evaluation scores: of exit logits [N, E, K], or of tokens [N, S, E, K], the rows that have a label."""
     problem, labels = problem_of(config.resolved_problem_type), torch.from_numpy(np.asarray(label_ids))
     if not config.reads_tokens:
         counts = problem.has_label(labels)

@@ -16,11 +16,6 @@ class SharedLengthSampler(LengthGroupedSampler):
     transformers' own sampler draws from the process's generator. Dropout draws from it too on a CPU, as often as the
     process's own batches are long, so after an epoch each process would have an order of its own, and a row would be
     taken twice or not at all.
-
-    Args:
-        batch_size: Rows of a step, over all processes.
-        lengths: Tokens of each row.
-        seed: The same in all processes.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
