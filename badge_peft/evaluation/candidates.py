@@ -82,8 +82,9 @@ def fewer_exits(form: EarlyExitConfig, exit_logits: ExitLogits) -> list[list[int
     return [list(few) for few in dict.fromkeys(map(tuple, picked)) if few and few != tuple(able)]
 
 
-def fitted(config: EarlyExitConfig, exit_logits: ExitLogits) -> EarlyExitConfig:
+def fitted(config: EarlyExitConfig | dict[str, Any], exit_logits: ExitLogits) -> EarlyExitConfig:
     """`config`, with its parameters fitted on these exits where its policy has to be."""
+    config = EarlyExitConfig.of(config)
     policy = policy_class(config)
     if not policy.needs_fit:
         return config

@@ -54,11 +54,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy offers: a setting, chosen on all rows by a rule of some strictness, and that rule's drop, standard
-    error and saving on rows that did not choose."""
+    """What a policy offers: a setting, chosen on all rows by a rule, and that rule's drop, standard error and saving
+    on rows that did not choose."""
 
     setting: Setting
-    strictness: float
     drop: float
     error: float
     saved: float
@@ -128,29 +127,34 @@ def choose_within(
     drops: Drops, folds: list[Fold], forms: Forms, costs: CostModel, max_score_drop: float
 ) -> Choice | None:
     """The fastest setting of one policy that the rows can carry; None: there is none."""
-    rows = drops.exit_logits
     found = settings_of(drops, forms, costs)
     tried = [settings_of(fold.others, forms, costs) for fold in folds]
     for strictness in STRICTNESS if folds else ():
         setting = fastest_within(found, max_score_drop, strictness)
         if setting is None:
             return None
-        stops = np.full(len(rows), drops.reference, dtype=np.int64)
-        saved = 0.0
-        for fold, own in zip(folds, tried, strict=True):
-            chosen = fastest_within(own, max_score_drop, strictness)
-            if chosen is not None:
-                part = build_policy(chosen.config).replay_history(fold.tested.history())
-                stops[fold.rows] = part
-                saved += (
-                    float(costs.time_saved(chosen.config, fold.tested, part))
-                    * len(fold.tested.units)
-                    / len(rows.units)
-                )
-        (drop,), (error,), _ = drops.of(stops[None])
+        chosen = [fastest_within(own, max_score_drop, strictness) for own in tried]
+        drop, error, saved = _crossed(drops, folds, chosen, costs)
         if drop + norm.ppf(LEVEL) * error <= max_score_drop + 1e-12:
-            return Choice(setting, strictness, float(drop), float(error), saved)
+            return Choice(setting, drop, error, saved)
     return None
+
+
+def _crossed(
+    drops: Drops, folds: list[Fold], chosen: list[Setting | None], costs: CostModel
+) -> tuple[float, float, float]:
+    """Drop, standard error and saving where each fold is answered by the setting that the others chose, or by the
+    reference, which saves nothing, where they chose none."""
+    rows = drops.exit_logits
+    stops, saved = np.full(len(rows), drops.reference, dtype=np.int64), 0.0
+    for fold, setting in zip(folds, chosen, strict=True):
+        if setting is not None:
+            part = build_policy(setting.config).replay_history(fold.tested.history())
+            stops[fold.rows] = part
+            share = len(fold.tested.units) / len(rows.units)
+            saved += float(costs.time_saved(setting.config, fold.tested, part)) * share
+    (drop,), (error,), _ = drops.of(stops[None])
+    return float(drop), float(error), saved
 
 
 def best_at(found: list[Setting], target: float) -> Setting | None:
@@ -165,15 +169,8 @@ def held_out_at(
 ) -> tuple[float, float] | None:
     """The drop, and its standard error, of the settings that are best at a saving, on rows that did not choose them;
     None where a fold does not reach it."""
-    stops = np.full(len(drops.exit_logits), -1, dtype=np.int64)
-    for fold in folds:
-        own = best_at(settings_of(fold.others, forms, costs), target)
-        if own is not None:
-            stops[fold.rows] = build_policy(own.config).replay_history(fold.tested.history())
-    if (stops < 0).any():
-        return None
-    (drop,), (error,), _ = drops.of(stops[None])
-    return float(drop), float(error)
+    chosen = [best_at(settings_of(fold.others, forms, costs), target) for fold in folds]
+    return _crossed(drops, folds, chosen, costs)[:2] if chosen and None not in chosen else None
 
 
 def interval(drop: float, error: float) -> tuple[float, float]:
