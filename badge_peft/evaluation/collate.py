@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ from badge_peft.utils.problem import NO_LABEL, Problem
 
 SPECIAL = "special_tokens_mask"
 _PADS = {"attention_mask": 0, "token_type_ids": 0, SPECIAL: 1, "labels": NO_LABEL}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards the mode of each module, and what is trained, are as before (PEFT changes the latter
+    whenever an adapter is enabled)."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 def tensor_columns(model: nn.Module, dataset: Any, tokens: bool = False) -> list[dict[str, Any]]:

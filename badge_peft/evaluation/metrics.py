@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from scipy.stats import rankdata
 from torch import Tensor
 
 from badge_peft.evaluation.entities import EntityReader, scheme_of
@@ -78,15 +79,7 @@ def _pearson(predictions: Array, labels: Array) -> float:
 
 
 def _spearman(predictions: Array, labels: Array) -> float:
-    return _pearson(_ranks(predictions), _ranks(labels))
-
-
-def _ranks(values: Array) -> Array:
-    """[N] or [N, K]: equal values share the mean of their ranks."""
-    if values.ndim == 2:
-        return np.stack([_ranks(column) for column in values.T], axis=1)
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return _pearson(rankdata(predictions, axis=0), rankdata(labels, axis=0))
 
 
 # `calibrate` scores tens of thousands of samples: these are the formulas of scikit-learn and scipy without what they

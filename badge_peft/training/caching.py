@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.state_passes import RecordingPass
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import evaluating, pad_features, tensor_columns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.adapter_file import weights_hash
 from badge_peft.tuner.backbone import is_trained
@@ -109,7 +109,7 @@ class StatePasses:
         order = sorted(range(len(self.rows)), key=lambda i: -self.counts[i])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         rank, size = distributed.rank_world()
-        with _evaluating(self.badge), self.autocast():
+        with evaluating(self.badge), self.autocast():
             states = CachedStates(self.counts, CACHE_DTYPES[dtype], *self.check(order[:_EXAMPLES]))
             states.allocate(folder if size > 1 or states.nbytes > memory_gb * 1e9 else None)
             failure = None
@@ -197,15 +197,3 @@ def _count(row: Mapping[str, Any]) -> int:
     """Positions of a row that are no padding."""
     mask = row.get("attention_mask")
     return len(row["input_ids"]) if mask is None else int(np.count_nonzero(np.asarray(mask)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Each module in evaluation mode, and afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

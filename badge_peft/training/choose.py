@@ -10,6 +10,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.evaluation import collect_exit_logits, exit_scores
 from badge_peft.evaluation.calibration import calibrate
@@ -122,7 +122,7 @@ def choose_exits(
     found: list[ExitForm] = []
     failure: Exception | None = None
     options = {**arguments, "num_train_epochs": epochs, "seed": seed}
-    with _States(sets, data_collator) as states:
+    with closing(_States(sets, data_collator)) as states:
         for config in sorted(configs, key=_demand, reverse=True):
             try:
                 form = _try(model, config, sets, states, goal, policy, metric, data_collator, options)
@@ -165,12 +165,6 @@ class _States:
     def __init__(self, sets: list[Any], collate: Any) -> None:
         self.sets, self.collate = sets, collate
         self.kept: list[CachedStates] = []
-
-    def __enter__(self) -> _States:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Gives memory and files back."""
@@ -245,8 +239,6 @@ def _try(
         except ValueError:  # the goal is out of reach
             chosen, reached = EarlyExitConfig(policy="never"), False
     point = evaluate_policy(scored, chosen, metric)
-    stops = build_policy(chosen).replay_history(exit_logits.history())
-    saved = float(costs.time_saved(chosen, exit_logits, stops))
     return ExitForm(
         config,
         chosen,
@@ -255,7 +247,7 @@ def _try(
         point.score,
         scores.per_exit[-1],
         point.layer_speedup,
-        saved,
+        (chosen.calibration or {}).get("time_saved", 0.0),
         costs,
         time.perf_counter() - start,
         reached,

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from badge_peft.early_exit.arguments import input_size
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.full_depth import check_labels
+from badge_peft.evaluation.collate import evaluating
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
@@ -208,20 +209,15 @@ class MultiExitTrainer(CachingTrainer):
             return
         if self._conditioning is not None:
             self._conditioning.forget()  # a check of cached states, which runs without them would not have
-        training = [module for module in self._module.modules() if module.training]
-        self._module.eval()
-        try:
-            with self._cache.training_rows(self):  # again, so that the states of the rows are found
-                rows, collate = without_unused_columns(self, self.train_dataset)
-                draw = torch.Generator().manual_seed(self.args.seed)
-                order = torch.randperm(len(rows), generator=draw).tolist()
-                size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
-                loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
-                batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
-                start_exits(self.badge, self.exit_objective, batches, self._criterion())
-        finally:
-            for module in training:
-                module.training = True
+        # the cache again, so that the states of the rows are found
+        with evaluating(self._module), self._cache.training_rows(self):
+            rows, collate = without_unused_columns(self, self.train_dataset)
+            draw = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(rows), generator=draw).tolist()
+            size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
+            loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
+            batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
+            start_exits(self.badge, self.exit_objective, batches, self._criterion())
 
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
