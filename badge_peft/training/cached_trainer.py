@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from badge_peft.training.arguments import MultiExitTrainingArguments
-from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
-from badge_peft.training.sampling import same_order
+from badge_peft.training.rows import ROWS, holds_batches, same_order, unnumbered
 from badge_peft.training.stages import Stage
 from badge_peft.training.state_cache import StateCache
 

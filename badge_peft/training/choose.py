@@ -31,7 +31,7 @@ from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.model import get_badge_model
 from badge_peft.training.arguments import multi_exit_arguments
 from badge_peft.training.caching import CannotCache, cache_states
-from badge_peft.training.finite import TrainingStopped
+from badge_peft.training.preflight import TrainingStopped
 from badge_peft.training.trainer import MultiExitTrainer
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.config import BadgeConfig

@@ -1,4 +1,5 @@
-"""`Criterion`: the loss of one exit against labels, as the arguments of a training want it."""
+"""What an exit learns from: `Criterion`, the loss against labels as the arguments of a training want it, and the one
+against another exit's distribution."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.tuner.losses import exit_loss
 from badge_peft.utils.checks import is_number
-from badge_peft.utils.problem import NO_LABEL, Problem
+from badge_peft.utils.problem import NO_LABEL, Problem, problem_of
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,19 @@ def check_class_weights(weights: Any) -> list[float]:
             "least 0 and not all 0."
         )
     return [float(w) for w in numbers]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) of logits [B, K], the mean over rows; multi-label: summed over labels; regression:
+    squared difference. The teacher comes without gradient."""
+    student, teacher = student.float(), teacher.float()
+    problem = problem_of(problem_type)
+    if not problem.gives_labels:
+        return F.mse_loss(student, teacher)
+    student, teacher = student / temperature, teacher / temperature
+    if not problem.many_labels:
+        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+        return kl * temperature**2
+    both = torch.stack([student, -student], dim=-1), torch.stack([teacher, -teacher], dim=-1)
+    kl = F.kl_div(F.logsigmoid(both[0]), F.logsigmoid(both[1]), reduction="sum", log_target=True)
+    return kl / len(student) * temperature**2

@@ -10,10 +10,8 @@ from torch import Tensor
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import sum_losses
 from badge_peft.outputs import MultiExitOutput
-from badge_peft.training.criterion import Criterion
-from badge_peft.training.distillation import distillation_loss
-from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.imitation import NEEDS, ImitationPass
+from badge_peft.training.criterion import Criterion, distillation_loss
+from badge_peft.training.passes import NEEDS, GradientEquilibriumPass, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number

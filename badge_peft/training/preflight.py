@@ -1,4 +1,5 @@
-"""Refuses, before a training starts, what would fail in the middle of it."""
+"""Refuses, before a training starts, what would fail in the middle of it, and stops one that has run into numbers that
+are not finite: it cannot recover, and its exits say nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
@@ -119,3 +121,23 @@ def _has_labels(rows: Any, label_names: Sequence[str], batches: Callable[[Any], 
     with torch.random.fork_rng(devices=[]):  # a collator may make labels of any column: look at a batch
         batch = next(iter(batches(rows)), {})
     return bool(label_names) and all(batch.get(name) is not None for name in label_names)
+
+
+_REMEDY = "Train with a smaller learning rate or in float32, and look for rows of unusual length or values."
+
+
+class TrainingStopped(ValueError):
+    """A training has run into numbers that are not finite."""
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Refuses a loss that is not finite. Trainer would count it as zero, and go on."""
+    if not loss.isfinite():
+        raise TrainingStopped(f"training stopped: the loss of step {step} is {loss.item()}. {_REMEDY}")
+
+
+def check_parameters(model: nn.Module, step: int) -> None:
+    """Refuses a trained model with weights that are not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise TrainingStopped(f"training stopped: after step {step}, {name} is not finite. {_REMEDY}")

@@ -21,10 +21,10 @@ from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of, check_backbone
-from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.numbered import NumberedCollator, NumberedRows, flat_rows, holds_batches
 from badge_peft.training.objectives import GROUPS
+from badge_peft.training.passes import GradientEquilibriumPass
 from badge_peft.training.ranking import QueryCollator
+from badge_peft.training.rows import NumberedCollator, NumberedRows, flat_rows, holds_batches
 from badge_peft.utils import distributed
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,6 @@ from badge_peft.training.cached_trainer import CachingTrainer
 from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
 from badge_peft.training.conditioning import Conditioning
 from badge_peft.training.criterion import Criterion
-from badge_peft.training.finite import check_loss, check_parameters
-from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
@@ -36,11 +34,13 @@ from badge_peft.training.preflight import (
     check_evaluation,
     check_final_exit,
     check_given_optimizer,
+    check_loss,
     check_optimizer_options,
+    check_parameters,
     check_processes,
     chosen_set,
 )
-from badge_peft.training.rows import rows_of_loss, rows_of_scores
+from badge_peft.training.rows import ROWS, holds_batches, rows_of_loss, rows_of_scores, unnumbered
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.start import START_BATCH, start_exits
 from badge_peft.training.state_cache import StateCache, has_rows, without_unused_columns
