@@ -29,17 +29,19 @@ def _f1(predictions: Array, labels: Array) -> float:
     multi = predictions.ndim == 2
     if not multi and max(predictions.max(initial=0), labels.max(initial=0)) > 1:
         raise ValueError("metric='f1' is for two classes (the positive one is 1) or multi-label: use 'macro_f1'.")
-    # of class 1, a label that the model lacks is another than that; or of all labels together
-    return float(_f1_of(*(np.sum(x) for x in _overlap(predictions == 1, labels == 1))))
+    said, truth = (
+        predictions == 1,
+        labels == 1,
+    )  # of class 1, a label that the model lacks is another; or of all labels
+    return float(_f1_of((said & truth).sum(), said.sum() + truth.sum()))
 
 
 def _macro_f1(predictions: Array, labels: Array) -> float:
     if predictions.ndim == 2:
-        right, total = (np.sum(x, axis=0) for x in _overlap(predictions == 1, labels == 1))
+        right, said, truth = (x.sum(axis=0) for x in (predictions * labels, predictions, labels))
     else:
         right, said, truth = _class_counts(predictions, labels)
-        total = said + truth
-    return float(np.mean(_f1_of(right, total)))
+    return float(np.mean(_f1_of(right, said + truth)))
 
 
 def _matthews(predictions: Array, labels: Array) -> float:
@@ -51,10 +53,6 @@ def _matthews(predictions: Array, labels: Array) -> float:
     return float((right.sum() * rows - said @ truth) / np.sqrt(spread)) if spread else 0.0
 
 
-def _overlap(said: Array, truth: Array) -> tuple[Array, Array]:
-    return said & truth, said.astype(np.int64) + truth
-
-
 def _f1_of(right: Array, total: Array) -> Array:
     """2 TP / (2 TP + FP + FN); 0 where there is nothing to find and nothing was found."""
     return 2 * right / np.maximum(total, 1)
@@ -64,8 +62,7 @@ def _class_counts(predictions: Array, labels: Array) -> tuple[Array, Array, Arra
     """How often each class that is said or true is said rightly, is said, and is true."""
     classes, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
     said, truth = codes[: len(predictions)], codes[len(predictions) :]
-    counts = (np.bincount(part, minlength=len(classes)) for part in (said[said == truth], said, truth))
-    right, said, truth = counts
+    right, said, truth = (np.bincount(x, minlength=len(classes)) for x in (said[said == truth], said, truth))
     return right, said, truth
 
 
@@ -172,7 +169,7 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
         if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
         if metric == ENTITY_F1:
-            return lambda predictions: _ratio(*ratio_parts(exit_logits, predictions, ENTITY_F1))
+            return partial(_entity_f1, exit_logits)
         metric = METRICS[metric]
     measure = metric
 
@@ -188,7 +185,8 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
     return measured
 
 
-def _ratio(above: Array, below: Array) -> float:
+def _entity_f1(exit_logits: ExitLogits, predictions: Array) -> float:
+    above, below = ratio_parts(exit_logits, predictions, ENTITY_F1)
     return float(above.sum() / max(below.sum(), 1))
 
 

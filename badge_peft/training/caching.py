@@ -27,6 +27,7 @@ from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 
 CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
 MEMORY_GB = 4.0
 BATCH_SIZE = 64
 _EXAMPLES = 4  # rows of which the exits are computed both ways
@@ -78,7 +79,7 @@ def cache_states(
     badge = get_badge_model(model)
     collate = data_collator or (lambda batch: pad_features(batch, badge.model))
     place = Path(gettempdir() if folder is None else folder)
-    rows = [{k: v for k, v in row.items() if k not in _LABELS} for row in tensor_columns(badge.model, dataset)]
+    rows = [{k: v for k, v in row.items() if k not in LABELS} for row in tensor_columns(badge.model, dataset)]
     passes = StatePasses(badge, rows, collate)
     return passes.collect(batch_size, dtype, memory_gb, place, progress)
 
@@ -135,7 +136,7 @@ class StatePasses:
     def run(self, numbers: Sequence[int]) -> tuple[dict[str, Tensor], RecordingPass, Tensor | None]:
         """A pass over the rows of these numbers: its inputs, what it recorded, and the logits of the model's head."""
         batch = self.collate([self.rows[i] for i in numbers])
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k in self._accepted and k not in _LABELS}
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k in self._accepted and k not in LABELS}
         mask = inputs.get("attention_mask")
         counts = torch.tensor([self.counts[i] for i in numbers], device=self.device).unsqueeze(1)
         if (
@@ -170,9 +171,6 @@ class StatePasses:
             far = float((found - expected).abs().max())
             raise CannotCache(f"by its states alone the exits of this model would differ by {far:.2g}")
         return recording, logits
-
-
-_LABELS = {"label", "labels", "label_ids"}
 
 
 def check_backbone(badge: BadgeModel) -> None:

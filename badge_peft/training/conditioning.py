@@ -213,22 +213,18 @@ class Conditioning:
                     mean, sigma = found[f"{key}.{name}"].to(layer.weight)
                     if name == "linear":
                         exit_.dropout.center = mean
-                    yield _of_layer(layer, sigma, mean)
+                    yield Coordinates(layer.weight, cast(Any, layer.bias), sigma, mean)
         for key, bypass in self._bypasses.items():
             if f"{key}.down" in found:
                 mean, sigma = found[f"{key}.down"].to(bypass.down.weight)
                 added, read = found[f"{key}.up"].to(bypass.down.weight)
-                yield _of_layer(bypass.down, sigma, mean)
+                yield Coordinates(bypass.down.weight, cast(Any, bypass.down.bias), sigma, mean)
                 yield Coordinates(bypass.up.weight, None, added.unsqueeze(1), None)
                 if bypass.up.bias is not None:
                     yield Coordinates(bypass.up.bias, None, added, None)
                 if bypass.norm is not None:
                     for parameter in bypass.norm.parameters():
                         yield Coordinates(parameter, None, read, None)
-
-
-def _of_layer(layer: nn.Linear, sigma: Tensor, mean: Tensor) -> Coordinates:
-    return Coordinates(layer.weight, cast(Any, layer.bias), sigma, mean)
 
 
 def _entry(exit_: Exit, name: str) -> nn.Module:

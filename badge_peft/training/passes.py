@@ -1,5 +1,5 @@
-"""Passes that objectives bring along: gradient equilibrium rescales the gradients on their way down, Global Past-Future
-adds a loss by which each exit's predictions of deeper states point their way."""
+"""Passes of objectives: gradient equilibrium rescales the gradients on their way down, Global Past-Future adds a loss
+by which each exit's predictions of deeper states point their way."""
 
 from __future__ import annotations
 

@@ -11,19 +11,45 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from badge_peft.training.caching import LABELS
 from badge_peft.training.objectives import Objective
 from badge_peft.utils.distributed import env_rank_world
 
-_LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
+
+def check_options(args: TrainingArguments, optimizer: tuple[Any, dict[str, Any]] | None) -> None:
+    """Refuses scores of one batch at a time, which do not add up to those of all rows, and in Trainer's
+    `optimizer_cls_and_kwargs` a learning rate that would not be used."""
+    if args.batch_eval_metrics:
+        raise ValueError(
+            "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
+            "out."
+        )
+    if optimizer is not None and "lr" in optimizer[1]:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, but each part of the model has a rate of its own: "
+            "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
+        )
 
 
-def check_processes(world_size: int) -> None:
-    """Refuses several processes of which each would train by itself, and all write the same files."""
+def check_training(args: TrainingArguments, adapter_name: str, replaces_optimizer: bool) -> None:
+    """Refuses several processes of which each would train by itself, and all write the same files; to load, at the
+    end, the weights of another adapter; and an optimizer, or a schedule, that stages would replace."""
     size = env_rank_world()[1]
-    if size > 1 and world_size == 1:
+    if size > 1 and args.world_size == 1:
         raise ValueError(
             f"{size} processes were started, but each would train alone: on CPUs, Trainer has to be told. Make the "
             "arguments with multi_exit_arguments, or pass use_cpu=True to TrainingArguments."
+        )
+    if args.load_best_model_at_end and adapter_name != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
+            "the weights in the checkpoint's own folder, which are those of the adapter 'default'. Call the adapter "
+            "that is trained 'default', or set load_best_model_at_end=False."
+        )
+    if replaces_optimizer:
+        raise ValueError(
+            "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
+            "parameters. Leave it out, and set optim or optimizer_cls_and_kwargs and the rates in the arguments."
         )
 
 
@@ -36,43 +62,6 @@ def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: 
         "this exit reads is trainable: the backbone, the model's own head and the final exit are frozen. Use "
         "objective='joint', or make the adapter with train_head=True, final_exit='exit' or another backbone mode."
     )
-
-
-def check_batch_metrics(args: TrainingArguments) -> None:
-    """Refuses scores of one batch at a time, which do not add up to those of all rows."""
-    if args.batch_eval_metrics:
-        raise ValueError(
-            "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
-            "out."
-        )
-
-
-def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
-    """Refuses to load, at the end, the weights of another adapter."""
-    if args.load_best_model_at_end and adapter_name != "default":
-        raise ValueError(
-            f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
-            "the weights in the checkpoint's own folder, which are those of the adapter 'default'. Call the adapter "
-            "that is trained 'default', or set load_best_model_at_end=False."
-        )
-
-
-def check_optimizer_options(given: tuple[Any, dict[str, Any]] | None) -> None:
-    """Refuses a learning rate that would not be used."""
-    if given is not None and "lr" in given[1]:
-        raise ValueError(
-            f"optimizer_cls_and_kwargs has lr={given[1]['lr']}, but each part of the model has a rate of its own: "
-            "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
-        )
-
-
-def check_given_optimizer(given: bool, folder: str) -> None:
-    """Refuses an optimizer, or a schedule, that a training in stages would replace."""
-    if given and folder:
-        raise ValueError(
-            "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
-            "parameters. Leave it out, and set optim or optimizer_cls_and_kwargs and the rates in the arguments."
-        )
 
 
 def check_evaluation(
@@ -116,7 +105,7 @@ def _has_labels(rows: Any, label_names: Sequence[str], batches: Callable[[Any], 
     columns = getattr(rows, "column_names", None)
     if columns is None and not isinstance(rows, IterableDataset) and len(rows) and isinstance(rows[0], Mapping):
         columns = rows[0].keys()
-    if columns is not None and {*_LABELS, *label_names} & set(columns):
+    if columns is not None and {*LABELS, *label_names} & set(columns):
         return True
     with torch.random.fork_rng(devices=[]):  # a collator may make labels of any column: look at a batch
         batch = next(iter(batches(rows)), {})

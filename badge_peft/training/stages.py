@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.objectives import EarlierExits, Objective, make_objective
 
+_CARRY = ".carry."  # in the name of what brings earlier exits into a later one
 _OF_OBJECTIVE = ("depth", "exit_weights", "distillation", "distillation_temperature")
 
 
@@ -58,10 +59,6 @@ class Stage:
             )
         return newest
 
-    def has_checkpoint(self, args: MultiExitTrainingArguments) -> bool:
-        """Whether a training of this stage was interrupted, or has ended."""
-        return newest_checkpoint(Path(self.path(args))) is not None
-
     @contextmanager
     def selected(self, model: nn.Module, last: int) -> Iterator[None]:
         """Of what is trainable in `model`, only what the stage trains takes gradients; M is `last`."""
@@ -93,7 +90,7 @@ def stages_left(stages: list[Stage], args: MultiExitTrainingArguments, wanted: A
     if not wanted or len(stages) == 1:
         return stages
     if wanted is True:
-        reached = [stage.has_checkpoint(args) for stage in stages]
+        reached = [newest_checkpoint(Path(stage.path(args))) is not None for stage in stages]
     else:
         reached = [stage.folder in Path(wanted).parts for stage in stages]
         if not any(reached):
@@ -147,7 +144,7 @@ def is_earlier_exit(name: str, last: int) -> bool:
     """Whether a parameter belongs to a bypass or an exit below M, which is `last` (or judges them, as LTE does), or
     brings them into exit M: trained without them, that would make of M's answer what they happen to start with."""
     rest = name.partition(".badge_")[2]
-    return bool(rest) and (f".{last}." not in rest or _brings_earlier(rest))
+    return bool(rest) and (f".{last}." not in rest or _CARRY in rest)
 
 
 def check_final_stays(stages: list[Stage], model: nn.Module, adapter: str, last: int) -> None:
@@ -155,13 +152,9 @@ def check_final_stays(stages: list[Stage], model: nn.Module, adapter: str, last:
     if not any(stage.earlier_exits for stage in stages):
         return
     for name, parameter in model.named_parameters():
-        if f".{adapter}.{last}." in name and _brings_earlier(name) and parameter.any():
+        if f".{adapter}.{last}." in name and _CARRY in name and parameter.any():
             raise ValueError(
                 f"objective='two_stage' is not allowed for this adapter: exit {last} has learned to build on the "
                 f"exits below it ({name} is not zero), and stage 2 would move its answers. Use objective='joint', or "
                 "begin with a new adapter."
             )
-
-
-def _brings_earlier(name: str) -> bool:
-    return ".carry." in name

@@ -29,15 +29,12 @@ from badge_peft.training.criterion import Criterion
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
-    check_batch_metrics,
-    check_best_model,
     check_evaluation,
     check_final_exit,
-    check_given_optimizer,
     check_loss,
-    check_optimizer_options,
+    check_options,
     check_parameters,
-    check_processes,
+    check_training,
     chosen_set,
 )
 from badge_peft.training.rows import ROWS, holds_batches, rows_of_loss, rows_of_scores, unnumbered
@@ -104,8 +101,7 @@ class MultiExitTrainer(CachingTrainer):
         self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
-        check_optimizer_options(self.optimizer_cls_and_kwargs)
-        check_batch_metrics(self.args)
+        check_options(self.args, self.optimizer_cls_and_kwargs)
         self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
@@ -261,12 +257,10 @@ class MultiExitTrainer(CachingTrainer):
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
         self.args.check()
         self._choose_metric()
-        check_processes(self.args.world_size)
         if self.model_init is not None:
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
         self._criterion()
-        check_best_model(self.args, self.badge.single_active_adapter())
         check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(
@@ -274,12 +268,12 @@ class MultiExitTrainer(CachingTrainer):
         )
         if len(stages) > 1 and not trains_final_exit:
             stages = stages[1:]
-        stages = stages_left(stages, self.args, resume_from_checkpoint)
+        stages, adapter = stages_left(stages, self.args, resume_from_checkpoint), self.badge.single_active_adapter()
+        check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
-        check_final_stays(stages, self._module, self.badge.single_active_adapter(), exits[-1])
-        check_given_optimizer(self._given_optimizer, stages[0].folder)
+        check_final_stays(stages, self._module, adapter, exits[-1])
         if self._has_trained and not self._given_optimizer:
             self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before
         self.num_stages = len(stages)
