@@ -137,8 +137,6 @@ def calibrate(
             chosen, drop, error = found
             limits = list(interval(drop, error))
             record = {"drop": drop, "drop_interval": limits, "drop_from": "best" if by_best else "last"}
-    if costs is not None and chosen.threshold is not None:
-        chosen = prune(scored, chosen, costs, metric)
     if chosen.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
             f"no setting of policy={asked!r} beats answering at block {chosen.depth} for every row on this data; "
@@ -194,36 +192,6 @@ def _forms(
     alike = variants(templates, rows, capped=capped)
     starts = [point.config for point in pareto(curve_points(rows, own, PER_EXIT_STARTS, "accuracy"))]
     return [*(form for form in own if form not in alike), *settings_per_exit(starts, rows)]
-
-
-def prune(exit_logits: ExitLogits, config: EarlyExitConfig, costs: CostModel, metric: Metric) -> EarlyExitConfig:
-    """The config without the exits that cost more time than they save: rows that would stop there go on to the next.
-
-    Args:
-        exit_logits: With labels.
-        config: A setting with a threshold.
-        costs: Of a call.
-        metric: The score must not fall.
-    """
-    history = exit_logits.history()
-
-    def worth(own: EarlyExitConfig) -> tuple[float, float]:
-        stops = build_policy(own).replay_history(history)
-        return float(costs.time_saved(own, exit_logits, stops)), evaluate_policy(exit_logits, own, metric).score
-
-    exits, policy = exit_logits.exits, build_policy(config)
-    blocks = [m for j, m in enumerate(exits) if policy.can_exit(exits, j)]
-    best, score = worth(config)
-    while len(blocks) > 1:
-        tried = [replace(config, exit_layers=[m for m in blocks if m != left]) for left in blocks[:-1]]
-        found = [(*worth(own), own) for own in tried]
-        able = [(saved, own) for saved, reached, own in found if saved > best + 1e-4 and reached >= score - 1e-12]
-        if not able:
-            break
-        best, config = max(able, key=lambda pair: pair[0])
-        assert config.exit_layers is not None
-        blocks = config.exit_layers
-    return config
 
 
 def _within(
