@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
+from functools import partial
+from typing import Any, cast
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import POLICIES, build_policy
-from badge_peft.evaluation.candidates import families, fewer_exits
+from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.candidates import fewer_exits, fixed_depths, templates_of, variants
 from badge_peft.evaluation.confidence import certified
 from badge_peft.evaluation.costs import WORTH, CostModel
 from badge_peft.evaluation.curve import curve_record, setting_curve
@@ -35,7 +34,6 @@ from badge_peft.evaluation.selection import (
 from badge_peft.evaluation.tradeoff import curve_points, evaluate_policy, pareto
 from badge_peft.utils.checks import check_number
 
-Array = np.ndarray
 SEVERAL = 0.02  # share that a setting with numbers for each exit has to save more than one with a single number
 PER_EXIT_STARTS = 20  # settings of a form from which thresholds for each exit are searched
 
@@ -107,42 +105,38 @@ def calibrate(
     if target_time_saved is not None and costs is None:
         raise ValueError("target_time_saved needs costs: measure them with measure_costs, or save blocks.")
     scored = exit_logits.labeled()
+    templates = templates_of(policy, scored)
+    asked = "auto" if policy == "auto" else templates[0].policy
     scores = exit_scores(scored, metric)
     by_best = exit_logits.labels is not None and not exit_logits.deployed
     reference = scores.best_exit if by_best else exit_logits.exits[-1]
-    asked = policy if isinstance(policy, str) else EarlyExitConfig.of(policy).policy
     goal_costs = CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs
     record: dict[str, Any] = {}
     if confidence is not None:
         point, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         chosen = point.config
         record = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
-    elif max_score_drop is not None:
-        groups, drops = policies_of(policy, per_exit), Drops(scored, reference, metric)
-        folds = held_out(drops)
-        choices = [choose_within(drops, folds, forms, goal_costs, max_score_drop) for forms in groups]
-        best = max((c for c in choices if c is not None), key=_worth, default=None)
-        if best is None:
+    else:
+        groups, drops = policies_of(templates, asked == "auto", per_exit), Drops(scored, reference, metric)
+        if max_score_drop is not None:
+            found = _within(drops, groups, goal_costs, max_score_drop)
+        else:
+            name = "target_blocks_saved" if target_time_saved is None else "target_time_saved"
+            target = target_blocks_saved if target_time_saved is None else target_time_saved
+            found = _at_target(drops, groups, goal_costs, name, cast(float, target))
+        if found is None:
             tried = [s.drop for forms in groups for s in settings_of(drops, forms, goal_costs)]
-            _check_reach(tried, scores, reference, max_score_drop)
-            chosen = _one_depth(policy, reference, scores)
+            _check_reach(tried, scores, reference, cast(float, max_score_drop))
+            chosen = _one_depth(templates[0], reference, scores)
             warnings.warn(
                 f"{len(scored.units)} rows cannot show that any setting loses at most {max_score_drop}, so every row "
                 f"is answered at block {chosen.depth}. Give more rows, or allow more.",
                 stacklevel=2,
             )
         else:
-            chosen = best.setting.config
-            record = {"drop": best.drop, "drop_interval": list(interval(best.drop, best.error))}
-    else:
-        name = "target_blocks_saved" if target_time_saved is None else "target_time_saved"
-        target = target_blocks_saved if target_time_saved is None else target_time_saved
-        assert target is not None
-        chosen, record = _at_target(Drops(scored, reference, metric), policy, goal_costs, name, target, per_exit)
-    if confidence is None and record:
-        record["drop_from"] = "best" if by_best else "last"
-    if costs is not None and chosen.threshold is not None:
-        chosen = prune(scored, chosen, costs, metric)
+            chosen, drop, error = found
+            limits = list(interval(drop, error))
+            record = {"drop": drop, "drop_interval": limits, "drop_from": "best" if by_best else "last"}
     if chosen.policy == "fixed_depth" and asked not in ("fixed_depth", "auto"):
         warnings.warn(
             f"no setting of policy={asked!r} beats answering at block {chosen.depth} for every row on this data; "
@@ -177,61 +171,37 @@ def calibrate(
     return EarlyExitConfig.of(chosen, calibration=record)
 
 
-def policies_of(policy: str | dict[str, Any] | EarlyExitConfig, per_exit: bool = False) -> list[Forms]:
+def policies_of(templates: list[EarlyExitConfig], capped: bool = False, per_exit: bool = False) -> list[Forms]:
     """What is searched, policy by policy, each as a function that gives its forms for some rows, with the fixed depths
-    among them."""
-    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
-
-    def depths(rows: ExitLogits) -> list[EarlyExitConfig]:
-        own = EarlyExitConfig(policy="fixed_depth", depth=rows.depth)
-        return [replace(own, min_exit=asked.min_exit, max_exit=asked.max_exit)]
-
-    names = list(POLICIES) if policy == "auto" else [policy if isinstance(policy, str) else asked.policy]
-    found: list[Forms] = []
-    for name in names:
-        for each in (False, True) if per_exit else (False,):
-
-            def forms(rows: ExitLogits, name: str = name, each: bool = each) -> list[EarlyExitConfig]:
-                own = [] if policy == "fixed_depth" else families(policy, rows, each, only=name)
-                if not each:
-                    fewer = [replace(form, exit_layers=few) for form in own for few in fewer_exits(form, rows)]
-                    return [*depths(rows), *own, *fewer]
-                more = [form for form in own if form not in families(policy, rows, only=name)]
-                starts = [point.config for point in pareto(curve_points(rows, own, PER_EXIT_STARTS, "accuracy"))]
-                return [*more, *settings_per_exit(starts, rows)]
-
-            found.append(forms)
-    return found
+    among them; where several policies are, the depths are one of them."""
+    groups: dict[str, list[EarlyExitConfig]] = {}
+    for template in templates:
+        groups.setdefault(template.policy, []).append(template)
+    each = (False, True) if per_exit else (False,)
+    found = [partial(_forms, templates[0], own, capped, several) for own in groups.values() for several in each]
+    return [*found, partial(_forms, templates[0], [], False, False)] if len(groups) > 1 else [*found]
 
 
-def prune(exit_logits: ExitLogits, config: EarlyExitConfig, costs: CostModel, metric: Metric) -> EarlyExitConfig:
-    """The config without the exits that cost more time than they save: rows that would stop there go on to the next.
+def _forms(
+    bounds: EarlyExitConfig, templates: list[EarlyExitConfig], capped: bool, per_exit: bool, rows: ExitLogits
+) -> list[EarlyExitConfig]:
+    own = variants(templates, rows, per_exit, capped)
+    if not per_exit:
+        fewer = [replace(form, exit_layers=few) for form in own for few in fewer_exits(form, rows)]
+        return [fixed_depths(bounds, rows), *own, *fewer]
+    alike = variants(templates, rows, capped=capped)
+    starts = [point.config for point in pareto(curve_points(rows, own, PER_EXIT_STARTS, "accuracy"))]
+    return [*(form for form in own if form not in alike), *settings_per_exit(starts, rows)]
 
-    Args:
-        exit_logits: With labels.
-        config: A setting with a threshold.
-        costs: Of a call.
-        metric: The score must not fall.
-    """
-    history = exit_logits.history()
 
-    def worth(own: EarlyExitConfig) -> tuple[float, float]:
-        stops = build_policy(own).replay_history(history)
-        return float(costs.time_saved(own, exit_logits, stops)), evaluate_policy(exit_logits, own, metric).score
-
-    exits, policy = exit_logits.exits, build_policy(config)
-    blocks = [m for j, m in enumerate(exits) if policy.can_exit(exits, j)]
-    best, score = worth(config)
-    while len(blocks) > 1:
-        tried = [replace(config, exit_layers=[m for m in blocks if m != left]) for left in blocks[:-1]]
-        found = [(*worth(own), own) for own in tried]
-        able = [(saved, own) for saved, reached, own in found if saved > best + 1e-4 and reached >= score - 1e-12]
-        if not able:
-            break
-        best, config = max(able, key=lambda pair: pair[0])
-        assert config.exit_layers is not None
-        blocks = config.exit_layers
-    return config
+def _within(
+    drops: Drops, groups: list[Forms], costs: CostModel, max_score_drop: float
+) -> tuple[EarlyExitConfig, float, float] | None:
+    """The fastest setting within the drop, with its drop and standard error on rows that did not choose it."""
+    folds = held_out(drops)
+    found = [choose_within(drops, folds, forms, costs, max_score_drop) for forms in groups]
+    best = max((choice for choice in found if choice is not None), key=_worth, default=None)
+    return None if best is None else (best.setting.config, best.drop, best.error)
 
 
 def _worth(choice: Choice) -> tuple[float, float]:
@@ -240,17 +210,7 @@ def _worth(choice: Choice) -> tuple[float, float]:
 
 
 def _check_reach(drops: list[float], scores: ExitScores, reference: int, max_score_drop: float) -> None:
-    """Refuses bounds between which nothing comes near enough to the reference.
-
-    Args:
-        drops: Of all settings.
-        scores: Of the exits.
-        reference: Block number of the exit from which drops are counted.
-        max_score_drop: The drop that is allowed.
-
-    Raises:
-        ValueError: no setting is within it.
-    """
+    """Refuses bounds between which no drop comes near enough to the reference."""
     if min(drops) > max_score_drop + 1e-12:
         wanted = scores.per_exit[scores.exit_layers.index(reference)]
         name = "full depth" if reference == scores.exit_layers[-1] else "the best exit"
@@ -261,24 +221,16 @@ def _check_reach(drops: list[float], scores: ExitScores, reference: int, max_sco
         )
 
 
-def _one_depth(policy: Any, reference: int, scores: ExitScores) -> EarlyExitConfig:
+def _one_depth(bounds: EarlyExitConfig, reference: int, scores: ExitScores) -> EarlyExitConfig:
     """The exit that drops are counted from, or the best up to `max_exit`, for every row."""
-    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
-    if asked.max_exit is not None and reference > asked.max_exit:
-        able = [(s, m) for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if m <= asked.max_exit]
-        reference = max(able)[1]
-    return EarlyExitConfig(policy="fixed_depth", depth=reference, min_exit=asked.min_exit, max_exit=asked.max_exit)
+    cap = bounds.max_exit
+    if cap is not None and reference > cap:
+        reference = max((s, m) for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if m <= cap)[1]
+    return EarlyExitConfig(policy="fixed_depth", depth=reference, min_exit=bounds.min_exit, max_exit=cap)
 
 
 def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: int) -> str:
-    """Why early exits are not worth it, and what else would help.
-
-    Args:
-        scores: Of the exits.
-        saved: The share of the time that the best setting would save.
-        max_score_drop: The drop that is allowed.
-        reference: Block number of the exit from which drops are counted.
-    """
+    """Why early exits are not worth it, and what else would help."""
     wanted = scores.per_exit[scores.exit_layers.index(reference)] - max_score_drop
     weak = [m for m, s in zip(scores.exit_layers, scores.per_exit, strict=True) if s < wanted]
     exits = f"exits {weak[0]} to {weak[-1]}" if len(weak) > 1 else f"exit {weak[0]}" if weak else "the exits"
@@ -292,21 +244,17 @@ def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: 
 
 
 def _at_target(
-    drops: Drops, policy: Any, costs: CostModel, name: str, target: float, per_exit: bool
-) -> tuple[EarlyExitConfig, dict[str, Any]]:
-    """The best score at a saving of at least `target`, and the drop of so chosen settings on held-out rows."""
-    most, best, folds = 0.0, None, held_out(drops)
-    for forms in policies_of(policy, per_exit):
-        found = settings_of(drops, forms, costs)
-        most = max([most, *(setting.saved for setting in found)])
-        own = best_at(found, target)
-        if own is None:
-            continue
-        held = held_out_at(drops, folds, forms, costs, target)
-        drop, error = held or (own.drop, own.error)
-        if best is None or (drop, -own.saved) < (best[1], -best[0].saved):
-            best = (own, drop, error)
-    if best is None:
+    drops: Drops, groups: list[Forms], costs: CostModel, name: str, target: float
+) -> tuple[EarlyExitConfig, float, float]:
+    """The best score at a saving of at least `target`, with the drop of so chosen settings on held-out rows."""
+    most, found, folds = 0.0, [], held_out(drops)
+    for forms in groups:
+        tried = settings_of(drops, forms, costs)
+        most = max([most, *(setting.saved for setting in tried)])
+        own = best_at(tried, target)
+        if own is not None:
+            found.append((own, *(held_out_at(drops, folds, forms, costs, target) or (own.drop, own.error))))
+    if not found:
         raise ValueError(f"{name}={target} cannot be reached: {most:.3f} is the most here.")
-    setting, drop, error = best
-    return setting.config, {"drop": drop, "drop_interval": list(interval(drop, error))}
+    setting, drop, error = min(found, key=lambda each: (each[1], -each[0].saved))
+    return setting.config, drop, error

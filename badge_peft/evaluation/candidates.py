@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,35 +21,51 @@ _STARTS = 5  # exits from which on a policy is tried
 MAX_PATIENCE = 4  # beyond it DGE has little speed-up left; PABEE's patience is always tried whole
 
 
-def families(
-    policy: str | dict[str, Any] | EarlyExitConfig,
-    exit_logits: ExitLogits,
-    per_exit: bool = False,
-    only: str | None = None,
-) -> list[EarlyExitConfig]:
-    """The variants of `policy` worth searching for these exits, each without its threshold.
-
-    A name leaves the patience open; `auto` stands for every policy in all its forms, with and without a cap at the
-    exit that is best on this data. Policies that have to be fitted are fitted here; with `per_exit` also what else a
-    policy may fit for each exit. `only` picks one policy of those that `auto` stands for.
-    """
+def templates_of(policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits) -> list[EarlyExitConfig]:
+    """The configs whose open fields a search fills in: `policy`, of which a name leaves all open; of `auto` those of
+    every policy that these exits can have, in all its forms."""
     if policy == "auto":
-        seen = exit_logits.history()
-        learned = seen.uncertainty is not None
-        known = [kind for name, kind in POLICIES.items() if only in (None, name)]
-        known = [kind for kind in known if learned or not kind.reads_uncertainty]
-        templates = [template for kind in known for template in kind.templates(seen.problem_type)]
-        found = [config for template in templates for config in families(template, exit_logits, per_exit)]
-        best = best_exit(exit_logits)
-        if best == exit_logits.exits[-1]:
-            return found
-        return found + [replace(config, max_exit=best) for config in found if config.max_exit is None]
+        learned = exit_logits.uncertainty is not None
+        known = [kind for kind in POLICIES.values() if learned or not kind.reads_uncertainty]
+        return [template for kind in known for template in kind.templates(exit_logits.kind)]
+    if not isinstance(policy, str):
+        return [EarlyExitConfig.of(policy)]
+    takes_depth = policy in POLICIES and POLICIES[policy].takes_depth
+    return [EarlyExitConfig(policy=policy, depth=exit_logits.depth if takes_depth else None)]
+
+
+def fixed_depths(bounds: EarlyExitConfig, exit_logits: ExitLogits) -> EarlyExitConfig:
+    """The form of every depth between the `min_exit` and `max_exit` of a config."""
+    own = EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)
+    return replace(own, min_exit=bounds.min_exit, max_exit=bounds.max_exit)
+
+
+def families(
+    policy: str | dict[str, Any] | EarlyExitConfig, exit_logits: ExitLogits, per_exit: bool = False
+) -> list[EarlyExitConfig]:
+    """The variants of `policy` worth searching for these exits, each without its threshold; `auto` stands for every
+    policy."""
+    return variants(templates_of(policy, exit_logits), exit_logits, per_exit, capped=policy == "auto")
+
+
+def variants(
+    templates: Iterable[EarlyExitConfig], exit_logits: ExitLogits, per_exit: bool = False, capped: bool = False
+) -> list[EarlyExitConfig]:
+    """The forms of some templates, each without its threshold. Policies that have to be fitted are fitted here; with
+    `per_exit` also what else a policy may fit for each exit; `capped` adds all of them with a cap at the exit that is
+    best on this data."""
     history = exit_logits.history()
-    built = build_policy(fitted({"policy": policy} if isinstance(policy, str) else policy, exit_logits))
-    most = max(1, min(MAX_PATIENCE, len(history.exits) - 1))
-    more = built.per_exit_forms(history, exit_logits.labels) if per_exit else []
-    forms = [built, *map(build_policy, more)]
-    return [config for form in forms for config in form.variants(range(1, most + 1), history.problem_type)]
+    patience = range(1, max(1, min(MAX_PATIENCE, len(history.exits) - 1)) + 1)
+    found: list[EarlyExitConfig] = []
+    for template in templates:
+        built = build_policy(fitted(template, exit_logits))
+        more = built.per_exit_forms(history, exit_logits.labels) if per_exit else []
+        for form in (built, *map(build_policy, more)):
+            found += form.variants(patience, history.problem_type)
+    best = best_exit(exit_logits) if capped else exit_logits.exits[-1]
+    if best == exit_logits.exits[-1]:
+        return found
+    return found + [replace(config, max_exit=best) for config in found if config.max_exit is None]
 
 
 def fewer_exits(form: EarlyExitConfig, exit_logits: ExitLogits) -> list[list[int]]:
@@ -88,19 +105,16 @@ def best_exit(exit_logits: ExitLogits, min_exit: int = 0) -> int:
 def settings(
     family: EarlyExitConfig, history: ExitHistory, count: int, units: Units | None = None
 ) -> list[tuple[EarlyExitConfig, Array]]:
-    """At most `count` configs of one family, slow to fast, each with the blocks [N] at which its rows stop.
-
-    Only thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give (of
-    `units`, where these are not the rows). A policy that has no threshold, or a given one, has the settings of its
-    `grid`.
-    """
+    """At most `count` configs of one family, slow to fast, each with the blocks [N] at which its rows stop. Only
+    thresholds that the data can tell apart are taken, evenly spread over the speed-ups that they give (of `units`,
+    where these are not the rows). A policy that has no threshold, or a given one, has the settings of its `grid`."""
     policy = build_policy(family)
     grid = policy.grid(history.exits, history.problem_type)
     if grid is not None:
         return [(config, build_policy(config).replay_history(history)) for config in grid]
     policy = cast(ThresholdPolicy, policy)
     policy.check(history.exits, history.num_labels, history.problem_type)
-    scores = running_min_score(policy, history)  # [E-1, N]
+    scores = np.minimum.accumulate(decided_scores(policy, history), axis=0)  # [E-1, N], below tau: stopped by exit j
     found = []
     leaves = scores if units is None else units.largest(scores)  # a text leaves once all of its tokens may stop
     for tau in _thresholds(leaves, policy.stops_above, history, count):
@@ -126,26 +140,15 @@ def _thresholds(scores: Array, stops_above: bool, history: ExitHistory, count: i
     return [sign * float(taus[i]) for i in chosen]
 
 
-def running_min_score(policy: ThresholdPolicy, history: ExitHistory) -> Array:
-    """[E-1, N]: the smallest score of a row up to each exit but the last, so that a row has stopped by exit j
-    exactly where this lies below the threshold. A confidence counts as its negative."""
-    return np.minimum.accumulate(decided_scores(policy, history), axis=0)
-
-
 def decided_scores(policy: ThresholdPolicy, history: ExitHistory) -> Array:
     """[E-1, N]: the score of a row at each exit but the last; infinity where it cannot stop. A confidence counts as
     its negative."""
     sign = np.float32(-1.0 if policy.stops_above else 1.0)
-    rows = []
-    for j in range(len(history.exits) - 1):
-        decides = policy.can_exit(history.exits, j)
-        score = sign * policy.score(history, j) if decides else np.full(history.rows, np.inf, dtype=np.float32)
-        rows.append(
-            score if history.finite is None else np.where(policy.trusts(history, j), score, np.float32(np.inf))
-        )
-    if not rows:
-        return np.empty((0, history.rows), dtype=np.float32)
-    return np.stack(rows)
+    scores = np.full((len(history.exits) - 1, history.rows), np.inf, dtype=np.float32)
+    for j in range(len(scores)):
+        if policy.can_exit(history.exits, j):
+            scores[j] = np.where(policy.trusts(history, j), sign * policy.score(history, j), np.inf)
+    return scores
 
 
 def _stops(policy: ThresholdPolicy, scores: Array, history: ExitHistory) -> Array:

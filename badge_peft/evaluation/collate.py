@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ from badge_peft.utils.problem import NO_LABEL, Problem
 
 SPECIAL = "special_tokens_mask"
 _PADS = {"attention_mask": 0, "token_type_ids": 0, SPECIAL: 1, "labels": NO_LABEL}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards the mode of each module, and what is trained, are as before (PEFT changes the latter
+    whenever an adapter is enabled)."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 def tensor_columns(model: nn.Module, dataset: Any, tokens: bool = False) -> list[dict[str, Any]]:
@@ -33,11 +51,7 @@ def tensor_columns(model: nn.Module, dataset: Any, tokens: bool = False) -> list
 
 def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
     """The rows of `tensor_columns` with labels that can be scored: all rows where none has a label, else those that
-    have one.
-
-    Raises:
-        ValueError: a label that is not allowed; said before any time is spent.
-    """
+    have one."""
     labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each () or [K]
     labels = {i: label for i, label in labels.items() if problem.has_label(label.view(-1)[:1]).all()}
     if not labels:
@@ -51,12 +65,7 @@ def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Probl
 
 
 def labeled_tokens(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
-    """As `labeled_features`, for rows with a label for each token: all rows, with labels where one has any.
-
-    Raises:
-        ValueError: a row without labels beside rows with them, another number of them than tokens, or a label that is
-            not allowed.
-    """
+    """As `labeled_features`, for rows with a label for each token: all rows, with labels where one has any."""
     labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each [S]
     if not any(problem.has_label(label).any() for label in labels.values()):
         return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
@@ -74,13 +83,8 @@ def labeled_tokens(rows: list[dict[str, Any]], num_labels: int, problem: Problem
 
 
 def pad_features(rows: list[dict[str, Any]], model: nn.Module, tokens: bool = False) -> dict[str, Tensor]:
-    """A batch: sequences padded on the right to the longest, an attention mask where the rows have none.
-
-    Args:
-        rows: Features of each row, lists or 1-d tensors.
-        model: Its config says what the padding token is.
-        tokens: Whether `labels` are those of tokens, and are padded, too.
-    """
+    """A batch: sequences, and with `tokens` their labels, padded on the right to the longest; an attention mask where
+    the rows have none."""
     pad_token = getattr(model.config, "pad_token_id", None)
     longest = max(len(row["input_ids"]) for row in rows)
     if pad_token is None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
-from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
+from badge_peft.evaluation.collate import (
+    SPECIAL,
+    evaluating,
+    labeled_features,
+    labeled_tokens,
+    pad_features,
+    tensor_columns,
+)
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
@@ -75,9 +82,7 @@ def collect_exit_logits(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rank, size = distributed.rank_world() if split_between_processes else (0, 1)
     found = []  # of each batch the numbers of its rows, and logits, labels and uncertainty
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for numbers in tqdm(batches[rank::size], desc="exit logits", disable=not (progress and distributed.is_main())):
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
             labels, special = batch.pop("labels", None), batch.pop(SPECIAL, None)
@@ -93,8 +98,6 @@ def collect_exit_logits(
                     asked &= special == 0
                 kept, numbers = _by_token(kept, asked, numbers)
             found.append((numbers, *(None if x is None else x.cpu() for x in kept)))
-    finally:
-        model.train(was_training)
     if size > 1:
         found = distributed.gather(found)
     numbers, *parts = zip(*found, strict=True)

@@ -32,19 +32,7 @@ def certified(
     exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric, per_exit: bool
 ) -> tuple[TradeOffPoint, int]:
     """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
-    the number of rows that tested it.
-
-    Args:
-        exit_logits: With labels.
-        policy: As for `search`.
-        alpha: The allowed drop of the accuracy, in [0, 1).
-        confidence: In (0, 1).
-        metric: Accuracy alone has a bound.
-        per_exit: As for `search`.
-
-    Raises:
-        ValueError: there is no bound for this, too few rows, or no setting that passes.
-    """
+    the number of rows that tested it."""
     needed = rows_to_certify(alpha, confidence, metric, exit_logits.kind)
     assert alpha is not None
     units = exit_logits.units
@@ -80,11 +68,7 @@ def certified(
 
 
 def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Metric, problem_type: str) -> int:
-    """How many rows a bound takes, those that find the settings among them, even where no answer changes.
-
-    Raises:
-        ValueError: there is no bound for such a goal, metric or problem type.
-    """
+    """How many rows a bound takes, those that find the settings among them, even where no answer changes."""
     if max_score_drop is None or metric != "accuracy" or problem_type != "single_label_classification":
         raise ValueError("confidence needs max_score_drop, metric='accuracy' and one label per row.")
     check_number("confidence", confidence, lambda p: 0 < p < 1, "it is a probability, for example 0.95")
@@ -100,15 +84,10 @@ def rows_needed(alpha: float, confidence: float) -> int:
 
 
 def is_certified(losses: np.ndarray, alpha: float, confidence: float) -> bool:
-    """Whether data rejects "the mean loss is alpha or more".
+    """Whether losses [n], from -1 (an answer won) to 1 (lost), reject "the mean loss is alpha or more".
 
     The wealth of a bet that pays where losses are small is a non-negative supermartingale under that hypothesis, so it
     reaches 1 / (1 - confidence) with probability at most 1 - confidence.
-
-    Args:
-        losses: [n], in [-1, 1]: 1 where a right answer was lost, -1 where one was won.
-        alpha: In [0, 1).
-        confidence: In (0, 1).
     """
     gains = (1 - losses.astype(np.float64)) / 2  # in [0, 1]; its mean is at most `fair` under the hypothesis
     fair = (1 - alpha) / 2

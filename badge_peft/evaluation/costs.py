@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,9 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.base import schedule_of
-from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, evaluating, pad_features, tensor_columns
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.latency import evaluating, without_adapter
+from badge_peft.evaluation.latency import device_name, without_adapter
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.config import BadgeConfig
@@ -68,11 +68,7 @@ class CostModel:
 
     @classmethod
     def of_blocks(cls, num_blocks: int) -> CostModel:
-        """Blocks alone: the time saved is the share of blocks saved.
-
-        Args:
-            num_blocks: M.
-        """
+        """M blocks alone: the time saved is the share of blocks saved."""
         return cls(float(num_blocks), 0.0, 1.0, 0.0)
 
     @classmethod
@@ -145,9 +141,11 @@ def measure_costs(model: nn.Module, rows: Any, batch_size: int = 1, seconds: flo
     def full_depth(batch: dict[str, Any]) -> Any:
         return badge(**{name: value for name, value in batch.items() if name != SPECIAL})
 
-    runners = [Runner(full_depth, device=device, around=lambda: without_adapter(badge))]
-    for design in designs:
-        runners.append(Runner(partial(_early, badge, design), device=device))
+    def early(design: EarlyExitConfig, batch: dict[str, Any]) -> Any:
+        return early_exit_forward(badge, early_exit_config=design, **batch)
+
+    runners = [Runner(full_depth, device=device, around=partial(without_adapter, badge))]
+    runners += [Runner(partial(early, design), device=device) for design in designs]
     with evaluating(badge), torch.inference_mode():
         start = time.perf_counter()
         take_turns(runners, batches[:1], warmup=batches[:1])
@@ -165,45 +163,33 @@ def measure_costs(model: nn.Module, rows: Any, batch_size: int = 1, seconds: flo
         config.carry is not None,
         batch_size,
         torch.get_num_threads(),
-        f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        device_name(device),
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
     )
 
 
-def _early(badge: Any, config: EarlyExitConfig, batch: dict[str, Any]) -> Any:
-    return early_exit_forward(badge, early_exit_config=config, **batch)
-
-
 def _batches(badge: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
     """A few batches, each of rows of one length, with lengths spread evenly over those of the rows."""
-    rows = list(
-        tensor_columns(badge.model, rows.select(range(min(len(rows), 2000))) if hasattr(rows, "select") else rows)
-    )
+    read = rows.select(range(min(len(rows), _READ))) if hasattr(rows, "select") else rows
+    rows = tensor_columns(badge.model, read)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     middles = [order[int((i + 0.5) * len(order) / _FEW)] for i in range(_FEW)] if len(order) > _FEW else order
-    return [
-        pad_features([{k: v for k, v in rows[i].items() if k != "labels"}] * batch_size, badge.model) for i in middles
-    ]
+    picked = [{k: v for k, v in rows[i].items() if k != "labels"} for i in middles]
+    return [pad_features([row] * batch_size, badge.model) for row in picked]
 
 
 def _designs(exits: list[int], adapter: BadgeConfig, num_blocks: int) -> tuple[list[EarlyExitConfig], Array]:
     """Configs that stop every row at a known block, reading one exit or all of them, and what each does [D, 3]."""
     linked = adapter.carry is not None
-    values = adapter.resolved_problem_type == "regression"
-    undecided: dict[str, Any] = {"policy": "max_prob", "threshold": _NEVER}
-    if values:
-        undecided = {"policy": "divergence", "threshold": 0.0}
-    picked = sorted({exits[0], exits[len(exits) // 2], exits[-1]})
+    undecided = EarlyExitConfig(policy="max_prob", threshold=_NEVER)
+    if adapter.resolved_problem_type == "regression":
+        undecided = EarlyExitConfig(policy="divergence", threshold=0.0)
     designs, known = [], []
-    for m in picked:
-        index = exits.index(m)
-        own_head = m == num_blocks
-        for config, read in (
-            (EarlyExitConfig(policy="fixed_depth", depth=m), (index + 1 if linked else 1) - own_head),
-            (EarlyExitConfig(**undecided, max_exit=m), index + 1 - own_head),
-        ):
-            if m == num_blocks and config.policy == "fixed_depth":
-                continue  # full depth, which reads no exit
-            designs.append(config)
-            known.append([1.0, float(m), float(max(read, 0))])
-    return designs, np.array(known)
+    for m in sorted({exits[0], exits[len(exits) // 2], exits[-1]}):
+        upto, own_head = exits.index(m) + 1, m == num_blocks
+        if not own_head:  # else full depth, which reads no exit
+            designs.append(EarlyExitConfig(policy="fixed_depth", depth=m))
+            known.append([1, m, upto if linked else 1])
+        designs.append(replace(undecided, max_exit=m))
+        known.append([1, m, upto - own_head])
+    return designs, np.array(known, dtype=np.float64)

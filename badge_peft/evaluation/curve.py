@@ -3,18 +3,79 @@ depth).
 
 `calibrate` stores a few of its points with the setting that it chooses, so that whoever serves the adapter knows what
 the next faster or more careful setting costs, without the data.
+
+`ExitPromise` is what a calibration says about rows that nobody has labeled: where they stop, and how often early exits
+answer as full depth does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from scipy.stats import beta
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric
-from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.evaluation.tradeoff import TradeOffPoint, curve_points, evaluate_policy
+from badge_peft.utils.problem import differs, problem_of
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class ExitPromise:
+    """How many rows stop at each exit under one setting, and get another answer than full depth's (None for
+    regression). Of token classification a row is a text, which stops with its last token, and its answer is that of
+    all of them."""
+
+    exit_layers: tuple[int, ...]
+    rows_stopped: tuple[int, ...]
+    disagreements: int | None
+
+    @classmethod
+    def of(cls, exit_logits: ExitLogits, config: EarlyExitConfig) -> ExitPromise:
+        """By replay."""
+        found = build_policy(config).replay_history(exit_logits.history())
+        units, disagreements = exit_logits.units, None
+        if problem_of(exit_logits.kind).gives_labels:
+            changed = differs(exit_logits.predicted(found), exit_logits.predictions[-1])
+            disagreements = int(units.largest(changed).sum())
+        left = units.largest(found)
+        counts = tuple(int((left == m).sum()) for m in exit_logits.exits)
+        return cls(tuple(exit_logits.exits), counts, disagreements)
+
+    @property
+    def rows(self) -> int:
+        """Of the calibration."""
+        return sum(self.rows_stopped)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the rows that get full depth's answer."""
+        return None if self.disagreements is None else (self.rows - self.disagreements) / self.rows
+
+    @cached_property
+    def bounds(self) -> tuple[float | None, Array, Array]:
+        """What the shares of new rows of the same kind lie below with a probability of 99%, all of them together, as
+        far as the calibration's rows can tell: that of disagreements, and [E-1] those of rows that have stopped by an
+        exit and of rows that have not. Source: Clopper and Pearson, "The Use of Confidence or Fiducial Limits", 1934.
+        """
+        stopped = np.cumsum(self.rows_stopped)[:-1]
+        level = 1 - 0.01 / (2 * len(stopped) + 1)
+        most = None if self.disagreements is None else float(_upper(np.array(self.disagreements), self.rows, level))
+        return most, _upper(stopped, self.rows, level), _upper(self.rows - stopped, self.rows, level)
+
+
+def _upper(successes: Array, rows: int, level: float) -> Array:
+    """The upper Clopper-Pearson limit of a share."""
+    limit = beta.ppf(level, successes + 1, np.maximum(rows - successes, 1e-9))
+    return np.where(successes >= rows, 1.0, limit)
+
 
 POINTS = 12  # a few more lines in adapter_config.json; neighbors are about a twelfth of the range apart
 _VARIED = ("threshold", "patience", "depth")
@@ -23,15 +84,8 @@ _VARIED = ("threshold", "patience", "depth")
 def setting_curve(
     exit_logits: ExitLogits, config: EarlyExitConfig, metric: Metric = "accuracy", points: int = POINTS
 ) -> list[TradeOffPoint]:
-    """`config` and other settings of its policy, slow to fast, with all but the threshold (patience, depth) as it is.
-    Of settings that are equally fast there is one.
-
-    Args:
-        exit_logits: With labels.
-        config: A setting, of which `max_exit`, `min_exit` and the like are kept.
-        metric: As for `exit_scores`.
-        points: At most so many beside `config`, evenly spread over the speed-ups that the policy can give.
-    """
+    """`config` and at most `points` other settings of its policy, slow to fast, with all but the threshold (patience,
+    depth) as it is. Of settings that are equally fast there is one."""
     own = evaluate_policy(exit_logits, EarlyExitConfig.of(config, calibration=None), metric)
     family = build_policy(config).opened(exit_logits.kind) or own.config
     found = {point.layer_speedup: point for point in curve_points(exit_logits, [family], points, metric)}
@@ -53,11 +107,7 @@ def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[d
 
 
 def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
-    """The curve that `calibrate` stored with this setting, slow to fast.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The curve that `calibrate` stored with this setting, slow to fast."""
     return [
         TradeOffPoint(config.policy, setting, entry["mean_exit"], entry["layer_speedup"], entry["score"])
         for setting, entry in _entries(config)
@@ -65,11 +115,7 @@ def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
 
 
 def stored_promises(config: EarlyExitConfig) -> dict[EarlyExitConfig, ExitPromise]:
-    """What is promised of each point of the stored curve.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """What is promised of each point of the stored curve."""
     entries = _entries(config)
     exits = tuple(int(number) for number in (config.calibration or {})["exit_scores"])
     return {

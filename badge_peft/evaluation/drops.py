@@ -28,13 +28,7 @@ _GROUPS = 10  # of the jackknife, for scores that are no ratio of sums
 
 
 class Drops:
-    """What settings lose on some rows.
-
-    Args:
-        exit_logits: With labels.
-        reference: Block number of the exit from which drops are counted.
-        metric: As for `exit_scores`.
-    """
+    """What settings lose on rows with labels against the exit after block `reference`."""
 
     def __init__(self, exit_logits: ExitLogits, reference: int, metric: Metric) -> None:
         self.exit_logits, self.metric, self.reference = exit_logits, metric, reference
@@ -48,15 +42,9 @@ class Drops:
             self._likely = _likely_right(exit_logits, self._first)
 
     def of(self, stops: Array) -> tuple[Array, Array, Array]:
-        """What settings lose.
-
-        Args:
-            stops: [S, N], the blocks at which rows stop.
-
-        Returns:
-            The drop [S], as it is estimated; its standard error [S], which counts one input more that was lost: where
-            no answer changes, nothing is known of those that would; and the drop [S] that these rows count.
-        """
+        """For the blocks [S, N] at which rows stop: the drop [S], as it is estimated; its standard error [S], which
+        counts one input more that was lost, as nothing is known of answers that did not change; the drop [S] as
+        counted."""
         if self._by_label:
             return self._of_labels(stops)
         stops, places = np.unique(stops, axis=0, return_inverse=True)
@@ -129,12 +117,7 @@ class Drops:
 
 
 def folds_of(inputs: Array, count: int) -> list[Array]:
-    """The units in at most `count` parts, equal inputs in one.
-
-    Args:
-        inputs: [U], a number for each, the same for equal ones.
-        count: Of parts.
-    """
+    """The units in at most `count` parts, those with the same number in `inputs` [U] in one."""
     different = np.random.default_rng(0).permutation(int(inputs.max()) + 1)
     return [np.flatnonzero(np.isin(inputs, part)) for part in np.array_split(different, min(count, len(different)))]
 

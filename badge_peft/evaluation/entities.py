@@ -48,11 +48,7 @@ def in_iob2(tags: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 class EntityReader:
-    """Reads entities out of class numbers.
-
-    Args:
-        names: Tags of the K classes, of a scheme in `SCHEMES`.
-    """
+    """Reads entities out of class numbers, by the K tags of a scheme in `SCHEMES`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         kinds = [kind_of(name) for name in names]
@@ -66,13 +62,7 @@ class EntityReader:
         )
 
     def counts(self, predictions: Array, labels: Array, units: Units) -> tuple[Array, Array, Array]:
-        """[U] each: how many entities both taggings have, the predictions, and the labels.
-
-        Args:
-            predictions: [N] class numbers.
-            labels: [N], the same of the right answers.
-            units: The texts of these tokens.
-        """
+        """[U] each: how many entities both class numbers [N] have, the predictions, and the labels."""
         (starts, ends, types), (true_starts, true_ends, true_types) = (
             self._entities(numbers, units.first) for numbers in (predictions, labels)
         )

@@ -14,7 +14,7 @@ from torch import nn
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, evaluating, pad_features, tensor_columns
 from badge_peft.evaluation.timing import Runner, take_turns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.utils.checks import check_choice, check_int
@@ -176,7 +176,7 @@ def measure_latency(
         reference,
         config.to_dict(),
         torch.get_num_threads(),
-        f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        device_name(device),
         torch.__version__,
     )
 
@@ -185,19 +185,9 @@ def _mean_p50_p95(times: list[float]) -> tuple[float, float, float]:
     return float(np.mean(times)), float(np.percentile(times, 50)), float(np.percentile(times, 95))
 
 
-@contextmanager
-def evaluating(badge: BadgeModel) -> Iterator[None]:
-    """Eval mode; afterwards the mode and the trainable parameters are as before (PEFT changes the latter whenever an
-    adapter is enabled)."""
-    was_training = badge.training
-    trainable = [(parameter, parameter.requires_grad) for parameter in badge.parameters()]
-    badge.eval()
-    try:
-        yield
-    finally:
-        badge.train(was_training)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+def device_name(device: torch.device) -> str:
+    """With the name of the card."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from scipy.stats import rankdata
 from torch import Tensor
 
 from badge_peft.evaluation.entities import EntityReader, scheme_of
@@ -28,17 +29,19 @@ def _f1(predictions: Array, labels: Array) -> float:
     multi = predictions.ndim == 2
     if not multi and max(predictions.max(initial=0), labels.max(initial=0)) > 1:
         raise ValueError("metric='f1' is for two classes (the positive one is 1) or multi-label: use 'macro_f1'.")
-    # of class 1, a label that the model lacks is another than that; or of all labels together
-    return float(_f1_of(*(np.sum(x) for x in _overlap(predictions == 1, labels == 1))))
+    said, truth = (
+        predictions == 1,
+        labels == 1,
+    )  # of class 1, a label that the model lacks is another; or of all labels
+    return float(_f1_of((said & truth).sum(), said.sum() + truth.sum()))
 
 
 def _macro_f1(predictions: Array, labels: Array) -> float:
     if predictions.ndim == 2:
-        right, total = (np.sum(x, axis=0) for x in _overlap(predictions == 1, labels == 1))
+        right, said, truth = (x.sum(axis=0) for x in (predictions * labels, predictions, labels))
     else:
         right, said, truth = _class_counts(predictions, labels)
-        total = said + truth
-    return float(np.mean(_f1_of(right, total)))
+    return float(np.mean(_f1_of(right, said + truth)))
 
 
 def _matthews(predictions: Array, labels: Array) -> float:
@@ -50,10 +53,6 @@ def _matthews(predictions: Array, labels: Array) -> float:
     return float((right.sum() * rows - said @ truth) / np.sqrt(spread)) if spread else 0.0
 
 
-def _overlap(said: Array, truth: Array) -> tuple[Array, Array]:
-    return said & truth, said.astype(np.int64) + truth
-
-
 def _f1_of(right: Array, total: Array) -> Array:
     """2 TP / (2 TP + FP + FN); 0 where there is nothing to find and nothing was found."""
     return 2 * right / np.maximum(total, 1)
@@ -63,8 +62,7 @@ def _class_counts(predictions: Array, labels: Array) -> tuple[Array, Array, Arra
     """How often each class that is said or true is said rightly, is said, and is true."""
     classes, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
     said, truth = codes[: len(predictions)], codes[len(predictions) :]
-    counts = (np.bincount(part, minlength=len(classes)) for part in (said[said == truth], said, truth))
-    right, said, truth = counts
+    right, said, truth = (np.bincount(x, minlength=len(classes)) for x in (said[said == truth], said, truth))
     return right, said, truth
 
 
@@ -78,15 +76,7 @@ def _pearson(predictions: Array, labels: Array) -> float:
 
 
 def _spearman(predictions: Array, labels: Array) -> float:
-    return _pearson(_ranks(predictions), _ranks(labels))
-
-
-def _ranks(values: Array) -> Array:
-    """[N] or [N, K]: equal values share the mean of their ranks."""
-    if values.ndim == 2:
-        return np.stack([_ranks(column) for column in values.T], axis=1)
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return _pearson(rankdata(predictions, axis=0), rankdata(labels, axis=0))
 
 
 # `calibrate` scores tens of thousands of samples: these are the formulas of scikit-learn and scipy without what they
@@ -170,11 +160,7 @@ def score(exit_logits: ExitLogits, answers: Tensor, metric: Metric = "accuracy")
 
 def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[..., float]:
     """A function of predictions [N] (or [N, K]) that gives their score; where these are of some of the rows alone, it
-    takes the labels of these, too.
-
-    Raises:
-        ValueError: as `exit_scores`; by the function, where a score is NaN or infinite.
-    """
+    takes the labels of these, too."""
     problem, labels, name = problem_of(exit_logits.kind), exit_logits.targets, metric_name(metric)
     if isinstance(metric, str):
         check_choice("metric", metric, METRIC_NAMES)
@@ -183,7 +169,7 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
         if metric not in fitting:
             raise ValueError(f"metric={metric!r} does not suit {problem.name}: use {', '.join(fitting)}.")
         if metric == ENTITY_F1:
-            return lambda predictions: _ratio(*ratio_parts(exit_logits, predictions, ENTITY_F1))
+            return partial(_entity_f1, exit_logits)
         metric = METRICS[metric]
     measure = metric
 
@@ -199,7 +185,8 @@ def scorer(exit_logits: ExitLogits, metric: Metric = "accuracy") -> Callable[...
     return measured
 
 
-def _ratio(above: Array, below: Array) -> float:
+def _entity_f1(exit_logits: ExitLogits, predictions: Array) -> float:
+    above, below = ratio_parts(exit_logits, predictions, ENTITY_F1)
     return float(above.sum() / max(below.sum(), 1))
 
 
@@ -209,17 +196,8 @@ def is_ratio(metric: Metric) -> bool:
 
 
 def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> tuple[Array, Array]:
-    """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`.
-
-    Args:
-        exit_logits: With labels.
-        predictions: [N], or [N, K] of several labels.
-        metric: Accuracy: rows that are right, of all. Entity F1: twice the entities that are right, of those that are
-            given and those that are answered.
-
-    Raises:
-        ValueError: the labels are no tags.
-    """
+    """[U] and [U]: what is summed over the units above and below the line of a score that `is_ratio`. Accuracy: rows
+    that are right, of all. Entity F1: twice the entities that are right, of those that are given and answered."""
     units, labels = exit_logits.units, exit_logits.targets
     if metric != ENTITY_F1:
         right = (~differs(predictions, labels)).astype(np.float64)
@@ -229,11 +207,7 @@ def ratio_parts(exit_logits: ExitLogits, predictions: Array, metric: Metric) -> 
 
 
 def entity_reader(exit_logits: ExitLogits) -> EntityReader:
-    """What reads entities out of the labels of token classification.
-
-    Raises:
-        ValueError: these are no tags.
-    """
+    """What reads entities out of the labels of token classification."""
     names = exit_logits.label_names
     if names is None or scheme_of(names) is None:
         found = "have no names" if names is None else f"are {', '.join(names[:5])}"

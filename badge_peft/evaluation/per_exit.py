@@ -26,13 +26,8 @@ SWEEPS = 4
 
 
 def per_exit(starts: Sequence[EarlyExitConfig], exit_logits: ExitLogits) -> list[EarlyExitConfig]:
-    """Configs with a threshold for each exit, of the families to which `starts` belong.
-
-    Args:
-        starts: Configs with one threshold for all exits; others, and those of policies whose decision at an exit
-            depends on the thresholds of others, are left aside.
-        exit_logits: With labels.
-    """
+    """Configs with a threshold for each exit, of the families of those of `starts` that have one for all exits and
+    decide at an exit whatever the thresholds of others are."""
     families: dict[EarlyExitConfig, list[float]] = {}
     for config in starts:
         if isinstance(config.threshold, float):
@@ -71,13 +66,8 @@ def _settings(policy: ThresholdPolicy, thresholds: list[float], exit_logits: Exi
 
 
 def cost(scores: Array, costs: Array, taus: Array) -> float:
-    """The mean cost where a row stops at the first exit whose score lies below its threshold, else at the last.
-
-    Args:
-        scores: [L, N].
-        costs: [L + 1, N], of a row that stops at an exit.
-        taus: [L].
-    """
+    """The mean cost where a row stops at the first exit whose score [L, N] lies below its threshold [L], else at the
+    last; `costs` [L + 1, N] are those of a row that stops at an exit."""
     return float(_onward(scores, costs, taus, -1).mean())
 
 

@@ -37,12 +37,7 @@ _RING: dict[str, Any] = {
 
 
 def check_picture(path: str | Path) -> None:
-    """Refuses a picture that could not be written, before anything is computed for it.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: its suffix says a format that matplotlib does not write.
-    """
+    """Refuses a picture that could not be written, before anything is computed for it."""
     require("plots", "matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
 

@@ -41,16 +41,8 @@ Forms = Callable[[ExitLogits], Iterable[EarlyExitConfig]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting on some rows.
-
-    Args:
-        form: Which form of its policy it is of.
-        config: The setting.
-        saved: The share of the cost that it saves.
-        drop: Score of the reference less its score, as it is estimated.
-        error: The standard error of the drop.
-        counted: The drop on these rows themselves.
-    """
+    """A setting of a form on some rows: the share of the cost that it saves, the drop as estimated, with its standard
+    error, and as counted on these rows."""
 
     form: int
     config: EarlyExitConfig
@@ -62,18 +54,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy offers.
-
-    Args:
-        setting: Chosen on all rows.
-        strictness: Of the rule that chose it.
-        drop: Of that rule, on rows that did not choose.
-        error: Its standard error.
-        saved: What that rule saves there.
-    """
+    """What a policy offers: a setting, chosen on all rows by a rule, and that rule's drop, standard error and saving
+    on rows that did not choose."""
 
     setting: Setting
-    strictness: float
     drop: float
     error: float
     saved: float
@@ -81,13 +65,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows that test what the others choose.
-
-    Args:
-        rows: [n], which they are.
-        tested: These rows.
-        others: What settings lose on the rest.
-    """
+    """Rows [n] that test what the others choose."""
 
     rows: Array
     tested: ExitLogits
@@ -108,13 +86,7 @@ def held_out(drops: Drops) -> list[Fold]:
 
 
 def settings_of(drops: Drops, forms: Forms, costs: CostModel) -> list[Setting]:
-    """All settings of a policy on some rows, form by form, slow to fast.
-
-    Args:
-        drops: On these rows.
-        forms: Of the policy.
-        costs: Of a call.
-    """
+    """All settings of a policy on some rows, form by form, slow to fast."""
     rows = drops.exit_logits
     found, all_stops = [], []
     for form, family in enumerate(forms(rows)):
@@ -154,38 +126,35 @@ def fastest_within(found: list[Setting], max_score_drop: float, strictness: floa
 def choose_within(
     drops: Drops, folds: list[Fold], forms: Forms, costs: CostModel, max_score_drop: float
 ) -> Choice | None:
-    """The fastest setting of one policy that the rows can carry; None: there is none.
-
-    Args:
-        drops: On all rows.
-        folds: `held_out`.
-        forms: Of the policy.
-        costs: Of a call.
-        max_score_drop: The drop that is allowed.
-    """
-    rows = drops.exit_logits
+    """The fastest setting of one policy that the rows can carry; None: there is none."""
     found = settings_of(drops, forms, costs)
     tried = [settings_of(fold.others, forms, costs) for fold in folds]
     for strictness in STRICTNESS if folds else ():
         setting = fastest_within(found, max_score_drop, strictness)
         if setting is None:
             return None
-        stops = np.full(len(rows), drops.reference, dtype=np.int64)
-        saved = 0.0
-        for fold, own in zip(folds, tried, strict=True):
-            chosen = fastest_within(own, max_score_drop, strictness)
-            if chosen is not None:
-                part = build_policy(chosen.config).replay_history(fold.tested.history())
-                stops[fold.rows] = part
-                saved += (
-                    float(costs.time_saved(chosen.config, fold.tested, part))
-                    * len(fold.tested.units)
-                    / len(rows.units)
-                )
-        (drop,), (error,), _ = drops.of(stops[None])
+        chosen = [fastest_within(own, max_score_drop, strictness) for own in tried]
+        drop, error, saved = _crossed(drops, folds, chosen, costs)
         if drop + norm.ppf(LEVEL) * error <= max_score_drop + 1e-12:
-            return Choice(setting, strictness, float(drop), float(error), saved)
+            return Choice(setting, drop, error, saved)
     return None
+
+
+def _crossed(
+    drops: Drops, folds: list[Fold], chosen: list[Setting | None], costs: CostModel
+) -> tuple[float, float, float]:
+    """Drop, standard error and saving where each fold is answered by the setting that the others chose, or by the
+    reference, which saves nothing, where they chose none."""
+    rows = drops.exit_logits
+    stops, saved = np.full(len(rows), drops.reference, dtype=np.int64), 0.0
+    for fold, setting in zip(folds, chosen, strict=True):
+        if setting is not None:
+            part = build_policy(setting.config).replay_history(fold.tested.history())
+            stops[fold.rows] = part
+            share = len(fold.tested.units) / len(rows.units)
+            saved += float(costs.time_saved(setting.config, fold.tested, part)) * share
+    (drop,), (error,), _ = drops.of(stops[None])
+    return float(drop), float(error), saved
 
 
 def best_at(found: list[Setting], target: float) -> Setting | None:
@@ -200,15 +169,8 @@ def held_out_at(
 ) -> tuple[float, float] | None:
     """The drop, and its standard error, of the settings that are best at a saving, on rows that did not choose them;
     None where a fold does not reach it."""
-    stops = np.full(len(drops.exit_logits), -1, dtype=np.int64)
-    for fold in folds:
-        own = best_at(settings_of(fold.others, forms, costs), target)
-        if own is not None:
-            stops[fold.rows] = build_policy(own.config).replay_history(fold.tested.history())
-    if (stops < 0).any():
-        return None
-    (drop,), (error,), _ = drops.of(stops[None])
-    return float(drop), float(error)
+    chosen = [best_at(settings_of(fold.others, forms, costs), target) for fold in folds]
+    return _crossed(drops, folds, chosen, costs)[:2] if chosen and None not in chosen else None
 
 
 def interval(drop: float, error: float) -> tuple[float, float]:

@@ -40,12 +40,8 @@ class Runner:
 
 @dataclass
 class Timed:
-    """What the clock has of one runner.
-
-    Args:
-        seconds: One per call, in the order of the calls: [batches * rounds], where each comes once in a round.
-        outputs: [batches], what `read` made of the last call on each.
-    """
+    """What the clock has of one runner: the seconds of each call, [batches * rounds], and of each batch what `read`
+    made of the last call."""
 
     seconds: list[float] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)

@@ -12,7 +12,7 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
 from badge_peft.early_exit.policies.base import describe, policy_label, set_fields
-from badge_peft.evaluation.candidates import families, fitted, settings
+from badge_peft.evaluation.candidates import families, fitted, fixed_depths, settings, templates_of
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric, metric_name, scorer
 from badge_peft.evaluation.per_exit import per_exit as settings_per_exit
@@ -119,7 +119,7 @@ def sweep(
     if policies is None:
         policies = default_policies(exit_logits.kind)
     asked = [EarlyExitConfig.of({"policy": p} if isinstance(p, str) else p) for p in policies if p != "fixed_depth"]
-    found = curve_points(exit_logits, [EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth)], points, metric)
+    found = curve_points(exit_logits, [fixed_depths(EarlyExitConfig(), exit_logits)], points, metric)
     names = [policy_label(config) for config in asked]
     for config, name in zip(asked, names, strict=True):
         curve = curve_points(exit_logits, [fitted(config, exit_logits)], points, metric)
@@ -138,11 +138,8 @@ def search(
 ) -> list[TradeOffPoint]:
     """Every setting of every variant of `policy` that a calibration considers, and the fixed depths between the
     `min_exit` and `max_exit` that it asks for; with `per_exit` also settings that differ from exit to exit."""
-    asked = EarlyExitConfig() if isinstance(policy, str) else EarlyExitConfig.of(policy)
-    fixed = EarlyExitConfig(
-        policy="fixed_depth", depth=exit_logits.depth, min_exit=asked.min_exit, max_exit=asked.max_exit
-    )
-    points = curve_points(exit_logits, [fixed, *families(policy, exit_logits, per_exit)], count, metric)
+    depths = fixed_depths(templates_of(policy, exit_logits)[0], exit_logits)
+    points = curve_points(exit_logits, [depths, *families(policy, exit_logits, per_exit)], count, metric)
     if per_exit:
         more = settings_per_exit([point.config for point in pareto(points)], exit_logits)
         points += [evaluate_policy(exit_logits, config, metric) for config in more]

@@ -40,19 +40,8 @@ class Words:
 def tokenize_words(
     texts: Sequence[Text], tokenizer: Any, max_length: int | None
 ) -> tuple[list[dict[str, Any]], list[Words]]:
-    """Rows of token columns, and the words of each text.
-
-    Args:
-        texts: Each a text, or a list of tokens.
-        tokenizer: A fast one, which knows where its tokens are in the text.
-        max_length: Tokens at which texts are cut; None: not at all.
-
-    Returns:
-        The rows, with `special_tokens_mask`: 1 for tokens that need no answer, 0 for those that answer for a word.
-
-    Raises:
-        ValueError: the tokenizer is a slow one.
-    """
+    """Rows of token columns, with `special_tokens_mask` (0 for tokens that answer for a word), and the words of each
+    text. The tokenizer is a fast one, which knows where its tokens are; None for `max_length` cuts nothing."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say where its tokens are in a text: token classification takes a "
@@ -77,19 +66,10 @@ def tokenize_words(
 
 
 def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) -> dict[str, Any]:
-    """What was found in one text.
-
-    Args:
-        words: Of the text.
-        logits: [S, K], of its tokens.
-        exits: [S], the block that answered each.
-        names: K.
-
-    Returns:
-        `tags` [W], O for a word that was cut off (None, if no tag is O), and `entities`: of each its `label`, `start`
-        and `end` in the text, `text`, `confidence` (the mean probability of its words' tags, None where that is no
-        number) and `exit` (the deepest of its words'). Tags that name no entities make one of each word that is not O.
-    """
+    """`tags` [W] of one text, O for a word that was cut off (None, if no tag is O), and `entities`: of each its
+    `label`, `start` and `end` in the text, `text`, `confidence` (the mean probability of its words' tags, None where
+    that is no number) and `exit` (the deepest of its words'). Tags that name no entities make one of each word that is
+    not O."""
     read = [w for w, place in enumerate(words.places) if place is not None]
     places = [place for place in words.places if place is not None]
     own = logits[places].astype(np.float64)

@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.evaluation.curve import stored_promises
-from badge_peft.evaluation.promise import ExitPromise
+from badge_peft.evaluation.curve import ExitPromise, stored_promises
 from badge_peft.utils.checks import check_int, is_number
 from badge_peft.utils.problem import differs, problem_of
 

@@ -84,11 +84,7 @@ class MultiExitTrainingArguments(TrainingArguments):
 
     def check(self) -> None:
         """Refuses what these fields may not hold. A search sets them afterwards, so `MultiExitTrainer` asks again
-        before each training.
-
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
+        before each training."""
         make_objective(self.objective, self.depth, distillation=self.distillation)
         check_int("depth", self.depth, at_least=0)
         check_int("early_stopping_patience", self.early_stopping_patience, at_least=1)

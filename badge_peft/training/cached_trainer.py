@@ -8,18 +8,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from badge_peft.training.arguments import MultiExitTrainingArguments
-from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
-from badge_peft.training.sampling import same_order
+from badge_peft.training.rows import ROWS, holds_batches, same_order, unnumbered
 from badge_peft.training.stages import Stage
 from badge_peft.training.state_cache import StateCache
 
 
 class CachingTrainer(Trainer):
-    """The data loaders of `MultiExitTrainer`.
-
-    Attributes:
-        num_stages: Of the training.
-    """
+    """The data loaders of `MultiExitTrainer`."""
 
     args: MultiExitTrainingArguments
     num_stages = 1
@@ -38,11 +33,8 @@ class CachingTrainer(Trainer):
 
     def cached(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
         """What a call of the model with this batch is given besides: the states of its rows, where they are kept.
-
-        Args:
-            inputs: The batch.
-            training: Whether it is one of training rows. Stage 2 of `two_stage` trains a model in evaluation mode.
-        """
+        Stage 2 of `two_stage` trains a model in evaluation mode, so `training` says whether these are training
+        rows."""
         states = self._cache.training if training else self._cache.evaluation
         return {} if states is None or ROWS not in inputs else {"cached_states": states, ROWS: inputs[ROWS]}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.state_passes import RecordingPass
-from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.collate import evaluating, pad_features, tensor_columns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.adapter_file import weights_hash
 from badge_peft.tuner.backbone import is_trained
@@ -27,6 +27,7 @@ from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 
 CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
 MEMORY_GB = 4.0
 BATCH_SIZE = 64
 _EXAMPLES = 4  # rows of which the exits are computed both ways
@@ -78,20 +79,13 @@ def cache_states(
     badge = get_badge_model(model)
     collate = data_collator or (lambda batch: pad_features(batch, badge.model))
     place = Path(gettempdir() if folder is None else folder)
-    rows = [{k: v for k, v in row.items() if k not in _LABELS} for row in tensor_columns(badge.model, dataset)]
+    rows = [{k: v for k, v in row.items() if k not in LABELS} for row in tensor_columns(badge.model, dataset)]
     passes = StatePasses(badge, rows, collate)
     return passes.collect(batch_size, dtype, memory_gb, place, progress)
 
 
 class StatePasses:
-    """Passes over the rows of a data set, in which the states are recorded.
-
-    Args:
-        badge: The model.
-        rows: Features of each row.
-        collate: Makes a batch of rows.
-        autocast: The precision of the passes.
-    """
+    """Passes over the rows of a data set, in the precision of `autocast`, in which the states are recorded."""
 
     def __init__(
         self,
@@ -116,7 +110,7 @@ class StatePasses:
         order = sorted(range(len(self.rows)), key=lambda i: -self.counts[i])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         rank, size = distributed.rank_world()
-        with _evaluating(self.badge), self.autocast():
+        with evaluating(self.badge), self.autocast():
             states = CachedStates(self.counts, CACHE_DTYPES[dtype], *self.check(order[:_EXAMPLES]))
             states.allocate(folder if size > 1 or states.nbytes > memory_gb * 1e9 else None)
             failure = None
@@ -142,7 +136,7 @@ class StatePasses:
     def run(self, numbers: Sequence[int]) -> tuple[dict[str, Tensor], RecordingPass, Tensor | None]:
         """A pass over the rows of these numbers: its inputs, what it recorded, and the logits of the model's head."""
         batch = self.collate([self.rows[i] for i in numbers])
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k in self._accepted and k not in _LABELS}
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k in self._accepted and k not in LABELS}
         mask = inputs.get("attention_mask")
         counts = torch.tensor([self.counts[i] for i in numbers], device=self.device).unsqueeze(1)
         if (
@@ -160,11 +154,7 @@ class StatePasses:
         return inputs, recording, base.get("logits")
 
     def check(self, numbers: Sequence[int]) -> tuple[RecordingPass, Tensor | None]:
-        """A pass over a few rows, whose exits are the same by what is kept of it.
-
-        Raises:
-            CannotCache: they are not.
-        """
+        """A pass over a few rows, whose exits are the same by what is kept of it."""
         inputs, recording, logits = self.run(numbers)
         with CachedStates([self.counts[i] for i in numbers], torch.float32, recording, logits) as states:
             states.allocate()
@@ -183,15 +173,8 @@ class StatePasses:
         return recording, logits
 
 
-_LABELS = {"label", "labels", "label_ids"}
-
-
 def check_backbone(badge: BadgeModel) -> None:
-    """Refuses a backbone whose states change with every step.
-
-    Raises:
-        CannotCache: it is trained.
-    """
+    """Refuses a backbone whose states change with every step."""
     if is_trained(badge.model, badge.layout):
         mode = badge.config_of().backbone
         raise CannotCache(f"the backbone is trained (backbone={mode!r}), and its states change with every step")
@@ -212,15 +195,3 @@ def _count(row: Mapping[str, Any]) -> int:
     """Positions of a row that are no padding."""
     mask = row.get("attention_mask")
     return len(row["input_ids"]) if mask is None else int(np.count_nonzero(np.asarray(mask)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Each module in evaluation mode, and afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -48,11 +48,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class AtFirstStep(TrainerCallback):
-    """Calls a function when a training begins that goes on from no checkpoint.
-
-    Args:
-        function: What is called.
-    """
+    """Calls a function when a training begins that goes on from no checkpoint."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function

@@ -10,6 +10,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.evaluation import collect_exit_logits, exit_scores
 from badge_peft.evaluation.calibration import calibrate
@@ -31,7 +31,7 @@ from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.model import get_badge_model
 from badge_peft.training.arguments import multi_exit_arguments
 from badge_peft.training.caching import CannotCache, cache_states
-from badge_peft.training.finite import TrainingStopped
+from badge_peft.training.preflight import TrainingStopped
 from badge_peft.training.trainer import MultiExitTrainer
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.config import BadgeConfig
@@ -122,7 +122,7 @@ def choose_exits(
     found: list[ExitForm] = []
     failure: Exception | None = None
     options = {**arguments, "num_train_epochs": epochs, "seed": seed}
-    with _States(sets, data_collator) as states:
+    with closing(_States(sets, data_collator)) as states:
         for config in sorted(configs, key=_demand, reverse=True):
             try:
                 form = _try(model, config, sets, states, goal, policy, metric, data_collator, options)
@@ -165,12 +165,6 @@ class _States:
     def __init__(self, sets: list[Any], collate: Any) -> None:
         self.sets, self.collate = sets, collate
         self.kept: list[CachedStates] = []
-
-    def __enter__(self) -> _States:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Gives memory and files back."""
@@ -251,8 +245,6 @@ def _try(
         except ValueError:  # the goal is out of reach
             chosen, reached = EarlyExitConfig(policy="never"), False
     point = evaluate_policy(scored, chosen, metric)
-    stops = build_policy(chosen).replay_history(exit_logits.history())
-    saved = float(costs.time_saved(chosen, exit_logits, stops))
     return ExitForm(
         config,
         chosen,
@@ -261,7 +253,7 @@ def _try(
         point.score,
         scores.per_exit[-1],
         point.layer_speedup,
-        saved,
+        (chosen.calibration or {}).get("time_saved", 0.0),
         costs,
         time.perf_counter() - start,
         reached,

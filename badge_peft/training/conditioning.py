@@ -36,14 +36,8 @@ _SHRINK = 16  # so many inputs more, with the mean deviation of all dimensions
 
 @dataclass
 class Coordinates:
-    """How one layer, or one parameter that adds to states, is seen by the optimizer.
-
-    Args:
-        weight: Its weight, [K, d] of a layer.
-        bias: [K], which takes W mu; None: the layer has none.
-        scale: sigma [d] of a layer; of a parameter that adds to states what it is divided by.
-        center: mu [d] of a layer; None for a parameter that adds to states.
-    """
+    """How the optimizer sees one layer, W [K, d] with its bias [K], or (center None) a parameter that adds to states:
+    sigma [d] of the layer, or what the parameter is divided by, and mu [d]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -116,15 +110,8 @@ class Moments:
 
 
 class Conditioning:
-    """Gives an optimizer the coordinates of the exits and bypasses of a model's active adapter.
-
-    The inputs that the first step has seen are measured; a state of the optimizer that is loaded before it, of an
-    interrupted training, brings its coordinates along.
-
-    Args:
-        model: That is trained.
-        optimizer: Of its parameters.
-    """
+    """Gives an optimizer the coordinates of the exits and bypasses of a model's active adapter: those of the inputs
+    that the first step has seen, or of the optimizer's state that is loaded before it, of an interrupted training."""
 
     def __init__(self, model: BadgeModel, optimizer: torch.optim.Optimizer) -> None:
         adapter = model.single_active_adapter()
@@ -226,22 +213,18 @@ class Conditioning:
                     mean, sigma = found[f"{key}.{name}"].to(layer.weight)
                     if name == "linear":
                         exit_.dropout.center = mean
-                    yield _of_layer(layer, sigma, mean)
+                    yield Coordinates(layer.weight, cast(Any, layer.bias), sigma, mean)
         for key, bypass in self._bypasses.items():
             if f"{key}.down" in found:
                 mean, sigma = found[f"{key}.down"].to(bypass.down.weight)
                 added, read = found[f"{key}.up"].to(bypass.down.weight)
-                yield _of_layer(bypass.down, sigma, mean)
+                yield Coordinates(bypass.down.weight, cast(Any, bypass.down.bias), sigma, mean)
                 yield Coordinates(bypass.up.weight, None, added.unsqueeze(1), None)
                 if bypass.up.bias is not None:
                     yield Coordinates(bypass.up.bias, None, added, None)
                 if bypass.norm is not None:
                     for parameter in bypass.norm.parameters():
                         yield Coordinates(parameter, None, read, None)
-
-
-def _of_layer(layer: nn.Linear, sigma: Tensor, mean: Tensor) -> Coordinates:
-    return Coordinates(layer.weight, cast(Any, layer.bias), sigma, mean)
 
 
 def _entry(exit_: Exit, name: str) -> nn.Module:

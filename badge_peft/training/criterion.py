@@ -1,4 +1,5 @@
-"""`Criterion`: the loss of one exit against labels, as the arguments of a training want it."""
+"""What an exit learns from: `Criterion`, the loss against labels as the arguments of a training want it, and the one
+against another exit's distribution."""
 
 from __future__ import annotations
 
@@ -13,19 +14,14 @@ from torch import Tensor
 from badge_peft.outputs import MultiExitOutput
 from badge_peft.tuner.losses import exit_loss
 from badge_peft.utils.checks import is_number
-from badge_peft.utils.problem import NO_LABEL, Problem
+from badge_peft.utils.problem import NO_LABEL, Problem, problem_of
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """The loss of the problem type, with label smoothing and class weights, or a function in its place.
-
-    Args:
-        label_smoothing: Share of the label that all classes get (`label_smoothing_factor`).
-        class_weights: K numbers, one for each class, or None; the mean is a weighted one, as torch's.
-        function: Trainer's `compute_loss_func`, called for each exit with an output whose `logits` are those of the
-            exit, the labels, and `num_items_in_batch`, how many labels of these rows count.
-    """
+    """The loss of the problem type, with label smoothing and class weights (one for each class; the mean is a weighted
+    one), or Trainer's `compute_loss_func` in its place, which is called for each exit, with `num_items_in_batch`, how
+    many labels of these rows count."""
 
     label_smoothing: float = 0.0
     class_weights: list[float] | None = None
@@ -45,17 +41,7 @@ class Criterion:
         return loss / total if total > 0 else 0 * loss  # a batch of which nothing counts has no loss, and not NaN
 
     def check(self, problem_type: str, num_labels: int, reads_labels: bool) -> None:
-        """Refuses what would be left out without a word.
-
-        Args:
-            problem_type: As transformers has it.
-            num_labels: K.
-            reads_labels: Whether any loss of the objective is one against labels.
-
-        Raises:
-            ValueError: label smoothing or class weights without classes, or beside a function; weights of another
-                number of classes; or no loss reads a label.
-        """
+        """Refuses what would be left out without a word."""
         given = [f"label_smoothing_factor={self.label_smoothing}"] if self.label_smoothing else []
         given += [] if self.class_weights is None else [f"class_weights={self.class_weights}"]
         if given and problem_type != Problem.name:
@@ -78,11 +64,7 @@ class Criterion:
 
 
 def check_class_weights(weights: Any) -> list[float]:
-    """What `class_weights` may be, a list, an array or a tensor, as a list.
-
-    Raises:
-        ValueError: anything but numbers of at least 0, not all of them 0.
-    """
+    """What `class_weights` may be, a list, an array or a tensor, as a list."""
     numbers = weights.tolist() if hasattr(weights, "tolist") else weights
     if not isinstance(numbers, (list, tuple)) or not all(is_number(w) and w >= 0 for w in numbers) or not any(numbers):
         raise ValueError(
@@ -90,3 +72,19 @@ def check_class_weights(weights: Any) -> list[float]:
             "least 0 and not all 0."
         )
     return [float(w) for w in numbers]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, problem_type: str, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) of logits [B, K], the mean over rows; multi-label: summed over labels; regression:
+    squared difference. The teacher comes without gradient."""
+    student, teacher = student.float(), teacher.float()
+    problem = problem_of(problem_type)
+    if not problem.gives_labels:
+        return F.mse_loss(student, teacher)
+    student, teacher = student / temperature, teacher / temperature
+    if not problem.many_labels:
+        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+        return kl * temperature**2
+    both = torch.stack([student, -student], dim=-1), torch.stack([teacher, -teacher], dim=-1)
+    kl = F.kl_div(F.logsigmoid(both[0]), F.logsigmoid(both[1]), reduction="sum", log_target=True)
+    return kl / len(student) * temperature**2

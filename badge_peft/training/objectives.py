@@ -10,10 +10,8 @@ from torch import Tensor
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.full_depth import sum_losses
 from badge_peft.outputs import MultiExitOutput
-from badge_peft.training.criterion import Criterion
-from badge_peft.training.distillation import distillation_loss
-from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.imitation import NEEDS, ImitationPass
+from badge_peft.training.criterion import Criterion, distillation_loss
+from badge_peft.training.passes import NEEDS, GradientEquilibriumPass, ImitationPass
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.utils.checks import check_choice, check_number
@@ -183,11 +181,8 @@ class PastFuture(Objective):
 
 @dataclass
 class SingleExit(Objective):
-    """One exit alone, as if the model ended there: the paper's "single exits", one training for each.
-
-    Args:
-        depth: Block number of the exit.
-    """
+    """One exit alone, that after block `depth`, as if the model ended there: the paper's "single exits", one training
+    for each."""
 
     depth: int = 0
 
@@ -263,11 +258,7 @@ OBJECTIVES = tuple(_KINDS)
 
 
 def make_objective(name: str, depth: int | None = None, **options: Any) -> Objective:
-    """The objective called `name`; `two_stage` gives its first stage.
-
-    Raises:
-        ValueError: no such objective, `single_exit` without a depth, or distillation where no loss has a share for it.
-    """
+    """The objective called `name`; `two_stage` gives its first stage."""
     check_choice("objective", name, OBJECTIVES)
     if options.get("distillation") and name in ("single_exit", "past_future"):
         raise ValueError(
@@ -282,15 +273,7 @@ def make_objective(name: str, depth: int | None = None, **options: Any) -> Objec
 
 
 def check_earlier_exits(what: str, exits: list[int]) -> None:
-    """Refuses an option that trains the exits below M where there are none.
-
-    Args:
-        what: The option, as it was given.
-        exits: Block numbers of the exits; the last is M.
-
-    Raises:
-        ValueError: M is the only one.
-    """
+    """Refuses an option that trains the exits below M where there are none."""
     if len(exits) == 1:
         raise ValueError(
             f"{what} is not allowed: it trains the exits below exit {exits[0]}, and there is no other exit. Give the "

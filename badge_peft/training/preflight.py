@@ -1,4 +1,5 @@
-"""Refuses, before a training starts, what would fail in the middle of it."""
+"""Refuses, before a training starts, what would fail in the middle of it, and stops one that has run into numbers that
+are not finite: it cannot recover, and its exits say nothing."""
 
 from __future__ import annotations
 
@@ -6,43 +7,54 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from badge_peft.training.caching import LABELS
 from badge_peft.training.objectives import Objective
 from badge_peft.utils.distributed import env_rank_world
 
-_LABELS = {"label", "labels", "label_ids"}  # what transformers' collators make labels of
+
+def check_options(args: TrainingArguments, optimizer: tuple[Any, dict[str, Any]] | None) -> None:
+    """Refuses scores of one batch at a time, which do not add up to those of all rows, and in Trainer's
+    `optimizer_cls_and_kwargs` a learning rate that would not be used."""
+    if args.batch_eval_metrics:
+        raise ValueError(
+            "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
+            "out."
+        )
+    if optimizer is not None and "lr" in optimizer[1]:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, but each part of the model has a rate of its own: "
+            "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
+        )
 
 
-def check_processes(world_size: int) -> None:
-    """Refuses several processes of which each would train by itself, and all write the same files.
-
-    Args:
-        world_size: Processes that Trainer knows of.
-
-    Raises:
-        ValueError: a launcher started several, and Trainer knows of one.
-    """
+def check_training(args: TrainingArguments, adapter_name: str, replaces_optimizer: bool) -> None:
+    """Refuses several processes of which each would train by itself, and all write the same files; to load, at the
+    end, the weights of another adapter; and an optimizer, or a schedule, that stages would replace."""
     size = env_rank_world()[1]
-    if size > 1 and world_size == 1:
+    if size > 1 and args.world_size == 1:
         raise ValueError(
             f"{size} processes were started, but each would train alone: on CPUs, Trainer has to be told. Make the "
             "arguments with multi_exit_arguments, or pass use_cpu=True to TrainingArguments."
         )
+    if args.load_best_model_at_end and adapter_name != "default":
+        raise ValueError(
+            f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
+            "the weights in the checkpoint's own folder, which are those of the adapter 'default'. Call the adapter "
+            "that is trained 'default', or set load_best_model_at_end=False."
+        )
+    if replaces_optimizer:
+        raise ValueError(
+            "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
+            "parameters. Leave it out, and set optim or optimizer_cls_and_kwargs and the rates in the arguments."
+        )
 
 
 def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: bool) -> None:
-    """Refuses an objective with steps of exit M alone where nothing that exit M reads is trained.
-
-    Args:
-        objective: Of the training.
-        exits: Block numbers of the exits; the last is M.
-        trains_final_exit: Whether a parameter that exit M reads takes gradients.
-
-    Raises:
-        ValueError: such steps would have no gradient.
-    """
+    """Refuses an objective with steps of exit M alone where nothing that exit M reads is trained."""
     if trains_final_exit or not objective.final_exit_alone(exits):
         return
     raise ValueError(
@@ -52,87 +64,13 @@ def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: 
     )
 
 
-def check_batch_metrics(args: TrainingArguments) -> None:
-    """Refuses scores of one batch at a time, which do not add up to those of all rows.
-
-    Raises:
-        ValueError: `batch_eval_metrics`.
-    """
-    if args.batch_eval_metrics:
-        raise ValueError(
-            "batch_eval_metrics=True is not allowed: the scores of the exits are those of all rows at once. Leave it "
-            "out."
-        )
-
-
-def check_best_model(args: TrainingArguments, adapter_name: str) -> None:
-    """Refuses to load, at the end, the weights of another adapter.
-
-    Args:
-        args: Say whether the best checkpoint is loaded.
-        adapter_name: The adapter that is trained.
-
-    Raises:
-        ValueError: it is loaded, and its folder holds no weights of this adapter.
-    """
-    if args.load_best_model_at_end and adapter_name != "default":
-        raise ValueError(
-            f"load_best_model_at_end=True is not allowed with the active adapter {adapter_name!r}: transformers loads "
-            "the weights in the checkpoint's own folder, which are those of the adapter 'default'. Call the adapter "
-            "that is trained 'default', or set load_best_model_at_end=False."
-        )
-
-
-def check_optimizer_options(given: tuple[Any, dict[str, Any]] | None) -> None:
-    """Refuses a learning rate that would not be used.
-
-    Args:
-        given: Trainer's `optimizer_cls_and_kwargs`.
-
-    Raises:
-        ValueError: it has a rate.
-    """
-    if given is not None and "lr" in given[1]:
-        raise ValueError(
-            f"optimizer_cls_and_kwargs has lr={given[1]['lr']}, but each part of the model has a rate of its own: "
-            "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
-        )
-
-
-def check_given_optimizer(given: bool, folder: str) -> None:
-    """Refuses an optimizer, or a schedule, that a training in stages would replace.
-
-    Args:
-        given: Whether the trainer was given one.
-        folder: Of the first stage; "" where the training has no stages.
-
-    Raises:
-        ValueError: both.
-    """
-    if given and folder:
-        raise ValueError(
-            "optimizers=... is not allowed with objective='two_stage': each stage has an optimizer of its own "
-            "parameters. Leave it out, and set optim or optimizer_cls_and_kwargs and the rates in the arguments."
-        )
-
-
 def check_evaluation(
     args: TrainingArguments,
     eval_dataset: Any,
     label_names: Sequence[str],
     batches: Callable[[Any], Iterable[Mapping[str, Any]]],
 ) -> None:
-    """Refuses evaluations that cannot give the score by which the best checkpoint is chosen.
-
-    Args:
-        args: Say when there are evaluations, and what the score is called.
-        eval_dataset: A data set, a dict of several, or None.
-        label_names: What labels are called in a batch.
-        batches: The batches of a data set, as an evaluation would see them.
-
-    Raises:
-        ValueError: the evaluation rows have no labels, or of several sets none is chosen.
-    """
+    """Refuses evaluations that cannot give the score by which the best checkpoint is chosen."""
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or eval_dataset is None:
         return
@@ -167,8 +105,28 @@ def _has_labels(rows: Any, label_names: Sequence[str], batches: Callable[[Any], 
     columns = getattr(rows, "column_names", None)
     if columns is None and not isinstance(rows, IterableDataset) and len(rows) and isinstance(rows[0], Mapping):
         columns = rows[0].keys()
-    if columns is not None and {*_LABELS, *label_names} & set(columns):
+    if columns is not None and {*LABELS, *label_names} & set(columns):
         return True
     with torch.random.fork_rng(devices=[]):  # a collator may make labels of any column: look at a batch
         batch = next(iter(batches(rows)), {})
     return bool(label_names) and all(batch.get(name) is not None for name in label_names)
+
+
+_REMEDY = "Train with a smaller learning rate or in float32, and look for rows of unusual length or values."
+
+
+class TrainingStopped(ValueError):
+    """A training has run into numbers that are not finite."""
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Refuses a loss that is not finite. Trainer would count it as zero, and go on."""
+    if not loss.isfinite():
+        raise TrainingStopped(f"training stopped: the loss of step {step} is {loss.item()}. {_REMEDY}")
+
+
+def check_parameters(model: nn.Module, step: int) -> None:
+    """Refuses a trained model with weights that are not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise TrainingStopped(f"training stopped: after step {step}, {name} is not finite. {_REMEDY}")

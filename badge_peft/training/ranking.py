@@ -81,14 +81,8 @@ class RankingDistillation(Objective):
 
 
 def listwise_loss(student: Tensor, teacher: Tensor, groups: Tensor | None, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) of the distributions over each query's candidates; the mean over queries.
-
-    Args:
-        student: [B].
-        teacher: [B], without gradient.
-        groups: [B] whole numbers; None is one query.
-        temperature: T.
-    """
+    """T^2 KL(teacher || student) of the distributions over each query's candidates, from scores [B] and the number [B]
+    of each one's query (None: all are of one); the mean over queries."""
     if groups is None:
         groups = torch.zeros(len(student), dtype=torch.long, device=student.device)
     other = groups[:, None] != groups[None, :]  # [B, B]

@@ -1,10 +1,18 @@
-"""What a row of a loss and of a score is: a text or, where a model reads tokens, each token of it."""
+"""Rows of a training: what a row of a loss and of a score is, a text or, where a model reads tokens, each token of it;
+rows that come with their numbers, so that a batch says whose states it wants; and their order in several processes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.tuner.config import BadgeConfig
@@ -14,18 +22,8 @@ from badge_peft.utils.problem import problem_of
 def rows_of_loss(
     exit_logits: Tensor, uncertainties: Tensor | None, labels: Tensor | None, mask: Tensor | None, config: BadgeConfig
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What the loss reads of a batch. Tokens of padding are no rows.
-
-    Args:
-        exit_logits: [B, E, K], of tokens [B, E, S, K].
-        uncertainties: Of exits that learn them: [B, E], of tokens [B, E, S].
-        labels: [B, ...], of tokens [B, S]; or None.
-        mask: attention_mask [B, S], or None.
-        config: Of the adapter.
-
-    Returns:
-        The logits of each exit [n, K], labels and the uncertainties [n, E], where there are any.
-    """
+    """The logits of each exit [n, K], the labels and the uncertainties [n, E] that the loss reads of a batch: of exit
+    logits [B, E, K], or of tokens [B, E, S, K], of which padding is no row."""
     logits = list(exit_logits.unbind(dim=1))
     if not config.reads_tokens:
         return logits, labels, uncertainties
@@ -40,15 +38,7 @@ def rows_of_loss(
 def rows_of_scores(
     exit_logits: np.ndarray, label_ids: np.ndarray, exits: list[int], config: BadgeConfig, names: list[str]
 ) -> ExitLogits:
-    """What an evaluation scores: the rows that have a label.
-
-    Args:
-        exit_logits: [N, E, K], of tokens [N, S, E, K].
-        label_ids: [N, ...], of tokens [N, S].
-        exits: Block numbers of the exits.
-        config: Of the adapter.
-        names: Of the labels; tags make entities of tokens.
-    """
+    """What an evaluation scores: of exit logits [N, E, K], or of tokens [N, S, E, K], the rows that have a label."""
     problem, labels = problem_of(config.resolved_problem_type), torch.from_numpy(np.asarray(label_ids))
     if not config.reads_tokens:
         counts = problem.has_label(labels)
@@ -57,3 +47,91 @@ def rows_of_scores(
     logits, labels = torch.from_numpy(exit_logits).flatten(0, 1), labels.flatten()
     counts = problem.has_label(labels)
     return ExitLogits(logits[counts], labels[counts], exits, problem.name, texts=texts[counts], label_names=names)
+
+
+ROWS = "cached_rows"  # in a batch: [B]
+
+
+class NumberedRows(Dataset):
+    """A map-style data set whose rows are (number, row). Where its items are whole batches, lists of rows, the number
+    is a range: their rows are numbered through."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        counts = [len(rows[i]) for i in range(len(rows))] if holds_batches(rows) else None
+        self._starts = None if counts is None else [0, *accumulate(counts)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[int | range, Any]:
+        return self._number(i), self.rows[i]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[tuple[int | range, Any]]:
+        """Several at once, where the data set can."""
+        many = getattr(self.rows, "__getitems__", None)
+        found = [self.rows[i] for i in numbers] if many is None else many(numbers)
+        return list(zip(map(self._number, numbers), found, strict=True))
+
+    def _number(self, i: int) -> int | range:
+        return i if self._starts is None else range(self._starts[i], self._starts[i + 1])
+
+
+def holds_batches(rows: Any) -> bool:
+    """Whether the items of a data set are lists of rows."""
+    return hasattr(rows, "__len__") and len(rows) > 0 and isinstance(rows[0], list)
+
+
+def flat_rows(rows: Any) -> list[Any]:
+    """The rows of a data set, or of all of its items."""
+    items = [rows[i] for i in range(len(rows))]
+    return [row for item in items for row in item] if holds_batches(rows) else items
+
+
+def unnumbered(rows: Any) -> Any:
+    """The data set inside of `NumberedRows`; any other as it is."""
+    return rows.rows if isinstance(rows, NumberedRows) else rows
+
+
+class NumberedCollator:
+    """Batches of `NumberedRows`."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[int | range, Any]]) -> Any:
+        """The batch, with `ROWS`."""
+        batch = self.collate([row for _, row in rows])
+        numbers = [n for number, _ in rows for n in (number if isinstance(number, range) else [number])]
+        batch[ROWS] = torch.tensor(numbers)
+        return batch
+
+
+class SharedLengthSampler(LengthGroupedSampler):
+    """Batches of similar length, in an order that depends on seed and epoch alone.
+
+    transformers' own sampler draws from the process's generator. Dropout draws from it too on a CPU, as often as the
+    process's own batches are long, so after an epoch each process would have an order of its own, and a row would be
+    taken twice or not at all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def same_order(sampler: Any, args: TrainingArguments) -> Any:
+    """`sampler`, or in its place one that gives all processes the same order."""
+    if args.world_size == 1 or type(sampler) is not LengthGroupedSampler:
+        return sampler
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return SharedLengthSampler(sampler.batch_size * args.world_size, sampler.lengths, seed)

@@ -17,20 +17,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.objectives import EarlierExits, Objective, make_objective
 
+_CARRY = ".carry."  # in the name of what brings earlier exits into a later one
 _OF_OBJECTIVE = ("depth", "exit_weights", "distillation", "distillation_temperature")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training.
-
-    Args:
-        objective: Its loss.
-        folder: Within `output_dir`; "" is `output_dir` itself.
-        earlier_exits: Which of the trainable parameters it trains: True those of the exits below M, False the others,
-            None all.
-        metric: What its best checkpoint is chosen by; None leaves it to the arguments.
-    """
+    """One training: its loss, its folder in `output_dir` ("": the whole), which of the trainable parameters it trains
+    (True: those of the exits below M, False: the others, None: all), and by which score its best checkpoint is chosen
+    (None: as the arguments say)."""
 
     objective: Objective
     folder: str = ""
@@ -42,12 +37,8 @@ class Stage:
         return str(Path(str(args.output_dir), self.folder))
 
     def arguments(self, args: MultiExitTrainingArguments, chosen_on: str | None = None) -> MultiExitTrainingArguments:
-        """`args`, or a copy with the folder and the metric of the stage.
-
-        Args:
-            args: Of the training.
-            chosen_on: Of several evaluation sets the one that chooses the best checkpoint.
-        """
+        """`args`, or a copy with the folder and the metric of the stage, which of several evaluation sets `chosen_on`
+        has."""
         if not self.folder:
             return args
         own = copy.copy(args)
@@ -58,11 +49,7 @@ class Stage:
         return own
 
     def resume(self, args: MultiExitTrainingArguments, wanted: Any) -> Any:
-        """`wanted`, but for True the newest whole checkpoint; None where a stage of several has none yet.
-
-        Raises:
-            ValueError: the only stage has none.
-        """
+        """`wanted`, but for True the newest whole checkpoint; None where a stage of several has none yet."""
         if wanted is not True:
             return wanted
         newest = newest_checkpoint(Path(self.path(args)))
@@ -71,10 +58,6 @@ class Stage:
                 f"there is no whole checkpoint in {self.path(args)}: train without resume_from_checkpoint."
             )
         return newest
-
-    def has_checkpoint(self, args: MultiExitTrainingArguments) -> bool:
-        """Whether a training of this stage was interrupted, or has ended."""
-        return newest_checkpoint(Path(self.path(args))) is not None
 
     @contextmanager
     def selected(self, model: nn.Module, last: int) -> Iterator[None]:
@@ -103,20 +86,11 @@ class Stage:
 
 
 def stages_left(stages: list[Stage], args: MultiExitTrainingArguments, wanted: Any) -> list[Stage]:
-    """Of several stages those that a resumed training has before it.
-
-    Args:
-        stages: All, in their order.
-        args: Of the training.
-        wanted: As `resume_from_checkpoint`: a checkpoint, or True for the newest.
-
-    Raises:
-        ValueError: a checkpoint of none of the stages.
-    """
+    """Of several stages those that a resumed training has before it."""
     if not wanted or len(stages) == 1:
         return stages
     if wanted is True:
-        reached = [stage.has_checkpoint(args) for stage in stages]
+        reached = [newest_checkpoint(Path(stage.path(args))) is not None for stage in stages]
     else:
         reached = [stage.folder in Path(wanted).parts for stage in stages]
         if not any(reached):
@@ -143,16 +117,8 @@ def newest_checkpoint(folder: Path) -> str | None:
 def make_stages(
     args: MultiExitTrainingArguments, exit_weights: str | list[float], own: Objective | None = None
 ) -> list[Stage]:
-    """The stages of the objective that `args` name.
-
-    Args:
-        args: Objective and its options.
-        exit_weights: The adapter's, for where `args` have none.
-        own: An objective in place of that of `args`.
-
-    Raises:
-        ValueError: `args` have options that `own` does not read.
-    """
+    """The stages of the objective that `args` name, or of one in its place; `exit_weights` are the adapter's, for
+    where `args` have none."""
     if own is not None:
         for name in _OF_OBJECTIVE:
             if getattr(args, name) != OWN_FIELDS[name]:
@@ -178,31 +144,17 @@ def is_earlier_exit(name: str, last: int) -> bool:
     """Whether a parameter belongs to a bypass or an exit below M, which is `last` (or judges them, as LTE does), or
     brings them into exit M: trained without them, that would make of M's answer what they happen to start with."""
     rest = name.partition(".badge_")[2]
-    return bool(rest) and (f".{last}." not in rest or _brings_earlier(rest))
+    return bool(rest) and (f".{last}." not in rest or _CARRY in rest)
 
 
 def check_final_stays(stages: list[Stage], model: nn.Module, adapter: str, last: int) -> None:
-    """Refuses a stage of the earlier exits that would move exit M.
-
-    Args:
-        stages: Of the training.
-        model: As it begins.
-        adapter: Name of the one that is trained.
-        last: M.
-
-    Raises:
-        ValueError: there is such a stage, and exit M builds on the exits below it.
-    """
+    """Refuses a stage of the earlier exits that would move exit M, which builds on them."""
     if not any(stage.earlier_exits for stage in stages):
         return
     for name, parameter in model.named_parameters():
-        if f".{adapter}.{last}." in name and _brings_earlier(name) and parameter.any():
+        if f".{adapter}.{last}." in name and _CARRY in name and parameter.any():
             raise ValueError(
                 f"objective='two_stage' is not allowed for this adapter: exit {last} has learned to build on the "
                 f"exits below it ({name} is not zero), and stage 2 would move its answers. Use objective='joint', or "
                 "begin with a new adapter."
             )
-
-
-def _brings_earlier(name: str) -> bool:
-    return ".carry." in name

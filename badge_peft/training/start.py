@@ -33,18 +33,8 @@ MEMORY, ROWS = 2**29, 2**13  # bytes and rows of what is read, at most
 def start_exits(
     badge: BadgeModel, objective: Objective, batches: Iterable[dict[str, Any]], criterion: Any
 ) -> dict[int, float]:
-    """Moves the linear layer of each exit of the active adapter to the regression's.
-
-    Args:
-        badge: The model, in evaluation mode.
-        objective: Whose loss an exit is started by.
-        batches: What the model is called with, `labels` and `groups` among it; they are read until `MEMORY` or `ROWS`
-            is full.
-        criterion: The loss against labels, as for `Step`.
-
-    Returns:
-        For each exit that was started its loss on rows that were held out.
-    """
+    """Moves the linear layer of each exit of the active adapter, in evaluation mode, to the regression's, by the
+    batches that fill `MEMORY` or `ROWS`. Of each exit that was started: its loss on rows that were held out."""
     exits = {m: exit_ for m, exit_ in _own_exits(badge).items() if exit_.reads_states == ("linear",)}
     if not exits:
         return {}

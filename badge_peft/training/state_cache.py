@@ -21,10 +21,10 @@ from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of, check_backbone
-from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.numbered import NumberedCollator, NumberedRows, flat_rows, holds_batches
 from badge_peft.training.objectives import GROUPS
+from badge_peft.training.passes import GradientEquilibriumPass
 from badge_peft.training.ranking import QueryCollator
+from badge_peft.training.rows import NumberedCollator, NumberedRows, flat_rows, holds_batches
 from badge_peft.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -35,16 +35,8 @@ _KNOWN_COLLATORS = (DataCollatorForTokenClassification, DataCollatorWithPadding,
 
 
 class StateCache:
-    """The states of a trainer's rows, from its first epoch to its last.
-
-    Args:
-        given: States of the training rows that the trainer was given; they are not closed.
-
-    Attributes:
-        training: The states of the training rows, while a training has any.
-        evaluation: Those of the rows that are evaluated now.
-        report: What is kept and where, or the reason why nothing is.
-    """
+    """The states of a trainer's rows, from its first epoch to its last: those of the training rows (`given` ones are
+    not closed), of the rows that are evaluated now, and in `report` what is kept and where, or why nothing is."""
 
     def __init__(self, given: CachedStates | None = None) -> None:
         self.given = given
@@ -57,11 +49,7 @@ class StateCache:
     @contextmanager
     def training_rows(self, trainer: Any) -> Iterator[None]:
         """Inside, the training rows come with their numbers where their states are kept. These are computed now, if
-        they have to be.
-
-        Raises:
-            ValueError: they must be kept, and cannot be.
-        """
+        they have to be."""
         rows = trainer.train_dataset
         reason = _reason(trainer, self._is_kept)
         try:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from badge_peft.early_exit.arguments import input_size
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.full_depth import check_labels
+from badge_peft.evaluation.collate import evaluating
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
@@ -25,21 +26,18 @@ from badge_peft.training.cached_trainer import CachingTrainer
 from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
 from badge_peft.training.conditioning import Conditioning
 from badge_peft.training.criterion import Criterion
-from badge_peft.training.finite import check_loss, check_parameters
-from badge_peft.training.numbered import ROWS, holds_batches, unnumbered
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
 from badge_peft.training.preflight import (
-    check_batch_metrics,
-    check_best_model,
     check_evaluation,
     check_final_exit,
-    check_given_optimizer,
-    check_optimizer_options,
-    check_processes,
+    check_loss,
+    check_options,
+    check_parameters,
+    check_training,
     chosen_set,
 )
-from badge_peft.training.rows import rows_of_loss, rows_of_scores
+from badge_peft.training.rows import ROWS, holds_batches, rows_of_loss, rows_of_scores, unnumbered
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.start import START_BATCH, start_exits
 from badge_peft.training.state_cache import StateCache, has_rows, without_unused_columns
@@ -103,8 +101,7 @@ class MultiExitTrainer(CachingTrainer):
         self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
-        check_optimizer_options(self.optimizer_cls_and_kwargs)
-        check_batch_metrics(self.args)
+        check_options(self.args, self.optimizer_cls_and_kwargs)
         self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
@@ -208,20 +205,15 @@ class MultiExitTrainer(CachingTrainer):
             return
         if self._conditioning is not None:
             self._conditioning.forget()  # a check of cached states, which runs without them would not have
-        training = [module for module in self._module.modules() if module.training]
-        self._module.eval()
-        try:
-            with self._cache.training_rows(self):  # again, so that the states of the rows are found
-                rows, collate = without_unused_columns(self, self.train_dataset)
-                draw = torch.Generator().manual_seed(self.args.seed)
-                order = torch.randperm(len(rows), generator=draw).tolist()
-                size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
-                loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
-                batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
-                start_exits(self.badge, self.exit_objective, batches, self._criterion())
-        finally:
-            for module in training:
-                module.training = True
+        # the cache again, so that the states of the rows are found
+        with evaluating(self._module), self._cache.training_rows(self):
+            rows, collate = without_unused_columns(self, self.train_dataset)
+            draw = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(rows), generator=draw).tolist()
+            size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
+            loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
+            batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
+            start_exits(self.badge, self.exit_objective, batches, self._criterion())
 
     def _trains_uncertainty(self) -> bool:
         """Whether the layer of learning to exit (LTE) takes gradients."""
@@ -265,12 +257,10 @@ class MultiExitTrainer(CachingTrainer):
         self._hp_search_setup(trial)  # a trial may choose the objective; Trainer sets the same values again
         self.args.check()
         self._choose_metric()
-        check_processes(self.args.world_size)
         if self.model_init is not None:
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
         self._criterion()
-        check_best_model(self.args, self.badge.single_active_adapter())
         check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(
@@ -278,12 +268,12 @@ class MultiExitTrainer(CachingTrainer):
         )
         if len(stages) > 1 and not trains_final_exit:
             stages = stages[1:]
-        stages = stages_left(stages, self.args, resume_from_checkpoint)
+        stages, adapter = stages_left(stages, self.args, resume_from_checkpoint), self.badge.single_active_adapter()
+        check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
             check_final_exit(stage.objective, exits, trains_final_exit)
-        check_final_stays(stages, self._module, self.badge.single_active_adapter(), exits[-1])
-        check_given_optimizer(self._given_optimizer, stages[0].folder)
+        check_final_stays(stages, self._module, adapter, exits[-1])
         if self._has_trained and not self._given_optimizer:
             self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before
         self.num_stages = len(stages)

@@ -45,15 +45,8 @@ def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> No
 
 
 def without_removed(fields: dict[str, Any], removed: dict[str, tuple[Any, str]]) -> dict[str, Any]:
-    """The fields of a saved config that there still are.
-
-    Args:
-        fields: By name.
-        removed: Fields that are no more: the value that they had where nobody set them, and what takes their place.
-
-    Raises:
-        ValueError: one that is no more was set.
-    """
+    """The fields of a saved config that there still are; of those `removed`, by name, the value where nobody set them,
+    and what takes their place. One that is no more and was set is a ValueError."""
     for name, (default, remedy) in removed.items():
         if fields.get(name, default) != default:
             raise ValueError(f"{name}={fields[name]!r} is not allowed: this field has been removed. {remedy}")

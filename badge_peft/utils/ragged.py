@@ -15,17 +15,8 @@ from badge_peft.utils import distributed
 
 
 class RaggedRows:
-    """Row i is [C, n_i, d], side by side with its neighbors, so that one read finds all of it.
-
-    Args:
-        counts: n_i of every row.
-        channels: C.
-        width: d.
-        dtype: As which the numbers are stored.
-
-    Attributes:
-        is_mapped: Whether they are in a memory-mapped file.
-    """
+    """Row i is [C, n_i, d], side by side with its neighbors, so that one read finds all of it, in memory or
+    (`is_mapped`) in a memory-mapped file."""
 
     def __init__(self, counts: Sequence[int], channels: int, width: int, dtype: torch.dtype) -> None:
         self.counts = list(counts)

@@ -16,10 +16,10 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
+from badge_peft.evaluation.curve import ExitPromise
 from badge_peft.evaluation.entities import scheme_of
 from badge_peft.evaluation.latency import measure_latency
 from badge_peft.evaluation.metrics import ENTITY_F1, exit_scores, score
-from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.evaluation.tradeoff import evaluate_policy
 from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model

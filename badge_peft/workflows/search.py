@@ -28,8 +28,8 @@ from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.evaluation import ExitLogits, collect_exit_logits, exit_scores, sweep
 from badge_peft.model import get_badge_model
 from badge_peft.training import cache_states
-from badge_peft.training.finite import TrainingStopped
 from badge_peft.training.parameters import ADAPTER_LR
+from badge_peft.training.preflight import TrainingStopped
 from badge_peft.workflows.base_model import Base, add_exits
 from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.fit import collator, train_exits

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from badge_peft import ExitLogits, exit_scores, sweep
-from badge_peft.training.finite import TrainingStopped
+from badge_peft.training.preflight import TrainingStopped
 from badge_peft.workflows import search
 from badge_peft.workflows import train as workflow
 from badge_peft.workflows.search import SearchSpace

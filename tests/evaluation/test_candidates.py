@@ -14,7 +14,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.base import policy_label
 from badge_peft.evaluation import candidates
-from badge_peft.evaluation.candidates import families, running_min_score
+from badge_peft.evaluation.candidates import families
 from badge_peft.evaluation.exit_logits import ExitLogits
 
 from .logits import EXITS, KINDS, MULTI, REGRESSION, SINGLE, SIZES, plausible, strange
@@ -82,7 +82,7 @@ def test_settings_go_from_slow_to_fast_and_differ(name, problem_type, num_labels
     assert all(a > b for a, b in zip(means, means[1:], strict=False))
     thresholds = [config.threshold for config, _ in found]
     assert len(set(thresholds)) == len(found)
-    signals = candidates.running_min_score(build_policy(found[0][0]), stored.history())
+    signals = np.minimum.accumulate(candidates.decided_scores(build_policy(found[0][0]), stored.history()))
     on_it = np.isin(np.abs(signals), np.abs(np.float32(thresholds)))
     assert not (on_it & (np.abs(signals) < 0.999)).any()  # no row is; next to 1 there may be no float between two rows
 
@@ -104,21 +104,6 @@ def test_decide_every_is_searched_as_it_is_replayed(policy, every):
         assert config.decide_every == every
         assert stops.tolist() == build_policy(config).replay(stored).tolist()
         assert set(stops.tolist()) <= {every, 2 * every, 6}
-
-
-def test_running_min_score_is_the_least_so_far():
-    stored = plausible(rows=30, exits=5)
-    history = stored.history()
-    for name, sign in (("entropy", 1), ("max_prob", -1)):
-        for low in (None, 3):
-            policy = build_policy(policy=name, min_exit=low)
-            found = running_min_score(policy, history)
-            assert found.shape == (4, 30)
-            least = np.full(30, np.inf)
-            for j in range(4):
-                if low is None or j + 1 >= low:
-                    least = np.minimum(least, sign * policy.score(history, j))
-                np.testing.assert_array_equal(found[j], least.astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def noise(rows, exits=6, labels=2, seed=0):
 ])  # fmt: skip
 def test_a_setting_has_its_drop(kind, labels, metric):
     stored = plausible(kind, labels, rows=80, exits=4)
-    (forms,) = policies_of("divergence")
+    (forms,) = policies_of([EarlyExitConfig()])
     found = settings_of(Drops(stored, 4, metric), forms, CostModel.of_blocks(4))
     full = exit_scores(stored, metric).per_exit[-1]
     assert len(found) > 5
@@ -210,7 +210,10 @@ def test_a_rule_stops_at_the_first_setting_beyond_the_drop():
 def test_more_policies_take_nothing_away():
     stored = replace(plausible(SINGLE, 3, rows=400, exits=6), deployed=True)
     drops, blocks = Drops(stored, 6, "accuracy"), CostModel.of_blocks(6)
-    few = [choose_within(drops, held_out(drops), forms, blocks, 0.02) for forms in policies_of("max_prob")]
+    few = [
+        choose_within(drops, held_out(drops), forms, blocks, 0.02)
+        for forms in policies_of([EarlyExitConfig(policy="max_prob")])
+    ]
     most = max(choice.saved for choice in few if choice is not None)
     assert quietly(stored, "auto", max_score_drop=0.02).calibration["layer_speedup"] >= most - 1e-9
 

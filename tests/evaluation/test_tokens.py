@@ -24,8 +24,8 @@ from badge_peft import (
     sweep,
 )
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.evaluation.curve import ExitPromise
 from badge_peft.evaluation.drops import Drops
-from badge_peft.evaluation.promise import ExitPromise
 from tests.early_exit.test_tokens import make, make_base, rows_of
 from tests.models import make_batch
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.calibration import calibrate
-from badge_peft.evaluation.curve import stored_curve
+from badge_peft.evaluation.curve import ExitPromise, stored_curve
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.promise import ExitPromise
 from badge_peft.serving import DriftAlarm, ExitMonitor
 from badge_peft.serving.monitor import ODDS, RateDetector
 from tests.evaluation.logits import MULTI, REGRESSION, plausible

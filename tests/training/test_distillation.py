@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from badge_peft.training.distillation import distillation_loss
+from badge_peft.training.criterion import distillation_loss
 
 from .runs import MULTI, REGRESSION, SINGLE, kl
 

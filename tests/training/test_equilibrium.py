@@ -11,7 +11,7 @@ import torch
 
 from badge_peft import ARCHITECTURES
 from badge_peft.early_exit.exit_pass import EarlyExitPass
-from badge_peft.training.equilibrium import GradientEquilibriumPass, scale_gradient
+from badge_peft.training.passes import GradientEquilibriumPass, scale_gradient
 from badge_peft.tuner.architectures import head_pooling
 from tests import reference
 from tests.models import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from badge_peft.training.finite import check_parameters
+from badge_peft.training.preflight import check_parameters
 from badge_peft.tuner.losses import exit_loss, uncertainty_loss
 
 from .runs import REGRESSION, SINGLE, Rows, make, make_trainer

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from badge_peft.training.imitation import ImitationPass, imitation_loss
+from badge_peft.training.passes import ImitationPass, imitation_loss
 from badge_peft.tuner.exits import ExitState
 from tests import reference
 from tests.models import make_badge, make_batch

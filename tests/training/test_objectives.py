@@ -15,9 +15,7 @@ from transformers import TrainerCallback
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.outputs import MultiExitOutput
-from badge_peft.training.distillation import distillation_loss
-from badge_peft.training.equilibrium import GradientEquilibriumPass
-from badge_peft.training.imitation import ImitationPass
+from badge_peft.training.criterion import distillation_loss
 from badge_peft.training.objectives import (
     OBJECTIVES,
     Alternating,
@@ -30,6 +28,7 @@ from badge_peft.training.objectives import (
     Step,
     make_objective,
 )
+from badge_peft.training.passes import GradientEquilibriumPass, ImitationPass
 from badge_peft.training.ranking import RankingDistillation
 from badge_peft.tuner.losses import exit_loss
 from tests import reference

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 
 from badge_peft import BadgeConfig, MultiExitHead
-from badge_peft.training.imitation import ImitationPass
+from badge_peft.training.passes import ImitationPass
 from badge_peft.tuner.config import CHOICES
 from badge_peft.tuner.exits import EXITS, AttentionExit
 from badge_peft.tuner.pooling import Pooling
