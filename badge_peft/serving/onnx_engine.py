@@ -13,8 +13,7 @@ from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.folder import LARGEST_PATIENCE, holds_tasks
 from badge_peft.export.ranking import OnnxReranker
-from badge_peft.export.runtime import OnnxEarlyExitModel
-from badge_peft.export.tasks import OnnxTasksModel
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxTasksModel
 from badge_peft.serving.base_engine import NEVER, Array, BaseEngine, Check, columns
 from badge_peft.serving.requests import Row
 from badge_peft.serving.settings import MAIN, check_texts
