@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from badge_peft.export.onnx import OnnxExportReport, export_onnx
+from badge_peft.export.onnx import OnnxExportReport, export_onnx, export_tasks_onnx
 from badge_peft.export.plain import export_full_depth
 from badge_peft.export.ranking import OnnxReranker
-from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
-from badge_peft.export.tasks import OnnxTasksModel, export_tasks_onnx
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput, OnnxTasksModel
 
 __all__ = [
     "OnnxEarlyExitModel",

@@ -22,7 +22,7 @@ class ExitNodes:
     """One exit.
 
     Args:
-        graph: Where nodes are added; `badge_peft.export.graph.Graph`.
+        graph: Where nodes are added.
         index: j, the place of the exit among all.
         logits: [n, K].
         uncertainty: [n], what a learned exit layer predicts; None where the adapter has none.
@@ -177,13 +177,8 @@ class ExitNodes:
         return self.op("GreaterOrEqual", self._run("run", agrees), self.patience)
 
     def trusts(self, lookback: int | None, patience: int | None, seen: int) -> Value:
-        """[n] bool: `ExitPolicy.trusts`.
-
-        Args:
-            lookback: The policy's.
-            patience: With which the lookback grows, as the policy has it; None: with none.
-            seen: Exits so far, with this one.
-        """
+        """[n] bool: `ExitPolicy.trusts`, by the policy's lookback and the patience with which it grows (None: with
+        none), after `seen` exits with this one."""
         # 0 times NaN or infinity is NaN, which equals nothing
         finite = self.op("Equal", self.total(self.op("Mul", self.logits, self.floats(0))), self.floats(0))
         if patience is None and lookback == 0:

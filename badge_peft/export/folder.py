@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from badge_peft.evaluation.collate import SPECIAL
-from badge_peft.evaluation.words import Words
-from badge_peft.export.words import word_inputs
+from badge_peft.evaluation.words import Words, tokenize_words
 from badge_peft.utils.texts import check_second_text
 
 MODEL = "model.onnx"
@@ -20,12 +21,7 @@ LARGEST_PATIENCE = 2**31  # more than any model has exits; int64 holds it, whate
 
 
 class ExportedFolder:
-    """A folder that an export wrote.
-
-    Args:
-        directory: Its path.
-        config: What `early_exit.json` says.
-    """
+    """A folder that an export wrote, and what its `early_exit.json` says."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         self.directory = directory
@@ -95,7 +91,7 @@ class ExportedFolder:
         for start in range(0, len(texts), batch_size):
             part = slice(start, start + batch_size)
             if self.reads_tokens:
-                yield word_inputs(texts[part], self.tokenizer, self.config)
+                yield _word_inputs(texts[part], self.tokenizer, self.config)
             else:
                 yield self.tokenize(texts[part], None if text_pairs is None else text_pairs[part]), []
 
@@ -111,11 +107,7 @@ def holds_tasks(directory: str | Path) -> bool:
 
 
 def check_folder(directory: Path, writer: str) -> None:
-    """Refuses a folder that has not both files; `writer` is what would write them.
-
-    Raises:
-        FileNotFoundError: which is missing.
-    """
+    """Refuses a folder that has not both files; `writer` is what would write them."""
     for name in (MODEL, CONFIG):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}: give a folder that {writer} wrote.")
@@ -125,3 +117,18 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Sixteen hexadecimal digits for each of these files that is in `folder`, which say what it holds."""
     files = {name: folder / name for name in sorted(names)}
     return {name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for name, f in files.items() if f.is_file()}
+
+
+def _word_inputs(
+    texts: Sequence[Any], tokenizer: Any, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Words]]:
+    """Texts, or lists of tokens, as inputs of a graph, in which the first sub-token of each word answers for it, and
+    the words of each."""
+    rows, words = tokenize_words(texts, tokenizer, config["max_length"])
+    longest = max(len(row["input_ids"]) for row in rows)
+    fills = {"input_ids": tokenizer.pad_token_id or 0, SPECIAL: 1}
+    return {
+        name: np.array([row[name] + [fills.get(name, 0)] * (longest - len(row[name])) for row in rows])
+        for name in config["inputs"]
+        if name in rows[0]
+    }, words

@@ -23,13 +23,8 @@ _TYPES = {
 
 
 class Graph:
-    """A graph under construction, or one of its branches.
-
-    Args:
-        name: Prefix of the names that are made up here; unique in the model.
-        main: Of a branch, the graph that has its constants and weights: onnxruntime packs them when it loads the file,
-            wherever they are.
-    """
+    """A graph under construction, or one of its branches, whose constants and weights are in the `main` graph. `name`
+    is unique in the model."""
 
     def __init__(self, name: str, main: Graph | None = None) -> None:
         self.body = ir.Graph([], [], nodes=[], name=name)
@@ -88,15 +83,8 @@ class Graph:
         return value
 
     def insert(self, piece: ir.Graph, values: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-        """Puts a copy of a piece in.
-
-        Args:
-            piece: Its name is new in the model.
-            values: Name of an input of the piece -> the value here.
-
-        Returns:
-            Name of an output of the piece -> its value here.
-        """
+        """Puts a copy of a piece in, whose name is new in the model: from values by the names of its inputs to those
+        by the names of its outputs."""
         copy = piece.clone()
         bound = {value: values[str(value.name)] for value in copy.inputs}
         made = {str(value.name): bound.get(value, value) for value in copy.outputs}

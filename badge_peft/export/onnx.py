@@ -1,4 +1,5 @@
-"""`export_onnx`: a model with early exits as one ONNX file that skips all blocks after the exit."""
+"""`export_onnx` and `export_tasks_onnx`: a model with early exits, for one task or for many, as one ONNX file that skips
+all blocks after the exit."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,18 +17,20 @@ import torch
 from torch import nn
 
 from badge_peft._version import package_version
+from badge_peft.early_exit.calls import check_tasks, config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.collate import SPECIAL
 from badge_peft.export.folder import CONFIG, MODEL, digests
-from badge_peft.export.pieces import OTHER, example_inputs
+from badge_peft.export.pieces import ALONE, OTHER, adapter_exits, example_inputs
 from badge_peft.export.report import OnnxExportReport, compare, largest_difference, onnx_card
-from badge_peft.export.runtime import OnnxEarlyExitModel
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxTasksModel
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CARD
 from badge_peft.tuner import lora
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.tuner.extensions import extension_of
+from badge_peft.utils.checks import is_number
 from badge_peft.utils.extras import require_onnx_exporter
 from badge_peft.utils.files import install, write_json
 
@@ -77,43 +81,92 @@ def export_onnx(
     return exporter.write(directory, tokenizer=tokenizer, int8=int8, examples=examples)
 
 
+def export_tasks_onnx(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    early_exit_config: Any = None,
+    int8: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes `model.onnx` for many tasks, with the tokenizer and configs beside it.
+
+    The graph takes `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), [B, S] int64, and
+    for each task the scalars `<task>.threshold` (float32) and `<task>.patience` (int64), which may be left out: its
+    config has their defaults. It gives `<task>.logits` [B, K] and `<task>.exit_layer` [B]; of a task that labels
+    tokens [B, S, K] and [B, S], and the graph takes `special_tokens_mask`, too. A row's blocks end with its last task.
+
+    Args:
+        model: A PEFT model with BADGE adapters, in float32. It is copied, and stays as it is.
+        directory: Is made; files of the same names are replaced.
+        tasks: Names of adapters; None takes all.
+        tokenizer: Saved beside the graph, for `OnnxTasksModel.predict`.
+        early_exit_config: As for `early_exit_forward(tasks=...)`.
+        int8: As for `export_onnx`.
+        progress: Show a progress bar.
+
+    Returns:
+        What is in `early_exit.json`, with `size_bytes` and `max_difference`, the largest difference of logits from
+        PyTorch's on random rows (float32 files).
+
+    Raises:
+        ModuleNotFoundError: the extra `onnx` is not installed.
+        ImportError: torch is older than 2.8.
+        ValueError: tasks that cannot share a pass, what `export_onnx` refuses, or a file above 2 GB.
+        RuntimeError: the file does not answer as the model does. Nothing is written then.
+    """
+    names = list(get_badge_model(model).peft_config) if tasks is None else list(tasks)
+    exporter = OnnxExporter(model, early_exit_config, tasks=names, progress=progress)
+    report = exporter.write(directory, tokenizer=tokenizer, int8=int8)
+    sizes = {"size_bytes": report.size_bytes, "max_difference": report.max_difference}
+    return {**exporter.metadata, "directory": report.directory, **sizes}
+
+
 class OnnxExporter:
     """A model in pieces, of which `write` makes a file, or several: in float32 and in int8, say. Cutting it takes most
-    of the time, at the first of them. Arguments and errors are those of `export_onnx`."""
+    of the time, at the first of them. Arguments and errors are those of `export_onnx`, and with the names of `tasks`
+    those of `export_tasks_onnx`."""
 
     def __init__(
         self,
         model: nn.Module,
-        early_exit_config: EarlyExitConfig | dict[str, Any] | None = None,
+        early_exit_config: Any = None,
         *,
+        tasks: Sequence[str] | None = None,
         progress: bool = False,
     ) -> None:
         require_onnx_exporter()
-        from badge_peft.export.policies import Decision
+        from badge_peft.export.task_groups import grouped
 
         badge = get_badge_model(model)
-        check_model(badge)
-        config = badge.config_of()
-        given = badge.get_early_exit_config() if early_exit_config is None else early_exit_config
-        policy = build_policy(EarlyExitConfig.of(given))
-        exits = badge.exit_layers()
-        self.decision = Decision(
-            policy, exits, config.resolved_labels, config.resolved_problem_type, config.reads_tokens
-        )
-        self.decision.check_exportable(learned=config.learn_to_exit)
-        self.exits = exits[: next(i for i in range(len(exits)) if policy.is_final(exits, i)) + 1]
-        read = {number for i, number in enumerate(self.exits) if self.decision.reads(i)}
-        self._read = read | badge.adapter_exits(badge.single_active_adapter()).linked_to(read)
-        self._progress = progress
-        self.weights_hash = badge.weights_hash()
-        self.badge = own_copy(badge)
+        if tasks is not None:
+            check_tasks(badge, tasks)
+        _check_model(badge)
+        self.tasks = tasks or []
+        given = {ALONE: early_exit_config} if tasks is None else config_of_each(early_exit_config, tasks)
+        self.decisions = {task: _decision(badge, task, given[task]) for task in given}
+        read = {group.tasks: group.blocks() for group in grouped(self.decisions)}
+        for group, numbers in read.items():
+            read[group] = numbers.union(*(adapter_exits(badge, task).linked_to(numbers) for task in group))
+        self._read, self._progress = read, progress
+        self.hashes = {task: badge.weights_hash(task or None) for task in given}
+        self.badge = _own_copy(badge)
+        self.metadata: dict[str, Any] = {}  # of the last file
+
+    @property
+    def decision(self) -> Any:
+        """The `Decision` of a file of one task."""
+        return self.decisions[ALONE]
 
     @cached_property
     def pieces(self) -> Any:
         """`ExportedBlocks` of the model."""
         from badge_peft.export.trace import export_blocks
 
-        return export_blocks(self.badge, self._read, self.exits[-1], self._progress)
+        depth = max(max(numbers) for numbers in self._read.values())
+        return export_blocks(self.badge, self._read, depth, self._progress)
 
     def write(
         self,
@@ -126,62 +179,104 @@ class OnnxExporter:
         """Writes the folder, once the file answers as the model does."""
         from badge_peft.export.assemble import assemble
 
-        graph = assemble(self.pieces, self.decision, int8=int8)
-        check_size(graph)
+        graph = assemble(self.pieces, self.decisions, int8=int8)
+        if graph.ByteSize() > LARGEST:
+            raise ValueError(
+                f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
+            )
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder)
-            metadata = stage(here, graph, self._metadata(int8, tokenizer), self.badge, tokenizer)
-            session = OnnxEarlyExitModel.from_pretrained(here, threads=torch.get_num_threads())
-            policy_config = self.decision.policy.config
+            self.metadata = _stage(here, graph, self._metadata(int8, tokenizer), self.badge, tokenizer)
+            kind = OnnxTasksModel if self.tasks else OnnxEarlyExitModel
+            session = kind.from_pretrained(here, threads=torch.get_num_threads())
+            facts = self.metadata if not self.tasks else next(iter(self.metadata["tasks"].values()))
+            changes = None
+            if examples is not None:
+                changes = compare(self.badge, session, self.decision.policy.config, examples)
             report = OnnxExportReport(
                 directory=str(directory),
                 size_bytes=(here / MODEL).stat().st_size,
-                policy=policy_config.policy,
+                int8=int8,
+                policy=facts["early_exit"]["policy"],
                 max_difference=None if int8 else self._difference(session),
-                changes=None if examples is None else compare(self.badge, session, policy_config, examples),
-                **{name: metadata[name] for name in ("int8", "threshold", "patience", "exit_layers")},
+                changes=changes,
+                **{name: facts[name] for name in ("threshold", "patience", "exit_layers")},
             )
-            (here / CARD).write_text(onnx_card(report, metadata, tokenizer is not None), encoding="utf-8")
-            install(here, Path(directory), last=(MODEL, CONFIG, CARD))
+            if not self.tasks:
+                (here / CARD).write_text(onnx_card(report, self.metadata, tokenizer is not None), encoding="utf-8")
+            install(here, Path(directory), last=(MODEL, CONFIG, *(() if self.tasks else (CARD,))))
         return report
 
     def _difference(self, session: OnnxEarlyExitModel) -> float:
-        inputs = example_inputs(self.badge.model, OTHER)
-        return check_difference(largest_difference(self.badge, session, self.decision.policy.config, inputs))
+        """The largest difference from PyTorch's logits; refuses one that is more than rounding."""
+        configs = {task: own.policy.config for task, own in self.decisions.items()}
+        difference = largest_difference(self.badge, session, configs, example_inputs(self.badge.model, OTHER))
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
+                "report the model's architecture and the versions of torch, onnx and onnxruntime."
+            )
+        return difference
 
     def _metadata(self, int8: bool, tokenizer: Any) -> dict[str, Any]:
-        """What `OnnxEarlyExitModel` has to know, as JSON-able values."""
-        decision, policy = self.decision, self.decision.policy
-        config: Any = self.badge.model.config
+        """What the folder's reader has to know, as JSON-able values."""
+        tokens = any(own.reads_tokens for own in self.decisions.values())
+        facts = {task: self._facts(task) for task in self.decisions}
         return {
             "format": 1,
-            "inputs": [*self.pieces.inputs, *([SPECIAL] if decision.reads_tokens else [])],
+            "inputs": [*self.pieces.inputs, *([SPECIAL] if tokens else [])],
+            "num_blocks": self.badge.num_blocks,
+            "hidden_size": cast(Any, self.badge.model.config).hidden_size,
+            "reads_pairs": any(self.badge.config_of(task or None).reads_pairs for task in facts),
+            **_input_limits(self.badge, tokenizer),
+            "int8": int8,
+            "badge_peft": package_version(),
+            **({"tasks": facts} if self.tasks else facts[ALONE]),
+        }
+
+    def _facts(self, task: str) -> dict[str, Any]:
+        decision, policy, exits = self.decisions[task], self.decisions[task].policy, self.decisions[task].exits
+        end = next(i for i in range(len(exits)) if policy.is_final(exits, i))
+        named = task or self.badge.model.config.id2label
+        return {
             "num_labels": decision.num_labels,
             "problem_type": decision.problem_type,
-            "labels": self.badge.label_names() if config.id2label else None,
-            "num_blocks": self.badge.num_blocks,
-            "hidden_size": config.hidden_size,
-            "exit_layers": [number for i, number in enumerate(self.exits) if policy.can_exit(decision.exits, i)],
-            "reads_pairs": self.badge.config_of().reads_pairs,
-            **input_limits(self.badge, tokenizer),
-            "weights_hash": self.weights_hash,
-            "early_exit": policy.config.measured_on(self.weights_hash).to_dict(),
+            "labels": self.badge.label_names(task or None) if named else None,
+            "exit_layers": [exits[i] for i in range(end + 1) if decision.reads(i) and policy.can_exit(exits, i)],
+            "weights_hash": self.hashes[task],
+            "early_exit": policy.config.measured_on(self.hashes[task]).to_dict(),
             "threshold": decision.threshold,
             "patience": policy.patience,
             **({"top_k": policy.group_size} if policy.by_group else {}),
             "uses_threshold": decision.uses_threshold,
             "uses_patience": policy.counts_exits,
-            "int8": int8,
-            "badge_peft": package_version(),
         }
 
 
-def stage(here: Path, graph: Any, metadata: dict[str, Any], badge: BadgeModel, tokenizer: Any) -> dict[str, Any]:
-    """Writes a graph, what belongs to it and the tokenizer, where there is one, into a temporary folder.
+def _decision(badge: BadgeModel, task: str, given: Any) -> Any:
+    """The policy of a task, as the file has it."""
+    from badge_peft.export.policies import Decision
 
-    Returns:
-        The metadata with the digests of the tokenizer's files, and an id of it all.
-    """
+    config = badge.config_of(task or None)
+    policy = build_policy(EarlyExitConfig.of(config.early_exit if given is None else given))
+    exits, labels = badge.exit_layers(task or None), config.resolved_labels
+    decision = Decision(policy, exits, labels, config.resolved_problem_type, config.reads_tokens)
+    decision.check_exportable(learned=config.learn_to_exit)
+    if task and policy.by_group:
+        raise ValueError(
+            f"task {task!r} ranks: its rows are the candidates of one query, so it is exported alone, export_onnx."
+        )
+    if task and not is_number(decision.threshold):
+        raise ValueError(
+            f"task {task!r} has a threshold for each exit, and a file of many tasks takes one number for each "
+            "task: give one, early_exit_config={...}, or export the task alone."
+        )
+    return decision
+
+
+def _stage(here: Path, graph: Any, metadata: dict[str, Any], badge: BadgeModel, tokenizer: Any) -> dict[str, Any]:
+    """Writes a graph, what belongs to it and the tokenizer, where there is one, into a temporary folder; returns the
+    metadata with the digests of the tokenizer's files, and an id of it all."""
     import onnx
 
     if tokenizer is not None:
@@ -197,7 +292,7 @@ def stage(here: Path, graph: Any, metadata: dict[str, Any], badge: BadgeModel, t
     return metadata
 
 
-def input_limits(badge: BadgeModel, tokenizer: Any) -> dict[str, int | None]:
+def _input_limits(badge: BadgeModel, tokenizer: Any) -> dict[str, int | None]:
     """`max_length`, tokens to which texts are cut, and `max_positions`, those that the model can read."""
     cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
     limits = (max_positions(badge.model), cut if cut and cut < 10**9 else None)
@@ -207,38 +302,8 @@ def input_limits(badge: BadgeModel, tokenizer: Any) -> dict[str, int | None]:
     }
 
 
-def check_size(graph: Any) -> None:
-    """Refuses a graph that no file holds.
-
-    Raises:
-        ValueError: it takes more than 2 GB.
-    """
-    if graph.ByteSize() > LARGEST:
-        raise ValueError(
-            f"the model takes {graph.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB: use int8=True."
-        )
-
-
-def check_difference(difference: float) -> float:
-    """Refuses a file whose logits differ from PyTorch's by more than rounding.
-
-    Raises:
-        RuntimeError: they do.
-    """
-    if not difference < TOLERANCE:
-        raise RuntimeError(
-            f"the ONNX graph answers otherwise than the model: logits differ by {difference:.2g}. Please "
-            "report the model's architecture and the versions of torch, onnx and onnxruntime."
-        )
-    return difference
-
-
-def check_model(badge: BadgeModel) -> None:
-    """Refuses a model that has no ONNX form.
-
-    Raises:
-        ValueError: why, and the remedy.
-    """
+def _check_model(badge: BadgeModel) -> None:
+    """Refuses a model that has no ONNX form."""
     extension_of(badge.model).check_exportable(badge.model)
     if not badge.adapters_enabled:
         raise ValueError("the adapter is disabled, so there are no exits: leave disable_adapter() first.")
@@ -255,7 +320,7 @@ def check_model(badge: BadgeModel) -> None:
         )
 
 
-def own_copy(badge: BadgeModel) -> BadgeModel:
+def _own_copy(badge: BadgeModel) -> BadgeModel:
     """A copy on the CPU in eval mode, with the active LoRA of the adapter folded into the weights."""
     copied = copy.deepcopy(badge).cpu().eval()
     copied.compiled = None

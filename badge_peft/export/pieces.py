@@ -9,7 +9,7 @@ output needs falls away in the export.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from badge_peft.early_exit.readers import ExitReader, exit_reader
+from badge_peft.export.task_stacks import ExportedStack, carried, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
 from badge_peft.tuner.layer import BadgeBlock
+from badge_peft.tuner.saved_modules import TaskHeads
 
 EXAMPLE = (2, 7)  # rows and positions of the example that is traced; the second set tells the sizes that follow them
 OTHER = (3, 9)
@@ -27,6 +29,8 @@ OTHER = (3, 9)
 FOLLOWING = "following"
 #: Begin the names of what an exit leaves for the deeper ones (`ExitState.left`), and of what those before it left.
 LEFT, BEFORE = "left_", "before_"
+#: The task of a file that has one, the active adapter's: what belongs to it has no name in front.
+ALONE = ""
 
 
 def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
@@ -44,34 +48,37 @@ def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
 
 
 class PiecePass(BlockPass):
-    """Runs block `wanted` alone (0: none), and passes the states through all others.
+    """Runs block `wanted` alone (0: none), on `states` [B, S, d] and `tensors`, and passes the states through all
+    others.
 
     Args:
-        reader: Reads its exit; None: nobody wants it.
-        wanted: Its number.
-        states: [B, S, d], its input.
+        readers: By task, of those that read its exit.
+        stacks: Of the exits that are read together; None: they are made now.
         tensors: What the model computes before its blocks and hands to them (masks, rotary tables, position biases),
             to be taken in place of what it computes here.
-        lengths: [M], from `tuple_lengths`.
 
     Attributes:
         following: [B, S, d], the input of the next block, or what the last one's own exit reads.
-        answer: Logits [B, K] and uncertainty [B] (LTE) of the exit.
+        logits: Tasks, and the logits [T, n, K] of their exits; [n, K] of one.
+        uncertainty: By task, [n] (LTE).
         shared: The tensors that blocks take beside the states, each one once, in the order in which they ask for them.
     """
 
     def __init__(
         self,
-        reader: ExitReader | None,
+        readers: Mapping[str, ExitReader],
+        stacks: Sequence[ExportedStack] | None,
         wanted: int,
         states: Tensor | None,
         tensors: Sequence[Tensor],
         lengths: list[int],
     ) -> None:
         super().__init__()
-        self.reader, self.wanted, self.states, self.tensors, self.lengths = reader, wanted, states, tensors, lengths
+        self.readers, self.stacks, self.wanted = readers, stacks, wanted
+        self.states, self.tensors, self.lengths = states, tensors, lengths
         self.following: Tensor | None = None
-        self.answer: tuple[Tensor, Tensor | None] | None = None
+        self.logits: list[tuple[list[str], Tensor]] = []
+        self.uncertainty: dict[str, Tensor] = {}
         self.shared: list[Tensor] = []
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,34 +93,52 @@ class PiecePass(BlockPass):
             assert self.states is not None
             given = pytree.tree_map_only(Tensor, lambda tensor: self.tensors[places[id(tensor)]], beside)
             result, frame = self.run_block(block, *with_states(self.states, *given))
-            self._read_exit(block, number, frame)
+            self._read_exits(block, number, frame)
             return result
         if number == self.wanted + 1:
             self.following = hidden
             if number == 1:
-                self._read_exit(block, 0, Frame(hidden))
+                self._read_exits(block, 0, Frame(hidden))
         return as_result(hidden, self.lengths[number - 1])
 
-    def _read_exit(self, block: BadgeBlock, number: int, frame: Frame) -> None:
-        if self.reader is not None and block.has_exit(self.reader.exits.adapter, number):
-            self.following = frame.output  # block M with an exit of its own: nothing of the model follows
-            self.answer = self.reader.read(block, number, frame)
+    def _read_exits(self, block: BadgeBlock, number: int, frame: Frame) -> None:
+        readers = {task: r for task, r in self.readers.items() if block.has_exit(r.exits.adapter, number)}
+        if not readers:
+            return
+        self.following = frame.output  # block M with an exit of its own: nothing of the model follows
+        if self.stacks is None:
+            self.stacks = stacks_of(block, number, frame, readers)
+        for stack in self.stacks:
+            own = [readers.pop(task) for task in stack.tasks]
+            found = stack(frame, own[0].pooling)
+            self.logits.append((stack.tasks, carried(block, number, own, found)))
+        for task, reader in readers.items():
+            logits, uncertainty = reader.read(block, number, frame)
+            self.logits.append(([task], logits))
+            if uncertainty is not None:
+                self.uncertainty[task] = uncertainty
 
 
 class ModelPiece(nn.Module):
-    """One piece of a model: the embeddings, or a block with its exit and what lies between it and the next block.
+    """One piece of a model: the embeddings, or a block with its exits and what lies between it and the next block.
     Block M has the rest of the model in its piece.
 
     Args:
         badge: The model, in eval mode.
         number: Of the block, 1..M; 0 is the embeddings.
         lengths: [M], from `tuple_lengths`.
-        read: Whether the logits of its exit are wanted; otherwise only the states are.
+        read: By group of tasks (as `TaskGroup` has them), the block numbers of the exits whose logits are wanted.
     """
 
-    def __init__(self, badge: BadgeModel, number: int, lengths: list[int], read: bool) -> None:
+    def __init__(
+        self, badge: BadgeModel, number: int, lengths: list[int], read: Mapping[tuple[str, ...], Collection[int]]
+    ) -> None:
         super().__init__()
-        self.badge, self.number, self.lengths, self.read = badge, number, lengths, read
+        self.badge, self.number, self.lengths = badge, number, lengths
+        self.inner = inner_names(read)
+        self.groups = [group for group, numbers in read.items() if number in numbers]
+        self.read = bool(self.groups)
+        self.stacks: nn.ModuleList | None = None  # made in the first call, which must not be one that is traced
 
     def forward(
         self,
@@ -133,26 +158,57 @@ class ModelPiece(nn.Module):
         Returns:
             `following` [B, S, d] (not where the model's own head answers), `logits` [B, K], `uncertainty` [B] and
             `left_...` of the exit; of the embeddings also `shared_0`, ..., what the model computes before its blocks
-            for them.
+            for them. Of many tasks all but the first have an inner name in front: `task0.logits`, of a group of T > 1
+            tasks, whose first it is, [B, T, K], and `left_task0.logits`.
         """
-        exits = self.badge.adapter_exits(self.badge.single_active_adapter())
-        reader = exit_reader(self.badge, exits, inputs) if self.read else None
-        if reader is not None:
-            reader.state.left = {name.removeprefix(BEFORE): tensor for name, tensor in (before or {}).items()}
-        run = PiecePass(reader, self.number, hidden, list((shared or {}).values()), self.lengths)
+        exits = {task: adapter_exits(self.badge, task) for group in self.groups for task in group}
+        readers = {task: exit_reader(self.badge, own, inputs) for task, own in exits.items()}
+        for task, reader in readers.items():
+            prefix = BEFORE + self.inner[task]
+            reader.state.left = {k.removeprefix(prefix): x for k, x in (before or {}).items() if k.startswith(prefix)}
+        stacks: Any = self.stacks
+        run = PiecePass(readers, stacks, self.number, hidden, list((shared or {}).values()), self.lengths)
+        last = self.number == self.badge.num_blocks
+        at_head = [task for task, own in exits.items() if last and not own.has_final_exit]
+        if ALONE not in exits:
+            run.heads = TaskHeads(dict.fromkeys(at_head, lambda: True), self._last_head())
         with run:
             base = self.badge.model(return_dict=True, **inputs)
+        if self.stacks is None:
+            self.stacks = nn.ModuleList(run.stacks or [])
         named = {} if run.following is None else {FOLLOWING: run.following}
         if self.number == 0:
             named |= {f"shared_{i}": tensor.clone() for i, tensor in enumerate(run.shared)}
-        if self.read:
-            logits, uncertainty = run.answer or (base.logits, None)
-            named["logits"] = logits
-            if uncertainty is not None:
-                named["uncertainty"] = uncertainty
-        if reader is not None and run.answer is not None:
-            named |= {LEFT + name: tensor.clone() for name, tensor in reader.state.left.items()}
+        if run.heads is None:
+            run.logits += [(at_head, base.logits)] if at_head else []
+        else:
+            own_logits = run.heads.logits(base.logits).items()
+            run.logits += [([task], logits[..., : exits[task].num_labels]) for task, logits in own_logits]
+        for group in self.groups:
+            prefix, labels = self.inner[group[0]], max(exits[task].num_labels for task in group)
+            named[f"{prefix}logits"] = side_by_side(run.logits, group, labels)
+            if group[0] in run.uncertainty:
+                named[f"{prefix}uncertainty"] = run.uncertainty[group[0]]
+        for task, reader in readers.items():
+            if task not in at_head:
+                named |= {f"{LEFT}{self.inner[task]}{k}": x.clone() for k, x in reader.state.left.items()}
         return named
+
+    def _last_head(self) -> nn.Module | None:
+        head = self.badge.layout.head
+        return getattr(self.badge.model, head[-1], None) if head else None
+
+
+def adapter_exits(badge: BadgeModel, task: str) -> Any:
+    """The exits of a task, whose adapter has its name; of a file of one, those of the active adapter."""
+    return badge.adapter_exits(badge.single_active_adapter() if task == ALONE else task)
+
+
+def inner_names(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """What stands in front of the names of what belongs to a task inside of the graph: a number, as a user's names
+    might be those of something else."""
+    tasks = [task for group in groups for task in group]
+    return {task: "" if task == ALONE else f"task{i}." for i, task in enumerate(tasks)}
 
 
 def example_inputs(model: Any, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -14,15 +14,7 @@ from badge_peft.export.exit_nodes import ExitNodes, Value
 
 @dataclass
 class Decision:
-    """A policy for one model.
-
-    Args:
-        policy: Checked against the model.
-        exits: Block numbers of the model's exits.
-        num_labels: K.
-        problem_type: As transformers has it.
-        reads_tokens: Whether it decides for tokens.
-    """
+    """A policy for one model, whose exits are behind the blocks with these numbers."""
 
     policy: ExitPolicy
     exits: list[int]
@@ -34,11 +26,7 @@ class Decision:
         self.policy.check(self.exits, self.num_labels, self.problem_type)
 
     def check_exportable(self, learned: bool) -> None:
-        """Refuses a policy that has no ONNX form, before anything is exported.
-
-        Raises:
-            ValueError: its class has no nodes for what it decides, or it needs an LTE layer that the adapter lacks.
-        """
+        """Refuses a policy that has no ONNX form, before anything is exported."""
         kind = type(self.policy)
         self.policy.check_learned(learned)
         if _depth(kind, "nodes", "score_nodes") > _depth(kind, "should_exit", "score"):
@@ -54,18 +42,11 @@ class Decision:
         may be the first of those that agree."""
         return self.policy.counts_exits or self.policy.needs_logits(self.exits, index)
 
-    def stops(self, at: ExitNodes, index: int, seen: int | None = None) -> Value | None:
+    def stops(self, at: ExitNodes, index: int, seen: int) -> Value | None:
         """[n] bool, the rows that stop at exit `index` by logits that can be trusted; None: none can stop there.
-
-        Args:
-            at: The exit.
-            index: Its place among all.
-            seen: Exits whose logits have been given so far, with this one; None: those that this policy `reads`.
-        """
+        `seen` is how many exits' logits have been given so far, with this one."""
         policy = self.policy
         found = policy.nodes(at)
-        if seen is None:
-            seen = sum(self.reads(i) for i in range(index + 1))
         trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
         return None if found is None else at.op("And", found, trusted)
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
-from badge_peft.ranking.pairs import check_documents, encode_pairs, warn_of_more
-from badge_peft.ranking.report import ExitReport
+from badge_peft.ranking.pairs import ExitReport, best_of, check_documents, encode_pairs, warn_of_more
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.texts import longest_text
 
@@ -64,22 +63,8 @@ class OnnxReranker:
     ) -> Any:
         """The best documents for a query, by the scores of the model's own head.
 
-        Args:
-            query: The question.
-            documents: Texts; those that are longer than the model reads are cut.
-            top_k: How many are returned; None: as many as the file's margins were calibrated for, which fewer are the
-                first of; with more the margins are used all the same, and a warning says so.
-            return_documents: Put the texts into the answers.
-            threshold: A factor on the margins; None is the file's own.
-            return_report: Return an `ExitReport` as well.
-
-        Returns:
-            A list of dicts with `corpus_id`, `score` and, if asked for, `text`, best first; with `return_report` a
-            pair of it and the report.
-
-        Raises:
-            ValueError: an empty query or no documents, or a number that is not allowed.
-        """
+        Arguments, answers and errors are those of `EarlyExitReranker.rank`. `top_k` None: as many as the file's
+        margins were calibrated for; `threshold` is a factor on them, None the file's own."""
         texts = check_documents(query, documents)
         check_int("top_k", top_k, at_least=1)
         own = int(self.model.config["top_k"])
@@ -97,13 +82,7 @@ class OnnxReranker:
             fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
             found = self.model(**fields, threshold=threshold, top_k=max(k, own))
             output.logits[part], output.exit_layer[part] = found.logits, found.exit_layer
-        last = np.flatnonzero(output.exit_layer == output.exit_layer.max())
-        scores = output.logits[:, 0]
-        best = last[np.argsort(-scores[last], kind="stable")][:k]
-        answers = [
-            {"corpus_id": int(i), "score": float(scores[i]), **({"text": texts[i]} if return_documents else {})}
-            for i in best
-        ]
+        answers = best_of(output.logits[:, 0], output.exit_layer, k, texts if return_documents else None)
         if not return_report:
             return answers
         exits = output.exit_layer

@@ -16,6 +16,7 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import policy_class
 from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import METRICS
+from badge_peft.export.pieces import ALONE
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
 from badge_peft.model import BadgeModel
 from badge_peft.utils.problem import NO_LABEL, problem_of
@@ -80,11 +81,7 @@ class OnnxExportReport:
 
 def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, examples: Any) -> ParityReport:
     """Both models on `examples`, tokenized rows with or without labels, one by one; where the policy ranks, query by
-    query: rows with the same `groups`, all without that column.
-
-    Raises:
-        ValueError: there are no examples.
-    """
+    query: rows with the same `groups`, all without that column."""
     if not len(examples):
         raise ValueError("there are no examples: pass at least one tokenized row, or None.")
     problem = problem_of(session.config["problem_type"])
@@ -103,7 +100,7 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
     labels = [torch.as_tensor(row.pop("labels")) for row in rows if "labels" in row]
     waiting = iter(rows)
     pairs = [
-        _both(badge, session, config, pad_features(list(islice(waiting, len(batch))), badge.model))
+        _both(badge, session, {ALONE: config}, pad_features(list(islice(waiting, len(batch))), badge.model))[0]
         for batch in batches
     ]
     (logits_before, exits_before), (logits, exits) = (
@@ -140,30 +137,21 @@ def _counted(row: dict[str, Any]) -> np.ndarray:
 
 
 def largest_difference(
-    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, inputs: dict[str, Tensor]
+    badge: BadgeModel, session: Any, configs: dict[str, EarlyExitConfig], inputs: dict[str, Tensor]
 ) -> float:
-    """Of the logits on `inputs` [B, S], its rows together and the first one alone; rows that stop elsewhere (ties) are
-    left out.
-
-    NaN where no row stops at the same block.
-    """
-    differences = []
-    for batch in (inputs, {name: value[:1] for name, value in inputs.items()}):
-        expected, found = _both(badge, session, config, batch)
-        same = expected.exit_layer == found.exit_layer
-        differences.append(np.abs(expected.logits - found.logits)[same])
+    """Of the logits on `inputs` [B, S], its rows together and the first one alone, for each task; what stops elsewhere
+    (ties) is left out. NaN where nothing stops at the same block."""
+    differences = [
+        np.abs(expected.logits - found.logits)[expected.exit_layer == found.exit_layer].ravel()
+        for batch in (inputs, {name: value[:1] for name, value in inputs.items()})
+        for expected, found in _both(badge, session, configs, batch)
+    ]
     values = np.concatenate(differences)
     return float(values.max()) if values.size else float("nan")
 
 
 def onnx_card(report: OnnxExportReport, metadata: dict[str, Any], has_tokenizer: bool) -> str:
-    """The README.md beside the graph.
-
-    Args:
-        report: What was written.
-        metadata: The content of `early_exit.json`.
-        has_tokenizer: Whether a tokenizer was saved beside the graph.
-    """
+    """The README.md beside the graph, given the content of `early_exit.json`."""
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -185,11 +173,19 @@ def _text(threshold: float | list[float]) -> str:
 
 
 def _both(
-    badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitConfig, batch: dict[str, Tensor]
-) -> tuple[OnnxOutput, OnnxOutput]:
-    """PyTorch's output and the file's."""
-    output = early_exit_forward(badge, early_exit_config=config, **batch)
-    assert output.logits is not None and output.exit_layer is not None
+    badge: BadgeModel, session: Any, configs: dict[str, EarlyExitConfig], batch: dict[str, Tensor]
+) -> list[tuple[OnnxOutput, OnnxOutput]]:
+    """PyTorch's output and the file's, for each task."""
+    alone = configs.get(ALONE)
     fields: dict[str, Any] = {name: batch[name].numpy() for name in session.config["inputs"] if name in batch}
-    exits = output.exit_layer if output.token_exit_layer is None else output.token_exit_layer
-    return OnnxOutput(output.logits.numpy(), exits.numpy()), session(**fields)
+    found = session(**fields)
+    if alone is None:
+        expected = early_exit_forward(badge, tasks=list(configs), early_exit_config=configs, **batch)
+    else:
+        expected, found = {ALONE: early_exit_forward(badge, early_exit_config=alone, **batch)}, {ALONE: found}
+    pairs = []
+    for task in configs:
+        own: Any = expected[task]
+        exits = own.exit_layer if own.token_exit_layer is None else own.token_exit_layer
+        pairs.append((OnnxOutput(own.logits.numpy(), exits.numpy()), found[task]))
+    return pairs

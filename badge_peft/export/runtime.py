@@ -1,10 +1,10 @@
-"""`OnnxEarlyExitModel`: runs what `export_onnx` wrote, with onnxruntime."""
+"""`OnnxEarlyExitModel` and `OnnxTasksModel`: run what an export wrote, with onnxruntime."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from badge_peft.evaluation.collate import SPECIAL
+from badge_peft.evaluation.words import Words, answers_of
 from badge_peft.export.folder import CONFIG, LARGEST_PATIENCE, MODEL, ExportedFolder, check_folder
-from badge_peft.export.words import entities_of
 from badge_peft.utils.checks import check_int, is_number, to_python
 from badge_peft.utils.extras import require
 from badge_peft.utils.problem import problem_of
@@ -126,7 +126,7 @@ class OnnxEarlyExitModel(ExportedFolder):
                 raise ValueError(f"{name}={count} is not allowed: the policy in the file reads {own}.")
         feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
         if threshold is not None:
-            feed["threshold"] = self._threshold(threshold)
+            feed["threshold"] = threshold_input(self.config["threshold"], threshold)
         if (given := counts[own]) is not None:
             feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
         logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
@@ -153,17 +153,6 @@ class OnnxEarlyExitModel(ExportedFolder):
             feed[SPECIAL] = _like(ids, special_tokens_mask, SPECIAL, 0)
         return feed
 
-    def _threshold(self, given: Any) -> np.ndarray:
-        """In the shape that the file takes: a scalar, or [E]."""
-        own, given = self.config["threshold"], to_python(given)
-        if is_number(given):
-            return np.full(np.shape(own), given, dtype=np.float32)
-        count = len(own) if isinstance(own, list) else 0
-        if not count or np.shape(given) != (count,) or not all(map(is_number, map(to_python, given))):
-            also = f", a list of {count}, one for each exit" if count else ""
-            raise ValueError(f"threshold={given!r} is not allowed: it must be a finite number{also} or None.")
-        return np.asarray(given, dtype=np.float32)
-
     @property
     def labels(self) -> list[str]:
         """Names of the labels, K."""
@@ -175,30 +164,110 @@ class OnnxEarlyExitModel(ExportedFolder):
         text_pairs: Sequence[str] | None = None,
         *,
         batch_size: int = 32,
-        threshold: float | Sequence[float] | None = None,
-        patience: int | None = None,
+        threshold: Any = None,
+        patience: Any = None,
     ) -> list[dict[str, Any]]:
-        """Answers texts, or pairs of texts.
+        """Answers texts, or pairs of texts; `threshold` and `patience` are as in a call.
 
         Returns:
-            Per text `label`, `confidence` and `exit_layer`; `labels` where a text may have several, `value` for
+            Per text `label`, `score` and `exit_layer`; `labels` where a text may have several, `value` for
             regression. Of token classification `entities`, as `answers_of` has them, and `exit_layer`: the first
-            sub-token of each word answers for it, and the text leaves with the last of these.
+            sub-token of each word answers for it, and the text leaves with the last of these. Of many tasks a dict
+            from tasks to such.
         """
         if "top_k" in self.config:
             raise ValueError("the policy in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
-        if isinstance(texts, str):
-            texts = [texts]
-        problem = problem_of(self.config["problem_type"])
+        texts = [texts] if isinstance(texts, str) else list(texts)
         answers: list[dict[str, Any]] = []
         for fields, words in self.batches(texts, text_pairs, batch_size):
-            output = self(**fields, threshold=threshold, patience=patience)
-            if self.reads_tokens:
-                answers += entities_of(words, output, self.labels)
-                continue
-            for row, number in zip(output.logits, output.exit_layer, strict=True):
-                answers.append({**problem.format_prediction(row, self.labels), "exit_layer": int(number)})
+            answers += self._answers(self(**fields, threshold=threshold, patience=patience), words)
         return answers
+
+    def _answers(self, output: Any, words: Sequence[Words]) -> list[dict[str, Any]]:
+        return _said(output, words, self.config["problem_type"], self.labels)
+
+
+class OnnxTasksModel(OnnxEarlyExitModel):
+    """An exported model of many tasks. Made by `from_pretrained`, with the arguments of `OnnxEarlyExitModel`'s.
+
+    Attributes:
+        config: What `early_exit.json` says: under `tasks` the labels, exits, policy and defaults of each.
+    """
+
+    has_tasks = True
+
+    @property
+    def labels(self) -> dict[str, list[str]]:  # type: ignore[override]  # those of each task
+        """Names of the labels of each task."""
+        return {task: own["labels"] for task, own in self.config["tasks"].items()}
+
+    def __call__(  # type: ignore[override]  # an answer for each task
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        special_tokens_mask: Any = None,
+        *,
+        threshold: float | Mapping[str, float] | None = None,
+        patience: int | Mapping[str, int] | None = None,
+    ) -> dict[str, OnnxOutput]:
+        """Answers a batch, for each task: as `OnnxEarlyExitModel`, with `threshold` and `patience` for all tasks, or a
+        dict by task.
+
+        Raises:
+            ValueError: as `OnnxEarlyExitModel`, and for a task that the file does not have.
+        """
+        feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
+        tasks = self.config["tasks"]
+        for task, value in _by_task(threshold, list(tasks), "threshold").items():
+            feed[f"{task}.threshold"] = threshold_input(tasks[task]["threshold"], value)
+        for task, value in _by_task(patience, list(tasks), "patience").items():
+            check_int("patience", value, at_least=1, optional=False)
+            feed[f"{task}.patience"] = np.asarray(min(value, LARGEST_PATIENCE), dtype=np.int64)
+        wanted = [f"{task}.{kind}" for task in tasks for kind in ("logits", "exit_layer")]
+        found = dict(zip(wanted, self.session.run(wanted, feed), strict=True))
+        return {task: OnnxOutput(found[f"{task}.logits"], found[f"{task}.exit_layer"]) for task in tasks}
+
+    def _answers(self, output: dict[str, OnnxOutput], words: Sequence[Words]) -> list[dict[str, Any]]:
+        tasks, names = self.config["tasks"], self.labels
+        each = {task: _said(own, words, tasks[task]["problem_type"], names[task]) for task, own in output.items()}
+        return [dict(zip(each, of_text, strict=True)) for of_text in zip(*each.values(), strict=True)]
+
+
+def _said(output: OnnxOutput, words: Sequence[Words], problem_type: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is said of each text of a batch."""
+    if output.exit_layer.ndim == 2:
+        return [
+            {"entities": answers_of(own, logits, exits, names)["entities"], "exit_layer": int(exits.max())}
+            for own, logits, exits in zip(words, output.logits, output.exit_layer, strict=True)
+        ]
+    problem = problem_of(problem_type)
+    rows = zip(output.logits, output.exit_layer, strict=True)
+    return [{**problem.format_prediction(row, names), "exit_layer": int(number)} for row, number in rows]
+
+
+def _by_task(given: Any, names: Sequence[str], field: str) -> dict[str, Any]:
+    """The values that a call gives, by task."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, to_python(given))
+    unknown = [task for task in given if task not in names]
+    if unknown:
+        raise ValueError(f"{field} has {unknown[0]!r}, which is no task of this file; they are {', '.join(names)}.")
+    return {task: to_python(value) for task, value in given.items() if value is not None}
+
+
+def threshold_input(own: Any, given: Any) -> np.ndarray:
+    """In the shape that the file takes: a scalar, or [E]."""
+    given = to_python(given)
+    if is_number(given):
+        return np.full(np.shape(own), given, dtype=np.float32)
+    count = len(own) if isinstance(own, list) else 0
+    if not count or np.shape(given) != (count,) or not all(map(is_number, map(to_python, given))):
+        also = f", a list of {count}, one for each exit" if count else ""
+        raise ValueError(f"threshold={given!r} is not allowed: it must be a finite number{also} or None.")
+    return np.asarray(given, dtype=np.float32)
 
 
 def open_session(

@@ -12,15 +12,8 @@ from torch.fx.node import Node, map_arg
 
 
 def structure_of(exported: ExportedProgram) -> tuple[str, dict[str, Tensor]]:
-    """Two programs whose structures are equal compute the same, each with its own weights.
-
-    Args:
-        exported: A program.
-
-    Returns:
-        The nodes of its graph as text, in which a weight goes by its place in the order of first use, its shape and
-        its type; and the weights [...] by name, in that order.
-    """
+    """The nodes of a program's graph as text, in which a weight goes by its place in the order of first use, its shape
+    and its type; and the weights by name, in that order. Two programs of one text compute the same."""
     targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target is not None}
     tensors = {**exported.state_dict, **exported.constants}
     weights: dict[str, Tensor] = {}
@@ -48,13 +41,7 @@ def structure_of(exported: ExportedProgram) -> tuple[str, dict[str, Tensor]]:
 
 
 def with_weights(model: ir.Model, names: Sequence[str], weights: Mapping[str, Tensor]) -> ir.Model:
-    """`model`, changed in place.
-
-    Args:
-        model: Not optimized; its weights have the names that they have in PyTorch.
-        names: Of these, in the order of `weights`.
-        weights: To be put in their place, with their names.
-    """
+    """`model`, not optimized, with `weights` in the place of those with these `names`, in their order."""
     initializers = model.graph.initializers
     found = [initializers.pop(name, None) for name in names]
     for value, (name, tensor) in zip(found, weights.items(), strict=True):

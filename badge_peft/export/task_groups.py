@@ -1,11 +1,12 @@
 """`TaskGroup`: tasks of one file whose rows are decided side by side, in one operation.
 
-Eight decisions in turn are eight times as many nodes, and a node costs the same for one row as for eight.
+Eight decisions in turn are eight times as many nodes, and a node costs the same for one row as for eight. A file of
+one task has one group of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +18,8 @@ from badge_peft.export.policies import Decision
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """Tasks with the same exits and problem type, whose policies differ in nothing but threshold and patience, and in
-    where rows may stop; or one task.
-
-    Args:
-        tasks: T names.
-        decisions: Of each.
-    """
+    """T tasks with the same exits and problem type, whose policies differ in threshold, patience and where rows may
+    stop alone; or one task."""
 
     tasks: tuple[str, ...]
     decisions: tuple[Decision, ...]
@@ -38,12 +34,15 @@ class TaskGroup:
         """The most labels of a task, K; those that another lacks are as good as impossible."""
         return max(decision.num_labels for decision in self.decisions)
 
+    @property
+    def has_units(self) -> bool:
+        """Whether a row has several answers: of tokens, or of several tasks."""
+        return self.first.reads_tokens or len(self.tasks) > 1
+
     def reads(self, index: int) -> bool:
         """Whether anything depends on exit `index`: something of a task that has not answered all rows before."""
-        return any(
-            decision.reads(index) and not closed
-            for decision, closed in zip(self.decisions, self.closed(index), strict=True)
-        )
+        closed = self.closed(index)
+        return any(own.reads(index) and not ended for own, ended in zip(self.decisions, closed, strict=True))
 
     def blocks(self) -> set[int]:
         """The numbers of the blocks whose exits are read."""
@@ -84,13 +83,4 @@ def grouped(decisions: Mapping[str, Decision]) -> list[TaskGroup]:
         batch = None if own.reads_tokens else own.policy.batching_key(own.num_labels)
         key: Hashable = (batch, tuple(own.exits), own.problem_type)
         alike.setdefault((task,) if batch is None else key, []).append(task)
-    return [_group(tasks, decisions) for tasks in alike.values()]
-
-
-def _group(tasks: Iterable[str], decisions: Mapping[str, Decision]) -> TaskGroup:
-    return TaskGroup(tuple(tasks), tuple(decisions[task] for task in tasks))
-
-
-def inner_names(groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """What tasks are called inside of the graph: by numbers, as a user's names might be those of something else."""
-    return {task: f"task{i}" for i, task in enumerate(task for group in groups for task in group)}
+    return [TaskGroup(tuple(tasks), tuple(decisions[task] for task in tasks)) for tasks in alike.values()]

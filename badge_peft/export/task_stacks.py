@@ -47,13 +47,8 @@ class PlainExit(NamedTuple):
 
 
 class ExportedStack(nn.Module):
-    """Exits of like shape, whose stacked weights are buffers: those of single exits are not in the file. The weights
-    of LN' are folded into those of the linear layer behind it: (n w + b) W + c = n (w W) + (b W + c).
-
-    Args:
-        tasks: Whose exits, T of them.
-        exits: These.
-    """
+    """Exits of T tasks, of like shape, whose stacked weights are buffers: those of single exits are not in the file.
+    The weights of LN' are folded into those of the linear layer behind it: (n w + b) W + c = n (w W) + (b W + c)."""
 
     def __init__(self, tasks: list[str], exits: Sequence[PlainExit]) -> None:
         super().__init__()
@@ -93,15 +88,8 @@ class ExportedStack(nn.Module):
 
 
 def stacks_of(block: BadgeBlock, number: int, frame: Frame, readers: Mapping[str, ExitReader]) -> list[ExportedStack]:
-    """Stacks of the exits `number` of these tasks that are alike. With mean pooling, exits stay apart: all positions
-    of eight tasks at once would leave the caches.
-
-    Args:
-        block: The block that has just run; 0 are the embeddings, which have no bypass.
-        number: Its number.
-        frame: What it saw.
-        readers: By task.
-    """
+    """Stacks of the exits `number` of these tasks that are alike; the embeddings, 0, have no bypass. With mean
+    pooling, exits stay apart: all positions of eight tasks at once would leave the caches."""
     alike: dict[Hashable, list[str]] = {}
     plain = {}
     for task, reader in readers.items():
@@ -168,18 +156,17 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def side_by_side(found: Sequence[tuple[list[str], Tensor]], group: Sequence[str], labels: int) -> Tensor:
-    """Logits [n, K] of a task, or [n, T, K] of several; of labels that a task lacks, `MISSING`.
-
-    Args:
-        found: Tasks, and their logits [T', n, K'].
-        group: Names of T tasks.
-        labels: K.
-    """
+    """Logits [n, K] of a group's task, or [n, T, K] of its T tasks, out of tasks with their logits
+    [T', n, K'], or [n, K] of one; of labels that a task lacks, `MISSING`."""
     parts, names = [], []
     for tasks, logits in found:
         own = [i for i, task in enumerate(tasks) if task in group]
         if not own:
             continue
+        if len(tasks) == 1:
+            if len(group) == 1:
+                return logits
+            logits = logits.unsqueeze(0)
         names += [tasks[i] for i in own]
         whole = len(own) == len(tasks)
         part = logits if whole else logits[own[0] : own[0] + 1] if len(own) == 1 else logits[torch.tensor(own)]

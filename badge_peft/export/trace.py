@@ -15,9 +15,18 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
 from torch import Tensor, nn
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.pieces import BEFORE, EXAMPLE, FOLLOWING, LEFT, OTHER, ModelPiece, example_inputs, tuple_lengths
+from badge_peft.export.pieces import (
+    ALONE,
+    BEFORE,
+    EXAMPLE,
+    FOLLOWING,
+    LEFT,
+    OTHER,
+    ModelPiece,
+    example_inputs,
+    tuple_lengths,
+)
 from badge_peft.export.structure import structure_of, with_weights
-from badge_peft.export.task_pieces import TaskPiece
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.decoders import padding_token
 
@@ -50,24 +59,14 @@ class ExportedBlocks:
 def export_blocks(
     badge: BadgeModel, read: set[int] | dict[tuple[str, ...], set[int]], depth: int, progress: bool = False
 ) -> ExportedBlocks:
-    """Exports the embeddings and the blocks 1..depth, one by one.
-
-    Args:
-        badge: In eval mode.
-        read: Block numbers at which an answer is wanted; for many tasks, those of each group.
-        depth: The last block that is wanted.
-        progress: Show a progress bar.
-    """
+    """Exports the embeddings and the blocks 1..depth of a model in eval mode, one by one. `read` are the numbers of
+    the blocks at which an answer of the active adapter is wanted; for many tasks, those of each group."""
     from tqdm.auto import tqdm
 
     inputs, others = (example_inputs(badge.model, size) for size in (EXAMPLE, OTHER))
     lengths = tuple_lengths(badge, inputs)
-    pieces = [
-        TaskPiece(badge, number, lengths, read)
-        if isinstance(read, dict)
-        else ModelPiece(badge, number, lengths, number in read)
-        for number in range(depth + 1)
-    ]
+    groups: dict[tuple[str, ...], set[int]] = read if isinstance(read, dict) else {(ALONE,): read}
+    pieces = [ModelPiece(badge, number, lengths, groups) for number in range(depth + 1)]
     made, made_of_others = (pieces[0](x) for x in (inputs, others))
     shared = {name: tensor for name, tensor in made.items() if name.startswith("shared_")}
     example: dict[str, Any] = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}
@@ -122,20 +121,9 @@ def to_onnx(
     output_names: Sequence[str],
     known: dict[str, Any] | None = None,
 ) -> ir.Graph:
-    """`module` as ONNX, without functions and without the exporter's notes on where everything comes from.
-
-    Args:
-        module: In eval mode, without gradients.
-        inputs: Keyword arguments; dicts of tensors among them.
-        dynamic_shapes: As `torch.export.export` takes it.
-        names: Names of the tensors in `inputs`, in order.
-        output_names: Names of what it returns.
-        known: What was exported before, by its structure and names; what is exported now is added. A module that
-            computes the same with other weights, as most blocks of a model do, is not translated again.
-
-    Raises:
-        RuntimeError: torch cannot export it.
-    """
+    """`module`, in eval mode, as ONNX, without functions and without the exporter's notes on where everything comes
+    from. `names` are those of the tensors in `inputs`, in order; `known` is what was exported before, by its structure
+    and names: a module that computes the same with other weights, as most blocks do, is not translated again."""
     with _no_logging():
         exported = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic_shapes, strict=False)
         structure, weights = structure_of(exported)

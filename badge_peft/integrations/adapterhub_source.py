@@ -48,33 +48,19 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """One adapter.
-
-    Args:
-        name: What it is called.
-        model_type: Of the model that it was trained on.
-        activation: As `BadgeConfig` has it.
-        scaling: A number, or `learned` or `channel`, which are tensors.
-        reduction_factor: As its config has it.
-        leave_out: Blocks without it, counted from 0.
-        tensors: By their names in the model.
-    """
+    """One adapter, and the type of the model that it was trained on."""
 
     name: str
     model_type: str
     activation: str
-    scaling: float | str
+    scaling: float | str  # or `learned` or `channel`, which are tensors
     reduction_factor: Any
-    leave_out: frozenset[int]
-    tensors: dict[str, Tensor]
+    leave_out: frozenset[int]  # blocks without it, counted from 0
+    tensors: dict[str, Tensor]  # by their names in the model
 
 
 def read_folder(folder: Path) -> AdapterSource:
-    """The adapter that the library's `save_adapter` wrote.
-
-    Raises:
-        ValueError: no adapter, one in pickled form, or one that cannot be a bypass.
-    """
+    """The adapter that the library's `save_adapter` wrote."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter of the adapters library: it has no {CONFIG}.")
     try:
@@ -107,15 +93,7 @@ def read_folder(folder: Path) -> AdapterSource:
 
 
 def read_model(model: nn.Module, name: str | None) -> AdapterSource:
-    """An adapter that a model of the library has.
-
-    Args:
-        model: It.
-        name: The adapter; None: its only one.
-
-    Raises:
-        ValueError: there is no such adapter, or several and no name, or it cannot be a bypass.
-    """
+    """An adapter that a model of the library has; None: its only one."""
     if not is_prepared(model):
         raise ValueError(
             f"{type(model).__name__} is no model of the adapters library: give one that adapters.init(model) has "

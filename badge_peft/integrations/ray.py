@@ -89,16 +89,8 @@ def predict_dataset(
 def answer_files(
     files: TextFiles, answering: Answering, workers: int | None = None
 ) -> Generator[dict[str, Any], None, None]:
-    """The answers to the texts of many files: file by file, each from its first text to its last.
-
-    Args:
-        files: Within reach of all machines.
-        answering: With what.
-        workers: As for `predict_dataset`.
-
-    Returns:
-        Of each chunk what `chunks_of` gives, with `table`, its answers as columns, in the place of `texts`.
-    """
+    """The answers to the texts of many files, within reach of all machines: file by file, each from its first text to
+    its last; of each chunk what `chunks_of` gives, with `table`, its answers as columns, in the place of `texts`."""
     import ray.data
 
     dataset = ray.data.from_items([{"file": number} for number in range(len(files.paths))], override_num_blocks=1)

@@ -51,12 +51,7 @@ def accelerate(cross_encoder: Any, adapter: str | Path, **kwargs: Any) -> EarlyE
 
 
 class _Rank:
-    """`CrossEncoder.rank` with exits. A class, as an encoder is pickled for each process of a pool.
-
-    Args:
-        cross_encoder: The encoder.
-        reranker: That ranks in its place.
-    """
+    """`CrossEncoder.rank` with exits. A class, as an encoder is pickled for each process of a pool."""
 
     def __init__(self, cross_encoder: Any, reranker: EarlyExitReranker) -> None:
         self.cross_encoder, self.reranker = cross_encoder, reranker

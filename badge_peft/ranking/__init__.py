@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from badge_peft.ranking.calibration import calibrate_ranking
+from badge_peft.ranking.calibration import calibrate_ranking, sweep_ranking
 from badge_peft.ranking.metrics import RankingScores, ranking_scores
-from badge_peft.ranking.report import ExitReport
+from badge_peft.ranking.pairs import ExitReport
 from badge_peft.ranking.reranker import EarlyExitReranker
-from badge_peft.ranking.tradeoff import sweep_ranking
 
 __all__ = [
     "EarlyExitReranker",

@@ -1,4 +1,5 @@
-"""`calibrate_ranking`: the margins of `top_k` with the fewest blocks that leave the top k of queries as it was.
+"""`calibrate_ranking`: the margins of `top_k` with the fewest blocks that leave the top k of queries as it was; and
+`sweep_ranking`: what margins cost and save, from none to wide ones.
 
 With `confidence` it is Learn-then-Test, as in `evaluation.calibration`: settings come from one half of the queries and
 are ordered from slow to fast; on the other half each is tested in turn by the exact binomial test of "more than
@@ -19,7 +20,7 @@ import torch
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
-from badge_peft.evaluation.tradeoff import TradeOffPoint, pareto
+from badge_peft.evaluation.tradeoff import TradeOff, TradeOffPoint, pareto
 from badge_peft.ranking.margins import margin_settings
 from badge_peft.ranking.metrics import ranking_scores, top_k_kept
 from badge_peft.utils.checks import check_int, check_number
@@ -32,13 +33,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class RankingPoint(TradeOffPoint):
-    """One configuration on some queries; `score` is the share of them with full depth's top k.
-
-    Args:
-        kept: [Q] bool, which these are.
-        exit_layer: [N], the block at which each candidate stopped.
-        (and those of `TradeOffPoint`)
-    """
+    """One configuration on some queries; `score` is the share of them with full depth's top k, `kept` [Q] bool which
+    these are, and `exit_layer` [N] the block at which each candidate stopped."""
 
     kept: Array
     exit_layer: Array
@@ -131,11 +127,7 @@ def calibrate_ranking(
 
 
 def as_exit_scores(exit_scores: Any, query_ids: Any) -> ExitLogits:
-    """Whatever `calibrate_ranking` takes as `ExitLogits` that have `groups`.
-
-    Raises:
-        ValueError: shapes that do not match, more than one output, or no ids.
-    """
+    """Whatever `calibrate_ranking` takes as `ExitLogits` that have `groups`."""
     if isinstance(exit_scores, ExitLogits):
         stored = exit_scores if query_ids is None else replace(exit_scores, groups=query_ids)
         if stored.logits.shape[2] != 1:
@@ -189,6 +181,25 @@ def ranking_front(stored: ExitLogits, asked: EarlyExitConfig, ordered: bool = Fa
     return pareto([*_points(stored, asked, ordered)])
 
 
+def sweep_ranking(exit_logits: ExitLogits, top_k: int = 10, points: int = 20) -> TradeOff:
+    """The trade-off of `top_k` on stored scores that have `groups`, and the fixed depths beside it, where all
+    candidates stop at one block.
+
+    Args:
+        exit_logits: Of the candidates of some queries.
+        top_k: k.
+        points: Of the policy's curve, spread over its speed-ups.
+
+    Returns:
+        The points, with the fixed depths first; the score is the share of queries with full depth's top k.
+    """
+    depths = [EarlyExitConfig(policy="fixed_depth", depth=m, top_k=top_k) for m in reversed(exit_logits.exits)]
+    fixed = [replace(evaluate_ranking(exit_logits, config), name="fixed_depth") for config in depths]
+    front = ranking_front(exit_logits, EarlyExitConfig(policy="top_k", top_k=top_k))
+    steps = {round(i * (len(front) - 1) / max(points - 1, 1)) for i in range(points)}
+    return TradeOff([*fixed, *(front[i] for i in sorted(steps))], METRIC, exit_logits.depth)
+
+
 def _fastest(points: list[RankingPoint], keep: float) -> RankingPoint:
     """The fewest blocks among the points that keep enough queries; where none does, among those that keep most."""
     enough = min(keep, max(point.score for point in points)) - 1e-12
@@ -231,11 +242,7 @@ def _certified(
 
 
 def check_queries(queries: int, keep: float, confidence: float) -> int:
-    """How many of these queries test the margins.
-
-    Raises:
-        ValueError: too few for the confidence.
-    """
+    """How many of these queries test the margins; refuses too few for the confidence."""
     tested, needed = queries - queries // 2, queries_needed(keep, confidence)
     if tested < needed:
         raise ValueError(
@@ -254,11 +261,7 @@ def is_rare(losses: int, n: int, alpha: float, confidence: float) -> bool:
 
 
 def queries_needed(keep: float, confidence: float) -> int:
-    """Test queries below which not even margins that change nothing can be shown to keep this share of new ones.
-
-    Raises:
-        ValueError: no number of queries can show that none changes.
-    """
+    """Test queries below which not even margins that change nothing can be shown to keep this share of new ones."""
     if keep == 1:
         raise ValueError("keep=1.0 is not allowed with confidence: no data shows that no query changes. Try 0.99.")
     return math.ceil(math.log(1 - confidence) / math.log(keep))

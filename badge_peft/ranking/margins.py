@@ -27,15 +27,8 @@ Array = np.ndarray
 def margin_settings(
     scores: Array, codes: Array, exits: list[int], asked: EarlyExitConfig, top_k: int
 ) -> Iterator[EarlyExitConfig]:
-    """Configs with margins of each shape, times each factor, 0 among them.
-
-    Args:
-        scores: [N, E], full depth last.
-        codes: [N], of the queries.
-        exits: Block numbers, E.
-        asked: The config without margins.
-        top_k: k.
-    """
+    """Configs with margins of each shape, times each factor, 0 among them, for scores [N, E], full depth last, of the
+    queries `codes` [N]."""
     policy = build_policy(asked)
     decides = np.array([policy.can_exit(exits, j) and not policy.is_final(exits, j) for j in range(len(exits))])[:-1]
     need = needed_margins(scores, codes, top_k) * decides  # [Q, E - 1]

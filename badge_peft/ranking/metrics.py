@@ -71,17 +71,9 @@ def rows_of(codes: Array) -> list[Array]:
 
 
 def top_k_kept(full: Array, answers: Array, ends: Array, codes: Array, top_k: int, ordered: bool) -> Array:
-    """[Q] bool: the queries whose top k is that of full depth, as a set or in order. Candidates with equal scores at
-    full depth may stand for one another.
-
-    Args:
-        full: [N], scores at full depth.
-        answers: [N], those at the exit where each candidate stopped.
-        ends: [N] bool, the candidates that went as far as any may go: of these the top k is taken.
-        codes: [N], of the queries.
-        top_k: k.
-        ordered: Whether the order counts.
-    """
+    """[Q] bool: the queries whose top k is that of full depth, as a set or in order, by scores [N] at full depth and
+    at the exit where each candidate stopped. Of those that went as far as any may go, `ends` [N], the top k is taken,
+    and candidates with equal scores at full depth may stand for one another."""
     kept = []
     for rows in rows_of(codes):
         left = rows[ends[rows]]

@@ -1,10 +1,40 @@
-"""Pairs of a query and a document as rows of tokens, and which of them had to be cut."""
+"""What a reranker of PyTorch and one of ONNX have in common: pairs of a query and a document as rows of tokens, which
+of them had to be cut, the ranking, and what it has cost."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """What one call of `rank` did.
+
+    Args:
+        candidates: How many there were, N.
+        num_blocks: M.
+        blocks_run: Over all candidates; full depth is N * M.
+        left: Block number of each exit -> candidates that went on behind it; 0 behind the last.
+        cut: Candidates that were longer than the model reads, and were cut.
+        exit_layer: [N], the block that each candidate stopped at.
+    """
+
+    candidates: int
+    num_blocks: int
+    blocks_run: int
+    left: dict[int, int]
+    cut: int
+    exit_layer: np.ndarray = field(repr=False)
+
+    @property
+    def blocks_saved(self) -> float:
+        """Share of full depth's blocks that were not run."""
+        return 1 - self.blocks_run / (self.candidates * self.num_blocks)
 
 
 def encode_pairs(
@@ -25,11 +55,7 @@ def encode_pairs(
 
 
 def check_documents(query: Any, documents: Any) -> list[str]:
-    """The documents as a list.
-
-    Raises:
-        ValueError: no query, no documents, or something else than texts.
-    """
+    """The documents as a list; refuses no query, no documents, and something else than texts."""
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"query={query!r} is empty or no text: give the question as a string.")
     if isinstance(documents, str):
@@ -52,3 +78,17 @@ def warn_of_more(top_k: int, calibrated: int, stacklevel: int) -> None:
         f"depth's is not known. Calibrate with top_k={top_k}.",
         stacklevel=stacklevel,
     )
+
+
+def best_of(
+    scores: np.ndarray,
+    exit_layer: np.ndarray,
+    top_k: int | None,
+    texts: Sequence[str] | None,
+    activated: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
+) -> list[dict[str, Any]]:
+    """The `top_k` best of the candidates that went deepest, by their scores [N], best first, with their `texts`."""
+    last = np.flatnonzero(exit_layer == exit_layer.max())
+    best = last[np.argsort(-scores[last], kind="stable")][:top_k]
+    found = zip(best.tolist(), activated(scores[best]).tolist(), strict=True)
+    return [{"corpus_id": i, "score": x, **({} if texts is None else {"text": texts[i]})} for i, x in found]

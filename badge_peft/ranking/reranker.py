@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -16,14 +16,11 @@ from badge_peft.early_exit.mixin import validate_policy
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import get_badge_model
-from badge_peft.ranking.pairs import check_documents, encode_pairs, warn_of_more
-from badge_peft.ranking.report import ExitReport
+from badge_peft.ranking.pairs import ExitReport, best_of, check_documents, encode_pairs, warn_of_more
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.texts import longest_text
-
-Array = np.ndarray
 
 
 class EarlyExitReranker:
@@ -74,12 +71,9 @@ class EarlyExitReranker:
             )
         if tokenizer is None:
             raise ValueError("tokenizer is None: give that of the model, or use EarlyExitReranker.from_pretrained.")
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.max_length = longest_text(tokenizer, max_positions(self.badge.model), max_length)
-        self.batch_size = batch_size
-        self.activation = activation
-        self.max_state_bytes = max_state_bytes
+        self.batch_size, self.activation, self.max_state_bytes = batch_size, activation, max_state_bytes
         if self.badge.model.config.pad_token_id is None:
             self.badge.model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -95,15 +89,11 @@ class EarlyExitReranker:
         max_state_bytes: int = 2**30,
         **kwargs: Any,
     ) -> EarlyExitReranker:
-        """Loads an adapter on its base model.
+        """Loads an adapter, of a folder or Hub repository, on its base model. Other arguments are those of the class.
 
         Args:
             adapter: A folder or Hub repository.
             tokenizer: A tokenizer; None takes the one beside the adapter, else that of its base model.
-            max_length: As for the class.
-            batch_size: As for the class.
-            activation: As for the class.
-            max_state_bytes: As for the class.
             **kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
 
         Raises:
@@ -176,14 +166,8 @@ class EarlyExitReranker:
                 "They did not leave there. Check the precision and the weights of the model.",
                 stacklevel=2,
             )
-        last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
-        best = last[np.argsort(-found.scores[last], kind="stable")][:top_k]
-        scores = _activated(found.scores[best], activation or self.activation)
-        pairs = zip(best.tolist(), scores.tolist(), strict=True)
-        answers: list[dict[str, Any]] = [{"corpus_id": i, "score": score} for i, score in pairs]
-        if return_documents:
-            for answer in answers:
-                answer["text"] = texts[answer["corpus_id"]]
+        activated = partial(_activated, activation=activation or self.activation)
+        answers = best_of(found.scores, found.exit_layer, top_k, texts if return_documents else None, activated)
         if not return_report:
             return answers
         exits = found.exit_layer
@@ -216,14 +200,7 @@ class EarlyExitReranker:
         return float(found[0]) if single else found
 
     def check_calibrated(self, config: EarlyExitConfig | None = None) -> None:
-        """Refuses an adapter whose candidates cannot leave.
-
-        Args:
-            config: None takes the adapter's own.
-
-        Raises:
-            ValueError: it has no margins.
-        """
+        """Refuses a config without margins, by which no candidate can leave; None takes the adapter's own."""
         config = config or self.badge.get_early_exit_config()
         if config.policy != "top_k" or config.parameters is None:
             raise ValueError(
@@ -252,5 +229,5 @@ class EarlyExitReranker:
         return EarlyExitConfig.of(own, top_k=top_k)
 
 
-def _activated(scores: Array, activation: Callable[[torch.Tensor], torch.Tensor] | None) -> Array:
+def _activated(scores: Any, activation: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:
     return scores if activation is None else activation(torch.from_numpy(scores)).float().numpy()

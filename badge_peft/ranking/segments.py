@@ -25,7 +25,7 @@ from badge_peft.early_exit.readers import ExitReader, PolicyReader, exit_reader,
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
 from badge_peft.ranking.slices import SlicedPass, StatesChanged
-from badge_peft.ranking.states import LeftStates, StateStore
+from badge_peft.ranking.states import StateStore
 from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
 from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.layer import BadgeBlock
@@ -34,6 +34,7 @@ Array = np.ndarray
 
 #: Models whose loop has turned out to change states between blocks, which a `SlicedPass` cannot do.
 _CHANGES_STATES: WeakSet[nn.Module] = WeakSet()
+_STATES = "hidden"  # in the store, beside what exits leave for the deeper ones
 _COPIES = 4  # of the states of all candidates, while embeddings are computed
 
 
@@ -55,30 +56,16 @@ class RankedCandidates:
 
 
 class SegmentPass(BlockPass):
-    """One slice in the blocks of one segment.
-
-    Args:
-        reader: Of the slice.
-        blocks: Those that run, one after another; none in the segment of exit 0.
-        exits: Block numbers of the exits to read.
-        states: H of the block before the first, where that is not the model's own input.
-        tuple_length: Of what a block returns, 0 for a tensor; None: no block has run yet.
-
-    Attributes:
-        scores: Exit -> [b, 1].
-        states: H of the last of `blocks`, as the next one would get it.
-        tuple_length: The same, once it is known.
-    """
+    """One slice in the blocks of one segment (none in that of exit 0): from `states`, H of the block before the first,
+    where that is not the model's own input, to H of the last, and `scores`, from exits to [b, 1]. `tuple_length` is
+    that of what a block returns, 0 for a tensor; None: no block has run yet."""
 
     def __init__(
         self, reader: ExitReader, blocks: range, exits: list[int], states: Tensor | None, tuple_length: int | None
     ) -> None:
         super().__init__()
-        self.reader = reader
-        self.blocks = blocks
-        self.exits = exits
-        self.states = states
-        self.tuple_length = tuple_length
+        self.reader, self.blocks, self.exits = reader, blocks, exits
+        self.states, self.tuple_length = states, tuple_length
         self.scores: dict[int, Tensor] = {}
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,15 +91,8 @@ class SegmentPass(BlockPass):
 
 
 class CandidatePass:
-    """The candidates of one query on their way through the model.
-
-    Args:
-        badge: In eval mode.
-        rows: Token columns of each candidate, N.
-        policy: Checked against the adapter.
-        batch_size: Rows in a block at once.
-        max_state_bytes: As for `StateStore`.
-    """
+    """The N candidates of one query, as token columns, on their way through a model in eval mode, at most `batch_size`
+    in a block at once."""
 
     def __init__(
         self,
@@ -122,16 +102,12 @@ class CandidatePass:
         batch_size: int,
         max_state_bytes: int,
     ) -> None:
-        self.badge = badge
-        self.rows = rows
-        self.policy = policy
-        self.batch_size = batch_size
-        self.max_state_bytes = max_state_bytes
+        self.badge, self.rows, self.policy = badge, rows, policy
+        self.batch_size, self.max_state_bytes = batch_size, max_state_bytes
         self.exits = badge.adapter_exits(badge.single_active_adapter())
         self.lengths: Array = np.array([len(row["input_ids"]) for row in rows])
         self.device = next(badge.model.parameters()).device
-        self._store: StateStore | None = None
-        self._left = LeftStates(self.lengths, max_state_bytes)
+        self._store = StateStore(self.lengths, max_state_bytes)
         self._linked = linked_exits(schedule_of(policy, self.exits.numbers), self.exits)
         self._tuple_length: int | None = None
 
@@ -206,11 +182,12 @@ class CandidatePass:
         """[R, n]: what the R `exits` say about the `active` candidates, behind these blocks. The `linked` ones are
         computed, too, as deeper exits build on them."""
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
+        before_segment = self._store.names()  # what is new in it, later slices do not have
         for place, rows in self._slices(active):
             batch = self._batch(rows)
             reader = exit_reader(self.badge, self.exits, batch)
-            reader.state.left = self._left.get(rows)
-            before = None if blocks.start == 1 or self._store is None else self._store.get(rows)
+            reader.state.left = self._store.get(rows, before_segment)
+            before = reader.state.left.pop(_STATES, None)
             running = SegmentPass(reader, blocks, [*exits, *linked], before, self._tuple_length)
             with running:
                 base = self.badge.model(return_dict=True, **batch)
@@ -220,12 +197,10 @@ class CandidatePass:
             for r, number in enumerate(exits):
                 scores[r, place : place + len(rows)] = running.scores[number][:, 0].float().cpu().numpy()
             if not final:
-                self._left.put(rows, reader.state.left)
+                self._store.put(rows, reader.state.left)
             if not final and len(blocks):
                 assert running.states is not None
-                if self._store is None:
-                    self._store = StateStore(self.lengths, active, running.states, self.max_state_bytes)
-                self._store.put(rows, running.states)
+                self._store.put(rows, {_STATES: running.states})
         return scores
 
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ block is a placeholder; the states are here, and are given back to it behind the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,46 +34,27 @@ class StatesChanged(Exception):
     """The model does something with the states between two blocks, so it has to see them."""
 
 
+@dataclass(eq=False)
 class Slice:
-    """Candidates that are in a block together.
+    """Candidates that are in a block together, with the output [b, L, d] of the last block that ran."""
 
-    Args:
-        states: [b, L, d], the output of the last block that ran.
-        part: They in the batch.
-        reader: Reads their exits.
-    """
-
-    def __init__(self, states: Tensor, part: RowSlice, reader: ExitReader) -> None:
-        self.states = states
-        self.part = part
-        self.reader = reader
+    states: Tensor
+    part: RowSlice
+    reader: ExitReader
 
     def __len__(self) -> int:
         return len(self.part.index)
 
 
 class SlicedPass(EarlyExitPass):
-    """The blocks of one call for all candidates of a query.
-
-    Args:
-        reader: Decides for all rows.
-        lengths: [B], positions of each row, the longest first.
-        attention_mask: [B, S].
-        most: Rows in a block at once.
-        num_blocks: M.
-
-    Raises:
-        StatesChanged: inside of a call; its rows have to be run in another way.
-    """
+    """The blocks of one call for all candidates of a query, the longest first, at most `most` in a block at once.
+    `StatesChanged` inside of a call says that its rows have to be run in another way."""
 
     def __init__(
         self, reader: PolicyReader, lengths: Array, attention_mask: Tensor, most: int, num_blocks: int
     ) -> None:
         super().__init__([reader], len(lengths), attention_mask, num_blocks)
-        self.reader = reader
-        self.lengths = lengths
-        self.mask = attention_mask
-        self.most = most
+        self.reader, self.lengths, self.mask, self.most = reader, lengths, attention_mask, most
         self.slices: list[Slice] = []
         self._handed: Tensor | None = None  # what the block before has returned
         self._tuple_length = 0  # of what blocks return
@@ -169,13 +151,8 @@ class SlicedPass(EarlyExitPass):
 
 
 def slice_bounds(lengths: Array, most: int, call: int) -> list[tuple[int, int]]:
-    """Where slices of rows begin and end, so that padded positions and calls together cost least.
-
-    Args:
-        lengths: [n], of each row, the longest first.
-        most: Rows of a slice.
-        call: What a slice costs beside its positions, in positions.
-    """
+    """Where slices of at most `most` rows begin and end, the longest first, so that padded positions and calls, each
+    as dear as `call` positions, together cost least."""
     n = len(lengths)
     least, begins = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)  # cost and last slice of the first rows
     for end in range(1, n + 1):

@@ -11,8 +11,7 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.export.folder import holds_tasks
 from badge_peft.export.ranking import OnnxReranker
-from badge_peft.export.runtime import OnnxEarlyExitModel
-from badge_peft.export.tasks import OnnxTasksModel
+from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxTasksModel
 from badge_peft.serving.base_engine import NEVER, Array, BaseEngine, Check, columns
 from badge_peft.serving.fixed_policy import FixedPolicy
 from badge_peft.serving.requests import Row

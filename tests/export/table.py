@@ -12,7 +12,7 @@ import onnxruntime
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export.chain import Chain
 from badge_peft.export.graph import FLOAT, Graph
-from badge_peft.export.pieces import FOLLOWING
+from badge_peft.export.pieces import ALONE, FOLLOWING
 from badge_peft.export.policies import Decision
 
 
@@ -24,7 +24,7 @@ class TableGraph:
         self.default = decision.threshold
         self.count_name = decision.count_name
         inputs = [ir.val("table", FLOAT, ["b", exits, num_labels]), ir.val("doubts", FLOAT, ["b", exits])]
-        chain = Chain(decision, inputs, {"table", "doubts"})
+        chain = Chain({ALONE: decision}, inputs, {"table", "doubts"})
         chain.add(0, [self._piece(None, exits, num_labels)])
         for j in range(exits):
             if decision.reads(j):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from badge_peft.early_exit.history import as_history
 from badge_peft.early_exit.policies import ThresholdPolicy, build_policy
 from badge_peft.export.policies import Decision
-from badge_peft.export.runtime import OnnxEarlyExitModel
+from badge_peft.export.runtime import threshold_input
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
 from tests.early_exit.rules import NO_REGRESSION, fields_of
 from tests.labels import label
@@ -110,12 +110,12 @@ def test_a_threshold_for_each_exit(rule, problem):
 
 
 def test_what_an_exported_file_takes():
-    one, many = (OnnxEarlyExitModel(None, None, {"threshold": own}) for own in (0.5, [0.5, 0.25, 1.0]))
-    assert one._threshold(2) == 2 and one._threshold(2).shape == ()
-    assert many._threshold(2).tolist() == [2, 2, 2] and many._threshold([1, 2, 3]).tolist() == [1, 2, 3]
-    for model, taus in ((one, [1.0]), (one, "a"), (many, [1.0]), (many, [1, 2, float("nan")]), (many, [[1, 2, 3]])):
+    one, many = 0.5, [0.5, 0.25, 1.0]
+    assert threshold_input(one, 2) == 2 and threshold_input(one, 2).shape == ()
+    assert threshold_input(many, 2).tolist() == [2, 2, 2] and threshold_input(many, [1, 2, 3]).tolist() == [1, 2, 3]
+    for own, taus in ((one, [1.0]), (one, "a"), (many, [1.0]), (many, [1, 2, float("nan")]), (many, [[1, 2, 3]])):
         with pytest.raises(ValueError, match="is not allowed: it must be a finite number"):
-            model._threshold(taus)
+            threshold_input(own, taus)
 
 
 @pytest.mark.parametrize(

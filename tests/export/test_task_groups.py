@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxTasksModel, export_tasks_onnx
+from badge_peft.export.assemble import assemble
 from badge_peft.export.policies import Decision
-from badge_peft.export.task_chain import assemble_tasks
 from badge_peft.export.task_groups import grouped
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
@@ -87,14 +87,14 @@ def test_a_group_decides_as_each_alone(data: Any) -> None:
         }
     decisions = decisions_of(rules)
     assert [group.tasks for group in grouped(decisions)] == [tuple(LABELS)]
-    session = session_of(assemble_tasks(pieces, decisions, int8=False))
+    session = session_of(assemble(pieces, decisions, int8=False))
     check(model, session, rules, data.draw(st.sampled_from([1, 6])))
 
 
 def test_each_task_takes_a_threshold_and_patience_of_its_own(cut: tuple[Any, Any]) -> None:
     model, pieces = cut
     rules = {name: {"policy": "divergence", "threshold": 0.1 * i} for i, name in enumerate(LABELS, start=1)}
-    session = session_of(assemble_tasks(pieces, decisions_of(rules), int8=False))
+    session = session_of(assemble(pieces, decisions_of(rules), int8=False))
     called = {name: {**rule, "threshold": 1.3 - rule["threshold"], "patience": 1} for name, rule in rules.items()}
     called["three"]["patience"] = 2
     feed = {
@@ -106,7 +106,7 @@ def test_each_task_takes_a_threshold_and_patience_of_its_own(cut: tuple[Any, Any
 
 
 def test_weights_of_like_exits_are_in_the_file_once_side_by_side(cut: tuple[Any, Any]) -> None:
-    graph = assemble_tasks(cut[1], decisions_of(dict.fromkeys(LABELS, {})), int8=False).graph
+    graph = assemble(cut[1], decisions_of(dict.fromkeys(LABELS, {})), int8=False).graph
     sizes = [list(weight.dims) for weight in graph.initializer]
     tasks, rank, hidden = len(LABELS), 4, 32
     assert sizes.count([tasks, rank, hidden]) == len(EXITS) and [rank, hidden] not in sizes
