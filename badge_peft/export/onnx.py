@@ -1,5 +1,5 @@
-"""`export_onnx` and `export_tasks_onnx`: a model with early exits, for one task or for many, as one ONNX file that skips
-all blocks after the exit."""
+"""`export_onnx` and `export_tasks_onnx`: a model with early exits, for one task or for many, as one ONNX file that
+skips all blocks after the exit."""
 
 from __future__ import annotations
 
