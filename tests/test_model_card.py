@@ -141,7 +141,7 @@ def test_saving_again_changes_nothing_and_follows_the_rule(tmp_path: Path) -> No
     assert "`0.125`" in text and "`entropy`" in text and "divergence" not in text and "S-avg" not in text
     model.set_early_exit_config(None)
     model.save_pretrained(str(folder))
-    assert "No rule is saved" in text_of(folder)
+    assert "No policy is saved" in text_of(folder)
 
 
 def test_text_of_somebody_stays(tmp_path: Path) -> None:

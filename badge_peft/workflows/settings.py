@@ -346,7 +346,7 @@ class DemoSettings(Settings):
     dataset_config: str | None = None
     output_dir: Path = Path("demo_out")
     epochs: int = 1
-    max_train: int = 4000
+    max_train: int = 2500
     max_eval: int = 1000
     max_length: int = 64
     max_score_drop: float = 0.01

@@ -376,7 +376,7 @@ def test_what_calibrate_recorded_of_other_weights_is_left_out(exporter, model):
     cut, exporter = exporter.pieces, OnnxExporter(model, rule)
     exporter.pieces = cut
     assert exporter._metadata(False, None)["early_exit"]["calibration"]["rows"] == 9
-    exporter.weights_hash = "of other weights"
+    exporter.hashes = {"": "of other weights"}
     assert exporter._metadata(False, None)["early_exit"]["calibration"] is None
 
 
