@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +51,18 @@ def parser(doc: str | None, results: str, threads: int = 2) -> argparse.Argument
     made.add_argument("--docs", metavar="FILE", help="measure nothing: write the page from the file of the results")
     made.add_argument("--threads", type=int, default=threads, help="of torch, and of each session of ONNX Runtime")
     return made
+
+
+def pools_option(made: argparse.ArgumentParser) -> None:
+    """`--logits`, which `pools_of` reads."""
+    made.add_argument("--logits", nargs="*", default=[], metavar="TASK=FILE", help="pools of labeled exit logits")
+
+
+def pools_of(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Each task, with the file of its pool."""
+    for item in options.logits:
+        task, file = item.split("=", 1)
+        yield task, file
 
 
 def run(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Results, calibrated, markdown, parser, read_lines, run
+from common import Results, calibrated, markdown, parser, pools_of, pools_option, read_lines, run
 
 from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, results: Results) -> None:
         place, _, file = other.partition("=")
         task, _, name = place.partition(":")
         others.setdefault(task, {})[name] = ExitLogits.load(file)
-    for task, file in (item.split("=", 1) for item in options.logits):
+    for task, file in pools_of(options):
         if task not in results:
             results.keep(task, measure_task(ExitLogits.load(file), others.get(task, {}), options))
 
@@ -179,13 +179,7 @@ python benchmarks/drift.py --docs docs/results/drift.md
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parser(__doc__, "runs/drift.json", threads=1)
-    options.add_argument(
-        "--logits",
-        nargs="*",
-        default=[],
-        metavar="TASK=FILE",
-        help="pools of labeled exit logits",
-    )
+    pools_option(options)
     options.add_argument(
         "--other",
         nargs="*",

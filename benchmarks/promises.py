@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Results, calibrated, markdown, parser, run
+from common import Results, calibrated, markdown, parser, pools_of, pools_option, run
 
 from badge_peft import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits, evaluate_policy, exit_scores
@@ -84,7 +84,7 @@ def divide(rows: int, data: Path, folder: Path) -> None:
 
 def measure(options: argparse.Namespace, results: Results) -> None:
     """What the file lacks of every task, policy and size."""
-    for task, file in (item.split("=", 1) for item in options.logits):
+    for task, file in pools_of(options):
         pool = ExitLogits.load(file)
         for policy in options.policies:
             for size in [n for n in options.sizes if n < len(pool) / 1.5]:
@@ -204,13 +204,7 @@ def _header(first: tuple[str, ...], note: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = parser(__doc__, "runs/promises.json", threads=1)
-    options.add_argument(
-        "--logits",
-        nargs="*",
-        default=[],
-        metavar="TASK=FILE",
-        help="pools of labeled exit logits",
-    )
+    pools_option(options)
     options.add_argument("--draws", type=int, default=200)
     options.add_argument(
         "--sizes",

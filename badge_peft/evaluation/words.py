@@ -67,9 +67,9 @@ def tokenize_words(
 
 def answers_of(words: Words, logits: Array, exits: Array, names: Sequence[str]) -> dict[str, Any]:
     """`tags` [W] of one text, O for a word that was cut off (None, if no tag is O), and `entities`: of each its
-    `label`, `start` and `end` in the text, `text`, `confidence` (the mean probability of its words' tags, None where
-    that is no number) and `exit` (the deepest of its words'). Tags that name no entities make one of each word that is
-    not O."""
+    `label`, `start` and `end` in the text, `text`, `score` (the mean probability of its words' tags, None where
+    that is no number) and `exit_layer` (the deepest of its words'). Tags that name no entities make one of each word
+    that is not O."""
     read = [w for w, place in enumerate(words.places) if place is not None]
     places = [place for place in words.places if place is not None]
     own = logits[places].astype(np.float64)

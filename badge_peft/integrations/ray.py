@@ -52,7 +52,7 @@ def predict_dataset(
         **overrides: `policy`, `threshold`, `patience`, `depth`, in place of the adapter's own.
 
     Returns:
-        A lazy dataset with the columns `label`, `confidence` and `exit` more, or what `predict` gives in their place
+        A lazy dataset with the columns `label`, `score` and `exit_layer` more, or what `predict` gives in their place
         for other problems and for many tasks. `dataset` itself, where it has neither columns nor rows.
 
     Raises:

@@ -180,13 +180,18 @@ class _States:
         if not self.kept or not self.kept[0].plan.serves(RecordingPass.of(badge, {}).plan):
             self.close()
             try:
-                self.kept = self._cached(model, "float16")
+                self._cache(model, "float16")
             except CannotCache:  # states of some models are too large for it
-                self.kept = self._cached(model, "float32")
+                self._cache(model, "float32")
         return self.kept
 
-    def _cached(self, model: nn.Module, dtype: str) -> list[CachedStates]:
-        return [cache_states(model, part, data_collator=self.collate, dtype=dtype) for part in self.sets]
+    def _cache(self, model: nn.Module, dtype: str) -> None:
+        try:
+            for part in self.sets:
+                self.kept.append(cache_states(model, part, data_collator=self.collate, dtype=dtype))
+        except BaseException:
+            self.close()
+            raise
 
 
 def _try(

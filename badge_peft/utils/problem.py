@@ -96,8 +96,8 @@ class Problem:
         return float((~differs(self.predictions(logits), self.predictions(others))).mean())
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
-        """One row of logits [K] as JSON-able values: `label` and `confidence` (the label's probability); `labels` and
-        the confidence of the least sure decision, where a row may have several; `value`, a number or a list of them,
+        """One row of logits [K] as JSON-able values: `label` and `score` (the label's probability); `labels` and
+        the score of the least sure decision, where a row may have several; `value`, a number or a list of them,
         for regression."""
         with np.errstate(over="ignore", invalid="ignore"):
             weights = np.exp(logits - logits.max())
@@ -157,7 +157,7 @@ class MultiLabel(Problem):
         return torch.from_numpy(logits).sigmoid().numpy()
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
-        """`labels`, and the `confidence` of the least sure decision."""
+        """`labels`, and the `score` of the least sure decision."""
         with np.errstate(over="ignore", invalid="ignore"):
             sure = (1 / (1 + np.exp(-np.abs(logits)))).min()  # the larger of p and 1 - p
         chosen = [name for name, value in zip(names, logits, strict=True) if value > 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, files
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from badge_peft.model_card import REPORT
-from badge_peft.utils.files import write_json
+from badge_peft.utils.files import write_json, write_text
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.base_model import head_of, load_base, local_path
 from badge_peft.workflows.bench import bench_adapter
@@ -151,10 +150,8 @@ def _write(splits: dict[str, TextDataset], folder: Path) -> Path:
             label = None if rows.labels is None else rows.labels[i]
             named = label if rows.class_names is None or label is None else _names(label, rows.class_names)
             pair = {} if rows.pairs is None else {"text_pair": rows.pairs[i]}
-            lines.append(json.dumps({"text": text, **pair, "label": named}, ensure_ascii=False) + "\n")
-        part = folder / f".{name}.part"
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, folder / f"{name}.jsonl")
+            lines.append(json.dumps({"text": text, **pair, "label": named}) + "\n")
+        write_text(folder / f"{name}.jsonl", "".join(lines))
     return folder
 
 

@@ -54,12 +54,12 @@ def predict(
         batch_size: Texts per pass, in each process.
 
     Returns:
-        One dict per text: `text` (and `text_pair`), `label`, `exit` (the block that answered), and `confidence` (the
-        label's probability). Regression gives `value` in the place of label and confidence; a model that gives several
-        labels gives `labels`, and the confidence of the least sure decision. A policy of queries takes rows of one
+        One dict per text: `text` (and `text_pair`), `label`, `exit_layer` (the block that answered), and `score` (the
+        label's probability). Regression gives `value` in the place of label and score; a model that gives several
+        labels gives `labels`, and the score of the least sure decision. A policy of queries takes rows of one
         query, which must follow one another, for its candidates, and gives their `rank`: see `rank_queries`.
         Of token classification `text` and `entities`, or `tokens`, `tags` and `entities`, as `answers_of` has them;
-        `exit` is where the text left.
+        `exit_layer` is where the text left.
     """
     config = config or adapter.early_exit_config()
     if policy_class(config).by_group:
