@@ -31,6 +31,7 @@ PLAN = {
     "onnx-int8": (20, ()),
     "onnx-batch": (10, ((8, 32), (32, 32))),
     "int8-vs-stock": (20, ()),
+    "expected": (3, ()),
     "memory": (2, ((32, 128),)),
 }
 ON_CUDA = ("full-depth", "exits", "batch")  # the others are about the CPU

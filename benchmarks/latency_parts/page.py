@@ -22,6 +22,7 @@ TITLES = {
     "onnx-int8": "ONNX Runtime, int8: leaving at block k, one row at a time, against k/M of plain int8 export",
     "onnx-batch": "ONNX Runtime: batches whose rows leave at different blocks, against mean exit/M of plain export",
     "int8-vs-stock": "ONNX Runtime, int8, leaving half-way, against stock PyTorch: time over time",
+    "expected": "PyTorch: what a call takes over what the cost model of `calibrate` expects of it",
     "memory": "Peak memory of a fresh process, PyTorch, against stock",
 }
 

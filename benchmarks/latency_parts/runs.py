@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from common import quartiles
 
+from badge_peft import EarlyExitConfig
+from badge_peft.evaluation import measure_latency
+from badge_peft.evaluation.costs import measure_costs
+from badge_peft.model import get_badge_model
 from latency_parts.forced import NOBODY, RULE, Forced, even_exits, exits_of
 from latency_parts.sessions import Sessions, to_numpy
 from latency_parts.turns import Call, Timing, against_base
@@ -24,7 +30,9 @@ DGE = "leaves by DGE"
 FIXED = "leaves at a fixed depth"
 MIXED = "each row leaves on its own"
 TOGETHER = "the batch leaves together"
+EXPECTED = "each row leaves on its own, measured over expected"
 HALF_WAY = "ONNX Runtime int8, leaves half-way"
+_EXPECTED = 24  # rows
 _PAUSE = 0.01  # seconds between two runtimes
 
 Row = dict[str, Any]
@@ -176,6 +184,40 @@ def int8_against_stock(bench: Bench, count: int, length: int) -> list[Row]:
     return [{**row, "times_faster": 1 / row["ratio"]} for row in rows]
 
 
+def expected(bench: Bench, count: int, length: int) -> list[Row]:
+    """Rows leave at blocks 2 to M, one at a time: their time over what the cost model of `calibrate` expects."""
+    model, last = bench.forced.model, bench.last
+    wanted = even_exits(_EXPECTED, last)
+    rows = [{k: v[0] for k, v in bench.batch([k], length, seed=i).items()} for i, k in enumerate(wanted)]
+    report = measure_latency(model, rows, RULE, repeats=bench.rounds)
+    costs = measure_costs(model, rows, count, seconds=5.0)
+    numbers = get_badge_model(model).exit_layers()
+    by_exit = dict(zip(numbers, costs.milliseconds(EarlyExitConfig(**RULE), numbers, last), strict=True))
+    means = np.array([by_exit[k] for k in report.exit_layer])
+    low, _, high = quartiles(np.array(report.times_ms) / means)
+    row = {
+        "base": STOCK,
+        "batch": count,
+        "length": length,
+        "variant": EXPECTED,
+        "forced": sorted(set(wanted)),
+        "as_forced": wanted == report.exit_layer,
+        "mean_exit": report.mean_exit,
+        "blocks": last,
+        "ratio": report.mean_ms / float(means.mean()),
+        "ratio_q1": low,
+        "ratio_q3": high,
+        "p50_ms": report.p50_ms,
+        "p95_ms": report.p95_ms,
+        "base_p50_ms": report.full_depth_p50_ms,
+        "base_p95_ms": report.full_depth_p95_ms,
+        "time_saved": report.speedup_paper,
+        "expected_time_saved": 1 - float(means.mean()) / costs.full_ms,
+        "rounds": bench.rounds,
+    }
+    return [row]
+
+
 RUNS: dict[str, Callable[[Bench, int, int], list[Row]]] = {
     "full-depth": full_depth,
     "exits": exits,
@@ -184,4 +226,5 @@ RUNS: dict[str, Callable[[Bench, int, int], list[Row]]] = {
     "onnx-int8": partial(onnx_exits, int8=True),
     "onnx-batch": onnx_batches,
     "int8-vs-stock": int8_against_stock,
+    "expected": expected,
 }

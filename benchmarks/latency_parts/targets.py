@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from latency_parts.runs import ALL_EXITS, DGE, HALF_WAY, MIXED
+from latency_parts.runs import ALL_EXITS, DGE, EXPECTED, HALF_WAY, MIXED
 
 REACHED = "reached"
 MISSED = "missed"
@@ -127,6 +127,11 @@ TARGETS = [
             ("BERT-base", 1.06, (16,)),
             ("h384", 1.06, (16, 64, 128)),
         )
+    ),
+    *(
+        Target(f"time over what is expected, {what}", "expected", size, bound, EXPECTED, at_least=at_least)
+        for size in _SIZES
+        for what, bound, at_least in (("at most", 1.1, False), ("at least", 0.9, True))
     ),
     *(Target("peak memory at 32 rows", "memory", size, 1.05, batch=32) for size in _SIZES),
 ]
