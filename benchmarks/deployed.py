@@ -97,7 +97,8 @@ def exits_all(it: Classifier, args: argparse.Namespace) -> None:
             if not folder.exists():
                 print(f"== {folder.name}", flush=True)
                 train_exits(it.model(), it.data, folder, seed, kind == "plain", torch.get_num_threads())
-            it.record(f"{kind}{seed}", lambda folder=folder: score_adapter(folder, it.data / "test.jsonl"))
+            pool = it.out / "pools" / f"{folder.name}.safetensors"
+            it.record(f"{kind}{seed}", lambda f=folder, p=pool: score_adapter(f, it.data / "test.jsonl", p))
 
 
 def clock_all(it: Classifier, args: argparse.Namespace) -> None:

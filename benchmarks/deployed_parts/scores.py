@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from badge_peft import EarlyExitConfig
 from badge_peft.evaluation import ExitLogits
@@ -17,12 +20,14 @@ from badge_peft.workflows.settings import Goal
 DROPS = (0.01, 0.005)
 
 
-def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
-    """Scores, agreement and blocks saved on test rows, JSON-able."""
+def score_adapter(folder: Path, test: Path, pool: Path) -> dict[str, Any]:
+    """Scores, agreement and blocks saved on test rows, JSON-able; the logits of validation and test rows go into the
+    file `pool`, which `promises.py` reads."""
     adapter = open_adapter(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found, logits = evaluate_adapter(adapter, adapter.read(test), report["metric"])
     validation = ExitLogits.load(folder / "exit_logits.safetensors")
+    _join(validation, logits, pool)
     own = adapter.badge.get_early_exit_config()
     stored = own.calibration or {}
     costs = CostModel.from_dict(stored["costs"]) if "costs" in stored else None
@@ -56,6 +61,14 @@ def score_adapter(folder: Path, test: Path) -> dict[str, Any]:
         "parameters": report["trainable_parameters"],
         "drops": depths,
     }
+
+
+def _join(validation: ExitLogits, test: ExitLogits, pool: Path) -> None:
+    """Writes both as one, where each row stops by itself."""
+    if validation.texts is None and validation.labels is not None and test.labels is not None:
+        rows = [torch.cat([each.logits for each in (validation, test)]), torch.cat([validation.labels, test.labels])]
+        pool.parent.mkdir(parents=True, exist_ok=True)
+        replace(validation, logits=rows[0], labels=rows[1], uncertainty=None).save(pool)
 
 
 def _fixed(report: dict[str, Any], drop: float) -> EarlyExitConfig:

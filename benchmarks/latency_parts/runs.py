@@ -26,6 +26,7 @@ PLAIN = "plain ONNX export"
 PLAIN_INT8 = "plain int8 ONNX export"
 ALL_EXITS = "full depth, all exits"
 NONE_TAKEN = "early exit, nobody leaves"
+NEVER = "policy never"
 DGE = "leaves by DGE"
 FIXED = "leaves at a fixed depth"
 MIXED = "each row leaves on its own"
@@ -114,7 +115,7 @@ def row_of(case: Case, left: Sequence[int] | None, timing: Timing, blocks: int) 
 
 
 def full_depth(bench: Bench, count: int, length: int) -> list[Row]:
-    """Every exit is computed and nobody leaves."""
+    """Every exit is computed and nobody leaves; with `never` none is computed."""
     batch = bench.batch([bench.last] * count, length)
     model = bench.forced.model
     early = partial(model.early_exit_forward, **batch, **NOBODY)
@@ -126,6 +127,7 @@ def full_depth(bench: Bench, count: int, length: int) -> list[Row]:
             True,
         ),
         Case(NONE_TAKEN, early, [bench.last] * count, True),
+        Case(NEVER, partial(model.early_exit_forward, **batch, policy="never"), [bench.last] * count, True),
     ]
     return bench.torch_rows(cases, batch)
 

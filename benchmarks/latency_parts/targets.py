@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from latency_parts.runs import ALL_EXITS, DGE, EXPECTED, HALF_WAY, MIXED
+from latency_parts.runs import ALL_EXITS, DGE, EXPECTED, HALF_WAY, MIXED, NEVER
 
 REACHED = "reached"
 MISSED = "missed"
@@ -72,6 +72,7 @@ def _full(size: str, *bounds: tuple[int, float]) -> list[Target]:
 TARGETS = [
     *_full("BERT-base", (128, 1.02), (64, 1.03), (16, 1.06)),
     *_full("h384", (128, 1.05), (64, 1.07), (16, 1.12)),
+    *(Target("policy never, 16 to 128 tokens", "full-depth", size, 1.02, NEVER) for size in _SIZES),
     _leaving("PyTorch", "exits", "BERT-base", 1.05, 2, 12, 64, 128),
     _leaving("PyTorch", "exits", "BERT-base", 1.12, 2, 12, 16),
     _leaving("PyTorch", "exits", "h384", 1.12, 2, 12, 64, 128),

@@ -48,6 +48,22 @@ def test_the_page_says_where_no_setting_could_reach_the_target() -> None:
         assert both in truly
 
 
+def test_auto_is_compared_with_the_best_single_policy() -> None:
+    def drew(saved: float, excess: float) -> dict[str, dict[str, list[float]]]:
+        return {"calibrate": {"excess": [excess], "speedup": [saved]}}
+
+    data = {
+        "near/auto/200": drew(0.50, -0.5),
+        "near/entropy/200": drew(0.55, -0.1),
+        "near/max_prob/200": drew(0.90, 0.4),  # loses too much to count
+        "far/auto/200": drew(0.30, -0.5),
+        "far/entropy/200": drew(0.50, -0.1),
+    }
+    text = promises.page(data).split("## Auto against")[1]
+    assert "At least 90% of it: 1 of 2; less: far 200 rows." in text
+    assert "| near | 200 | 50.0% (-0.50) | 55.0% (-0.10) | entropy |" in text
+
+
 def test_a_data_set_is_divided(tmp_path: Path) -> None:
     lines = {"train": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}
     for name, own in lines.items():
