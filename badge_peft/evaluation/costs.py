@@ -3,8 +3,8 @@
     t(stop at block m) = call + m * block + (exits read up to m) * exit
 
 Blocks are not time: reading an exit and deciding at it take a tenth to a third of a small model's block, and what lies
-outside of the blocks (embeddings, head, the call) no exit saves. `measure_costs` fits the three numbers to calls that
-are forced to stop at known blocks.
+outside of the blocks (embeddings, head, the call) no exit saves. `measure_costs` fits these numbers to calls that
+are forced to stop at known blocks, and to the model without exits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from badge_peft.utils.checks import check_int, check_number
 
 Array = np.ndarray
 WORTH = 0.10  # the smallest share of the time worth an early exit
+_LEAST_ROUNDS = 5  # of a few a busy machine spoils all; of long calls fewer batches are timed
 _FEW = 8  # batches that are timed, of lengths spread over those of the rows
 _READ = 2000  # rows among which these are picked
 _NEVER = 2.0  # a probability that no exit reaches
@@ -149,24 +150,36 @@ def measure_costs(model: nn.Module, rows: Any, batch_size: int = 1, seconds: flo
     with evaluating(badge), torch.inference_mode():
         start = time.perf_counter()
         take_turns(runners, batches[:1], warmup=batches[:1])
-        once = (time.perf_counter() - start) / 2 * len(batches)
-        rounds = int(np.clip((seconds - 2 * once / len(batches)) / max(once, 1e-6), 1, 15))
+        once = (time.perf_counter() - start) / 2  # of a batch
+        most = int(np.clip(seconds / (_LEAST_ROUNDS * max(once, 1e-6)), min(2, len(batches)), len(batches)))
+        batches = [batches[int((i + 0.5) * len(batches) / most)] for i in range(most)]
+        rounds = int(np.clip(seconds / (most * max(once, 1e-6)), _LEAST_ROUNDS, 15))
         timed = take_turns(runners, batches, rounds)
     size = np.mean([len(batch["input_ids"]) for batch in batches])
     # the least of the rounds, as `timeit` has it: what else the machine does only ever adds to a time
-    times = 1e3 * np.array([np.min(np.reshape(t.seconds, (len(batches), rounds)), axis=1).mean() for t in timed])
-    (call, block, exit_), _ = nnls(known, times[1:] / size)
+    times = 1e3 * np.array([np.min(np.reshape(t.seconds, (most, rounds)), axis=1).mean() for t in timed])
+    outside, block, exit_, more = fit_parts(known, times / size)
     return CostModel(
-        float(times[0] / size),
-        float(call),
-        float(block),
-        float(exit_),
+        outside + badge.num_blocks * block,
+        outside + more,
+        block,
+        exit_,
         config.carry is not None,
         batch_size,
         torch.get_num_threads(),
         device_name(device),
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
     )
+
+
+def fit_parts(known: Array, times: Array) -> list[float]:
+    """What is outside of the blocks, a block, an exit, and what a call that may exit early takes more.
+
+    Args:
+        known: [D, 4], how many of each a call has.
+        times: [D], of the calls. Their errors are taken to be a share of each.
+    """
+    return [float(x) for x in nnls(known / times[:, None], np.ones(len(times)))[0]]
 
 
 def _batches(badge: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
@@ -180,17 +193,18 @@ def _batches(badge: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
 
 
 def _designs(exits: list[int], adapter: BadgeConfig, num_blocks: int) -> tuple[list[EarlyExitConfig], Array]:
-    """Configs that stop every row at a known block, reading one exit or all of them, and what each does [D, 3]."""
+    """Configs that stop every row at a known block, reading one exit or all of them; and what `fit_parts` takes of the
+    model without exits and of each [D + 1, 4]."""
     linked = adapter.carry is not None
     undecided = EarlyExitConfig(policy="max_prob", threshold=_NEVER)
     if adapter.resolved_problem_type == "regression":
         undecided = EarlyExitConfig(policy="divergence", threshold=0.0)
-    designs, known = [], []
+    designs, known = [], [[1, num_blocks, 0, 0]]
     for m in sorted({exits[0], exits[len(exits) // 2], exits[-1]}):
         upto, own_head = exits.index(m) + 1, m == num_blocks
         if not own_head:  # else full depth, which reads no exit
             designs.append(EarlyExitConfig(policy="fixed_depth", depth=m))
-            known.append([1, m, upto if linked else 1])
+            known.append([1, m, upto if linked else 1, 1])
         designs.append(replace(undecided, max_exit=m))
-        known.append([1, m, upto - own_head])
+        known.append([1, m, upto - own_head, 1])
     return designs, np.array(known, dtype=np.float64)

@@ -8,7 +8,7 @@ import torch
 
 from badge_peft import measure_costs
 from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.evaluation.costs import CostModel
+from badge_peft.evaluation.costs import CostModel, fit_parts
 from badge_peft.evaluation.exit_logits import ExitLogits
 from tests.models import make_badge, make_batch
 
@@ -55,6 +55,18 @@ def test_measured_costs_are_those_of_this_model(fields):
     assert found.full_ms > 0 and min(found.call_ms, found.block_ms, found.exit_ms) >= 0
     assert found.linked == ("carry" in fields) and found.threads == 1 and "torch" in found.machine
     assert CostModel.from_dict(found.to_dict()) == found
+
+
+def test_parts_of_calls_are_told_apart():
+    known = np.array([[1, 6, 0, 0], *([1, m, k, 1] for m in (1, 3, 6) for k in (1, m))])
+    parts = np.array([1.0, 2.0, 0.5, 0.25])
+    assert fit_parts(known, known @ parts) == pytest.approx(parts, rel=1e-3)
+
+
+def test_parts_that_always_come_together_are_right_in_sum():
+    known = np.array([[1, 6, 0, 0], *([1, m, m + 1, 1] for m in (0, 3, 6))])  # each exit that there is, is read
+    times = known @ np.array([1.0, 2.0, 0.5, 0.25])
+    assert known @ fit_parts(known, times) == pytest.approx(times, rel=1e-3)
 
 
 def test_what_cannot_be_measured_is_refused():
