@@ -36,6 +36,7 @@ AUTH = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_niceness": "0",  # as docs/serving.md has it: nice workers get a 30th of a core that others use, too
 }
 SCALING = (
     '{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 0.5, '
