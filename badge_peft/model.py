@@ -335,8 +335,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
     ) -> dict[str, Tensor]:
         names = saved_names(model, adapter_name)
         named = {names.get(name, name): value for name, value in state_dict.items() if name != CONFIG_TENSOR}
+        checkpoint.keep_unread(model, config, adapter_name, named)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
-        mapped = checkpoint.without_unread(config, mapped)
         checkpoint.check_weights(model, config, adapter_name, mapped)
         if config.source is None:  # it has weights already
             _warn_of_others(get_badge_model(model), adapter_name, state_dict)

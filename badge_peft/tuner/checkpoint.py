@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -62,11 +62,9 @@ def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> No
     if found is None:
         config.source = None
         return
-    _compare(
-        _expected_tensors(model, config, layout),
-        {base_name(name): value for name, value in without_unread(config, found).items() if name != CONFIG_TENSOR},
-        _embeddings(model),
-    )
+    named = {base_name(name): value for name, value in found.items() if name != CONFIG_TENSOR}
+    expected = _expected_tensors(model, config, layout)
+    _compare(expected, named, {**_embeddings(model), **_unread(config, expected)})
     if config.weights_hash is not None and weights_hash(found) != config.weights_hash:
         raise ValueError(
             f"the weights in {config.source.path} are not those that its adapter_config.json was saved with: one of "
@@ -83,10 +81,24 @@ def check_weights(model: nn.Module, config: BadgeConfig, adapter_name: str, weig
     _compare(expected, weights, _embeddings(model))
 
 
-def without_unread(config: BadgeConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` without the layer, of the first exit of `past_future`, that older versions saved and none reads."""
+def keep_unread(model: nn.Module, config: BadgeConfig, adapter_name: str, weights: Mapping[str, Tensor]) -> None:
+    """Makes room, as buffers, for the layer of `_unread` where `weights`, under the file's names, have it: it is part
+    of their hash, which ties what was measured to them."""
+    for name, dense in _unread(config, adapter_state_dict(config, adapter_name, model.state_dict())).items():
+        if name.replace(f".badge_exit.{adapter_name}.", ".badge_exit.") in weights:
+            place, _, part = name.rpartition(".")
+            first_exit = model.get_submodule(place.rpartition(".")[0])
+            if not hasattr(first_exit, "imitate"):
+                first_exit.imitate = nn.Module()
+            cast(nn.Module, first_exit.imitate).register_buffer(part, torch.empty_like(dense))
+
+
+def _unread(config: BadgeConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layer of the first exit of `past_future` that older versions saved and none reads: names and shapes."""
     first = 1 if config.exit_layers is None else config.exit_layers[0]
-    return {name: value for name, value in tensors.items() if f".{first}.imitate." not in name}
+    found = {name: t for name, t in expected.items() if ".badge_exit." in name and f".{first}.dense." in name}
+    is_there = config.exit_type == "past_future"
+    return {name.replace(".dense.", ".imitate."): t for name, t in found.items() if is_there}
 
 
 def materialize(model: nn.Module, names: Iterable[str]) -> None:

@@ -12,6 +12,17 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def text_in(value: Any, column: str | None, row: int) -> str:
+    """The text that a data set has in a column; refuses what Python could write as one and nobody would: bytes, lists,
+    objects."""
+    if isinstance(value, (bytes, list, tuple, dict)):
+        raise ValueError(
+            f"row {row} has {type(value).__name__} in column {column!r}, {str(value)[:80]}: store texts as strings, "
+            "or name another column."
+        )
+    return str(value)
+
+
 def check_second_text(reads_pairs: bool, is_pair: bool) -> None:
     """Refuses one text for a model of pairs, which would answer something."""
     if reads_pairs and not is_pair:

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from badge_peft.utils.texts import text_in
 from badge_peft.workflows.columns import (
     Names,
     check_entities,
@@ -83,7 +84,7 @@ class TextDataset:
     def queries(self) -> list[str]:
         """An id of each row's query: what its column says, else its text."""
         ids = self.query_ids or [None] * len(self)
-        return [text if query is None else str(query) for text, query in zip(self.texts, ids, strict=True)]
+        return [text if query in (None, "") else str(query) for text, query in zip(self.texts, ids, strict=True)]
 
     def classes(self) -> list[set[str]]:
         """Of each row what its label is an example of: itself, or the kinds of its entities."""
@@ -164,9 +165,10 @@ def to_examples(
                 (check_entities if words is None else check_tags)(texts[i], labels[i], i + 1)
     elif labels is not None:
         labels = _clean_labels(labels, isinstance(kind, ClassLabel))
+    of_text, of_pair = names["text"], names["text_pair"]
     found = TextDataset(
-        [str(text) if words is None else " ".join(text or []) for text in texts],
-        None if pairs is None else [str(pair) for pair in pairs],
+        [text_in(text, of_text, i) if words is None else " ".join(text or []) for i, text in enumerate(texts, 1)],
+        None if pairs is None else [text_in(pair, of_pair, i) for i, pair in enumerate(pairs, 1)],
         labels,
         None if tagged else getattr(kind, "names", None),
         names,

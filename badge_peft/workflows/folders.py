@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,7 +66,7 @@ def predict_folder(
     outputs = _outputs(folder, out, format)
     answerer = Answerer(answering)
     mark = {"answers": answerer.identity, "format": format, "columns": vars(columns)}
-    todo = {source: output for source, output in outputs.items() if not _is_answered(output, mark)}
+    todo = {source: output for source, output in outputs.items() if not _is_answered(source, output, mark)}
     sources = [str(source.resolve()) for source in todo]
     files = TextFiles(sources, format, columns, answerer.columns, answerer.tokens, answerer.by_query)
     for number in range(len(todo)):
@@ -79,7 +80,7 @@ def predict_folder(
         with closing(answer_files(files, answering, workers)) as chunks:
             for number, own in groupby(_checked(chunks, files), key=lambda chunk: chunk["file"]):
                 places[number].parent.mkdir(parents=True, exist_ok=True)
-                for rows in _write(places[number], own, mark):
+                for rows in _write(places[number], own, {**mark, "source": _hash(sources[number])}):
                     report.rows += rows
                     bar.set_postfix(rows=report.rows)
                 report.files += 1
@@ -114,18 +115,32 @@ def _outputs(folder: Path, out: Path, format: str | None) -> dict[Path, Path]:
     return found
 
 
-def _is_answered(output: Path, mark: dict[str, Any]) -> bool:
-    """Whether `output` is there, written with the same adapter and settings."""
+def _is_answered(source: Path, output: Path, mark: dict[str, Any]) -> bool:
+    """Whether `output` is there, written of the same texts with the same adapter and settings."""
     if not output.exists():
         return False
     try:
         found = (pq.read_schema(output).metadata or {}).get(_MARK)
     except (pa.ArrowInvalid, OSError):
         found = None
-    if found is None or json.loads(found) != json.loads(json.dumps(mark)):
+    there = {} if found is None else json.loads(found)
+    texts = there.pop("source", None)
+    what = None
+    if there != json.loads(json.dumps(mark)):
         what = "was not written by this command" if found is None else "has answers of another adapter or setting"
+    elif texts != _hash(source):
+        what = f"has answers of {source} as it was before it was changed"
+    if what is not None:
         raise ValueError(f"{output} {what}: name another folder for the answers, or remove it.")
     return True
+
+
+def _hash(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _check(files: TextFiles, number: int) -> None:

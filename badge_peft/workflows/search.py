@@ -30,6 +30,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.training import cache_states
 from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.training.preflight import TrainingStopped
+from badge_peft.tuner.fingerprint import fingerprint
 from badge_peft.workflows.base_model import Base, add_exits
 from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.fit import collator, train_exits
@@ -77,7 +78,7 @@ class Search:
             raise ValueError(f"{len(rows)} training rows are too few for a search: leave --trials out.")
         asked = {name: value for name, value in settings.to_dict().items() if name not in _NOT_OF_STUDY}
         labels = list(rows["labels"]) if "labels" in rows.column_names else None
-        identity = [model_name, asked, labels, [text.hex() for text in texts]]
+        identity = [model_name, fingerprint(base.model), asked, labels, [text.hex() for text in texts]]
         self._identity = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()
 
     def choose_form(

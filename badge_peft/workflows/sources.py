@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count, zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from badge_peft.utils.paths import is_local
+from badge_peft.workflows.columns import QUERY_ID_NAMES
 
 FORMATS = {
     ".csv": "csv",
@@ -103,7 +104,10 @@ def _read_csv(files: Iterable[str | Path]) -> Dataset:
                     raise ValueError(f"its files have different columns: {', '.join(columns)}, and {', '.join(row)}.")
                 for name, value in row.items():
                     columns[name].append(value or None)
-    return Dataset.from_dict({name: numbers_of(values) for name, values in columns.items()})
+    return Dataset.from_dict(
+        # an id such as 1.10 is no number either
+        {name: values if name.lower() in QUERY_ID_NAMES else numbers_of(values) for name, values in columns.items()}
+    )
 
 
 @contextmanager
@@ -156,25 +160,23 @@ def numbers_of(values: list[str | None]) -> list[Any]:
 
 
 def _rows(header: str, file: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
-    ended = False
-
-    def lines() -> Iterator[str]:
-        nonlocal ended
-        yield header
-        yield from file
-        ended = True
-
-    reader = csv.reader(lines(), delimiter=delimiter)
-    names = _unique(next(reader, []))
-    for number, row in enumerate(filter(None, reader), start=1):
-        if ended:  # the reader has asked for more in the middle of a value
-            raise ValueError(f'row {number} begins a quote (") that does not end: close it, or write "" for a quote.')
-        if len(row) > len(names):  # a text would lose what is behind its comma
-            raise ValueError(
-                f"row {number} has {len(row)} values, and the columns are {', '.join(names)}: put a text with "
-                f"{delimiter!r} in it in quotes."
-            )
-        yield dict(zip_longest(names, row))
+    # strict: else a text that merely begins with a quote would lose it, or take in the rows up to the next one
+    reader = csv.reader(chain([header], file), delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        names = _unique(next(reader, []))
+        for number, row in enumerate(filter(None, reader), start=1):
+            if len(row) > len(names):  # a text would lose what is behind its comma
+                raise ValueError(
+                    f"row {number} has {len(row)} values, and the columns are {', '.join(names)}: put a text with "
+                    f"{delimiter!r} in it in quotes."
+                )
+            yield dict(zip_longest(names, row))
+    except csv.Error as error:
+        raise ValueError(
+            f'row {number + 1} cannot be read: {error}. A value that begins with a quote (") ends with one, and has '
+            '"" for each of its own.'
+        ) from error
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pyarrow import ArrowInvalid
 from pyarrow.parquet import ParquetFile
 
 from badge_peft.utils.checks import check_choice
-from badge_peft.utils.texts import whole
+from badge_peft.utils.texts import text_in, whole
 from badge_peft.workflows.columns import Names, find_columns, find_words
 from badge_peft.workflows.settings import TextColumns
 from badge_peft.workflows.sources import lines_of, open_rows, open_text, suffix_of
@@ -90,7 +90,7 @@ def _pairs(
         if isinstance(value, list):
             yield _words(value, number, str(text), tokens), None
             continue
-        found = whole(str(value)), None if pair is None else whole(str(row[pair]))
+        found = whole(text_in(value, text, number)), None if pair is None else whole(text_in(row[pair], pair, number))
         yield (*found, _query(row, query, found[0])) if by_query else found
 
 

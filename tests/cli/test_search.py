@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from badge_peft import ExitLogits, exit_scores, sweep
 from badge_peft.training.preflight import TrainingStopped
@@ -83,6 +84,13 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
     one_line(
         train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True), "holds the trials of another"
     )
+    weights = place / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    try:  # a model that was trained again, in its place
+        one_line(train(cli, place, out, "--trials", 4, "--overwrite", fails=True), "holds the trials of another model")
+    finally:
+        weights.write_bytes(kept)
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from badge_peft.evaluation import calibrate, collect_exit_logits
 from tests.models import make_badge, make_model
@@ -30,3 +33,10 @@ def save_adapter(folder: Path, num_labels: int = 2, **changes: Any) -> Path:
     for part in (model, tokenizer):
         part.save_pretrained(folder / "adapter")
     return folder / "adapter"
+
+
+def close(found: Sequence[Any], expected: Sequence[Any], within: float = 1e-4) -> bool:
+    """Whether these are the answers to the texts, and not to others: scores of a random model tell texts apart."""
+    return [(a["label"], a["exit_layer"]) for a in found] == [(a["label"], a["exit_layer"]) for a in expected] and [
+        a["score"] for a in found
+    ] == pytest.approx([a["score"] for a in expected], abs=within)

@@ -15,8 +15,8 @@ pytest.importorskip("ray", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="the extra `serve` is not installed")
 
 from badge_peft import pipeline  # noqa: E402
-from tests.serving.adapters import save_adapter  # noqa: E402
-from tests.serving.running import Running, close  # noqa: E402
+from tests.serving.adapters import close, save_adapter  # noqa: E402
+from tests.serving.running import Running  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # two minutes of two cores

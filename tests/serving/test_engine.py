@@ -19,7 +19,7 @@ from badge_peft.serving.batching import Work, answer_together  # noqa: E402
 from badge_peft.serving.engine import Engine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
 from badge_peft.serving.settings import MAIN  # noqa: E402
-from tests.serving.adapters import NAMES, save_adapter  # noqa: E402
+from tests.serving.adapters import NAMES, close, save_adapter  # noqa: E402
 from tests.texts import sentences  # noqa: E402
 
 TEXTS = [text for text, _ in sentences(12, seed=5)]
@@ -35,11 +35,6 @@ def engine(folder):
     return Engine(str(folder), threads=1, batch_size=4)
 
 
-def close(found, expected):
-    assert [(a["label"], a["exit_layer"]) for a in found] == [(a["label"], a["exit_layer"]) for a in expected]
-    assert [a["score"] for a in found] == pytest.approx([a["score"] for a in expected], abs=1e-5)
-
-
 def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
     works = [
         Work([(text, None) for text in TEXTS[:5]]),
@@ -48,9 +43,9 @@ def test_each_request_of_a_batch_gets_the_pipelines_answers(engine, folder):
     ]
     results = answer_together(engine, works, engine.configs)
     alone = pipeline(model=str(folder))
-    close(results[0], alone(TEXTS[:5]))
-    close(results[1], [alone({"text": TEXTS[5], "text_pair": TEXTS[6]})])
-    close(results[2], alone([TEXTS[7]], max_exit=1))
+    assert close(results[0], alone(TEXTS[:5]), 1e-5)
+    assert close(results[1], [alone({"text": TEXTS[5], "text_pair": TEXTS[6]})], 1e-5)
+    assert close(results[2], alone([TEXTS[7]], max_exit=1), 1e-5)
     assert results[2][0]["exit_layer"] <= 1
 
 
@@ -105,7 +100,7 @@ def test_one_request_that_fails_fails_alone(engine, monkeypatch):
     results = answer_together(engine, works, engine.configs)
     assert isinstance(results[1], RuntimeError)
     for i in (0, 2):
-        close(results[i], whole(works[i].rows, engine.configs))
+        assert close(results[i], whole(works[i].rows, engine.configs), 1e-5)
 
 
 def test_the_setting_of_the_call_counts(engine):
@@ -137,7 +132,7 @@ def test_many_tasks(folder):
     rows = [(text, None) for text in TEXTS[:3]]
     both = engine.predict(rows, engine.configs, ("one", "two"))
     assert [set(answer) for answer in both] == [{"one", "two"}] * 3
-    close([a["two"] for a in both], [a["two"] for a in engine.predict(rows, engine.configs, ("two",))])
+    assert close([a["two"] for a in both], [a["two"] for a in engine.predict(rows, engine.configs, ("two",))], 1e-5)
     assert engine.shadow("two", rows, engine.configs["two"])["exit_layer"] == [a["two"]["exit_layer"] for a in both]
 
 

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+pytest.importorskip("anyio", reason="the extra `serve` is not installed")
 pytest.importorskip("pydantic", reason="the extra `serve` is not installed")
 
 from badge_peft.serving.front import Front, set_front  # noqa: E402
@@ -158,42 +159,38 @@ def front():
     set_front(Limits(), lambda path, status: None)
 
 
-def test_a_body_that_does_not_come_is_given_up(front):
-    async def scene():
-        front(body_seconds=0.05)
-        slow, read = Client(), []
-        slow.sends(b"1")
-        slow.starts(answering(200, read))
-        await asyncio.wait_for(slow.task, 10)
-        assert slow.status == 408 and slow.headers[b"connection"] == b"close" and read == []
-
-    asyncio.run(scene())
+@pytest.mark.anyio
+async def test_a_body_that_does_not_come_is_given_up(front):
+    front(body_seconds=0.05)
+    slow, read = Client(), []
+    slow.sends(b"1")
+    slow.starts(answering(200, read))
+    await asyncio.wait_for(slow.task, 10)
+    assert slow.status == 408 and slow.headers[b"connection"] == b"close" and read == []
 
 
-def test_bodies_together_are_bounded_and_small_ones_pass(front):
-    async def scene():
-        front(body_bytes=100)  # so 1600 of all
-        large, small, read = [Client() for _ in range(30)], Client(), []
-        for client in large:
-            client.sends(b"x" * 99)
-            client.starts(answering(200, read))
-        await asyncio.sleep(0)
-        await asyncio.wait([client.task for client in large], timeout=0.1)
-        refused = [client for client in large if client.status is not None]
-        assert {client.status for client in refused} == {429} and refused[0].headers[b"retry-after"] == b"1"
-        assert 99 * (len(large) - len(refused)) <= 1600
-        small.sends(b"small", more=False)
-        small.starts(answering(200, read))
-        await small.task
-        assert small.status == 200
-        for client in large:
-            if client not in refused:
-                client.parts.put_nowait({"type": "http.disconnect"})
-                await client.task
-        again = Client()  # what they held is free again
-        again.sends(b"x" * 99, more=False)
-        again.starts(answering(200, read))
-        await again.task
-        assert again.status == 200 and read == [b"small", b"x" * 99]
-
-    asyncio.run(scene())
+@pytest.mark.anyio
+async def test_bodies_together_are_bounded_and_small_ones_pass(front):
+    front(body_bytes=100)  # so 1600 of all
+    large, small, read = [Client() for _ in range(30)], Client(), []
+    for client in large:
+        client.sends(b"x" * 99)
+        client.starts(answering(200, read))
+    await asyncio.sleep(0)
+    await asyncio.wait([client.task for client in large], timeout=0.1)
+    refused = [client for client in large if client.status is not None]
+    assert {client.status for client in refused} == {429} and refused[0].headers[b"retry-after"] == b"1"
+    assert 99 * (len(large) - len(refused)) <= 1600
+    small.sends(b"small", more=False)
+    small.starts(answering(200, read))
+    await small.task
+    assert small.status == 200
+    for client in large:
+        if client not in refused:
+            client.parts.put_nowait({"type": "http.disconnect"})
+            await client.task
+    again = Client()  # what they held is free again
+    again.sends(b"x" * 99, more=False)
+    again.starts(answering(200, read))
+    await again.task
+    assert again.status == 200 and read == [b"small", b"x" * 99]

@@ -18,7 +18,7 @@ from badge_peft.serving.fixed_policy import FixedPolicy
 from badge_peft.serving.onnx_engine import OnnxEngine  # noqa: E402
 from badge_peft.serving.requests import RequestError  # noqa: E402
 from badge_peft.serving.settings import MAIN  # noqa: E402
-from tests.serving.adapters import save_adapter  # noqa: E402
+from tests.serving.adapters import close, save_adapter  # noqa: E402
 from tests.texts import make_tokenizer, sentences  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_translation")
@@ -40,11 +40,6 @@ def engines(folder, tmp_path_factory):
     return OnnxEngine(str(place), threads=1, batch_size=4), Engine(str(folder), batch_size=4)
 
 
-def close(found, expected):
-    assert [(a["label"], a["exit_layer"]) for a in found] == [(a["label"], a["exit_layer"]) for a in expected]
-    assert [a["score"] for a in found] == pytest.approx([a["score"] for a in expected], abs=1e-4)
-
-
 def test_a_file_answers_as_the_adapter_whatever_the_threshold(engines):
     file, adapter = engines
     assert file.configs == {MAIN: RULE} and file.problems == adapter.problems and file.labels == adapter.labels
@@ -53,7 +48,7 @@ def test_a_file_answers_as_the_adapter_whatever_the_threshold(engines):
         config = replace(RULE, threshold=threshold)
         file.checks()(MAIN, config)
         found.append(file.predict(ROWS, {MAIN: config}))
-        close(found[-1], adapter.predict(ROWS, {MAIN: config}))
+        assert close(found[-1], adapter.predict(ROWS, {MAIN: config}))
     assert found[0] != found[-1]
 
 
@@ -72,7 +67,7 @@ def test_a_row_in_int8_is_answered_as_alone(folder, tmp_path):
 def test_a_file_goes_to_full_depth(engines):
     file, adapter = engines
     never = {MAIN: EarlyExitConfig(policy="never")}
-    close(file.predict(ROWS, never), adapter.predict(ROWS, never))
+    assert close(file.predict(ROWS, never), adapter.predict(ROWS, never))
 
 
 def test_shadow_rows_are_those_of_the_adapter(engines):
@@ -135,7 +130,7 @@ def test_many_tasks_in_one_file(folder, tmp_path):
     for own in (file.configs, {**file.configs, "one": EarlyExitConfig(policy="entropy", threshold=0.68)}):
         found, expected = (engine.predict(ROWS, own, ("one", "two")) for engine in (file, adapters))
         for task in file.tasks:
-            close([answer[task] for answer in found], [answer[task] for answer in expected])
+            assert close([answer[task] for answer in found], [answer[task] for answer in expected])
     assert [set(answer) for answer in file.predict(ROWS, file.configs, ("two",))] == [{"two"}] * len(ROWS)
     alone = file.predict(ROWS[:4], file.configs, ("two",))
     said = file.shadow("two", ROWS[:4], file.configs["two"])

@@ -46,6 +46,31 @@ def test_model_file_and_config_have_one_hash(fields, tmp_path):
     assert found == weights_hash(get_peft_model_state_dict(PeftModel.from_pretrained(make_model(), tmp_path)))
 
 
+def test_what_was_measured_on_an_older_past_future_adapter_stays_its_own(tmp_path):
+    """Its first exit had a layer that nothing reads: part of the hash that its calibration was recorded with."""
+    model = trained(
+        exit_type="past_future", final_exit="exit", early_exit={"threshold": 0.3, "calibration": {"rows": 9}}
+    )
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    second = {name: value for name, value in tensors.items() if ".2.imitate." in name}
+    assert len(second) == 2
+    for name, value in second.items():
+        tensors[name.replace(".1.badge_exit.2.", ".0.badge_exit.1.")] = value.clone()
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["weights_hash"] = config["early_exit"]["calibration"]["weights_hash"] = old = weights_hash(tensors)
+    save_file(tensors, tmp_path / FILE)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert loaded.base_model.weights_hash() == old
+    assert not any(".1.imitate." in name for name, _ in loaded.named_parameters())  # which would get no gradient
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert again["weights_hash"] == again["early_exit"]["calibration"]["weights_hash"] == old
+    batch = make_batch()
+    assert exits_of(loaded.eval(), batch).equal(exits_of(model.eval(), batch))
+
+
 def test_config_inside_of_the_weights(tmp_path):
     model = trained(placement="ffn", early_exit={"threshold": 0.3})
     model.save_pretrained(tmp_path)

@@ -285,5 +285,5 @@ def test_columns_as_they_were_in_training(tmp_path: Path) -> None:
 
 
 def test_a_row_without_a_query_id_belongs_to_the_query_of_its_text() -> None:
-    rows = TextDataset(["a", "b", "b", "c"], ["x", "y", "z", "w"], query_ids=["q1", None, None, None])
+    rows = TextDataset(["a", "b", "b", "c"], ["x", "y", "z", "w"], query_ids=["q1", None, "", None])
     assert rows.queries() == ["q1", "b", "b", "c"]

@@ -6,9 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from badge_peft.workflows.data import read_examples
+from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import numbers_of, read_source
 from badge_peft.workflows.stream import read_texts
 
@@ -34,7 +37,11 @@ def test_both_find_the_same_texts(content: str, tmp_path: Path) -> None:
     [
         ("text\na film, and more\nthe plot\n", "row 1 has 2 values, and the columns are text: .*','.* in quotes"),
         ("text,label\na film,good\nthe plot, and more,good\n", "row 2 has 3 values"),
-        ('text,n\na film,1\n"the plot,2\nmore,3\n', "row 2 begins a quote"),
+        ('text,n\na film,1\n"the plot,2\nmore,3\n', "row 2 cannot be read: unexpected end.* begins with a quote"),
+        # quotes that mean nothing, as in many tsv files: the second row would be part of the first one's text
+        ('text\tlabel\n"He said hello\t0\nShe said "hi"\t1\n', "row 1 cannot be read: .* begins with a quote"),
+        ('text,n\na film,1\n"Good", she said,1\n', "row 2 has 3 values"),
+        ('text,n\na film,1\n"Good" she said,1\n', "row 2 cannot be read"),
     ],
 )
 def test_a_row_that_lacks_its_quotes_loses_nothing_in_silence(content: str, message: str, tmp_path: Path) -> None:
@@ -55,6 +62,28 @@ def test_a_folder_is_read_as_its_files(name: str, delimiter: str, tmp_path: Path
         found = read_examples(place)
         assert found.texts == ["NA", "None", "a film"] and found.labels == ["NA", "US", "NA"]
         assert read_source(place)["train"]["note"][:] == ["007", "7", "7"]
+
+
+@pytest.mark.parametrize(
+    ("value", "column"),
+    [(b"a film", "text"), ({"en": "a film"}, "text"), (b"a film", "text_pair"), (["a film"], "text_pair")],
+)
+def test_what_is_no_text_is_not_read_as_one(value: Any, column: str, tmp_path: Path) -> None:
+    """Bytes, as older writers of parquet leave them, would be the text "b'a film'"."""
+    rows = pa.Table.from_pylist([{"text": "a film", "text_pair": "a plot", column: value}])
+    pq.write_table(rows, tmp_path / "f.parquet")
+    columns = Columns(text_column="text", text_pair_column="text_pair")
+    with pytest.raises(ValueError, match=rf"row 1 has .* in column '{column}'"):
+        list(read_texts(str(tmp_path / "f.parquet"), columns=columns))
+    with pytest.raises(ValueError, match=rf"row 1 has {type(value).__name__} in column '{column}'.*store texts as"):
+        read_examples(tmp_path / "f.parquet", columns)
+
+
+def test_ids_that_look_like_fractions_stay_apart(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("query_id,query,document,label\n1.1,a,x,0.5\n1.10,a,y,0.50\n")
+    rows = read_examples(tmp_path / "f.csv")
+    assert rows.queries() == ["1.1", "1.10"] and rows.labels == [0.5, 0.5]
+    assert [row[2] for row in read_texts(str(tmp_path / "f.csv"), by_query=True)] == rows.queries()
 
 
 def test_files_of_a_folder_with_other_columns(tmp_path: Path) -> None:
