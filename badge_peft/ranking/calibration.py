@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
@@ -255,9 +256,7 @@ def check_queries(queries: int, keep: float, confidence: float) -> int:
 def is_rare(losses: int, n: int, alpha: float, confidence: float) -> bool:
     """Whether so few losses among n reject "a loss has a probability of at least alpha": P(Bin(n, alpha) <= losses) is
     at most 1 - confidence."""
-    log_choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(losses + 1)]
-    chances = [c + i * math.log(alpha) + (n - i) * math.log1p(-alpha) for i, c in enumerate(log_choose)]
-    return sum(map(math.exp, chances)) <= 1 - confidence
+    return bool(binom.cdf(losses, n, alpha) <= 1 - confidence)
 
 
 def queries_needed(keep: float, confidence: float) -> int:

@@ -10,8 +10,9 @@ import torch
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_onnx
-from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
+from badge_peft.export.pieces import ALONE
+from badge_peft.export.sliced import assemble
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
 from tests.models import LINKS, exits_of, make_badge, make_batch, make_model
 
@@ -36,11 +37,11 @@ def test_the_file_answers_as_the_model(link, kind):
         if labels_are_safe(logits):
             break
     exporter = OnnxExporter(model, mixed_rule(logits, exits))
-    graph = assemble(exporter.pieces, exporter.decision, int8=False)
+    graph = assemble(exporter.pieces, exporter.decisions, int8=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-    tau = exporter.decision.threshold
+    tau = exporter.decisions[ALONE].threshold
     for rows, factor in ((7, 1.0), (7, 0.8), (1, 1.0)):
         fields = {name: tensor[:rows] for name, tensor in batch.items()}
         wanted = early_exit_forward(model, **fields, policy="entropy", threshold=tau * factor)

@@ -22,10 +22,11 @@ import torch
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
-from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
+from badge_peft.export.pieces import ALONE
 from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.policies import Decision
+from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
 from tests.decoders import make_decoder
@@ -113,8 +114,9 @@ def test_every_backbone(case):
     assert model.base_model.num_blocks == blocks
     badge = model.base_model
     exits = badge.exit_layers()
-    pieces = export_blocks(badge, set(exits), exits[-1])
-    whole = assemble(pieces, Decision(build_policy(policy="never"), exits, LABELS, SINGLE), int8=False)
+    pieces = export_blocks(badge, {(ALONE,): set(exits)})
+    never = Decision(build_policy(policy="never"), exits, LABELS, SINGLE)
+    whole = assemble(pieces, {ALONE: never}, int8=False)
     assert stored_numbers(whole.graph) <= sum(weight.numel() for weight in badge.parameters())
     batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
     # a first position that is padding sees nothing but padding in ModernBERT's windows: its state is up to the kernel
@@ -126,7 +128,7 @@ def test_every_backbone(case):
             logits, doubts = batches[0][1], model(**batches[0][0]).exit_uncertainty
         rule = with_threshold(rule, logits, exits, 0.4, doubts)
         decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
-        session = session_of(assemble(pieces, decision, int8=False))
+        session = session_of(assemble(pieces, {ALONE: decision}, int8=False))
         for batch, _ in batches[: 3 if i < 2 else 1]:
             wanted = early_exit_forward(model, **batch, **rule)
             answers, exit_layer = run(session, batch, threshold=rule.get("threshold"), patience=rule.get("patience"))

@@ -9,7 +9,7 @@ pytest.importorskip("onnxscript")
 import torch
 
 from badge_peft.export import trace
-from badge_peft.export.structure import structure_of
+from badge_peft.export.trace import structure_of
 from tests.models import make_badge, make_model
 
 
@@ -56,7 +56,7 @@ def test_like_blocks_are_translated_once(monkeypatch, case, times) -> None:
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: calls.append(1) or export(*args, **kwargs))
     blocks = 3 if case == "bert" else 5
     model = make_badge(case, base=make_model(case, num_hidden_layers=blocks)).base_model
-    pieces = trace.export_blocks(model, {blocks}, blocks)
+    pieces = trace.export_blocks(model, {("",): {blocks}})
     assert len(calls) == times and list(pieces.graphs) == list(range(blocks + 1))
     if case == "bert":
         names = [{*graph.initializers} for graph in pieces.graphs.values()]

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxTasksModel, export_tasks_onnx
-from badge_peft.export.assemble import assemble
-from badge_peft.export.policies import Decision
-from badge_peft.export.task_groups import grouped
+from badge_peft.export.policies import Decision, grouped
+from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
 from tests.models import make_badge, make_batch, make_model, shake
@@ -55,7 +54,7 @@ def cut() -> tuple[Any, Any]:
         model.add_adapter(name, BadgeConfig(r=4, num_labels=LABELS[name], final_exit="exit"))
         shake(model, seed=seed, only=f".{name}.")
     model.eval()
-    return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}}, 3)
+    return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}})
 
 
 _SHARED: list[Any] = []
