@@ -86,14 +86,8 @@ def _checked(buckets: Sequence[int], limit: int) -> list[int]:
 
 
 class CompiledBlocks:
-    """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns.
-
-    Args:
-        buckets: Lengths, increasing.
-        pad_token: Token that fills `input_ids` up.
-        options: For `torch.compile`.
-        unfilled: Inputs of the model that are never filled up.
-    """
+    """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns. `unfilled` are inputs of the
+    model that are never filled up."""
 
     def __init__(
         self, buckets: list[int], pad_token: int, options: dict[str, Any], unfilled: frozenset[str] = frozenset()

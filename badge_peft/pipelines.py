@@ -40,6 +40,7 @@ class _ExitRules:
     """What the pipelines of models that exit early have in common: the arguments that say how they stop."""
 
     model: Any
+    tasks: Sequence[Any] = (None,)  # names of adapters; None: the active one
 
     def check_model_type(self, supported_models: Any) -> None:
         """A PEFT model is none of the classes that transformers lists here: what counts is the adapter."""
@@ -61,12 +62,16 @@ class _ExitRules:
         preprocess, forward, postprocess = super_._sanitize_parameters(**kwargs)
         return preprocess, {**forward, **given}, postprocess
 
-    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> Any:
-        """How a call stops."""
-        config = get_badge_model(self.model).get_early_exit_config()
+    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> dict[Any, EarlyExitConfig]:
+        """How a call stops, task by task."""
+        configs = {task: get_badge_model(self.model).get_early_exit_config(task) for task in self.tasks}
         for given, fields in (at_start, of_call):
-            config = EarlyExitConfig.of(config if given is None else given, **fields)
-        return config
+            each = {None: given} if None in configs else config_of_each(given, self.tasks)
+            configs = {
+                task: EarlyExitConfig.of(own if each[task] is None else each[task], **fields)
+                for task, own in configs.items()
+            }
+        return configs
 
 
 class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore[misc]  # typed for every pipeline
@@ -84,13 +89,12 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]  # named as above
         """Refuses one text where an adapter was trained on pairs."""
         badge = get_badge_model(self.model)
-        names: Any = getattr(self, "tasks", [None])
         is_pair = not isinstance(inputs, str) and not (isinstance(inputs, dict) and inputs.get("text_pair") is None)
-        check_second_text(any(badge.config_of(name).reads_pairs for name in names), is_pair)
+        check_second_text(any(badge.config_of(task).reads_pairs for task in self.tasks), is_pair)
         return super().preprocess(inputs, **tokenizer_kwargs)
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
-        return early_exit_forward(self.model, early_exit_config=self._rule(**rule), **model_inputs)
+        return early_exit_forward(self.model, early_exit_config=self._rule(**rule)[None], **model_inputs)
 
     def postprocess(  # type: ignore[override]  # transformers types it for any pipeline
         self, model_outputs: Any, function_to_apply: Any = None, **kwargs: Any
@@ -138,7 +142,7 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
 
     def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]  # typed for any
         inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
-        output = early_exit_forward(self.model, early_exit_config=self._rule(**rule), **inputs)
+        output = early_exit_forward(self.model, early_exit_config=self._rule(**rule)[None], **inputs)
         exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
         return {**dict.fromkeys(_BESIDE), **model_inputs, "logits": output.logits, **exits}
 
@@ -185,14 +189,6 @@ class MultiTaskPipeline(EarlyExitPipeline):
                     "model.early_exit_forward(**batch, tasks=[...]), or leave it out of tasks."
                 )
 
-    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> dict[str, EarlyExitConfig]:
-        """How a call stops, task by task."""
-        configs = {task: get_badge_model(self.model).get_early_exit_config(task) for task in self.tasks}
-        for given, fields in (at_start, of_call):
-            each = config_of_each(given, self.tasks)
-            configs = {task: EarlyExitConfig.of(each[task] or own, **fields) for task, own in configs.items()}
-        return configs
-
     def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]  # typed for any
         output = early_exit_forward(self.model, tasks=self.tasks, early_exit_config=self._rule(**rule), **model_inputs)
         # transformers takes a batch apart where all values are tensors
@@ -202,11 +198,8 @@ class MultiTaskPipeline(EarlyExitPipeline):
         self, model_outputs: dict[tuple[str, str], Tensor], function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answers of one text, by task."""
-        found = {}
-        for task in self.tasks:
-            outputs = {name: model_outputs[task, name] for name in ("logits", "exit_layer")}
-            found[task] = self._answer(task, outputs, function_to_apply, **kwargs)
-        return found
+        each = {task: {n: model_outputs[task, n] for n in ("logits", "exit_layer")} for task in self.tasks}
+        return {task: self._answer(task, own, function_to_apply, **kwargs) for task, own in each.items()}
 
 
 def pipeline(

@@ -33,13 +33,8 @@ ANSWERS = ("answer", "exit_layer")
 
 
 class Chain:
-    """Puts pieces into a graph one after another.
-
-    Args:
-        decisions: By task; of a file of one task, that of `ALONE`.
-        inputs: Of the graph; each has a row per input.
-        per_row: Names of these, and of what the embeddings share, that have one row per input.
-    """
+    """Puts pieces into a graph one after another. `decisions` are by task; `inputs` have a row per input, as have the
+    values named in `per_row`, of these and of what the embeddings share."""
 
     def __init__(self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str]) -> None:
         self.decisions, self.per_row = dict(decisions), per_row

@@ -112,10 +112,7 @@ def export_tasks_onnx(
         PyTorch's on random rows (float32 files).
 
     Raises:
-        ModuleNotFoundError: the extra `onnx` is not installed.
-        ImportError: torch is older than 2.8.
-        ValueError: tasks that cannot share a pass, what `export_onnx` refuses, or a file above 2 GB.
-        RuntimeError: the file does not answer as the model does. Nothing is written then.
+        ValueError: tasks that cannot share a pass; and what `export_onnx` raises.
     """
     names = list(get_badge_model(model).peft_config) if tasks is None else list(tasks)
     exporter = OnnxExporter(model, early_exit_config, tasks=names, progress=progress)

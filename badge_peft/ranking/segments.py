@@ -10,7 +10,7 @@ slices. That takes longer, as each call computes the embeddings again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -40,19 +40,12 @@ _COPIES = 4  # of the states of all candidates, while embeddings are computed
 
 @dataclass
 class RankedCandidates:
-    """What came of the candidates of a query.
+    """What came of the candidates of a query."""
 
-    Args:
-        scores: [N] float32, of the exit at which each stopped.
-        exit_layer: [N], the block that answered.
-        left: Block number of each exit at which candidates could leave -> how many went on behind it.
-        non_finite: [N] bool, the candidates with a score that was NaN or infinite where it was looked at.
-    """
-
-    scores: Array
-    exit_layer: Array
-    left: dict[int, int]
-    non_finite: Array
+    scores: Array  # [N] float32, of the exit at which each stopped
+    exit_layer: Array  # [N], the block that answered
+    left: dict[int, int]  # block number of each exit at which candidates could leave -> how many went on behind it
+    non_finite: Array  # [N] bool, those with a score that was NaN or infinite where it was looked at
 
 
 class SegmentPass(BlockPass):
@@ -95,12 +88,7 @@ class CandidatePass:
     in a block at once."""
 
     def __init__(
-        self,
-        badge: BadgeModel,
-        rows: list[dict[str, Any]],
-        policy: ExitPolicy,
-        batch_size: int,
-        max_state_bytes: int,
+        self, badge: BadgeModel, rows: list[dict[str, Any]], policy: ExitPolicy, batch_size: int, max_state_bytes: int
     ) -> None:
         self.badge, self.rows, self.policy = badge, rows, policy
         self.batch_size, self.max_state_bytes = batch_size, max_state_bytes
@@ -183,7 +171,8 @@ class CandidatePass:
         computed, too, as deeper exits build on them."""
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         before_segment = self._store.names()  # what is new in it, later slices do not have
-        for place, rows in self._slices(active):
+        for place in range(0, len(active), self.batch_size):
+            rows = active[place : place + self.batch_size].tolist()
             batch = self._batch(rows)
             reader = exit_reader(self.badge, self.exits, batch)
             reader.state.left = self._store.get(rows, before_segment)
@@ -208,8 +197,3 @@ class CandidatePass:
         batch = pad_features([self.rows[i] for i in rows], self.badge.model)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return decoder_arguments(self.badge.model, batch, len(rows))
-
-    def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
-        """Where each slice begins, and its candidates."""
-        for place in range(0, len(active), self.batch_size):
-            yield place, active[place : place + self.batch_size].tolist()

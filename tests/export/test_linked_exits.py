@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.pieces import ALONE
 from badge_peft.export.sliced import assemble
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
+from tests.export.table import session_of
 from tests.models import LINKS, exits_of, make_badge, make_batch, make_model
 
 FORMS = [
@@ -37,10 +37,7 @@ def test_the_file_answers_as_the_model(link, kind):
         if labels_are_safe(logits):
             break
     exporter = OnnxExporter(model, mixed_rule(logits, exits))
-    graph = assemble(exporter.pieces, exporter.decisions, int8=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    session = session_of(assemble(exporter.pieces, exporter.decisions, int8=False))
     tau = exporter.decisions[ALONE].threshold
     for rows, factor in ((7, 1.0), (7, 0.8), (1, 1.0)):
         fields = {name: tensor[:rows] for name, tensor in batch.items()}

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from scipy.special import softmax
 
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
@@ -32,6 +33,7 @@ from badge_peft.tuner import lora
 from tests.decoders import make_decoder
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
+from tests.export.table import session_of
 from tests.models import CASES, LABELS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
 from tests.texts import make_tokenizer
 
@@ -67,20 +69,13 @@ RULES = [
 ]
 
 
-def session_of(graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options)
-
-
 def run(session, batch, **scalars):
     names = [info.name for info in session.get_inputs()]
     feed = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
     if "token_type_ids" in names:
         feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
-    feed |= {"threshold": np.asarray(scalars["threshold"], np.float32)} if scalars.get("threshold") is not None else {}
-    feed |= {"patience": np.asarray(scalars["patience"], np.int64)} if scalars.get("patience") is not None else {}
+    types = {"threshold": np.float32, "patience": np.int64}
+    feed |= {name: np.asarray(value, types[name]) for name, value in scalars.items() if value is not None}
     return session.run(["logits", "exit_layer"], feed)
 
 
@@ -275,18 +270,17 @@ def test_full_depth_alone(tmp_path):
 
 
 def test_what_has_no_onnx_form(tmp_path):
-    target = tmp_path / "never"
-    with pytest.raises(ValueError, match="needs an adapter with an LTE layer"):
-        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "learned"})
-    with pytest.raises(ValueError, match="depth=7 is not allowed"):
-        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "fixed_depth", "depth": 7})
-    with pytest.raises(ValueError, match=r"weights in torch\.float16.*dtype=torch\.float32"):
-        export_onnx(make_badge("bert").half(), target)
-    with pytest.raises(ValueError, match="carries no BADGE adapter"):
-        export_onnx(make_model("bert"), target)
-    disabled = make_badge("bert")
-    with disabled.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled"):
-        export_onnx(disabled, target)
+    model, target = make_badge("bert"), tmp_path / "never"
+    for given, rule, message in (
+        (model, {"policy": "learned"}, "needs an adapter with an LTE layer"),
+        (model, {"policy": "fixed_depth", "depth": 7}, "depth=7 is not allowed"),
+        (make_badge("bert").half(), None, r"weights in torch\.float16.*dtype=torch\.float32"),
+        (make_model("bert"), None, "carries no BADGE adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_onnx(given, target, early_exit_config=rule)
+    with model.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled"):
+        export_onnx(model, target)
     assert not target.exists()
 
 
@@ -309,11 +303,6 @@ def test_bad_calls(folder, call, message):
         session(**{"input_ids": np.full((1, 4), 7), **call})
 
 
-def test_a_folder_that_is_no_export(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
-        OnnxEarlyExitModel.from_pretrained(tmp_path)
-
-
 def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 5  # as training with --max-length 5 leaves it
@@ -324,15 +313,12 @@ def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
     cut = tokenizer(text, truncation=True, return_tensors="np")
     assert cut["input_ids"].shape == (1, 5)
     whole = make_tokenizer()(text, return_tensors="np")  # may still be asked, as token numbers
-    confidence = [
-        float(np.exp(x - x.max()).max() / np.exp(x - x.max()).sum())
-        for x in (
-            session(**{name: row[name] for name in session.config["inputs"] if name in row}).logits
-            for row in (cut, whole)
-        )
-    ]
+    one, other = (
+        softmax(session(**{name: row[name] for name in session.config["inputs"] if name in row}).logits).max()
+        for row in (cut, whole)
+    )
     answer = session.predict(text)[0]["score"]
-    assert answer == pytest.approx(confidence[0], abs=1e-5) != pytest.approx(confidence[1], abs=1e-5)
+    assert answer == pytest.approx(one, abs=1e-5) != pytest.approx(other, abs=1e-5)
 
 
 def test_an_adapter_of_pairs_answers_no_single_text(exporter, tmp_path, monkeypatch):
@@ -344,7 +330,9 @@ def test_an_adapter_of_pairs_answers_no_single_text(exporter, tmp_path, monkeypa
         session.predict(["a film"])
 
 
-def test_no_tokenizer_says_so(exporter, tmp_path):
+def test_a_folder_that_lacks_something_says_so(exporter, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
+        OnnxEarlyExitModel.from_pretrained(tmp_path)
     exporter.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):
         OnnxEarlyExitModel.from_pretrained(tmp_path).predict(["a film"])

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +17,7 @@ from badge_peft.export.policies import Decision, grouped
 from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
+from tests.export.table import session_of
 from tests.models import make_badge, make_batch, make_model, shake
 
 EXITS, LENGTH = [1, 2, 3], 9
@@ -28,10 +27,6 @@ ALIKE = ["divergence", "entropy", "max_prob", "patience"]  # whatever the number
 
 def decisions_of(rules: dict[str, Any]) -> dict[str, Decision]:
     return {name: Decision(build_policy(rule), EXITS, LABELS[name], SINGLE) for name, rule in rules.items()}
-
-
-def session_of(graph: onnx.ModelProto) -> Any:
-    return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def check(model: Any, session: Any, rules: dict[str, Any], rows: int, **feed: Any) -> None:
