@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from json import JSONDecodeError
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
@@ -144,6 +144,20 @@ def has_tokenizer(path: str | Path) -> bool:
     """Whether a local folder holds a tokenizer; a repository may."""
     folder = Path(path)
     return not folder.is_dir() or any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir())
+
+
+def load_tokenizer(places: Sequence[str | None], revision: str | None = None) -> Any:
+    """The tokenizer in the first of `places` that has one; `revision` is of the first."""
+    known = [place for place in places if place]
+    for place in filter(has_tokenizer, known):
+        try:
+            return AutoTokenizer.from_pretrained(place, revision=(revision if place == known[0] else None) or "main")
+        except (OSError, ValueError, KeyError):  # a repository without one
+            continue
+    raise ValueError(
+        f"there is no tokenizer in {' or in '.join(known) or 'any place that the adapter names'}: pass "
+        "tokenizer=..., or save it beside the adapter with tokenizer.save_pretrained."
+    )
 
 
 def push_to_hub(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassificationPipeline
+from transformers import TextClassificationPipeline, TokenClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from badge_peft.bundle import is_bundle
@@ -18,7 +18,7 @@ from badge_peft.early_exit.calls import config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.entities import in_iob2, scheme_of
-from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.hub import load_pretrained, load_tokenizer
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.utils.texts import check_second_text
@@ -264,7 +264,7 @@ def pipeline(
     config = get_badge_model(model).config_of()
     if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
-        tokenizer = _load_tokenizer([place for place in places if place], revision if source else None)
+        tokenizer = load_tokenizer(places, revision if source else None)
     model.eval()
     if tasks is None and config.reads_tokens != (task in TOKEN_TASKS):
         wanted = TOKEN_TASKS[0] if config.reads_tokens else TASKS[0]
@@ -276,18 +276,3 @@ def pipeline(
         return MultiTaskPipeline(task=TASKS[0], tasks=tasks, **made, **kwargs)
     kind = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
     return kind(task=TOKEN_TASKS[0] if config.reads_tokens else TASKS[0], **made, **kwargs)
-
-
-def _load_tokenizer(places: list[str], revision: str | None) -> Any:
-    """The tokenizer in the first of `places` that has one; `revision` is of the first."""
-    for place in places:
-        if not has_tokenizer(place):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(place, revision=(revision if place == places[0] else None) or "main")
-        except (OSError, ValueError, KeyError):  # a repository without one
-            continue
-    raise ValueError(
-        f"there is no tokenizer in {' or in '.join(places) or 'any place that the adapter names'}: pass "
-        "tokenizer=..., or save it beside the adapter with tokenizer.save_pretrained."
-    )

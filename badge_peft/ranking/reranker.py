@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import validate_policy
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
-from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.hub import load_pretrained, load_tokenizer
 from badge_peft.model import get_badge_model
 from badge_peft.ranking.pairs import check_documents, encode_pairs, ranking, warn_of_more
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
@@ -102,10 +101,7 @@ class EarlyExitReranker:
         model = load_pretrained(str(adapter), **kwargs)
         if tokenizer is None:
             base = get_badge_model(model).config_of().base_model_name_or_path
-            places = [place for place in (str(adapter), base) if place and has_tokenizer(place)]
-            if not places:
-                raise ValueError(f"there is no tokenizer in {adapter} or with its base model: pass tokenizer=...")
-            tokenizer = AutoTokenizer.from_pretrained(places[0])
+            tokenizer = load_tokenizer([str(adapter), base])
         fields: Any = {"max_length": max_length, "batch_size": batch_size, "max_state_bytes": max_state_bytes}
         return cls(model, tokenizer, activation=activation, **fields)
 

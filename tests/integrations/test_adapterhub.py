@@ -48,13 +48,8 @@ CONFIG = {
     "leave_out": [],
 }
 ACTIVATIONS = {
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "leakyrelu": nn.functional.leaky_relu,
-    "swish": nn.functional.silu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-    "linear": lambda x: x,
+    **{"relu": torch.relu, "gelu": nn.functional.gelu, "leakyrelu": nn.functional.leaky_relu, "tanh": torch.tanh},
+    **{"swish": nn.functional.silu, "silu": nn.functional.silu, "linear": lambda x: x},
 }
 
 
@@ -329,20 +324,17 @@ def test_folders_that_hold_no_such_adapter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"placement": "block"}, {"r": 4}, {"activation": "relu"}, {"bias": True}], ids=label
+    ("field", "value"), [("placement", "block"), ("r", 4), ("activation", "relu"), ("bias", True)]
 )
-def test_fields_that_the_adapter_says(field, tmp_path):
-    with pytest.raises(ValueError, match=rf"{next(iter(field))}=.* is not allowed here: the adapter says it"):
-        from_adapterhub(write(tmp_path / "a"), make_model(), **field)
+def test_fields_that_the_adapter_says(field, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{field}=.* is not allowed here: the adapter says it"):
+        from_adapterhub(write(tmp_path / "a"), make_model(), **{field: value})
 
 
-def test_a_backbone_without_a_norm_at_the_end_of_its_blocks(tmp_path):
+def test_models_that_do_not_fit(tmp_path):
     folder = write(tmp_path / "a", top={"model_type": "modernbert"})
     with pytest.raises(ValueError, match="whose blocks end in a norm"):
         from_adapterhub(folder, make_model("modernbert-cls"))
-
-
-def test_a_plain_model_is_no_source():
     with pytest.raises(ValueError, match=r"no model of the adapters library: give one that adapters.init\(model\)"):
         from_adapterhub(make_model(), make_model())
 

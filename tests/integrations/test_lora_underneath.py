@@ -49,6 +49,7 @@ def logits_of(model):
 
 @pytest.mark.parametrize(("case", "backbone"), crossed(CASES, ["frozen", "lora"]))
 def test_a_merged_lora_is_part_of_the_model(case, backbone, tmp_path):
+    """What a refusal of the live one recommends."""
     before = logits_of(trained_lora(case))
     merged = trained_lora(case).merge_and_unload().eval()
     expected = logits_of(merged)
@@ -112,21 +113,14 @@ def injected(**fields):
     return model.eval()
 
 
-def loaded_by_transformers(tmp_path):
-    base = make_model()
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora())
-    model.save_pretrained(tmp_path / "lora")
-    return AutoModelForSequenceClassification.from_pretrained(tmp_path / "lora")
+def loaded_by(auto, **fields):
+    def build(tmp_path):
+        make_model().save_pretrained(tmp_path / "base")
+        model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora())
+        model.save_pretrained(tmp_path / "lora")
+        return auto.from_pretrained(tmp_path / "lora", **fields)
 
-
-def loaded_by_peft(tmp_path):
-    base = make_model()
-    base.save_pretrained(tmp_path / "base")
-    get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), lora()).save_pretrained(
-        tmp_path / "lora"
-    )
-    return AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "lora", num_labels=3)
+    return build
 
 
 def added_by_transformers(tmp_path):
@@ -161,8 +155,14 @@ LIVE = {
         r"a live .*Linear of .* at 'bert.pooler.dense': .*MERGE",
     ),
     "dora": (lambda tmp: injected(use_dora=True), r"a live .*Linear of .*MERGE"),
-    "loaded-by-peft": (loaded_by_peft, r"a PeftModelForSequenceClassification with the adapter 'default' .*MERGE"),
-    "loaded-by-transformers": (loaded_by_transformers, r"a live .*Linear of .*PeftModel.from_pretrained.*MERGE"),
+    "loaded-by-peft": (
+        loaded_by(AutoPeftModelForSequenceClassification, num_labels=3),
+        r"a PeftModelForSequenceClassification with the adapter 'default' .*MERGE",
+    ),
+    "loaded-by-transformers": (
+        loaded_by(AutoModelForSequenceClassification),
+        r"a live .*Linear of .*PeftModel.from_pretrained.*MERGE",
+    ),
     "added-by-transformers": (added_by_transformers, r"a live .*Linear of .*MERGE"),
     "ia3": (
         lambda tmp: get_peft_model(
@@ -241,12 +241,3 @@ def test_peft_itself_refuses_to_mix_the_two_on_one_model(tmp_path):
         with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
             attempt()
     assert torch.equal(logits_of(model), before) and list(model.peft_config) == ["default"]
-
-
-def test_what_the_refusal_recommends_works():
-    model = trained_lora()
-    before = logits_of(model)
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        get_peft_model(model, BadgeConfig(r=4))
-    model = make_badge(base=model.merge_and_unload(), train_head=False)
-    torch.testing.assert_close(exits_of(model, BATCH)[:, -1], before, rtol=1e-4, atol=1e-4)
