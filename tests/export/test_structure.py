@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("onnxscript")
-
 import torch
 
 from badge_peft.export import trace
