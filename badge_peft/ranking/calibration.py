@@ -231,7 +231,7 @@ def _certified(
     best = None
     for point in ranking_front(halves[0], asked, ordered):
         losses = int((~evaluate_ranking(halves[1], point.config, ordered).kept).sum())
-        if not is_rare(losses, tested, 1 - keep, confidence):
+        if binom.cdf(losses, tested, 1 - keep) > 1 - confidence:  # as few, where a loss has a probability of 1 - keep
             break
         best = point.config
     if best is None:
@@ -251,12 +251,6 @@ def check_queries(queries: int, keep: float, confidence: float) -> int:
             f"top k takes at least {2 * needed}, even where none changes. Give more queries, or ask for less."
         )
     return tested
-
-
-def is_rare(losses: int, n: int, alpha: float, confidence: float) -> bool:
-    """Whether so few losses among n reject "a loss has a probability of at least alpha": P(Bin(n, alpha) <= losses) is
-    at most 1 - confidence."""
-    return bool(binom.cdf(losses, n, alpha) <= 1 - confidence)
 
 
 def queries_needed(keep: float, confidence: float) -> int:

@@ -34,7 +34,7 @@ from tests.decoders import make_decoder
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
 from tests.export.table import session_of
-from tests.models import CASES, LABELS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
+from tests.models import CASES, LABELS, LINKS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
 from tests.texts import make_tokenizer
 
 # RoBERTa's modeling code under other names: what is traced is the same
@@ -59,6 +59,15 @@ KINDS = itertools.cycle(
     ]
 )
 KIND_OF = dict(zip((case for case in CASES if case not in COPIES), KINDS, strict=False))
+# exits that build on one another: the states that they leave travel with their rows
+KIND_OF |= {
+    "bert, mean": {"exit_pooling": "mean", "carry": "logits", "exit_layers": [0, 1, 2]},
+    "bert, own": {
+        **{"exit_pooling": "cls", "carry": "logits", "exit_layers": [1, 2], "final_exit": "exit"},
+        **{"exit_type": "residual_mha", "placement": "ffn"},
+    },
+    "bert, past": {"exit_pooling": "cls", "exit_type": "past_future", "final_exit": "exit"},
+}
 RULES = [
     {"policy": "divergence"},
     {"policy": "divergence", "divergence": "label", "window": "consecutive"},
@@ -100,7 +109,7 @@ def stored_numbers(graph: onnx.GraphProto) -> int:
 def test_every_backbone(case):
     """One cut, many graphs: rules, rows taken out or not, rows alone and together, other lengths, left padding. A
     block that runs several times, as ALBERT's, is stored once."""
-    kind = KIND_OF[case]
+    kind, case = KIND_OF[case], case.split(",")[0]
     blocks = BLOCKS.get(case, 2)
     base = make_model(case, **SHORT.get(case, {"num_hidden_layers": blocks}))
     if "exit_layers" in kind:
@@ -233,6 +242,18 @@ def test_a_fixed_depth_leaves_the_rest_out(model, folder, tmp_path):
     wanted = exits_of(model, batch)[:, 1]
     np.testing.assert_allclose(found.logits, wanted.numpy(), atol=1e-4)
     assert set(found.exit_layer.tolist()) == {1}
+
+
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_an_exit_on_which_no_decision_depends_is_in_the_file(int8, tmp_path):
+    """The one before the exit that answers, which builds on it."""
+    model, batch = make_badge("bert", make_model(num_hidden_layers=2), exit_layers=[0, 1, 2], **LINKS[0]), make_batch()
+    export_onnx(model, tmp_path, early_exit_config={"policy": "fixed_depth", "depth": 1}, int8=int8)
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path)(**{name: x.numpy() for name, x in batch.items()})
+    wanted = exits_of(model, batch)[:, 1]
+    assert found.exit_layer.tolist() == [1] * 4
+    scale = float(wanted.abs().max())
+    np.testing.assert_allclose(found.logits / scale, wanted / scale, atol=0.3 if int8 else 1e-4)
 
 
 def test_the_model_stays_as_it_is_and_the_file_has_its_lora_folded_in(tmp_path):
