@@ -217,7 +217,8 @@ class OnnxEarlyExitModel(ExportedFolder):
 
 
 class OnnxTasksModel(OnnxEarlyExitModel):
-    """An exported model of many tasks. Made by `from_pretrained`, with the arguments of `OnnxEarlyExitModel`'s.
+    """An exported model of many tasks. Made by `from_pretrained`, with the arguments of `OnnxEarlyExitModel`'s. A call
+    gives a dict from tasks to `OnnxOutput`, `predict` one from tasks to answers.
 
     Attributes:
         config: What `early_exit.json` says: under `tasks` the labels, exits, policy and defaults of each.
