@@ -70,9 +70,8 @@ def longest_sequence(model: nn.Module) -> int:
 
 
 def _checked(buckets: Sequence[int], limit: int) -> list[int]:
-    lengths = list(buckets) if isinstance(buckets, (list, tuple, range)) else None
-    whole = lengths is not None and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
-    if not lengths or not whole or sorted(set(lengths)) != lengths:
+    lengths = list(buckets) if isinstance(buckets, (list, tuple, range)) else []
+    if not lengths or any(type(n) is not int or n < 1 for n in lengths) or sorted(set(lengths)) != lengths:
         raise ValueError(
             f"buckets={buckets!r} is not allowed: it must be a list of increasing whole numbers of at least 1, such "
             f"as {[n for n in BUCKETS if n <= limit]}."

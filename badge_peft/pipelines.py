@@ -247,15 +247,15 @@ def pipeline(
             f"task={task!r} is not allowed: BADGE classifies sequences and tokens, so it must be {TASKS[0]!r} or "
             f"{TOKEN_TASKS[0]!r}."
         )
-    source = None
+    source, options = None, model_kwargs or {}
     if isinstance(model, Mapping):
-        sources = [str(place) for place in model.values()]
-        model = load_pretrained(model, revision=revision, **(model_kwargs or {}))
-        source, tasks = sources[0], tasks or list(model.peft_config)
+        source = str(next(iter(model.values()), ""))
+        model = load_pretrained(model, revision=revision, **options)
+        tasks = tasks or list(model.peft_config)
     elif isinstance(model, (str, PathLike)):
         source = str(model)
-        model = load_pretrained(source, revision=revision, **(model_kwargs or {}))
-        if tasks is None and is_bundle(source, revision, (model_kwargs or {}).get("cache_dir")):
+        model = load_pretrained(source, revision=revision, **options)
+        if tasks is None and is_bundle(source, revision, options.get("cache_dir")):
             tasks = list(model.peft_config)
     elif not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not allowed: give an adapter's folder or repository, or a loaded model.")
@@ -266,13 +266,13 @@ def pipeline(
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
         tokenizer = load_tokenizer(places, revision if source else None)
     model.eval()
-    if tasks is None and config.reads_tokens != (task in TOKEN_TASKS):
-        wanted = TOKEN_TASKS[0] if config.reads_tokens else TASKS[0]
-        raise ValueError(
-            f"task={task!r} is not allowed for this adapter, whose task_type is {config.task_type}: {wanted!r}."
-        )
     made: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "batch_size": batch_size}
     if tasks is not None:
         return MultiTaskPipeline(task=TASKS[0], tasks=tasks, **made, **kwargs)
-    kind = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
-    return kind(task=TOKEN_TASKS[0] if config.reads_tokens else TASKS[0], **made, **kwargs)
+    kind: Any = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
+    named = TOKEN_TASKS if config.reads_tokens else TASKS
+    if task not in named:
+        raise ValueError(
+            f"task={task!r} is not allowed for this adapter, whose task_type is {config.task_type}: {named[0]!r}."
+        )
+    return kind(task=named[0], **made, **kwargs)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from badge_peft.early_exit.policies import POLICIES, ExitPolicy
 from badge_peft.export.exit_nodes import ExitNodes, Value
-from badge_peft.export.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TaskGroup:
         trusted = at.trusts(policy.lookback(), policy.patience if policy.counts_exits else None, seen)
         return None if found is None else at.op("And", found, trusted)
 
-    def allowed(self, g: Graph, stops: Value | None, index: int) -> Value:
+    def allowed(self, g: Any, stops: Value | None, index: int) -> Value:
         """[n, T] bool, or [T]: `stops` [n T] for the tasks whose rows may stop at exit `index`, and every row of those
         that end there."""
         final, able = self.final(index), self.able(index)
