@@ -91,7 +91,7 @@ class OnnxEarlyExitModel(ExportedFolder):
         return cls(folder, session, config)
 
     @property
-    def tasks(self) -> dict[str, dict[str, Any]]:
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]:
         """What the config says of each task; of a file of one, under the empty name."""
         return self.config["tasks"] if self.has_tasks else {"": self.config}
 
