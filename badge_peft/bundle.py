@@ -135,9 +135,7 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
 
 def _base(config: BadgeConfig) -> str | None:
     name = config.base_model_name_or_path
-    if name and Path(name).is_dir():
-        return str(Path(name).resolve())
-    return name or None
+    return (str(Path(name).resolve()) if Path(name).is_dir() else name) if name else None
 
 
 def _check_tokenizers(tasks: Mapping[str, str]) -> None:

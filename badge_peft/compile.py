@@ -70,9 +70,8 @@ def longest_sequence(model: nn.Module) -> int:
 
 
 def _checked(buckets: Sequence[int], limit: int) -> list[int]:
-    lengths = list(buckets) if isinstance(buckets, (list, tuple, range)) else None
-    whole = lengths is not None and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
-    if not lengths or not whole or sorted(set(lengths)) != lengths:
+    lengths = list(buckets) if isinstance(buckets, (list, tuple, range)) else []
+    if not lengths or any(type(n) is not int or n < 1 for n in lengths) or sorted(set(lengths)) != lengths:
         raise ValueError(
             f"buckets={buckets!r} is not allowed: it must be a list of increasing whole numbers of at least 1, such "
             f"as {[n for n in BUCKETS if n <= limit]}."
@@ -86,14 +85,8 @@ def _checked(buckets: Sequence[int], limit: int) -> list[int]:
 
 
 class CompiledBlocks:
-    """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns.
-
-    Args:
-        buckets: Lengths, increasing.
-        pad_token: Token that fills `input_ids` up.
-        options: For `torch.compile`.
-        unfilled: Inputs of the model that are never filled up.
-    """
+    """The compiled code of a model's blocks, by bucket; what `compile_blocks` returns. `unfilled` are inputs of the
+    model that are never filled up."""
 
     def __init__(
         self, buckets: list[int], pad_token: int, options: dict[str, Any], unfilled: frozenset[str] = frozenset()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from json import JSONDecodeError
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
@@ -25,18 +26,13 @@ from badge_peft.utils.paths import is_local
 
 _NO_CONFIG = (AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError)
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 LOGITS = "exit_logits.safetensors"
 #: What goes up: all that `save_pretrained` of models and tokenizers, and `badge-peft` write, and nothing else.
 PUSHED = (
     *(CARD, CONFIG, SAFETENSORS_WEIGHTS_NAME, REPORT, PICTURE, LOGITS),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
-    *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model"),
     *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
 
@@ -150,6 +146,20 @@ def has_tokenizer(path: str | Path) -> bool:
     return not folder.is_dir() or any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir())
 
 
+def load_tokenizer(places: Sequence[str | None], revision: str | None = None) -> Any:
+    """The tokenizer in the first of `places` that has one; `revision` is of the first."""
+    known = [place for place in places if place]
+    for place in filter(has_tokenizer, known):
+        try:
+            return AutoTokenizer.from_pretrained(place, revision=(revision if place == known[0] else None) or "main")
+        except (OSError, ValueError, KeyError):  # a repository without one
+            continue
+    raise ValueError(
+        f"there is no tokenizer in {' or in '.join(known) or 'any place that the adapter names'}: pass "
+        "tokenizer=..., or save it beside the adapter with tokenizer.save_pretrained."
+    )
+
+
 def push_to_hub(
     adapter: Any,
     repo_id: str,
@@ -226,34 +236,16 @@ def _pushed_files(folder: Path) -> list[str]:
 
 
 def _content(file: Path) -> str | bytes:
-    """What goes up of a file: the path of it, but the report without the local paths that it names."""
+    """What goes up of a file: the path of it, but the report with every absolute path in it, also inside of longer
+    texts, cut to its last name."""
     if file.name != REPORT:
         return str(file)
-    return (json.dumps(without_local_paths(read_report(file.parent)), indent=2) + "\n").encode()
-
-
-def without_local_paths(data: Any) -> Any:
-    """`data`, as JSON has it, with every absolute path cut to its last name, also inside of longer texts."""
-    found: set[str] = set()
-
-    def texts(value: Any) -> None:
-        if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
-            found.update([value] if PureWindowsPath(value).name else [])  # a label may be a slash
-        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            texts(inner)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [cut(inner) for inner in value]
-        if isinstance(value, str):
-            for path in sorted(found, key=len, reverse=True):
-                value = value.replace(path, PureWindowsPath(path).name)  # which takes both kinds of slashes
-        return value
-
-    texts(data)
-    return cut(data)
+    text = json.dumps(read_report(file.parent), indent=2) + "\n"
+    for quoted in sorted(set(_STRING.findall(text)), key=len, reverse=True):
+        value, name = json.loads(quoted), PureWindowsPath(json.loads(quoted)).name  # which takes both kinds of slashes
+        if name and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):  # a label may be "/"
+            text = text.replace(quoted[1:-1], json.dumps(name)[1:-1])
+    return text.encode()
 
 
 def _save(model: PeftModel, folder: Path, adapter_name: str | None, tokenizer: Any) -> Path:

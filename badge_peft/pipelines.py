@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TextClassificationPipeline, TokenClassificationPipeline
+from transformers import TextClassificationPipeline, TokenClassificationPipeline
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from badge_peft.bundle import is_bundle
@@ -18,7 +18,7 @@ from badge_peft.early_exit.calls import config_of_each
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation.entities import in_iob2, scheme_of
-from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.hub import load_pretrained, load_tokenizer
 from badge_peft.model import get_badge_model
 from badge_peft.outputs import EarlyExitOutput
 from badge_peft.utils.texts import check_second_text
@@ -40,6 +40,7 @@ class _ExitRules:
     """What the pipelines of models that exit early have in common: the arguments that say how they stop."""
 
     model: Any
+    tasks: Sequence[Any] = (None,)  # names of adapters; None: the active one
 
     def check_model_type(self, supported_models: Any) -> None:
         """A PEFT model is none of the classes that transformers lists here: what counts is the adapter."""
@@ -61,12 +62,16 @@ class _ExitRules:
         preprocess, forward, postprocess = super_._sanitize_parameters(**kwargs)
         return preprocess, {**forward, **given}, postprocess
 
-    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> Any:
-        """How a call stops."""
-        config = get_badge_model(self.model).get_early_exit_config()
+    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> dict[Any, EarlyExitConfig]:
+        """How a call stops, task by task."""
+        configs = {task: get_badge_model(self.model).get_early_exit_config(task) for task in self.tasks}
         for given, fields in (at_start, of_call):
-            config = EarlyExitConfig.of(config if given is None else given, **fields)
-        return config
+            each = {None: given} if None in configs else config_of_each(given, self.tasks)
+            configs = {
+                task: EarlyExitConfig.of(own if each[task] is None else each[task], **fields)
+                for task, own in configs.items()
+            }
+        return configs
 
 
 class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore[misc]  # typed for every pipeline
@@ -84,13 +89,12 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]  # named as above
         """Refuses one text where an adapter was trained on pairs."""
         badge = get_badge_model(self.model)
-        names: Any = getattr(self, "tasks", [None])
         is_pair = not isinstance(inputs, str) and not (isinstance(inputs, dict) and inputs.get("text_pair") is None)
-        check_second_text(any(badge.config_of(name).reads_pairs for name in names), is_pair)
+        check_second_text(any(badge.config_of(task).reads_pairs for task in self.tasks), is_pair)
         return super().preprocess(inputs, **tokenizer_kwargs)
 
     def _forward(self, model_inputs: Any, **rule: Any) -> EarlyExitOutput:  # type: ignore[override]  # typed for any
-        return early_exit_forward(self.model, early_exit_config=self._rule(**rule), **model_inputs)
+        return early_exit_forward(self.model, early_exit_config=self._rule(**rule)[None], **model_inputs)
 
     def postprocess(  # type: ignore[override]  # transformers types it for any pipeline
         self, model_outputs: Any, function_to_apply: Any = None, **kwargs: Any
@@ -138,7 +142,7 @@ class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: 
 
     def _forward(self, model_inputs: Any, **rule: Any) -> dict[str, Any]:  # type: ignore[override]  # typed for any
         inputs = {name: value for name, value in model_inputs.items() if name not in _BESIDE}
-        output = early_exit_forward(self.model, early_exit_config=self._rule(**rule), **inputs)
+        output = early_exit_forward(self.model, early_exit_config=self._rule(**rule)[None], **inputs)
         exits = {"exit_layer": output.exit_layer, "token_exit_layer": output.token_exit_layer}
         return {**dict.fromkeys(_BESIDE), **model_inputs, "logits": output.logits, **exits}
 
@@ -185,14 +189,6 @@ class MultiTaskPipeline(EarlyExitPipeline):
                     "model.early_exit_forward(**batch, tasks=[...]), or leave it out of tasks."
                 )
 
-    def _rule(self, at_start: _Given = _NOTHING, of_call: _Given = _NOTHING) -> dict[str, EarlyExitConfig]:
-        """How a call stops, task by task."""
-        configs = {task: get_badge_model(self.model).get_early_exit_config(task) for task in self.tasks}
-        for given, fields in (at_start, of_call):
-            each = config_of_each(given, self.tasks)
-            configs = {task: EarlyExitConfig.of(each[task] or own, **fields) for task, own in configs.items()}
-        return configs
-
     def _forward(self, model_inputs: Any, **rule: Any) -> Any:  # type: ignore[override]  # typed for any
         output = early_exit_forward(self.model, tasks=self.tasks, early_exit_config=self._rule(**rule), **model_inputs)
         # transformers takes a batch apart where all values are tensors
@@ -202,11 +198,8 @@ class MultiTaskPipeline(EarlyExitPipeline):
         self, model_outputs: dict[tuple[str, str], Tensor], function_to_apply: Any = None, **kwargs: Any
     ) -> Any:
         """The answers of one text, by task."""
-        found = {}
-        for task in self.tasks:
-            outputs = {name: model_outputs[task, name] for name in ("logits", "exit_layer")}
-            found[task] = self._answer(task, outputs, function_to_apply, **kwargs)
-        return found
+        each = {task: {n: model_outputs[task, n] for n in ("logits", "exit_layer")} for task in self.tasks}
+        return {task: self._answer(task, own, function_to_apply, **kwargs) for task, own in each.items()}
 
 
 def pipeline(
@@ -254,15 +247,15 @@ def pipeline(
             f"task={task!r} is not allowed: BADGE classifies sequences and tokens, so it must be {TASKS[0]!r} or "
             f"{TOKEN_TASKS[0]!r}."
         )
-    source = None
+    source, options = None, model_kwargs or {}
     if isinstance(model, Mapping):
-        sources = [str(place) for place in model.values()]
-        model = load_pretrained(model, revision=revision, **(model_kwargs or {}))
-        source, tasks = sources[0], tasks or list(model.peft_config)
+        source = str(next(iter(model.values()), ""))
+        model = load_pretrained(model, revision=revision, **options)
+        tasks = tasks or list(model.peft_config)
     elif isinstance(model, (str, PathLike)):
         source = str(model)
-        model = load_pretrained(source, revision=revision, **(model_kwargs or {}))
-        if tasks is None and is_bundle(source, revision, (model_kwargs or {}).get("cache_dir")):
+        model = load_pretrained(source, revision=revision, **options)
+        if tasks is None and is_bundle(source, revision, options.get("cache_dir")):
             tasks = list(model.peft_config)
     elif not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is not allowed: give an adapter's folder or repository, or a loaded model.")
@@ -271,30 +264,15 @@ def pipeline(
     config = get_badge_model(model).config_of()
     if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
         places = [source, config.base_model_name_or_path] if tokenizer is None else [str(tokenizer)]
-        tokenizer = _load_tokenizer([place for place in places if place], revision if source else None)
+        tokenizer = load_tokenizer(places, revision if source else None)
     model.eval()
-    if tasks is None and config.reads_tokens != (task in TOKEN_TASKS):
-        wanted = TOKEN_TASKS[0] if config.reads_tokens else TASKS[0]
-        raise ValueError(
-            f"task={task!r} is not allowed for this adapter, whose task_type is {config.task_type}: {wanted!r}."
-        )
     made: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device, "batch_size": batch_size}
     if tasks is not None:
         return MultiTaskPipeline(task=TASKS[0], tasks=tasks, **made, **kwargs)
-    kind = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
-    return kind(task=TOKEN_TASKS[0] if config.reads_tokens else TASKS[0], **made, **kwargs)
-
-
-def _load_tokenizer(places: list[str], revision: str | None) -> Any:
-    """The tokenizer in the first of `places` that has one; `revision` is of the first."""
-    for place in places:
-        if not has_tokenizer(place):
-            continue
-        try:
-            return AutoTokenizer.from_pretrained(place, revision=(revision if place == places[0] else None) or "main")
-        except (OSError, ValueError, KeyError):  # a repository without one
-            continue
-    raise ValueError(
-        f"there is no tokenizer in {' or in '.join(places) or 'any place that the adapter names'}: pass "
-        "tokenizer=..., or save it beside the adapter with tokenizer.save_pretrained."
-    )
+    kind: Any = EarlyExitTokenPipeline if config.reads_tokens else EarlyExitPipeline
+    named = TOKEN_TASKS if config.reads_tokens else TASKS
+    if task not in named:
+        raise ValueError(
+            f"task={task!r} is not allowed for this adapter, whose task_type is {config.task_type}: {named[0]!r}."
+        )
+    return kind(task=named[0], **made, **kwargs)

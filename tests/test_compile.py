@@ -28,9 +28,8 @@ def _fresh():
 
 
 def make(case="bert", blocks=4, **fields):
-    layers = {"distilbert": "n_layers"}.get(case, "num_hidden_layers")
-    changes = {} if case == "albert-inner" else {layers: blocks}
-    return make_badge(case, base=make_model(case, **changes), **fields)
+    layers = "n_layers" if case == "distilbert" else "num_hidden_layers"
+    return make_badge(case, base=make_model(case, **({} if case == "albert-inner" else {layers: blocks})), **fields)
 
 
 def close(found, wanted):
@@ -214,7 +213,6 @@ def test_hooks_that_break_the_graph_of_a_block():
 )
 def test_torch_compile_of_the_whole_model(placement, case) -> None:
     """Not faster, as a pass stays Python, but neither an error nor another answer."""
-    torch._dynamo.reset()
     model = make_badge(case, placement=placement, exit_dropout=0.0, backbone="full")
     batch, labels = make_batch(), make_labels()
     expected = model(**batch, labels=labels)
@@ -228,12 +226,9 @@ def test_torch_compile_of_the_whole_model(placement, case) -> None:
     rule = {"policy": "entropy", "threshold": 0.7}
     wanted = model.early_exit_forward(**batch, **rule).exit_layer
     assert torch.equal(compiled.early_exit_forward(**batch, **rule).exit_layer, wanted)
-    torch._dynamo.reset()
 
 
 def test_one_graph_of_the_whole_model_is_torchs_error() -> None:
-    torch._dynamo.reset()
     model = torch.compile(make_badge().eval(), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(**make_batch())
-    torch._dynamo.reset()

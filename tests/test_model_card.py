@@ -18,14 +18,8 @@ from tests.evaluation.rows import make_rows
 from tests.models import make_badge, make_model, shake
 
 LATENCY = {
-    "p50_ms": 3.0,
-    "p95_ms": 9.0,
-    "full_depth_p50_ms": 12.0,
-    "full_depth_p95_ms": 17.0,
-    "speedup_paper": 0.5,
-    "rows": 20,
-    "device": "cpu",
-    "threads": 2,
+    **{"p50_ms": 3.0, "p95_ms": 9.0, "full_depth_p50_ms": 12.0, "full_depth_p95_ms": 17.0},
+    **{"speedup_paper": 0.5, "rows": 20, "device": "cpu", "threads": 2},
 }
 
 
@@ -111,21 +105,10 @@ def test_the_licence_is_the_base_models(tmp_path: Path) -> None:
     assert base_license(None) is None and base_license("no/such-model") is None
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("google-bert/bert-base-uncased", True),
-        ("bert-base-uncased", True),
-        (None, False),
-        ("", False),
-        ("/models/bert", False),
-        ("./bert", False),
-        ("a/b/c", False),
-        ("C:\\models\\bert", False),
-    ],
-)
-def test_a_name_on_the_hub(name: str | None, found: bool) -> None:
-    assert hub_id(name) == (name if found else None)
+def test_a_name_on_the_hub() -> None:
+    names = ["google-bert/bert-base-uncased", "bert-base-uncased"]
+    assert [hub_id(name) for name in names] == names
+    assert not any(map(hub_id, (None, "", "/models/bert", "./bert", "a/b/c", "C:\\models\\bert")))
 
 
 def test_saving_again_changes_nothing_and_follows_the_rule(tmp_path: Path) -> None:

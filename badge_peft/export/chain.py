@@ -5,15 +5,16 @@
 Nothing nests, so that the runtime packs each block's weights once, when it loads the file. Blocks behind the exit are
 not computed: their branch hands on the answers, and empty stubs in place of the states.
 
-Rows that have all their answers are taken out of the states and of everything that has a row per input. Tasks that
-decide alike do so side by side, in a `TaskGroup`, as tokens of a row do: T tasks have answers [B, T, K] and exits [B,
-T], and a policy sees n T rows. Until a row's last task has answered the exits of all are computed for it, as an `If`
-around each of them would cost more than it saves."""
+Rows that have all their answers are taken out of the states and of everything that has a row per input. A row may
+have several, of its U units: its tokens, or T tasks that decide alike, in a `TaskGroup`. Then answers are [B, U, K]
+and exits [B, U], and a policy sees n U rows for the n that still go on. Tokens that nobody asks about (padding, and 1
+in the input `special_tokens_mask`) have their answer from the start, 0. Until a row's last task has answered the
+exits of all are computed for it, as an `If` around each of them would cost more than it saves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial, reduce
 
 import numpy as np
 import onnx
@@ -26,29 +27,14 @@ from badge_peft.export.exit_nodes import ExitNodes
 from badge_peft.export.folder import LARGEST_PATIENCE
 from badge_peft.export.graph import FLOAT, INT64, IR_VERSION, Graph, quantize
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT, inner_names
-from badge_peft.export.policies import Decision
-from badge_peft.export.task_groups import TaskGroup, grouped
-from badge_peft.export.units import (
-    asked_tokens,
-    by_row,
-    by_tokens_of,
-    by_unit,
-    least_answered,
-    no_answers,
-    note_answers,
-)
+from badge_peft.export.policies import Decision, TaskGroup, grouped
 
 ANSWERS = ("answer", "exit_layer")
 
 
 class Chain:
-    """Puts pieces into a graph one after another.
-
-    Args:
-        decisions: By task; of a file of one task, that of `ALONE`.
-        inputs: Of the graph; each has a row per input.
-        per_row: Names of these, and of what the embeddings share, that have one row per input.
-    """
+    """Puts pieces into a graph one after another. `decisions` are by task; `inputs` have a row per input, as have the
+    values named in `per_row`, of these and of what the embeddings share."""
 
     def __init__(self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str]) -> None:
         self.decisions, self.per_row = dict(decisions), per_row
@@ -67,7 +53,8 @@ class Chain:
         if any(own.reads_tokens for own in decisions.values()):
             special = ir.val(SPECIAL, INT64, ["batch", "sequence"])
             g.body.inputs.append(special)
-            asked = asked_tokens(g, self.outer["attention_mask"], special)
+            real = g.op("Not", g.op("Equal", self.outer["attention_mask"], g.ints(0)))
+            asked = g.op("And", real, g.op("Equal", special, g.ints(0)))  # [B, S] bool
         g.body.inputs.extend([*self.thresholds.values(), *self.counts.values()])
         rows = g.op("Shape", inputs[0], start=0, end=1)
         #: What goes from block to block: the answers [B, K] and [B], the states, the numbers of the rows that still go
@@ -97,12 +84,11 @@ class Chain:
                 side = g.op("Concat", *(g.op("Unsqueeze", value, g.ints([0])) for value in values), axis=0)
                 flat = g.op("Reshape", g.op("Expand", side, units), g.ints([-1]))
                 self.carried[f"kept_{name}{kind}"] = g.shaped(flat, [None])
-        if asked is not None and group.first.reads_tokens:
-            answers = no_answers(g, asked, group.num_labels)
-        else:
-            wide = g.op("Concat", units, g.ints([group.num_labels]), axis=0)
-            answers = g.op("Expand", g.floats(0), wide), g.op("Expand", g.ints(-1), units)
-        self.carried |= zip((name + kind for kind in ANSWERS), answers, strict=True)
+        asked = asked if group.first.reads_tokens else None
+        shape = units if asked is None else g.op("Shape", asked)
+        answer = g.op("Expand", g.floats(0), g.op("Concat", shape, g.ints([group.num_labels]), axis=0))
+        exits = g.op("Expand", g.ints(-1), units) if asked is None else g.op("Where", asked, g.ints(-1), g.ints(0))
+        self.carried |= {f"{name}answer": answer, f"{name}exit_layer": exits}
 
     def _name(self, group: TaskGroup) -> str:
         """What stands in front of a group's names in the graph: that of its first task."""
@@ -144,37 +130,28 @@ class Chain:
         """The file, with all weights in the main graph, equal ones once (ALBERT runs one block M times)."""
         g = self.graph
         self._part_groups()
-        for kind, name, shape in self.outputs():
-            output = g.op("Identity", self.carried[kind])
-            output.name, output.shape = name, shape
+        outputs: dict[str, tuple[ir.Value, list[int | str]]] = {}
+        for task, own in self.decisions.items():
+            rows: list[int | str] = ["batch", "sequence"] if own.reads_tokens else ["batch"]
+            answer, exits = (self.carried[self.inner[task] + kind] for kind in ANSWERS)
+            outputs[f"{_outer(task)}logits"] = answer, [*rows, own.num_labels]
+            outputs[f"{_outer(task)}exit_layer"] = exits, rows
+            if own.policy.by_group:  # a query has one score for each candidate
+                outputs["scores"] = g.op("Squeeze", answer, g.ints([1])), rows
+        for name, (value, dims) in outputs.items():
+            output = g.op("Identity", value)
+            output.name, output.shape = name, ir.Shape(dims)
             g.body.outputs.append(output)
         model = ir.Model(g.body, ir_version=IR_VERSION, producer_name="badge_peft")
         RemoveUnusedNodesPass()(model)
         DeduplicateHashedInitializersPass()(model)
-        for value, default in self.defaults():
-            value.const_value = ir.tensor(default)
-            g.body.register_initializer(value)
+        for task, own in self.decisions.items():  # inputs that may be left out
+            count = np.int64(min(own.count, LARGEST_PATIENCE))
+            tau = np.asarray(own.threshold, dtype=np.float32)
+            for value, default in ((self.thresholds[task], tau), (self.counts[task], count)):
+                value.const_value = ir.tensor(default)
+                g.body.register_initializer(value)
         return ir.to_proto(model)
-
-    def outputs(self) -> list[tuple[str, str, ir.Shape]]:
-        """What is carried, the name that it has as an output, and its dimensions; in the order of the inputs."""
-        found = []
-        for task, own in self.decisions.items():
-            rows: list[int | str] = ["batch", "sequence"] if own.reads_tokens else ["batch"]
-            for kind, name, dims in (
-                ("answer", "logits", [*rows, own.num_labels]),
-                ("exit_layer", "exit_layer", rows),
-            ):
-                found.append((self.inner[task] + kind, _outer(task) + name, ir.Shape(dims)))
-        return found
-
-    def defaults(self) -> list[tuple[ir.Value, Any]]:
-        """Inputs that may be left out, with their values."""
-        found: list[tuple[ir.Value, Any]] = []
-        for task, own in self.decisions.items():
-            found.append((self.thresholds[task], np.asarray(own.threshold, dtype=np.float32)))
-            found.append((self.counts[task], np.int64(min(own.count, LARGEST_PATIENCE))))
-        return found
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -241,17 +218,19 @@ class Chain:
             numbers = g.op("Expand", g.ints(number), g.op("Shape", rows))
             noted = g.op("ScatterND", answer, places, logits), g.op("ScatterND", exits, places, numbers)
         else:
-            if group.first.reads_tokens and stops is not None:
-                stops = by_row(g, stops, exits)
-            noted = note_answers(g, number, logits, stops, answer, exits, rows)
+            if group.first.reads_tokens and stops is not None:  # [n S] -> [n, S]
+                stops = g.op("Reshape", stops, g.op("Concat", g.ints([-1]), g.op("Shape", exits, start=1), axis=0))
+            noted = _note_answers(g, number, logits, stops, answer, exits, rows)
         self.carried |= zip((name + kind for kind in ANSWERS), noted, strict=True)
         return [stops]
 
     def _stops(self, g: Graph, group: TaskGroup, index: int, made: dict[str, ir.Value]) -> ir.Value | None:
         """What the policy says of each row, token, or row of each task; None: none can stop."""
         name, several, task = self._name(group), len(group.tasks) > 1, group.tasks[0]
+        logits, uncertainty = made[f"{name}logits"], made.get(f"{name}uncertainty")
         if group.has_units:
-            made = by_unit(g, made, name, group.num_labels)
+            logits = g.op("Reshape", logits, g.ints([-1, group.num_labels]))
+            uncertainty = None if uncertainty is None else g.op("Reshape", uncertainty, g.ints([-1]))
         prefix = f"kept_{name}"
         state = {f"kept_{k.removeprefix(prefix)}": v for k, v in self.carried.items() if k.startswith(prefix)}
         limits = (
@@ -259,18 +238,8 @@ class Chain:
             if several
             else (self._threshold(g, task, index), self.counts[task])
         )
-        at = ExitNodes(
-            g,
-            index,
-            made[f"{name}logits"],
-            made.get(f"{name}uncertainty"),
-            state,
-            *limits,
-            group.num_labels,
-            group.first.problem_type,
-            by_row=several,
-        )
-        stops = group.stops(at, index)
+        problem = group.num_labels, group.first.problem_type
+        stops = group.stops(ExitNodes(g, index, logits, uncertainty, state, *limits, *problem, several), index)
         self.carried |= {prefix + k.removeprefix("kept_"): v for k, v in state.items()}
         return stops
 
@@ -280,16 +249,21 @@ class Chain:
             assert stopped is not None
             going = g.op("Not", stopped)
         else:
-            least, *others = [self._least(g, group) for group in self.open]
-            for other in others:
-                least = g.op("Min", least, other)
-            going = g.op("Less", g.op("Gather", least, self.carried["rows"], axis=0), g.ints(0))
+            least = []  # [B] each: below 0 where a row has a unit without an answer
+            for group in self.open:
+                exits = self.carried[f"{self._name(group)}exit_layer"]
+                least.append(g.op("ReduceMin", exits, g.ints([1]), keepdims=0) if group.has_units else exits)
+            first = reduce(partial(g.op, "Min"), least)
+            going = g.op("Less", g.op("Gather", first, self.carried["rows"], axis=0), g.ints(0))
         for group in self.open:
             name = self._name(group)
-            kept = [key for key in self.carried if key.startswith(f"kept_{name}")]
-            if kept:
-                exits = self.carried[f"{name}exit_layer"]
-                self._keep(g, kept, by_tokens_of(g, going, exits) if group.has_units else going)
+            kept, which = [key for key in self.carried if key.startswith(f"kept_{name}")], going
+            if kept and group.has_units:  # [n] of rows to [n U]
+                units = g.op("Shape", self.carried[f"{name}exit_layer"], start=1, end=2)
+                shape = g.op("Concat", g.op("Shape", going), units, axis=0)
+                spread = g.op("Expand", g.op("Unsqueeze", going, g.ints([1])), shape)
+                which = g.op("Reshape", spread, g.ints([-1]))
+            self._keep(g, kept, which)
         self._keep(g, [k for k in self.carried if k in ("hidden", "rows") or k.startswith(LEFT)], going)
         self.carried["done"] = g.op("Equal", g.op("Size", self.carried["rows"]), g.ints(0))
 
@@ -297,11 +271,6 @@ class Chain:
         for name in names:
             value = self.carried[name]
             self.carried[name] = g.shaped(g.op("Compress", value, which, axis=0), value.shape)
-
-    def _least(self, g: Graph, group: TaskGroup) -> ir.Value:
-        """[B]: below 0 where a row lacks an answer of the group."""
-        exits = self.carried[f"{self._name(group)}exit_layer"]
-        return least_answered(g, exits) if group.has_units else exits
 
     def _part_groups(self) -> None:
         """Once all pieces are there: each task's own answers, out of those of its group."""
@@ -316,6 +285,29 @@ class Chain:
                     own = g.op("Slice", own, g.ints([0]), g.ints([decision.num_labels]), g.ints([1]))
                 self.carried[f"{self.inner[task]}answer"] = own
                 self.carried[f"{self.inner[task]}exit_layer"] = g.op("Gather", exits, g.ints(i), axis=1)
+
+
+def _note_answers(
+    g: Graph,
+    number: int,
+    logits: ir.Value,
+    stops: ir.Value | None,
+    answer: ir.Value,
+    exits: ir.Value,
+    rows: ir.Value,
+) -> tuple[ir.Value, ir.Value]:
+    """Answers [B, U, K] or [B, K] and exits [B, U] or [B], once what stops at block `number` and had no answer has its
+    own, of `logits` [n, U, K] or [n, K] of the `rows` [n] that still go on. `stops` [n, U] or [n] bool, or what
+    broadcasts to it; None: all."""
+    before = g.op("Gather", exits, rows, axis=0)
+    newly = g.op("Less", before, g.ints(0))
+    if stops is not None:
+        newly = g.op("And", newly, stops)
+    own = g.op("Gather", answer, rows, axis=0)
+    own = g.op("Where", g.op("Unsqueeze", newly, g.ints([-1])), logits, own)
+    found = g.op("Where", newly, g.ints(number), before)
+    places = g.op("Unsqueeze", rows, g.ints([1]))
+    return g.op("ScatterND", answer, places, own), g.op("ScatterND", exits, places, found)
 
 
 def _outer(task: str) -> str:

@@ -6,6 +6,7 @@ here needs onnx: `badge_peft.export` hands over the graph, and a `Value` is what
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Value = Any
 _FLOAT, _INT64 = 1, 7  # as ONNX numbers its types
 
 
+@dataclass
 class ExitNodes:
     """One exit.
 
@@ -32,31 +34,24 @@ class ExitNodes:
         num_labels: K.
         problem_type: As transformers has it.
         by_row: Whether each row has a threshold and a patience of its own.
-
-    Attributes:
-        scale: The largest entropy, in nats.
     """
 
-    def __init__(
-        self,
-        graph: Any,
-        index: int,
-        logits: Value,
-        uncertainty: Value,
-        state: dict[str, Value],
-        threshold: Value,
-        patience: Value,
-        num_labels: int,
-        problem_type: str,
-        by_row: bool = False,
-    ) -> None:
-        self.graph, self.index, self.logits, self.uncertainty = graph, index, logits, uncertainty
-        self.state, self.threshold, self.patience = state, threshold, patience
-        self.by_row = by_row
-        self.num_labels, self.problem_type = num_labels, problem_type
-        self.scale = float(np.float32(max_entropy(num_labels, problem_type)))
-        self.many_labels = problem_type == "multi_label_classification"
-        self.values = problem_type == "regression"
+    graph: Any
+    index: int
+    logits: Value
+    uncertainty: Value
+    state: dict[str, Value]
+    threshold: Value
+    patience: Value
+    num_labels: int
+    problem_type: str
+    by_row: bool = False
+
+    def __post_init__(self) -> None:
+        #: The largest entropy, in nats.
+        self.scale = float(np.float32(max_entropy(self.num_labels, self.problem_type)))
+        self.many_labels = self.problem_type == "multi_label_classification"
+        self.values = self.problem_type == "regression"
 
     # -------------------------------------------------------------------------------------------------------- building
 

@@ -112,10 +112,7 @@ def export_tasks_onnx(
         PyTorch's on random rows (float32 files).
 
     Raises:
-        ModuleNotFoundError: the extra `onnx` is not installed.
-        ImportError: torch is older than 2.8.
-        ValueError: tasks that cannot share a pass, what `export_onnx` refuses, or a file above 2 GB.
-        RuntimeError: the file does not answer as the model does. Nothing is written then.
+        ValueError: tasks that cannot share a pass; and what `export_onnx` raises.
     """
     names = list(get_badge_model(model).peft_config) if tasks is None else list(tasks)
     exporter = OnnxExporter(model, early_exit_config, tasks=names, progress=progress)
@@ -138,35 +135,28 @@ class OnnxExporter:
         progress: bool = False,
     ) -> None:
         require_onnx_exporter()
-        from badge_peft.export.task_groups import grouped
+        from badge_peft.export.policies import grouped
 
         badge = get_badge_model(model)
         if tasks is not None:
             check_tasks(badge, tasks)
         _check_model(badge)
-        self.tasks = tasks or []
+        self.tasks, self._progress = tasks or [], progress
         given = {ALONE: early_exit_config} if tasks is None else config_of_each(early_exit_config, tasks)
         self.decisions = {task: _decision(badge, task, given[task]) for task in given}
-        read = {group.tasks: group.blocks() for group in grouped(self.decisions)}
-        for group, numbers in read.items():
-            read[group] = numbers.union(*(adapter_exits(badge, task).linked_to(numbers) for task in group))
-        self._read, self._progress = read, progress
+        self._read = {group.tasks: group.blocks() for group in grouped(self.decisions)}
+        for group, numbers in self._read.items():
+            numbers.update(*[adapter_exits(badge, task).linked_to({*numbers}) for task in group])
         self.hashes = {task: badge.weights_hash(task or None) for task in given}
         self.badge = _own_copy(badge)
         self.metadata: dict[str, Any] = {}  # of the last file
-
-    @property
-    def decision(self) -> Any:
-        """The `Decision` of a file of one task."""
-        return self.decisions[ALONE]
 
     @cached_property
     def pieces(self) -> Any:
         """`ExportedBlocks` of the model."""
         from badge_peft.export.trace import export_blocks
 
-        depth = max(max(numbers) for numbers in self._read.values())
-        return export_blocks(self.badge, self._read, depth, self._progress)
+        return export_blocks(self.badge, self._read, self._progress)
 
     def write(
         self,
@@ -177,7 +167,7 @@ class OnnxExporter:
         examples: Any = None,
     ) -> OnnxExportReport:
         """Writes the folder, once the file answers as the model does."""
-        from badge_peft.export.assemble import assemble
+        from badge_peft.export.sliced import assemble
 
         graph = assemble(self.pieces, self.decisions, int8=int8)
         if graph.ByteSize() > LARGEST:
@@ -189,27 +179,26 @@ class OnnxExporter:
             self.metadata = _stage(here, graph, self._metadata(int8, tokenizer), self.badge, tokenizer)
             kind = OnnxTasksModel if self.tasks else OnnxEarlyExitModel
             session = kind.from_pretrained(here, threads=torch.get_num_threads())
-            facts = self.metadata if not self.tasks else next(iter(self.metadata["tasks"].values()))
-            changes = None
-            if examples is not None:
-                changes = compare(self.badge, session, self.decision.policy.config, examples)
+            facts = next(iter(session.tasks.values()))
+            configs = {task: own.policy.config for task, own in self.decisions.items()}
             report = OnnxExportReport(
                 directory=str(directory),
                 size_bytes=(here / MODEL).stat().st_size,
                 int8=int8,
                 policy=facts["early_exit"]["policy"],
-                max_difference=None if int8 else self._difference(session),
-                changes=changes,
+                max_difference=None if int8 else self._difference(session, configs),
+                changes=None if examples is None else compare(self.badge, session, configs[ALONE], examples),
                 **{name: facts[name] for name in ("threshold", "patience", "exit_layers")},
             )
+            last = [MODEL, CONFIG]
             if not self.tasks:
                 (here / CARD).write_text(onnx_card(report, self.metadata, tokenizer is not None), encoding="utf-8")
-            install(here, Path(directory), last=(MODEL, CONFIG, *(() if self.tasks else (CARD,))))
+                last.append(CARD)
+            install(here, Path(directory), last=last)
         return report
 
-    def _difference(self, session: OnnxEarlyExitModel) -> float:
+    def _difference(self, session: OnnxEarlyExitModel, configs: dict[str, EarlyExitConfig]) -> float:
         """The largest difference from PyTorch's logits; refuses one that is more than rounding."""
-        configs = {task: own.policy.config for task, own in self.decisions.items()}
         difference = largest_difference(self.badge, session, configs, example_inputs(self.badge.model, OTHER))
         if not difference < TOLERANCE:
             raise RuntimeError(
@@ -222,13 +211,17 @@ class OnnxExporter:
         """What the folder's reader has to know, as JSON-able values."""
         tokens = any(own.reads_tokens for own in self.decisions.values())
         facts = {task: self._facts(task) for task in self.decisions}
+        cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
+        longest = max_positions(self.badge.model)
+        limits = [limit for limit in (longest, cut if cut and cut < 10**9 else None) if limit is not None]
         return {
             "format": 1,
             "inputs": [*self.pieces.inputs, *([SPECIAL] if tokens else [])],
             "num_blocks": self.badge.num_blocks,
             "hidden_size": cast(Any, self.badge.model.config).hidden_size,
             "reads_pairs": any(self.badge.config_of(task or None).reads_pairs for task in facts),
-            **_input_limits(self.badge, tokenizer),
+            "max_length": min(limits, default=None),  # tokens to which texts are cut
+            "max_positions": longest,  # those that the model can read
             "int8": int8,
             "badge_peft": package_version(),
             **({"tasks": facts} if self.tasks else facts[ALONE]),
@@ -290,16 +283,6 @@ def _stage(here: Path, graph: Any, metadata: dict[str, Any], badge: BadgeModel, 
     write_json(here / CONFIG, metadata)
     badge.model.config.save_pretrained(here)
     return metadata
-
-
-def _input_limits(badge: BadgeModel, tokenizer: Any) -> dict[str, int | None]:
-    """`max_length`, tokens to which texts are cut, and `max_positions`, those that the model can read."""
-    cut = getattr(tokenizer, "model_max_length", None)  # where training cut texts; one without a limit says 10^30
-    limits = (max_positions(badge.model), cut if cut and cut < 10**9 else None)
-    return {
-        "max_length": min((limit for limit in limits if limit is not None), default=None),
-        "max_positions": limits[0],
-    }
 
 
 def _check_model(badge: BadgeModel) -> None:

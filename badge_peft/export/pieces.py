@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from badge_peft.early_exit.readers import ExitReader, exit_reader
-from badge_peft.export.task_stacks import ExportedStack, carried, side_by_side, stacks_of
+from badge_peft.export.task_stacks import ExportedStack, side_by_side, stacks_of
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
+from badge_peft.tuner.exits import build_on
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.saved_modules import TaskHeads
 
@@ -49,20 +50,9 @@ def tuple_lengths(badge: BadgeModel, inputs: dict[str, Tensor]) -> list[int]:
 
 class PiecePass(BlockPass):
     """Runs block `wanted` alone (0: none), on `states` [B, S, d] and `tensors`, and passes the states through all
-    others.
-
-    Args:
-        readers: By task, of those that read its exit.
-        stacks: Of the exits that are read together; None: they are made now.
-        tensors: What the model computes before its blocks and hands to them (masks, rotary tables, position biases),
-            to be taken in place of what it computes here.
-
-    Attributes:
-        following: [B, S, d], the input of the next block, or what the last one's own exit reads.
-        logits: Tasks, and the logits [T, n, K] of their exits; [n, K] of one.
-        uncertainty: By task, [n] (LTE).
-        shared: The tensors that blocks take beside the states, each one once, in the order in which they ask for them.
-    """
+    others. `tensors` are what the model computes before its blocks and hands to them (masks, rotary tables, position
+    biases), to be taken in place of what it computes here; `readers`, by task, read its exit, together in `stacks`
+    (None: they are made now)."""
 
     def __init__(
         self,
@@ -76,10 +66,10 @@ class PiecePass(BlockPass):
         super().__init__()
         self.readers, self.stacks, self.wanted = readers, stacks, wanted
         self.states, self.tensors, self.lengths = states, tensors, lengths
-        self.following: Tensor | None = None
-        self.logits: list[tuple[list[str], Tensor]] = []
-        self.uncertainty: dict[str, Tensor] = {}
-        self.shared: list[Tensor] = []
+        self.following: Tensor | None = None  # [B, S, d], the next block's input, or what the last one's exit reads
+        self.logits: list[tuple[list[str], Tensor]] = []  # tasks, and those of their exits, [T, n, K]; [n, K] of one
+        self.uncertainty: dict[str, Tensor] = {}  # by task, [n] (LTE)
+        self.shared: list[Tensor] = []  # what blocks take beside the states, each once, in the order of asking
 
     def visit(self, block: BadgeBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number, hidden = self.number_of(block), get_hidden_states(args, kwargs)
@@ -109,9 +99,15 @@ class PiecePass(BlockPass):
         if self.stacks is None:
             self.stacks = stacks_of(block, number, frame, readers)
         for stack in self.stacks:
-            own = [readers.pop(task) for task in stack.tasks]
-            found = stack(frame, own[0].pooling)
-            self.logits.append((stack.tasks, carried(block, number, own, found)))
+            own = {task: readers.pop(task) for task in stack.tasks}
+            found = stack(frame, own[stack.tasks[0]].pooling)
+            if all(reader.exits.carry is None for reader in own.values()):
+                self.logits.append((stack.tasks, found))
+                continue
+            for i, (task, reader) in enumerate(own.items()):
+                exits, exit_ = reader.exits, block.own_exit(reader.exits.adapter, number)
+                logits = build_on(exits, exit_, found[i, :, : exits.num_labels], reader.state)
+                self.logits.append(([task], logits))
         for task, reader in readers.items():
             logits, uncertainty = reader.read(block, number, frame)
             self.logits.append(([task], logits))
@@ -120,15 +116,9 @@ class PiecePass(BlockPass):
 
 
 class ModelPiece(nn.Module):
-    """One piece of a model: the embeddings, or a block with its exits and what lies between it and the next block.
-    Block M has the rest of the model in its piece.
-
-    Args:
-        badge: The model, in eval mode.
-        number: Of the block, 1..M; 0 is the embeddings.
-        lengths: [M], from `tuple_lengths`.
-        read: By group of tasks (as `TaskGroup` has them), the block numbers of the exits whose logits are wanted.
-    """
+    """One piece of a model in eval mode: the embeddings (0), or a block with its exits and what lies between it and
+    the next block. Block M has the rest of the model in its piece. `lengths` are from `tuple_lengths`; `read` are, by
+    group of tasks (as `TaskGroup` has them), the block numbers of the exits whose logits are wanted."""
 
     def __init__(
         self, badge: BadgeModel, number: int, lengths: list[int], read: Mapping[tuple[str, ...], Collection[int]]
@@ -147,19 +137,13 @@ class ModelPiece(nn.Module):
         shared: dict[str, Tensor] | None = None,
         before: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Runs the piece.
+        """Runs the piece on the states before the block, `hidden` [B, S, d], given `shared_0`, ... of the embeddings'
+        piece and `before_logits`, ..., what the exits before have left, [B, ...] or [B, S, ...].
 
-        Args:
-            inputs: Of the model.
-            hidden: [B, S, d], the states before the block.
-            shared: `shared_0`, ..., as the embeddings' piece gives them.
-            before: `before_logits`, ..., what the exits before have left, [B, ...] or [B, S, ...].
-
-        Returns:
-            `following` [B, S, d] (not where the model's own head answers), `logits` [B, K], `uncertainty` [B] and
-            `left_...` of the exit; of the embeddings also `shared_0`, ..., what the model computes before its blocks
-            for them. Of many tasks all but the first have an inner name in front: `task0.logits`, of a group of T > 1
-            tasks, whose first it is, [B, T, K], and `left_task0.logits`.
+        Gives `following` [B, S, d] (not where the model's own head answers), `logits` [B, K], `uncertainty` [B] and
+        `left_...` of the exit; of the embeddings also `shared_0`, ..., what the model computes before its blocks for
+        them. Of many tasks all but the first have an inner name in front: `task0.logits`, of a group of T > 1 tasks,
+        whose first it is, [B, T, K], and `left_task0.logits`.
         """
         exits = {task: adapter_exits(self.badge, task) for group in self.groups for task in group}
         readers = {task: exit_reader(self.badge, own, inputs) for task, own in exits.items()}

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
-from badge_peft.ranking.pairs import ExitReport, best_of, check_documents, encode_pairs, warn_of_more
+from badge_peft.export.runtime import OnnxEarlyExitModel
+from badge_peft.ranking.pairs import check_documents, encode_pairs, ranking, warn_of_more
+from badge_peft.ranking.segments import RankedCandidates
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.texts import longest_text
 
@@ -71,24 +72,19 @@ class OnnxReranker:
         k = own if top_k is None else top_k
         if k > own:
             warn_of_more(k, own, stacklevel=3)
-        tokenizer = self.model.tokenizer
-        longest = longest_text(tokenizer, self.model.config["max_length"])
-        rows, cut = encode_pairs([(query, text) for text in texts], tokenizer, longest)
+        model = self.model
+        longest = longest_text(model.tokenizer, model.config["max_length"])
+        rows, cut = encode_pairs([(query, text) for text in texts], model.tokenizer, longest)
         lengths = np.array([len(row["input_ids"]) for row in rows])
-        order = np.argsort(-lengths, kind="stable")  # as slices want it
-        output = OnnxOutput(np.empty((len(rows), 1), np.float32), np.empty(len(rows), np.int64))
-        for part in self._parts(order, lengths):
-            columns = tokenizer.pad([rows[i] for i in part], return_tensors="np")
-            fields = {name: columns[name] for name in self.model.config["inputs"] if name in columns}
-            found = self.model(**fields, threshold=threshold, top_k=max(k, own))
-            output.logits[part], output.exit_layer[part] = found.logits, found.exit_layer
-        answers = best_of(output.logits[:, 0], output.exit_layer, k, texts if return_documents else None)
-        if not return_report:
-            return answers
-        exits = output.exit_layer
-        left = {number: int((exits > number).sum()) for number in self.model.config["exit_layers"]}
-        run = int(exits.sum())
-        return answers, ExitReport(len(texts), self.model.config["num_blocks"], run, left, cut, exits)
+        scores, exits = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
+        for part in self._parts(np.argsort(-lengths, kind="stable"), lengths):  # the longest first, as slices want it
+            columns = model.tokenizer.pad([rows[i] for i in part], return_tensors="np")
+            fields = {name: columns[name] for name in model.config["inputs"] if name in columns}
+            output = model(**fields, threshold=threshold, top_k=max(k, own))
+            scores[part], exits[part] = output.logits[:, 0], output.exit_layer
+        left = {number: int((exits > number).sum()) for number in model.config["exit_layers"]}
+        found = RankedCandidates(scores, exits, left, np.zeros(len(rows), bool))
+        return ranking(found, texts, k, return_documents, (model.config["num_blocks"], cut) if return_report else None)
 
     def _parts(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
         """The candidates in `order`, the longest first, in as many parts as the memory makes of them."""

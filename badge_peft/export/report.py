@@ -157,35 +157,29 @@ def onnx_card(report: OnnxExportReport, metadata: dict[str, Any], has_tokenizer:
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
+    tau = metadata["threshold"]
     return template.render(
         **metadata,
         tokens=SPECIAL in metadata["inputs"],
-        tau=_text(metadata["threshold"]),
+        tau=f"[{', '.join(f'{x:g}' for x in tau)}]" if isinstance(tau, list) else f"{tau:g}",
         report=report,
         changes=report.changes,
         has_tokenizer=has_tokenizer,
     )
 
 
-def _text(threshold: float | list[float]) -> str:
-    """As Python takes it."""
-    return f"[{', '.join(map(_text, threshold))}]" if isinstance(threshold, list) else f"{threshold:g}"
-
-
 def _both(
     badge: BadgeModel, session: Any, configs: dict[str, EarlyExitConfig], batch: dict[str, Tensor]
 ) -> list[tuple[OnnxOutput, OnnxOutput]]:
     """PyTorch's output and the file's, for each task."""
-    alone = configs.get(ALONE)
-    fields: dict[str, Any] = {name: batch[name].numpy() for name in session.config["inputs"] if name in batch}
-    found = session(**fields)
-    if alone is None:
-        expected = early_exit_forward(badge, tasks=list(configs), early_exit_config=configs, **batch)
+    found = session(**{name: batch[name].numpy() for name in session.config["inputs"] if name in batch})
+    if session.has_tasks:
+        expected: Any = early_exit_forward(badge, tasks=list(configs), early_exit_config=configs, **batch)
     else:
-        expected, found = {ALONE: early_exit_forward(badge, early_exit_config=alone, **batch)}, {ALONE: found}
+        expected = {ALONE: early_exit_forward(badge, early_exit_config=configs[ALONE], **batch)}
+        found = {ALONE: found}
     pairs = []
-    for task in configs:
-        own: Any = expected[task]
+    for task, own in expected.items():
         exits = own.exit_layer if own.token_exit_layer is None else own.token_exit_layer
         pairs.append((OnnxOutput(own.logits.numpy(), exits.numpy()), found[task]))
     return pairs

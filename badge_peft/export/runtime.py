@@ -90,6 +90,11 @@ class OnnxEarlyExitModel(ExportedFolder):
             raise ValueError(f"{directory} holds a file of {other} runs it.")
         return cls(folder, session, config)
 
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the config says of each task; of a file of one, under the empty name."""
+        return self.config["tasks"] if self.has_tasks else {"": self.config}
+
     def __call__(
         self,
         input_ids: Any,
@@ -97,10 +102,10 @@ class OnnxEarlyExitModel(ExportedFolder):
         token_type_ids: Any = None,
         special_tokens_mask: Any = None,
         *,
-        threshold: float | Sequence[float] | None = None,
-        patience: int | None = None,
+        threshold: Any = None,
+        patience: Any = None,
         top_k: int | None = None,
-    ) -> OnnxOutput:
+    ) -> Any:
         """Answers a batch.
 
         Args:
@@ -110,27 +115,46 @@ class OnnxEarlyExitModel(ExportedFolder):
             special_tokens_mask: [B, S], of token classification: 1 for tokens that need no answer and hold no row;
                 None means zeros.
             threshold: In place of the file's own, for this call; where the file has one for each exit, a list of as
-                many, or a number for all.
-            patience: In place of the file's own, for this call.
+                many, or a number for all. Of many tasks a number for all, or a dict by task.
+            patience: In place of the file's own, for this call; of many tasks one for all, or a dict by task.
             top_k: The same, in a file that ranks: the rows are then the candidates of one query.
 
+        Returns:
+            `OnnxOutput`; of many tasks a dict of it by task.
+
         Raises:
-            ValueError: an empty batch, more positions than the model has, or a threshold, patience or top_k that is
-                not allowed.
+            ValueError: an empty batch, more positions than the model has, a task that the file does not have, or a
+                threshold, patience or top_k that is not allowed.
         """
-        counts = {"patience": to_python(patience), "top_k": to_python(top_k)}
-        own = "top_k" if "top_k" in self.config else "patience"
-        for name, count in counts.items():
-            check_int(name, count, at_least=1)
-            if count is not None and name != own:
-                raise ValueError(f"{name}={count} is not allowed: the policy in the file reads {own}.")
         feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
-        if threshold is not None:
-            feed["threshold"] = threshold_input(self.config["threshold"], threshold)
-        if (given := counts[own]) is not None:
-            feed[own] = np.asarray(min(given, LARGEST_PATIENCE), dtype=np.int64)
-        logits, exit_layer = self.session.run(["logits", "exit_layer"], feed)
-        return OnnxOutput(logits, exit_layer)
+        for name, given in (("threshold", threshold), ("patience", patience), ("top_k", top_k)):
+            for task, value in self._by_task(given, name).items():
+                own, place = self.tasks[task], f"{task}.{name}" if task else name
+                if name == "threshold":
+                    feed[place] = threshold_input(own["threshold"], value)
+                    continue
+                check_int(name, value, at_least=1, optional=False)
+                if (name == "top_k") != ("top_k" in own):
+                    reads = "top_k" if "top_k" in own else "patience"
+                    raise ValueError(f"{name}={value} is not allowed: the policy in the file reads {reads}.")
+                feed[place] = np.asarray(min(value, LARGEST_PATIENCE), dtype=np.int64)
+        kinds = [(task, f"{task}." if task else "") for task in self.tasks]
+        found = iter(self.session.run([p + kind for _, p in kinds for kind in ("logits", "exit_layer")], feed))
+        answers = {task: OnnxOutput(next(found), next(found)) for task, _ in kinds}
+        return answers if self.has_tasks else answers[""]
+
+    def _by_task(self, given: Any, field: str) -> dict[str, Any]:
+        """The values that a call gives, by task."""
+        if given is None:
+            return {}
+        if not (self.has_tasks and isinstance(given, Mapping)):
+            return dict.fromkeys(self.tasks, to_python(given))
+        unknown = [task for task in given if task not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"{field} has {unknown[0]!r}, which is no task of this file; they are {', '.join(self.tasks)}."
+            )
+        return {task: to_python(value) for task, value in given.items() if value is not None}
 
     def inputs(
         self, input_ids: Any, attention_mask: Any, token_type_ids: Any, special_tokens_mask: Any = None
@@ -154,9 +178,10 @@ class OnnxEarlyExitModel(ExportedFolder):
         return feed
 
     @property
-    def labels(self) -> list[str]:
-        """Names of the labels, K."""
-        return self.config["labels"] or [str(i) for i in range(self.config["num_labels"])]
+    def labels(self) -> Any:
+        """Names of the labels, K; of many tasks a dict of these by task."""
+        found = {task: own["labels"] or [str(i) for i in range(own["num_labels"])] for task, own in self.tasks.items()}
+        return found if self.has_tasks else found[""]
 
     def predict(
         self,
@@ -179,59 +204,27 @@ class OnnxEarlyExitModel(ExportedFolder):
             raise ValueError("the policy in the file ranks the candidates of a query: use OnnxReranker(model).rank.")
         texts = [texts] if isinstance(texts, str) else list(texts)
         answers: list[dict[str, Any]] = []
+        names = self.labels if self.has_tasks else {"": self.labels}
         for fields, words in self.batches(texts, text_pairs, batch_size):
-            answers += self._answers(self(**fields, threshold=threshold, patience=patience), words)
+            output = self(**fields, threshold=threshold, patience=patience)
+            each = {
+                task: _said(own, words, self.tasks[task]["problem_type"], names[task])
+                for task, own in (output if self.has_tasks else {"": output}).items()
+            }
+            together = [dict(zip(each, of_text, strict=True)) for of_text in zip(*each.values(), strict=True)]
+            answers += together if self.has_tasks else each[""]
         return answers
-
-    def _answers(self, output: Any, words: Sequence[Words]) -> list[dict[str, Any]]:
-        return _said(output, words, self.config["problem_type"], self.labels)
 
 
 class OnnxTasksModel(OnnxEarlyExitModel):
-    """An exported model of many tasks. Made by `from_pretrained`, with the arguments of `OnnxEarlyExitModel`'s.
+    """An exported model of many tasks. Made by `from_pretrained`, with the arguments of `OnnxEarlyExitModel`'s. A call
+    gives a dict from tasks to `OnnxOutput`, `predict` one from tasks to answers.
 
     Attributes:
         config: What `early_exit.json` says: under `tasks` the labels, exits, policy and defaults of each.
     """
 
     has_tasks = True
-
-    @property
-    def labels(self) -> dict[str, list[str]]:  # type: ignore[override]  # those of each task
-        """Names of the labels of each task."""
-        return {task: own["labels"] for task, own in self.config["tasks"].items()}
-
-    def __call__(  # type: ignore[override]  # an answer for each task
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        special_tokens_mask: Any = None,
-        *,
-        threshold: float | Mapping[str, float] | None = None,
-        patience: int | Mapping[str, int] | None = None,
-    ) -> dict[str, OnnxOutput]:
-        """Answers a batch, for each task: as `OnnxEarlyExitModel`, with `threshold` and `patience` for all tasks, or a
-        dict by task.
-
-        Raises:
-            ValueError: as `OnnxEarlyExitModel`, and for a task that the file does not have.
-        """
-        feed = self.inputs(input_ids, attention_mask, token_type_ids, special_tokens_mask)
-        tasks = self.config["tasks"]
-        for task, value in _by_task(threshold, list(tasks), "threshold").items():
-            feed[f"{task}.threshold"] = threshold_input(tasks[task]["threshold"], value)
-        for task, value in _by_task(patience, list(tasks), "patience").items():
-            check_int("patience", value, at_least=1, optional=False)
-            feed[f"{task}.patience"] = np.asarray(min(value, LARGEST_PATIENCE), dtype=np.int64)
-        wanted = [f"{task}.{kind}" for task in tasks for kind in ("logits", "exit_layer")]
-        found = dict(zip(wanted, self.session.run(wanted, feed), strict=True))
-        return {task: OnnxOutput(found[f"{task}.logits"], found[f"{task}.exit_layer"]) for task in tasks}
-
-    def _answers(self, output: dict[str, OnnxOutput], words: Sequence[Words]) -> list[dict[str, Any]]:
-        tasks, names = self.config["tasks"], self.labels
-        each = {task: _said(own, words, tasks[task]["problem_type"], names[task]) for task, own in output.items()}
-        return [dict(zip(each, of_text, strict=True)) for of_text in zip(*each.values(), strict=True)]
 
 
 def _said(output: OnnxOutput, words: Sequence[Words], problem_type: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -244,18 +237,6 @@ def _said(output: OnnxOutput, words: Sequence[Words], problem_type: str, names: 
     problem = problem_of(problem_type)
     rows = zip(output.logits, output.exit_layer, strict=True)
     return [{**problem.format_prediction(row, names), "exit_layer": int(number)} for row, number in rows]
-
-
-def _by_task(given: Any, names: Sequence[str], field: str) -> dict[str, Any]:
-    """The values that a call gives, by task."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(names, to_python(given))
-    unknown = [task for task in given if task not in names]
-    if unknown:
-        raise ValueError(f"{field} has {unknown[0]!r}, which is no task of this file; they are {', '.join(names)}.")
-    return {task: to_python(value) for task, value in given.items() if value is not None}
 
 
 def threshold_input(own: Any, given: Any) -> np.ndarray:

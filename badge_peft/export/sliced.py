@@ -1,4 +1,5 @@
-"""The graph of a query: blocks run for a few candidates at a time, each slice as long as its longest.
+"""`assemble`: from the pieces of a model and its policies to one graph; and the graph of a query, whose blocks run for
+a few candidates at a time, each slice as long as its longest.
 
     If(done) {} else { Loop over slices { rows of the slice, without what is padding in all of them -> block, exit }
                        -> decision on all candidates }
@@ -11,33 +12,50 @@ of a slice are of similar length; in another order the answers are the same, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
-from badge_peft.export.chain import Chain
+from badge_peft.export.chain import Chain, in_int8
 from badge_peft.export.graph import BOOL, INT64, Graph
 from badge_peft.export.pieces import BEFORE, FOLLOWING, LEFT
+from badge_peft.export.policies import Decision
+from badge_peft.export.trace import ExportedBlocks
 
 SLICE = 8  # candidates in a block at once: more save calls, and cost more padding than that
 
-IDS, MASK = "input_ids", "attention_mask"
 _RESULTS = (FOLLOWING, "logits", "uncertainty")  # what a piece gives to the graph, beside what its exit leaves
 Values = Mapping[str, ir.Value]
 
 
-class SlicedChain(Chain):
-    """A `Chain` whose blocks run slice by slice.
+def assemble(pieces: ExportedBlocks, decisions: Mapping[str, Decision], *, int8: bool) -> onnx.ModelProto:
+    """The graph, whose inputs and outputs are those of `export_onnx`; of many tasks, of `export_tasks_onnx`.
 
-    Attributes:
-        positions: Name of what a block takes -> its dimensions that are positions. None: something has a dimension
-            that follows the number of positions otherwise, and nothing can be cut: a slice stays as long as the query.
-        padding_token: As in `ExportedBlocks`: what a decoder's head reads is not cut, either.
+    Args:
+        pieces: Of the model, with the exits of all tasks.
+        decisions: The policy of each task, of a file of one that of `ALONE`; with one that looks at a query, blocks
+            run slice by slice, and `scores`, the logits of the candidates as [N], come beside the answers.
+        int8: Quantize the blocks; exits and decisions stay in float32.
     """
+    inputs = [ir.val(name, INT64, ["batch", "sequence"]) for name in pieces.inputs]
+    given = decisions, inputs, {*pieces.inputs, *pieces.per_row}
+    by_group = any(own.policy.by_group for own in decisions.values())
+    chain = SlicedChain(*given, pieces) if by_group else Chain(*given)
+    for number, piece in pieces.graphs.items():
+        chain.add(number, in_int8(piece) if int8 else [piece])
+    return chain.model()
 
-    positions: dict[str, list[int]] | None = None
-    padding_token: int | None = None
+
+class SlicedChain(Chain):
+    """A `Chain` whose blocks run slice by slice, cut where `pieces` say that there are positions. Where these do not
+    know, a slice stays as long as the query; what a decoder's head reads is not cut, either."""
+
+    def __init__(
+        self, decisions: Mapping[str, Decision], inputs: Sequence[ir.Value], per_row: set[str], pieces: ExportedBlocks
+    ) -> None:
+        super().__init__(decisions, inputs, per_row)
+        self.positions, self.padding_token = pieces.positions, pieces.padding_token
 
     def compute(self, g: Graph, number: int, parts: Sequence[ir.Graph], given: Values) -> dict[str, ir.Value]:
         """As `Chain.compute`, where it is a block."""
@@ -53,24 +71,20 @@ class SlicedChain(Chain):
         step, going = body.input("step", INT64, []), body.input("going", BOOL, [])
         made = self._slice(body, step, places, given, parts)
         body.body.outputs.append(body.op("Identity", going))
-        lengths = {name: length if _has_positions(name, value) else None for name, value in kept.items()}
+        lengths = {  # of those whose second dimension is one of positions
+            name: length if name == FOLLOWING or (name.startswith(LEFT) and len(_open(value)) > 2) else None
+            for name, value in kept.items()
+        }
         for name, value in kept.items():
             body.body.outputs.append(_filled(body, made[name], lengths[name], len(_open(value))))
         # what an iteration gives beside `going` is put together by the runtime, once: [trips, SLICE, ...]
         always = g.constant(np.asarray(True))
         stacked = g.node("Loop", [trips, always], {"body": body.body}, len(kept))
-        results = [
-            _rows(g, value, found, rows, lengths[name])
-            for (name, value), found in zip(kept.items(), stacked, strict=True)
-        ]
-        for result, value in zip(results, kept.values(), strict=True):
-            result.type, result.shape = value.type, _open(value)
-        return dict(zip(kept, results, strict=True))
-
-    def outputs(self) -> list[tuple[str, str, Any]]:
-        """Of a query also `scores` [N], its logits [N, 1]."""
-        self.carried["scores"] = self.graph.op("Squeeze", self.carried["answer"], self.graph.ints([1]))
-        return [*super().outputs(), ("scores", "scores", ir.Shape(["batch"]))]
+        made = {}
+        for (name, value), found in zip(kept.items(), stacked, strict=True):
+            made[name] = _rows(g, value, found, rows, lengths[name])
+            made[name].type, made[name].shape = value.type, _open(value)
+        return made
 
     def _slice(
         self, g: Graph, step: ir.Value, places: ir.Value, given: Values, parts: Sequence[ir.Graph]
@@ -84,30 +98,22 @@ class SlicedChain(Chain):
             has_rows = name == "hidden" or name in self.per_row or name.startswith(BEFORE)
             cut[name] = g.op("Slice", value, start, end, g.ints([0])) if has_rows else value
         if self.positions is not None:
-            real = g.op("Cast", cut[MASK], to=BOOL)
+            real = g.op("Cast", cut["attention_mask"], to=BOOL)
             if self.padding_token is not None:
-                real = g.op("Or", real, g.op("Not", g.op("Equal", cut[IDS], g.ints(self.padding_token))))
+                real = g.op("Or", real, g.op("Not", g.op("Equal", cut["input_ids"], g.ints(self.padding_token))))
             last = g.op("ReduceMax", g.op("Mul", g.op("Cast", real, to=INT64), places), keepdims=0)
             last = g.op("Unsqueeze", g.op("Max", last, g.ints(1)), g.ints([0]))
             for name, axes in self.positions.items():
                 if name in cut:
                     zeros, ends = g.ints([0] * len(axes)), g.op("Concat", *[last] * len(axes), axis=0)
                     cut[name] = g.op("Slice", cut[name], zeros, ends, g.ints(axes))
-        made: dict[str, ir.Value] = {}
-        for part in parts:
-            made |= g.insert(part, cut | made)
-        return made
+        return super().compute(g, 0, parts, cut)
 
 
 def _open(value: ir.Value) -> ir.Shape:
     """The shape of a value, without the names of sizes."""
     assert value.shape is not None
     return ir.Shape([d if isinstance(d, int) else None for d in value.shape])
-
-
-def _has_positions(name: str, value: ir.Value) -> bool:
-    """Whether a result of a block has a dimension of positions, the second."""
-    return name == FOLLOWING or (name.startswith(LEFT) and len(_open(value)) > 2)
 
 
 def _filled(g: Graph, value: ir.Value, length: ir.Value | None, rank: int) -> ir.Value:

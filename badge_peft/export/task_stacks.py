@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from badge_peft.early_exit.readers import ExitReader
 from badge_peft.tuner.bypass import Bypass, states_read
 from badge_peft.tuner.context import Frame
-from badge_peft.tuner.exits import CarriedLogits, LinearExit, finite
+from badge_peft.tuner.exits import LinearExit
 from badge_peft.tuner.layer import BadgeBlock
 from badge_peft.tuner.pooling import Pooling
 
@@ -109,45 +109,21 @@ def _plain_exit(block: BadgeBlock, number: int, frame: Frame, reader: ExitReader
     placement = block.badge_placement[adapter]
     if type(exit_) is not LinearExit or type(bypass) is not Bypass or placement not in ("block", "ffn"):
         return None
-    linear = (bypass.down, bypass.up, exit_.linear)
-    if any(map(_is_changed, (exit_, exit_.dropout, bypass, bypass.activation, bypass.norm, *linear))):
+    linear, norm = (bypass.down, bypass.up, exit_.linear), bypass.norm
+    if any(map(_is_changed, (exit_, exit_.dropout, bypass, bypass.activation, norm, *linear))):
         return None
-    if any(type(layer) is not nn.Linear for layer in linear):
+    if any(type(layer) is not nn.Linear for layer in linear) or type(norm) is not nn.LayerNorm or norm.weight is None:
         return None
     reads = states_read(placement, block.layout.pre_norm)
-    states = [getattr(frame, name) for name in reads]
-    if type(bypass.norm) is not nn.LayerNorm or type(bypass.activation) not in _ACTIVATIONS:
+    dtypes = {getattr(getattr(frame, name), "dtype", None) for name in reads}
+    if type(bypass.activation) not in _ACTIVATIONS or dtypes != {exit_.linear.weight.dtype}:
         return None
-    if bypass.norm.weight is None or any(x is None or x.dtype != exit_.linear.weight.dtype for x in states):
-        return None
-    activation = _ACTIVATIONS[type(bypass.activation)]
-    return PlainExit(reads, bypass.down, activation, bypass.up, bypass.norm, exit_.linear)
+    return PlainExit(reads, bypass.down, _ACTIVATIONS[type(bypass.activation)], bypass.up, norm, exit_.linear)
 
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether a call of `module` does more than its class says: by hooks, or a forward of its own (offloading)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def carried(block: BadgeBlock, number: int, readers: Sequence[ExitReader], logits: Tensor) -> Tensor:
-    """What exits `number` of T readers answer, [T, n, K], given what they say by themselves: those that carry logits
-    add those of the exit before, in one operation."""
-    exits = [block.own_exit(reader.exits.adapter, number) for reader in readers]
-    building = [i for i, exit_ in enumerate(exits) if exit_.carry is not None]
-    if building:
-        width = logits.shape[-1]
-        before = [
-            F.pad(readers[i].state.left["logits"], (0, width - readers[i].exits.num_labels)).to(logits)
-            for i in building
-        ]
-        numbers = torch.stack([cast(CarriedLogits, exits[i].carry).weight for i in building])
-        added = numbers.to(logits.dtype).unsqueeze(-1) * finite(torch.stack(before))
-        whole = len(building) == len(exits)
-        logits = logits + added if whole else logits.index_add(0, torch.tensor(building), added)
-    for i, reader in enumerate(readers):
-        if reader.exits.carry is not None:
-            reader.state.left["logits"] = logits[i, :, : reader.exits.num_labels].detach()
-    return logits
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -158,23 +134,12 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
 def side_by_side(found: Sequence[tuple[list[str], Tensor]], group: Sequence[str], labels: int) -> Tensor:
     """Logits [n, K] of a group's task, or [n, T, K] of its T tasks, out of tasks with their logits
     [T', n, K'], or [n, K] of one; of labels that a task lacks, `MISSING`."""
-    parts, names = [], []
+    each: dict[str, Tensor] = {}
     for tasks, logits in found:
-        own = [i for i, task in enumerate(tasks) if task in group]
-        if not own:
-            continue
-        if len(tasks) == 1:
-            if len(group) == 1:
-                return logits
-            logits = logits.unsqueeze(0)
-        names += [tasks[i] for i in own]
-        whole = len(own) == len(tasks)
-        part = logits if whole else logits[own[0] : own[0] + 1] if len(own) == 1 else logits[torch.tensor(own)]
-        part = part[..., :labels]
-        parts.append(F.pad(part, (0, labels - part.shape[-1]), value=MISSING) if part.shape[-1] < labels else part)
+        if len(group) > 1 and tasks == [*group]:
+            return logits.transpose(0, 1)
+        each |= {task: logits[i] if len(tasks) > 1 else logits for i, task in enumerate(tasks) if task in group}
+    parts = [each[task][..., :labels] if each[task].shape[-1] > labels else each[task] for task in group]
     if len(group) == 1:
-        return parts[0].squeeze(0)
-    logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if names != list(group):
-        logits = logits[torch.tensor([names.index(task) for task in group])]
-    return logits.transpose(0, 1)
+        return parts[0]
+    return torch.stack([F.pad(part, (0, labels - part.shape[-1]), value=MISSING) for part in parts], dim=1)

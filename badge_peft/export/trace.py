@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx.node import Node, map_arg
 
 from badge_peft.export.graph import OPSET
-from badge_peft.export.pieces import (
-    ALONE,
-    BEFORE,
-    EXAMPLE,
-    FOLLOWING,
-    LEFT,
-    OTHER,
-    ModelPiece,
-    example_inputs,
-    tuple_lengths,
-)
-from badge_peft.export.structure import structure_of, with_weights
+from badge_peft.export.pieces import BEFORE, EXAMPLE, FOLLOWING, LEFT, OTHER, ModelPiece, example_inputs, tuple_lengths
 from badge_peft.model import BadgeModel
 from badge_peft.tuner.decoders import padding_token
 
@@ -36,55 +28,56 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 @dataclass
 class ExportedBlocks:
-    """A model in pieces.
+    """A model in pieces."""
 
-    Args:
-        inputs: Names of the model's inputs.
-        graphs: The pieces by block number, up to the last block that is wanted; 0 is the embeddings. Inputs and
-            outputs have the names that they have in `ModelPiece`.
-        per_row: Names of the shared tensors that have one row per input.
-        positions: Name of what a block takes -> its dimensions that are positions; None where something has one that
-            follows their number in another way.
-        padding_token: The token by which a decoder's head knows padding; None: what reads positions goes by the mask.
-    """
-
+    #: Names of the model's inputs.
     inputs: list[str]
+    #: By block number; 0 is the embeddings. Inputs and outputs have the names that they have in `ModelPiece`.
     graphs: dict[int, ir.Graph]
+    #: Names of the shared tensors that have one row per input.
     per_row: set[str]
+    #: Name of what a block takes -> its dimensions that are positions; None where something has one that follows
+    #: their number in another way.
     positions: dict[str, list[int]] | None
+    #: The token by which a decoder's head knows padding; None: what reads positions goes by the mask.
     padding_token: int | None = None
 
 
 @torch.no_grad()
 def export_blocks(
-    badge: BadgeModel, read: set[int] | dict[tuple[str, ...], set[int]], depth: int, progress: bool = False
+    badge: BadgeModel, read: Mapping[tuple[str, ...], set[int]], progress: bool = False
 ) -> ExportedBlocks:
-    """Exports the embeddings and the blocks 1..depth of a model in eval mode, one by one. `read` are the numbers of
-    the blocks at which an answer of the active adapter is wanted; for many tasks, those of each group."""
+    """Exports the embeddings and the blocks of a model in eval mode, one by one, up to the last of `read`: the numbers
+    of the blocks at which an answer of each group of tasks is wanted."""
     from tqdm.auto import tqdm
 
     inputs, others = (example_inputs(badge.model, size) for size in (EXAMPLE, OTHER))
     lengths = tuple_lengths(badge, inputs)
-    groups: dict[tuple[str, ...], set[int]] = read if isinstance(read, dict) else {(ALONE,): read}
-    pieces = [ModelPiece(badge, number, lengths, groups) for number in range(depth + 1)]
+    depth = max(map(max, read.values()))
+    pieces = [ModelPiece(badge, number, lengths, read) for number in range(depth + 1)]
     made, made_of_others = (pieces[0](x) for x in (inputs, others))
     shared = {name: tensor for name, tensor in made.items() if name.startswith("shared_")}
     example: dict[str, Any] = {"inputs": inputs, "hidden": made[FOLLOWING], "shared": shared}
+    given, other = ({**x, "hidden": y[FOLLOWING], **y} for x, y in ((inputs, made), (others, made_of_others)))
+    sizes = {  # of each dimension, with both inputs
+        name: list(zip(given[name].shape, other[name].shape, strict=True)) for name in (*inputs, "hidden", *shared)
+    }
+    moving = {name: [d for d, (a, b) in enumerate(sizes[name]) if a != b] for name in shared}
     shapes: dict[str, Any] = {
         "inputs": dict.fromkeys(inputs, DYNAMIC),
         "hidden": DYNAMIC,
-        "shared": {name: _moving(tensor, made_of_others[name]) for name, tensor in shared.items()},
+        "shared": {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in moving.items()},
     }
+    rows, length = zip(EXAMPLE, OTHER, strict=True)
     result = ExportedBlocks(
         list(inputs),
         {},
-        {name for name, tensor in shared.items() if _has_rows(tensor, made_of_others[name])},
-        _positions(
-            {**inputs, "hidden": made[FOLLOWING], **shared},
-            {**others, "hidden": made_of_others[FOLLOWING], **made_of_others},
-        ),
+        {name for name in shared if len(sizes[name]) > 1 and sizes[name][0] == rows},
+        {name: [d for d, pair in enumerate(own) if pair == length] for name, own in sizes.items() if length in own},
         padding_token(badge.model, badge.layout),
     )
+    if any(a != b and (a, b) not in (rows, length) for own in sizes.values() for a, b in own):
+        result.positions = None
     known: dict[str, Any] = {}
     before: dict[str, Tensor] = {}  # what the exits so far have left for the deeper ones
     for piece in tqdm(pieces, desc="exporting blocks", disable=not progress):
@@ -143,32 +136,52 @@ def to_onnx(
             assert translated is not None
             known[structure] = translated, translated.model.clone(), list(weights)
         program, model, own = known[structure]
-        program.model = with_weights(model.clone(), own, weights)
+        program.model = _with_weights(model.clone(), own, weights)
         program.optimize()
     for change in (InlinePass(), ClearMetadataAndDocStringPass()):
         change(program.model)
     return ir.from_proto(ir.to_proto(program.model)).graph  # its weights apart from those of `module`
 
 
-def _moving(tensor: Tensor, other: Tensor) -> dict[int, Any]:
-    """The dimensions that follow the sizes of the input."""
-    return {d: torch.export.Dim.AUTO for d in range(tensor.dim()) if tensor.shape[d] != other.shape[d]}
+def structure_of(exported: ExportedProgram) -> tuple[str, dict[str, Tensor]]:
+    """What a program computes, apart from its weights, as text, in which a weight goes by its place in the order of
+    first use, its shape and its type; and the weights by name, in that order. Two programs of one text compute the
+    same: most blocks of a model differ in nothing else."""
+    targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target is not None}
+    tensors = {**exported.state_dict, **exported.constants}
+    weights: dict[str, Tensor] = {}
+    names: dict[Node, str] = {}
+    lines: list[str] = []
+
+    def name_of(node: Node) -> str:
+        if node not in names:
+            target = targets[node.name]
+            weights[target] = tensors[target]
+            names[node] = f"weight_{len(weights)}{list(tensors[target].shape)}{tensors[target].dtype}"
+        return names[node]
+
+    for number, node in enumerate(exported.graph.nodes):
+        if node.op == "placeholder":
+            if node.name not in targets:
+                names[node] = node.name
+            continue
+        if node.op == "get_attr":  # a graph in the graph, which would have to be compared as well
+            lines.append(f"like no other: {uuid4()}")
+        arguments = map_arg((node.args, node.kwargs), name_of)
+        names[node] = f"value_{number}"
+        lines.append(f"{names[node]} = {node.op} {node.target} {arguments}")
+    return "\n".join(lines), weights
 
 
-def _positions(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, list[int]] | None:
-    """By name the dimensions that are as long as the input; None where one follows the sizes in another way."""
-    found: dict[str, list[int]] = {}
-    for name, tensor in tensors.items():
-        sizes = list(zip(tensor.shape, others[name].shape, strict=True))
-        if any(a != b and (a, b) not in ((EXAMPLE[0], OTHER[0]), (EXAMPLE[1], OTHER[1])) for a, b in sizes):
-            return None
-        if axes := [d for d, pair in enumerate(sizes) if pair == (EXAMPLE[1], OTHER[1])]:
-            found[name] = axes
-    return found
-
-
-def _has_rows(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.dim() > 1 and (tensor.shape[0], other.shape[0]) == (EXAMPLE[0], OTHER[0])
+def _with_weights(model: ir.Model, names: Sequence[str], weights: Mapping[str, Tensor]) -> ir.Model:
+    """`model`, not optimized, with `weights` in the place of those with these `names`, in their order."""
+    initializers = model.graph.initializers
+    found = [initializers.pop(name, None) for name in names]
+    for value, (name, tensor) in zip(found, weights.items(), strict=True):
+        if value is not None:  # one that the translation did not need
+            value.name, value.const_value = name, ir.tensor(tensor.detach().numpy())
+            model.graph.register_initializer(value)
+    return model
 
 
 @contextmanager

@@ -17,16 +17,8 @@ from badge_peft.utils.checks import is_number
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 # their names -> ours
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "leakyrelu": "leaky_relu",
-    "leaky_relu": "leaky_relu",
-    "silu": "silu",
-    "swish": "silu",
-    "tanh": "tanh",
-    "linear": "identity",
-}
+_ACTIVATIONS = {name: name for name in ("relu", "gelu", "leaky_relu", "silu", "tanh")}
+_ACTIVATIONS |= {"leakyrelu": "leaky_relu", "swish": "silu", "linear": "identity"}
 _SCALINGS = ("learned", "channel")
 # field -> the only value that a bypass can be, the library's default where a file has none, and what else it would be
 _FIELDS: dict[str, tuple[Any, Any, str]] = {

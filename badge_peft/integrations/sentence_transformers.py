@@ -67,32 +67,15 @@ class _Rank:
         show_progress_bar: bool | None = None,
         activation_fn: Callable[..., Any] | None = None,
         **more: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Any:
         """As `CrossEncoder.rank`."""
         encoder = self.cross_encoder
         texts = all(isinstance(text, str) for text in (query, *documents))
         prompt = getattr(encoder, "default_prompt_name", None)
         asks_more = bool(others or prompt or any(value is not None for value in more.values()))
         if top_k is None or asks_more or not texts or not query.strip() or not len(documents):
-            full_depth: list[dict[str, Any]] = type(encoder).rank(
-                encoder,
-                query,
-                documents,
-                top_k,
-                return_documents,
-                *others,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                activation_fn=activation_fn,
-                **more,
-            )
-            return full_depth
-        found: list[dict[str, Any]] = self.reranker.rank(
-            query,
-            documents,
-            top_k,
-            return_documents,
-            batch_size=batch_size,
-            activation=activation_fn or encoder.activation_fn,
-        )
-        return found
+            own = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "activation_fn": activation_fn}
+            given = query, documents, top_k, return_documents, *others
+            return type(encoder).rank(encoder, *given, **own, **more)
+        options: Any = {"batch_size": batch_size, "activation": activation_fn or encoder.activation_fn}
+        return self.reranker.rank(query, documents, top_k, return_documents, **options)

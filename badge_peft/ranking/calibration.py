@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
@@ -230,7 +231,7 @@ def _certified(
     best = None
     for point in ranking_front(halves[0], asked, ordered):
         losses = int((~evaluate_ranking(halves[1], point.config, ordered).kept).sum())
-        if not is_rare(losses, tested, 1 - keep, confidence):
+        if binom.cdf(losses, tested, 1 - keep) > 1 - confidence:  # as few, where a loss has a probability of 1 - keep
             break
         best = point.config
     if best is None:
@@ -250,14 +251,6 @@ def check_queries(queries: int, keep: float, confidence: float) -> int:
             f"top k takes at least {2 * needed}, even where none changes. Give more queries, or ask for less."
         )
     return tested
-
-
-def is_rare(losses: int, n: int, alpha: float, confidence: float) -> bool:
-    """Whether so few losses among n reject "a loss has a probability of at least alpha": P(Bin(n, alpha) <= losses) is
-    at most 1 - confidence."""
-    log_choose = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(losses + 1)]
-    chances = [c + i * math.log(alpha) + (n - i) * math.log1p(-alpha) for i, c in enumerate(log_choose)]
-    return sum(map(math.exp, chances)) <= 1 - confidence
 
 
 def queries_needed(keep: float, confidence: float) -> int:

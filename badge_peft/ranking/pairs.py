@@ -1,5 +1,5 @@
-"""What a reranker of PyTorch and one of ONNX have in common: pairs of a query and a document as rows of tokens, which
-of them had to be cut, the ranking, and what it has cost."""
+"""What a reranker has in common on PyTorch and on ONNX: pairs of a query and a document as rows of tokens, which of
+them had to be cut, the ranking, and what it has cost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from badge_peft.ranking.segments import RankedCandidates
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,23 @@ def warn_of_more(top_k: int, calibrated: int, stacklevel: int) -> None:
     )
 
 
-def best_of(
-    scores: np.ndarray,
-    exit_layer: np.ndarray,
+def ranking(
+    found: RankedCandidates,
+    texts: Sequence[str],
     top_k: int | None,
-    texts: Sequence[str] | None,
+    return_documents: bool,
+    blocks_and_cut: tuple[int, int] | None,
     activated: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
-) -> list[dict[str, Any]]:
-    """The `top_k` best of the candidates that went deepest, by their scores [N], best first, with their `texts`."""
-    last = np.flatnonzero(exit_layer == exit_layer.max())
-    best = last[np.argsort(-scores[last], kind="stable")][:top_k]
-    found = zip(best.tolist(), activated(scores[best]).tolist(), strict=True)
-    return [{"corpus_id": i, "score": x, **({} if texts is None else {"text": texts[i]})} for i, x in found]
+) -> Any:
+    """The `top_k` best of the candidates that went deepest, best first, with their `texts` where these are wanted;
+    given M and how many texts were cut, a pair of it and the report."""
+    last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
+    best = last[np.argsort(-found.scores[last], kind="stable")][:top_k]
+    answers: list[dict[str, Any]] = [
+        {"corpus_id": i, "score": score, **({"text": texts[i]} if return_documents else {})}
+        for i, score in zip(best.tolist(), activated(found.scores[best]).tolist(), strict=True)
+    ]
+    if blocks_and_cut is None:
+        return answers
+    blocks, cut = blocks_and_cut
+    return answers, ExitReport(len(texts), blocks, int(found.exit_layer.sum()), found.left, cut, found.exit_layer)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import validate_policy
 from badge_peft.early_exit.policies import ExitPolicy, build_policy
-from badge_peft.hub import has_tokenizer, load_pretrained
+from badge_peft.hub import load_pretrained, load_tokenizer
 from badge_peft.model import get_badge_model
-from badge_peft.ranking.pairs import ExitReport, best_of, check_documents, encode_pairs, warn_of_more
+from badge_peft.ranking.pairs import check_documents, encode_pairs, ranking, warn_of_more
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.tuner.architectures import max_positions
 from badge_peft.utils.checks import check_int
@@ -102,18 +101,9 @@ class EarlyExitReranker:
         model = load_pretrained(str(adapter), **kwargs)
         if tokenizer is None:
             base = get_badge_model(model).config_of().base_model_name_or_path
-            places = [place for place in (str(adapter), base) if place and has_tokenizer(place)]
-            if not places:
-                raise ValueError(f"there is no tokenizer in {adapter} or with its base model: pass tokenizer=...")
-            tokenizer = AutoTokenizer.from_pretrained(places[0])
-        return cls(
-            model,
-            tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            activation=activation,
-            max_state_bytes=max_state_bytes,
-        )
+            tokenizer = load_tokenizer([str(adapter), base])
+        fields: Any = {"max_length": max_length, "batch_size": batch_size, "max_state_bytes": max_state_bytes}
+        return cls(model, tokenizer, activation=activation, **fields)
 
     def rank(
         self,
@@ -155,8 +145,10 @@ class EarlyExitReranker:
         texts = check_documents(query, documents)
         for name, number in (("top_k", top_k), ("batch_size", batch_size)):
             check_int(name, number, at_least=1)
-        whole = full_depth or top_k is None
-        config = self._config(len(texts) if top_k is None else top_k, whole, early_exit_config, fields)
+        config = EarlyExitConfig(policy="never")
+        if not (full_depth or top_k is None):
+            own = early_exit_config or self.badge.get_early_exit_config()
+            config = self._config(top_k, EarlyExitConfig.of(own, **fields))
         rows, cut = encode_pairs([(query, text) for text in texts], self.tokenizer, self.max_length)
         validate_policy(config, self.badge.config_of(), self.badge.num_blocks)
         found = self._run(rows, build_policy(config), batch_size or self.batch_size)
@@ -167,11 +159,8 @@ class EarlyExitReranker:
                 stacklevel=2,
             )
         activated = partial(_activated, activation=activation or self.activation)
-        answers = best_of(found.scores, found.exit_layer, top_k, texts if return_documents else None, activated)
-        if not return_report:
-            return answers
-        exits = found.exit_layer
-        return answers, ExitReport(len(texts), self.badge.num_blocks, int(exits.sum()), found.left, cut, exits)
+        told = (self.badge.num_blocks, cut) if return_report else None
+        return ranking(found, texts, top_k, return_documents, told, activated)
 
     def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
         """Scores of pairs at full depth.
@@ -187,16 +176,16 @@ class EarlyExitReranker:
         """
         if not hasattr(pairs, "__len__") or isinstance(pairs, str):
             raise ValueError(f"pairs is {type(pairs).__name__}: give a list of pairs, a query and a document each.")
-        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        single = _is_pair(pairs)
         given = [cast("tuple[str, str]", tuple(pair)) for pair in ([pairs] if single else pairs)]
         if not given:
             raise ValueError("pairs is empty: there is nothing to score.")
         for i, pair in enumerate(given):
-            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            if not _is_pair(pair):
                 raise ValueError(f"pair {i} is {pair!r}: a pair is a query and a document, two texts.")
         rows, _ = encode_pairs(given, self.tokenizer, self.max_length)
-        policy = build_policy(policy="never")
-        found = _activated(self._run(rows, policy, self.batch_size).scores, self.activation)
+        scores = self._run(rows, build_policy(policy="never"), self.batch_size).scores
+        found = _activated(scores, self.activation)
         return float(found[0]) if single else found
 
     def check_calibrated(self, config: EarlyExitConfig | None = None) -> None:
@@ -214,19 +203,18 @@ class EarlyExitReranker:
             self.model.eval()
         return CandidatePass(self.badge, rows, policy, batch_size, self.max_state_bytes).run()
 
-    def _config(
-        self, top_k: int, full_depth: bool, given: EarlyExitConfig | None, fields: dict[str, Any]
-    ) -> EarlyExitConfig:
+    def _config(self, top_k: int, own: EarlyExitConfig) -> EarlyExitConfig:
         """How the candidates of a call leave."""
-        if full_depth:
-            return EarlyExitConfig(policy="never")
-        own = EarlyExitConfig.of(given or self.badge.get_early_exit_config(), **fields)
         self.check_calibrated(own)
         calibrated = own.resolved_top_k
         if top_k <= calibrated:
             return own
         warn_of_more(top_k, calibrated, stacklevel=4)
         return EarlyExitConfig.of(own, top_k=top_k)
+
+
+def _is_pair(given: Sequence[Any]) -> bool:
+    return len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
 def _activated(scores: Any, activation: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:

@@ -10,14 +10,16 @@ slices. That takes longer, as each call computes the embeddings again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies.base import ExitPolicy, schedule_of
@@ -25,7 +27,6 @@ from badge_peft.early_exit.readers import ExitReader, PolicyReader, exit_reader,
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.model import BadgeModel
 from badge_peft.ranking.slices import SlicedPass, StatesChanged
-from badge_peft.ranking.states import StateStore
 from badge_peft.tuner.context import BlockPass, Frame, as_result, get_hidden_states, with_states
 from badge_peft.tuner.decoders import decoder_arguments, read_mask
 from badge_peft.tuner.layer import BadgeBlock
@@ -40,19 +41,61 @@ _COPIES = 4  # of the states of all candidates, while embeddings are computed
 
 @dataclass
 class RankedCandidates:
-    """What came of the candidates of a query.
+    """What came of the candidates of a query."""
 
-    Args:
-        scores: [N] float32, of the exit at which each stopped.
-        exit_layer: [N], the block that answered.
-        left: Block number of each exit at which candidates could leave -> how many went on behind it.
-        non_finite: [N] bool, the candidates with a score that was NaN or infinite where it was looked at.
-    """
+    scores: Array  # [N] float32, of the exit at which each stopped
+    exit_layer: Array  # [N], the block that answered
+    left: dict[int, int]  # block number of each exit at which candidates could leave -> how many went on behind it
+    non_finite: Array  # [N] bool, those with a score that was NaN or infinite where it was looked at
 
-    scores: Array
-    exit_layer: Array
-    left: dict[int, int]
-    non_finite: Array
+
+class StateStore:
+    """Tensors by name that have a row for each candidate, [N, ...], or one for each of its positions: these lie side
+    by side in a buffer that every segment overwrites in place. What is larger than `max_bytes` goes into a temporary
+    file, which the system reads and writes in pages. `lengths` [N] are the positions of each candidate."""
+
+    def __init__(self, lengths: Array, max_bytes: int) -> None:
+        self.lengths, self.max_bytes = lengths.tolist(), max_bytes
+        self._starts = (np.cumsum(lengths) - lengths).tolist()
+        self._of_rows: dict[str, Tensor] = {}
+        self._of_positions: dict[str, tuple[Tensor, torch.device]] = {}
+
+    def put(self, rows: Sequence[int], values: Mapping[str, Tensor]) -> None:
+        """Keeps what b `rows` have, [b, ...] or [b, S, d] each."""
+        for name, value in values.items():
+            if value.dim() < 3:
+                if name not in self._of_rows:
+                    self._of_rows[name] = value.new_zeros(len(self.lengths), *value.shape[1:])
+                self._of_rows[name][torch.tensor(rows, device=value.device)] = value
+                continue
+            if name not in self._of_positions:
+                self._of_positions[name] = self._buffer(value), value.device
+            buffer, _ = self._of_positions[name]
+            for row, own in zip(rows, value, strict=True):
+                start, length = self._starts[row], self.lengths[row]
+                buffer[start : start + length] = own[:length].to(buffer.device)
+
+    def names(self) -> set[str]:
+        """Of what has been kept so far."""
+        return {*self._of_rows, *self._of_positions}
+
+    def get(self, rows: Sequence[int], names: set[str]) -> dict[str, Tensor]:
+        """What `rows` have under these names, with zeros behind each but the longest."""
+        found = {name: x[torch.tensor(rows, device=x.device)] for name, x in self._of_rows.items() if name in names}
+        for name in names & self._of_positions.keys():
+            buffer, device = self._of_positions[name]
+            parts = [buffer[self._starts[row] : self._starts[row] + self.lengths[row]] for row in rows]
+            found[name] = pad_sequence(parts, batch_first=True).to(device)
+        return found
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        """[all positions, d], of the width, precision and, in memory, device of `like`."""
+        count, width = sum(self.lengths), like.shape[-1]
+        if count * width * like.element_size() <= self.max_bytes:
+            return like.new_empty(count, width)
+        with TemporaryFile() as file:  # gone with the last reference to it
+            pages = np.memmap(file, dtype=np.uint8, mode="w+", shape=(count, width * like.element_size()))
+        return torch.from_numpy(pages).view(like.dtype)
 
 
 class SegmentPass(BlockPass):
@@ -95,12 +138,7 @@ class CandidatePass:
     in a block at once."""
 
     def __init__(
-        self,
-        badge: BadgeModel,
-        rows: list[dict[str, Any]],
-        policy: ExitPolicy,
-        batch_size: int,
-        max_state_bytes: int,
+        self, badge: BadgeModel, rows: list[dict[str, Any]], policy: ExitPolicy, batch_size: int, max_state_bytes: int
     ) -> None:
         self.badge, self.rows, self.policy = badge, rows, policy
         self.batch_size, self.max_state_bytes = batch_size, max_state_bytes
@@ -183,7 +221,8 @@ class CandidatePass:
         computed, too, as deeper exits build on them."""
         scores = np.empty((len(exits), len(active)), dtype=np.float32)
         before_segment = self._store.names()  # what is new in it, later slices do not have
-        for place, rows in self._slices(active):
+        for place in range(0, len(active), self.batch_size):
+            rows = active[place : place + self.batch_size].tolist()
             batch = self._batch(rows)
             reader = exit_reader(self.badge, self.exits, batch)
             reader.state.left = self._store.get(rows, before_segment)
@@ -208,8 +247,3 @@ class CandidatePass:
         batch = pad_features([self.rows[i] for i in rows], self.badge.model)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return decoder_arguments(self.badge.model, batch, len(rows))
-
-    def _slices(self, active: Array) -> Iterator[tuple[int, list[int]]]:
-        """Where each slice begins, and its candidates."""
-        for place in range(0, len(active), self.batch_size):
-            yield place, active[place : place + self.batch_size].tolist()

@@ -44,10 +44,10 @@ def one_cut(of: Hashable) -> Iterator[None]:
 
     export_blocks = trace.export_blocks
 
-    def kept(badge: Any, read: Any, depth: int, progress: bool = False) -> Any:
-        key = of, repr(read), depth
+    def kept(badge: Any, read: Any, progress: bool = False) -> Any:
+        key = of, repr(read)
         if key not in _CUTS:
-            _CUTS[key] = export_blocks(badge, read, depth, progress)
+            _CUTS[key] = export_blocks(badge, read, progress)
         return _CUTS[key]
 
     with pytest.MonkeyPatch.context() as patch:

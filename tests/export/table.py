@@ -16,6 +16,13 @@ from badge_peft.export.pieces import ALONE, FOLLOWING
 from badge_peft.export.policies import Decision
 
 
+def session_of(graph: onnx.ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options)
+
+
 class TableGraph:
     """A session that answers [B, E, K] logits as a policy would have it, exits at blocks 1..E."""
 
@@ -33,10 +40,7 @@ class TableGraph:
                 break
         model = chain.model()
         onnx.checker.check_model(model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        self.session = session_of(model)
 
     @staticmethod
     def _piece(j: int | None, exits: int, num_labels: int) -> ir.Graph:

@@ -18,20 +18,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from scipy.special import softmax
 
 from badge_peft import early_exit_forward
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, export_full_depth, export_onnx
-from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
+from badge_peft.export.pieces import ALONE
 from badge_peft.export.plain import FullDepthExporter
 from badge_peft.export.policies import Decision
+from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from badge_peft.tuner import lora
 from tests.decoders import make_decoder
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import labels_are_safe, mixed_rule, with_threshold
-from tests.models import CASES, LABELS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
+from tests.export.table import session_of
+from tests.models import CASES, LABELS, LINKS, exits_of, make_badge, make_batch, make_model, one_of_each_kind
 from tests.texts import make_tokenizer
 
 # RoBERTa's modeling code under other names: what is traced is the same
@@ -56,6 +59,15 @@ KINDS = itertools.cycle(
     ]
 )
 KIND_OF = dict(zip((case for case in CASES if case not in COPIES), KINDS, strict=False))
+# exits that build on one another: the states that they leave travel with their rows
+KIND_OF |= {
+    "bert, mean": {"exit_pooling": "mean", "carry": "logits", "exit_layers": [0, 1, 2]},
+    "bert, own": {
+        **{"exit_pooling": "cls", "carry": "logits", "exit_layers": [1, 2], "final_exit": "exit"},
+        **{"exit_type": "residual_mha", "placement": "ffn"},
+    },
+    "bert, past": {"exit_pooling": "cls", "exit_type": "past_future", "final_exit": "exit"},
+}
 RULES = [
     {"policy": "divergence"},
     {"policy": "divergence", "divergence": "label", "window": "consecutive"},
@@ -66,20 +78,13 @@ RULES = [
 ]
 
 
-def session_of(graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options)
-
-
 def run(session, batch, **scalars):
     names = [info.name for info in session.get_inputs()]
     feed = {name: tensor.numpy() for name, tensor in batch.items() if name in names}
     if "token_type_ids" in names:
         feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
-    feed |= {"threshold": np.asarray(scalars["threshold"], np.float32)} if scalars.get("threshold") is not None else {}
-    feed |= {"patience": np.asarray(scalars["patience"], np.int64)} if scalars.get("patience") is not None else {}
+    types = {"threshold": np.float32, "patience": np.int64}
+    feed |= {name: np.asarray(value, types[name]) for name, value in scalars.items() if value is not None}
     return session.run(["logits", "exit_layer"], feed)
 
 
@@ -104,7 +109,7 @@ def stored_numbers(graph: onnx.GraphProto) -> int:
 def test_every_backbone(case):
     """One cut, many graphs: rules, rows taken out or not, rows alone and together, other lengths, left padding. A
     block that runs several times, as ALBERT's, is stored once."""
-    kind = KIND_OF[case]
+    kind, case = KIND_OF[case], case.split(",")[0]
     blocks = BLOCKS.get(case, 2)
     base = make_model(case, **SHORT.get(case, {"num_hidden_layers": blocks}))
     if "exit_layers" in kind:
@@ -113,8 +118,9 @@ def test_every_backbone(case):
     assert model.base_model.num_blocks == blocks
     badge = model.base_model
     exits = badge.exit_layers()
-    pieces = export_blocks(badge, set(exits), exits[-1])
-    whole = assemble(pieces, Decision(build_policy(policy="never"), exits, LABELS, SINGLE), int8=False)
+    pieces = export_blocks(badge, {(ALONE,): set(exits)})
+    never = Decision(build_policy(policy="never"), exits, LABELS, SINGLE)
+    whole = assemble(pieces, {ALONE: never}, int8=False)
     assert stored_numbers(whole.graph) <= sum(weight.numel() for weight in badge.parameters())
     batches = [safe_batch(model, 5, 11, 1), safe_batch(model, 1, 6, 2)]
     # a first position that is padding sees nothing but padding in ModernBERT's windows: its state is up to the kernel
@@ -126,7 +132,7 @@ def test_every_backbone(case):
             logits, doubts = batches[0][1], model(**batches[0][0]).exit_uncertainty
         rule = with_threshold(rule, logits, exits, 0.4, doubts)
         decision = Decision(build_policy(rule), exits, LABELS, SINGLE)
-        session = session_of(assemble(pieces, decision, int8=False))
+        session = session_of(assemble(pieces, {ALONE: decision}, int8=False))
         for batch, _ in batches[: 3 if i < 2 else 1]:
             wanted = early_exit_forward(model, **batch, **rule)
             answers, exit_layer = run(session, batch, threshold=rule.get("threshold"), patience=rule.get("patience"))
@@ -238,6 +244,18 @@ def test_a_fixed_depth_leaves_the_rest_out(model, folder, tmp_path):
     assert set(found.exit_layer.tolist()) == {1}
 
 
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_an_exit_on_which_no_decision_depends_is_in_the_file(int8, tmp_path):
+    """The one before the exit that answers, which builds on it."""
+    model, batch = make_badge("bert", make_model(num_hidden_layers=2), exit_layers=[0, 1, 2], **LINKS[0]), make_batch()
+    export_onnx(model, tmp_path, early_exit_config={"policy": "fixed_depth", "depth": 1}, int8=int8)
+    found = OnnxEarlyExitModel.from_pretrained(tmp_path)(**{name: x.numpy() for name, x in batch.items()})
+    wanted = exits_of(model, batch)[:, 1]
+    assert found.exit_layer.tolist() == [1] * 4
+    scale = float(wanted.abs().max())
+    np.testing.assert_allclose(found.logits / scale, wanted / scale, atol=0.3 if int8 else 1e-4)
+
+
 def test_the_model_stays_as_it_is_and_the_file_has_its_lora_folded_in(tmp_path):
     lora_fields = {"backbone": "lora", "lora": {"r": 4, "target_modules": ["query", "value"]}}
     model = make_badge("bert", make_model(num_hidden_layers=1), exit_layers=[0, 1], **lora_fields)
@@ -273,18 +291,17 @@ def test_full_depth_alone(tmp_path):
 
 
 def test_what_has_no_onnx_form(tmp_path):
-    target = tmp_path / "never"
-    with pytest.raises(ValueError, match="needs an adapter with an LTE layer"):
-        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "learned"})
-    with pytest.raises(ValueError, match="depth=7 is not allowed"):
-        export_onnx(make_badge("bert"), target, early_exit_config={"policy": "fixed_depth", "depth": 7})
-    with pytest.raises(ValueError, match=r"weights in torch\.float16.*dtype=torch\.float32"):
-        export_onnx(make_badge("bert").half(), target)
-    with pytest.raises(ValueError, match="carries no BADGE adapter"):
-        export_onnx(make_model("bert"), target)
-    disabled = make_badge("bert")
-    with disabled.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled"):
-        export_onnx(disabled, target)
+    model, target = make_badge("bert"), tmp_path / "never"
+    for given, rule, message in (
+        (model, {"policy": "learned"}, "needs an adapter with an LTE layer"),
+        (model, {"policy": "fixed_depth", "depth": 7}, "depth=7 is not allowed"),
+        (make_badge("bert").half(), None, r"weights in torch\.float16.*dtype=torch\.float32"),
+        (make_model("bert"), None, "carries no BADGE adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_onnx(given, target, early_exit_config=rule)
+    with model.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled"):
+        export_onnx(model, target)
     assert not target.exists()
 
 
@@ -307,11 +324,6 @@ def test_bad_calls(folder, call, message):
         session(**{"input_ids": np.full((1, 4), 7), **call})
 
 
-def test_a_folder_that_is_no_export(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
-        OnnxEarlyExitModel.from_pretrained(tmp_path)
-
-
 def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 5  # as training with --max-length 5 leaves it
@@ -322,15 +334,12 @@ def test_texts_are_cut_where_the_tokenizer_cuts_them(exporter, tmp_path):
     cut = tokenizer(text, truncation=True, return_tensors="np")
     assert cut["input_ids"].shape == (1, 5)
     whole = make_tokenizer()(text, return_tensors="np")  # may still be asked, as token numbers
-    confidence = [
-        float(np.exp(x - x.max()).max() / np.exp(x - x.max()).sum())
-        for x in (
-            session(**{name: row[name] for name in session.config["inputs"] if name in row}).logits
-            for row in (cut, whole)
-        )
-    ]
+    one, other = (
+        softmax(session(**{name: row[name] for name in session.config["inputs"] if name in row}).logits).max()
+        for row in (cut, whole)
+    )
     answer = session.predict(text)[0]["score"]
-    assert answer == pytest.approx(confidence[0], abs=1e-5) != pytest.approx(confidence[1], abs=1e-5)
+    assert answer == pytest.approx(one, abs=1e-5) != pytest.approx(other, abs=1e-5)
 
 
 def test_an_adapter_of_pairs_answers_no_single_text(exporter, tmp_path, monkeypatch):
@@ -342,7 +351,9 @@ def test_an_adapter_of_pairs_answers_no_single_text(exporter, tmp_path, monkeypa
         session.predict(["a film"])
 
 
-def test_no_tokenizer_says_so(exporter, tmp_path):
+def test_a_folder_that_lacks_something_says_so(exporter, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no model\.onnx"):
+        OnnxEarlyExitModel.from_pretrained(tmp_path)
     exporter.write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer=tokenizer"):
         OnnxEarlyExitModel.from_pretrained(tmp_path).predict(["a film"])

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badge_peft.early_exit.history import as_history
-from badge_peft.early_exit.policies import ThresholdPolicy, build_policy
+from badge_peft.early_exit.policies import EntropyPolicy, ThresholdPolicy, build_policy
 from badge_peft.export.policies import Decision
 from badge_peft.export.runtime import threshold_input
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE
 from tests.early_exit.rules import NO_REGRESSION, fields_of
+from tests.export.table import TableGraph
 from tests.labels import label
 
 ROWS, EXITS = 60, 6
@@ -74,8 +75,6 @@ def thresholds(rule: dict[str, Any], problem: str, logits: np.ndarray) -> list[f
 
 @pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
 def test_as_replay(rule, problem):
-    from .table import TableGraph
-
     logits = logits_of(problem)
     rule = full_rule(rule, problem, logits)
     graph = TableGraph(rule, EXITS, logits.shape[2], problem)
@@ -93,8 +92,6 @@ def test_as_replay(rule, problem):
 @pytest.mark.parametrize(("rule", "problem"), CASES, ids=label)
 def test_a_threshold_for_each_exit(rule, problem):
     """Those of the file, and others with the call."""
-    from .table import TableGraph
-
     logits = logits_of(problem)
     rule = full_rule(rule, problem, logits)
     found = thresholds(rule, problem, logits)
@@ -135,8 +132,6 @@ def test_what_an_exported_file_takes():
     ids=label,
 )
 def test_limits(rule):
-    from .table import TableGraph
-
     logits = logits_of(SINGLE)
     graph = TableGraph(rule, EXITS, logits.shape[2], SINGLE)
     _, exits = graph(logits, None, rule.get("patience", 1))
@@ -145,8 +140,6 @@ def test_limits(rule):
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_row_alone_and_among_others(problem):
-    from .table import TableGraph
-
     logits = logits_of(problem, seed=5)
     graph = TableGraph({"policy": "divergence"}, EXITS, logits.shape[2], problem)
     answers, exits = graph(logits, 0.8, 1)
@@ -171,15 +164,11 @@ def test_any_logits(seed, scale, patience, tau):
 
 @cache
 def _divergence_graph():
-    from .table import TableGraph
-
     return TableGraph({"policy": "divergence"}, EXITS, 4, SINGLE)
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.get("policy") != "learned"], ids=label)
 def test_huge_logits_give_numbers(rule):
-    from .table import TableGraph
-
     logits = logits_of(SINGLE) * np.float32(1e4)
     logits[3, 2, 1], logits[4, 1, 0] = np.inf, -np.inf
     rule = full_rule(rule, SINGLE, logits)
@@ -199,8 +188,6 @@ def test_defaults_are_those_of_the_policy():
 
 
 def test_somebody_elses_policy_is_refused():
-    from badge_peft.early_exit.policies import EntropyPolicy
-
     class Mine(EntropyPolicy):
         def score(self, history, j):
             return history.entropy(j) / 2

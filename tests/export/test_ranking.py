@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
@@ -14,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from badge_peft.early_exit.policies import build_policy
+from badge_peft.export import OnnxEarlyExitModel, OnnxReranker, export_onnx
 from badge_peft.ranking import EarlyExitReranker
 from tests.decoders import make_decoder
 from tests.early_exit.reference import REGRESSION
+from tests.export.table import TableGraph
 from tests.models import make_badge
 from tests.ranking.pairs import QUERY, all_scores, make_documents, make_ranker, pair_tokenizer
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 EXITS = 5
 RULES: list[dict[str, Any]] = [
     {"parameters": {"margins": [0.5, 0.4, 0.25, 0.125, 0.0]}},
@@ -32,8 +33,6 @@ RULES: list[dict[str, Any]] = [
 
 @cache
 def graph(number: int) -> Any:
-    from .table import TableGraph
-
     return TableGraph({"policy": "top_k", "top_k": 3, **RULES[number]}, EXITS, 1, REGRESSION)
 
 
@@ -65,8 +64,6 @@ def test_the_graph_is_replay(
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A calibrated ranker, and the folder with its graph."""
-    from badge_peft.export import export_onnx
-
     folder = tmp_path_factory.mktemp("onnx")
     model, tokenizer = make_ranker(blocks=2, exit_layers=[0, 1, 2], exit_pooling="mean"), pair_tokenizer()
     spread = all_scores(model, tokenizer, QUERY, make_documents(20))[:, :, 0].std(dim=0) * 0.5
@@ -77,8 +74,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 70])  # in slices of 8
 def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
-    from badge_peft.export import OnnxReranker
-
     model, folder = exported
     early, file = EarlyExitReranker(model, pair_tokenizer()), OnnxReranker.from_pretrained(folder, threads=1)
     documents = make_documents(count, seed=count)
@@ -98,8 +93,6 @@ def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
 
 def test_more_than_the_memory_holds_is_ranked_in_parts(exported: tuple[Any, Path], monkeypatch: Any) -> None:
     """No call holds more; the best are those of full depth as long as none is lost, and the report is of all."""
-    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker
-
     model, folder = exported
     documents, sizes, call = make_documents(60, seed=3), [], OnnxEarlyExitModel.__call__
     whole = OnnxReranker.from_pretrained(folder, threads=1)
@@ -130,8 +123,6 @@ def test_more_than_the_memory_holds_is_ranked_in_parts(exported: tuple[Any, Path
 
 def test_what_a_file_changes_is_counted_query_by_query(exported: tuple[Any, Path], tmp_path: Path) -> None:
     """A candidate by itself never leaves."""
-    from badge_peft.export import export_onnx
-
     model, _ = exported
     tokenizer, early = pair_tokenizer(), EarlyExitReranker(model, pair_tokenizer())
     queries = {QUERY: make_documents(20, seed=1), "the plot": make_documents(15, seed=2)}
@@ -147,8 +138,6 @@ def test_what_a_file_changes_is_counted_query_by_query(exported: tuple[Any, Path
 
 
 def test_the_report(exported: tuple[Any, Path]) -> None:
-    from badge_peft.export import OnnxReranker
-
     model, folder = exported
     file = OnnxReranker.from_pretrained(folder, threads=1)
     documents = [*make_documents(12, seed=5), "film " * 600]
@@ -163,8 +152,6 @@ def test_the_report(exported: tuple[Any, Path]) -> None:
 
 def test_the_graph_alone(exported: tuple[Any, Path]) -> None:
     """As a service without Python has it: `top_k` and a factor go in, `scores` [N] and `exit_layer` [N] come out."""
-    import onnxruntime
-
     model, folder = exported
     documents, tokenizer = make_documents(20, seed=9), pair_tokenizer()
     columns = tokenizer([QUERY] * 20, documents, padding=True, return_token_type_ids=True, return_tensors="np")
@@ -184,8 +171,6 @@ def test_the_graph_alone(exported: tuple[Any, Path]) -> None:
 )
 def test_slices_on_other_backbones(case: str, tmp_path: Path) -> None:
     """Shared masks and angles are cut with their rows: those of ModernBERT differ from block to block."""
-    from badge_peft.export import OnnxReranker, export_onnx
-
     model, tokenizer, documents = make_ranker(case, 2, exit_pooling="mean"), pair_tokenizer(), make_documents(40)
     tokenizer.model_max_length = 36
     scores = all_scores(model, tokenizer, QUERY, documents, 36)[:, :, 0]
@@ -199,8 +184,6 @@ def test_slices_on_other_backbones(case: str, tmp_path: Path) -> None:
 
 
 def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:
-    from badge_peft.export import OnnxEarlyExitModel
-
     _, folder = exported
     model = OnnxEarlyExitModel.from_pretrained(folder, threads=1)
     assert model.config["top_k"] == 3
@@ -212,8 +195,6 @@ def test_the_file_says_what_it_is(exported: tuple[Any, Path]) -> None:
 
 
 def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
-    from badge_peft.export import OnnxEarlyExitModel, OnnxReranker
-
     model, folder = exported
     file = OnnxReranker.from_pretrained(folder, threads=1)
     with pytest.raises(ValueError, match="documents is empty"):
@@ -233,8 +214,6 @@ def test_what_is_refused(exported: tuple[Any, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_a_decoders_head_reads_is_not_cut_off(masked: bool, tmp_path: Path) -> None:
     """The last token that is not padding, whatever the mask says."""
-    from badge_peft.export import OnnxEarlyExitModel, export_onnx
-
     base = make_decoder("llama", num_hidden_layers=1, num_labels=1)
     model = make_badge(base=base, exit_layers=[0, 1]).eval()
     model.set_early_exit_config({"policy": "top_k", "top_k": 3, "parameters": {"margins": [0.5, 0.0]}})

@@ -22,30 +22,17 @@ METADATA: dict[str, Any] = {
 }
 
 
-def code_of(card: str) -> list[str]:
-    """The blocks of Python on the card."""
-    return [part.split("```")[0] for part in card.split("```python\n")[1:]]
-
-
-def test_its_code_is_python() -> None:
-    for has_tokenizer in (True, False):
-        for block in code_of(onnx_card(REPORT, METADATA, has_tokenizer)):
-            compile(block, "card", "exec")
-
-
-def test_it_says_what_the_inputs_are() -> None:
-    card = onnx_card(REPORT, METADATA, has_tokenizer=True)
+def test_its_code_is_python_and_it_says_what_the_inputs_are() -> None:
+    card, bare = (onnx_card(REPORT, METADATA, has_tokenizer) for has_tokenizer in (True, False))
+    for block in (part.split("```")[0] for text in (card, bare) for part in text.split("```python\n")[1:]):
+        compile(block, "card", "exec")
     assert "| `input_ids` | int64 [batch, sequence] | as the tokenizer makes it |\n| `attention_mask` |" in card
     assert "| `threshold` | float32 scalar, may be left out (0.5) | where the policy stops |" in card
     assert "| `patience` | int64 scalar, may be left out (1) | this rule does not read it |" in card
     assert "answers at blocks 1, 2, 3; weights in float32. Made by badge_peft 1.2\n" in card
     assert card.startswith("---\nlibrary_name: onnx\n") and card.endswith("```\n")
     assert '"attention_mask": np.array([encoding.attention_mask])' in card and "Tokenizer.from_file" in card
-
-
-def test_without_a_tokenizer_it_takes_token_numbers() -> None:
-    card = onnx_card(REPORT, METADATA, has_tokenizer=False)
-    assert "output = model(input_ids, attention_mask)" in card and "tokenizers" not in card
+    assert "output = model(input_ids, attention_mask)" in bare and "tokenizers" not in bare
 
 
 def test_it_says_what_int8_changed() -> None:

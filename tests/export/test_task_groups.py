@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,11 +13,11 @@ from hypothesis import strategies as st
 from badge_peft import BadgeConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxTasksModel, export_tasks_onnx
-from badge_peft.export.assemble import assemble
-from badge_peft.export.policies import Decision
-from badge_peft.export.task_groups import grouped
+from badge_peft.export.policies import Decision, grouped
+from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from tests.early_exit.reference import SINGLE
+from tests.export.table import session_of
 from tests.models import make_badge, make_batch, make_model, shake
 
 EXITS, LENGTH = [1, 2, 3], 9
@@ -29,10 +27,6 @@ ALIKE = ["divergence", "entropy", "max_prob", "patience"]  # whatever the number
 
 def decisions_of(rules: dict[str, Any]) -> dict[str, Decision]:
     return {name: Decision(build_policy(rule), EXITS, LABELS[name], SINGLE) for name, rule in rules.items()}
-
-
-def session_of(graph: onnx.ModelProto) -> Any:
-    return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def check(model: Any, session: Any, rules: dict[str, Any], rows: int, **feed: Any) -> None:
@@ -55,7 +49,7 @@ def cut() -> tuple[Any, Any]:
         model.add_adapter(name, BadgeConfig(r=4, num_labels=LABELS[name], final_exit="exit"))
         shake(model, seed=seed, only=f".{name}.")
     model.eval()
-    return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}}, 3)
+    return model, export_blocks(model.base_model, {tuple(LABELS): {*EXITS}})
 
 
 _SHARED: list[Any] = []

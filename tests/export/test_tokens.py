@@ -16,9 +16,9 @@ from peft import get_peft_model
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.export import OnnxEarlyExitModel, OnnxTasksModel, export_onnx, export_tasks_onnx
-from badge_peft.export.assemble import assemble
 from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.policies import Decision
+from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
 from badge_peft.workflows.predict import predict
 from tests.early_exit.reference import SINGLE
@@ -57,12 +57,12 @@ def cut() -> tuple[Any, Any]:
     """A model with every kind of exit, and its pieces."""
     base = make_base(num_hidden_layers=2, id2label=dict(enumerate(TAGS)))
     model = make(base=base, exit_layers=[0, 1], learn_to_exit=True, train_head=False)
-    return model, export_blocks(model.base_model, {0, 1, 2}, 2)
+    return model, export_blocks(model.base_model, {("",): {0, 1, 2}})
 
 
 def sessions(cut: tuple[Any, Any], rule: dict[str, Any]) -> onnxruntime.InferenceSession:
     decision = Decision(build_policy(rule), cut[0].base_model.exit_layers(), LABELS, SINGLE, True)
-    graph = assemble(cut[1], decision, int8=False)
+    graph = assemble(cut[1], {"": decision}, int8=False)
     return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 

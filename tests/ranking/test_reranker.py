@@ -167,7 +167,7 @@ def test_slices_are_full_again_when_candidates_have_left() -> None:
     model.set_early_exit_config(top_k(3, scores))
     calls: list[tuple[int, int]] = []
     hooks = [
-        block.base_layer.register_forward_hook(lambda _, __, out, m=m: calls.append((m, states_of_output(out))))
+        block.base_layer.register_forward_pre_hook(lambda _, args, m=m: calls.append((m, len(args[0]))))
         for m, block in enumerate(blocks_of(model), start=1)
     ]
     _, report = EarlyExitReranker(model, tokenizer, batch_size=8).rank(QUERY, documents, 3, return_report=True)
@@ -176,11 +176,6 @@ def test_slices_are_full_again_when_candidates_have_left() -> None:
     assert 8 < report.left[1] < 40
     for m, rows in ((1, 40), (2, report.left[1]), (3, report.left[2])):
         assert sorted(n for number, n in calls if number == m) == [rows % 8] * (rows % 8 > 0) + [8] * (rows // 8)
-
-
-def states_of_output(output: Any) -> int:
-    """Rows of what a block returns."""
-    return len(output[0] if isinstance(output, tuple) else output)
 
 
 def test_a_model_that_works_between_its_blocks_sees_the_states() -> None:
@@ -347,15 +342,18 @@ def test_calls_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> 
         EarlyExitReranker(model, pair_tokenizer()).rank(**{"query": QUERY, "documents": DOCUMENTS, **arguments})
 
 
-def test_pairs_that_are_none() -> None:
-    reranker = EarlyExitReranker(ranker(), pair_tokenizer())
-    with pytest.raises(ValueError, match="pairs is empty"):
-        reranker.predict([])
-    for pairs in (None, "a text"):
-        with pytest.raises(ValueError, match=f"pairs is {type(pairs).__name__}: give a list of pairs"):
-            reranker.predict(pairs)
-    with pytest.raises(ValueError, match=r"pair 1 is \('a',\): a pair is a query and a document"):
-        reranker.predict([("a", "b"), ("a",)])
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "pairs is empty"),
+        (None, "pairs is NoneType: give a list of pairs"),
+        ("a text", "pairs is str: give a list of pairs"),
+        ([("a", "b"), ("a",)], r"pair 1 is \('a',\): a pair is a query and a document"),
+    ],
+)
+def test_pairs_that_are_none(pairs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EarlyExitReranker(ranker(), pair_tokenizer()).predict(pairs)
 
 
 def test_models_that_cannot_rank() -> None:
@@ -363,17 +361,12 @@ def test_models_that_cannot_rank() -> None:
     with pytest.raises(ValueError, match="carries no BADGE adapter"):
         EarlyExitReranker(make_model(num_labels=1), tokenizer)
     with pytest.raises(ValueError, match="the model has 2 outputs"):
-        EarlyExitReranker(make_badge_of_two(), tokenizer)
+        EarlyExitReranker(make_badge("bert", make_model(num_labels=2)), tokenizer)
     with pytest.raises(ValueError, match="tokenizer is None"):
         EarlyExitReranker(ranker(), None)
     for name in ("batch_size", "max_length"):
         with pytest.raises(ValueError, match=f"{name}=0 is not allowed"):
             EarlyExitReranker(ranker(), tokenizer, **{name: 0})
-
-
-def make_badge_of_two() -> Any:
-
-    return make_badge("bert", make_model(num_labels=2))
 
 
 def test_an_adapter_that_was_not_calibrated_says_how() -> None:
