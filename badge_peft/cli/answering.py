@@ -136,7 +136,7 @@ def export(
     """
     from badge_peft.export import export_onnx, export_tasks_onnx
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.adapter_dir import early_exit_configs, open_adapter, open_tasks, tasks_of
 
     require_onnx_exporter()
     adapter, dir = shared.places(task, (adapter, dir), ("DIR",))
@@ -147,14 +147,15 @@ def export(
     if tasks is not None:
         if data is not None:
             raise ValueError("--data is for one adapter: the file of many tasks is compared on random rows alone.")
-        stack = open_tasks(tasks, base_model, "cpu")
+        opened = open_tasks(tasks, base_model, "cpu")
+        first = next(iter(opened.values()))
         shared.prepare_folder(json_file)
         written = export_tasks_onnx(
-            stack.shared.model,
+            first.model,
             dir,
-            tasks=stack.names,
-            tokenizer=stack.shared.tokenizer,
-            early_exit_config=stack.early_exit_configs(**vars(overrides)),
+            tasks=[*opened],
+            tokenizer=first.tokenizer,
+            early_exit_config=early_exit_configs(opened, **vars(overrides)),
             int8=int8,
             progress=True,
         )

@@ -29,32 +29,20 @@ _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is 
 
 @dataclass
 class TextDataset:
-    """Rows of a data set, all columns under the same names.
+    """Rows of a data set, all columns under the same names."""
 
-    Args:
-        texts: One per row; of tokens, these with blanks in between.
-        pairs: The second texts; None where each row has one text.
-        labels: As the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of
-            a row's words, or the entities of its text: see `columns.py`.
-        class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
-        columns: `text`, `text_pair` and `label`: what they are called in the data.
-        split: Which split was read.
-        query_ids: The same for the candidates of a query; None where no column says so.
-        numbers: Of the rows in the data, from 1 on; None where they are 1, 2, 3, ...
-        words: The tokens of each row, where the data has them.
-        tagged: Whether labels are those of tokens.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None = None
+    texts: list[str]  # one per row; of tokens, these with blanks in between
+    pairs: list[str] | None = None  # the second texts; None where each row has one text
+    # as the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of a row's
+    # words, or the entities of its text: see `columns.py`
     labels: list[Any] | None = None
-    class_names: list[str] | None = None
-    columns: Names = field(default_factory=dict)
-    split: str = "train"
-    query_ids: list[Any] | None = None
-    numbers: Sequence[int] | None = None
-    words: list[list[str]] | None = None
-    tagged: bool = False
+    class_names: list[str] | None = None  # names behind numbers, where the data set knows them (`ClassLabel`)
+    columns: Names = field(default_factory=dict)  # `text`, `text_pair` and `label`: what they are called in the data
+    split: str = "train"  # which split was read
+    query_ids: list[Any] | None = None  # the same for the candidates of a query; None where no column says so
+    numbers: Sequence[int] | None = None  # of the rows in the data, from 1 on; None: 1, 2, 3, ...
+    words: list[list[str]] | None = None  # the tokens of each row, where the data has them
+    tagged: bool = False  # whether labels are those of tokens
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -84,6 +72,13 @@ class TextDataset:
         """An id of each row's query: what its column says, else its text."""
         ids = self.query_ids or [None] * len(self)
         return [text if query is None else str(query) for text, query in zip(self.texts, ids, strict=True)]
+
+    def rows_of_queries(self) -> dict[str, list[int]]:
+        """The rows of each query, in the order of the first ones."""
+        found: dict[str, list[int]] = {}
+        for i, query in enumerate(self.queries()):
+            found.setdefault(query, []).append(i)
+        return found
 
     def classes(self) -> list[set[str]]:
         """Of each row what its label is an example of: itself, or the kinds of its entities."""

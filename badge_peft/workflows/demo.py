@@ -96,7 +96,7 @@ def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -
         out: Folder to write.
     """
     set_seed(settings.seed)
-    base = load_base(path, TrainSettings(), rows, new_head=True)
+    base = load_base(path, TrainSettings(), rows)
     tokenizer = load_tokenizer(path, base.model, settings.max_length)
     print(f"fine-tuning {path} on {len(rows)} rows by transformers.Trainer, epochs: {settings.epochs}", flush=True)
     with TemporaryDirectory() as folder:
@@ -110,8 +110,8 @@ def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -
             report_to=[],
             seed=settings.seed,
         )
-        collate = DataCollatorWithPadding(tokenizer)
-        Trainer(base.model, arguments, train_dataset=base.encode(rows, tokenizer), data_collator=collate).train()
+        data, collate = base.labels.encode(rows, tokenizer), DataCollatorWithPadding(tokenizer)
+        Trainer(base.model, arguments, train_dataset=data, data_collator=collate).train()
     base.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -13,20 +13,21 @@ from badge_peft.model_card import read_card
 from badge_peft.training.arguments import from_json
 from badge_peft.training.objectives import NOT_IN_STAGES, make_objective
 from badge_peft.tuner.architectures import block_names, get_layout
-from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
+from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.extras import require
-from badge_peft.workflows.base_model import Base, badge_config
-from badge_peft.workflows.evaluate import resolve_metric
+from badge_peft.workflows.base_model import Base, badge_config, parse_blocks
 from badge_peft.workflows.settings import SEARCH_GOALS, SEARCH_PICTURE, STUDY, TrainColumns, TrainSettings
 
 TASKS = ("classification", "ranking")
 
 
-def check_settings(settings: TrainSettings) -> None:
-    """Validates settings that need neither model nor data, before anything is read."""
+def check_settings(settings: TrainSettings) -> TrainSettings:
+    """The settings, those of exits that rank with their form; refuses, before anything is read, what cannot be."""
+    ranks = settings.task == "ranking"
+    settings = _for_ranking(settings) if ranks else settings
     exits = settings.exits
     training = settings.training
     make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)
@@ -34,7 +35,6 @@ def check_settings(settings: TrainSettings) -> None:
     check_policy_name(policy, "auto")
     kind = POLICIES.get(policy)
     check_choice("task", settings.task, TASKS)
-    ranks = settings.task == "ranking"
     if kind is not None and kind.by_group and not ranks:
         raise ValueError(
             f"policy={policy!r} ranks the candidates of a query, and this task has none: use policy='auto'."
@@ -73,11 +73,13 @@ def check_settings(settings: TrainSettings) -> None:
             f"batch_size={training.batch_size} is not allowed with {size} processes, which share each batch evenly: "
             f"it must be a multiple of {size}."
         )
+    return settings
 
 
-def check_ranking(settings: TrainSettings) -> None:
-    """Refuses what a ranking adapter cannot have, before anything is read."""
-    exits = settings.exits
+def _for_ranking(settings: TrainSettings) -> TrainSettings:
+    """The settings with the form of exits that rank; refuses what these cannot have."""
+    exits = replace(settings.exits, keep_head=True, carry=settings.exits.carry or "none")
+    exits = replace(exits, exit_type=exits.exit_type or "linear", exit_pooling=exits.exit_pooling or "auto")
     training = settings.training
     if exits.backbone != "frozen" or exits.final_exit == "exit":
         raise ValueError(
@@ -96,6 +98,7 @@ def check_ranking(settings: TrainSettings) -> None:
     if settings.search.trials or training.exit_weights is not None:
         raise ValueError("trials and exit_weights are not for ranking: leave them out.")
     settings.goal.ranking_arguments()
+    return replace(settings, exits=exits)
 
 
 def _check_corpus(columns: TrainColumns, ranks: bool) -> None:
@@ -164,14 +167,14 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
         )
     if blocks_saved is not None:
         blocks = len(block_names(base.model, get_layout(base.model)))
-        first = exit_numbers(badge_config(exits, base.has_head, blocks), blocks)[0]
+        first = min(parse_blocks(exits.exit_layers, blocks) or [1])
         if blocks_saved > 1 - first / blocks:
             raise ValueError(
                 f"target_blocks_saved={blocks_saved} cannot be reached: the first exit is at block {first} of "
                 f"{blocks}, so at most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give "
                 "earlier exits with exit_layers."
             )
-    metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names), base.tags)
+    metric = labels.metric(settings.metric)
     goal = settings.goal.arguments()
     drop = goal["max_score_drop"]
     confidence = goal["confidence"]

@@ -13,9 +13,8 @@ import torch
 
 from badge_peft import ExitLogits, exit_scores, sweep
 from badge_peft.training.preflight import TrainingStopped
-from badge_peft.workflows import search
+from badge_peft.workflows import plans, search
 from badge_peft.workflows import train as workflow
-from badge_peft.workflows.search import SearchSpace
 from badge_peft.workflows.settings import ExitOptions, Goal, SearchOptions, TrainingOptions, TrainSettings
 from tests.cli.conftest import FAST, Cli, invoke, one_line
 
@@ -100,7 +99,7 @@ def test_a_search_goes_on_with_its_form_of_exits(
     def interrupted(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "choose_form", chosen)
+    monkeypatch.setattr(plans, "choose_form", chosen)
     with monkeypatch.context() as patch:
         patch.setattr(search, "train_exits", interrupted)
         assert interrupt(place, out, "--trials", 2)
@@ -129,12 +128,14 @@ def test_what_cannot_be_searched(
 
 
 def test_a_search_that_goes_on_draws_anew(tmp_path: Path) -> None:
-    asked: Any = SimpleNamespace(settings=TrainSettings(output_dir=tmp_path), _identity="the same")
+    settings = TrainSettings(output_dir=tmp_path)
+    asked: Any = SimpleNamespace(settings=settings, _identity="the same", choices=search.choices(settings, True))
+    asked._rate = lambda: 0.0025
     drawn = []
     for _ in range(2):
         study = search.Search._study(asked)
         trial = study.ask()
-        drawn.append(SearchSpace(asked.settings, True).suggest(trial))
+        drawn.append(search.Search.suggest(asked, trial))
         study.tell(trial, 0.5)
     assert drawn[0] != drawn[1]
 
@@ -182,14 +183,14 @@ def test_worth_for_speed() -> None:
 def test_what_is_searched() -> None:
     def names(exits: ExitOptions = PLAIN, learns: bool = True, **training: Any) -> set[str]:
         settings = TrainSettings(output_dir=Path("-"), exits=exits, training=TrainingOptions(**training))
-        given = SearchSpace(settings, learns).given()
-        again = SearchSpace(settings, learns).settings_of(given)
-        assert again.exits == settings.exits
-        return set(given)
+        found = search.choices(settings, learns)
+        given = {name: values[0] for name, values in found.items()}
+        assert search.settings_of(settings, given).exits == settings.exits
+        return set(found)
 
-    whole = {"adapter_lr", "r", "activation", "exit_weights", "objective"}
+    whole = {"r", "activation", "exit_weights", "objective"}
     assert names() == names(adapter_lr=0.2, exit_weights="[1,1,1]") == whole
     assert names(learns=False) == names(ExitOptions(keep_head=True)) == whole - {"objective"}
     assert names(ExitOptions(exit_type="past_future", final_exit="exit")) == whole - {"objective"}
-    assert names(ExitOptions(placement="none")) == {"adapter_lr", "exit_weights", "objective"}
-    assert names(objective="single_exit", depth=1) == {"adapter_lr", "r", "activation"}
+    assert names(ExitOptions(placement="none")) == {"exit_weights", "objective"}
+    assert names(objective="single_exit", depth=1) == {"r", "activation"}
