@@ -106,13 +106,8 @@ def early_exit_configs(adapters: Mapping[Any, Adapter], **overrides: Any) -> dic
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
-    """Loads an adapter, its base model and the tokenizer.
-
-    Args:
-        path: A folder that `badge-peft train` or `save_pretrained` wrote, or a Hub repository.
-        base_model: Folder or repository of the base model; None takes what the adapter names.
-        device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
-    """
+    """Loads an adapter, in a folder that `badge-peft train` or `save_pretrained` wrote or a Hub repository, its base
+    model (None: the one that it names) and the tokenizer, on a `device` (None: a GPU where there is one)."""
     return open_tasks({None: str(path)}, base_model, device)[None]
 
 

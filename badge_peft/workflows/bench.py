@@ -79,19 +79,10 @@ def bench_adapter(
     onnx: bool = True,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts;
-    where it ranks, query by query.
-
-    Args:
-        adapter: From `open_adapter`.
-        examples: From `Adapter.read`; the first `limit` are timed, of a ranking whole queries.
-        config: How to stop; None takes the adapter's own.
-        limit: Of rows.
-        batch_size: Texts at once, by default 1; times are then those of a batch. Of a ranking, candidates in a block
-            at once, by default 32; times are those of a query.
-        threads: Of torch and of each session; None takes torch's own number.
-        onnx: Whether to export and time ONNX Runtime, too.
-        metric: None is accuracy, for regression Pearson; a ranking has its own.
+    """Times the model without exits and with them, in PyTorch and, with `onnx`, in ONNX Runtime (fp32, int8), on the
+    same texts: the first `limit` rows; where it ranks, query by query, whole queries. By default a batch is a text,
+    and of a ranking 32 candidates in a block at once; the times are those of a batch, and of a query. `threads` are
+    those of torch and of each session.
 
     Returns:
         The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,

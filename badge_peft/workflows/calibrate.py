@@ -27,19 +27,12 @@ def calibrate_adapter(
     batch_size: int = 32,
     device: str | None = None,
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
-    """Calibrates an adapter and writes its `adapter_config.json`, of which nothing but the policy changes, and the
-    numbers of its card.
+    """Calibrates an adapter in a local folder and writes its `adapter_config.json`, of which nothing but the policy
+    changes, and the numbers of its card.
 
-    Args:
-        folder: Of the adapter; local.
-        data: Rows to calibrate on; None takes the exit logits stored in the folder. How they are read and run is said
-            by `columns`, `base_model`, `batch_size` and `device`, as in `logits_of`.
-        goal: Which policies to search, and for what; of a ranking, top_k is by default the adapter's own.
-        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
-
-    Returns:
-        The config, what `measure` says of it, and what the calibration warned of.
-    """
+    Rows are those of `data`, which is read and run as in `logits_of`; None takes the exit logits stored in the folder.
+    The top k of a ranking is by default the adapter's own. Returns the config, what `measure` says of it, and what the
+    calibration warned of."""
     check_policy_name(goal.policy, "auto")
     config = read_config(folder)
     read_card(Path(folder))  # what stands there is kept

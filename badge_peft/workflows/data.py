@@ -98,16 +98,8 @@ def read_examples(
     training: bool = False,
     recorded: Mapping[str, str | None] | None = None,
 ) -> TextDataset:
-    """Reads the rows of one split that have a text.
-
-    Args:
-        source: A csv, tsv, json, jsonl, parquet or txt file (a text per line), a folder of such, or a Hub data set.
-        columns: What is read of it. A text column that is not named is found by its usual names, a label column is the
-            first usual name (`label`, `category`, ...) that the data has.
-        training: Which split is read where none is named: `train`, else `test`, `validation` or what there is.
-        recorded: `TextDataset.columns` of the adapter's training data: a column that is not named is the one that has
-            this name, where there is one.
-    """
+    """Reads the rows of one split that have a text, as `pick_split` does, of a csv, tsv, json, jsonl, parquet or txt
+    file (a text per line), a folder of such, or a Hub data set."""
     if columns.unlabeled and columns.label_column is not None:
         raise ValueError(
             f"label_column={columns.label_column!r} is not allowed with unlabeled=True: leave one of them out."
@@ -122,7 +114,9 @@ def pick_split(
     training: bool = False,
     recorded: Mapping[str, str | None] | None = None,
 ) -> TextDataset:
-    """As `read_examples`, of splits that have been read."""
+    """The rows of the split that is asked for, else in `training` of `train`, else of `test`, `validation` or what
+    there is. A column that is not named is the one that has its name in `recorded`, those of the adapter's training
+    data, else the first that has a usual name."""
     name = _choose_split(splits, columns.split, ("train",) if training else _EVALUATION, source)
     return to_examples(splits[name], name, columns, recorded, source)
 

@@ -86,15 +86,7 @@ def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
 
 
 def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -> Path:
-    """A classifier as a user has it: plain `Trainer` on the encoder and a new head; nothing of BADGE. Returns its
-    folder.
-
-    Args:
-        path: Of the encoder.
-        rows: Labeled ones.
-        settings: Epochs, tokens of a text, the seed.
-        out: Folder to write.
-    """
+    """A classifier as a user has it: plain `Trainer` on the encoder in `path` and a new head; nothing of BADGE."""
     set_seed(settings.seed)
     base = load_base(path, TrainSettings(), rows)
     tokenizer = load_tokenizer(path, base.model, settings.max_length)

@@ -49,17 +49,9 @@ COMPARED = 512  # rows that are compared with the checkpoint, at most
 def evaluate_adapter(
     adapter: Adapter, examples: TextDataset, metric: str | None = None, batch_size: int = 32, latency: int = 0
 ) -> tuple[dict[str, Any], ExitLogits]:
-    """Scores every exit and the adapter's own policy: the report, and the exit logits that it was made from.
-
-    Several processes share the rows; each has to make the call, and has the result.
-
-    Args:
-        adapter: From `open_adapter`.
-        examples: From `Adapter.read`; without labels, scores are the agreement with full depth.
-        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
-        batch_size: Rows per pass.
-        latency: How many rows to time, one by one, in the first process; 0 for none.
-    """
+    """Scores every exit and the adapter's own policy: the report, and the exit logits that it was made from. Without
+    labels, scores are the agreement with full depth. `latency` is how many rows to time, one by one, in the first
+    process. Several processes share the rows; each has to make the call, and has the result."""
     ranks = adapter.task == "ranking"
     metric = adapter.metric(metric)
     if ranks and latency:
@@ -140,17 +132,18 @@ def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
     depth, outputs, exits = exit_logits.depth, exit_logits.logits.shape[-1], exit_logits.exits
     wanted = sorted({*(config.get("exit_layers") or range(1, depth + 1)), depth})
     blocks, labels, known = (config.get(name) for name in ("num_blocks", "num_labels", "weights_hash"))
+    same_weights = None in (known, exit_logits.weights_hash) or known == exit_logits.weights_hash
     for said, fits, there in (
         (f"{depth} blocks", blocks in (None, depth), blocks),
         (f"{outputs} outputs", labels in (None, outputs), labels),
         (f"exits {exits}", exits == wanted, wanted),
-        ("other weights", None in (known, exit_logits.weights_hash) or known == exit_logits.weights_hash, "its own now"),
+        ("other weights", same_weights, "its own now"),
     ):
         if not fits:
             raise ValueError(
-                f"the exit logits are of {said}, but the adapter in {folder} has {there}: give the data to run through "
-                f"the adapter, or store them anew: badge-peft evaluate {folder} DATA --save-logits "
-                f"{Path(folder) / LOGITS}"
+                f"the exit logits are of {said}, but the adapter in {folder} has {there}: give the data to run "
+                "through the adapter, or store them anew: "
+                f"badge-peft evaluate {folder} DATA --save-logits {Path(folder) / LOGITS}"
             )
 
 
@@ -269,7 +262,7 @@ def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
 
 
 def metric_of(exit_logits: ExitLogits, metric: str | None) -> str:
-    """`LabelSet.metric` of stored logits; rankings have one of their own."""
+    """As `Adapter.metric`, of stored logits."""
     if exit_logits.groups is not None:
         return check_ranking_metric(metric)
     names = exit_logits.label_names or [""] * exit_logits.logits.shape[-1]

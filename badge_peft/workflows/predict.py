@@ -204,23 +204,24 @@ class Answerer:
     """Opened adapters; a call answers texts as `predict` does.
 
     Attributes:
-        columns: What training recorded of its data's columns.
-        tokens: Whether a text may be a list of tokens.
-        by_query: Whether the rows of a query belong together.
+        reading: What `read_texts` is told of it: `recorded`, `tokens` and `by_query`.
         identity: Weights and settings as JSON: equal ones give equal answers.
     """
 
     def __init__(self, answering: Answering) -> None:
         place = answering.adapter
-        alone = isinstance(place, str)
-        adapters = open_tasks({None: place} if alone else place, answering.base_model, answering.device)
+        places = {None: place} if isinstance(place, str) else place
+        alone = None in places
+        adapters = open_tasks(places, answering.base_model, answering.device)
         configs = early_exit_configs(adapters, **vars(answering.overrides))
         first = next(iter(adapters.values()))
         given = (first, configs[None]) if alone else (adapters, configs)
         self._answer = partial(predict, given[0], config=given[1], batch_size=answering.batch_size)
-        self.columns = first.columns
-        self.by_query = alone and policy_class(configs[None]).by_group
-        self.tokens = alone and first.labels.tokens
+        self.reading: dict[str, Any] = {
+            "recorded": first.columns,
+            "tokens": alone and first.labels.tokens,
+            "by_query": alone and policy_class(configs[None]).by_group,
+        }
         identity = {task: _identity(first.badge.weights_hash(task), config) for task, config in configs.items()}
         self.identity: dict[str, Any] = identity[None] if alone else identity
 
@@ -230,8 +231,8 @@ class Answerer:
 
     def table(self, texts: list[Pair]) -> pa.Table:
         """The same as columns, of the same types for any texts: none give the columns without rows."""
-        lines = list(self(texts or [("", "" if self.by_query else None)]))
-        columns = dict.fromkeys(_OF_TOKENS) if self.tokens else lines[0]
+        lines = list(self(texts or [("", "" if self.reading["by_query"] else None)]))
+        columns = dict.fromkeys(_OF_TOKENS) if self.reading["tokens"] else lines[0]
         schema = pa.schema([(name, _type_of(name, value)) for name, value in columns.items()])
         return pa.Table.from_pylist(lines, schema).slice(0, len(texts))
 

@@ -261,9 +261,8 @@ def _draw(study: Any, worth: str, path: Path) -> None:
     from matplotlib import pyplot
     from optuna.visualization.matplotlib import plot_slice
 
-    with pyplot.rc_context({"backend": "agg", "figure.figsize": (12, 3.2)}), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental
-        axes = plot_slice(study, target_name=worth)
-        figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        pyplot.close(figure)
+        plot_slice(study, target_name=worth)
+    pyplot.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close()

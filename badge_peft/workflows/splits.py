@@ -208,7 +208,7 @@ def _named(source: Mapping[str, TextDataset]) -> dict[str, TextDataset]:
     """The source's splits under our names, of several validation splits the first."""
     if len(source) == 1:
         return {"train": next(iter(source.values()))}
-    starts = {"train": "train", "validation": _VALIDATION, "test": "test"}
+    starts: dict[str, str | tuple[str, ...]] = {"train": "train", "validation": _VALIDATION, "test": "test"}
     found = {
         name: next((part for split, part in source.items() if split.startswith(start)), None)
         for name, start in starts.items()

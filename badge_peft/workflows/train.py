@@ -31,7 +31,7 @@ from badge_peft.workflows.plans import Plan, plan_exits, plan_ranking
 from badge_peft.workflows.report import checks, draw, form_table, measured_table, summary, warning
 from badge_peft.workflows.settings import TrainSettings
 from badge_peft.workflows.splits import read_training_data
-from badge_peft.workflows.validate import check_output_dir, check_settings, with_output_dir
+from badge_peft.workflows.validate import check_settings, with_output_dir
 
 
 def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, Any] | None:
@@ -57,8 +57,8 @@ def train_adapter(model: str, data: str, settings: TrainSettings) -> dict[str, A
     """
     start = time.perf_counter()
     ranks = settings.task == "ranking"
-    settings = check_settings(with_output_dir(settings, model))
-    out = check_output_dir(settings)
+    settings = with_output_dir(check_settings(settings), model)
+    out = Path(str(settings.output_dir))
     examples, eval_examples = read_training_data(data, settings.columns, settings.training.seed, ranks)
     set_seed(settings.training.seed)
     base = load_base(model, settings, examples)

@@ -249,11 +249,11 @@ def test_queries_are_in_one_part_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--backbone", "lora"), ("backbone='frozen'",)),
+        (("--backbone", "lora"), ("backbone='lora' is not for ranking",)),
         (("--final-exit", "exit"), ("final_exit",)),
-        (("--objective", "two_stage"), ("leave out objective",)),
+        (("--objective", "two_stage"), ("objective='two_stage'", "leave it out")),
         (("--exit-type", "past_future"), ("past_future",)),
-        (("--metric", "pearson"), ("metric and problem_type are not for ranking",)),
+        (("--metric", "pearson"), ("metric='pearson' is not for ranking",)),
         (("--target-blocks-saved", 0.5), ("not for ranking", "keep")),
         (("--confidence", 0.95), ("there are 3 queries", "takes at least")),
         (("--text-pair-column", "nothing"), ("no text-pair column 'nothing'",)),

@@ -27,12 +27,6 @@ def train(cli: Cli, place: Path, out: Path, *options: Any, **kwargs: Any) -> Any
     return cli("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, *options, **kwargs)
 
 
-def interrupt(place: Path, out: Path, *options: Any) -> bool:
-    """Whether the command ended as one does on Ctrl-C."""
-    done = invoke("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, *options)
-    return done.exit_code == 130
-
-
 def report_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
@@ -61,7 +55,10 @@ def test_the_best_settings_are_found_and_trained_with(place: Path, cli: Cli, tmp
 
 @pytest.mark.slow
 def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, original, calls = tmp_path / "a", search.train_exits, []
+    """With the form of exits that the clock chose, which it might choose otherwise now."""
+    out, original = tmp_path / "a", search.train_exits
+    calls: list[Any] = []
+    forms: list[Any] = []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -71,42 +68,24 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
             raise TrainingStopped("training stopped: for this test")
         return original(*arguments, **options)
 
+    def chosen(base: Any, rows: Any, eval_rows: Any, tokenizer: Any, settings: TrainSettings, *others: Any) -> Any:
+        forms.append(settings)
+        form = replace(settings.exits, exit_pooling="cls" if len(forms) == 1 else "mean", exit_type="linear")
+        return replace(settings, exits=form), [{"exit_pooling": form.exit_pooling}]
+
     monkeypatch.setattr(search, "train_exits", interrupted)
-    assert interrupt(place, out, "--trials", 4)
-    assert [path.name for path in out.iterdir()] == ["trials.journal"]
+    monkeypatch.setattr(plans, "choose_form", chosen)
+    monkeypatch.setattr(workflow, "form_table", lambda *_: "")
+    done = invoke("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, "--trials", 4)
+    assert done.exit_code == 130 and [path.name for path in out.iterdir()] == ["trials.journal"]
     told = train(cli, place, out, "--trials", 4)
     assert len(calls) == 5 and "trial 3 of 4" in told.output and "trial 2 of 4" not in told.output
     assert report_of(out)["search"]["trials"] == 4
     train(cli, place, out, "--trials", 4, "--overwrite")  # all are there
-    assert len(calls) == 5
-    one_line(
-        train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True), "holds the trials of another"
-    )
-
-
-@pytest.mark.slow
-def test_a_search_goes_on_with_its_form_of_exits(
-    place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which the clock chose, and might choose otherwise."""
-    out, calls = tmp_path / "a", []
-
-    def chosen(base: Any, rows: Any, eval_rows: Any, tokenizer: Any, settings: TrainSettings, *others: Any) -> Any:
-        calls.append(settings)
-        form = replace(settings.exits, exit_pooling="mean" if len(calls) == 1 else "cls", exit_type="linear")
-        return replace(settings, exits=form), [{"exit_pooling": form.exit_pooling}]
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(plans, "choose_form", chosen)
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "train_exits", interrupted)
-        assert interrupt(place, out, "--trials", 2)
-    monkeypatch.setattr(workflow, "form_table", lambda *_: "")
-    train(cli, place, out, "--trials", 2)
-    assert len(calls) == 1 and report_of(out)["forms"] == [{"exit_pooling": "mean"}]
-    assert json.loads((out / "adapter_config.json").read_text())["exit_pooling"] == "mean"
+    assert len(calls) == 5 and len(forms) == 1 and report_of(out)["forms"] == [{"exit_pooling": "cls"}]
+    assert json.loads((out / "adapter_config.json").read_text())["exit_pooling"] == "cls"
+    again = train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True)
+    one_line(again, "holds the trials of another")
 
 
 @pytest.mark.parametrize(

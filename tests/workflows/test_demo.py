@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 
 from badge_peft import load_pretrained
 from badge_peft.workflows.demo import before_and_after
-from badge_peft.workflows.settings import DemoSettings
 from tests.cli.conftest import invoke
 from tests.models import make_batch, make_model
 from tests.texts import make_tokenizer, save_base, sentences, write_csv
@@ -96,18 +95,3 @@ def test_tokens_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tags.jsonl").write_text(row * 30, encoding="utf-8")
     told = invoke("demo", "--model", save_base(tmp_path / "base"), "--dataset", tmp_path / "tags.jsonl")
     assert told.exit_code == 1 and "error:" in told.stderr
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"epochs": 0}, "epochs=0"),
-        ({"max_train": 0}, "max_train=0"),
-        ({"max_length": 2}, "max_length=2"),
-        ({"seed": -1}, "seed=-1"),
-        ({"max_score_drop": 1.5}, "max_score_drop=1.5"),
-    ],
-)
-def test_settings_out_of_range(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DemoSettings(**fields)
