@@ -185,13 +185,16 @@ def _passes(policy: ThresholdPolicy, history: ExitHistory, value: float, j: int)
 # --------------------------------------------------------------------------------------------------------- in words
 
 
-@singledispatch
 def why(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
     """What decides about a row at exit j (index): `cnt = 1 ≥ t = 1`."""
-    config, block = policy.config, exits[j]
-    if policy.is_final(exits, j):
+    config, block, final = policy.config, exits[j], policy.is_final(exits, j)
+    if isinstance(policy, FixedDepthPolicy) and (block == config.depth or not final):
+        return f"the policy {'always ' if final else ''}answers at block {config.depth}"
+    if final:
         last = j == len(exits) - 1
         return "the last exit always answers" if last else f"no row goes past block {policy.max_exit} (max_exit)"
+    if isinstance(policy, NeverPolicy):
+        return "the policy never stops early"
     if not policy.can_exit(exits, j):
         if config.min_exit is not None and block < config.min_exit:
             return f"no row stops before block {config.min_exit} (min_exit)"
@@ -201,62 +204,32 @@ def why(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | N
     return f"policy {policy.name!r} has decided" if evidence is None else evidence.comparison
 
 
-_why = why.dispatch(ExitPolicy)
-
-
-@why.register
-def _(policy: FixedDepthPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-    """The depth."""
-    depth, final = policy.config.depth, policy.is_final(exits, j)
-    if final and exits[j] != depth:
-        return _why(policy, exits, j, evidence)
-    return f"the policy {'always ' if final else ''}answers at block {depth}"
-
-
-@why.register
-def _(policy: NeverPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-    """The end of the model."""
-    return _why(policy, exits, j, evidence) if policy.is_final(exits, j) else "the policy never stops early"
-
-
-@singledispatch
 def sentence(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
     """Why a row got its answer at exit j (index)."""
     reason = why(policy, exits, j, evidence)
+    if evidence is not None and evidence.count is not None and not policy.is_final(exits, j):
+        if isinstance(policy, DivergencePolicy):
+            return _agreement(evidence, evidence.count, problem_type)
+        if isinstance(policy, ConfidentPatiencePolicy):
+            return (
+                f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
+                f"{evidence.limit} of the largest there can be: {evidence.comparison}."
+            )
     if j == len(exits) - 1 and not isinstance(policy, UnconditionalPolicy):
         return f"No exit before it met the policy, and {reason}."
     return f"{reason[0].upper()}{reason[1:]}."
 
 
-_sentence = sentence.dispatch(ExitPolicy)
-
-
-@sentence.register
-def _(policy: DivergencePolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+def _agreement(evidence: Evidence, count: int, problem_type: str) -> str:
     """The exits that are near."""
-    if policy.is_final(exits, j) or evidence is None or evidence.count is None:
-        return _sentence(policy, exits, j, evidence, problem_type)
     if evidence.in_a_row:
         within = f"lay within tau = {evidence.limit} of the exit before ({evidence.quantity})"
         what = "gave the same answer as the exit before" if evidence.threshold is None else within
-        return f"{exits_in_words(evidence.count)} in a row {what}: {evidence.comparison}."
+        return f"{exits_in_words(count)} in a row {what}: {evidence.comparison}."
     near = [m for m in evidence.measured if m.passes]
     blocks = ", ".join(f"{m.block} ({evidence.symbol} = {number(m.value)})" for m in near)
     what = "predicted a distribution" if problem_of(problem_type).gives_labels else "predicted a value"
     return (
-        f"{exits_in_words(evidence.count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
+        f"{exits_in_words(count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
         f"{'that of block' if len(near) == 1 else 'those of blocks'} {blocks}: {evidence.comparison}."
-    )
-
-
-@sentence.register
-def _(
-    policy: ConfidentPatiencePolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str
-) -> str:
-    """The exits that were sure."""
-    if policy.is_final(exits, j) or evidence is None or evidence.count is None:
-        return _sentence(policy, exits, j, evidence, problem_type)
-    return (
-        f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
-        f"{evidence.limit} of the largest there can be: {evidence.comparison}."
     )

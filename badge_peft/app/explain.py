@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from badge_peft.app.evidence import Evidence, evidence_of, sentence, why
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.model import get_badge_model
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray
@@ -51,9 +54,23 @@ class Explanation:
         return next(step for step in self.steps if step.answers)
 
     @property
+    def exit_layer(self) -> int:
+        """The block that answers, as in `EarlyExitOutput`."""
+        return self.answer.block
+
+    @property
     def blocks_saved(self) -> int:
         """How many blocks are not computed."""
-        return self.num_blocks - self.answer.block
+        return self.num_blocks - self.exit_layer
+
+
+@torch.no_grad()
+def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> ExitLogits:
+    """Runs one row through all blocks."""
+    badge = get_badge_model(model)
+    output = badge(**inputs)
+    kind = badge.config_of().resolved_problem_type
+    return ExitLogits(output.exit_logits, None, badge.exit_layers(), kind, badge.num_blocks, output.exit_uncertainty)
 
 
 def explain(

@@ -86,7 +86,8 @@ def adapters_and(
         raise ValueError("there is no adapter: give its folder, or many with --task NAME=ADAPTER.")
     if needed and None in others:
         raise ValueError(f"there is no {names[others.index(None)]}: name it behind the adapter.")
-    return tasks_of(tasks or [], adapter) or {None: adapter}, others
+    found: dict[Any, str] = {**(tasks_of(tasks or [], adapter) or {None: str(adapter)})}
+    return found, others
 
 
 def prepare_folder(*files: Path | None) -> None:

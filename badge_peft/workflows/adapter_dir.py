@@ -22,10 +22,10 @@ from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
 from badge_peft.ranking.calibration import METRIC
 from badge_peft.registry import NAME
-from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
+from badge_peft.workflows.base_model import choose_device
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples
 from badge_peft.workflows.encode import check_kind, load_tokenizer
@@ -185,18 +185,6 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     data = read_config(folder)
     data["early_exit"] = json.loads(json.dumps(config.to_dict(), sort_keys=True))  # sorted, as PEFT has it
     write_json(Path(folder) / CONFIG, data)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of this name; None: a GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def check_ranking_metric(metric: str | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
+from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
@@ -179,6 +181,18 @@ def keeps_answers(model: nn.Module) -> bool:
     """Whether full depth is promised to answer as the base model, bit for bit."""
     config = get_badge_model(model).config_of()
     return config.backbone == "frozen" and not config.train_head and config.final_exit == "base_head"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; None: a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def local_path(name: str) -> str:

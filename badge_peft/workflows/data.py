@@ -49,16 +49,11 @@ class TextDataset:
 
     def select(self, index: Sequence[int]) -> TextDataset:
         """The rows `index`, in this order."""
-        labels = None if self.labels is None else [self.labels[i] for i in index]
-        return replace(
-            self,
-            texts=[self.texts[i] for i in index],
-            pairs=None if self.pairs is None else [self.pairs[i] for i in index],
-            labels=labels if labels and any(label is not None for label in labels) else None,
-            query_ids=None if self.query_ids is None else [self.query_ids[i] for i in index],
-            numbers=[self.number(i) for i in index],
-            words=None if self.words is None else [self.words[i] for i in index],
-        )
+        found = {name: getattr(self, name) for name in ("texts", "pairs", "labels", "query_ids", "words")}
+        found = {name: None if rows is None else [rows[i] for i in index] for name, rows in found.items()}
+        if all(label is None for label in found["labels"] or ()):
+            found["labels"] = None
+        return replace(self, **found, numbers=[self.number(i) for i in index])
 
     def number(self, i: int) -> int:
         """What row `i` is called in the data, in which rows count from 1."""

@@ -16,8 +16,7 @@ from badge_peft.training.choose import ExitForm, choose_exits
 from badge_peft.tuner.architectures import get_layout, head_pooling
 from badge_peft.tuner.exits import EXITS
 from badge_peft.utils import distributed
-from badge_peft.workflows.adapter_dir import choose_device
-from badge_peft.workflows.base_model import Base, badge_config_of, keeps_head
+from badge_peft.workflows.base_model import Base, badge_config_of, choose_device, keeps_head
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import encode
 from badge_peft.workflows.fit import collator, train_exits, train_rankings

@@ -11,33 +11,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badge_peft.app.explain import Explanation, explain
+from badge_peft.app.explain import Explanation, explain, read_exits
 from badge_peft.early_exit.config import DIVERGENCES, WINDOWS
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation import ExitLogits
-from badge_peft.model import get_badge_model
 from tests.early_exit.reference import MULTI, REGRESSION, SINGLE, dge, divergences, entropy, pabee, softmax
 from tests.early_exit.rules import NO_REGRESSION, ON_LOGITS, fields_of
 from tests.early_exit.table_model import as_inputs, table_model
+from tests.models import make_badge, make_batch
 
 EXITS = (0, 1, 2, 4, 5)
 KINDS = ((SINGLE, 2), (SINGLE, 5), (MULTI, 3), (REGRESSION, 1))
-
-
-@torch.no_grad()
-def read_exits(model: Any, inputs: dict[str, torch.Tensor]) -> ExitLogits:
-    """One row behind all blocks."""
-    badge = get_badge_model(model)
-    output = badge(**inputs)
-    kind = badge.config_of().resolved_problem_type
-    return ExitLogits(output.exit_logits, None, badge.exit_layers(), kind, badge.num_blocks, output.exit_uncertainty)
 
 
 def same_as_live(model: Any, inputs: dict[str, torch.Tensor], rule: dict[str, Any]) -> Explanation:
     """The explanation of one row, compared with the live path to the last bit."""
     live = model.early_exit_forward(**inputs, early_exit_config=rule)
     found = explain(read_exits(model, inputs), rule)
-    assert found.answer.block == live.exit_layer.item()
+    assert found.exit_layer == live.exit_layer.item()
     assert torch.equal(torch.from_numpy(found.answer.logits), live.logits[0].float())
     check_shape(found)
     return found
@@ -124,7 +115,7 @@ def test_the_counter_of_eq_3(kind: str, t: int, window: str) -> None:
     s = divergences(kind, ROW, SINGLE)
     for tau in (0.02, 0.3, 0.9):
         found = explain(reading(ROW), threshold=tau, patience=t, divergence=kind, window=window)
-        assert found.answer.block == dge(s, window, tau, t)
+        assert found.exit_layer == dge(s, window, tau, t)
         for m, step in enumerate(found.steps):
             assert step.evidence is not None
             everyone = window == "all"
@@ -142,11 +133,11 @@ def test_the_counter_of_eq_3(kind: str, t: int, window: str) -> None:
 def test_the_patience_counter() -> None:
     found = explain(reading(ROW), policy="patience", patience=2)
     assert [step.evidence.count for step in found.steps if step.evidence] == [0, 1, 2, 0, 1, 2]
-    assert found.answer.block == pabee(ROW, SINGLE, 2, 0.5) == 3
+    assert found.exit_layer == pabee(ROW, SINGLE, 2, 0.5) == 3
     values = [[1.0], [1.3], [1.35], [1.32], [0.0]]
     found = explain(reading(values, REGRESSION), policy="patience", patience=2, threshold=0.1)
     assert [step.evidence.count for step in found.steps if step.evidence] == [0, 0, 1, 2, 0]
-    assert found.answer.block == pabee(values, REGRESSION, 2, 0.1) == 4
+    assert found.exit_layer == pabee(values, REGRESSION, 2, 0.1) == 4
     assert found.steps[0].probabilities is None
     assert found.steps[1].evidence is not None
     assert found.steps[1].evidence.measured[0].value == pytest.approx(0.3)
@@ -155,7 +146,7 @@ def test_the_patience_counter() -> None:
 def test_the_other_rules_say_their_own_number() -> None:
     def first(**rule: Any) -> Any:
         found = explain(reading(ROW, uncertainty=[0.5, 0.4, 0.3, 0.2, 0.1, 0.0]), **rule)
-        return found.steps[0].evidence, found.answer.block
+        return found.steps[0].evidence, found.exit_layer
 
     p = softmax(ROW[0])
     seen, _ = first(policy="entropy", threshold=0.5)
@@ -184,4 +175,4 @@ def test_exits_behind_the_answer_are_what_would_have_come() -> None:
 
 def test_more_than_one_row_is_refused() -> None:
     with pytest.raises(ValueError, match="one row at a time"):
-        explain(ExitLogits(torch.zeros(2, 3, 2)))
+        explain(read_exits(make_badge(), make_batch(2)))
