@@ -90,12 +90,8 @@ def _pairs(
             yield _words(value, number, str(text), tokens), None
             continue
         found = whole(str(value)), None if pair is None else whole(str(row[pair]))
-        yield (*found, _query(row, query, found[0])) if by_query else found
-
-
-def _query(row: Mapping[str, Any], column: str | None, text: str) -> str:
-    value = None if column is None else row.get(column)
-    return text if value in (None, "") else str(value)
+        id_ = None if query is None else row.get(query)
+        yield (*found, found[0] if id_ in (None, "") else str(id_)) if by_query else found
 
 
 def _words(value: list[Any], number: int, column: str, tokens: bool) -> list[str]:

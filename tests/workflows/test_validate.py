@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from badge_peft.workflows.base_model import Base
+from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import DemoSettings, ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
 from badge_peft.workflows.validate import check_settings, check_training, with_output_dir
 from tests.models import make_model
@@ -21,8 +21,7 @@ def settings(goal: dict[str, Any] | None = None, out: Path | str = "out", **exit
 
 
 def check(problem_type: str = SINGLE, **goal_and_exits: Any) -> None:
-    labels: Any = SimpleNamespace(problem_type=problem_type, names=["a", "b", "c"])
-    base = Base(make_model(), labels, [])
+    base = Base(make_model(), LabelSet(["a", "b", "c"], problem_type), [])
     assert check_training(settings(**goal_and_exits), base, labeled=True, eval_rows=100)
 
 

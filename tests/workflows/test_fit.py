@@ -1,4 +1,4 @@
-"""How a ranking adapter is trained, below the command line (`tests/cli/test_ranking.py`)."""
+"""How exits that rank are trained, below the command line (`tests/cli/test_ranking.py`)."""
 
 from __future__ import annotations
 
