@@ -79,8 +79,8 @@ def adapters_and(
     adapter, *others = given
     if tasks:
         if given[-1] is not None:
-            found = " and ".join(str(value) for value in given)
-            raise ValueError(f"with --task there is no ADAPTER: give {' and '.join(names)} alone, got {found}.")
+            got = " and ".join(map(str, given))
+            raise ValueError(f"with --task there is no ADAPTER: give {' and '.join(names)} alone, got {got}.")
         adapter, others = None, [*given[:-1]]
     elif adapter is None:
         raise ValueError("there is no adapter: give its folder, or many with --task NAME=ADAPTER.")
