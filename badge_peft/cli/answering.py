@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
@@ -17,6 +17,9 @@ from badge_peft.cli import options as shared
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.extras import require, require_onnx_exporter
 from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
+
+if TYPE_CHECKING:
+    from badge_peft.export.report import ParityReport
 
 
 def _check_file(_: Any, value: str | None) -> None:
@@ -154,16 +157,20 @@ def export(
     print(f"{Path(dir) / 'model.onnx'}: {report.size_bytes / 1e6:.1f} MB, exits at {report.exit_layers}")
     found = report.changes
     if found is not None:
-        same = f"same answer {found.same_answer:.1%}"
-        if opened.labels.problem_type == "regression":
-            same = f"values differ by {found.same_answer:.3g} in the mean"
-        print(
-            f"on {found.rows} rows, against PyTorch: {same}, same exit {found.same_exit:.1%}, mean exit "
-            f"{found.mean_exit:.2f} against {found.mean_exit_before:.2f}"
-        )
+        print(_changes(found, opened.labels.problem_type))
         if found.score is not None:
             print(f"score {found.score:.4f} against {found.score_before:.4f}")
     shared.write(report.to_dict(), json_file)
+
+
+def _changes(found: ParityReport, problem_type: str) -> str:
+    same = f"same answer {found.same_answer:.1%}"
+    if problem_type == "regression":
+        same = f"values differ by {found.same_answer:.3g} in the mean"
+    return (
+        f"on {found.rows} rows, against PyTorch: {same}, same exit {found.same_exit:.1%}, mean exit "
+        f"{found.mean_exit:.2f} against {found.mean_exit_before:.2f}"
+    )
 
 
 def app(
