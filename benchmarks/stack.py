@@ -24,10 +24,10 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.evaluation import exit_scores
-from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, parse_tasks
+from badge_peft.workflows.adapter_dir import early_exit_configs, open_adapter, open_tasks, parse_tasks
 from badge_peft.workflows.bench import bench_tasks
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.evaluate import evaluate_adapter, resolve_metric
+from badge_peft.workflows.evaluate import evaluate_adapter
 from badge_peft.workflows.fit import collator
 from badge_peft.workflows.settings import Columns
 
@@ -75,7 +75,7 @@ def fine_tune(place: str, folder: Path, options: argparse.Namespace) -> dict[str
     pad = collator(adapter.task == "tokens", adapter.tokenizer)
     steps = {"num_train_epochs": options.epochs, "per_device_train_batch_size": 32, "seed": options.seed}
     fit(model, rows["train"], pad, bf16=options.bf16, use_cpu=not torch.cuda.is_available(), **steps)
-    metric = resolve_metric(None, adapter.labels.problem_type, len(labels), adapter.tags)
+    metric = adapter.metric(None)
     found = exit_scores(collect_exit_logits(model, rows["test"]), metric)
     settings = {"train_rows": len(rows["train"]), "epochs": options.epochs, "bf16": options.bf16}
     return {"score": found.per_exit[-1], **settings, "seconds": time.perf_counter() - start}
@@ -85,9 +85,9 @@ def clock(adapters: dict[str, str], options: argparse.Namespace) -> dict[str, An
     """Times test texts of all tasks in turn, one by one: one pass, a call for each task, a full model for each."""
     stack = open_tasks(adapters)
     columns = Columns(unlabeled=True)
-    each = [stack.adapters[task].read(Path(options.data, task, "test.jsonl"), columns).texts for task in adapters]
+    each = [stack[task].read(Path(options.data, task, "test.jsonl"), columns).texts for task in adapters]
     texts = [text for several in zip(*each, strict=False) for text in several][: options.time]
-    return bench_tasks(stack, TextDataset(texts), stack.early_exit_configs(), len(texts), threads=options.threads)
+    return bench_tasks(stack, TextDataset(texts), early_exit_configs(stack), len(texts), threads=options.threads)
 
 
 def stack_section(results: Results) -> str:

@@ -13,25 +13,15 @@ from badge_peft.early_exit.policies import build_policy
 
 @dataclass(frozen=True)
 class Control:
-    """One parameter of a rule.
+    """One parameter of a rule."""
 
-    Args:
-        field: Of `EarlyExitConfig`.
-        label: What it is called.
-        value: Where the rule at the start has it.
-        low: Smallest value.
-        high: Largest value.
-        step: Between two values.
-        choices: The values, where they are not a range.
-    """
-
-    field: str
+    field: str  # of `EarlyExitConfig`
     label: str
-    value: float
+    value: float  # at the start
     low: float
     high: float
     step: float = 1.0
-    choices: tuple[int, ...] | None = None
+    choices: tuple[int, ...] | None = None  # None: a range
 
 
 def controls_of(

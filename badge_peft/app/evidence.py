@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,58 +31,30 @@ from badge_peft.early_exit.policies.fixed import UnconditionalPolicy
 from badge_peft.utils.problem import problem_of
 
 
-class Quantity(NamedTuple):
-    """What a policy compares with its threshold.
-
-    Args:
-        name: `divergence (ce)`, `entropy`, `largest probability`, ...
-        symbol: In a formula.
-    """
-
-    name: str
-    symbol: str
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One number that a policy compares with its threshold.
+    """One number that a policy compares with its threshold."""
 
-    Args:
-        block: Of the exit that it belongs to: the earlier exit of a divergence, else the exit itself.
-        value: S(p_m, p_i) of Eq. 4, an entropy, a probability, ...
-        passes: Whether it lies on the stopping side of the threshold.
-    """
-
-    block: int
-    value: float
-    passes: bool
+    block: int  # of the exit that it belongs to: the earlier exit of a divergence, else the exit itself
+    value: float  # a divergence, an entropy, a probability, ...
+    passes: bool  # on the stopping side of the threshold
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a policy saw at one exit.
-
-    Args:
-        quantity: What the numbers are.
-        symbol: Of the number in a formula.
-        threshold: In the unit of the numbers; None for policies without one.
-        above: Whether a number passes at or above the threshold, not below it.
-        measured: The numbers at this exit, shallow to deep; none where there is no earlier exit to compare with.
-        count: cnt_m, or the length of the unbroken run that ends here; None for policies that do not count.
-        patience: t; None for policies that do not count.
-        in_a_row: Whether `count` is an unbroken run.
-        of_pairs: Whether the numbers lie between this exit and earlier ones, and are not its own.
-    """
+    """What a policy saw at one exit."""
 
     quantity: str
-    symbol: str
-    threshold: float | None
-    above: bool
+    symbol: str  # in a formula
+    threshold: float | None  # None: the policy has none
+    above: bool  # a number passes at or above the threshold
+    # the numbers at this exit, shallow to deep; none where there is no earlier exit to compare with
     measured: tuple[Measured, ...]
+    # cnt_m, or the length of the unbroken run that ends here; None for policies that do not count
     count: int | None = None
-    patience: int | None = None
-    in_a_row: bool = False
-    of_pairs: bool = False
+    patience: int | None = None  # t
+    in_a_row: bool = False  # `count` is an unbroken run
+    of_pairs: bool = False  # the numbers lie between this exit and earlier ones
 
     @property
     def comparison(self) -> str:
@@ -110,57 +81,32 @@ def exits_in_words(count: int, kind: str = "") -> str:
     return f"{count} {kind}exit" + ("" if count == 1 else "s")
 
 
-def capitalized(clause: str) -> str:
-    """A clause as a sentence."""
-    return f"{clause[0].upper()}{clause[1:]}."
-
-
 # ------------------------------------------------------------------------------------------------- what it compares
 
 
-@singledispatch
-def quantity(policy: ThresholdPolicy, problem_type: str) -> Quantity:
-    """What a policy compares with its threshold."""
-    return Quantity(f"score of {policy.name}", "s")
+_QUANTITIES: dict[type[ExitPolicy], tuple[str, str]] = {
+    EntropyPolicy: ("entropy", "H"),
+    ConfidentPatiencePolicy: ("entropy as a share of the largest", "H"),
+    LearnedPolicy: ("predicted uncertainty", "u"),
+}
 
 
-@quantity.register
-def _(policy: DivergencePolicy, problem_type: str) -> Quantity:
-    if not problem_of(problem_type).gives_labels:
-        return Quantity("distance", "|y - y'|")
-    if policy.kind != "label":
-        return Quantity(f"divergence ({policy.kind})", "S")
-    several = problem_of(problem_type).many_labels
-    return Quantity("labels that differ" if several else "another label (1) or the same (0)", "d")
-
-
-@quantity.register
-def _(policy: EntropyPolicy, problem_type: str) -> Quantity:
-    return Quantity("entropy", "H")
-
-
-@quantity.register
-def _(policy: MaxProbPolicy, problem_type: str) -> Quantity:
-    several = problem_of(problem_type).many_labels
-    return Quantity("probability of the least sure label" if several else "largest probability", "p")
-
-
-@quantity.register
-def _(policy: ConfidentPatiencePolicy, problem_type: str) -> Quantity:
-    return Quantity("entropy as a share of the largest", "H")
-
-
-@quantity.register
-def _(policy: AgreementPolicy, problem_type: str) -> Quantity:
-    if not policy.stops_above:
-        return Quantity("predicted distance", "d")
-    what = "right" if policy.fitted.get("target") == "correct" else "full depth's"
-    return Quantity(f"predicted probability that the answer is {what}", "P")
-
-
-@quantity.register
-def _(policy: LearnedPolicy, problem_type: str) -> Quantity:
-    return Quantity("predicted uncertainty", "u")
+def quantity(policy: ThresholdPolicy, problem_type: str) -> tuple[str, str]:
+    """What a policy compares with its threshold, and its symbol in a formula."""
+    problem = problem_of(problem_type)
+    if isinstance(policy, DivergencePolicy):
+        if not problem.gives_labels:
+            return "distance", "|y - y'|"
+        differ = "labels that differ" if problem.many_labels else "another label (1) or the same (0)"
+        return (differ, "d") if policy.kind == "label" else (f"divergence ({policy.kind})", "S")
+    if isinstance(policy, MaxProbPolicy):
+        return "probability of the least sure label" if problem.many_labels else "largest probability", "p"
+    if isinstance(policy, AgreementPolicy):
+        what = "right" if policy.fitted.get("target") == "correct" else "full depth's"
+        above = f"predicted probability that the answer is {what}", "P"
+        return above if policy.stops_above else ("predicted distance", "d")
+    known = (named for kind, named in _QUANTITIES.items() if isinstance(policy, kind))
+    return next(known, (f"score of {policy.name}", "s"))
 
 
 @singledispatch
@@ -239,13 +185,16 @@ def _passes(policy: ThresholdPolicy, history: ExitHistory, value: float, j: int)
 # --------------------------------------------------------------------------------------------------------- in words
 
 
-@singledispatch
 def why(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
     """What decides about a row at exit j (index): `cnt = 1 ≥ t = 1`."""
-    config, block = policy.config, exits[j]
-    if policy.is_final(exits, j):
+    config, block, final = policy.config, exits[j], policy.is_final(exits, j)
+    if isinstance(policy, FixedDepthPolicy) and (block == config.depth or not final):
+        return f"the policy {'always ' if final else ''}answers at block {config.depth}"
+    if final:
         last = j == len(exits) - 1
         return "the last exit always answers" if last else f"no row goes past block {policy.max_exit} (max_exit)"
+    if isinstance(policy, NeverPolicy):
+        return "the policy never stops early"
     if not policy.can_exit(exits, j):
         if config.min_exit is not None and block < config.min_exit:
             return f"no row stops before block {config.min_exit} (min_exit)"
@@ -255,65 +204,32 @@ def why(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | N
     return f"policy {policy.name!r} has decided" if evidence is None else evidence.comparison
 
 
-_why = why.dispatch(ExitPolicy)
-
-
-@why.register
-def _(policy: FixedDepthPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-    """The depth."""
-    depth, final = policy.config.depth, policy.is_final(exits, j)
-    if final and exits[j] != depth:
-        return _why(policy, exits, j, evidence)
-    return f"the policy {'always ' if final else ''}answers at block {depth}"
-
-
-@why.register
-def _(policy: NeverPolicy, exits: Sequence[int], j: int, evidence: Evidence | None) -> str:
-    """The end of the model."""
-    return _why(policy, exits, j, evidence) if policy.is_final(exits, j) else "the policy never stops early"
-
-
-@singledispatch
 def sentence(policy: ExitPolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
     """Why a row got its answer at exit j (index)."""
     reason = why(policy, exits, j, evidence)
-    return f"No exit before it met the policy, and {reason}." if j == len(exits) - 1 else capitalized(reason)
+    if evidence is not None and evidence.count is not None and not policy.is_final(exits, j):
+        if isinstance(policy, DivergencePolicy):
+            return _agreement(evidence, evidence.count, problem_type)
+        if isinstance(policy, ConfidentPatiencePolicy):
+            return (
+                f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
+                f"{evidence.limit} of the largest there can be: {evidence.comparison}."
+            )
+    if j == len(exits) - 1 and not isinstance(policy, UnconditionalPolicy):
+        return f"No exit before it met the policy, and {reason}."
+    return f"{reason[0].upper()}{reason[1:]}."
 
 
-_sentence = sentence.dispatch(ExitPolicy)
-
-
-@sentence.register
-def _(policy: UnconditionalPolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
-    return capitalized(why(policy, exits, j, evidence))
-
-
-@sentence.register
-def _(policy: DivergencePolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str) -> str:
+def _agreement(evidence: Evidence, count: int, problem_type: str) -> str:
     """The exits that are near."""
-    if policy.is_final(exits, j) or evidence is None or evidence.count is None:
-        return _sentence(policy, exits, j, evidence, problem_type)
     if evidence.in_a_row:
         within = f"lay within tau = {evidence.limit} of the exit before ({evidence.quantity})"
         what = "gave the same answer as the exit before" if evidence.threshold is None else within
-        return f"{exits_in_words(evidence.count)} in a row {what}: {evidence.comparison}."
+        return f"{exits_in_words(count)} in a row {what}: {evidence.comparison}."
     near = [m for m in evidence.measured if m.passes]
     blocks = ", ".join(f"{m.block} ({evidence.symbol} = {number(m.value)})" for m in near)
     what = "predicted a distribution" if problem_of(problem_type).gives_labels else "predicted a value"
     return (
-        f"{exits_in_words(evidence.count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
+        f"{exits_in_words(count, 'earlier ')} {what} closer than tau = {evidence.limit}, "
         f"{'that of block' if len(near) == 1 else 'those of blocks'} {blocks}: {evidence.comparison}."
-    )
-
-
-@sentence.register
-def _(
-    policy: ConfidentPatiencePolicy, exits: Sequence[int], j: int, evidence: Evidence | None, problem_type: str
-) -> str:
-    """The exits that were sure."""
-    if policy.is_final(exits, j) or evidence is None or evidence.count is None:
-        return _sentence(policy, exits, j, evidence, problem_type)
-    return (
-        f"{exits_in_words(evidence.count)} in a row, this one the last, had an entropy below tau = "
-        f"{evidence.limit} of the largest there can be: {evidence.comparison}."
     )

@@ -26,46 +26,23 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class ExitStep:
-    """One exit, and what the rule said there.
+    """One exit, and what the rule said there."""
 
-    Args:
-        block: Its number; 0 is the exit on the embeddings.
-        logits: [K] float32.
-        probabilities: [K], of the labels (multi-label: of each by itself); None for regression.
-        evidence: What the rule looked at; None where it looks at no number.
-        why: What decides here: `cnt = 1 ≥ t = 1`.
-        may_stop: Whether the rule decides here: not before `min_exit`, nor between every `decide_every`-th exit.
-        always: Whether every row that comes here stops, whatever the logits: the last exit, or `max_exit`.
-        stops: Whether the row would stop here, had it come so far.
-        answers: Whether this is the exit that answers: the first at which the row stops.
-        reached: Whether the live path gets here: False behind the exit that answers.
-    """
-
-    block: int
-    logits: Array
-    probabilities: Array | None
-    evidence: Evidence | None
-    why: str
-    may_stop: bool
-    always: bool
-    stops: bool
-    answers: bool
-    reached: bool
+    block: int  # 0: on the embeddings
+    logits: Array  # [K] float32
+    probabilities: Array | None  # [K]; None for regression
+    evidence: Evidence | None  # None: it looks at no number
+    why: str  # what decides here: `cnt = 1 ≥ t = 1`
+    stops: bool  # had the row come so far
+    answers: bool  # the first that stops
+    reached: bool  # False behind the one that answers
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row's way through the exits.
+    """One row's way through the exits."""
 
-    Args:
-        steps: One per exit, shallow to deep.
-        rule: How it stops.
-        reason: Why it stopped where it did, in a sentence.
-        num_blocks: M.
-        problem_type: As transformers has it.
-    """
-
-    steps: tuple[ExitStep, ...]
+    steps: tuple[ExitStep, ...]  # shallow to deep
     rule: EarlyExitConfig
     reason: str
     num_blocks: int
@@ -93,8 +70,7 @@ def read_exits(model: nn.Module, inputs: dict[str, Tensor]) -> ExitLogits:
     badge = get_badge_model(model)
     output = badge(**inputs)
     kind = badge.config_of().resolved_problem_type
-    exits = badge.exit_layers()
-    return ExitLogits(output.exit_logits, None, exits, kind, badge.num_blocks, output.exit_uncertainty)
+    return ExitLogits(output.exit_logits, None, badge.exit_layers(), kind, badge.num_blocks, output.exit_uncertainty)
 
 
 def explain(
@@ -111,20 +87,10 @@ def explain(
     stops = [bool(policy.stops(history, j)[0]) for j in range(len(exits))]
     answers = stops.index(True)
     evidence = [evidence_of(policy, history, j) for j in range(len(exits))]
-    steps = tuple(
-        ExitStep(
-            block=exits[j],
-            logits=history.logits[j, 0],
-            probabilities=problem_of(kind).probabilities(history.logits[j, 0]),
-            evidence=evidence[j],
-            why=why(policy, exits, j, evidence[j]),
-            may_stop=policy.can_exit(exits, j),
-            always=policy.is_final(exits, j),
-            stops=stops[j],
-            answers=j == answers,
-            reached=j <= answers,
-        )
-        for j in range(len(exits))
-    )
+    steps = []
+    for j, block in enumerate(exits):
+        logits = history.logits[j, 0]
+        probabilities, reason = problem_of(kind).probabilities(logits), why(policy, exits, j, evidence[j])
+        steps.append(ExitStep(block, logits, probabilities, evidence[j], reason, stops[j], j == answers, j <= answers))
     reason = sentence(policy, exits, answers, evidence[answers], kind)
-    return Explanation(steps, policy.config, reason, exit_logits.depth, kind)
+    return Explanation(tuple(steps), policy.config, reason, exit_logits.depth, kind)

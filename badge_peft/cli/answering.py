@@ -15,11 +15,11 @@ from cyclopts.validators import Number
 
 from badge_peft.cli import options as shared
 from badge_peft.utils.checks import check_choice
+from badge_peft.utils.extras import require, require_onnx_exporter
 from badge_peft.workflows.settings import Columns, PolicyOverrides, TextColumns
 
 if TYPE_CHECKING:
     from badge_peft.export.report import ParityReport
-    from badge_peft.workflows.predict import Answering
 
 
 def _check_file(_: Any, value: str | None) -> None:
@@ -71,42 +71,35 @@ def predict(
         address: With --engine ray: of a Ray cluster, auto for the one that this machine belongs to. Default: this
             machine alone.
     """
-    from badge_peft.workflows.adapter_dir import tasks_of
     from badge_peft.workflows.predict import Answerer, Answering
     from badge_peft.workflows.stream import read_texts
 
     if engine is not None:
         check_choice("engine", engine, ("ray",))
-        adapter, file, out = shared.places(task, (adapter, file, out), ("FOLDER", "OUT"))
+        places, (file, out) = shared.adapters_and(("FOLDER", "OUT"), task, adapter, file, out)
     elif out is not None or workers is not None or address is not None:
         raise ValueError("OUT, --workers and --address are for a folder of files: add --engine ray.")
     else:
-        adapter, file = shared.places(task, (adapter, file), ("FILE",))
-    answering = Answering(tasks_of(task or [], adapter) or str(adapter), overrides, batch_size, base_model, device)
+        places, (file,) = shared.adapters_and(("FILE",), task, adapter, file, needed=False)
+    answering = Answering(places.get(None) or places, overrides, batch_size, base_model, device)
     if engine is not None:
-        _predict_folder(answering, file, out, format=format, columns=columns, workers=workers, address=address)
+        require("ray", "ray", "pandas")
+        from badge_peft.workflows.folders import predict_folder
+
+        report = predict_folder(
+            str(file), str(out), answering, format=format, columns=columns, workers=workers, address=address
+        )
+        before = f"; {report.before} were answered before" if report.before else ""
+        print(f"{report.files} files with {report.rows} texts answered into {out}{before}")
         return
     answerer = Answerer(answering)
-    found = answerer(read_texts(file or "-", format, columns, answerer.columns, answerer.tokens, answerer.by_query))
+    found = answerer(read_texts(file or "-", format, columns, **answerer.reading))
     try:
         with closing(found) as answers:
             for line in answers:
                 print(f"{json.dumps(line, ensure_ascii=False)}\n", end="", flush=True)  # whole, should it be killed
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _predict_folder(answering: Answering, folder: str | None, out: str | None, **options: Any) -> None:
-    from badge_peft.utils.extras import require
-
-    require("ray", "ray", "pandas")
-    from badge_peft.workflows.folders import predict_folder
-
-    if folder is None or out is None:
-        raise ValueError("--engine ray reads files and writes files: name FOLDER and OUT.")
-    report = predict_folder(folder, out, answering, **options)
-    before = f"; {report.before} were answered before" if report.before else ""
-    print(f"{report.files} files with {report.rows} texts answered into {out}{before}")
 
 
 def export(
@@ -135,36 +128,24 @@ def export(
         int8: Quantize the blocks: several times smaller and faster on a CPU.
     """
     from badge_peft.export import export_onnx, export_tasks_onnx
-    from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.adapter_dir import early_exit_configs, open_tasks
 
     require_onnx_exporter()
-    adapter, dir = shared.places(task, (adapter, dir), ("DIR",))
-    if dir is None:
-        raise ValueError("there is no DIR to write to: name a folder.")
+    places, (dir,) = shared.adapters_and(("DIR",), task, adapter, dir)
     shared.check_folder(dir)
-    tasks = tasks_of(task or [], adapter)
-    if tasks is not None:
-        if data is not None:
-            raise ValueError("--data is for one adapter: the file of many tasks is compared on random rows alone.")
-        stack = open_tasks(tasks, base_model, "cpu")
+    if None not in places and data is not None:
+        raise ValueError("--data is for one adapter: the file of many tasks is compared on random rows alone.")
+    several = open_tasks(places, base_model, "cpu")
+    opened = next(iter(several.values()))
+    configs = early_exit_configs(several, **vars(overrides))
+    common = {"tokenizer": opened.tokenizer, "int8": int8, "progress": True}
+    if None not in several:
         shared.prepare_folder(json_file)
-        written = export_tasks_onnx(
-            stack.shared.model,
-            dir,
-            tasks=stack.names,
-            tokenizer=stack.shared.tokenizer,
-            early_exit_config=stack.early_exit_configs(**vars(overrides)),
-            int8=int8,
-            progress=True,
-        )
+        written = export_tasks_onnx(opened.model, dir, tasks=[*several], early_exit_config=configs, **common)
         exits = ", ".join(f"{name} {own['exit_layers']}" for name, own in written["tasks"].items())
         print(f"{Path(dir) / 'model.onnx'}: {written['size_bytes'] / 1e6:.1f} MB, exits at {exits}")
         shared.write(written, json_file)
         return
-    assert adapter is not None
-    opened = open_adapter(adapter, base_model, "cpu")
-    config = opened.early_exit_config(**vars(overrides))
     examples = None
     if data is not None:
         rows = opened.read(data, columns)
@@ -172,18 +153,10 @@ def export(
         if opened.task == "ranking":
             examples = examples.add_column("groups", rows.queries())
     shared.prepare_folder(json_file)
-    report = export_onnx(
-        opened.model,
-        dir,
-        tokenizer=opened.tokenizer,
-        early_exit_config=config,
-        int8=int8,
-        examples=examples,
-        progress=True,
-    )
+    report = export_onnx(opened.model, dir, early_exit_config=configs[None], examples=examples, **common)
     print(f"{Path(dir) / 'model.onnx'}: {report.size_bytes / 1e6:.1f} MB, exits at {report.exit_layers}")
-    if report.changes is not None:
-        found = report.changes
+    found = report.changes
+    if found is not None:
         print(_changes(found, opened.labels.problem_type))
         if found.score is not None:
             print(f"score {found.score:.4f} against {found.score_before:.4f}")
@@ -222,8 +195,6 @@ def app(
         port: Default: the first free one from 7860 on.
         share: Also make a public link, through gradio's servers: all texts pass them.
     """
-    from badge_peft.utils.extras import require
-
     require("app", "gradio", "matplotlib")
     from badge_peft.app.page import Callbacks, build_page, launch
     from badge_peft.workflows.adapter_dir import check_texts_only, open_adapter

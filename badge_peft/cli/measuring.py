@@ -41,29 +41,24 @@ def evaluate(
         save_logits: Write the logits of all exits to this safetensors file, for sweep and calibrate.
     """
     from badge_peft.utils.distributed import is_main
-    from badge_peft.workflows.adapter_dir import open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.adapter_dir import open_tasks
     from badge_peft.workflows.evaluate import evaluate_adapter, evaluate_tasks
     from badge_peft.workflows.report import latency_line, measured_table, summary, tasks_summary, tasks_table
 
-    adapter, data = shared.places(task, (adapter, data), ("DATA",))
-    if data is None:
-        raise ValueError("there is no DATA to evaluate on: name a file, a folder or a data set.")
-    tasks = tasks_of(task or [], adapter)
-    if tasks is not None:
-        if latency or save_logits is not None:
-            raise ValueError("--latency and --save-logits are for one adapter: badge-peft bench times many tasks.")
-        stack = open_tasks(tasks, base_model, device)
+    places, (data,) = shared.adapters_and(("DATA",), task, adapter, data)
+    if None not in places and (latency or save_logits is not None):
+        raise ValueError("--latency and --save-logits are for one adapter: badge-peft bench times many tasks.")
+    opened = open_tasks(places, base_model, device)
+    if None not in opened:
         shared.prepare_folder(json_file)
-        found = {"adapters": tasks, "data": data, **evaluate_tasks(stack, data, columns, metric, batch_size)}
+        found = {"adapters": places, "data": data, **evaluate_tasks(opened, data, columns, metric, batch_size)}
         if is_main():
             print(f"\n{tasks_table(found)}\n\n{tasks_summary(found)}")
             shared.write(found, json_file)
         return
-    assert adapter is not None
-    opened = open_adapter(adapter, base_model, device)
-    rows = opened.read(data, columns)
+    rows = opened[None].read(data, columns)
     shared.prepare_folder(json_file, save_logits)
-    report, exit_logits = evaluate_adapter(opened, rows, metric, batch_size, latency)
+    report, exit_logits = evaluate_adapter(opened[None], rows, metric, batch_size, latency)
     if not is_main():
         return
     report = {"adapter": adapter, "data": data, **report}
@@ -108,8 +103,7 @@ def sweep(
     from badge_peft.evaluation.plots import check_picture, plot_tradeoff
     from badge_peft.ranking import sweep_ranking
     from badge_peft.utils.checks import check_choice
-    from badge_peft.workflows.evaluate import logits_of, metric_of
-    from badge_peft.workflows.rankings import check_metric, own_top_k
+    from badge_peft.workflows.evaluate import logits_of, metric_of, own_top_k
     from badge_peft.workflows.report import tradeoff_table
 
     names = None if policies is None else [name.strip() for name in policies.split(",") if name.strip()]
@@ -124,7 +118,7 @@ def sweep(
     shared.prepare_folder(plot, json_file)
     exit_logits = logits_of(adapter_or_logits, data, columns, base_model, batch_size, device)
     if exit_logits.groups is not None:
-        check_metric(metric)
+        metric_of(exit_logits, metric)
         if names is not None:
             raise ValueError(f"policies={policies!r} is not for ranking, whose policy is top_k: leave it out.")
         found = sweep_ranking(exit_logits, top_k or own_top_k(adapter_or_logits), points)
@@ -173,43 +167,32 @@ def bench(
         onnx: Also export to ONNX and time ONNX Runtime, fp32 and int8.
     """
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import check_texts_only, open_adapter, open_tasks, tasks_of
+    from badge_peft.workflows.adapter_dir import check_texts_only, early_exit_configs, open_tasks
     from badge_peft.workflows.bench import bench_adapter, bench_tasks
-    from badge_peft.workflows.rankings import check_metric
     from badge_peft.workflows.report import bench_summary, bench_table
 
-    adapter, data = shared.places(task, (adapter, data), ("DATA",))
-    if data is None:
-        raise ValueError("there is no DATA to time on: name a file, a folder or a data set.")
-    tasks = tasks_of(task or [], adapter)
-    if tasks is not None:
-        stack = open_tasks(tasks, base_model, device)
-        configs = stack.early_exit_configs(**vars(overrides))
-        texts = stack.shared.read(data, replace(columns, label_column=None, unlabeled=True))
-        shared.prepare_folder(json_file)
-        found = {
-            "adapters": tasks,
-            "data": data,
-            "split": texts.split,
-            **bench_tasks(stack, texts, configs, rows, batch_size or 1, threads),
-        }
-        print(f"\n{bench_table(found)}")
-        shared.write(found, json_file)
-        return
-    assert adapter is not None
-    if onnx:
+    places, (data,) = shared.adapters_and(("DATA",), task, adapter, data)
+    if onnx and None in places:
         try:
             require_onnx_exporter()
         except ImportError as error:
             raise ImportError(f"{error} Or leave ONNX Runtime out with --no-onnx.") from error
-    opened = open_adapter(adapter, base_model, device)
+    several = open_tasks(places, base_model, device)
+    opened = next(iter(several.values()))
+    configs = early_exit_configs(several, **vars(overrides))
+    if None not in several:
+        texts = opened.read(data, replace(columns, label_column=None, unlabeled=True))
+        shared.prepare_folder(json_file)
+        measured = bench_tasks(several, texts, configs, rows, batch_size or 1, threads)
+        found = {"adapters": places, "data": data, "split": texts.split, **measured}
+        print(f"\n{bench_table(found)}")
+        shared.write(found, json_file)
+        return
     check_texts_only(opened.task, "bench", ranks=True)
-    config = opened.early_exit_config(**vars(overrides))
     examples = opened.read(data, columns)
-    if opened.task == "ranking":
-        check_metric(metric)
+    opened.metric(metric)
     shared.prepare_folder(json_file)
-    report = bench_adapter(opened, examples, config, rows, batch_size, threads, onnx, metric)
-    report = {"adapter": adapter, "data": data, "split": examples.split, **report}
+    measured = bench_adapter(opened, examples, configs[None], rows, batch_size, threads, onnx, metric)
+    report = {"adapter": adapter, "data": data, "split": examples.split, **measured}
     print(f"\n{bench_table(report)}\n\n{bench_summary(report)}")
     shared.write(report, json_file)

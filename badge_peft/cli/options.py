@@ -69,16 +69,25 @@ for panel, groups in (
         Parameter("*", group=panel)(group)
 
 
-def places(tasks: list[str] | None, given: Sequence[str | None], names: Sequence[str]) -> list[Any]:
-    """The adapter and the arguments behind it, which come first where the adapters are named with `--task`."""
+def adapters_and(
+    names: Sequence[str], tasks: list[str] | None, *given: str | None, needed: bool = True
+) -> tuple[dict[Any, str], list[Any]]:
+    """The adapters by their tasks (None: one alone), and the arguments behind, called `names`, which come first where
+    the adapters are named with `--task`."""
+    from badge_peft.workflows.adapter_dir import tasks_of
+
+    adapter, *others = given
     if tasks:
         if given[-1] is not None:
-            found = " and ".join(str(value) for value in given)
-            raise ValueError(f"with --task there is no ADAPTER: give {' and '.join(names)} alone, got {found}.")
-        return [None, *given[:-1]]
-    if given[0] is None:
+            got = " and ".join(map(str, given))
+            raise ValueError(f"with --task there is no ADAPTER: give {' and '.join(names)} alone, got {got}.")
+        adapter, others = None, [*given[:-1]]
+    elif adapter is None:
         raise ValueError("there is no adapter: give its folder, or many with --task NAME=ADAPTER.")
-    return list(given)
+    if needed and None in others:
+        raise ValueError(f"there is no {names[others.index(None)]}: name it behind the adapter.")
+    found: dict[Any, str] = {**(tasks_of(tasks or [], adapter) or {None: str(adapter)})}
+    return found, others
 
 
 def prepare_folder(*files: Path | None) -> None:

@@ -63,7 +63,7 @@ def predict_dataset(
     require("ray", "ray", "pandas")
     answering = Answering(adapter, PolicyOverrides(**overrides), batch_size, base_model, device)
     answerer = Answerer(replace(answering, device="cpu"))
-    if answerer.by_query:
+    if answerer.reading["by_query"]:
         raise ValueError(
             "the candidates of a query are ranked together, and the batches of a dataset would part them: use "
             "`badge-peft predict --engine ray`, which reads files in order."
@@ -72,7 +72,7 @@ def predict_dataset(
     if schema is None:  # a dataset without rows, which may have no columns either
         return dataset
     known = list(schema.names)
-    names = find_columns(known, columns, answerer.columns)
+    names = find_columns(known, columns, answerer.reading["recorded"])
     added = [name for name in answerer.table([]).column_names if name != "text"]
     taken = [name for name in added if name in known]
     if taken:

@@ -20,45 +20,34 @@ from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.hub import has_tokenizer, load_pretrained
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
+from badge_peft.ranking.calibration import METRIC
 from badge_peft.registry import NAME
-from badge_peft.utils import distributed
 from badge_peft.utils.files import write_json
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
+from badge_peft.workflows.base_model import choose_device
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples
-from badge_peft.workflows.encode import check_kind, encode, encode_tokens, load_tokenizer
+from badge_peft.workflows.encode import check_kind, load_tokenizer
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import Columns
 
 
 @dataclass
 class Adapter:
-    """A loaded adapter.
+    """A loaded adapter."""
 
-    Args:
-        model: In eval mode.
-        tokenizer: Of its base model, with its limit set.
-        labels: What the model answers with.
-        columns: What is known of its training data's columns.
-        task: `classification`, `ranking` or `tokens`.
-    """
-
-    model: PeftModel
-    tokenizer: Any
-    labels: LabelSet
-    columns: Names = field(default_factory=dict)
-    task: str = "classification"
+    model: PeftModel  # in eval mode
+    tokenizer: Any  # of its base model, with its limit set
+    labels: LabelSet  # what the model answers with
+    columns: Names = field(default_factory=dict)  # what is known of its training data's columns
+    task: str = "classification"  # `classification`, `ranking` or `tokens`
+    name: str | None = None  # in the model, where that has adapters of many tasks; None: the active one
 
     @property
     def badge(self) -> BadgeModel:
         """The tuner."""
         return get_badge_model(self.model)
-
-    @property
-    def tags(self) -> list[str] | None:
-        """Its labels, where it labels tokens; else None."""
-        return self.labels.names if self.task == "tokens" else None
 
     @property
     def device(self) -> torch.device:
@@ -68,80 +57,82 @@ class Adapter:
     def read(self, data: str | Path, columns: Columns = Columns()) -> TextDataset:
         """Rows of a data set, in which a column that is not named is found as it was in training."""
         found = read_examples(data, columns, recorded=self.columns)
-        check_kind(found, self.task == "tokens", "the adapter", data)
+        check_kind(found, self.labels.tokens, "the adapter", data)
         return found
 
     def encode(self, examples: TextDataset) -> Dataset:
         """Token columns, and `labels` where the rows have some; candidates have their relevance elsewhere."""
-        if self.task == "tokens":
-            return encode_tokens(examples, self.tokenizer, self.labels.names)
-        if self.task == "ranking":
-            return encode(examples, self.tokenizer)
-        return encode(examples, self.tokenizer, self.labels.targets(examples, scored=True))
+        return self.labels.encode(examples, self.tokenizer, labeled=self.task != "ranking", scored=True)
+
+    def metric(self, metric: str | None) -> str:
+        """As `LabelSet.metric`; rankings have one of their own."""
+        return check_ranking_metric(metric) if self.task == "ranking" else self.labels.metric(metric)
 
     def early_exit_config(self, **overrides: Any) -> EarlyExitConfig:
         """The adapter's own config with `overrides`, of which None leaves a field alone. Another policy starts from
         its own defaults: a threshold of one policy means nothing to another."""
-        config = self._overridden(overrides)
-        validate_policy(config, self.badge.config_of(), self.badge.num_blocks)
-        for name in self.unread(**overrides):
-            raise ValueError(
-                f"{name}={overrides[name]!r} changes nothing, as policy={config.policy!r} does not read it: leave it "
-                "out, or name another policy with --policy."
-            )
-        return config
+        return early_exit_configs({None: self}, **overrides)[None]
 
-    def unread(self, **overrides: Any) -> list[str]:
-        """Those of the `overrides` of `early_exit_config` that the policy in force does not read."""
-        policy = build_policy(self._overridden(overrides))
+    def _overridden(self, overrides: Mapping[str, Any]) -> tuple[EarlyExitConfig, set[str]]:
+        """The config, and those of the overrides that its policy does not read."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        config = EarlyExitConfig.of(self.badge.get_early_exit_config(self.name), **given)
+        policy = build_policy(config)
         reads = {
             "threshold": policy.uses_threshold(self.labels.problem_type),
             "patience": policy.counts_exits,
             "depth": policy.takes_depth,
         }
-        return [name for name, is_read in reads.items() if not is_read and overrides.get(name) is not None]
+        return config, {name for name, is_read in reads.items() if not is_read and name in given}
 
-    def _overridden(self, overrides: dict[str, Any]) -> EarlyExitConfig:
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return EarlyExitConfig.of(self.badge.get_early_exit_config(), **given)
+
+def early_exit_configs(adapters: Mapping[Any, Adapter], **overrides: Any) -> dict[Any, EarlyExitConfig]:
+    """How each task stops; `overrides`, as for `Adapter.early_exit_config`, hold for all whose policy reads them."""
+    unread = {task: adapter._overridden(overrides)[1] for task, adapter in adapters.items()}
+    by_none = set.intersection(*unread.values())
+    found = {}
+    for task, adapter in adapters.items():
+        others = unread[task] - by_none
+        config, _ = adapter._overridden({name: value for name, value in overrides.items() if name not in others})
+        validate_policy(config, adapter.badge.config_of(adapter.name), adapter.badge.num_blocks)
+        if by_none:
+            name = min(by_none)
+            raise ValueError(
+                f"{name}={overrides[name]!r} changes nothing, as policy={config.policy!r} does not read it: leave it "
+                "out, or name another policy with --policy."
+            )
+        found[task] = config
+    return found
 
 
 def open_adapter(path: str | Path, base_model: str | None = None, device: str | None = None) -> Adapter:
-    """Loads an adapter, its base model and the tokenizer.
-
-    Args:
-        path: A folder that `badge-peft train` or `save_pretrained` wrote, or a Hub repository.
-        base_model: Folder or repository of the base model; None takes what the adapter names.
-        device: `cpu`, `cuda`, ...; None takes a GPU where there is one.
-    """
-    return open_adapters(str(path), {None: path}, base_model, device)[None]
+    """Loads an adapter, in a folder that `badge-peft train` or `save_pretrained` wrote or a Hub repository, its base
+    model (None: the one that it names) and the tokenizer, on a `device` (None: a GPU where there is one)."""
+    return open_tasks({None: str(path)}, base_model, device)[None]
 
 
-def open_adapters(
-    given: Any, places: Mapping[Any, str | Path], base_model: str | None, device: str | None
+def open_tasks(
+    tasks: Mapping[Any, str], base_model: str | None = None, device: str | None = None
 ) -> dict[Any, Adapter]:
-    """The adapters of one base model by their tasks (None: there is one adapter alone), all with the same model and
-    tokenizer; `given` is what `load_pretrained` takes."""
-    for place in places.values():
+    """The adapters of many tasks on one base model by their names (None: there is one alone), with one model and
+    tokenizer; otherwise as `open_adapter`."""
+    for place in tasks.values():
         check_adapter(place)
     where = choose_device(device)
     with quiet():
-        model = load_pretrained(given, base_model=base_model).to(where)
+        model = load_pretrained(tasks.get(None, tasks), base_model=base_model).to(where)
     badge = get_badge_model(model)
-    named = next((place for place in places.values() if has_tokenizer(place)), None)
+    named = next((place for place in tasks.values() if has_tokenizer(place)), None)
     named = named or base_model or badge.config_of().base_model_name_or_path
     tokenizer = load_tokenizer(str(named), model.get_base_model())
     found = {}
-    for task, place in places.items():
+    for task, place in tasks.items():
         config = badge.config_of(task)
         kind = recorded_task(place, config.early_exit) if task is None else "classification"
-        found[task] = Adapter(
-            model,
-            tokenizer,
-            LabelSet(badge.label_names(task), config.resolved_problem_type),
-            config.data_columns or recorded_columns(place),
-            "tokens" if config.reads_tokens else kind,
-        )
+        tokens = config.reads_tokens
+        labels = LabelSet(badge.label_names(task), config.resolved_problem_type, tokens)
+        columns = config.data_columns or recorded_columns(place)
+        found[task] = Adapter(model, tokenizer, labels, columns, "tokens" if tokens else kind, task)
     return found
 
 
@@ -196,16 +187,13 @@ def write_early_exit(folder: str | Path, config: EarlyExitConfig) -> None:
     write_json(Path(folder) / CONFIG, data)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of this name; None: a GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+def check_ranking_metric(metric: str | None) -> str:
+    """The metric of rankings, in whose place no other can be asked for."""
+    if metric is not None:
+        raise ValueError(
+            f"metric={metric!r} is not for ranking, which is measured by the top k that it keeps: leave it out."
+        )
+    return METRIC
 
 
 def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
@@ -220,40 +208,6 @@ def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
             f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "
             "evaluate, sweep, calibrate, predict or export."
         )
-
-
-@dataclass
-class TaskStack:
-    """Loaded adapters of many tasks."""
-
-    adapters: dict[str, Adapter]
-
-    @property
-    def names(self) -> list[str]:
-        """The tasks."""
-        return list(self.adapters)
-
-    @property
-    def shared(self) -> Adapter:
-        """Any of them: what all share is in it."""
-        return self.adapters[self.names[0]]
-
-    def use(self, task: str) -> Adapter:
-        """The adapter of a task, which becomes the active one."""
-        adapter = self.adapters[task]
-        adapter.model.set_adapter(task, inference_mode=True)
-        return adapter
-
-    def early_exit_configs(self, **overrides: Any) -> dict[str, EarlyExitConfig]:
-        """How each task stops; `overrides` are as for `Adapter.early_exit_config`, and hold for all tasks whose policy
-        reads them."""
-        unread = {task: set(self.use(task).unread(**overrides)) for task in self.names}
-        by_none = set.intersection(*unread.values())
-        found = {}
-        for task in self.names:
-            read = {name: value for name, value in overrides.items() if name not in unread[task] - by_none}
-            found[task] = self.use(task).early_exit_config(**read)
-        return found
 
 
 def is_named(value: str) -> bool:
@@ -279,8 +233,3 @@ def tasks_of(values: Sequence[str], adapter: str | None) -> dict[str, str] | Non
     if values:
         return parse_tasks(values)
     return None if adapter is None else find_tasks(adapter)
-
-
-def open_tasks(tasks: Mapping[str, str], base_model: str | None = None, device: str | None = None) -> TaskStack:
-    """Loads the adapters of many tasks on one base model."""
-    return TaskStack(open_adapters(tasks, tasks, base_model, device))

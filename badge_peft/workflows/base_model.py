@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft import PeftModel, get_peft_model
@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
+from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import check_kind, encode, encode_tokens
+from badge_peft.workflows.encode import check_kind
 from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.settings import ExitOptions, TrainSettings
 
@@ -34,45 +35,23 @@ _CLASSIFIER, _TAGGER = "ForSequenceClassification", "ForTokenClassification"  # 
 
 @dataclass
 class Base:
-    """A loaded model.
+    """A loaded model."""
 
-    Args:
-        model: With a head for `labels`.
-        labels: What it answers with.
-        fresh: Weights of the head that the checkpoint lacks; drawn at random.
-        pooling: What its sentence embedding reads, where it is a sentence encoder without a head; else None.
-        reads_tokens: Whether it labels tokens.
-        columns: What the data that it is trained on calls its columns.
-    """
-
-    model: Any
-    labels: LabelSet
-    fresh: list[str]
+    model: Any  # with a head for `labels`
+    labels: LabelSet  # what it answers with
+    fresh: list[str]  # weights of the head that the checkpoint lacks; drawn at random
+    # what its sentence embedding reads, where it is a sentence encoder without a head; else None
     pooling: str | None = None
-    reads_tokens: bool = False
-    columns: Names | None = None
-
-    @property
-    def tags(self) -> list[str] | None:
-        """Its labels, where it labels tokens; else None."""
-        return self.labels.names if self.reads_tokens else None
+    columns: Names | None = None  # what the data that it is trained on calls its columns
 
     @property
     def has_head(self) -> bool:
         """Whether the head was in the checkpoint, so that full depth can answer already."""
         return not self.fresh
 
-    def encode(self, rows: TextDataset, tokenizer: Any, labeled: bool = True, scored: bool = False) -> Dataset:
-        """Token columns, and `labels` where these rows are `labeled`; `scored`: they are not trained on."""
-        if self.reads_tokens:
-            return encode_tokens(rows, tokenizer, self.labels.names if labeled else None)
-        targets = self.labels.targets(rows, scored)
-        return encode(rows, tokenizer, targets if labeled else None)
 
-
-def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_head: bool = False) -> Base:
-    """The model, with its own labels where it has a trained head, else with those of `examples`; with `new_head`, a
-    trained head is left aside, whatever its labels."""
+def load_base(name: str, settings: TrainSettings, examples: TextDataset) -> Base:
+    """The model, with its own labels where it has a trained head, else with those of `examples`."""
     path = local_path(name)
     if Path(path, "adapter_config.json").exists():
         raise ValueError(f"{path} holds an adapter, not a model: give the model that it was made for.")
@@ -80,16 +59,16 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
     tokens = examples.tagged or examples.words is not None or (not examples.labels and head == _TAGGER)
     check_kind(examples, tokens if head is None else head == _TAGGER, f"the model in {path}", "the data")
     auto = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
-    model, fresh = _load(path, auto, new_head=new_head)
+    model, fresh = _load(path, auto)
     if not fresh:
-        labels = LabelSet.of_model(model.config)
+        labels = LabelSet.of_model(model.config, tokens)
         if settings.problem_type not in (None, labels.problem_type):
             raise ValueError(
                 f"problem_type={settings.problem_type!r} is not allowed: the model in {path} does "
                 f"{labels.problem_type}, with the labels {', '.join(labels.names[:20])}."
             )
         model.config.problem_type = None if tokens else labels.problem_type
-        return Base(model, labels, [], reads_tokens=tokens, columns=examples.columns)
+        return Base(model, labels, [], columns=examples.columns)
     if settings.exits.keep_head:
         other = (
             "exits for ranking follow the scores of a cross-encoder, so give one"
@@ -101,25 +80,18 @@ def load_base(name: str, settings: TrainSettings, examples: TextDataset, new_hea
         )
     labels = LabelSet.of_tags(examples) if tokens else LabelSet.of_data(examples, settings.problem_type)
     if model.config.num_labels != len(labels.names):
-        model, _ = _load(path, auto, num_labels=len(labels.names), new_head=new_head)
+        model, _ = _load(path, auto, num_labels=len(labels.names))
     model.config.id2label = dict(enumerate(labels.names))
     model.config.label2id = {name: i for i, name in enumerate(labels.names)}
     model.config.problem_type = None if tokens else labels.problem_type
-    return Base(model, labels, fresh, None if tokens else sentence_pooling(path), tokens, examples.columns)
+    return Base(model, labels, fresh, None if tokens else sentence_pooling(path), examples.columns)
 
 
-def _load(path: str, auto: Any, new_head: bool = False, **fields: Any) -> tuple[Any, list[str]]:
+def _load(path: str, auto: Any, **fields: Any) -> tuple[Any, list[str]]:
     """The model, and the weights of its head that the checkpoint lacks."""
     with quiet():
-        model, info = auto.from_pretrained(
-            path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=new_head,
-            **fields,
-        )
+        model, info = auto.from_pretrained(path, output_loading_info=True, **fields)
     head = get_layout(model).head
-    if new_head:
-        return model, list(head)
     return model, [n for n in info["missing_keys"] if n.split(".")[0] in head or "pooler" in n.split(".")]
 
 
@@ -142,7 +114,7 @@ def badge_config_of(base: Base, options: ExitOptions) -> BadgeConfig:
         options,
         base.has_head,
         len(block_names(base.model, layout)),
-        task_type="TOKEN_CLS" if base.reads_tokens else "SEQ_CLS",
+        task_type="TOKEN_CLS" if base.labels.tokens else "SEQ_CLS",
         problem_type=base.labels.problem_type,
         label_names=None if base.has_head else base.labels.names,
         data_columns=base.columns,
@@ -209,6 +181,18 @@ def keeps_answers(model: nn.Module) -> bool:
     """Whether full depth is promised to answer as the base model, bit for bit."""
     config = get_badge_model(model).config_of()
     return config.backbone == "frozen" and not config.train_head and config.final_exit == "base_head"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; None: a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and not distributed.on_cpu() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def local_path(name: str) -> str:

@@ -25,17 +25,15 @@ from badge_peft.evaluation.collate import SPECIAL, pad_features, tensor_columns
 from badge_peft.evaluation.metrics import score
 from badge_peft.evaluation.timing import Runner, Timed, take_turns
 from badge_peft.model import get_badge_model
-from badge_peft.ranking.calibration import METRIC
 from badge_peft.ranking.metrics import top_k_kept
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
-from badge_peft.workflows.adapter_dir import Adapter, TaskStack
+from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.base_model import keeps_answers
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.evaluate import recorded_fields, resolve_metric
-from badge_peft.workflows.predict import batch_of, pairs_of
-from badge_peft.workflows.rankings import STATE_BYTES
+from badge_peft.workflows.evaluate import recorded_fields
+from badge_peft.workflows.predict import STATE_BYTES, batch_of, pairs_of
 
 Array = np.ndarray
 Row = dict[str, Any]
@@ -81,19 +79,10 @@ def bench_adapter(
     onnx: bool = True,
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """Times the model without exits and with them, in PyTorch and in ONNX Runtime (fp32 and int8), on the same texts;
-    where it ranks, query by query.
-
-    Args:
-        adapter: From `open_adapter`.
-        examples: From `Adapter.read`; the first `limit` are timed, of a ranking whole queries.
-        config: How to stop; None takes the adapter's own.
-        limit: Of rows.
-        batch_size: Texts at once, by default 1; times are then those of a batch. Of a ranking, candidates in a block
-            at once, by default 32; times are those of a query.
-        threads: Of torch and of each session; None takes torch's own number.
-        onnx: Whether to export and time ONNX Runtime, too.
-        metric: None is accuracy, for regression Pearson; a ranking has its own.
+    """Times the model without exits and with them, in PyTorch and, with `onnx`, in ONNX Runtime (fp32, int8), on the
+    same texts: the first `limit` rows; where it ranks, query by query, whole queries. By default a batch is a text,
+    and of a ranking 32 candidates in a block at once; the times are those of a batch, and of a query. `threads` are
+    those of torch and of each session.
 
     Returns:
         The settings, and under `results` one dict per runner: `name`, `p50_ms`, `p95_ms`, `examples_per_s`,
@@ -102,47 +91,35 @@ def bench_adapter(
     """
     _check(limit, batch_size, threads)
     config = config or adapter.early_exit_config()
-    facts = {"spinning": False, "device": str(adapter.device), "num_blocks": adapter.badge.num_blocks}
-    facts["rule"] = recorded_fields(config)
+    metric = adapter.metric(metric)
+    report: dict[str, Any] = {
+        "spinning": False,
+        "device": str(adapter.device),
+        "num_blocks": adapter.badge.num_blocks,
+        "rule": recorded_fields(config),
+        "metric": metric,
+    }
     make = partial(_runners, adapter, config, onnx)
     if adapter.task == "ranking":
         size = batch_size or 32
         queries = _first_queries(adapter, examples, limit)
-        return {
-            "rows": sum(map(len, queries)),
-            "queries": len(queries),
-            "batch_size": size,
-            **facts,
-            "metric": METRIC,
-            "labels": None,
-            **bench(
-                lambda *where: _rankers(make(*where), adapter, config, size),
-                queries,
-                queries[:_WARMUP_QUERIES],
-                threads,
-                partial(_result_of_queries, config.resolved_top_k),
-            ),
-        }
+        report |= {"rows": sum(map(len, queries)), "queries": len(queries), "batch_size": size, "labels": None}
+        rankers = partial(_rankers, make, adapter, config, size)
+        result = partial(_result_of_queries, config.resolved_top_k)
+        return report | bench(rankers, queries, queries[:_WARMUP_QUERIES], threads, result)
     size = batch_size or 1
-    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names))
     encoded = adapter.encode(examples.select(range(min(limit, len(examples)))))
     own = collect_exit_logits(adapter.model, encoded, size)
     base = adapter.model.get_base_model()
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
     batches = [pad_features(rows[start : start + size], base) for start in range(0, len(rows), size)]
+    report |= {"rows": len(rows), "batch_size": size, "labels": None if own.labels is None else "given"}
     result = partial(_result, own, metric, keeps_answers(adapter.model))
-    return {
-        "rows": len(rows),
-        "batch_size": size,
-        **facts,
-        "metric": metric,
-        "labels": "given" if own.labels is not None else None,
-        **bench(make, batches, _warmup(batches), threads, result),
-    }
+    return report | bench(make, batches, _warmup(batches), threads, result)
 
 
 def bench_tasks(
-    stack: TaskStack,
+    adapters: dict[str, Adapter],
     examples: TextDataset,
     configs: dict[str, EarlyExitConfig],
     limit: int = 200,
@@ -152,28 +129,16 @@ def bench_tasks(
     """Times one pass for all tasks, a call for each of them, and a full model for each, in PyTorch, on the same texts.
     As `bench_adapter`; `blocks` are those that a text goes through on average."""
     _check(limit, batch_size, threads)
-    names = stack.names
-    model = stack.shared.model
-    depth = stack.shared.badge.num_blocks
-    rows = examples.select(range(min(limit, len(examples))))
-    pairs = pairs_of(rows)
-    adapters = [*stack.adapters.values()]
-    batches = [batch_of(adapters, pairs[start : start + batch_size])[0] for start in range(0, len(rows), batch_size)]
-    stock = stock_model(stack.shared)
+    names, first = [*adapters], next(iter(adapters.values()))
+    depth = first.badge.num_blocks
+    pairs = pairs_of(examples.select(range(min(limit, len(examples)))))
+    starts = range(0, len(pairs), batch_size)
+    batches = [batch_of([*adapters.values()], pairs[start : start + batch_size])[0] for start in starts]
+    stock = stock_model(first)
 
-    def one_pass(batch: Batch) -> Any:
-        return early_exit_forward(model, tasks=names, early_exit_config=configs, **batch)
-
-    def a_call_each(batch: Batch) -> list[Any]:  # without switching, which would take its time, too
-        return [
-            early_exit_forward(
-                model,
-                tasks=[t],
-                early_exit_config={t: configs[t]},
-                **batch,
-            )[t]
-            for t in names
-        ]
+    def call(tasks: list[str], batch: Batch) -> Any:  # without switching, which would take its time, too
+        rules = {task: configs[task] for task in tasks}
+        return early_exit_forward(first.model, tasks=tasks, early_exit_config=rules, **batch)
 
     def full_models(batch: Batch) -> list[Any]:
         given = {name: value for name, value in batch.items() if name != SPECIAL}
@@ -182,28 +147,25 @@ def bench_tasks(
     # of a batch the blocks that its texts went through
     ways: dict[str, tuple[Callable[[Batch], Any], Callable[[Any], float]]] = {
         f"{len(names)} full models": (full_models, lambda outputs: depth * len(names) * len(outputs[0].logits)),
-        f"{len(names)} calls": (a_call_each, lambda outputs: sum(int(own.exit_layer.sum()) for own in outputs)),
-        "one pass": (one_pass, lambda output: int(output.blocks_run.sum())),
+        f"{len(names)} calls": (
+            lambda batch: [call([task], batch) for task in names],
+            lambda outputs: sum(int(output.blocks_run.sum()) for output in outputs),
+        ),
+        "one pass": (partial(call, names), lambda output: int(output.blocks_run.sum())),
     }
-    move = partial(_moved, stack.shared)
-    device = stack.shared.device
+    move = partial(_moved, first)
+    runners = {name: Runner(run, move, read, first.device) for name, (run, read) in ways.items()}
 
     def result(timed: Timed, _: list[Timed]) -> dict[str, Any]:
-        return {"examples_per_s": len(rows) / sum(timed.seconds), "blocks": sum(timed.outputs) / len(rows)}
+        return {"examples_per_s": len(pairs) / sum(timed.seconds), "blocks": sum(timed.outputs) / len(pairs)}
 
     return {
-        "rows": len(rows),
+        "rows": len(pairs),
         "batch_size": batch_size,
-        "device": str(device),
+        "device": str(first.device),
         "num_blocks": depth,
         "rules": {task: recorded_fields(config) for task, config in configs.items()},
-        **bench(
-            lambda *_: {name: Runner(run, move, read, device) for name, (run, read) in ways.items()},
-            batches,
-            _warmup(batches),
-            threads,
-            result,
-        ),
+        **bench(lambda *_: runners, batches, _warmup(batches), threads, result),
     }
 
 
@@ -292,9 +254,7 @@ def _result(own: ExitLogits, metric: str, stock_counts: bool, timed: Timed, _: l
 
 def _first_queries(adapter: Adapter, examples: TextDataset, limit: int) -> list[list[Row]]:
     """The encoded candidates of the first queries, until there are `limit`."""
-    queries: dict[str, list[int]] = {}
-    for i, query in enumerate(examples.queries()):
-        queries.setdefault(query, []).append(i)
+    queries = examples.rows_of_queries()
     counts = np.cumsum([len(rows) for rows in queries.values()])
     chosen = [*queries.values()][: int(np.searchsorted(counts, limit)) + 1]
     encoded = adapter.encode(examples.select([i for rows in chosen for i in rows]))
@@ -303,7 +263,7 @@ def _first_queries(adapter: Adapter, examples: TextDataset, limit: int) -> list[
 
 
 def _rankers(
-    runners: dict[str, Runner], adapter: Adapter, config: EarlyExitConfig, batch_size: int
+    make: Runners, adapter: Adapter, config: EarlyExitConfig, batch_size: int, threads: int, folder: Path
 ) -> dict[str, Runner]:
     """The same for the candidates of a query: early exits take them all at once."""
     depth = adapter.badge.num_blocks
@@ -327,7 +287,7 @@ def _rankers(
 
     found: dict[str, Callable[[list[Row]], RankedCandidates]] = {
         name: partial(rank, runner, None if name.startswith("BADGE") else batch_size)
-        for name, runner in runners.items()
+        for name, runner in make(threads, folder).items()
     }
     found["BADGE PyTorch"] = early
     return {name: Runner(run, device=adapter.device) for name, run in found.items()}

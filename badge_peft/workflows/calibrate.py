@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from badge_peft.early_exit.config import POLICIES, EarlyExitConfig, check_policy_name
+from badge_peft.early_exit.config import EarlyExitConfig, check_policy_name
 from badge_peft.evaluation import ExitLogits, calibrate
 from badge_peft.evaluation.costs import CostModel
 from badge_peft.model_card import CARD, read_card, write_model_card
 from badge_peft.ranking import calibrate_ranking
-from badge_peft.workflows.adapter_dir import read_config, recorded_task, write_early_exit
-from badge_peft.workflows.evaluate import logits_of, measure, metric_of
-from badge_peft.workflows.rankings import check_metric
+from badge_peft.workflows.adapter_dir import check_ranking_metric, read_config, recorded_task, write_early_exit
+from badge_peft.workflows.evaluate import logits_of, measure, metric_of, own_top_k
 from badge_peft.workflows.settings import Columns, Goal
 
 
@@ -28,27 +27,19 @@ def calibrate_adapter(
     batch_size: int = 32,
     device: str | None = None,
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
-    """Calibrates an adapter and writes its `adapter_config.json`, of which nothing but the policy changes, and the
-    numbers of its card.
+    """Calibrates an adapter in a local folder and writes its `adapter_config.json`, of which nothing but the policy
+    changes, and the numbers of its card.
 
-    Args:
-        folder: Of the adapter; local.
-        data: Rows to calibrate on; None takes the exit logits stored in the folder. How they are read and run is said
-            by `columns`, `base_model`, `batch_size` and `device`, as in `logits_of`.
-        goal: Which policies to search, and for what; of a ranking, top_k is by default the adapter's own.
-        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
-
-    Returns:
-        The config, what `measure` says of it, and what the calibration warned of.
-    """
+    Rows are those of `data`, which is read and run as in `logits_of`; None takes the exit logits stored in the folder.
+    The top k of a ranking is by default the adapter's own. Returns the config, what `measure` says of it, and what the
+    calibration warned of."""
     check_policy_name(goal.policy, "auto")
     config = read_config(folder)
     read_card(Path(folder))  # what stands there is kept
     if recorded_task(folder, config.get("early_exit")) == "ranking":
+        check_ranking_metric(metric)
+        goal = replace(goal, top_k=goal.top_k or own_top_k(folder))
         goal.ranking_arguments()
-        check_metric(metric)
-        if goal.top_k is None:
-            goal = replace(goal, top_k=EarlyExitConfig.of(config.get("early_exit")).resolved_top_k)
     else:
         goal.arguments()
     exit_logits = logits_of(folder, data, columns, base_model, batch_size, device)
@@ -66,26 +57,21 @@ def choose(
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """The config that `calibrate` chooses (of rows with queries, `calibrate_ranking`), what `measure` says of it, and
     what the calibration warned of."""
+    metric = metric_of(exit_logits, metric)
     if exit_logits.groups is not None:
         chosen = calibrate_ranking(exit_logits, **goal.ranking_arguments())
         return chosen, measure(exit_logits, chosen), []
-    metric = metric_of(exit_logits, metric)
-    kind = POLICIES.get(goal.policy)
-    policy = cast(Any, goal.policy)
-    if kind is not None and kind.takes_depth:  # a depth that is named is not searched for, and there is no default
-        policy = EarlyExitConfig(policy=goal.policy, depth=exit_logits.depth)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = calibrate(exit_logits, policy, metric=metric, costs=costs, **goal.arguments())
+        chosen = calibrate(exit_logits, goal.policy, metric=metric, costs=costs, **goal.arguments())
     notes = [str(w.message) for w in caught if w.category is UserWarning]
     return chosen, measure(exit_logits, chosen, metric), notes
 
 
 def take_full_depth(
-    exit_logits: ExitLogits, goal: Goal, metric: str | None = None
+    exit_logits: ExitLogits, goal: Goal, metric: str
 ) -> tuple[EarlyExitConfig, dict[str, Any], list[str]]:
     """As `choose`, for exits of which none is worth stopping at: the policy `never`, whatever the goal."""
-    metric = metric_of(exit_logits, metric)
     found = measure(exit_logits, EarlyExitConfig(policy="never"), metric)
     record = {name: found[name] for name in ("metric", "labels", "rows", "full_depth_score", "weights_hash")}
     record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "layer_speedup")}

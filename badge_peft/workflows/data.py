@@ -30,48 +30,31 @@ _EVALUATION = ("test", "validation", "dev", "valid", "train")  # which split is 
 
 @dataclass
 class TextDataset:
-    """Rows of a data set, all columns under the same names.
+    """Rows of a data set, all columns under the same names."""
 
-    Args:
-        texts: One per row; of tokens, these with blanks in between.
-        pairs: The second texts; None where each row has one text.
-        labels: As the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of
-            a row's words, or the entities of its text: see `columns.py`.
-        class_names: Names behind numbers, where the data set knows them (`ClassLabel`).
-        columns: `text`, `text_pair` and `label`: what they are called in the data.
-        split: Which split was read.
-        query_ids: The same for the candidates of a query; None where no column says so.
-        numbers: Of the rows in the data, from 1 on; None where they are 1, 2, 3, ...
-        words: The tokens of each row, where the data has them.
-        tagged: Whether labels are those of tokens.
-    """
-
-    texts: list[str]
-    pairs: list[str] | None = None
+    texts: list[str]  # one per row; of tokens, these with blanks in between
+    pairs: list[str] | None = None  # the second texts; None where each row has one text
+    # as the data has them, None in a row without one; None where no row has one. Where `tagged`, the tags of a row's
+    # words, or the entities of its text: see `columns.py`
     labels: list[Any] | None = None
-    class_names: list[str] | None = None
-    columns: Names = field(default_factory=dict)
-    split: str = "train"
-    query_ids: list[Any] | None = None
-    numbers: Sequence[int] | None = None
-    words: list[list[str]] | None = None
-    tagged: bool = False
+    class_names: list[str] | None = None  # names behind numbers, where the data set knows them (`ClassLabel`)
+    columns: Names = field(default_factory=dict)  # `text`, `text_pair` and `label`: what they are called in the data
+    split: str = "train"  # which split was read
+    query_ids: list[Any] | None = None  # the same for the candidates of a query; None where no column says so
+    numbers: Sequence[int] | None = None  # of the rows in the data, from 1 on; None: 1, 2, 3, ...
+    words: list[list[str]] | None = None  # the tokens of each row, where the data has them
+    tagged: bool = False  # whether labels are those of tokens
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def select(self, index: Sequence[int]) -> TextDataset:
         """The rows `index`, in this order."""
-        labels = None if self.labels is None else [self.labels[i] for i in index]
-        return replace(
-            self,
-            texts=[self.texts[i] for i in index],
-            pairs=None if self.pairs is None else [self.pairs[i] for i in index],
-            labels=labels if labels and any(label is not None for label in labels) else None,
-            query_ids=None if self.query_ids is None else [self.query_ids[i] for i in index],
-            numbers=[self.number(i) for i in index],
-            words=None if self.words is None else [self.words[i] for i in index],
-        )
+        found = {name: getattr(self, name) for name in ("texts", "pairs", "labels", "query_ids", "words")}
+        found = {name: None if rows is None else [rows[i] for i in index] for name, rows in found.items()}
+        if all(label is None for label in found["labels"] or ()):
+            found["labels"] = None
+        return replace(self, **found, numbers=[self.number(i) for i in index])
 
     def number(self, i: int) -> int:
         """What row `i` is called in the data, in which rows count from 1."""
@@ -85,6 +68,13 @@ class TextDataset:
         """An id of each row's query: what its column says, else its text."""
         ids = self.query_ids or [None] * len(self)
         return [text if query in (None, "") else str(query) for text, query in zip(self.texts, ids, strict=True)]
+
+    def rows_of_queries(self) -> dict[str, list[int]]:
+        """The rows of each query, in the order of the first ones."""
+        found: dict[str, list[int]] = {}
+        for i, query in enumerate(self.queries()):
+            found.setdefault(query, []).append(i)
+        return found
 
     def classes(self) -> list[set[str]]:
         """Of each row what its label is an example of: itself, or the kinds of its entities."""
@@ -104,16 +94,8 @@ def read_examples(
     training: bool = False,
     recorded: Mapping[str, str | None] | None = None,
 ) -> TextDataset:
-    """Reads the rows of one split that have a text.
-
-    Args:
-        source: A csv, tsv, json, jsonl, parquet or txt file (a text per line), a folder of such, or a Hub data set.
-        columns: What is read of it. A text column that is not named is found by its usual names, a label column is the
-            first usual name (`label`, `category`, ...) that the data has.
-        training: Which split is read where none is named: `train`, else `test`, `validation` or what there is.
-        recorded: `TextDataset.columns` of the adapter's training data: a column that is not named is the one that has
-            this name, where there is one.
-    """
+    """Reads the rows of one split that have a text, as `pick_split` does, of a csv, tsv, json, jsonl, parquet or txt
+    file (a text per line), a folder of such, or a Hub data set."""
     if columns.unlabeled and columns.label_column is not None:
         raise ValueError(
             f"label_column={columns.label_column!r} is not allowed with unlabeled=True: leave one of them out."
@@ -128,7 +110,9 @@ def pick_split(
     training: bool = False,
     recorded: Mapping[str, str | None] | None = None,
 ) -> TextDataset:
-    """As `read_examples`, of splits that have been read."""
+    """The rows of the split that is asked for, else in `training` of `train`, else of `test`, `validation` or what
+    there is. A column that is not named is the one that has its name in `recorded`, those of the adapter's training
+    data, else the first that has a usual name."""
     name = _choose_split(splits, columns.split, ("train",) if training else _EVALUATION, source)
     return to_examples(splits[name], name, columns, recorded, source)
 

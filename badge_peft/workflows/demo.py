@@ -86,17 +86,9 @@ def run_demo(settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
 
 
 def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -> Path:
-    """A classifier as a user has it: plain `Trainer` on the encoder and a new head; nothing of BADGE. Returns its
-    folder.
-
-    Args:
-        path: Of the encoder.
-        rows: Labeled ones.
-        settings: Epochs, tokens of a text, the seed.
-        out: Folder to write.
-    """
+    """A classifier as a user has it: plain `Trainer` on the encoder in `path` and a new head; nothing of BADGE."""
     set_seed(settings.seed)
-    base = load_base(path, TrainSettings(), rows, new_head=True)
+    base = load_base(path, TrainSettings(), rows)
     tokenizer = load_tokenizer(path, base.model, settings.max_length)
     print(f"fine-tuning {path} on {len(rows)} rows by transformers.Trainer, epochs: {settings.epochs}", flush=True)
     with TemporaryDirectory() as folder:
@@ -110,8 +102,8 @@ def fine_tune(path: str, rows: TextDataset, settings: DemoSettings, out: Path) -
             report_to=[],
             seed=settings.seed,
         )
-        collate = DataCollatorWithPadding(tokenizer)
-        Trainer(base.model, arguments, train_dataset=base.encode(rows, tokenizer), data_collator=collate).train()
+        data, collate = base.labels.encode(rows, tokenizer), DataCollatorWithPadding(tokenizer)
+        Trainer(base.model, arguments, train_dataset=data, data_collator=collate).train()
     base.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

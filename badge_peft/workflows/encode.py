@@ -62,6 +62,12 @@ def encode_texts(texts: list[str], pairs: list[str] | None, tokenizer: Any) -> d
     return {name: list(values) for name, values in encoded.items()}
 
 
+def encoded_rows(texts: list[str], pairs: list[str] | None, tokenizer: Any) -> list[dict[str, Any]]:
+    """The same, row by row."""
+    columns = encode_texts(texts, pairs, tokenizer)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def check_kind(rows: TextDataset, reads_tokens: bool, model: str, source: str | Path) -> None:
     """Refuses labels of texts where tokens are labeled, and the reverse."""
     column = rows.columns.get("label")

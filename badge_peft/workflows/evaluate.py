@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -17,19 +19,27 @@ from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.evaluation import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features, tensor_columns
 from badge_peft.evaluation.curve import ExitPromise
-from badge_peft.evaluation.entities import scheme_of
 from badge_peft.evaluation.latency import measure_latency
-from badge_peft.evaluation.metrics import ENTITY_F1, exit_scores, score
-from badge_peft.evaluation.tradeoff import evaluate_policy
+from badge_peft.evaluation.metrics import exit_scores, score
+from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy
 from badge_peft.hub import LOGITS
 from badge_peft.model import get_badge_model
+from badge_peft.ranking.calibration import METRIC, RankingPoint, evaluate_ranking, final_ranks
+from badge_peft.ranking.metrics import ranking_scores
 from badge_peft.utils import distributed
 from badge_peft.utils.logs import quiet
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
-from badge_peft.workflows.adapter_dir import Adapter, TaskStack, check_adapter, open_adapter, read_config
+from badge_peft.workflows.adapter_dir import (
+    Adapter,
+    check_adapter,
+    check_ranking_metric,
+    early_exit_configs,
+    open_adapter,
+    read_config,
+)
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.predict import batch_of, pairs_of
-from badge_peft.workflows.rankings import check_metric, measure_ranking, with_queries
 from badge_peft.workflows.settings import Columns
 from badge_peft.workflows.sources import read_source
 
@@ -39,26 +49,16 @@ COMPARED = 512  # rows that are compared with the checkpoint, at most
 def evaluate_adapter(
     adapter: Adapter, examples: TextDataset, metric: str | None = None, batch_size: int = 32, latency: int = 0
 ) -> tuple[dict[str, Any], ExitLogits]:
-    """Scores every exit and the adapter's own policy: the report, and the exit logits that it was made from.
-
-    Several processes share the rows; each has to make the call, and has the result.
-
-    Args:
-        adapter: From `open_adapter`.
-        examples: From `Adapter.read`; without labels, scores are the agreement with full depth.
-        metric: None is accuracy, for regression Pearson, for tags the F1 of entities.
-        batch_size: Rows per pass.
-        latency: How many rows to time, one by one, in the first process; 0 for none.
-    """
+    """Scores every exit and the adapter's own policy: the report, and the exit logits that it was made from. Without
+    labels, scores are the agreement with full depth. `latency` is how many rows to time, one by one, in the first
+    process. Several processes share the rows; each has to make the call, and has the result."""
     ranks = adapter.task == "ranking"
-    if ranks:
-        check_metric(metric)
-        if latency:
-            raise ValueError(
-                f"latency={latency} times rows one by one, and candidates of a query are ranked together: leave it "
-                "out, and time queries with `badge-peft bench`."
-            )
-    metric = resolve_metric(metric, adapter.labels.problem_type, len(adapter.labels.names), adapter.tags)
+    metric = adapter.metric(metric)
+    if ranks and latency:
+        raise ValueError(
+            f"latency={latency} times rows one by one, and candidates of a query are ranked together: leave it out, "
+            "and time queries with `badge-peft bench`."
+        )
     encoded = adapter.encode(examples)
     exit_logits = collect_exit_logits(
         adapter.model,
@@ -129,71 +129,121 @@ def stored_logits(path: str | Path) -> ExitLogits:
 def check_fit(folder: str | Path, exit_logits: ExitLogits) -> None:
     """Refuses stored logits that are not of this adapter."""
     config = read_config(folder)
-    blocks, labels, exits = (config.get(name) for name in ("num_blocks", "num_labels", "exit_layers"))
-    depth = exit_logits.depth
-    outputs = exit_logits.logits.shape[-1]
-    wanted = sorted({*(exits or range(1, depth + 1)), depth})
-    remedy = f"give the data to run through the adapter, or store them anew: badge-peft evaluate {folder} DATA "
-    remedy += f"--save-logits {Path(folder) / LOGITS}"
-    if blocks not in (None, depth) or labels not in (None, outputs):
+    depth, outputs, exits = exit_logits.depth, exit_logits.logits.shape[-1], exit_logits.exits
+    wanted = sorted({*(config.get("exit_layers") or range(1, depth + 1)), depth})
+    blocks, labels, known = (config.get(name) for name in ("num_blocks", "num_labels", "weights_hash"))
+    same_weights = None in (known, exit_logits.weights_hash) or known == exit_logits.weights_hash
+    for said, fits, there in (
+        (f"{depth} blocks", blocks in (None, depth), blocks),
+        (f"{outputs} outputs", labels in (None, outputs), labels),
+        (f"exits {exits}", exits == wanted, wanted),
+        ("other weights", same_weights, "its own now"),
+    ):
+        if not fits:
+            raise ValueError(
+                f"the exit logits are of {said}, but the adapter in {folder} has {there}: give the data to run "
+                "through the adapter, or store them anew: "
+                f"badge-peft evaluate {folder} DATA --save-logits {Path(folder) / LOGITS}"
+            )
+
+
+def with_queries(exit_logits: ExitLogits, examples: TextDataset) -> ExitLogits:
+    """The exit logits of `examples`, in their order, with their queries, and relevance where the rows have labels; a
+    row without one is not relevant."""
+    labels = None
+    if examples.labels is not None:
+        values = [0.0 if label is None else _relevance(label, examples, i) for i, label in enumerate(examples.labels)]
+        labels = torch.tensor(values)
+    return replace(exit_logits, groups=examples.queries(), labels=labels, problem_type="regression")
+
+
+def _relevance(label: Any, examples: TextDataset, i: int) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 <= value < math.inf:
         raise ValueError(
-            f"the exit logits are of a model with {depth} blocks and {outputs} outputs, but the adapter in "
-            f"{folder} has {blocks} and {labels}: {remedy}"
+            f"column {examples.columns.get('label')!r} holds {label!r} in row {examples.number(i)}: relevance is a "
+            "number, 0 for none. Mend the row, name another column with --label-column, or leave the labels out "
+            "(--unlabeled)."
         )
-    if exit_logits.exits != wanted:
-        raise ValueError(
-            f"the exit logits are of exits {exit_logits.exits}, but the adapter in {folder} has {wanted}: {remedy}"
-        )
-    hashes = {exit_logits.weights_hash, config.get("weights_hash")}
-    if len(hashes - {None}) > 1:
-        raise ValueError(f"the exit logits are of other weights than the adapter in {folder} has now: {remedy}")
+    return value
 
 
 def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "accuracy") -> dict[str, Any]:
     """Scores per exit, and what `config` costs and saves, by replay; without labels every score is the agreement with
-    full depth, and of rows with queries it is that of their top k. Of tokens, rows are texts."""
-    if exit_logits.groups is not None:
-        ranked = measure_ranking(exit_logits, config)
-        return {**ranked, "early_exit": {"config": recorded_fields(config), **ranked["early_exit"]}}
-    scored = exit_logits.labeled()
-    scores = exit_scores(scored, metric)
-    point = evaluate_policy(scored, config, metric)
-    promise = ExitPromise.of(exit_logits, config)
-    unknown = 0
-    if exit_logits.labels is not None and problem_of(exit_logits.kind).gives_labels:
-        unknown = int(torch.eq(exit_logits.labels, UNKNOWN_LABEL).sum())
+    full depth. Of tokens, rows are texts. Of rows with queries scores are the share of these whose top k is that of
+    full depth; with labels, nDCG@k and MRR@k are in `relevance`."""
+    ranks = exit_logits.groups is not None
+    rows: dict[str, Any] = {"rows": len(exit_logits.units)}
+    unknown, agreement = 0, None
+    if ranks:
+        metric = METRIC
+        fixed = EarlyExitConfig(policy="fixed_depth", depth=exit_logits.depth, top_k=config.resolved_top_k)
+        depths = [replace(fixed, depth=m) for m in exit_logits.exits]
+        per_exit = [evaluate_ranking(exit_logits, each).score for each in depths]
+        ranked = evaluate_ranking(exit_logits, config)
+        point: TradeOffPoint = ranked
+        stopped = [int((ranked.exit_layer == m).sum()) for m in exit_logits.exits]
+        rows |= {"queries": len(ranked.kept), **_relevance_scores(exit_logits, ranked)}
+    else:
+        scored = exit_logits.labeled()
+        per_exit = exit_scores(scored, metric).per_exit
+        point = evaluate_policy(scored, config, metric)
+        promise = ExitPromise.of(exit_logits, config)
+        agreement, stopped = promise.agreement, list(promise.rows_stopped)
+        if exit_logits.labels is not None and problem_of(exit_logits.kind).gives_labels:
+            unknown = int(torch.eq(exit_logits.labels, UNKNOWN_LABEL).sum())
+        rows |= {} if exit_logits.texts is None else {"tokens": len(exit_logits)}
     return {
-        "rows": len(exit_logits.units),
-        **({} if exit_logits.texts is None else {"tokens": len(exit_logits)}),
+        **rows,
         "weights_hash": exit_logits.weights_hash,
         "rows_of_unknown_label": unknown,
-        "labels": "given" if exit_logits.labels is not None else "full depth's own answers",
+        "labels": "full depth's own answers" if ranks or exit_logits.labels is None else "given",
         "metric": metric,
         "num_blocks": exit_logits.depth,
-        "exit_layers": scores.exit_layers,
-        "per_exit": scores.per_exit,
-        "s_avg": scores.avg,
-        "s_best": scores.best,
-        "full_depth_score": scores.per_exit[-1],
+        "exit_layers": exit_logits.exits,
+        "per_exit": per_exit,
+        "s_avg": float(np.mean(per_exit)),
+        "s_best": max(per_exit),
+        "full_depth_score": per_exit[-1],
         "early_exit": {
             "config": recorded_fields(config),
             "score": point.score,
             "mean_exit": point.mean_exit,
             "layer_speedup": point.layer_speedup,
-            "answers_as_full_depth": promise.agreement,
-            "rows_stopped": list(promise.rows_stopped),
+            "answers_as_full_depth": agreement,
+            "rows_stopped": stopped,
         },
     }
 
 
-def constant_answer(exit_logits: ExitLogits, metric: str | None, names: Sequence[str]) -> dict[str, Any]:
+def _relevance_scores(exit_logits: ExitLogits, ranked: RankingPoint) -> dict[str, Any]:
+    """`relevance`, where a candidate is relevant."""
+    if exit_logits.labels is None or not exit_logits.labels.any():
+        return {}
+    k = ranked.config.resolved_top_k
+    full, early = (
+        ranking_scores(scores, exit_logits.labels, exit_logits.groups, k)
+        for scores in (exit_logits.logits[:, -1, 0], final_ranks(exit_logits, ranked.exit_layer))
+    )
+    found = {"top_k": k, "queries": full.queries, "full_depth_ndcg": full.ndcg, "ndcg": early.ndcg}
+    return {"relevance": {**found, "full_depth_mrr": full.mrr, "mrr": early.mrr}}
+
+
+def own_top_k(path: str | Path) -> int:
+    """The k of the policy that an adapter's folder has; 10 where it has none, and for all else."""
+    early_exit = read_config(path).get("early_exit") if Path(path).is_dir() else None
+    return EarlyExitConfig.of(early_exit).resolved_top_k
+
+
+def constant_answer(exit_logits: ExitLogits, metric: str, names: Sequence[str]) -> dict[str, Any]:
     """The `answer` that is right most often, of values the mean, what it would `score` as that of every row, and
     whether it is `beaten` by an exit."""
     problem = problem_of(exit_logits.kind)
     labels = exit_logits.labels
-    if labels is None:
-        raise ValueError("the exit logits have no labels, so no answer is right.")
-    metric = metric or problem.default_metric
+    assert labels is not None
     if problem.gives_labels:
         known, counts = labels.unique(dim=0, return_counts=True)
         common = known[(counts * (known != UNKNOWN_LABEL).reshape(len(known), -1)[:, 0]).argmax()]
@@ -211,23 +261,12 @@ def recorded_fields(config: EarlyExitConfig) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in ("calibration", "parameters")}
 
 
-def resolve_metric(metric: str | None, problem_type: str, num_labels: int, tags: Sequence[str] | None = None) -> str:
-    """The metric, or the problem type's own where it is None: accuracy, for regression Pearson's correlation, and of
-    token classification (`tags`: its labels) the F1 of entities, where the labels name entities."""
-    problem = problem_of(problem_type)
-    if metric is None:
-        return ENTITY_F1 if tags is not None and scheme_of(tags) else problem.default_metric
-    each = torch.eye(num_labels)[:, None]  # [K, 1, K]: every label is predicted once
-    labels = torch.zeros(problem.label_shape(num_labels, num_labels), dtype=torch.long)
-    more: dict[str, Any] = {} if tags is None else {"texts": [0] * num_labels, "label_names": list(tags)}
-    exit_scores(ExitLogits(each, labels, problem_type=problem_type, **more), metric)
-    return metric
-
-
 def metric_of(exit_logits: ExitLogits, metric: str | None) -> str:
-    """`resolve_metric` of stored logits."""
-    tags = None if exit_logits.texts is None else exit_logits.label_names
-    return resolve_metric(metric, exit_logits.kind, exit_logits.logits.shape[-1], tags)
+    """As `Adapter.metric`, of stored logits."""
+    if exit_logits.groups is not None:
+        return check_ranking_metric(metric)
+    names = exit_logits.label_names or [""] * exit_logits.logits.shape[-1]
+    return LabelSet(names, exit_logits.kind, exit_logits.texts is not None).metric(metric)
 
 
 def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, batch_size: int = 32) -> dict[str, Any]:
@@ -251,7 +290,11 @@ def compare_with_checkpoint(model: PeftModel, checkpoint: str, rows: Dataset, ba
 
 
 def evaluate_tasks(
-    stack: TaskStack, data: str, columns: Columns = Columns(), metric: str | None = None, batch_size: int = 32
+    adapters: dict[str, Adapter],
+    data: str,
+    columns: Columns = Columns(),
+    metric: str | None = None,
+    batch_size: int = 32,
 ) -> dict[str, Any]:
     """Scores every task, and counts the blocks that one pass for all of them runs."""
     if columns.label_column is not None:
@@ -260,24 +303,19 @@ def evaluate_tasks(
             "the column of its name."
         )
     reports = {}
-    for task in stack.names:
-        adapter = stack.use(task)
+    for task, adapter in adapters.items():
+        adapter.model.set_adapter(task, inference_mode=True)
         examples = adapter.read(data, labels_of(task, data, columns))
         reports[task] = evaluate_adapter(adapter, examples, metric, batch_size)[0]
-    texts = stack.shared.read(data, replace(columns, unlabeled=True))
-    configs = stack.early_exit_configs()
-    pairs = pairs_of(texts)
+    first = next(iter(adapters.values()))
+    texts = first.read(data, replace(columns, unlabeled=True))
+    configs, pairs = early_exit_configs(adapters), pairs_of(texts)
     blocks = []
     for start in range(0, len(pairs), batch_size):
-        batch, _ = batch_of([*stack.adapters.values()], pairs[start : start + batch_size])
-        output = early_exit_forward(
-            stack.shared.model,
-            tasks=stack.names,
-            early_exit_config=configs,
-            **batch,
-        )
+        batch, _ = batch_of([*adapters.values()], pairs[start : start + batch_size])
+        output = early_exit_forward(first.model, tasks=[*adapters], early_exit_config=configs, **batch)
         blocks += output.blocks_run.tolist()
-    depth = get_badge_model(stack.shared.model).num_blocks
+    depth = first.badge.num_blocks
     mean = sum(blocks) / len(blocks)
     return {
         "rows": len(blocks),

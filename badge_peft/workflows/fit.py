@@ -1,10 +1,9 @@
-"""`train_exits`: one training of an adapter, as `badge-peft train` makes it."""
+"""One training of an adapter, as `badge-peft train` makes it: of exits that classify, or that rank."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
@@ -14,39 +13,18 @@ from peft import PeftModel
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PrinterCallback, ProgressCallback
 
 from badge_peft.early_exit.cached_states import CachedStates
-from badge_peft.early_exit.config import EarlyExitConfig
-from badge_peft.evaluation import ExitLogits
 from badge_peft.model import get_badge_model
-from badge_peft.training import MultiExitTrainer, multi_exit_arguments
+from badge_peft.training import (
+    MultiExitTrainer,
+    QueryCollator,
+    RankingDistillation,
+    multi_exit_arguments,
+    query_batches,
+)
+from badge_peft.training.arguments import sampling
 from badge_peft.training.callbacks import ProgressBar
 from badge_peft.utils import distributed
-from badge_peft.workflows.base_model import Base
-from badge_peft.workflows.settings import TrainingOptions, TrainSettings
-
-Choose = Callable[[], tuple[EarlyExitConfig, dict[str, Any], list[str]]]
-
-
-@dataclass
-class Plan:
-    """What a kind of exits is trained with.
-
-    Args:
-        base: The model.
-        settings: With what was found out of model and rows.
-        eval_rows: Encoded rows to evaluate and calibrate on.
-        counts: What is trained and calibrated on, in words.
-        train: Trains a model; what the report says of it.
-        choose: From the exit logits of the evaluation rows these with all that belongs to them, what the report says,
-            and a function for the config, what was measured of it, and what the calibration warned of. Where that
-            raises ValueError, the adapter is saved with the policy that it has.
-    """
-
-    base: Base
-    settings: TrainSettings
-    eval_rows: Dataset
-    counts: tuple[str, str]
-    train: Callable[[PeftModel], dict[str, Any]]
-    choose: Callable[[PeftModel, ExitLogits], tuple[ExitLogits, dict[str, Any], Choose]]
+from badge_peft.workflows.settings import TrainingOptions
 
 
 def train_exits(
@@ -79,6 +57,28 @@ def train_exits(
         logging_steps=max(1, options.epochs * -(-len(rows) // options.batch_size) // 50),
         label_names=["labels"],
         **rate,
+    )
+
+
+def train_rankings(
+    model: PeftModel, rows: Dataset, tokenizer: Any, options: TrainingOptions, queries: Sequence[str]
+) -> dict[str, Any]:
+    """As `train_exits`, in batches of whole queries as far as they fit; exits follow the scores of full depth."""
+    numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
+    items = [
+        [{**rows[i], "groups": numbers[queries[i]]} for i in batch]
+        for batch in query_batches(queries, distributed.rows_per_device(options.batch_size), options.seed)
+    ]
+    return fit(
+        model,
+        items,
+        QueryCollator(DataCollatorWithPadding(tokenizer)),
+        options,
+        trainer={"objective": RankingDistillation()},
+        per_device_train_batch_size=1,  # an item is a batch
+        logging_steps=max(1, options.epochs * len(items) // 50),
+        remove_unused_columns=False,
+        **sampling(by_length=False),
     )
 
 

@@ -47,19 +47,13 @@ def predict_folder(
     workers: int | None = None,
     address: str | None = None,
 ) -> FolderReport:
-    """Answers every file of a folder, on Ray: `a.csv` into `a.csv.parquet`, `b.parquet` into `b.parquet`, each with a
-    row for each row, in order. Files that have been answered are passed over, so a run that was stopped goes on.
+    """Answers every file of a folder (csv, tsv, jsonl, parquet or txt, also in folders in it, but for names that start
+    with . or _), on Ray: `a.csv` into `a.csv.parquet`, `b.parquet` into `b.parquet`, each with a row for each row, in
+    order. Files that have been answered are passed over, so a run that was stopped goes on.
 
-    Args:
-        folder: Of csv, tsv, jsonl, parquet or txt files, also in folders in it, within reach of all machines. Names
-            that start with . or _ are passed over.
-        out: Folder to write, on this machine; it is made.
-        answering: With what.
-        format: Of all files, as for `read_texts`; None goes by their names.
-        columns: Where the texts are.
-        workers: How many processes answer. None: as many as the machines have cores (or GPUs).
-        address: Of a Ray cluster; None starts one here for this call.
-    """
+    The folder is within reach of all machines; `out`, which is made, is on this one. `format` is that of all files,
+    as for `read_texts`. Without `workers` as many processes answer as the machines have cores (or GPUs); without
+    `address` a Ray cluster is started here for this call."""
     if distributed.rank_world()[1] > 1:
         raise ValueError("Ray starts processes of its own: call badge-peft predict --engine ray by itself.")
     folder, out = Path(folder), Path(out)
@@ -68,7 +62,7 @@ def predict_folder(
     mark = {"answers": answerer.identity, "format": format, "columns": vars(columns)}
     todo = {source: output for source, output in outputs.items() if not _is_answered(source, output, mark)}
     sources = [str(source.resolve()) for source in todo]
-    files = TextFiles(sources, format, columns, answerer.columns, answerer.tokens, answerer.by_query)
+    files = TextFiles(sources, {"format": format, "columns": columns, **answerer.reading})
     for number in range(len(todo)):
         _check(files, number)
     report = FolderReport(before=len(outputs) - len(todo))

@@ -8,10 +8,16 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from datasets import Dataset
+
+from badge_peft.evaluation import ExitLogits
 from badge_peft.evaluation.entities import OUTSIDE, scheme_of
-from badge_peft.utils.problem import UNKNOWN_LABEL
+from badge_peft.evaluation.metrics import ENTITY_F1, exit_scores
+from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
 from badge_peft.workflows.columns import tag_names
 from badge_peft.workflows.data import TextDataset
+from badge_peft.workflows.encode import encode, encode_tokens
 
 _MOST_LABELS = 1000
 _LEAVE_OUT = "or leave the labels out (--unlabeled): the exits then learn from the model's own answers"
@@ -23,13 +29,14 @@ class LabelSet:
 
     names: list[str]  # by number; for regression those of its values
     problem_type: str
+    tokens: bool = False  # whether these are tags of tokens
 
     @classmethod
-    def of_model(cls, config: Any) -> LabelSet:
+    def of_model(cls, config: Any, tokens: bool = False) -> LabelSet:
         """The labels of a model that has been fine-tuned, from its config."""
         names = [str(config.id2label[i]) for i in range(config.num_labels)]
         kind = "regression" if len(names) == 1 else "single_label_classification"
-        return cls(names, getattr(config, "problem_type", None) or kind)
+        return cls(names, getattr(config, "problem_type", None) or kind, tokens)
 
     @classmethod
     def of_tags(cls, rows: TextDataset) -> LabelSet:
@@ -42,7 +49,7 @@ class LabelSet:
                 "the data has none: name their column with --label-column."
             )
         if rows.words is None:
-            return cls(tag_names(kinds), "single_label_classification")
+            return cls(tag_names(kinds), "single_label_classification", tokens=True)
         tags = {tag for row in rows.labels or [] for tag in row or []}
         scheme = scheme_of(tags)
         if scheme is None and any(tag.startswith(("B-", "I-")) for tag in tags):
@@ -58,7 +65,7 @@ class LabelSet:
                 f"column {rows.columns.get('label')!r} has {len(names)} different tags: a tagger needs 2 to "
                 f"{_MOST_LABELS}. Name another with --label-column."
             )
-        return cls(names, "single_label_classification")
+        return cls(names, "single_label_classification", tokens=True)
 
     @classmethod
     def of_data(cls, rows: TextDataset, problem_type: str | None = None) -> LabelSet:
@@ -84,6 +91,25 @@ class LabelSet:
                 "regression."
             )
         return cls(names, "single_label_classification")
+
+    def metric(self, metric: str | None) -> str:
+        """The metric, or the labels' own where it is None: accuracy, for regression Pearson's correlation, and of tags
+        the F1 of entities, where they name entities."""
+        problem = problem_of(self.problem_type)
+        if metric is None:
+            return ENTITY_F1 if self.tokens and scheme_of(self.names) else problem.default_metric
+        count = len(self.names)
+        each = torch.eye(count)[:, None]  # [K, 1, K]: every label is predicted once
+        labels = torch.zeros(problem.label_shape(count, count), dtype=torch.long)
+        more: dict[str, Any] = {"texts": [0] * count, "label_names": self.names} if self.tokens else {}
+        exit_scores(ExitLogits(each, labels, problem_type=self.problem_type, **more), metric)
+        return metric
+
+    def encode(self, rows: TextDataset, tokenizer: Any, labeled: bool = True, scored: bool = False) -> Dataset:
+        """Token columns, and `labels` where these rows are `labeled`; `scored`: they are not trained on."""
+        if self.tokens:
+            return encode_tokens(rows, tokenizer, self.names if labeled else None)
+        return encode(rows, tokenizer, self.targets(rows, scored) if labeled else None)
 
     def targets(self, rows: TextDataset, scored: bool = False) -> list[Any] | None:
         """The labels of `rows` as the loss needs them, None in a row without one; None where no row has one."""

@@ -8,22 +8,23 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
-from badge_peft.early_exit.policies import policy_class
+from badge_peft.early_exit.policies import build_policy, policy_class
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.words import Words, answers_of, tokenize_words
+from badge_peft.ranking.segments import CandidatePass
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import problem_of
 from badge_peft.utils.texts import length_limit
-from badge_peft.workflows.adapter_dir import Adapter, TaskStack, open_adapter, open_tasks
+from badge_peft.workflows.adapter_dir import Adapter, early_exit_configs, open_tasks
 from badge_peft.workflows.data import TextDataset
-from badge_peft.workflows.encode import check_one_text, encode_texts
-from badge_peft.workflows.rankings import rank_queries
+from badge_peft.workflows.encode import check_one_text, encoded_rows
 from badge_peft.workflows.settings import PolicyOverrides
 from badge_peft.workflows.stream import Pair, queries_of
 
@@ -35,11 +36,12 @@ _OF_TOKENS = (
     "entities",
     "exit_layer",
 )  # of texts and of lists of tokens, which may be mixed
+STATE_BYTES = 2**30  # for the states of one query's candidates
 _ENTITY = ("label", "start", "end", "text", "score", "exit_layer")
 
 
 def predict(
-    adapter: Adapter, texts: Iterable[Pair], config: EarlyExitConfig | None = None, batch_size: int = 32
+    adapter: Adapter | dict[str, Adapter], texts: Iterable[Pair], config: Any = None, batch_size: int = 32
 ) -> Generator[dict[str, Any], None, None]:
     """Answers each text at the exit that the policy chooses, in order, with as many batches at a time as there are
     processes.
@@ -48,31 +50,28 @@ def predict(
     none. The batches are those of one process, and so are the answers.
 
     Args:
-        adapter: From `open_adapter`.
+        adapter: From `open_adapter`; or those of many tasks, from `open_tasks`, which answer in one pass.
         texts: Texts with their second text, or None; from `read_texts`.
-        config: How to stop; None takes the adapter's own.
+        config: How to stop, of many tasks a dict; None takes the adapter's own.
         batch_size: Texts per pass, in each process.
 
     Returns:
         One dict per text: `text` (and `text_pair`), `label`, `exit_layer` (the block that answered), and `score` (the
         label's probability). Regression gives `value` in the place of label and score; a model that gives several
         labels gives `labels`, and the score of the least sure decision. A policy of queries takes rows of one
-        query, which must follow one another, for its candidates, and gives their `rank`: see `rank_queries`.
+        query, which must follow one another, for its candidates, and gives their `rank`; those that left early have
+        none.
         Of token classification `text` and `entities`, or `tokens`, `tags` and `entities`, as `answers_of` has them;
-        `exit_layer` is where the text left.
+        `exit_layer` is where the text left. Of many tasks `text` (and `text_pair`), `tasks`, with what each says, and
+        `blocks`, the deepest block that the text went through.
     """
+    if isinstance(adapter, dict):
+        configs = config or early_exit_configs(adapter)
+        return answer_in_turn(texts, batch_size, partial(_answer_tasks, adapter, configs))
     config = config or adapter.early_exit_config()
     if policy_class(config).by_group:
-        return answer_in_turn(queries_of(texts), 1, partial(rank_queries, adapter, config, batch_size))
+        return answer_in_turn(queries_of(texts), 1, partial(_rank, adapter, config, batch_size))
     return answer_in_turn(texts, batch_size, partial(_answer, adapter, config))
-
-
-def predict_tasks(
-    stack: TaskStack, texts: Iterable[Pair], configs: dict[str, EarlyExitConfig], batch_size: int = 32
-) -> Generator[dict[str, Any], None, None]:
-    """As `predict`, for many tasks in one pass: one dict per text, with `text` (and `text_pair`), `tasks`, with what
-    `predict` says of each, and `blocks`, the deepest block that the text went through."""
-    return answer_in_turn(texts, batch_size, partial(_answer_tasks, stack, configs))
 
 
 def answer_in_turn(
@@ -104,13 +103,16 @@ def _answer(adapter: Adapter, config: EarlyExitConfig, texts: list[Pair]) -> lis
     ]
 
 
-def _answer_tasks(stack: TaskStack, configs: dict[str, EarlyExitConfig], texts: list[Pair]) -> list[dict[str, Any]]:
-    batch, words = batch_of([*stack.adapters.values()], texts)
-    output = early_exit_forward(stack.shared.model, tasks=stack.names, early_exit_config=configs, **batch)
+def _answer_tasks(
+    adapters: dict[str, Adapter], configs: dict[str, EarlyExitConfig], texts: list[Pair]
+) -> list[dict[str, Any]]:
+    batch, words = batch_of([*adapters.values()], texts)
+    model = next(iter(adapters.values())).model
+    output = early_exit_forward(model, tasks=[*adapters], early_exit_config=configs, **batch)
     found: list[dict[str, Any]] = [{**_asked(text), "tasks": {}} for text in texts]
     for task, own in output.items():
-        for line, answer in zip(found, _answers(stack.adapters[task], texts, words, own), strict=True):
-            line["tasks"][task] = {name: value for name, value in answer.items() if name != "tags"}
+        for line, answer in zip(found, _answers(adapters[task], texts, words, own), strict=True):
+            line["tasks"][task] = answer
     return [{**line, "blocks": blocks} for line, blocks in zip(found, output.blocks_run.tolist(), strict=True)]
 
 
@@ -124,7 +126,7 @@ def _answers(adapter: Adapter, texts: list[Pair], words: list[Words] | None, out
     logits = output.logits.float().cpu().numpy()
     names = adapter.labels.names
     answers: list[dict[str, Any]]
-    if adapter.tags is not None and words is not None:
+    if adapter.labels.tokens and words is not None:
         exits = output.token_exit_layer.cpu().numpy()
         found = [answers_of(words[i], logits[i], exits[i], names) for i in range(len(texts))]
         # a text has its entities, a list of tokens its tags, too
@@ -147,14 +149,37 @@ def batch_of(
     seconds = [text[1] for text in texts if text[1] is not None]
     base = first.model.get_base_model()
     words = None
-    if any(adapter.tags is not None for adapter in adapters):
+    if any(adapter.labels.tokens for adapter in adapters):
         check_one_text(seconds)
         rows, words = tokenize_words([text[0] for text in texts], first.tokenizer, length_limit(first.tokenizer))
     else:
-        encoded = encode_texts([text[0] for text in texts], seconds or None, first.tokenizer)
-        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        rows = encoded_rows([text[0] for text in texts], seconds or None, first.tokenizer)
     batch = pad_features(rows, base, tokens=words is not None)
     return {name: value.to(first.device) for name, value in batch.items()}, words
+
+
+def _rank(
+    adapter: Adapter, config: EarlyExitConfig, batch_size: int, queries: list[list[Pair]]
+) -> list[dict[str, Any]]:
+    """The candidates of one query, with a `rank` from 1 on where one has gone as deep as any."""
+    (pairs,) = queries
+    documents = [pair[1] for pair in pairs if pair[1] is not None]
+    if len(documents) < len(pairs):
+        raise ValueError("ranking takes pairs of a query and a document: name the documents with --text-pair-column.")
+    rows = encoded_rows([pair[0] for pair in pairs], documents, adapter.tokenizer)
+    found = CandidatePass(adapter.badge, rows, build_policy(config), batch_size, STATE_BYTES).run()
+    last = np.flatnonzero(found.exit_layer == found.exit_layer.max())
+    order = last[np.argsort(-found.scores[last], kind="stable")]
+    places = {int(i): place for place, i in enumerate(order, start=1)}
+    return [
+        {
+            **_asked(pair),
+            "value": round(float(score), 6) if np.isfinite(score) else None,
+            "exit_layer": int(number),
+            "rank": places.get(i),
+        }
+        for i, (pair, score, number) in enumerate(zip(pairs, found.scores, found.exit_layer, strict=True))
+    ]
 
 
 def pairs_of(rows: TextDataset) -> list[tuple[Any, str | None]]:
@@ -176,36 +201,29 @@ class Answering:
 
 
 class Answerer:
-    """Opened adapters; a call answers texts as `predict` or `predict_tasks` does.
+    """Opened adapters; a call answers texts as `predict` does.
 
     Attributes:
-        columns: What training recorded of its data's columns.
-        tokens: Whether a text may be a list of tokens.
-        by_query: Whether the rows of a query belong together.
+        reading: What `read_texts` is told of it: `recorded`, `tokens` and `by_query`.
         identity: Weights and settings as JSON: equal ones give equal answers.
     """
 
     def __init__(self, answering: Answering) -> None:
         place = answering.adapter
-        rest = (answering.base_model, answering.device)
-        overrides = vars(answering.overrides)
-        self.identity: dict[str, Any]
-        if isinstance(place, str):
-            opened = open_adapter(place, *rest)
-            config = opened.early_exit_config(**overrides)
-            self._answer: Any = partial(predict, opened, config=config, batch_size=answering.batch_size)
-            self.columns = opened.columns
-            self.by_query = policy_class(config).by_group
-            self.tokens = opened.task == "tokens"
-            self.identity = _identity(opened.badge.weights_hash(), config)
-            return
-        stack = open_tasks(place, *rest)
-        configs = stack.early_exit_configs(**overrides)
-        self._answer = partial(predict_tasks, stack, configs=configs, batch_size=answering.batch_size)
-        self.columns = stack.shared.columns
-        self.by_query = False
-        self.tokens = False
-        self.identity = {task: _identity(stack.use(task).badge.weights_hash(), configs[task]) for task in configs}
+        places = {None: place} if isinstance(place, str) else place
+        alone = None in places
+        adapters = open_tasks(places, answering.base_model, answering.device)
+        configs = early_exit_configs(adapters, **vars(answering.overrides))
+        first = next(iter(adapters.values()))
+        given = (first, configs[None]) if alone else (adapters, configs)
+        self._answer = partial(predict, given[0], config=given[1], batch_size=answering.batch_size)
+        self.reading: dict[str, Any] = {
+            "recorded": first.columns,
+            "tokens": alone and first.labels.tokens,
+            "by_query": alone and policy_class(configs[None]).by_group,
+        }
+        identity = {task: _identity(first.badge.weights_hash(task), config) for task, config in configs.items()}
+        self.identity: dict[str, Any] = identity[None] if alone else identity
 
     def __call__(self, texts: Iterable[Pair]) -> Generator[dict[str, Any], None, None]:
         """One dict per text, in order; see `predict`."""
@@ -213,8 +231,8 @@ class Answerer:
 
     def table(self, texts: list[Pair]) -> pa.Table:
         """The same as columns, of the same types for any texts: none give the columns without rows."""
-        lines = list(self(texts or [("", "" if self.by_query else None)]))
-        columns = dict.fromkeys(_OF_TOKENS) if self.tokens else lines[0]
+        lines = list(self(texts or [("", "" if self.reading["by_query"] else None)]))
+        columns = dict.fromkeys(_OF_TOKENS) if self.reading["tokens"] else lines[0]
         schema = pa.schema([(name, _type_of(name, value)) for name, value in columns.items()])
         return pa.Table.from_pylist(lines, schema).slice(0, len(texts))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff
 from badge_peft.model_card import PERCENTAGES
+from badge_peft.workflows.columns import Names
+from badge_peft.workflows.labels import LabelSet
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -203,3 +205,56 @@ def draw(exit_logits: ExitLogits, chosen: EarlyExitConfig, metric: str, path: Pa
         chosen=evaluate_policy(scored, chosen, metric),
     )
     return True
+
+
+def form_table(forms: Iterable[dict[str, Any]], metric: str) -> str:
+    """One line for each form, the best first."""
+    lines = [
+        [
+            describe_form(form),
+            f"{show(form['per_exit'][0], metric)} ... {show(form['per_exit'][-2], metric)}",
+            show(form["score"], metric),
+            f"{form['blocks_saved']:.1%}",
+            f"{form['time_saved']:.1%}",
+            "" if i else "kept",
+        ]
+        for i, form in enumerate(forms)
+    ]
+    return text_table(
+        ["exits tried", "first ... last exit", "early " + metric, "blocks saved", "time saved", ""], lines
+    )
+
+
+def describe_form(form: dict[str, Any]) -> str:
+    """`mean, linear, exit 0, logits carried`."""
+    layers = form["exit_layers"]
+    parts = [form["exit_pooling"], form["exit_type"]]
+    parts += ["from exit 0"] if layers and layers[0] == 0 else []
+    parts += [f"{form['carry']} carried"] if form["carry"] else []
+    return ", ".join(parts)
+
+
+def data_line(train: int, held_out: int, labels: LabelSet, columns: Names, learns_labels: bool) -> str:
+    """What is learned, and from how many rows."""
+    names = labels.names
+    what = f"{len(names)} labels ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    what = "values" if labels.problem_type == "regression" else what
+    what = what.replace("labels", "tags of tokens", 1) if labels.tokens else what
+    source = f"column {columns.get('label')!r}" if learns_labels else "the model's answers"
+    pair = columns.get("text_pair")
+    texts = "" if pair is None else f"; pairs of texts from columns {columns['text']!r} and {pair!r}"
+    return f"{train} rows to train on, {held_out} to evaluate and calibrate on; {what}, learning from {source}{texts}"
+
+
+def checks(report: dict[str, Any]) -> str:
+    """What was checked and timed after the training, as lines."""
+    lines = []
+    same = report["full_depth_is_checkpoint"]
+    latency = report["latency"]
+    if latency is not None:
+        lines.append(latency_line(latency))
+    if same is not None and same["equal"]:
+        lines.append(f"full depth answers as the checkpoint, bit for bit (checked on {same['rows']} rows)")
+    elif same is not None:
+        lines.append(f"WARNING: full depth DIFFERS from the checkpoint, by up to {same['largest_difference']:.3g}")
+    return "\n".join(lines)

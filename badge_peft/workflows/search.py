@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.training.preflight import TrainingStopped
 from badge_peft.tuner.fingerprint import fingerprint
 from badge_peft.workflows.base_model import Base, add_exits
-from badge_peft.workflows.evaluate import resolve_metric
 from badge_peft.workflows.fit import collator, train_exits
 from badge_peft.workflows.settings import SEARCH_PICTURE, STUDY, ExitOptions, TrainSettings
 
@@ -62,12 +61,7 @@ class Search:
         self.tokenizer = tokenizer
         self.settings = settings
         self.learns_labels = learns_labels
-        self.metric = resolve_metric(
-            settings.metric,
-            base.labels.problem_type,
-            len(base.labels.names),
-            base.tags,
-        )
+        self.metric = base.labels.metric(settings.metric)
         texts = texts_of(rows)
         generator = torch.Generator().manual_seed(settings.training.seed)
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -91,7 +85,7 @@ class Search:
             study.set_user_attr("exits", vars(settings.exits))
             study.set_user_attr("forms", forms)
         self.settings = replace(self.settings, exits=ExitOptions(**study.user_attrs["exits"]))
-        self.space = SearchSpace(self.settings, self.learns_labels)
+        self.choices = choices(self.settings, self.learns_labels)
         return self.settings, study.user_attrs["forms"]
 
     def run(self, tell: Callable[[str], None]) -> tuple[TrainSettings, CachedStates, dict[str, Any]]:
@@ -112,7 +106,8 @@ class Search:
                 tell(f"trial {len(_done(study))} of {count}: {worth} with {values}; best {best}")
 
             if not _done(study) and not any(trial.state.name == "WAITING" for trial in study.trials):
-                study.enqueue_trial(self.space.given())
+                given = {name: values[0] for name, values in self.choices.items()}
+                study.enqueue_trial({**given, "adapter_lr": self._rate()})
             if len(_done(study)) < count:
                 with _silent(optuna):
                     study.optimize(
@@ -124,17 +119,27 @@ class Search:
             states.close()
             raise
         best = study.best_trial
-        worth = [{"value": trial.value, "params": trial.params} for trial in _done(study) if trial.value is not None]
-        _draw(worth, self.settings.search.search_for, Path(str(self.settings.output_dir), SEARCH_PICTURE))
+        search_for = self.settings.search.search_for
+        _draw(study, _WORTH[search_for], Path(str(self.settings.output_dir), SEARCH_PICTURE))
         found = {
             "trials": len(_done(study)),
-            "for": self.settings.search.search_for,
+            "for": search_for,
             "rows": len(self.held),
             "given": _done(study)[0].value,
             "value": best.value,
             "best": best.params,
         }
-        return self.space.settings_of(best.params), states, found
+        return settings_of(self.settings, best.params), states, found
+
+    def suggest(self, trial: Any) -> dict[str, Any]:
+        """The values of an optuna trial."""
+        found = {name: trial.suggest_categorical(name, values) for name, values in self.choices.items()}
+        low, high = min(self._rate(), _RATES[0]), max(self._rate(), _RATES[1])
+        return {**found, "adapter_lr": trial.suggest_float("adapter_lr", low, high, log=True)}
+
+    def _rate(self) -> float:
+        rate = self.settings.training.adapter_lr
+        return ADAPTER_LR if rate is None else rate
 
     def show(self, value: float) -> str:
         """What a trial is worth, in words."""
@@ -172,7 +177,7 @@ class Search:
         model = add_exits(self.base, self.settings.exits)
         try:
             return cache_states(
-                model, self.rows, data_collator=collator(self.base.reads_tokens, self.tokenizer), progress=True
+                model, self.rows, data_collator=collator(self.base.labels.tokens, self.tokenizer), progress=True
             )
         finally:
             get_badge_model(model).unload()
@@ -181,20 +186,12 @@ class Search:
         """Trains one adapter, and says what it is worth."""
         import optuna
 
-        settings = self.space.settings_of(self.space.suggest(trial))
+        settings = settings_of(self.settings, self.suggest(trial))
         set_seed(settings.training.seed)
         model = add_exits(self.base, settings.exits)
         try:
             rows = self.rows.select(self.fit)
-            train_exits(
-                model,
-                rows,
-                self.tokenizer,
-                settings.training,
-                self.learns_labels,
-                fit,
-                progress=False,
-            )
+            train_exits(model, rows, self.tokenizer, settings.training, self.learns_labels, fit, progress=False)
             found = collect_exit_logits(model, self.rows.select(self.held), cached_states=held).labeled()
         except TrainingStopped as error:
             if not _done(study):
@@ -237,81 +234,36 @@ def _silent(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-class SearchSpace:
-    """What is searched, around what was asked for."""
-
-    def __init__(self, settings: TrainSettings, learns_labels: bool) -> None:
-        self.settings = settings
-        self.learns_labels = learns_labels
-
-    def _choices(self) -> dict[str, tuple[Any, ...]]:
-        """What is chosen among, the value that was given first. What would change nothing, or cannot be, is left."""
-        exits = self.settings.exits
-        training = self.settings.training
-        given = {**vars(exits), **vars(training), "exit_weights": training.exit_weights or "uniform"}
-        found = dict(_OF_EXITS) if exits.placement != "none" else {}
-        if training.objective in _OF_TRAINING["objective"]:
-            found["exit_weights"] = _OF_TRAINING["exit_weights"]
-            # of exits that share weights, none stays as it is while the others are trained
-            if self.learns_labels and not exits.keep_head and exits.exit_type != "past_future":
-                found["objective"] = _OF_TRAINING["objective"]
-        return {name: tuple(dict.fromkeys((given[name], *values))) for name, values in found.items()}
-
-    def suggest(self, trial: Any) -> dict[str, Any]:
-        """The values of an optuna trial."""
-        found = {name: trial.suggest_categorical(name, values) for name, values in self._choices().items()}
-        rate = self._rate()
-        low = min(rate, _RATES[0])
-        high = max(rate, _RATES[1])
-        return {**found, "adapter_lr": trial.suggest_float("adapter_lr", low, high, log=True)}
-
-    def given(self) -> dict[str, Any]:
-        """The values that were asked for."""
-        return {**{name: values[0] for name, values in self._choices().items()}, "adapter_lr": self._rate()}
-
-    def _rate(self) -> float:
-        rate = self.settings.training.adapter_lr
-        return ADAPTER_LR if rate is None else rate
-
-    def settings_of(self, params: dict[str, Any]) -> TrainSettings:
-        """What was asked for, with these values in it."""
-        exits = {name: value for name, value in params.items() if name in _OF_EXITS}
-        others = {name: value for name, value in params.items() if name not in _OF_EXITS}
-        return replace(
-            self.settings,
-            exits=replace(self.settings.exits, **exits),
-            training=replace(self.settings.training, **others),
-        )
+def choices(settings: TrainSettings, learns_labels: bool) -> dict[str, tuple[Any, ...]]:
+    """What is chosen among, the value that was given first. What would change nothing, or cannot be, is left."""
+    exits, training = settings.exits, settings.training
+    given = {**vars(exits), **vars(training), "exit_weights": training.exit_weights or "uniform"}
+    found = dict(_OF_EXITS) if exits.placement != "none" else {}
+    if training.objective in _OF_TRAINING["objective"]:
+        found["exit_weights"] = _OF_TRAINING["exit_weights"]
+        # of exits that share weights, none stays as it is while the others are trained
+        if learns_labels and not exits.keep_head and exits.exit_type != "past_future":
+            found["objective"] = _OF_TRAINING["objective"]
+    return {name: tuple(dict.fromkeys((given[name], *values))) for name, values in found.items()}
 
 
-def _draw(trials: Sequence[dict[str, Any]], search_for: str, path: Path) -> None:
-    """Draws the trials; none where matplotlib is missing."""
+def settings_of(settings: TrainSettings, params: dict[str, Any]) -> TrainSettings:
+    """What was asked for, with these values in it."""
+    exits = {name: value for name, value in params.items() if name in _OF_EXITS}
+    others = {name: value for name, value in params.items() if name not in _OF_EXITS}
+    training = replace(settings.training, **others)
+    return replace(settings, exits=replace(settings.exits, **exits), training=training)
+
+
+def _draw(study: Any, worth: str, path: Path) -> None:
+    """Draws what each trial was worth, by each of its settings; nothing where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         return
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot
+    from optuna.visualization.matplotlib import plot_slice
 
-    values = [trial["value"] for trial in trials]
-    names = list(trials[0]["params"])
-    columns = 1 + len(names)
-    figure = Figure(figsize=(2.4 * columns, 3.2), layout="constrained")
-    first, *others = figure.subplots(1, columns, sharey=True)
-    first.step(range(1, len(values) + 1), list(accumulate(values, max)), where="post", color="#bbbbbb")
-    first.plot(range(1, len(values) + 1), values, "o", markersize=4)
-    first.set(xlabel="trial", ylabel=_WORTH[search_for])
-    for axes, name in zip(others, names, strict=True):
-        settings = [trial["params"][name] for trial in trials]
-        if isinstance(settings[0], float):
-            axes.set_xscale("log")
-            places: list[Any] = settings
-        else:  # each in its column, in the order of numbers or of the alphabet
-            known = sorted(set(settings))
-            places = [known.index(setting) for setting in settings]
-            axes.set_xticks(range(len(known)), [str(setting) for setting in known], rotation=30, ha="right")
-        axes.plot(places, values, "o", markersize=4)
-        best = values.index(max(values))
-        axes.plot([places[best]], [values[best]], "*", markersize=11, color="#d62728")
-        axes.set_xlabel(name.replace("_", " "))
-    for axes in (first, *others):
-        axes.grid(color="#dddddd", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental
+        plot_slice(study, target_name=worth)
+    pyplot.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close()

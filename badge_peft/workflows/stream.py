@@ -18,7 +18,7 @@ from pyarrow.parquet import ParquetFile
 
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.texts import text_in, whole
-from badge_peft.workflows.columns import Names, find_columns, find_words
+from badge_peft.workflows.columns import find_columns, find_words
 from badge_peft.workflows.settings import TextColumns
 from badge_peft.workflows.sources import lines_of, open_rows, open_text, suffix_of
 
@@ -40,10 +40,9 @@ def read_texts(
 
     Args:
         source: A file; `-` is stdin.
-        format: `text` (a text per line), `csv`, `tsv`, `jsonl` or `parquet`; None goes by the file's name, and takes
-            `text` for stdin.
+        format: `text` (a text per line), `csv`, `tsv`, `jsonl` or `parquet`; None goes by the file's name.
         columns: Where the texts are; a text column that is not named is found by its usual names.
-        recorded: What training recorded of its columns, as for `read_examples`.
+        recorded: As for `read_examples`.
         tokens: Whether a row may have a list of tokens in the place of its text (in jsonl and parquet).
         by_query: Also yield what each row's query is called: by its column, else the query's text.
     """
@@ -91,12 +90,8 @@ def _pairs(
             yield _words(value, number, str(text), tokens), None
             continue
         found = whole(text_in(value, text, number)), None if pair is None else whole(text_in(row[pair], pair, number))
-        yield (*found, _query(row, query, found[0])) if by_query else found
-
-
-def _query(row: Mapping[str, Any], column: str | None, text: str) -> str:
-    value = None if column is None else row.get(column)
-    return text if value in (None, "") else str(value)
+        id_ = None if query is None else row.get(query)
+        yield (*found, found[0] if id_ in (None, "") else str(id_)) if by_query else found
 
 
 def _words(value: list[Any], number: int, column: str, tokens: bool) -> list[str]:
@@ -170,25 +165,14 @@ def queries_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Files of texts with what `read_texts` takes; `format` is that of all of them."""
+    """Files of texts, and the `options` of `read_texts` that hold for all of them."""
 
     paths: Sequence[str]
-    format: str | None = None
-    columns: TextColumns = TextColumns()
-    recorded: Names = field(default_factory=dict)
-    tokens: bool = False
-    by_query: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, number: int) -> Iterator[Pair]:
         """The texts of one file."""
-        return read_texts(
-            self.paths[number],
-            self.format,
-            self.columns,
-            self.recorded,
-            self.tokens,
-            self.by_query,
-        )
+        return read_texts(self.paths[number], **self.options)
 
 
 def chunks_of(files: TextFiles, number: int, size: int) -> Iterator[dict[str, Any]]:
@@ -197,7 +181,8 @@ def chunks_of(files: TextFiles, number: int, size: int) -> Iterator[dict[str, An
     start, chunk = 0, list[Pair]()
     try:
         with closing(files.read(number)) as texts:  # type: ignore[type-var]  # a generator
-            parts: Iterable[list[Pair]] = queries_of(texts) if files.by_query else ([text] for text in texts)
+            by_query = files.options.get("by_query")
+            parts: Iterable[list[Pair]] = queries_of(texts) if by_query else ([text] for text in texts)
             for part in parts:
                 if len(chunk) >= size:
                     yield _chunk(number, start, chunk)

@@ -5,28 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from badge_peft.early_exit.config import POLICIES, check_policy_name
 from badge_peft.evaluation.confidence import rows_to_certify
-from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model_card import read_card
 from badge_peft.training.arguments import from_json
-from badge_peft.training.objectives import NOT_IN_STAGES, make_objective
+from badge_peft.training.objectives import make_objective
 from badge_peft.tuner.architectures import block_names, get_layout
-from badge_peft.tuner.config import PROBLEM_TYPES, exit_numbers
+from badge_peft.tuner.config import PROBLEM_TYPES
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice
 from badge_peft.utils.extras import require
-from badge_peft.workflows.base_model import Base, badge_config
-from badge_peft.workflows.evaluate import resolve_metric
+from badge_peft.workflows.base_model import Base, badge_config, parse_blocks
 from badge_peft.workflows.settings import SEARCH_GOALS, SEARCH_PICTURE, STUDY, TrainColumns, TrainSettings
 
 TASKS = ("classification", "ranking")
+_OF_RANKING: dict[str, tuple[Any, ...]] = {
+    "backbone": ("frozen",),
+    "final_exit": (None, "base_head"),
+    "objective": ("joint",),
+    "distillation": (None, 1),
+    **dict.fromkeys(("learn_to_exit", "trials"), (False,)),
+    **dict.fromkeys(("exit_weights", "metric", "problem_type"), (None,)),
+}
 
 
-def check_settings(settings: TrainSettings) -> None:
-    """Validates settings that need neither model nor data, before anything is read."""
+def check_settings(settings: TrainSettings) -> TrainSettings:
+    """The settings, those of exits that rank with their form; refuses, before anything is read, what cannot be."""
+    ranks = settings.task == "ranking"
+    settings = _for_ranking(settings) if ranks else settings
     exits = settings.exits
     training = settings.training
     make_objective(training.objective, training.depth, distillation=training.distillation or 0.0)
@@ -34,15 +43,12 @@ def check_settings(settings: TrainSettings) -> None:
     check_policy_name(policy, "auto")
     kind = POLICIES.get(policy)
     check_choice("task", settings.task, TASKS)
-    ranks = settings.task == "ranking"
     if kind is not None and kind.by_group and not ranks:
         raise ValueError(
             f"policy={policy!r} ranks the candidates of a query, and this task has none: use policy='auto'."
         )
     if kind is not None and kind.reads_uncertainty and not exits.learn_to_exit:
         raise ValueError(f"policy={policy!r} needs learn_to_exit: a layer that learns when an exit is wrong.")
-    if settings.metric is not None:
-        check_choice("metric", settings.metric, METRIC_NAMES)
     if settings.problem_type is not None:
         check_choice("problem_type", settings.problem_type, PROBLEM_TYPES)
     if not ranks:
@@ -58,8 +64,6 @@ def check_settings(settings: TrainSettings) -> None:
             "objective='two_stage' first trains the backbone and the final exit, and backbone='frozen' with "
             "keep_head leaves both as they are: use objective='joint'."
         )
-    if training.objective == "two_stage" and exits.exit_type == "past_future":
-        raise ValueError(NOT_IN_STAGES)
     if exits.keep_head and exits.final_exit == "exit":
         raise ValueError("final_exit='exit' puts an exit in the place of the model's head: leave out keep_head.")
     badge_config(exits)
@@ -73,29 +77,26 @@ def check_settings(settings: TrainSettings) -> None:
             f"batch_size={training.batch_size} is not allowed with {size} processes, which share each batch evenly: "
             f"it must be a multiple of {size}."
         )
+    return settings
 
 
-def check_ranking(settings: TrainSettings) -> None:
-    """Refuses what a ranking adapter cannot have, before anything is read."""
-    exits = settings.exits
-    training = settings.training
-    if exits.backbone != "frozen" or exits.final_exit == "exit":
-        raise ValueError(
-            "ranking exits follow the scores of the model as it is: use backbone='frozen' and final_exit='base_head'."
-        )
-    if training.objective != "joint" or training.distillation not in (None, 1) or exits.learn_to_exit:
-        raise ValueError(
-            "ranking exits learn from full depth's scores: leave out objective, distillation, learn_to_exit."
-        )
+def _for_ranking(settings: TrainSettings) -> TrainSettings:
+    """The settings with the form of exits that rank; refuses what these cannot have."""
+    exits = replace(settings.exits, keep_head=True, carry=settings.exits.carry or "none")
+    exits = replace(exits, exit_type=exits.exit_type or "linear", exit_pooling=exits.exit_pooling or "auto")
+    given = settings.to_dict()
+    for name, allowed in _OF_RANKING.items():
+        if given[name] not in allowed:
+            raise ValueError(
+                f"{name}={given[name]!r} is not for ranking, whose exits learn the scores of the model as it is, and "
+                "are measured by the top k that they keep: leave it out."
+            )
     if exits.exit_type == "past_future":
         raise ValueError(
             "exit_type='past_future' is not allowed for ranking: it puts an exit in the place of the model's own head."
         )
-    if settings.metric is not None or settings.problem_type is not None:
-        raise ValueError("metric and problem_type are not for ranking, which is measured by the top k that it keeps.")
-    if settings.search.trials or training.exit_weights is not None:
-        raise ValueError("trials and exit_weights are not for ranking: leave them out.")
     settings.goal.ranking_arguments()
+    return replace(settings, exits=exits)
 
 
 def _check_corpus(columns: TrainColumns, ranks: bool) -> None:
@@ -145,15 +146,14 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
                 "takes a fine-tuned model, --backbone frozen and --keep-head. Otherwise name the labels' column with "
                 "--label-column."
             )
-        if training.objective != "joint":
-            raise ValueError(f"objective={training.objective!r} needs labels; without them it is 'joint'.")
-        if training.distillation not in (None, 1):
+        needs = {"objective": ("joint",), "distillation": (None, 1), "learn_to_exit": (False,)}
+        given = settings.to_dict()
+        wrong = next((name for name, allowed in needs.items() if given[name] not in allowed), None)
+        if wrong is not None:
             raise ValueError(
-                f"distillation={training.distillation} needs labels, of which the rest of the loss is made; without "
-                "them the exits follow the model's own answers alone: leave it out."
+                f"{wrong}={given[wrong]!r} needs labels; without them the exits follow the model's own answers alone: "
+                "leave it out."
             )
-        if exits.learn_to_exit:
-            raise ValueError("learn_to_exit needs labels: it learns when an exit is wrong.")
     policy = POLICIES.get(settings.goal.policy)
     blocks_saved = settings.goal.target_blocks_saved
     if policy is not None and not policy.suits(labels.problem_type):
@@ -164,14 +164,14 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
         )
     if blocks_saved is not None:
         blocks = len(block_names(base.model, get_layout(base.model)))
-        first = exit_numbers(badge_config(exits, base.has_head, blocks), blocks)[0]
+        first = min(parse_blocks(exits.exit_layers, blocks) or [1])
         if blocks_saved > 1 - first / blocks:
             raise ValueError(
                 f"target_blocks_saved={blocks_saved} cannot be reached: the first exit is at block {first} of "
                 f"{blocks}, so at most {1 - first / blocks:.3f} of the blocks are saved. Ask for less, or give "
                 "earlier exits with exit_layers."
             )
-    metric = resolve_metric(settings.metric, labels.problem_type, len(labels.names), base.tags)
+    metric = labels.metric(settings.metric)
     goal = settings.goal.arguments()
     drop = goal["max_score_drop"]
     confidence = goal["confidence"]
@@ -186,17 +186,9 @@ def check_training(settings: TrainSettings, base: Base, labeled: bool, eval_rows
 
 
 def with_output_dir(settings: TrainSettings, model: str) -> TrainSettings:
-    """The settings with a folder: the model's name and `-exits`, where none is named."""
-    out = settings.output_dir or Path(
-        f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}-exits"
-    )
-    return replace(settings, output_dir=out)
-
-
-def check_output_dir(settings: TrainSettings) -> Path:
-    """Where the adapter goes."""
-    out = settings.output_dir
-    assert out is not None  # `with_output_dir` has been asked
+    """The settings with the folder that the adapter goes to: the model's name and `-exits`, where none is named."""
+    name = Path(model).resolve().name if Path(model).exists() else Path(model).name
+    out = settings.output_dir or Path(f"{name}-exits")
     if out.is_file():
         raise ValueError(f"output_dir={str(out)!r} is a file: name a folder.")
     if (out / "config.json").exists():
@@ -211,4 +203,4 @@ def check_output_dir(settings: TrainSettings) -> Path:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={str(out)!r} cannot be written: {error}. Name another folder.") from error
-    return out
+    return replace(settings, output_dir=out)

@@ -12,7 +12,7 @@ import pytest
 
 from badge_peft.workflows.predict import predict
 from tests.app.conftest import Make, opened, save_adapter
-from tests.app.test_callbacks import blocks, mistake, said, values
+from tests.app.test_callbacks import blocks, said, values
 from tests.cli.conftest import Cli, one_line
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -48,12 +48,6 @@ def test_the_endpoints_are_the_callbacks(served: tuple[Any, Any]) -> None:
     assert "threshold=0.7, patience=2" in client.predict(0.7, 2, api_name="/rule")
     assert "threshold=0.7, patience=2" in client.predict(0.7, 2, api_name="/curve")
     assert list(client.predict(api_name="/reset")) == values(callbacks)
-
-
-def test_mistakes_are_told_on_the_page(served: tuple[Any, Any]) -> None:
-    client, _ = served
-    assert "there is no text" in mistake(client.predict(" ", "", 0.2, 1, api_name="/answer"))
-    assert "characters" in mistake(client.predict("x" * 30_000, "", 0.2, 1, api_name="/answer"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,14 +36,6 @@ def test_version() -> None:
 def test_help_lists_the_commands(arguments: tuple[str, ...]) -> None:
     output = invoke(*arguments).output
     assert all(command.__name__ in output for command in COMMANDS)
-
-
-def test_help_of_the_demo_names_every_option() -> None:
-    result = invoke("demo", "--help")
-    assert result.exit_code == 0
-    assert "early exits" in result.output
-    for option in ("--model", "--dataset", "--text-column", "--label-column", "--output-dir", "--max-score-drop"):
-        assert option in result.output
 
 
 def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +100,19 @@ def test_without_cyclopts_the_extra_is_named(
     assert "pip install 'badge-peft[train]'" in capsys.readouterr().err
 
 
-def test_every_field_of_the_settings_is_an_option() -> None:
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("train", (TrainSettings, TrainColumns, ExitOptions, TrainingOptions, SearchOptions, Goal)),
+        ("demo", (DemoSettings,)),
+    ],
+)
+def test_every_field_of_the_settings_is_an_option(command: str, groups: tuple[Any, ...]) -> None:
     """And its help is its line of the docstring."""
-    names = {field.name for field in fields(TrainSettings)} - {"columns", "exits", "training", "goal", "search"}
-    for group in (TrainColumns, ExitOptions, TrainingOptions, SearchOptions, Goal):
-        names |= {field.name for field in fields(group)}
+    names = {field.name for group in groups for field in fields(group)}
+    names -= {"columns", "exits", "training", "goal", "search"}
     names = {"for" if name == "search_for" else name for name in names}  # `for` is no name in Python
-    shown = invoke("train", "--help").stdout
+    shown = invoke(command, "--help").stdout
     value = "( [A-Z]+| --no-[a-z-]+)?"
     options = {name: f"--{name.replace('_', '-')}" for name in names}
     without = [name for name, option in options.items() if not re.search(rf"{option}{value}  +[\w]", shown)]

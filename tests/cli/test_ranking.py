@@ -22,7 +22,7 @@ from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.folders import predict_folder
 from badge_peft.workflows.predict import Answering
 from badge_peft.workflows.settings import Columns, Goal, TrainColumns
-from badge_peft.workflows.train_ranking import read_rankings
+from badge_peft.workflows.splits import read_training_data
 from tests.cli.conftest import Cli, one_line, save_classifier
 from tests.models import make_model
 from tests.ranking.pairs import make_documents, pair_tokenizer
@@ -233,12 +233,14 @@ def test_bench(ranked: Path, tmp_path: Path, cli: Cli, onnx: bool) -> None:
 def test_queries_are_in_one_part_alone(tmp_path: Path) -> None:
     path = str(write_pairs(tmp_path / "pairs.jsonl"))
     for share, max_rows in ((0.2, None), (0.5, 100)):
-        train, held = read_rankings(path, TrainColumns(eval_share=share, max_rows=max_rows), seed=1)
+        train, held = read_training_data(
+            path, TrainColumns(eval_share=share, max_rows=max_rows), seed=1, by_query=True
+        )
         assert not set(train.queries()) & set(held.queries())
         for part in (train, held):  # whole queries
             assert all(part.queries().count(query) == CANDIDATES for query in set(part.queries()))
     other = str(write_pairs(tmp_path / "other.jsonl", 3, 2))
-    train, held = read_rankings(path, TrainColumns(eval_data=other), seed=0)
+    train, held = read_training_data(path, TrainColumns(eval_data=other), 0, by_query=True)
     assert set(held.queries()) == {"q3", "q4"} and not set(train.texts) & set(held.texts)
     plain = read_examples(path, Columns(query_id_column="label"))
     assert set(plain.queries()) == {"0", "1"}
@@ -247,11 +249,11 @@ def test_queries_are_in_one_part_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--backbone", "lora"), ("backbone='frozen'",)),
+        (("--backbone", "lora"), ("backbone='lora' is not for ranking",)),
         (("--final-exit", "exit"), ("final_exit",)),
-        (("--objective", "two_stage"), ("leave out objective",)),
+        (("--objective", "two_stage"), ("objective='two_stage'", "leave it out")),
         (("--exit-type", "past_future"), ("past_future",)),
-        (("--metric", "pearson"), ("metric and problem_type are not for ranking",)),
+        (("--metric", "pearson"), ("metric='pearson' is not for ranking",)),
         (("--target-blocks-saved", 0.5), ("not for ranking", "keep")),
         (("--confidence", 0.95), ("there are 3 queries", "takes at least")),
         (("--text-pair-column", "nothing"), ("no text-pair column 'nothing'",)),
@@ -306,7 +308,9 @@ def test_candidates_from_a_corpus(ranked: Path, texts: tuple[Path, Path], tmp_pa
     assert report["corpus"] == str(corpus) and report["columns"]["text_pair"] == "document"
     again = ("train", ranked / "model", ranked / "pairs.jsonl", "--task", "ranking", "--output-dir", tmp_path / "x")
     one_line(cli(*again, "--corpus", corpus, fails=True), "has pairs already, with 'document' as documents")
-    train, held = read_rankings(str(queries), TrainColumns(corpus=str(corpus), candidates=6), seed=0)
+    train, held = read_training_data(
+        str(queries), TrainColumns(corpus=str(corpus), candidates=6), seed=0, by_query=True
+    )
     pairs = [json.loads(line)["document"] for line in corpus.read_text().splitlines()]
     for part in (train, held):
         assert part.pairs is not None and set(part.pairs) <= set(pairs)

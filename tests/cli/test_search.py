@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from badge_peft import ExitLogits, exit_scores, sweep
 from badge_peft.training.preflight import TrainingStopped
-from badge_peft.workflows import search
+from badge_peft.workflows import plans, search
 from badge_peft.workflows import train as workflow
-from badge_peft.workflows.search import SearchSpace
 from badge_peft.workflows.settings import ExitOptions, Goal, SearchOptions, TrainingOptions, TrainSettings
 from tests.cli.conftest import FAST, Cli, invoke, one_line
 
@@ -27,12 +26,6 @@ PLAIN = ExitOptions()
 
 def train(cli: Cli, place: Path, out: Path, *options: Any, **kwargs: Any) -> Any:
     return cli("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, *options, **kwargs)
-
-
-def interrupt(place: Path, out: Path, *options: Any) -> bool:
-    """Whether the command ended as one does on Ctrl-C."""
-    done = invoke("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, *options)
-    return done.exit_code == 130
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -63,7 +56,10 @@ def test_the_best_settings_are_found_and_trained_with(place: Path, cli: Cli, tmp
 
 @pytest.mark.slow
 def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, original, calls = tmp_path / "a", search.train_exits, []
+    """With the form of exits that the clock chose, which it might choose otherwise now."""
+    out, original = tmp_path / "a", search.train_exits
+    calls: list[Any] = []
+    forms: list[Any] = []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -73,17 +69,24 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
             raise TrainingStopped("training stopped: for this test")
         return original(*arguments, **options)
 
+    def chosen(base: Any, rows: Any, eval_rows: Any, tokenizer: Any, settings: TrainSettings, *others: Any) -> Any:
+        forms.append(settings)
+        form = replace(settings.exits, exit_pooling="cls" if len(forms) == 1 else "mean", exit_type="linear")
+        return replace(settings, exits=form), [{"exit_pooling": form.exit_pooling}]
+
     monkeypatch.setattr(search, "train_exits", interrupted)
-    assert interrupt(place, out, "--trials", 4)
-    assert [path.name for path in out.iterdir()] == ["trials.journal"]
+    monkeypatch.setattr(plans, "choose_form", chosen)
+    monkeypatch.setattr(workflow, "form_table", lambda *_: "")
+    done = invoke("train", place / "model", place / "rows.csv", "--output-dir", out, *FAST, "--trials", 4)
+    assert done.exit_code == 130 and [path.name for path in out.iterdir()] == ["trials.journal"]
     told = train(cli, place, out, "--trials", 4)
     assert len(calls) == 5 and "trial 3 of 4" in told.output and "trial 2 of 4" not in told.output
     assert report_of(out)["search"]["trials"] == 4
     train(cli, place, out, "--trials", 4, "--overwrite")  # all are there
-    assert len(calls) == 5
-    one_line(
-        train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True), "holds the trials of another"
-    )
+    assert len(calls) == 5 and len(forms) == 1 and report_of(out)["forms"] == [{"exit_pooling": "cls"}]
+    assert json.loads((out / "adapter_config.json").read_text())["exit_pooling"] == "cls"
+    again = train(cli, place, out, "--trials", 4, "--overwrite", "--seed", 1, fails=True)
+    one_line(again, "holds the trials of another")
     weights = place / "model" / "model.safetensors"
     kept = weights.read_bytes()
     save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
@@ -91,31 +94,6 @@ def test_a_search_goes_on(place: Path, cli: Cli, tmp_path: Path, monkeypatch: py
         one_line(train(cli, place, out, "--trials", 4, "--overwrite", fails=True), "holds the trials of another model")
     finally:
         weights.write_bytes(kept)
-
-
-@pytest.mark.slow
-def test_a_search_goes_on_with_its_form_of_exits(
-    place: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which the clock chose, and might choose otherwise."""
-    out, calls = tmp_path / "a", []
-
-    def chosen(base: Any, rows: Any, eval_rows: Any, tokenizer: Any, settings: TrainSettings, *others: Any) -> Any:
-        calls.append(settings)
-        form = replace(settings.exits, exit_pooling="mean" if len(calls) == 1 else "cls", exit_type="linear")
-        return replace(settings, exits=form), [{"exit_pooling": form.exit_pooling}]
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workflow, "choose_form", chosen)
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "train_exits", interrupted)
-        assert interrupt(place, out, "--trials", 2)
-    monkeypatch.setattr(workflow, "form_table", lambda *_: "")
-    train(cli, place, out, "--trials", 2)
-    assert len(calls) == 1 and report_of(out)["forms"] == [{"exit_pooling": "mean"}]
-    assert json.loads((out / "adapter_config.json").read_text())["exit_pooling"] == "mean"
 
 
 @pytest.mark.parametrize(
@@ -137,12 +115,14 @@ def test_what_cannot_be_searched(
 
 
 def test_a_search_that_goes_on_draws_anew(tmp_path: Path) -> None:
-    asked: Any = SimpleNamespace(settings=TrainSettings(output_dir=tmp_path), _identity="the same")
+    settings = TrainSettings(output_dir=tmp_path)
+    asked: Any = SimpleNamespace(settings=settings, _identity="the same", choices=search.choices(settings, True))
+    asked._rate = lambda: 0.0025
     drawn = []
     for _ in range(2):
         study = search.Search._study(asked)
         trial = study.ask()
-        drawn.append(SearchSpace(asked.settings, True).suggest(trial))
+        drawn.append(search.Search.suggest(asked, trial))
         study.tell(trial, 0.5)
     assert drawn[0] != drawn[1]
 
@@ -190,14 +170,14 @@ def test_worth_for_speed() -> None:
 def test_what_is_searched() -> None:
     def names(exits: ExitOptions = PLAIN, learns: bool = True, **training: Any) -> set[str]:
         settings = TrainSettings(output_dir=Path("-"), exits=exits, training=TrainingOptions(**training))
-        given = SearchSpace(settings, learns).given()
-        again = SearchSpace(settings, learns).settings_of(given)
-        assert again.exits == settings.exits
-        return set(given)
+        found = search.choices(settings, learns)
+        given = {name: values[0] for name, values in found.items()}
+        assert search.settings_of(settings, given).exits == settings.exits
+        return set(found)
 
-    whole = {"adapter_lr", "r", "activation", "exit_weights", "objective"}
+    whole = {"r", "activation", "exit_weights", "objective"}
     assert names() == names(adapter_lr=0.2, exit_weights="[1,1,1]") == whole
     assert names(learns=False) == names(ExitOptions(keep_head=True)) == whole - {"objective"}
     assert names(ExitOptions(exit_type="past_future", final_exit="exit")) == whole - {"objective"}
-    assert names(ExitOptions(placement="none")) == {"adapter_lr", "exit_weights", "objective"}
-    assert names(objective="single_exit", depth=1) == {"adapter_lr", "r", "activation"}
+    assert names(ExitOptions(placement="none")) == {"exit_weights", "objective"}
+    assert names(objective="single_exit", depth=1) == {"r", "activation"}

@@ -11,12 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from seqeval.metrics import f1_score
-from seqeval.scheme import BILOU, IOB1, IOBES
 from transformers import AutoModelForTokenClassification
 
-from badge_peft import ExitLogits, load_pretrained, pipeline
+from badge_peft import ExitLogits, load_pretrained
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.export import OnnxEarlyExitModel
 from badge_peft.workflows.adapter_dir import open_adapter
 from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.predict import Answerer, Answering
@@ -256,56 +254,9 @@ def test_tags_that_name_no_entities(corpus: Path, cli: Cli, tmp_path: Path) -> N
     assert full == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
     for line in lines:
         assert [entity["label"] for entity in line["entities"]] == line["tags"]
-    texts, words = [" ".join(line["tokens"]) for line in lines[:5]], [line["entities"] for line in lines[:5]]
-    cli("export", out, tmp_path / "onnx", "--policy", "never")
-    model = OnnxEarlyExitModel.from_pretrained(tmp_path / "onnx")
-    places = [[(e["label"], e["start"], e["end"]) for e in own] for own in words]
-    assert [[(e["label"], e["start"], e["end"]) for e in one["entities"]] for one in model.predict(texts)] == places
-    tag: Any = pipeline("token-classification", model=out, aggregation_strategy="first", policy="never")
-    assert [[(e["entity_group"], e["start"], e["end"]) for e in one] for one in tag(texts)] == places
     assert (
         cli("predict", out, "--format", "jsonl", input=json.dumps({"tokens": ["film"] * 50})).stdout.count("null") > 9
     )
-
-
-def rewritten(tags: list[str], scheme: str) -> list[str]:
-    """IOB2 in another scheme."""
-    found = []
-    for i, tag in enumerate(tags):
-        kind, before, behind = tag[2:], tags[i - 1] if i else "O", tags[i + 1] if i + 1 < len(tags) else "O"
-        last = behind != f"I-{kind}"
-        if tag == "O":
-            found.append(tag)
-        elif scheme == "IOB1":
-            found.append(f"{'B' if tag[0] == 'B' and before[2:] == kind else 'I'}-{kind}")
-        else:
-            first, inner, end, single = scheme
-            letter = (single if last else first) if tag[0] == "B" else (end if last else inner)
-            found.append(f"{letter}-{kind}")
-    return found
-
-
-@pytest.mark.parametrize(("letters", "scheme"), [("IOB1", IOB1), ("BIES", IOBES), ("BILU", BILOU)])
-def test_other_schemes_of_entities(letters: str, scheme: Any, corpus: Path, cli: Cli, tmp_path: Path) -> None:
-    """Tags are learned as they are, scored as seqeval scores them, and the same entities with spans in their place."""
-    rows = [{**row, "tags": rewritten(row["tags"], letters)} for row in tagged(60)]
-    data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
-    cli("train", corpus / "encoder", data, "--output-dir", out, *FAST[2:], *LEARNS, "--exit-layers", "0-3")
-    own = [row["tags"] for row in rows]
-    assert f1_score(own, own, mode="strict", scheme=scheme) == 1
-    names = json.loads((out / "report.json").read_text())["label_names"]
-    prefixes = "BI" if letters == "IOB1" else letters
-    assert names == ["O", *(f"{prefix}-{kind}" for kind in ("bad", "good") for prefix in prefixes)]
-    cli("evaluate", out, data, "--json", tmp_path / "e.json")
-    said = [json.loads(line)["tags"] for line in cli("predict", out, data, "--policy", "never").stdout.splitlines()]
-    full = json.loads((tmp_path / "e.json").read_text())["full_depth_score"]
-    mapped = [[tag.translate(str.maketrans("LU", "ES")) for tag in tags] for tags in said]
-    given = [[tag.translate(str.maketrans("LU", "ES")) for tag in tags] for tags in own]
-    assert full == pytest.approx(f1_score(given, mapped)) and full > 0.1
-    spans = write_jsonl(tmp_path / "spans.jsonl", [as_entities(row) for row in tagged(60)])
-    opened = open_adapter(out, device="cpu")
-    words, same = (opened.encode(opened.read(place)) for place in (data, spans))
-    assert letters == "IOB1" or words["labels"] == same["labels"]
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -52,6 +52,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save_adapters(place: Path, folder: Path, kinds: dict[str, dict[str, Any]]) -> Any:
+    """Adapters of the encoder that differ, each with the tokenizer; the tokenizer."""
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    for seed, (name, fields) in enumerate(kinds.items()):
+        kind = AutoModelForTokenClassification if name == "tags" else AutoModelForSequenceClassification
+        base = kind.from_pretrained(place / "encoder", num_labels=2)
+        model = get_peft_model(base, badge_peft.BadgeConfig(r=4, final_exit="exit", **fields))
+        shake(model, seed=seed)
+        shake(model, seed=seed, only=".lora_B")
+        model.save_pretrained(str(folder / name))
+        tokenizer.save_pretrained(folder / name)
+    return tokenizer
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -165,14 +180,7 @@ def test_swap_adapters(place: Path, tmp_path: Path, start: Start) -> None:
         "topic": {"num_labels": 4, "label_names": list("abcd"), "backbone": "lora"},
         "score": {"num_labels": 1, "problem_type": "regression", "early_exit": {"policy": "never"}},
     }
-    tokenizer = make_tokenizer()
-    for seed, (name, fields) in enumerate(kinds.items()):
-        base = AutoModelForSequenceClassification.from_pretrained(place / "encoder", num_labels=2)
-        model = get_peft_model(base, badge_peft.BadgeConfig(r=4, final_exit="exit", **fields))
-        shake(model, seed=seed)
-        shake(model, seed=seed, only=".lora_B")
-        model.save_pretrained(str(tmp_path / name))
-        tokenizer.save_pretrained(tmp_path / name)
+    tokenizer = save_adapters(place, tmp_path, kinds)
     requests = [
         {"task": task, "text": text}
         for task, (text, _) in zip(("mood", "topic", "score", "mood", "score", "topic"), sentences(6), strict=True)
@@ -183,9 +191,7 @@ def test_swap_adapters(place: Path, tmp_path: Path, start: Start) -> None:
     assert [{"task": a["task"], "text": a["text"]} for a in answers] == requests
     alone = {name: badge_peft.load_pretrained(str(tmp_path / name)) for name in kinds}
     for answer in answers:
-        batch = tokenizer(answer["text"], return_tensors="pt")
-        batch.pop("token_type_ids", None)
-        out = alone[answer["task"]].early_exit_forward(**batch)
+        out = alone[answer["task"]].early_exit_forward(**tokenizer(answer["text"], return_tensors="pt"))
         names = kinds[answer["task"]].get("label_names")
         wanted = float(out.logits[0, 0]) if names is None else names[int(out.logits[0].argmax())]
         assert (answer["answer"], answer["exit_layer"]) == (wanted, int(out.exit_layer))
@@ -215,15 +221,7 @@ def test_guard_stack(place: Path, tmp_path: Path, start: Start) -> None:
         "score": {"num_labels": 1, "problem_type": "regression", "early_exit": {"policy": "never"}},
         "tags": {"task_type": "TOKEN_CLS", "num_labels": 3, "label_names": ["O", "B-x", "I-x"]},
     }
-    tokenizer = make_tokenizer()
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    for seed, (name, fields) in enumerate(kinds.items()):
-        kind = AutoModelForTokenClassification if name == "tags" else AutoModelForSequenceClassification
-        base = kind.from_pretrained(place / "encoder", num_labels=2)
-        model = get_peft_model(base, badge_peft.BadgeConfig(r=4, final_exit="exit", **fields))
-        shake(model, seed=seed)
-        model.save_pretrained(str(tmp_path / name))
-        tokenizer.save_pretrained(tmp_path / name)
+    tokenizer = save_adapters(place, tmp_path, kinds)
     texts = [text for text, _ in sentences(5)]
     (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
     options = ("--texts", "texts.txt", "--bundle", "guards")

@@ -115,6 +115,8 @@ def test_texts_that_look_like_missing_values_are_texts(tmp_path: Path) -> None:
         (["True", "False", "True"], ["False", "True"], [1, 0, 1]),
         (["b", "a", "b"], ["a", "b"], [1, 0, 1]),
         (["-1", "1", "0"], ["-1", "0", "1"], [0, 2, 1]),  # -1 is a label like any other
+        (["1", "01", "1"], ["01", "1"], [1, 0, 1]),  # a code is no number
+        (["1", "1_0", "1"], ["1", "1_0"], [0, 1, 0]),
     ],
 )
 def test_labels_of_every_kind(tmp_path: Path, labels: list[str], names: list[str], expected: list[int]) -> None:

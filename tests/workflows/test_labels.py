@@ -10,6 +10,7 @@ import pytest
 from badge_peft.utils.problem import UNKNOWN_LABEL
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.labels import LabelSet
+from tests.texts import make_tokenizer
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 
@@ -97,3 +98,23 @@ def test_several_values_in_a_row() -> None:
     assert two.targets(rows([[1, 2.5], None])) == [[1.0, 2.5], None]
     with pytest.raises(ValueError, match="row 2.*a list of 2 finite numbers"):
         two.targets(rows([[1, 2.5], 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "tags"),
+    [
+        ("BI", ["B-a", "I-a", "B-a"]),
+        ("BI", ["I-a", "I-a", "B-a"]),
+        ("BIES", ["B-a", "E-a", "S-a"]),
+        ("BILU", ["B-a", "L-a", "U-a"]),
+    ],
+)
+def test_tags_of_every_scheme(prefixes: str, tags: list[str]) -> None:
+    """A head has all tags of the scheme, and entities in characters are the same labels as the tags."""
+    words = TextDataset(["film plot end"], labels=[tags], words=[["film", "plot", "end"]], tagged=True)
+    found = LabelSet.of_tags(words)
+    assert found.names == ["O", *(f"{prefix}-a" for prefix in prefixes)] and found.tokens
+    entities = [{"start": 0, "end": 9, "label": "a"}, {"start": 10, "end": 13, "label": "a"}]
+    spans = TextDataset(["film plot end"], labels=[entities], tagged=True)
+    labels = [found.encode(rows, make_tokenizer())["labels"][:] for rows in (words, spans)]
+    assert tags[0] == "I-a" or labels[0] == labels[1]

@@ -12,7 +12,7 @@ import pytest
 
 from badge_peft.workflows.data import read_examples
 from badge_peft.workflows.settings import Columns
-from badge_peft.workflows.sources import numbers_of, read_source
+from badge_peft.workflows.sources import read_source
 from badge_peft.workflows.stream import read_texts
 
 
@@ -95,22 +95,6 @@ def test_files_of_a_folder_with_other_columns(tmp_path: Path) -> None:
         ValueError, match="cannot be read: its files have different columns: text, label, and text, kin"
     ):
         read_examples(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (["1", None, "-20"], [1, None, -20]),
-        (["1", "0.5", ".5e3"], [1.0, 0.5, 500.0]),
-        (["True", "false"], [True, False]),
-        (["01", "1"], ["01", "1"]),
-        (["1", "1_0"], ["1", "1_0"]),
-        (["1", "9" * 30], [1.0, 1e30]),
-        ([None], [None]),
-    ],
-)
-def test_what_is_a_number(values: list[Any], expected: list[Any]) -> None:
-    assert numbers_of(values) == expected
 
 
 def test_a_folder_with_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(file: Path, pairs: list[tuple[str, str]], by_query: bool = False) -> TextFiles:
     file.write_text("".join(json.dumps({"query": a, "document": b}) + "\n" for a, b in pairs), encoding="utf-8")
-    return TextFiles([str(file)], by_query=by_query)
+    return TextFiles([str(file)], {"by_query": by_query})
 
 
 @given(pairs=PAIRS, size=st.integers(1, 5), by_query=st.booleans())

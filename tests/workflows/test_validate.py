@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from badge_peft.workflows.base_model import Base
-from badge_peft.workflows.settings import ExitOptions, Goal, TrainSettings
-from badge_peft.workflows.validate import check_output_dir, check_settings, check_training
+from badge_peft.workflows.labels import LabelSet
+from badge_peft.workflows.settings import DemoSettings, ExitOptions, Goal, TrainColumns, TrainingOptions, TrainSettings
+from badge_peft.workflows.validate import check_settings, check_training, with_output_dir
 from tests.models import make_model
 
 SINGLE, REGRESSION = "single_label_classification", "regression"
@@ -21,8 +21,7 @@ def settings(goal: dict[str, Any] | None = None, out: Path | str = "out", **exit
 
 
 def check(problem_type: str = SINGLE, **goal_and_exits: Any) -> None:
-    labels: Any = SimpleNamespace(problem_type=problem_type, names=["a", "b", "c"])
-    base = Base(make_model(), labels, [])
+    base = Base(make_model(), LabelSet(["a", "b", "c"], problem_type), [])
     assert check_training(settings(**goal_and_exits), base, labeled=True, eval_rows=100)
 
 
@@ -30,12 +29,29 @@ def check(problem_type: str = SINGLE, **goal_and_exits: Any) -> None:
 @pytest.mark.parametrize("where", ["/proc/self/nope", "/proc/self/nope/deeper"])
 def test_a_folder_that_cannot_be_made(where, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"output_dir='{where}' cannot be written"):
-        check_output_dir(settings(out=where))
+        with_output_dir(settings(out=where), "model")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        check_output_dir(settings(out=tmp_path / "file" / "out"))
-    check_output_dir(settings(out=tmp_path / "a" / "b"))
+        with_output_dir(settings(out=tmp_path / "file" / "out"), "model")
+    with_output_dir(settings(out=tmp_path / "a" / "b"), "model")
     assert not (tmp_path / "a").exists()  # nothing has been written
+
+
+@pytest.mark.parametrize(
+    ("group", "field"),
+    [
+        (TrainingOptions, {"adapter_lr": 0.0}),
+        (TrainingOptions, {"epochs": 0}),
+        (TrainColumns, {"eval_share": 1.0}),
+        (Goal, {"confidence": 1.0}),
+        (DemoSettings, {"max_length": 2}),
+        (DemoSettings, {"seed": -1}),
+        (DemoSettings, {"max_score_drop": 1.5}),
+    ],
+)
+def test_settings_name_what_is_wrong(group: type, field: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(field))}="):
+        group(**field)
 
 
 def test_policies_that_cannot_work() -> None:
