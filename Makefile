@@ -42,10 +42,12 @@ oldest: $(INSTALLED) ## run the contract and export tests on the oldest releases
 matrix: $(INSTALLED) ## run every leg of noxfile.py; ARGS go to nox, as in make matrix ARGS='-s adapters'
 	$(BIN)/python -m nox -r $(ARGS)
 
-lint: $(INSTALLED) ## check style, format and types; changes nothing
+lint: $(INSTALLED) ## check style, format, types, spelling and wording; changes nothing
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/codespell
+	$(BIN)/python -m tests.words
 
 format: $(INSTALLED) ## format the code and mend what ruff can mend
 	$(BIN)/python -m ruff check --fix --exit-zero .
