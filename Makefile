@@ -59,9 +59,10 @@ demo: $(DEMO_DATA) ## train, calibrate and time a small adapter on the CPU; ARGS
 docs: $(DOCS_TOOLS) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/
+dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/, and check what they say of themselves
 	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and everything built, but not .venv
 	rm -rf .nox build dist site demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
