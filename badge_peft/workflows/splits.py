@@ -61,7 +61,7 @@ def hold_out(examples: TextDataset, fraction: float, seed: int) -> tuple[TextDat
     count = max(1, round(fraction * len(different)))
     if len(different) <= count:
         raise ValueError(
-            f"there are too few different texts to hold some out: {len(different)}. Give more, or a file of their own "
+            f"there are too few different texts to hold some out: {len(different)}. Give more, or a separate file "
             "for the calibration with --eval-data."
         )
     held_out = set(different[:count])

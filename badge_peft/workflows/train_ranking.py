@@ -200,7 +200,7 @@ def _hold_out(examples: TextDataset, share: float, draw: random.Random) -> tuple
     parts = [[i for i, q in enumerate(examples.queries()) if (q in held) == wanted] for wanted in (False, True)]
     if not parts[0]:
         raise ValueError(
-            f"there are too few queries to hold some out: {len(queries)}. Give more, or a file of their own for "
+            f"there are too few queries to hold some out: {len(queries)}. Give more, or a separate file for "
             "the calibration with --eval-data."
         )
     return examples.select(parts[0]), examples.select(parts[1])
