@@ -89,4 +89,4 @@ def test_a_command_prints_lines_of_that_shape(page: Path, shown: str, place: Pat
 
 
 def test_the_tutorials_show_what_they_print() -> None:
-    assert {page.values[0].stem for page in SHOWN} >= {"after-deployment", "tokens"}
+    assert {page.values[0].stem for page in SHOWN} >= {"after-deployment", "many-tasks", "tokens"}
