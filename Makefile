@@ -42,10 +42,12 @@ oldest: $(INSTALLED) ## run the contract and export tests on the oldest releases
 matrix: $(INSTALLED) ## run every leg of noxfile.py; ARGS go to nox, as in make matrix ARGS='-s adapters'
 	$(BIN)/python -m nox -r $(ARGS)
 
-lint: $(INSTALLED) ## check style, format and types; changes nothing
+lint: $(INSTALLED) ## check style, format, types, spelling and wording; changes nothing
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/codespell
+	$(BIN)/python -m tests.words
 
 format: $(INSTALLED) ## format the code and mend what ruff can mend
 	$(BIN)/python -m ruff check --fix --exit-zero .
@@ -57,9 +59,10 @@ demo: $(DEMO_DATA) ## train, calibrate and time a small adapter on the CPU; ARGS
 docs: $(DOCS_TOOLS) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/
+dist: $(RELEASE_TOOLS) ## build wheel and sdist into dist/, and check what they say of themselves
 	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove caches and everything built, but not .venv
 	rm -rf .nox build dist site demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

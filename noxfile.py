@@ -17,7 +17,7 @@ os.environ.setdefault("UV_NATIVE_TLS", "1")
 os.environ.setdefault("UV_SYSTEM_CERTS", "1")
 
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["tests", "exhaustive", "adapters", "oldest", "oldest_onnx", "int8", "serve"]
+nox.options.sessions = ["tests", "exhaustive", "adapters", "oldest", "oldest_onnx", "int8", "serve", "package"]
 
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
@@ -94,6 +94,32 @@ def serve(session: nox.Session) -> None:
     """The service as it is started and batch scoring, on Ray, which `make test` does without."""
     session.install("-e", ".[dev,ray,serve]")
     session.run("pytest", "-m", "", "tests/serving", "tests/deploy", *session.posargs)  # the exhaustive ones, too
+
+
+@nox.session(venv_backend="venv")
+@nox.parametrize("kind", ["whl", "tar.gz"], ids=["wheel", "sdist"])
+def package(session: nox.Session, kind: str) -> None:
+    """What `make dist` builds: pip installs it in an empty environment, and the README and the quickstart run."""
+    session.install(*nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["release"])
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    session.run("python", "-m", "build", "--outdir", str(folder / "dist"))
+    session.run("twine", "check", "--strict", *map(str, (folder / "dist").iterdir()))
+    (built,) = (folder / "dist").glob(f"*.{kind}")
+
+    session.run("python", "-m", "venv", str(folder / "empty"))
+    python = str(folder / "empty" / "bin" / "python")
+    session.run(python, "-m", "pip", "install", f"badge-peft[train] @ {built.as_uri()}", external=True)
+    for name in ("tests", "docs"):
+        shutil.copytree(name, folder / "user" / name)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(name, folder / "user")
+    session.chdir(folder / "user")
+    session.run(str(folder / "empty" / "bin" / "badge-peft"), "train", "--help", external=True, silent=True)
+    session.run(python, "-m", "pip", "install", *TOOLS, external=True)
+    page = "test_a_page_runs_as_printed[quickstart]"
+    pages = ("test_readme.py::test_readme_code_runs_as_printed", f"test_docs.py::{page}")
+    session.run(python, "-m", "pytest", *(f"tests/{page}" for page in pages), *session.posargs, external=True)
 
 
 @nox.session

@@ -31,7 +31,7 @@ def save_tasks(
         model: A PEFT model with BADGE adapters.
         folder: Is made. Each adapter is saved in a folder of its name inside, and `tasks.json` names them.
         tasks: Names of the adapters, in the order of the answers; None takes all.
-        tokenizer: Saved beside them.
+        tokenizer: Saved in the same folder.
 
     Returns:
         The folder.
@@ -109,7 +109,7 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
         if config.backbone != "frozen":
             raise ValueError(
                 f"task {name!r} has backbone={config.backbone!r}, so its blocks compute something else than those of "
-                "the other tasks: train it with backbone='frozen', or run it in a call of its own."
+                "the other tasks: train it with backbone='frozen', or run it in a separate call."
             )
     heads = {config.reads_tokens: name for name, config in configs.items() if config.final_exit == "base_head"}
     if len(heads) > 1:
@@ -121,7 +121,7 @@ def check_together(configs: Mapping[str, BadgeConfig], own_base: bool = True) ->
     if len(paired) > 1:
         raise ValueError(
             f"task {paired[True]!r} was trained on pairs of texts and {paired[False]!r} on single ones, so no text "
-            "suits both: answer with each in a call of its own."
+            "suits both: run each in a separate call."
         )
     first, *others = configs
     for name in others:
@@ -150,6 +150,6 @@ def _check_tokenizers(tasks: Mapping[str, str]) -> None:
     for name in names[1:]:
         if found[name] != found[names[0]]:
             raise ValueError(
-                f"the tasks {names[0]!r} and {name!r} have different tokenizers beside their adapters, so one text "
+                f"the tasks {names[0]!r} and {name!r} have different tokenizers in their folders, so one text "
                 "would be other tokens for each: train them on one base model with its tokenizer."
             )

@@ -173,7 +173,7 @@ def push_to_hub(
     create_pr: bool = False,
     dry_run: bool = False,
 ) -> CommitInfo | list[str]:
-    """Uploads an adapter with its card. (`model.push_to_hub` works, too, but transformers puts a card of its own over
+    """Uploads an adapter with its card. (`model.push_to_hub` works, too, but transformers puts its own card over
     the one that is saved.)
 
     Args:

@@ -76,7 +76,7 @@ def read_card(folder: Path) -> ModelCard | None:
         return ModelCard.load(file) if file.exists() else None
     except (ValueError, YAMLError) as error:
         raise ValueError(
-            f"{file} cannot be read as a model card, so it cannot be kept: mend its first lines (YAML, UTF-8), or "
+            f"{file} cannot be read as a model card, so it cannot be kept: fix its first lines (YAML, UTF-8), or "
             f"take it away. ({error})"
         ) from error
 

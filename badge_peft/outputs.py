@@ -46,8 +46,8 @@ class EarlyExitOutput(ModelOutput):
         non_finite: [B] bool, the rows that had NaN or infinite logits at an exit. They did not stop there, unless it
             was the last that could answer: then `logits` are what it gave.
         token_exit_layer: [B, S], of token classification: the block that answered each token; 0 also for padding and
-            for special tokens, which nobody asks about. `logits` is [B, S, K] then, zeros for these, and `exit_layer`
-            is where the row left, with its last token.
+            for special tokens, which are ignored. `logits` is [B, S, K] then, zeros for these, and `exit_layer`
+            is where the row stopped, with its last token.
         num_labels: [B], with `adapter_names`: the K of each row's adapter. Its logits behind that are -inf, so that a
             softmax or an argmax needs no knowledge of it.
     """

@@ -117,7 +117,7 @@ class EarlyExitPipeline(_ExitRules, TextClassificationPipeline):  # type: ignore
 
 
 class EarlyExitTokenPipeline(_ExitRules, TokenClassificationPipeline):  # type: ignore[misc]  # typed for any
-    """transformers' token-classification pipeline, in which each token stops alone and a text leaves with its last.
+    """transformers' token-classification pipeline, in which each token stops alone and a text with its last.
 
     `aggregation_strategy`, `stride`, words and batches are as there; tags of IOBES and BILOU are read, too, and words
     whose tags name no entities are not joined. Each entity also holds `exit_layer`: the block
@@ -220,7 +220,7 @@ def pipeline(
         task: `text-classification` (or `sentiment-analysis`), `token-classification` (or `ner`).
         model: An adapter's folder or Hub repository, or a PEFT model with a BADGE adapter, which goes into eval mode.
             For many tasks a bundle, which `save_tasks` wrote, or a dict from tasks to folders or repositories.
-        tokenizer: A tokenizer, or the folder or repository of one; None takes the one that lies beside the adapter,
+        tokenizer: A tokenizer, or the folder or repository of one; None takes the one in the adapter's folder,
             else that of its base model.
         batch_size: Texts per pass; None is 1.
         device: As for `transformers.pipeline`; None leaves a loaded model where it is.

@@ -28,7 +28,8 @@ from common import describe, write_page  # noqa: E402
 from deployed_parts.clock import time_adapter  # noqa: E402
 from deployed_parts.exits import train_exits  # noqa: E402
 from deployed_parts.finetune import finetune  # noqa: E402
-from deployed_parts.page import page, read_found  # noqa: E402
+from deployed_parts.page import PICTURE, page, read_found  # noqa: E402
+from deployed_parts.picture import draw  # noqa: E402
 from deployed_parts.rivals import compare_models, linear_model  # noqa: E402
 from deployed_parts.scores import score_adapter  # noqa: E402
 from paper_grid.models import find_backbone  # noqa: E402
@@ -132,12 +133,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of the exits")
     parser.add_argument("--students", action="store_true", help="finetune: the first blocks alone, too")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--docs", type=Path, default=None, help="page: where to write it; default: print it")
+    parser.add_argument("--docs", type=Path, default=None, help="page: where to write it, with its picture")
     args = parser.parse_args()
     settings = yaml.safe_load(args.settings.read_text(encoding="utf-8"))
     torch.set_num_threads(args.threads or settings["threads"])
     if args.step == "page":
         found = read_found(args.out / "records", classifiers(settings, args))
+        if args.docs is not None and any(own.clocks for own in found):
+            draw(found, args.docs.parent / PICTURE)
         write_page(page(found, describe(torch.get_num_threads())), args.docs)
         return
     if args.data_dir is None:

@@ -51,8 +51,8 @@ def run(page: Path, space: dict[str, object]) -> dict[str, object]:
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
-    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+    """The page with empty lines in place of its fenced blocks."""
+    return _FENCE.sub(lambda block: "\n" * block[0].count("\n"), page.read_text(encoding="utf-8"))
 
 
 def links(page: Path) -> list[str]:

@@ -53,8 +53,6 @@ PUBLIC = (
     "badge_peft.training",
 )
 HUB = "google-bert/bert-base-uncased"
-# A policy is no rule, a prediction no answer, and time is measured, not read off a clock.
-INSTEAD = r"\b(?:exit )?rules?\b|\bon the clock\b|\bthe answers? of\b|\ball the way\b|\bbehind the exit\b"
 
 
 def test_the_first_page_lists_every_extra() -> None:
@@ -206,19 +204,13 @@ def test_every_entry_of_the_navigation_exists_and_every_page_is_found() -> None:
     assert [path_of(p) for p in PAGES if p not in linked and p.relative_to(DOCS).as_posix() not in entries] == []
 
 
-def test_pages_for_users_are_short_and_have_one_word_for_one_thing() -> None:
+def test_pages_for_users_are_short() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     sections = {name: _files(part) for entry in nav for name, part in entry.items()}
     contributors = sections.pop("For contributors")
     users = [DOCS / file for files in sections.values() for file in files if not file.startswith("api/")]
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in users) <= 16_000
     assert "architecture.md" in contributors and len(users) > 15
-    found = [
-        f"{path_of(page)}: {words}"
-        for page in (README, *users, *(DOCS / "api").glob("*.md"))
-        for words in re.findall(INSTEAD, re.sub(r"`[^`]*`", "", " ".join(prose(page).split())), re.IGNORECASE)
-    ]
-    assert not found, f"say policy, time, predictions, run every block, skip the blocks after: {', '.join(found)}"
 
 
 def _files(nav: Any) -> list[str]:
@@ -387,7 +379,7 @@ def test_the_parameter_formulas_of_choosing(bert: Any) -> None:
     assert both == 2 * exits["past_future"] - d * (d + 1)  # exits 1, which looks back at none, and M
     assert said["`bias=True` adds"] == r + d == trained(bert, bias=True, **one) - trained(bert, **one)
     two = {"exit_layers": [1, 2], "train_head": False}
-    assert said['`carry="logits"` adds, but for the first exit'] == trained(bert, carry="logits", **two) - trained(
+    assert said['`carry="logits"` adds, except for the first exit'] == trained(bert, carry="logits", **two) - trained(
         bert, **two
     )
     assert said["exit 0"] == exits["linear"] == trained(bert, exit_layers=[0], train_head=False)

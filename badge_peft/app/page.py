@@ -110,7 +110,7 @@ class Callbacks:
         tokens = len(tokenizer(text, pair, verbose=False)["input_ids"])
         read = len(row["input_ids"])
         cut = (
-            f"The text has {tokens:,} tokens, and the model reads {read:,}: what is behind them was cut, as "
+            f"The text has {tokens:,} tokens, and the model reads {read:,}: the rest was cut, as "
             "badge-peft predict cuts it."
         )
         return collect_exit_logits(self.adapter.model, [row]), cut if tokens > read else ""

@@ -29,7 +29,7 @@ def split_arguments(model: nn.Module, arguments: dict[str, Any]) -> tuple[dict[s
             inputs[name] = value
     for name in _REFUSED:
         if inputs.pop(name, None):
-            raise ValueError(f"{name} is not supported by early_exit_forward: rows leave at different blocks.")
+            raise ValueError(f"{name} is not supported by early_exit_forward: rows stop at different blocks.")
     known = _names(type(model).forward)
     if known and not inputs.keys() <= known:
         unknown = [name for name, value in inputs.items() if name not in known and not isinstance(value, Tensor)]

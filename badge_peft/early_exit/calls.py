@@ -202,7 +202,7 @@ def check_adapter_names(badge: Any, adapter_names: Any, batch_size: int) -> None
     if tokens and len(names) > 1:
         raise ValueError(
             f"adapter {tokens[0]!r} classifies tokens, so its rows have answers of another shape than those of "
-            "others: run them in a call of their own, or give tasks=[...] in place of adapter_names."
+            "others: run them in a separate call, or give tasks=[...] in place of adapter_names."
         )
     _check_frozen(badge, "adapter_names", names)
 
@@ -255,7 +255,7 @@ def _check_frozen(badge: Any, argument: str, names: Sequence[str]) -> None:
         if name in names:
             raise ValueError(
                 f"adapter {name!r} has {changes}, so its rows cannot share a pass with those of others: run them in a "
-                f"call of their own, after set_adapter({name!r}). {argument} takes adapters with backbone='frozen' "
+                f"separate call, after set_adapter({name!r}). {argument} takes adapters with backbone='frozen' "
                 "that save no module but the model's head."
             )
         raise ValueError(

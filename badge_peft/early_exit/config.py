@@ -31,7 +31,7 @@ _REMOVED: dict[str, tuple[Any, str]] = {
 @dataclass(frozen=True)
 class EarlyExitConfig:
     """How an adapter stops: the policy and its parameters. It never changes: `of` and `dataclasses.replace` make
-    another one, without `calibration` where the rule is another. Lists and dicts are copied on their way in.
+    another one, without `calibration` where the policy differs. Lists and dicts are copied on their way in.
 
     `None` for `threshold` or `patience` means the documented default of the policy, worked out for the number of
     labels when the policy is built (see `badge_peft.early_exit.policies`); it never means "do not stop".
@@ -192,11 +192,11 @@ def register_policy(policy: Policy) -> Policy:
     A class that is defined again, as a cell of a notebook does, takes the place of the first.
 
     Raises:
-        ValueError: the class has no name of its own, or the name of another policy.
+        ValueError: the class does not set `name`, or another policy has it.
     """
     name = vars(policy).get("name")
     if not isinstance(name, str) or not name or name == _TAKEN:
-        raise ValueError(f"{policy.__name__}.name={name!r} is not allowed: a policy needs a name of its own.")
+        raise ValueError(f"{policy.__name__}.name={name!r} is not allowed: a policy needs its own name.")
     other = POLICIES.get(name, policy)
     if (other.__module__, other.__qualname__) != (policy.__module__, policy.__qualname__):
         raise ValueError(

@@ -1,7 +1,7 @@
 """`ExitHistory`: the logits of some rows at the exits so far, the one input of every policy.
 
 It lives on the host, in numpy: a decision needs the logits there anyway (on CUDA that copy is the only
-synchronisation), and numpy's calls cost a third of torch's on such small arrays. All maths is float32 in log-space, so
+synchronization), and numpy's calls cost a third of torch's on such small arrays. All math is float32 in log-space, so
 no logit, however large, gives a NaN. Rows whose logits are NaN or infinite themselves are noted in `finite`, and zeros
 stand in for these logits. Arrays are exit-major, [E, n, K], so that one exit's numbers lie side by side and a row's
 results do not depend on the other rows.

@@ -47,10 +47,10 @@ class CostModel:
 
     Args:
         full_ms: The model without exits, for each row of a call.
-        call_ms: Of a call that may exit early, for each row, what no exit saves.
+        call_ms: Of a call that may exit early, for each row, the part that exits cannot save.
         block_ms: A block.
         exit_ms: Reading an exit and deciding at it.
-        linked: Whether an exit is computed for those behind it even where nothing is decided at it.
+        linked: Whether an exit is computed for later ones even where nothing is decided at it.
         batch_size: Rows of a call.
         threads: Of torch.
         device: Where the model was.

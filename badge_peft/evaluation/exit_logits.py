@@ -44,8 +44,8 @@ class ExitLogits:
             lose is then counted from it, and else from the best exit.
         groups: [N], an id for each row, the same for the candidates of a query; kept as whole numbers. None: no query.
         texts: [N], of token classification, where each row is a token: a number for each, the same for all tokens of a
-            text, which lie side by side. A text leaves with its last token, and blocks are those of texts. None: each
-            row leaves by itself.
+            text, which lie side by side. A text stops with its last token, and blocks are those of texts. None: each
+            row stops by itself.
         label_names: K, of token classification the tags by which entities are scored.
 
     Raises:

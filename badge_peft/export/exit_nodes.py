@@ -1,6 +1,6 @@
 """`ExitNodes`: one exit inside of an exported graph, with which a policy writes itself as ONNX nodes.
 
-The maths that policies share is written once for a graph, as `ExitHistory` and `divergences` have it in numpy. Nothing
+The math that policies share is written once for a graph, as `ExitHistory` and `divergences` have it in numpy. Nothing
 here needs onnx: `badge_peft.export` hands over the graph, and a `Value` is what the graph makes of a node.
 """
 

@@ -60,7 +60,7 @@ def export_onnx(
     Args:
         model: A PEFT model with an active BADGE adapter, in float32. It is copied, and stays as it is.
         directory: Is made; files of the same names are replaced.
-        tokenizer: Saved beside the graph, for `OnnxEarlyExitModel.predict`.
+        tokenizer: Saved next to the graph, for `OnnxEarlyExitModel.predict`.
         early_exit_config: The policy that goes into the file; None takes the active adapter's own. `min_exit`,
             `max_exit` and `depth` are fixed in the file, and blocks that no row can reach are not in it.
         int8: Quantize the weights of the blocks dynamically, with onnxruntime's own tool. Exits and decisions stay in
@@ -91,7 +91,7 @@ def export_tasks_onnx(
     int8: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes `model.onnx` for many tasks, with the tokenizer and configs beside it.
+    """Writes `model.onnx` for many tasks, with the tokenizer and configs.
 
     The graph takes `input_ids`, `attention_mask` (and `token_type_ids` where the model has them), [B, S] int64, and
     for each task the scalars `<task>.threshold` (float32) and `<task>.patience` (int64), which may be left out: its
@@ -102,7 +102,7 @@ def export_tasks_onnx(
         model: A PEFT model with BADGE adapters, in float32. It is copied, and stays as it is.
         directory: Is made; files of the same names are replaced.
         tasks: Names of adapters; None takes all.
-        tokenizer: Saved beside the graph, for `OnnxTasksModel.predict`.
+        tokenizer: Saved next to the graph, for `OnnxTasksModel.predict`.
         early_exit_config: As for `early_exit_forward(tasks=...)`.
         int8: As for `export_onnx`.
         progress: Show a progress bar.

@@ -30,7 +30,7 @@ class OnnxReranker:
         max_state_bytes: Memory for the states and masks of one query's candidates.
 
     Raises:
-        ValueError: its rule does not rank, or a number that is not allowed.
+        ValueError: its policy does not rank, or a number that is not allowed.
     """
 
     def __init__(self, model: OnnxEarlyExitModel, *, max_state_bytes: int = 2**30) -> None:

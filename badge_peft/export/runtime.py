@@ -26,7 +26,7 @@ class OnnxOutput:
     Args:
         logits: [B, K] float32, of the exit at which the row stopped; of token classification [B, S, K].
         exit_layer: [B] int64, the block that answered, 1 to M; 0 for the exit on the embeddings. Of tokens [B, S],
-            0 also for those that nobody asked about; a row left at the largest of its own.
+            0 also for ignored ones; a row stopped at the largest of these.
     """
 
     logits: np.ndarray
@@ -37,7 +37,7 @@ class OnnxEarlyExitModel(ExportedFolder):
     """An exported model. Made by `from_pretrained`.
 
     Attributes:
-        config: What `early_exit.json` says: labels, exits, the rule and its defaults.
+        config: What `early_exit.json` says: labels, exits, the policy and its defaults.
     """
 
     #: Whether the files that this runs are of many tasks.
@@ -80,7 +80,7 @@ class OnnxEarlyExitModel(ExportedFolder):
         inside = config if stored is None else json.loads(stored)  # files of earlier versions have none
         if inside.get("id") != config.get("id"):
             warnings.warn(
-                f"{folder / CONFIG} belongs to another model than the {MODEL} beside it, as where an export was "
+                f"{folder / CONFIG} belongs to another model than the {MODEL} in its folder, as where an export was "
                 "interrupted: what the model itself says is taken. Export again.",
                 stacklevel=2,
             )
@@ -197,7 +197,7 @@ class OnnxEarlyExitModel(ExportedFolder):
         Returns:
             Per text `label`, `score` and `exit_layer`; `labels` where a text may have several, `value` for
             regression. Of token classification `entities`, as `answers_of` has them, and `exit_layer`: the first
-            sub-token of each word answers for it, and the text leaves with the last of these. Of many tasks a dict
+            sub-token of each word answers for it, and the text stops with the last of these. Of many tasks a dict
             from tasks to such.
         """
         if "top_k" in self.config:

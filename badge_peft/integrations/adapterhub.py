@@ -48,7 +48,7 @@ def from_adapterhub(
         base_model: The plain model, of the architecture that the adapter was trained on.
         name: Which adapter of a model; None: its only one.
         adapter_name: What the BADGE adapter is called.
-        **fields: Of `BadgeConfig`, but for `placement`, `r`, `activation` and `bias`, which the adapter says.
+        **fields: Of `BadgeConfig`, except for `placement`, `r`, `activation` and `bias`, which the adapter says.
 
     Returns:
         The PEFT model, in the mode of `base_model`.

@@ -23,15 +23,15 @@ _SCALINGS = ("learned", "channel")
 # field -> the only value that a bypass can be, the library's default where a file has none, and what else it would be
 _FIELDS: dict[str, tuple[Any, Any, str]] = {
     "is_parallel": (True, False, "a sequential adapter reads the output of the feed-forward part, not its input"),
-    "output_adapter": (True, False, "a bypass stands beside the feed-forward part"),
-    "mh_adapter": (False, False, "a bypass stands beside the feed-forward part, not behind the attention"),
+    "output_adapter": (True, False, "a bypass is parallel to the feed-forward part"),
+    "mh_adapter": (False, False, "a bypass is parallel to the feed-forward part, not after the attention"),
     "cross_adapter": (False, False, "an encoder has no cross-attention"),
-    "ln_before": (False, False, "a bypass has no norm of its own inside"),
-    "ln_after": (False, False, "a bypass has no norm of its own inside"),
+    "ln_before": (False, False, "a bypass has no norm inside"),
+    "ln_after": (False, False, "a bypass has no norm inside"),
     "use_gating": (False, False, "a bypass has no gate"),
     "phm_layer": (False, False, "a bypass has plain matrices (no Compacter)"),
     "inv_adapter": (None, None, "a bypass leaves the embeddings alone"),
-    "original_ln_after": (True, True, "exit m reads the sum behind the block's last norm"),
+    "original_ln_after": (True, True, "exit m reads the sum after the block's last norm"),
 }
 _REMEDY = (
     "Train a parallel adapter, model.add_adapter(name, config='par_bn'), or start from new bypasses, BadgeConfig()"

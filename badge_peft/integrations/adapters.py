@@ -240,7 +240,7 @@ def _check_config(name: str, config: Any, placement: str) -> None:
     if kind is None and not config.get("original_ln_after", True):
         raise ValueError(
             f"the active adapter {name!r} has original_ln_after=False, which is not allowed: the block then ends "
-            "behind its last norm, of which an exit's norm is a copy. Train it with original_ln_after=True."
+            "after its last norm, of which an exit's norm is a copy. Train it with original_ln_after=True."
         )
     second_pass = config.get("output_adapter") if kind is None else config.get("composition_mode") != "add"
     if placement == "mhsa" and second_pass:

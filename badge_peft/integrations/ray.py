@@ -38,14 +38,14 @@ def predict_dataset(
     device: str | None = None,
     **overrides: Any,
 ) -> Any:
-    """A `ray.data.Dataset` with the answers beside its columns, computed when it is read.
+    """A `ray.data.Dataset` with the predictions next to its columns, computed when it is read.
 
     Args:
         dataset: Of rows with a text each, or a pair of texts.
         adapter: A folder that every machine can read, or a repository; or a dict from tasks to such.
         columns: Where the texts are; a text column that is not named is found by its usual names.
         batch_size: Texts per pass.
-        workers: How many processes answer, each with one core, or one GPU. Default: as many as there are, but for a
+        workers: How many processes answer, each with one core, or one GPU. Default: as many as there are, except for a
             core that reads the dataset.
         base_model: As for `load_pretrained`.
         device: `cpu` or `cuda`. Default: GPUs where the cluster has some.

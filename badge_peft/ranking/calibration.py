@@ -183,7 +183,7 @@ def ranking_front(stored: ExitLogits, asked: EarlyExitConfig, ordered: bool = Fa
 
 
 def sweep_ranking(exit_logits: ExitLogits, top_k: int = 10, points: int = 20) -> TradeOff:
-    """The trade-off of `top_k` on stored scores that have `groups`, and the fixed depths beside it, where all
+    """The trade-off of `top_k` on stored scores that have `groups`, and of the fixed depths, where all
     candidates stop at one block.
 
     Args:

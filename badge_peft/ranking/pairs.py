@@ -21,7 +21,7 @@ class ExitReport:
         candidates: How many there were, N.
         num_blocks: M.
         blocks_run: Over all candidates; full depth is N * M.
-        left: Block number of each exit -> candidates that went on behind it; 0 behind the last.
+        left: Block number of each exit -> candidates that went on after it; 0 after the last.
         cut: Candidates that were longer than the model reads, and were cut.
         exit_layer: [N], the block that each candidate stopped at.
     """
@@ -76,7 +76,7 @@ def check_documents(query: Any, documents: Any) -> list[str]:
 def warn_of_more(top_k: int, calibrated: int, stacklevel: int) -> None:
     """Warns of a `top_k` beyond that of the margins, by which they are used all the same; `stacklevel` as usual."""
     warnings.warn(
-        f"the margins were calibrated for top_k={calibrated}, and {top_k} are asked for: how often these are full "
+        f"the margins were calibrated for top_k={calibrated}, and {top_k} are requested: how often these are full "
         f"depth's is not known. Calibrate with top_k={top_k}.",
         stacklevel=stacklevel,
     )

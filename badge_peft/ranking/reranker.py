@@ -92,7 +92,7 @@ class EarlyExitReranker:
 
         Args:
             adapter: A folder or Hub repository.
-            tokenizer: A tokenizer; None takes the one beside the adapter, else that of its base model.
+            tokenizer: A tokenizer; None takes the one in the adapter's folder, else that of its base model.
             **kwargs: For `load_pretrained` (`base_model`, `dtype`, `token`, ...).
 
         Raises:

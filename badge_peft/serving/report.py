@@ -58,7 +58,7 @@ class ServiceMetrics:
         said = "Seconds from a request to its answer, in the replica."
         self._latency = make(prometheus.Histogram, "latency_seconds", said, buckets=_SECONDS)
         self._rows = make(count, "rows", "Rows by task and the block that answered.", "task", "exit_layer")
-        self._blocks = make(count, "blocks", "Blocks until the answers of a task.", "task")
+        self._blocks = make(count, "blocks", "Blocks until a task's prediction.", "task")
         self._waiting = make(gauge, "waiting_rows", "Rows that are accepted and not answered.", "replica")
         self._setting = make(gauge, "setting", "Fields of the setting in force.", "task", "field")
         self._policy = make(gauge, "policy", "1 for the policy in force.", "task", "policy")

@@ -69,7 +69,7 @@ class PolicyUpdate(BaseModel):
 def shape_message(errors: Sequence[dict[str, Any]], content_type: str) -> str:
     """What is wrong with the shape of a body, in a line, without what the body holds."""
     if "json" not in content_type:
-        return "the body is not said to be JSON: send the header Content-Type: application/json."
+        return "the body is not declared as JSON: send the header Content-Type: application/json."
     if errors and errors[0]["type"] == "json_invalid":
         return f"the body is no JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][1]}."
     parts: dict[str, str] = {}

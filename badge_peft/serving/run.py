@@ -101,7 +101,7 @@ def run_service(
     Raises:
         OSError: the port is in use, or there is no such cluster.
         ValueError: the adapter cannot be served, no target can be kept, Ray Serve does not take the autoscaling, or
-            the cluster has a service already, listens elsewhere, or asks nobody for a token.
+            the cluster has a service already, listens elsewhere, or needs no token.
     """
     stop = threading.Event()
     check_settings(settings)
@@ -176,7 +176,7 @@ def _join_cluster(address: str, host: str, port: int) -> None:
         raise OSError(no_cluster(address, error)) from error
     if os.environ.get(AUTH, "token") == "token" and _obeys_everybody():
         raise ValueError(
-            f"the cluster at {address} asks nobody for a token: all who reach it run code there. Start it with "
+            f"the cluster at {address} needs no token: everyone who reaches it can run code there. Start it with "
             f"{AUTH}=token, or join it as it is with {AUTH}=disabled."
         )
     start_serve(host, port)
@@ -225,7 +225,7 @@ def _wait_for_proxy(host: str, port: int, address: str | None) -> None:
         elif "HEALTHY" in serve.status().proxies.values():
             return
         time.sleep(0.1)
-    raise ValueError(f"the service has not started: nobody answers at {host}:{port}.")
+    raise ValueError(f"the service has not started: nothing answers at {host}:{port}.")
 
 
 def _end(settings: ServiceSettings, address: str | None) -> None:

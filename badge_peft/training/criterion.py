@@ -50,7 +50,7 @@ class Criterion:
                 "the loss as compute_loss_func."
             )
         if given and self.function is not None:
-            raise ValueError(f"{given[0]} would be ignored beside compute_loss_func: make it a part of that function.")
+            raise ValueError(f"{given[0]} would be ignored with compute_loss_func: make it a part of that function.")
         if self.class_weights is not None and len(self.class_weights) != num_labels:
             raise ValueError(
                 f"class_weights has {len(self.class_weights)} numbers, but the model has {num_labels} classes: give "

@@ -26,7 +26,7 @@ def check_options(args: TrainingArguments, optimizer: tuple[Any, dict[str, Any]]
         )
     if optimizer is not None and "lr" in optimizer[1]:
         raise ValueError(
-            f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, but each part of the model has a rate of its own: "
+            f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, but each part of the model has its own rate: "
             "leave it out, and set adapter_learning_rate, head_learning_rate and learning_rate."
         )
 
@@ -37,7 +37,7 @@ def check_training(args: TrainingArguments, adapter_name: str, replaces_optimize
     size = env_rank_world()[1]
     if size > 1 and args.world_size == 1:
         raise ValueError(
-            f"{size} processes were started, but each would train alone: on CPUs, Trainer has to be told. Make the "
+            f"{size} processes were started, but each would train alone: on CPUs, Trainer does not notice. Make the "
             "arguments with multi_exit_arguments, or pass use_cpu=True to TrainingArguments."
         )
     if args.load_best_model_at_end and adapter_name != "default":

@@ -124,7 +124,7 @@ def make_stages(
             if getattr(args, name) != OWN_FIELDS[name]:
                 raise ValueError(
                     f"{name}={getattr(args, name)!r} would be ignored: the objective is an object of your own, with "
-                    f"options of its own. Leave it out, and give it to {type(own).__name__}."
+                    f"its own options. Leave it out, and give it to {type(own).__name__}."
                 )
         return [Stage(own)]
     weights = exit_weights if args.exit_weights is None else args.exit_weights

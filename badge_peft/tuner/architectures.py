@@ -109,7 +109,7 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
     if getattr(model, "main_input_name", None) == "pixel_values":
         raise ValueError(
             f"{type(model).__name__} reads images, and exits are put on models that read texts: their rows are tokens "
-            "with an attention mask, by which rows leave a batch. There is no remedy here yet."
+            "with an attention mask, by which rows stop early. There is no remedy here yet."
         )
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if layout is None:

@@ -175,7 +175,7 @@ class BadgeConfig(PeftConfig):
             of_weights = source.config_of_other_weights(config.weights_hash)
             if of_weights is not None:
                 warnings.warn(
-                    f"{pretrained_model_name_or_path}/{CONFIG_NAME} belongs to other weights than those beside it, as "
+                    f"{pretrained_model_name_or_path}/{CONFIG_NAME} belongs to other weights than those there, as "
                     "where saving was interrupted: the config inside of the weights is taken. Save the adapter again.",
                     stacklevel=2,
                 )
@@ -188,7 +188,7 @@ class BadgeConfig(PeftConfig):
         adapter on a model.
 
         Raises:
-            ValueError: the weights beside it are of two savings, and PEFT would read those of the earlier one.
+            ValueError: the weights in its folder are of two savings, and PEFT would read those of the earlier one.
         """
         folder = Path(save_directory)
         check_latest(folder)

@@ -20,7 +20,7 @@ _AGAIN = (
 #: Fields that are no more, for `without_removed`.
 REMOVED: dict[str, tuple[Any, str]] = {
     "ladder": (False, f"Leave it out. {_AGAIN}"),
-    "norm": ("own", f"Leave it out: each bypass has a LayerNorm of its own. {_AGAIN}"),
+    "norm": ("own", f"Leave it out: each bypass has its own LayerNorm. {_AGAIN}"),
 }
 
 

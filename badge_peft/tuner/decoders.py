@@ -76,7 +76,7 @@ def decoder_arguments(model: nn.Module, arguments: dict[str, Any], batch_size: i
     given = [name for name in ("use_cache", *_CACHES) if arguments.get(name) not in (None, False)]
     if given:
         raise ValueError(
-            f"{given[0]} is not allowed: a classifier reads each text once, and rows leave at different blocks. Leave "
+            f"{given[0]} is not allowed: a classifier reads each text once, and rows stop at different blocks. Leave "
             "it out."
         )
     if batch_size > 1 and _pad_token(model) is None:

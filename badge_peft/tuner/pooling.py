@@ -14,7 +14,7 @@ TOKENS = "tokens"
 
 
 class Pooling:
-    """One call's pooling: `pick` before the position-wise maths, `reduce` after it.
+    """One call's pooling: `pick` before the position-wise math, `reduce` after it.
 
     Of a mask [B, S] (None: every position is real), `cls` is position 0, `mean` goes over all, `last` is the last
     one, and `tokens` leaves all as they are, for exits that answer each token.

@@ -59,7 +59,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     shares_pooler = config.exit_type == "shared_pooled"
     if shares_pooler and own_pooler(model, layout) is None:
         raise ValueError(
-            f"exit_type='shared_pooled' is not allowed on this {type(model).__name__}, which has no pooler of its own "
+            f"exit_type='shared_pooled' is not allowed on this {type(model).__name__}, which has no pooler "
             "(a dense layer and a tanh before its head): use 'pooled', which gives each exit one, or 'linear'."
         )
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))

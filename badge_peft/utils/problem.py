@@ -137,7 +137,7 @@ class MultiLabel(Problem):
             row = _first_row(wrong, batch_size)
             raise ValueError(
                 f"row {row} has the label {labels.reshape(batch_size, -1)[row].tolist()}: {self.name} needs "
-                f"{'numbers from 0 to 1' if self.gives_labels else 'finite numbers'}. Mend the row, or leave it out."
+                f"{'numbers from 0 to 1' if self.gives_labels else 'finite numbers'}. Fix the row, or leave it out."
             )
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:

@@ -148,7 +148,7 @@ def find_words(row: Mapping[str, Any], wanted: TextColumns, recorded: Mapping[st
 def check_tags(words: Sequence[str], tags: Sequence[Any], row: int) -> None:
     """Refuses a row whose tags are not those of its tokens."""
     if len(words) != len(tags):
-        raise ValueError(f"row {row} has {len(words)} tokens and {len(tags)} tags: each token needs one. Mend it.")
+        raise ValueError(f"row {row} has {len(words)} tokens and {len(tags)} tags: each token needs one. Fix the row.")
     for i, tag in enumerate(tags):
         if not isinstance(tag, str) or not tag:
             raise ValueError(
@@ -166,7 +166,7 @@ def check_entities(text: str, entities: Sequence[Any], row: int) -> None:
         if not (whole and 0 <= first < last <= len(text) and text[first:last].strip()):
             raise ValueError(
                 f"row {row} has the entity {entity}, and its text has {len(text)} characters: start and end are "
-                "places in it, with something but white space between them. Mend the row."
+                "places in it, with something but white space between them. Fix the row."
             )
         if not isinstance(label, str) or not label:
             raise ValueError(f"row {row} has the entity {entity}, whose label must be the name of its kind.")

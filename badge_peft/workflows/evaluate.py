@@ -165,7 +165,7 @@ def _relevance(label: Any, examples: TextDataset, i: int) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(
             f"column {examples.columns.get('label')!r} holds {label!r} in row {examples.number(i)}: relevance is a "
-            "number, 0 for none. Mend the row, name another column with --label-column, or leave the labels out "
+            "number, 0 for none. Fix the row, name another column with --label-column, or leave the labels out "
             "(--unlabeled)."
         )
     return value

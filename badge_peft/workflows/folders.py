@@ -55,7 +55,7 @@ def predict_folder(
     as for `read_texts`. Without `workers` as many processes answer as the machines have cores (or GPUs); without
     `address` a Ray cluster is started here for this call."""
     if distributed.rank_world()[1] > 1:
-        raise ValueError("Ray starts processes of its own: call badge-peft predict --engine ray by itself.")
+        raise ValueError("Ray starts its own processes: call badge-peft predict --engine ray by itself.")
     folder, out = Path(folder), Path(out)
     outputs = _outputs(folder, out, format)
     answerer = Answerer(answering)
@@ -105,7 +105,7 @@ def _outputs(folder: Path, out: Path, format: str | None) -> dict[Path, Path]:
         found[folder / name] = out / (name if name.suffix == ".parquet" else name.with_name(f"{name.name}.parquet"))
     twice = [output for output, count in Counter(found.values()).items() if count > 1]
     if twice:
-        raise ValueError(f"the answers of two files would be called {twice[0]}: rename one of them.")
+        raise ValueError(f"the predictions for two files would be called {twice[0]}: rename one of them.")
     return found
 
 

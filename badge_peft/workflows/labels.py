@@ -56,7 +56,7 @@ class LabelSet:
             others = sorted(tag for tag in tags if tag != OUTSIDE and not tag.startswith(("B-", "I-")))
             warnings.warn(
                 f"{', '.join(others[:5])} and the other tags are of no one scheme (IOB1, IOB2, IOBES, BILOU), so "
-                "tokens are scored, and not entities: mend them, where these are meant.",
+                "tokens are scored, and not entities: fix them, if these are meant.",
                 stacklevel=2,
             )
         names = sorted(tags) if scheme is None else tag_names(kinds, scheme)
@@ -192,6 +192,6 @@ class LabelSet:
         needed = f"a list of {len(self.names)} finite numbers" if several else "a finite number"
         raise ValueError(
             f"column {rows.columns.get('label')!r} holds {value!r} in row {rows.number(i)}, but the model does "
-            f"regression and needs {needed}. Mend or leave out the row, name another column with --label-column, "
+            f"regression and needs {needed}. Fix or leave out the row, name another column with --label-column, "
             f"{_LEAVE_OUT}."
         )

@@ -91,7 +91,7 @@ def hold_out(
     if len(different) <= count:
         raise ValueError(
             f"there are too few different {'queries' if by_query else 'texts'} to hold some out: {len(different)}. "
-            "Give more, or a file of their own for the calibration with --eval-data."
+            "Give more, or a separate file for the calibration with --eval-data."
         )
     held_out = set(different[:count])
     if not by_query:

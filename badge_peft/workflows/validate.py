@@ -192,7 +192,7 @@ def with_output_dir(settings: TrainSettings, model: str) -> TrainSettings:
     if out.is_file():
         raise ValueError(f"output_dir={str(out)!r} is a file: name a folder.")
     if (out / "config.json").exists():
-        raise ValueError(f"output_dir={str(out)!r} holds a model: an adapter goes into a folder of its own.")
+        raise ValueError(f"output_dir={str(out)!r} holds a model: an adapter needs its own folder.")
     searched = (STUDY, SEARCH_PICTURE) if settings.search.trials else ()  # a search that goes on
     if out.is_dir() and any(file.name not in searched for file in out.iterdir()) and not settings.overwrite:
         raise ValueError(f"output_dir={str(out)!r} is not empty: name another, or overwrite it with --overwrite.")

@@ -12,12 +12,13 @@ ROWS, BATCH, BATCHED_ROWS = 200, 32, 640
 
 
 def time_adapter(folder: Path, test: Path, threads: int) -> dict[str, Any]:
-    """Mean milliseconds of a call with one text, all ways to run it; and of one with 32 texts in PyTorch."""
+    """Mean milliseconds and score of all ways to run one text a call; milliseconds of 32 texts a call in PyTorch."""
     adapter = open_adapter(folder)
     rows = adapter.read(test)
     one = bench_adapter(adapter, rows, limit=ROWS, threads=threads)
     many = bench_adapter(adapter, rows, limit=BATCHED_ROWS, batch_size=BATCH, threads=threads, onnx=False)
-    return {"one": _means(one), "batch": _means(many), "threads": threads}
+    scores = {each["name"]: each["score"] for each in one["results"]}
+    return {"one": _means(one), "scores": scores, "batch": _means(many), "threads": threads}
 
 
 def _means(found: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,10 @@
-"""Takes the picture of docs/app.md: `python -m tests.app.screenshot ADAPTER TEXT docs/img/app.png [OPTION ...]`, with
-options of `badge-peft app`."""
+"""Takes the picture of docs/app.md, after `make demo`:
+
+    python -m tests.app.screenshot demo_out/exits "It starts slowly, but the last hour is a joy to watch." \\
+        docs/img/app.png
+
+Options of `badge-peft app` may follow. Choose a text that the model gets right and that stops between first and last.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from common import describe  # noqa: E402
-from deployed_parts.page import LADDER, page, read_found  # noqa: E402
+from deployed import main  # noqa: E402
+from deployed_parts.page import LADDER, Found, page, read_found  # noqa: E402
+from deployed_parts.picture import fixed_depths, points  # noqa: E402
 
 
 def early(score: float, blocks: float) -> dict[str, Any]:
@@ -73,3 +76,45 @@ def test_rivals_stand_beside(tmp_path: Path) -> None:
     text = made(tmp_path, {"a-tiny.default0": adapter(0.9), "a-tiny.plain0": adapter(0.87), **records})
     assert "No times are measured yet." in text
     assert "| 90.0% at 60.0% | 89.0% at 50.0% | 87.0% at 60.0% | 1: 85.0% at 80% | 70.0% |" in text
+
+
+def test_points_are_times_and_scores_of_each_runtime() -> None:
+    scores = dict.fromkeys(LADDER, 0.92) | {LADDER[4]: 0.91, LADDER[5]: None}
+    clocks = [{**clock(0.5, 2.0), "scores": scores}, clock(0.7, 2.0)]  # an older record has no scores
+    torch, onnx, int8 = points(Found("a", "A", [adapter(0.88), adapter(0.9)], clocks, {}))
+    assert torch == onnx == ((10.0, 0.9), (pytest.approx(4.0), pytest.approx(0.89)))
+    assert int8 == ((3.0, pytest.approx(0.895)), (1.5, pytest.approx(0.89)))
+
+
+def test_a_fixed_depth_takes_the_time_of_the_first_blocks() -> None:
+    own = {**adapter(0.9), "exit_layers": [0, 1, 2], "per_exit": [0.7, 0.8, 0.9]}
+    rivals = {"full": {"ms": 8.0, "int8_ms": 4.0}, "first 1": {"ms": 6.0, "int8_ms": 1.0}}
+    torch, onnx, int8 = fixed_depths(Found("a", "A", [own], [clock(0.5, 2.0)], {"rivals": rivals}))
+    for line, ms in ((torch, 7.5), (int8, 0.75), (onnx, 5.0)):  # this one was not timed: its share of the blocks
+        assert line[0] == pytest.approx((ms, 0.8))
+    assert [line[1] for line in (torch, onnx, int8)] == [
+        pytest.approx(own) for own in ((10, 0.9), (10, 0.9), (3, 0.9))
+    ]
+
+
+def test_the_picture_is_written_next_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = tmp_path / "out" / "records"
+    records.mkdir(parents=True)
+    docs = tmp_path / "docs" / "results" / "deployed.md"
+    arguments = ["deployed.py", "page", "--out", str(tmp_path / "out"), "--docs", str(docs)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    for task in ("banking77", "sst2"):
+        (records / f"{task}-minilm.default0.json").write_text(json.dumps(adapter(0.89)), encoding="utf-8")
+    picture = tmp_path / "docs" / "img" / "deployed.svg"
+    main()
+    assert not picture.exists() and "deployed.svg" not in docs.read_text(encoding="utf-8")
+
+    (records / "sst2-minilm.clock0.json").write_text(json.dumps(clock(0.5, 2.0)), encoding="utf-8")
+    main()
+    assert "](../img/deployed.svg)" in docs.read_text(encoding="utf-8")
+    drawn = picture.read_bytes()
+    said = " ".join(xml.etree.ElementTree.fromstring(drawn).itertext())
+    assert "SST-2, minilm" in said and "BANKING77" not in said
+    assert {"with exits", "one depth for all", "ONNX Runtime int8"} <= {part.strip() for part in said.split("\n")}
+    main()
+    assert picture.read_bytes() == drawn

@@ -252,7 +252,7 @@ def test_adapters_that_change_what_others_pass_through(fields, message):
     model = make(names=("default", "wide"))
     model.add_adapter("own", BadgeConfig(r=4, **fields))
     batch, names = make_batch(ROWS, LENGTH), shuffled(["default", "wide"], 1)
-    with pytest.raises(ValueError, match=f"'own' has {message}.*call of their own.*set_adapter"):
+    with pytest.raises(ValueError, match=f"'own' has {message}.*separate call.*set_adapter"):
         model.early_exit_forward(**batch, adapter_names=[*names[1:], "own"])
     check(model, batch, names)  # beside it, the others work
     model.set_adapter("own")
@@ -266,7 +266,7 @@ def test_a_part_of_the_head_may_be_an_adapters_own():
     batch, names = make_batch(ROWS, LENGTH), shuffled(["default", "second"], 1)
     check(model, batch, names)
     model.add_adapter("whole", BadgeConfig(r=2, modules_to_save=["out_proj"]))  # and the head around it
-    with pytest.raises(ValueError, match=r"'whole' has modules_to_save=\['classifier.out_proj'\].*call of their own"):
+    with pytest.raises(ValueError, match=r"'whole' has modules_to_save=\['classifier.out_proj'\].*separate call"):
         model.early_exit_forward(**batch, adapter_names=[*names[1:], "whole"])
 
 

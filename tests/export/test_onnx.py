@@ -430,7 +430,7 @@ def test_parts_of_two_exports_are_noticed(folder, tmp_path):
     (target / "early_exit.json").write_text(json.dumps({**facts, "labels": ["a", "b", "c"]}))  # an edit is meant
     assert OnnxEarlyExitModel.from_pretrained(target).labels == ["a", "b", "c"]
     (target / "early_exit.json").write_text(json.dumps({**facts, "id": "another", "labels": ["a", "b", "c"]}))
-    with pytest.warns(UserWarning, match="belongs to another model than the model.onnx beside it"):
+    with pytest.warns(UserWarning, match="belongs to another model than the model.onnx in its folder"):
         assert OnnxEarlyExitModel.from_pretrained(target).config == facts
     shutil.copy(folder / "early_exit.json", target)
     (target / "tokenizer.json").write_text((target / "tokenizer.json").read_text().replace("film", "movie"))

@@ -86,7 +86,7 @@ def test_it_ranks_as_in_pytorch(exported: tuple[Any, Path], count: int) -> None:
         assert [a["score"] for a in found] == pytest.approx([a["score"] for a in wanted], abs=1e-4)
     assert file.rank(QUERY, documents) == file.rank(QUERY, documents, 3)
     assert file.rank(QUERY, documents, 1) == file.rank(QUERY, documents, 3)[:1]
-    with pytest.warns(UserWarning, match="calibrated for top_k=3, and 10 are asked for") as caught:
+    with pytest.warns(UserWarning, match="calibrated for top_k=3, and 10 are requested") as caught:
         assert len(file.rank(QUERY, documents, 10)) == min(10, count)
     assert caught[0].filename == __file__
 

@@ -249,11 +249,11 @@ def two_widths(tensors):
 
 REFUSED = {
     "sequential": ({"is_parallel": False}, "is_parallel=False of the adapter 'task'.*sequential.*config='par_bn'"),
-    "attention": ({"mh_adapter": True}, "mh_adapter=True .* must be False: .*not behind the attention"),
+    "attention": ({"mh_adapter": True}, "mh_adapter=True .* must be False: .*not after the attention"),
     "attention alone": ({"output_adapter": False}, "output_adapter=False .* must be True"),
     "cross": ({"cross_adapter": True}, "cross_adapter=True"),
-    "norm before": ({"ln_before": True}, "ln_before=True .*no norm of its own inside"),
-    "norm after": ({"ln_after": True}, "ln_after=True .*no norm of its own inside"),
+    "norm before": ({"ln_before": True}, "ln_before=True .*no norm inside"),
+    "norm after": ({"ln_after": True}, "ln_after=True .*no norm inside"),
     "gate": ({"use_gating": True}, "use_gating=True .*a bypass has no gate"),
     "compacter": ({"phm_layer": True}, "phm_layer=True .*plain matrices"),
     "invertible": ({"inv_adapter": "nice"}, "inv_adapter='nice' .*embeddings"),

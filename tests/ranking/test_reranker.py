@@ -259,7 +259,7 @@ def test_other_numbers_than_the_calibrated() -> None:
     reranker = EarlyExitReranker(model, tokenizer)
     five, report = reranker.rank(QUERY, DOCUMENTS, 5, return_report=True)
     assert reranker.rank(QUERY, DOCUMENTS, 2) == five[:2]
-    with pytest.warns(UserWarning, match=r"calibrated for top_k=5, and 8 are asked for.*Calibrate with top_k=8"):
+    with pytest.warns(UserWarning, match=r"calibrated for top_k=5, and 8 are requested.*Calibrate with top_k=8"):
         assert len(reranker.rank(QUERY, DOCUMENTS, 8)) == 8
     with pytest.warns(UserWarning, match="top_k=5"):
         assert len(reranker.rank(QUERY, DOCUMENTS, 100)) == len(DOCUMENTS)

@@ -244,7 +244,7 @@ def test_a_cluster_that_obeys_everybody_is_joined_by_name_alone(tmp_path):
     adapter, port = save_adapter(tmp_path), free_port()
     with started(RAY_AUTH_MODE="disabled") as address:
         said = refused_start(adapter, address, port)
-        assert f"the cluster at {address} asks nobody for a token" in said and "RAY_AUTH_MODE=disabled" in said
+        assert f"the cluster at {address} needs no token" in said and "RAY_AUTH_MODE=disabled" in said
         running = Running(
             tmp_path, str(adapter), "--address", address, port=port, **{**AUTH, "RAY_AUTH_MODE": "disabled"}
         )

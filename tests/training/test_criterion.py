@@ -105,7 +105,7 @@ def test_refused_where_nothing_would_read_them(tmp_path) -> None:
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored: the objective reads"):
         own.train()
     trainer.args.distillation, trainer.compute_loss_func = 0.0, weighted
-    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored beside compute_loss_func"):
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would be ignored with compute_loss_func"):
         trainer.train()
     trainer.args.label_smoothing_factor, trainer.compute_loss_func = 0.0, None
     trainer.args.class_weights = [1.0, 2.0]

@@ -118,7 +118,7 @@ class MaxProbPolicy(ConfidencePolicy):
 class ConfidentPatiencePolicy(ConfidencePolicy):
     """PCEE: stop when t exits in a row have an entropy below the threshold, a share of ln K.
 
-    The score is the largest of the last t entropies, divided by ln K. Where each exit has a threshold of its own, each
+    The score is the largest of the last t entropies, divided by ln K. Where each exit has its own threshold, each
     of the t is compared with its own. Source: Zhang et al., "PCEE-BERT", 2022.
     Defaults: t = 2, threshold 0.4.
     """

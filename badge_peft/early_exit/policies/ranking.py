@@ -21,12 +21,12 @@ FACTORS = (4.0, 3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0, 0.875, 0.75, 0.625, 0.5, 0.
 
 @register_policy
 class TopKPolicy(ThresholdPolicy):
-    """A candidate leaves at exit m when its score there lies more than margin_m below the k-th best score of exit m
+    """A candidate stops at exit m when its score there lies more than margin_m below the k-th best score of exit m
     among the candidates of its query that have not left.
 
     Rows of one query are a group: the `groups` of `early_exit_forward` and of `replay`; without them all rows are one
-    query. So at least k candidates of a query always stay, and equal scores share their fate. A score that is NaN or
-    infinite neither leaves nor counts for the k-th best. Where a query has at most k candidates, none leaves.
+    query. So at least k candidates of a query always stay, and equal scores are treated alike. A score that is NaN or
+    infinite neither stops nor counts for the k-th best. Where a query has at most k candidates, none stops.
 
     `parameters={"margins": [...]}` has one margin per exit, in units of the score, as `calibrate_ranking` writes them;
     None is a margin without end, and such an exit is not computed; that of the last exit is not read. `threshold` is a

@@ -48,7 +48,7 @@ class ThresholdPolicy(ExitPolicy):
         return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type))
 
     def should_exit_each(self, history: ExitHistory, j: int) -> Array:
-        """[n] bool: as `should_exit`, where each exit has a threshold of its own."""
+        """[n] bool: as `should_exit`, where each exit has its own threshold."""
         return self.compare(self.score(history, j), self.threshold(history.num_labels, history.problem_type, j))
 
     def compare(self, score: Array, threshold: float) -> Array:
