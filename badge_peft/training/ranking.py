@@ -44,7 +44,6 @@ class RankingDistillation(Objective):
             raise ValueError("squared=0 and listwise=0 leave nothing to learn: give one of them a weight.")
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """One score, and a full depth that does not change meanwhile."""
         super().check(config, exits)
         check_earlier_exits("objective=RankingDistillation()", exits)
         if config.resolved_labels != 1:
@@ -60,11 +59,9 @@ class RankingDistillation(Objective):
 
     @property
     def reads_labels(self) -> bool:
-        """No."""
         return False
 
     def exit(self, step: Step, index: int) -> Tensor | None:
-        """Of every exit but M."""
         if index == len(step.exits) - 1:
             return None
         student, teacher = step.logits[index][:, 0].float(), step.logits[-1][:, 0].detach().float()

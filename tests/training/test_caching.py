@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset as TextDataset
 from torch.utils.data import IterableDataset
-from transformers import default_data_collator
+from transformers import DataCollatorWithPadding, default_data_collator
 
 from badge_peft import (
     CachedStates,
@@ -21,9 +21,11 @@ from badge_peft import (
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training.objectives import Objective
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
+from tests.texts import make_tokenizer
 
 from .runs import MULTI, REGRESSION, Rows, Stop, arguments, make, make_trainer, moved, weights
 
+collate = DataCollatorWithPadding(make_tokenizer())
 ROUNDING = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 HALF: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 3}
 
@@ -119,6 +121,16 @@ def test_no_block_runs(monkeypatch):
         model(**batch, cached_states=states, cached_rows=torch.arange(4))
 
 
+def test_rows_are_found_by_their_texts():
+    batch = make_batch(rows=6)
+    with cache_states(make_badge(), rows_of(batch)) as states:
+        part = {name: value[[4, 0, 5]] for name, value in batch.items()}
+        assert states.find(part).tolist() == [4, 0, 5] and states.select([5, 0, 4]).find(part).tolist() == [2, 1, 0]
+        others = ({"input_ids": part["input_ids"] + 1}, {"token_type_ids": torch.ones_like(part["input_ids"])})
+        for other in (*others, {name: value.flip(1) for name, value in part.items()}):
+            assert states.find({**part, **other}) is None
+
+
 def test_the_model_is_left_as_it_was():
     model = make_badge().train()
     model.base_model.wrapped[0].eval()
@@ -134,6 +146,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mean": ({"exit_pooling": "mean"}, {"exit_weights": "linear"}),
     "own final exit": ({"final_exit": "exit", "exit_layers": [0, 2]}, {}),
     "two_stage": ({}, {"objective": "two_stage"}),
+    "two_stage full": ({"backbone": "full"}, {"objective": "two_stage"}),  # the second stage alone
     "distilled": ({"train_head": False}, {"distillation": 1.0}),
     "alternating": ({}, {"objective": "alternating"}),
     "gradient_equilibrium": ({"placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
@@ -158,7 +171,7 @@ def test_a_training_is_the_uncached_one(name, tmp_path):
     alone, model = make(**fields), make(**fields)
     before = weights(model)
     _, expected = train(tmp_path / "a", alone, **options)
-    trainer, found = train(tmp_path / "b", model, cache_states=True, cache_dtype="float32", **options)
+    trainer, found = train(tmp_path / "b", model, cache_states="auto", cache_dtype="float32", **options)
     assert trainer.state_cache["kept"] and trainer.state_cache["where"] == "memory"
     assert len(found) == len(expected) >= 3 and found == pytest.approx(expected, abs=1e-6, rel=1e-5)
     after = weights(alone)
@@ -188,14 +201,6 @@ def test_the_backbone_is_in_evaluation_mode(tmp_path):
         losses["uncached", dropout] = train(tmp_path, make_badge(base=base, exit_dropout=0.0))[1]
     assert losses[0.0] == losses[0.5] == pytest.approx(losses["uncached", 0.0], rel=ROUNDING["float16"])
     assert losses["uncached", 0.5] != pytest.approx(losses[0.5], rel=0.02)
-
-
-def test_the_second_stage_on_a_backbone_that_the_first_has_trained(tmp_path):
-    alone, model = (make(backbone="full") for _ in range(2))
-    _, expected = train(tmp_path / "a", alone, objective="two_stage")
-    trainer, found = train(tmp_path / "b", model, objective="two_stage", cache_states="auto", cache_dtype="float32")
-    assert trainer.state_cache["kept"]
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
@@ -252,19 +257,6 @@ def test_batches_of_similar_length_and_text_columns(tmp_path):
         trainer.train()
         found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
     assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-5)
-
-
-def collate(rows):
-    length = max(len(row["input_ids"]) for row in rows)
-    padded = [
-        {
-            "input_ids": [*row["input_ids"], *[1] * (length - len(row["input_ids"]))],
-            "attention_mask": [1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])),
-            "label": row["label"],
-        }
-        for row in rows
-    ]
-    return default_data_collator(padded)
 
 
 @needs_safe_torch_load
@@ -437,7 +429,6 @@ def test_states_that_do_not_fit(tmp_path):
         (make(), data, "the adapter reads"),
         (make_badge(base=make_model(seed=5), exit_layers=[1]), data, "the states are those of another backbone"),
         (make(exit_layers=[1]), other, "the states are those of other texts"),
-        (make(exit_layers=[1]), Rows(rows=7), "the states are those of other texts"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, model, given, cache_states=states)
@@ -542,20 +533,6 @@ def test_evaluations_of_a_training_read_their_states_too(labeled, tmp_path, monk
         entry.pop("train_loss", None), expected.pop("train_loss", None)
         assert entry == pytest.approx(expected, rel=1e-5)
     assert sum("eval_a_exit_1" in entry for entry in found[1]) == 3
-
-
-def test_evaluations_with_workers_that_stay(tmp_path):
-    """Trainer keeps their loaders by name."""
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    log = {"eval_strategy": "epoch", "metric_for_best_model": "a_s_avg"}
-    trainer = make_trainer(tmp_path, make(), cache_states=True, **log, **workers, **HALF)
-    trainer.eval_dataset = {"a": Rows(rows=5), "b": Rows(rows=7)}
-    trainer.train()
-    trainer.args.dataloader_persistent_workers = False
-    expected = {name: trainer.evaluate(rows)["eval_loss"] for name, rows in trainer.eval_dataset.items()}
-    assert expected["a"] != expected["b"]
-    found = {name: e[key] for e in trainer.state.log_history for name in "ab" if (key := f"eval_{name}_loss") in e}
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_arguments_of_a_plain_trainer_are_not_needed(tmp_path):
