@@ -14,7 +14,7 @@ from seqeval.scheme import BILOU, IOB1, IOB2, IOBES
 
 from badge_peft import ExitLogits, exit_scores
 from badge_peft.evaluation.entities import EntityReader, in_iob2, kind_of, scheme_of
-from badge_peft.evaluation.units import Units
+from badge_peft.evaluation.exit_logits import Units
 from badge_peft.evaluation.words import Words, answers_of
 from badge_peft.utils.problem import UNKNOWN_LABEL
 
