@@ -21,21 +21,13 @@ from badge_peft.early_exit.full_depth import check_labels
 from badge_peft.evaluation.collate import evaluating
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.training import preflight
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
 from badge_peft.training.conditioning import Conditioning
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import (
-    check_evaluation,
-    check_final_exit,
-    check_loss,
-    check_options,
-    check_parameters,
-    check_training,
-    chosen_set,
-)
 from badge_peft.training.rows import holds_batches, rows_of_loss, rows_of_scores
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.start import START_BATCH, start_exits
@@ -98,7 +90,7 @@ class MultiExitTrainer(CachingTrainer):
         self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
-        check_options(self.args, self.optimizer_cls_and_kwargs)
+        preflight.check_options(self.args, self.optimizer_cls_and_kwargs)
         self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
@@ -169,7 +161,7 @@ class MultiExitTrainer(CachingTrainer):
             Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS), training)
         )
         if training:
-            check_loss(loss, self.state.global_step + 1)
+            preflight.check_loss(loss, self.state.global_step + 1)
         if labels is not None and uncertainties is not None and self._trains_uncertainty():
             taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]
             if taught:
@@ -250,7 +242,7 @@ class MultiExitTrainer(CachingTrainer):
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
         self._criterion()
-        check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
+        preflight.check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(
             p.requires_grad and not is_earlier_exit(name, exits[-1]) for name, p in self._module.named_parameters()
@@ -258,10 +250,10 @@ class MultiExitTrainer(CachingTrainer):
         if len(stages) > 1 and not trains_final_exit:
             stages = stages[1:]
         stages, adapter = stages_left(stages, self.args, resume_from_checkpoint), self.badge.single_active_adapter()
-        check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
+        preflight.check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
-            check_final_exit(stage.objective, exits, trains_final_exit)
+            preflight.check_final_exit(stage.objective, exits, trains_final_exit)
         check_final_stays(stages, self._module, adapter, exits[-1])
         if self._has_trained and not self._given_optimizer:
             self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before
@@ -271,7 +263,7 @@ class MultiExitTrainer(CachingTrainer):
                 resume = stage.resume(self.args, resume_from_checkpoint)
                 with self._running(stage):
                     output = super().train(resume, trial, *args, **kwargs)
-                    check_parameters(self._module, self.state.global_step)
+                    preflight.check_parameters(self._module, self.state.global_step)
                     if stage is not stages[-1]:
                         self.save_model(str(Path(str(self.args.output_dir), "best")))
                 resume_from_checkpoint = None
@@ -294,7 +286,7 @@ class MultiExitTrainer(CachingTrainer):
     @contextmanager
     def _running(self, stage: Stage) -> Iterator[None]:
         """The trainer with the arguments of `stage`, on the parameters that it trains."""
-        args, chosen_on = self.args, chosen_set(self.args.metric_for_best_model, self.eval_dataset)
+        args, chosen_on = self.args, preflight.chosen_set(self.args.metric_for_best_model, self.eval_dataset)
         self.args, self._stage = stage.arguments(args, chosen_on), stage
         if stage.folder:
             self.optimizer, self.lr_scheduler = None, None

@@ -126,20 +126,6 @@ def test_the_configs_of_the_user_are_kept():
     assert template.threshold is None
 
 
-def test_metric():
-    stored = plausible(rows=80)
-    found = sweep(stored, ["entropy"], points=5, metric="macro_f1")
-    assert found.metric == "macro_f1"
-    assert found.points[0].score == exit_scores(stored, "macro_f1").per_exit[-1]
-
-    def share_of_zeros(predictions, labels):
-        return float((predictions == 0).mean())
-
-    found = sweep(stored, ["entropy"], points=5, metric=share_of_zeros)
-    assert found.metric == "share_of_zeros"
-    assert found.points[0].score == pytest.approx((stored.logits[:, -1].argmax(-1) == 0).double().mean().item())
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

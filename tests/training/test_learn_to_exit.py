@@ -10,15 +10,14 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
+from badge_peft import BadgeConfig, collect_exit_logits
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.losses import exit_loss, uncertainty_loss
-from tests import reference
 from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
 from tests.thresholds import in_a_gap
 
-from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
+from .runs import MULTI, PROBLEMS, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
 
 BATCH = make_batch()
 RATES = {"adapter_learning_rate": 0.1, "max_steps": 5}
@@ -229,18 +228,6 @@ def test_default_threshold_is_a_tenth():
     assert equal.tolist() == [1, 1, 2]  # below, not at, the threshold
 
 
-def test_swept_and_calibrated():
-    model = make_badge(learn_to_exit=True, final_exit="exit")
-    data = Rows(rows=40)
-    stored = collect_exit_logits(model, [data[i] for i in range(40)])
-    assert {p.name for p in sweep(stored, ["learned"]).points} == {"fixed_depth", "learned"}
-    config = calibrate(stored, "learned", target_blocks_saved=0.3)
-    out = model.early_exit_forward(**data.batch, early_exit_config=config)
-    assert 1 - out.exit_layer.float().mean() / 3 >= 0.3 - 1e-6
-    restored = type(stored)(stored.logits, stored.labels, uncertainty=stored.uncertainty)
-    assert torch.equal(build_policy(config).replay(restored), build_policy(config).replay(stored))
-
-
 def test_without_the_layer_it_says_so():
     model = make_badge()
     message = r"policy='learned' needs an adapter with an LTE layer: train with BadgeConfig\(learn_to_exit=True\)"
@@ -253,12 +240,6 @@ def test_without_the_layer_it_says_so():
     assert output_of(model).exit_uncertainty is None
 
 
-@pytest.mark.parametrize("value", ["yes", 1, None])
-def test_wrong_value(value):
-    with pytest.raises(ValueError, match=f"learn_to_exit={value!r} is not allowed: it must be True or False"):
-        BadgeConfig(learn_to_exit=value)
-
-
 def test_accumulation_of_a_plain_trainer_does_not_change_it(tmp_path):
     found = []
     for size, steps in ((8, 1), (2, 4)):
@@ -268,10 +249,3 @@ def test_accumulation_of_a_plain_trainer_does_not_change_it(tmp_path):
         Trainer(model, arguments(tmp_path, **options), train_dataset=Rows(), optimizers=(optimizer, None)).train()
         found.append(weights(model))
     close(found[1], found[0])
-
-
-def test_doubts_are_no_prediction_of_the_trainer(tmp_path):
-    data, model = Rows(REGRESSION, 1), make(REGRESSION, 1, learn_to_exit=True)
-    found = make_trainer(tmp_path, model, data, per_device_eval_batch_size=3).evaluate()
-    assert {f"eval_exit_{m}" for m in (1, 2, 3)} <= found.keys()
-    assert reference.own_weights(model)

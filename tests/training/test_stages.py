@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training import MultiExitTrainingArguments
 from badge_peft.training.objectives import (
     Alternating,
@@ -15,6 +16,7 @@ from badge_peft.training.objectives import (
     PastFuture,
     SingleExit,
 )
+from badge_peft.training.passes import GradientEquilibriumPass, ImitationPass
 from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
 
 from .runs import make
@@ -25,23 +27,24 @@ def arguments(tmp_path, **values) -> MultiExitTrainingArguments:
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("name", "kinds", "run"),
     [
-        ("joint", [Objective]),
-        ("two_stage", [FinalExit, EarlierExits]),
-        ("alternating", [Alternating]),
-        ("gradient_equilibrium", [GradientEquilibrium]),
-        ("past_future", [PastFuture]),
-        ("single_exit", [SingleExit]),
+        ("joint", [Objective], EarlyExitPass),
+        ("two_stage", [FinalExit, EarlierExits], EarlyExitPass),
+        ("alternating", [Alternating], EarlyExitPass),
+        ("gradient_equilibrium", [GradientEquilibrium], GradientEquilibriumPass),
+        ("past_future", [PastFuture], ImitationPass),
+        ("single_exit", [SingleExit], EarlyExitPass),
     ],
 )
-def test_stages_of_an_objective(name, kinds, tmp_path) -> None:
+def test_stages_of_an_objective(name, kinds, run, tmp_path) -> None:
     share = 0.0 if name in ("single_exit", "past_future") else 0.25
     args = arguments(tmp_path, objective=name, depth=2, distillation=share, distillation_temperature=3.0)
     stages = make_stages(args, "linear")
     assert [type(stage.objective) for stage in stages] == kinds
     for stage in stages:
         assert (stage.objective.distillation, stage.objective.temperature) == (share, 3.0)
+        assert stage.objective.exit_pass is run
         assert stage.objective.weights == (None if name == "past_future" else "linear")  # GPF has its own
     args.exit_weights = [1.0, 2.0, 3.0]
     assert make_stages(args, "linear")[-1].objective.weights == [1.0, 2.0, 3.0]
