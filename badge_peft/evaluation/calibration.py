@@ -114,8 +114,7 @@ def calibrate(
     goal_costs = CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs
     record: dict[str, Any] = {}
     if confidence is not None:
-        point, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
-        chosen = point.config
+        chosen, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         record = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
         groups, drops = policies_of(templates, asked == "auto", per_exit), Drops(scored, reference, metric)
@@ -238,8 +237,8 @@ def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: 
         f"Early exits are not worth it here: within a drop of {max_score_drop:g} they would save {max(saved, 0):.0%} "
         f"of the time, less than {WORTH:.0%}, so the model answers at full depth (policy 'never'). "
         f"{exits[0].upper()}{exits[1:]} score below {wanted:.4f}, which answers would need. What else helps: ONNX "
-        "Runtime in int8 "
-        "(`badge-peft export --int8`), more training rows, a trained backbone (--backbone lora), or a larger drop."
+        "Runtime in int8 (`badge-peft export --int8`), more training rows, a trained backbone (--backbone lora), or a "
+        "larger drop."
     )
 
 

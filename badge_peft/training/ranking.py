@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -72,9 +72,7 @@ class RankingDistillation(Objective):
 
     def start_loss(self, step: Step, index: int) -> Tensor | None:
         """The squared error alone: rows of many queries come at once."""
-        if index == len(step.exits) - 1:
-            return None
-        return F.mse_loss(step.logits[index][:, 0].float(), step.logits[-1][:, 0].detach().float())
+        return replace(self, squared=1.0, listwise=0.0).exit(step, index)
 
 
 def listwise_loss(student: Tensor, teacher: Tensor, groups: Tensor | None, temperature: float = 1.0) -> Tensor:

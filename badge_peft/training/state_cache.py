@@ -47,7 +47,7 @@ class StateCache:
         self.training: CachedStates | None = None
         self.evaluation: CachedStates | None = None
         self.report: dict[str, Any] = {}
-        self._known: list[tuple[Any, CachedStates, dict[str, Any]]] = []  # of a data set, with their report
+        self._known: dict[int, tuple[Any, CachedStates, dict[str, Any]]] = {}  # of data sets, with their reports
         self._is_kept = False
 
     def find(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class StateCache:
         """Ends a training, and gives memory and files back."""
         self.training = self.evaluation = None
         if not self._is_kept:
-            for _, states, _ in self._known:
+            for _, states, _ in self._known.values():
                 if states is not self.given:
                     states.close()
             self._known.clear()
@@ -111,17 +111,20 @@ class StateCache:
     def _states_of(self, rows: Any, trainer: Any, given: CachedStates | None = None) -> CachedStates:
         """The states of a data set: those that are known, as long as they fit the model, those given, or new ones."""
         check_backbone(trainer.badge)  # states of a stage before may be known
-        args, trains = trainer.args, rows is trainer.train_dataset
-        for known in self._known:
-            _, states, report = known
-            if known[0] is rows:
-                if _misfit(states, trainer) is None and report.get("dtype", args.cache_dtype) == args.cache_dtype:
-                    self.report = report if trains else self.report
-                    return states
-                if states is not self.given:
-                    states.close()
-                self._known.remove(known)
-                break
+        dtype = trainer.args.cache_dtype
+        _, states, report = self._known.pop(id(rows), (None, None, {}))
+        if states is not None and (_misfit(states, trainer) or report.get("dtype", dtype) != dtype):
+            if states is not self.given:
+                states.close()
+            states = None
+        if states is None:
+            states, report = self._new_states(rows, trainer, given)
+        self._known[id(rows)] = rows, states, report
+        if rows is trainer.train_dataset:
+            self.report = report
+        return states
+
+    def _new_states(self, rows: Any, trainer: Any, given: CachedStates | None) -> tuple[CachedStates, dict[str, Any]]:
         plain, collate = without_unused_columns(trainer, rows)
         features = [{k: v for k, v in row.items() if k != GROUPS} for row in flat_rows(plain)]
         if isinstance(collate, QueryCollator):
@@ -132,19 +135,16 @@ class StateCache:
                 misfit = "the states are those of other texts"
             if misfit is not None:
                 raise CannotCache(misfit)
-            states, report = given, {"kept": True, "bytes": given.nbytes, "where": "given"}
-        else:
-            folder, dtype = Path(str(args.output_dir)), args.cache_dtype
-            room = args.cache_memory_gb - sum(known.nbytes for _, known, _ in self._known if not known.is_mapped) / 1e9
-            passes = StatePasses(trainer.badge, features, collate, trainer.accelerator.autocast)
-            states = passes.collect(BATCH_SIZE, dtype, room, folder, not args.disable_tqdm)
-            place = str(folder if states.is_mapped else "memory")
-            report = {"kept": True, "dtype": dtype, "bytes": states.nbytes, "where": place}
-            size = states.nbytes / 1e9
-            logger.info("states of %d rows are cached as %s: %.2f GB in %s.", len(features), dtype, size, place)
-        self.report = report if trains else self.report
-        self._known.append((rows, states, report))
-        return states
+            return given, {"kept": True, "bytes": given.nbytes, "where": "given"}
+        args = trainer.args
+        folder, dtype = Path(str(args.output_dir)), args.cache_dtype
+        taken = sum(known.nbytes for _, known, _ in self._known.values() if not known.is_mapped)
+        passes = StatePasses(trainer.badge, features, collate, trainer.accelerator.autocast)
+        room = args.cache_memory_gb - taken / 1e9
+        states = passes.collect(BATCH_SIZE, dtype, room, folder, not args.disable_tqdm)
+        place, size = str(folder if states.is_mapped else "memory"), states.nbytes / 1e9
+        logger.info("states of %d rows are cached as %s: %.2f GB in %s.", len(features), dtype, size, place)
+        return states, {"kept": True, "dtype": dtype, "bytes": states.nbytes, "where": place}
 
 
 def _misfit(states: CachedStates, trainer: Any) -> str | None:

@@ -43,7 +43,8 @@ def assert_equal(a: ExitLogits, b: ExitLogits) -> None:
 
 
 def test_defaults() -> None:
-    data = ExitLogits(torch.zeros(2, 3, 4))
+    data = ExitLogits(torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert data.logits.dtype == torch.float32
     assert (data.exits, data.depth, data.problem_type) == ([1, 2, 3], 3, "single_label_classification")
     assert (data.labels, data.uncertainty, len(data)) == (None, None, 2)
     assert ExitLogits(torch.zeros(2, 3, 1)).problem_type == "regression"
@@ -62,10 +63,6 @@ def test_defaults() -> None:
 def test_save_and_load(data: ExitLogits, tmp_path: Path) -> None:
     data.save(tmp_path / "exits.safetensors")
     assert_equal(ExitLogits.load(tmp_path / "exits.safetensors"), data)
-
-
-def test_half_precision_becomes_float32() -> None:
-    assert ExitLogits(torch.zeros(1, 2, 2, dtype=torch.bfloat16)).logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([3, 0]), torch.tensor([True, False, False, True, False])])
@@ -114,19 +111,15 @@ def test_answers_and_predictions_are_those_of_the_block_where_each_row_stopped(p
         ({"uncertainty": torch.zeros(2, 2)}, r"uncertainty must be \[2, 3\]"),
         ({"num_blocks": 2}, "num_blocks=2 is not allowed: it must be a whole number of at least 3"),
         ({"logits": torch.zeros(2, 1, 3), "exit_layers": [0]}, "num_blocks=0 is not allowed: .* at least 1"),
+        ({"texts": [0, 0, 1]}, r"texts has shape \[3\] for 2 tokens"),
+        ({"logits": torch.zeros(4, 2, 3), "texts": [0, 1, 0, 1]}, "side by side"),  # each run would count as a text
+        ({"label_names": ["O"]}, "label_names has 1 names for 4 labels"),
         ({"problem_type": "multilabel"}, "problem_type='multilabel' is not allowed: it must be one of single_label"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExitLogits(**{"logits": torch.zeros(2, 3, 4), **fields})
-
-
-def test_tokens_of_a_text_lie_side_by_side() -> None:
-    """Each run of a number would count as a text."""
-    assert len(ExitLogits(torch.zeros(4, 2, 3), texts=[5, 5, 2, 2]).units) == 2
-    with pytest.raises(ValueError, match="side by side"):
-        ExitLogits(torch.zeros(4, 2, 3), texts=[0, 1, 0, 1])
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -144,26 +137,15 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 # the logits of every row, in the order of the data, whatever the batches were
 
 
-def alone(model: Any, row: dict[str, Any]) -> torch.Tensor:
-    batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return model(**batch).exit_logits[0]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_rows_come_back_in_order_and_as_each_row_alone(batch_size: int) -> None:
-    model, rows = make_exits(), make_rows(9)
+@pytest.mark.parametrize(("batch_size", "exit_layers", "exits"), [(1, None, [1, 2, 3]), (4, [0, 2], [0, 2, 3])])
+def test_rows_come_back_in_order_and_as_each_row_alone(batch_size: int, exit_layers: Any, exits: list[int]) -> None:
+    model, rows = make_exits(exit_layers=exit_layers), make_rows(9)
     data = collect_exit_logits(model, rows, batch_size=batch_size)
-    expected = torch.stack([alone(model, row) for row in rows])
-    torch.testing.assert_close(data.logits, expected, atol=1e-5, rtol=1e-5)
+    for row, found in zip(rows, data.logits, strict=True):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(found, model(**batch).exit_logits[0].detach(), atol=1e-5, rtol=1e-5)
     assert data.labels is not None and data.labels.tolist() == [row["label"] for row in rows]
-    assert (data.exits, data.depth, data.problem_type) == ([1, 2, 3], 3, "single_label_classification")
-
-
-def test_exit_zero_and_left_out_exits_have_their_block_numbers() -> None:
-    data = collect_exit_logits(make_exits(exit_layers=[0, 2]), make_rows(2))
-    assert data.exits == [0, 2, 3]
-    assert data.logits.shape == (2, 3, 3)
+    assert (data.exits, data.depth, data.problem_type) == (exits, 3, "single_label_classification")
 
 
 @pytest.mark.parametrize(
