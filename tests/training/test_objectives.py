@@ -105,23 +105,9 @@ def test_the_teacher_takes_no_gradient(kind):
     assert not logits.grad[3].any()
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_alternating_by_step(number):
-    """The first step trains the final exit alone, the second all of them, and so on."""
-    found = Alternating()(step(number=number))
-    assert float(found) == pytest.approx(hard(3) if number % 2 == 0 else sum(map(hard, range(4))), rel=1e-6)
-
-
 def test_alternating_is_evaluated_by_all_exits():
     evaluated = replace(step(number=0), training=False)
     assert float(Alternating()(evaluated)) == pytest.approx(sum(map(hard, range(4))), rel=1e-6)
-
-
-@pytest.mark.parametrize(("depth", "index"), [(1, 0), (3, 2), (5, 3)])
-def test_single_exit(depth, index):
-    assert float(SingleExit(depth=depth)(step())) == pytest.approx(hard(index), rel=1e-6)
-    with pytest.raises(ValueError, match=r"depth=4 is not allowed: the model has exits at blocks \[1, 2, 3, 5\]"):
-        SingleExit(depth=4)(step())
 
 
 def test_the_two_stages():
