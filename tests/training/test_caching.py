@@ -11,14 +11,9 @@ from datasets import Dataset as TextDataset
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from badge_peft import (
-    CachedStates,
-    MultiExitTrainer,
-    cache_states,
-    collect_exit_logits,
-    multi_exit_arguments,
-)
+from badge_peft import CachedStates, MultiExitTrainer, cache_states, collect_exit_logits
 from badge_peft.early_exit.exit_pass import EarlyExitPass
+from badge_peft.training.arguments import sampling
 from badge_peft.training.objectives import Objective
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
 from tests.texts import make_tokenizer
@@ -192,60 +187,25 @@ def test_the_backbone_is_in_evaluation_mode(tmp_path):
     assert losses["uncached", 0.5] != pytest.approx(losses[0.5], rel=0.02)
 
 
-@pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
-def test_both_stages_read_the_states_of_the_training_rows(eval_strategy, tmp_path):
-    """Stage 2 has its backbone in evaluation mode, and the rows of an evaluation have states of their own."""
+@pytest.mark.parametrize("log", [{}, {"eval_strategy": "epoch", **sampling(by_length=True)}], ids=str)
+def test_both_stages_read_the_states_of_the_training_rows(log, tmp_path):
+    """Stage 2 has its backbone in evaluation mode; the rows of an evaluation have states of their own, and texts."""
     rows, others = (
-        [{**row, "label": i % 3} for i, row in enumerate(rows_of(make_batch(rows=8, seed=seed)))] for seed in (1, 3)
+        TextDataset.from_list([{**row, "label": i % 3, "text": "-"} for i, row in enumerate(rows_of(batch))])
+        for batch in (make_batch(rows=8, seed=1), make_batch(rows=8, seed=3))
     )
     found, passes = [], []
     for cached in (False, True):
         model, calls = make(), []
         options = {"cache_states": cached, "cache_dtype": "float32", "data_collator": collate}
-        log = {"eval_strategy": eval_strategy, "logging_strategy": "steps", "logging_steps": 1}
-        trainer = make_trainer(tmp_path / str(cached), model, rows, objective="two_stage", **options, **log, **HALF)
-        trainer.eval_dataset = others
+        options |= {"eval_dataset": others, "logging_strategy": "steps", "logging_steps": 1, **log, **HALF}
+        trainer = make_trainer(tmp_path / str(cached), model, rows, objective="two_stage", **options)
         model.base_model.wrapped[0].base_layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
         passes.append(len(calls))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert passes[1] <= 6 < passes[0]  # three for each of the two: two of a check, and the one that is kept
-
-
-def test_batches_of_similar_length_and_text_columns(tmp_path):
-    """As `multi_exit_arguments` has them, with evaluations and the best checkpoint."""
-    labels = Rows(rows=12).labels.tolist()
-    data, others = (
-        TextDataset.from_list(
-            [{**row, "label": label, "text": "-"} for row, label in zip(rows_of(batch), labels, strict=True)]
-        )
-        for batch in (make_batch(rows=12), make_batch(rows=12, seed=2))
-    )
-    found = []
-    for i, cached in enumerate((False, True)):
-        model = make()
-        trainer = MultiExitTrainer(
-            model=model,
-            args=multi_exit_arguments(
-                model,
-                str(tmp_path / str(i)),
-                num_train_epochs=3,
-                per_device_train_batch_size=4,
-                logging_steps=1,
-                use_cpu=True,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            data_collator=collate,
-            train_dataset=data,
-            eval_dataset=others,
-            cache_states=cached,
-            cache_dtype="float32",
-        )
-        trainer.train()
-        found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
-    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @needs_safe_torch_load
