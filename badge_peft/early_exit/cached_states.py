@@ -78,6 +78,10 @@ class CachedStates:
         part._numbers = [self._number(i) for i in rows]
         return part
 
+    def have(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether these are the states of the texts of `rows`, and maybe of others."""
+        return set(texts_of(rows)) <= set(self.texts)
+
     def find(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """[B]: which rows have the texts of a batch that is padded on the right; None where it has another one."""
         mask = batch.get("attention_mask")

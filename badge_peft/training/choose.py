@@ -161,42 +161,35 @@ def _demand(config: BadgeConfig) -> tuple[bool, bool, int]:
 
 @dataclass
 class _Trials:
-    """What all forms are tried on: a model, both sets of rows, with their states for as long as these serve the forms
-    that ask, what `calibrate` is asked for, and arguments of the trainings."""
+    """What all forms are tried on: a model, rows to train on and to choose by, with their states for as long as these
+    serve the forms that ask, what `calibrate` is asked for, and arguments of the trainings."""
 
     base: nn.Module
     sets: list[Any]
     collate: Any
     wanted: dict[str, Any]
     options: dict[str, Any]
-    kept: list[CachedStates] = field(default_factory=list)
+    kept: CachedStates | None = None
 
     def close(self) -> None:
         """Gives memory and files back."""
-        for states in self.kept:
-            states.close()
-        self.kept = []
+        if self.kept is not None:
+            self.kept.close()
+        self.kept = None
 
-    def states(self, model: nn.Module) -> list[Any]:
-        """Those that the active adapter reads, of both sets; None for each where the backbone is trained."""
+    def states(self, model: nn.Module) -> CachedStates | None:
+        """Those that the active adapter reads; None where the backbone is trained."""
         badge = get_badge_model(model)
         if is_trained(badge.model, badge.layout):
-            return [None, None]
-        if not self.kept or not self.kept[0].plan.serves(RecordingPass.of(badge, {}).plan):
+            return None
+        if self.kept is None or not self.kept.plan.serves(RecordingPass.of(badge, {}).plan):
             self.close()
+            rows = [row for part in self.sets for row in part]
             try:
-                self._cache(model, "float16")
-            except CannotCache:  # states of some models are too large for it
-                self._cache(model, "float32")
+                self.kept = cache_states(model, rows, data_collator=self.collate)
+            except CannotCache:  # states of some models are too large for float16
+                self.kept = cache_states(model, rows, data_collator=self.collate, dtype="float32")
         return self.kept
-
-    def _cache(self, model: nn.Module, dtype: str) -> None:
-        try:
-            for part in self.sets:
-                self.kept.append(cache_states(model, part, data_collator=self.collate, dtype=dtype))
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, config: BadgeConfig) -> ExitForm:
         """Trains, times and calibrates one form."""
@@ -206,9 +199,9 @@ class _Trials:
             model = get_peft_model(self.base, copy.deepcopy(config))
         badge = get_badge_model(model)
         try:
-            trained_on, held_out = self.states(model)
-            self._train(model, trained_on)
-            exit_logits = collect_exit_logits(model.eval(), self.sets[1], cached_states=held_out)
+            states = self.states(model)
+            self._train(model, states)
+            exit_logits = collect_exit_logits(model.eval(), self.sets[1], cached_states=states)
             costs = measure_costs(model, self.sets[1], seconds=TIMED_S)
         finally:
             badge.unload()

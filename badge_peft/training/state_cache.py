@@ -19,7 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
-from badge_peft.early_exit.cached_states import CachedStates, texts_of
+from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.training.arguments import MultiExitTrainingArguments
@@ -131,7 +131,7 @@ class StateCache:
             collate = collate.pad
         if given is not None:
             misfit = _misfit(given, trainer)
-            if misfit is None and not set(texts_of(features)) <= set(given.texts):
+            if misfit is None and not given.have(features):
                 misfit = "the states are those of other texts"
             if misfit is not None:
                 raise CannotCache(misfit)
