@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from badge_peft import ExitLogits, calibrate, exit_scores, sweep
 from badge_peft.evaluation.metrics import METRICS, Metric, score
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
-from tests.evaluation.rows import make_logits
+from tests.evaluation.logits import plausible
 
 
 def by_hand() -> ExitLogits:
@@ -122,7 +122,7 @@ def test_score_takes_answers_that_no_single_exit_gave() -> None:
 
 
 def test_refusals() -> None:
-    data = make_logits(labels=3)
+    data = plausible(rows=20)
     with pytest.raises(ValueError, match="no labels"):
         exit_scores(ExitLogits(data.logits))
     with pytest.raises(ValueError, match="metric='acuracy' is not allowed.*accuracy, f1"):

@@ -219,40 +219,26 @@ def test_load_pretrained_finds_the_base_model(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", EXITS)
-def test_sweep(name: str) -> None:
-    """The same points in the same order."""
+def test_stored_exit_logits(name: str) -> None:
+    """Replays of all policies; a sweep, with the same points in the same order; and the same configs where a bound is
+    asked for. (Without one, settings are chosen otherwise since: docs/decisions/auto-policy.md.)"""
     wanted = read("data", "exits", f"{name}.json")
-    stored = ExitLogits.load(DATA / "exits" / f"{name}.safetensors")
+    stored, metric = ExitLogits.load(DATA / "exits" / f"{name}.safetensors"), wanted["metric"]
+    for entry in wanted["replay"]:
+        assert build_policy(entry["rule"]).replay(stored).tolist() == entry["exit_layer"], entry["rule"]
     policies = list(dict.fromkeys(p["policy"] for p in wanted["sweep"] if p["policy"] != "fixed_depth"))
-    found = sweep(stored, policies=policies, points=6, metric=wanted["metric"]).to_dicts()
-    assert len(found) == len(wanted["sweep"])
+    found = sweep(stored, policies=policies, points=6, metric=metric).to_dicts()
     for point, other in zip(found, wanted["sweep"], strict=True):
         assert_same_setting(point, other)
-
-
-@pytest.mark.parametrize("name", EXITS)
-def test_calibrate(name: str) -> None:
-    """The same configs where a bound is asked for. (Without one, settings are chosen otherwise since:
-    docs/decisions/auto-policy.md.)"""
-    wanted = read("data", "exits", f"{name}.json")
-    stored = ExitLogits.load(DATA / "exits" / f"{name}.safetensors")
     calls = [entry for entry in wanted["calibrate"] if "confidence" in entry["call"]]
     assert calls or name != "single_label"
     for entry in calls:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a fixed depth is better
-            config = calibrate(stored, metric=wanted["metric"], **entry["call"])
-        found, then = config.to_dict(), EarlyExitConfig.of(entry["config"])
+            config = calibrate(stored, metric=metric, **entry["call"])
+        then = EarlyExitConfig.of(entry["config"])
         assert torch.equal(build_policy(config).replay(stored), build_policy(then).replay(stored))
-        assert_same_setting(found, entry["config"])
-
-
-@pytest.mark.parametrize("name", EXITS)
-def test_replay(name: str) -> None:
-    """Policies with thresholds between two signals, and with their defaults."""
-    stored = ExitLogits.load(DATA / "exits" / f"{name}.safetensors")
-    for entry in read("data", "exits", f"{name}.json")["replay"]:
-        assert build_policy(entry["rule"]).replay(stored).tolist() == entry["exit_layer"], entry["rule"]
+        assert_same_setting(config.to_dict(), entry["config"])
 
 
 def assert_same_setting(found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -358,7 +358,7 @@ def test_the_teacher_of_stage_two_is_the_same_every_time(final_exit, tmp_path):
     trainer = make_trainer(tmp_path, model, objective="two_stage", distillation=1.0)
     original = trainer.compute_loss
 
-    def compute_loss(model, inputs, *_):
+    def compute_loss(model, inputs, **_):
         loss, outputs = original(model, inputs, True)
         order = inputs["input_ids"].sum(dim=1).argsort()
         seen[Path(trainer.args.output_dir).name].append(outputs.logits[order].detach())
