@@ -211,13 +211,13 @@ class MultiExitTrainer(CachingTrainer):
         """The arguments' optimizer or `optimizer_cls_and_kwargs`, with a learning rate for each part of the model."""
         if self.optimizer is not None:
             return self.optimizer
-        args, model = self.args, self._module
-        cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, cast(Any, model))
-        rates = (args.adapter_learning_rate, args.learning_rate, args.head_learning_rate)
-        groups = parameter_groups(model, *rates, weight_decay=args.weight_decay)
+        own, model = self.args, self._module
+        cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(own, cast(Any, model))
+        rates = (own.adapter_learning_rate, own.learning_rate, own.head_learning_rate)
+        groups = parameter_groups(model, *rates, weight_decay=own.weight_decay)
         self.optimizer = cls(groups, **{name: value for name, value in options.items() if name != "lr"})
         self._conditioning = None
-        if args.standardize and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if own.standardize and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._conditioning = Conditioning(self.badge, self.optimizer)
         return self.optimizer
 
