@@ -94,15 +94,6 @@ def test_multi_label_answers_are_decisions_per_label() -> None:
     assert exit_scores(data, "f1").per_exit == [pytest.approx(2 * 4 / (2 * 4 + 1))]  # 4 hits, 1 miss
 
 
-def test_a_metric_of_ones_own() -> None:
-    def share_of_zeros(answers: np.ndarray, labels: np.ndarray) -> float:
-        return float((answers == 0).mean())
-
-    scores = exit_scores(by_hand(), share_of_zeros)
-    assert scores.per_exit == [0.5, 0.5, 0.75]
-    assert scores.metric == "share_of_zeros"
-
-
 def test_a_metric_that_gives_nan_is_refused() -> None:
     """NaN is neither within a drop nor beyond it: the exit that it was given for would be chosen."""
     found = by_hand()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -172,32 +173,27 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("placement", ["block", "none"])
-@pytest.mark.parametrize("backbone", ["frozen", "full"])
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_this_loop(name, backbone, placement, tmp_path):
+#: Runs on each backbone and placement, and of exits that build on one another.
+CASES = [
+    (name, {"backbone": b, "placement": p}) for name, b, p in product(RUNS, ("frozen", "full"), ("block", "none"))
+]
+CASES += [
+    (name, {"backbone": backbone, "final_exit": final_exit, **link})
+    for name, link, backbone, final_exit in pairs(RUNS, LINKS, ("frozen", "full"), ("base_head", "exit"))
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=str)
+def test_a_run_is_this_loop(name, fields, tmp_path):
     options, total, run = RUNS[name]
-    data, fields = Rows(), {"backbone": backbone, "placement": placement}
-    model = make(**fields)
+    data, model = Rows(), make(**fields)
     before = weights(model)
     make_trainer(tmp_path, model, data, **options).train()
     each = losses(data, SINGLE)
     expected = by_hand(make(**fields), data, lambda exits, n, _: total(each(exits), n), run=run)
     close(weights(model), expected)
-    if not (name == "single_exit" or name == "own"):
+    if name not in ("single_exit", "own"):
         assert any(".badge_" in n for n in moved(before, expected))
-
-
-@pytest.mark.parametrize(
-    ("name", "link", "backbone", "final_exit"), pairs(RUNS, LINKS, ("frozen", "full"), ("base_head", "exit"))
-)
-def test_a_run_of_exits_that_build_on_one_another(name, link, backbone, final_exit, tmp_path):
-    options, total, run = RUNS[name]
-    data, fields = Rows(), {"backbone": backbone, "final_exit": final_exit, **link}
-    model = make(**fields)
-    make_trainer(tmp_path, model, data, **options).train()
-    each = losses(data, SINGLE)
-    close(weights(model), by_hand(make(**fields), data, lambda exits, n, _: total(each(exits), n), run=run))
 
 
 @pytest.mark.parametrize("name", ["joint", "alternating"])
