@@ -79,29 +79,18 @@ def test_metric(metric, tmp_path):
 
 
 @pytest.mark.parametrize("learn_to_exit", [False, True])
-def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_path):
+def test_compute_metrics_of_the_user_sees_full_depth_and_what_it_asks_for(learn_to_exit, tmp_path):
     seen: list[EvalPrediction] = []
-
-    def compute_metrics(prediction):
-        seen.append(prediction)
-        return {"mine": 7.0}
-
+    options = {"include_for_metrics": ["inputs", "loss"], "per_device_eval_batch_size": 3}
+    options |= {"compute_metrics": lambda prediction: seen.append(prediction) or {"mine": 7.0}}
     data, model = Rows(), make(learn_to_exit=learn_to_exit)
-    options = {"compute_metrics": compute_metrics, "per_device_eval_batch_size": 3}
     found = make_trainer(tmp_path, model, Rows(rows=5), eval_dataset=data, **options).evaluate()
     assert found["eval_mine"] == 7.0 and "eval_s_avg" in found
     assert isinstance(seen[0].predictions, np.ndarray)
-    np.testing.assert_allclose(
-        seen[0].predictions, exits_of(model.eval(), data.batch)[:, -1].numpy(), rtol=1e-4, atol=1e-5
-    )
+    full_depth = exits_of(model.eval(), data.batch)[:, -1].numpy()
+    np.testing.assert_allclose(seen[0].predictions, full_depth, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
-
-
-def test_compute_metrics_of_the_user_sees_what_it_asks_for(tmp_path):
-    seen: list[EvalPrediction] = []
-    options = {"include_for_metrics": ["inputs", "loss"], "compute_metrics": lambda p: seen.append(p) or {}}
-    found = make_trainer(tmp_path, make(), **options).evaluate()
-    np.testing.assert_array_equal(seen[0].inputs, Rows().batch["input_ids"].numpy())
+    np.testing.assert_array_equal(seen[0].inputs, data.batch["input_ids"].numpy())
     assert seen[0].losses.mean() == pytest.approx(found["eval_loss"])
 
 
