@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from badge_peft.early_exit.cached_states import CachedStates
-from badge_peft.evaluation.collate import (
-    SPECIAL,
-    evaluating,
-    labeled_features,
-    labeled_tokens,
-    pad_features,
-    tensor_columns,
-)
+from badge_peft.evaluation.collate import SPECIAL, evaluating, labeled_rows, pad_features
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
@@ -69,11 +62,9 @@ def collect_exit_logits(
     config = badge.config_of()
     tokens = config.reads_tokens
     problem = problem_of(config.resolved_problem_type)
-    rows = tensor_columns(badge.model, dataset, tokens)
+    rows = labeled_rows(badge.model, dataset, config.resolved_labels, problem, tokens)
     if cached_states is not None and not cached_states.have(rows):
         raise ValueError("cached_states are those of other texts: make them with cache_states(model, dataset).")
-    check = labeled_tokens if tokens else labeled_features
-    rows = check(rows, config.resolved_labels, problem)
     collate = data_collator or (lambda batch: pad_features(batch, badge.model, tokens))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
