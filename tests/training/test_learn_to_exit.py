@@ -1,4 +1,4 @@
-"""Learning to exit (LTE): its loss by hand; its layer trained, saved, loaded; policy `learned` live and replayed."""
+"""Learning to exit (LTE): its loss by hand; its layer trained (tests/peft_verbs saves and loads it); policy `learned` live and replayed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from badge_peft import BadgeConfig, collect_exit_logits
+from badge_peft import collect_exit_logits
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.losses import exit_loss, uncertainty_loss
-from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels
 from tests.thresholds import in_a_gap
 
 from .runs import MULTI, PROBLEMS, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
@@ -147,35 +146,6 @@ def test_a_single_exit_is_trained_as_without_it(depth, tmp_path):
     doubt = {name for name in found[0] if "badge_doubt" in name}
     assert found[0] - doubt == found[1] and len(doubt) == (2 if depth < 3 else 0)
     assert all(f".{depth}." in name for name in found[1])
-
-
-# ----------------------------------------------------------------------------------------------------------- the files
-
-
-def test_saved_and_loaded(tmp_path):
-    model = make_badge(learn_to_exit=True, train_head=False)
-    model.save_pretrained(tmp_path)
-    keys = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "doubt" in key}
-    assert keys == {f"base_model.model.bert.encoder.layer.0.badge_doubt.{name}" for name in ("weight", "bias")}
-    before, loaded = output_of(model), PeftModel.from_pretrained(make_model(), tmp_path, adapter_name="other")
-    assert loaded.peft_config["other"].learn_to_exit is True
-    after = output_of(loaded)
-    assert torch.equal(after.exit_uncertainty, before.exit_uncertainty) and torch.equal(
-        after.exit_logits, before.exit_logits
-    )
-    beside = make_badge(adapter_name="one")
-    beside.load_adapter(tmp_path, "two")
-    assert output_of(beside).exit_uncertainty is None
-    beside.set_adapter("two")
-    assert torch.equal(output_of(beside).exit_uncertainty, before.exit_uncertainty)
-
-
-@pytest.mark.parametrize("case", ["bert", "albert", "albert-groups", "modernbert-cls"])
-def test_one_layer_for_all_exits(case):
-    model = get_peft_model(make_model(case), BadgeConfig(r=4, learn_to_exit=True))
-    plain = get_peft_model(make_model(case), BadgeConfig(r=4))
-    extra = model.get_nb_trainable_parameters()[0] - plain.get_nb_trainable_parameters()[0]
-    assert extra == HIDDEN + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the policy
