@@ -1,4 +1,4 @@
-"""Learning to exit (LTE): its loss by hand; its layer trained (tests/peft_verbs saves and loads it); policy `learned` live and replayed."""
+"""Learning to exit (LTE): its loss by hand; its layer trained; policy `learned` live and replayed."""
 
 from __future__ import annotations
 
