@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from badge_peft.tuner.pooling import Pooling
 from badge_peft.utils.ragged import RaggedRows
 
 _EVERY_TOKEN = ("all", "token_logits")  # heads of which all positions are kept
+_TEXT = ("input_ids", "token_type_ids")  # what makes the text of a row
 
 
 class CachedStates:
@@ -38,6 +39,7 @@ class CachedStates:
         self.plan = example.plan
         self.texts: list[bytes] = []  # what tells each row's text from others
         self.backbone: Any = None  # what tells the backbone from others
+        self._places: dict[bytes, int] | None = None  # of the texts
         self._numbers: Sequence[int] | None = None  # of the rows in the storage, where these are a part of them
         self._tuple_length = example.tuple_length
         self._types = {state: value.dtype for state, value in example.states.items()}
@@ -72,9 +74,25 @@ class CachedStates:
     def select(self, rows: Sequence[int]) -> CachedStates:
         """The given rows alone, in this order. They stay where they are, until all of them are closed."""
         part = copy.copy(self)
-        part.texts = [self.texts[i] for i in rows]
+        part.texts, part._places = [self.texts[i] for i in rows], None
         part._numbers = [self._number(i) for i in rows]
         return part
+
+    def have(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether these are the states of the texts of `rows`, and maybe of others."""
+        return set(texts_of(rows)) <= set(self.texts)
+
+    def find(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """[B]: which rows have the texts of a batch that is padded on the right; None where it has another one."""
+        mask = batch.get("attention_mask")
+        if "input_ids" not in batch or mask is None or bool((mask[:, 1:] > mask[:, :-1]).any()):
+            return None
+        if self._places is None:
+            self._places = {text: i for i, text in enumerate(self.texts)}
+        names = [name for name in (*_TEXT, "attention_mask") if name in batch]
+        columns = zip(*(batch[name].cpu().numpy() for name in names), strict=True)
+        found = [self._places.get(text) for text in texts_of([dict(zip(names, row, strict=True)) for row in columns])]
+        return None if None in found else torch.tensor(found, device=mask.device)
 
     def allocate(self, folder: Path | None = None) -> None:
         """Makes room for them: in memory, or in memory-mapped files in `folder`."""
@@ -139,7 +157,12 @@ class CachedStates:
             return model.model(return_dict=True, **inputs)
 
 
-def texts_of(rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """What tells the text of each row from others."""
-    tokens = (np.asarray(row["input_ids"], dtype=np.int64).tobytes() for row in rows)
-    return [hashlib.blake2b(text, digest_size=12).digest() for text in tokens]
+def texts_of(rows: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """What tells the text of each row, without its padding, from others."""
+    found = []
+    for row in rows:
+        mask = row.get("attention_mask")
+        real = slice(None) if mask is None else np.asarray(mask) != 0
+        parts = [np.asarray(row[name], dtype=np.int64)[real].tobytes() for name in _TEXT if row.get(name) is not None]
+        found.append(hashlib.blake2b(b"".join(parts), digest_size=12).digest())
+    return found

@@ -96,12 +96,13 @@ def calibrate(
             stacklevel=2,
         )
         target_blocks_saved = target_speedup
-    goals = [max_score_drop, target_blocks_saved, target_time_saved]
-    if sum(goal is not None for goal in goals) != 1:
-        raise ValueError("calibrate needs exactly one of max_score_drop, target_blocks_saved and target_time_saved.")
     check_number("max_score_drop", max_score_drop, lambda drop: drop >= 0, "it must be 0 or more")
-    for own, value in (("target_blocks_saved", target_blocks_saved), ("target_time_saved", target_time_saved)):
-        check_number(own, value, lambda share: 0 <= share < 1, "it is a share, in [0, 1)")
+    targets = {"target_blocks_saved": target_blocks_saved, "target_time_saved": target_time_saved}
+    targets = {name: target for name, target in targets.items() if target is not None}
+    if len(targets) + (max_score_drop is not None) != 1:
+        raise ValueError("calibrate needs exactly one of max_score_drop, target_blocks_saved and target_time_saved.")
+    for name, target in targets.items():
+        check_number(name, target, lambda share: 0 <= share < 1, "it is a share, in [0, 1)")
     if target_time_saved is not None and costs is None:
         raise ValueError("target_time_saved needs costs: measure them with measure_costs, or save blocks.")
     scored = exit_logits.labeled()
@@ -113,16 +114,14 @@ def calibrate(
     goal_costs = CostModel.of_blocks(exit_logits.depth) if costs is None or target_blocks_saved else costs
     record: dict[str, Any] = {}
     if confidence is not None:
-        point, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
-        chosen = point.config
+        chosen, rows = certified(scored, policy, max_score_drop, confidence, metric, per_exit)
         record = {"confidence": confidence, "max_score_drop": max_score_drop, "test_rows": rows}
     else:
         groups, drops = policies_of(templates, asked == "auto", per_exit), Drops(scored, reference, metric)
         if max_score_drop is not None:
             found = _within(drops, groups, goal_costs, max_score_drop)
         else:
-            name = "target_blocks_saved" if target_time_saved is None else "target_time_saved"
-            target = target_blocks_saved if target_time_saved is None else target_time_saved
+            ((name, target),) = targets.items()
             found = _at_target(drops, groups, goal_costs, name, cast(float, target))
         if found is None:
             tried = [s.drop for forms in groups for s in settings_of(drops, forms, goal_costs)]
@@ -238,8 +237,8 @@ def why_not(scores: ExitScores, saved: float, max_score_drop: float, reference: 
         f"Early exits are not worth it here: within a drop of {max_score_drop:g} they would save {max(saved, 0):.0%} "
         f"of the time, less than {WORTH:.0%}, so the model answers at full depth (policy 'never'). "
         f"{exits[0].upper()}{exits[1:]} score below {wanted:.4f}, which answers would need. What else helps: ONNX "
-        "Runtime in int8 "
-        "(`badge-peft export --int8`), more training rows, a trained backbone (--backbone lora), or a larger drop."
+        "Runtime in int8 (`badge-peft export --int8`), more training rows, a trained backbone (--backbone lora), or a "
+        "larger drop."
     )
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import POLICIES, ThresholdPolicy, build_policy, policy_class
-from badge_peft.evaluation.exit_logits import ExitLogits
+from badge_peft.evaluation.exit_logits import ExitLogits, Units
 from badge_peft.evaluation.metrics import exit_scores
-from badge_peft.evaluation.units import Units
 from badge_peft.utils.problem import problem_of
 
 Array = np.ndarray

@@ -49,37 +49,39 @@ def tensor_columns(model: nn.Module, dataset: Any, tokens: bool = False) -> list
     return rows
 
 
-def labeled_features(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
+def labeled_rows(
+    model: nn.Module, dataset: Any, num_labels: int, problem: Problem, tokens: bool
+) -> list[dict[str, Any]]:
     """The rows of `tensor_columns` with labels that can be scored: all rows where none has a label, else those that
-    have one."""
-    labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each () or [K]
-    labels = {i: label for i, label in labels.items() if problem.has_label(label.view(-1)[:1]).all()}
-    if not labels:
+    have one. Of `tokens`, which have a label each, all rows, with labels where one has any."""
+    rows = tensor_columns(model, dataset, tokens)
+    # each [], [K], or [S] of tokens
+    labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}
+    if tokens:
+        scored = [i for i, label in labels.items() if problem.has_label(label).any()]
+    else:
+        scored = [i for i, label in labels.items() if problem.has_label(label.view(-1)[:1]).all()]
+    if not scored:
         return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-    if len(labels) < len(rows):
-        warnings.warn(f"{len(rows) - len(labels)} of {len(rows)} rows have no label and are left out.", stacklevel=4)
-    if len({label.shape for label in labels.values()}) > 1:
-        raise ValueError("labels must have the same shape in every row.")
-    problem.scored_labels(torch.stack([*labels.values()]), num_labels, len(labels))
-    return [rows[i] for i in labels]
-
-
-def labeled_tokens(rows: list[dict[str, Any]], num_labels: int, problem: Problem) -> list[dict[str, Any]]:
-    """As `labeled_features`, for rows with a label for each token: all rows, with labels where one has any."""
-    labels = {i: torch.as_tensor(row["labels"]) for i, row in enumerate(rows) if "labels" in row}  # each [S]
-    if not any(problem.has_label(label).any() for label in labels.values()):
-        return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-    for i, row in enumerate(rows):
-        if i not in labels or labels[i].shape != (len(row["input_ids"]),):
-            found = "none" if i not in labels else str(list(labels[i].shape))
-            raise ValueError(
-                f"row {i} has {len(row['input_ids'])} tokens and labels of shape {found}: each token needs one, "
-                f"{NO_LABEL} where it does not count."
-            )
-    every = torch.cat([*labels.values()])
-    every = every[problem.has_label(every)]
+    if tokens:
+        for i, row in enumerate(rows):
+            if i not in labels or labels[i].shape != (len(row["input_ids"]),):
+                found = "none" if i not in labels else str(list(labels[i].shape))
+                raise ValueError(
+                    f"row {i} has {len(row['input_ids'])} tokens and labels of shape {found}: each token needs one, "
+                    f"{NO_LABEL} where it does not count."
+                )
+        every = torch.cat([*labels.values()])
+        every, kept = every[problem.has_label(every)], rows
+    else:
+        if len(scored) < len(rows):
+            count = len(rows) - len(scored)
+            warnings.warn(f"{count} of {len(rows)} rows have no label and are left out.", stacklevel=4)
+        if len({labels[i].shape for i in scored}) > 1:
+            raise ValueError("labels must have the same shape in every row.")
+        every, kept = torch.stack([labels[i] for i in scored]), [rows[i] for i in scored]
     problem.scored_labels(every, num_labels, len(every))
-    return rows
+    return kept
 
 
 def pad_features(rows: list[dict[str, Any]], model: nn.Module, tokens: bool = False) -> dict[str, Tensor]:

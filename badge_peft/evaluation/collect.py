@@ -10,22 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from badge_peft.early_exit.cached_states import CachedStates, texts_of
-from badge_peft.evaluation.collate import (
-    SPECIAL,
-    evaluating,
-    labeled_features,
-    labeled_tokens,
-    pad_features,
-    tensor_columns,
-)
+from badge_peft.early_exit.cached_states import CachedStates
+from badge_peft.evaluation.collate import SPECIAL, evaluating, labeled_rows, pad_features
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.problem import NO_LABEL, problem_of
 
-_NUMBER = "number"  # of a row
 _LONGEST = 2**20  # tokens of a text, which number them
 
 
@@ -57,7 +49,7 @@ def collect_exit_logits(
         split_between_processes: Under `accelerate launch` or `torchrun`, run a part of the batches in each process and
             give all of them to each; every process has to make the call, with the same data. False: each call runs all
             rows by itself.
-        cached_states: Of these rows, by `cache_states`: no block runs then.
+        cached_states: Of these rows (or more), by `cache_states`: no block runs then.
 
     Raises:
         ValueError: the data set is empty, an argument is out of range, `cached_states` are those of other texts, or
@@ -70,12 +62,9 @@ def collect_exit_logits(
     config = badge.config_of()
     tokens = config.reads_tokens
     problem = problem_of(config.resolved_problem_type)
-    rows = [{**row, _NUMBER: i} for i, row in enumerate(tensor_columns(badge.model, dataset, tokens))]
-    if cached_states is not None and cached_states.texts != texts_of(rows):
+    rows = labeled_rows(badge.model, dataset, config.resolved_labels, problem, tokens)
+    if cached_states is not None and not cached_states.have(rows):
         raise ValueError("cached_states are those of other texts: make them with cache_states(model, dataset).")
-    check = labeled_tokens if tokens else labeled_features
-    rows = check(rows, config.resolved_labels, problem)
-    places = torch.tensor([row.pop(_NUMBER) for row in rows])  # among all rows, of which those with a label are left
     collate = data_collator or (lambda batch: pad_features(batch, badge.model, tokens))
     device = next(badge.model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -87,7 +76,7 @@ def collect_exit_logits(
             batch = {name: value.to(device) for name, value in collate([rows[i] for i in numbers]).items()}
             labels, special = batch.pop("labels", None), batch.pop(SPECIAL, None)
             if cached_states is not None:
-                batch |= {"cached_states": cached_states, "cached_rows": places[numbers].to(device)}
+                batch |= {"cached_states": cached_states, "cached_rows": cached_states.find(batch)}
             output = badge(**batch)
             kept = (output.exit_logits.float(), labels, output.exit_uncertainty)
             if tokens:

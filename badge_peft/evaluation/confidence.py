@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.metrics import Metric
-from badge_peft.evaluation.tradeoff import TradeOffPoint, evaluate_policy, pareto, search
+from badge_peft.evaluation.tradeoff import pareto, search
 from badge_peft.utils.checks import check_number
 from badge_peft.utils.problem import problem_of
 
@@ -30,7 +31,7 @@ _LARGEST_BET = 0.75  # share of the wealth that one row can lose
 
 def certified(
     exit_logits: ExitLogits, policy: Any, alpha: float | None, confidence: float, metric: Metric, per_exit: bool
-) -> tuple[TradeOffPoint, int]:
+) -> tuple[EarlyExitConfig, int]:
     """The fastest setting whose loss against full depth is below `alpha` on new data, with the given confidence; and
     the number of rows that tested it."""
     needed = rows_to_certify(alpha, confidence, metric, exit_logits.kind)
@@ -57,14 +58,13 @@ def certified(
         losses = test_half.units.total(losses) / test_half.units.sizes  # of tokens, the mean over those of a text
         if not is_certified(losses, alpha, confidence):
             break
-        best = point
+        best = point.config
     if best is None:
         raise ValueError(
             f"no setting could be certified to lose at most {alpha} with confidence {confidence} on "
-            f"{len(rows) - half} test rows: "
-            "give more rows, or allow more."
+            f"{len(rows) - half} test rows: give more rows, or allow more."
         )
-    return evaluate_policy(exit_logits, best.config, metric), len(test_half.units)
+    return best, len(test_half.units)
 
 
 def rows_to_certify(max_score_drop: float | None, confidence: float, metric: Metric, problem_type: str) -> int:

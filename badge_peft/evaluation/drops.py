@@ -73,11 +73,9 @@ class Drops:
     def _by_input(self, values: Array) -> Array:
         """[S, N] -> [S, D]: the sum over each different input."""
         units = self.exit_logits.units.total(values)
-        return (
-            units
-            if len(self._starts) == len(self.inputs)
-            else np.add.reduceat(units[:, self._order], self._starts, axis=1)
-        )
+        if len(self._starts) == len(self.inputs):
+            return units
+        return np.add.reduceat(units[:, self._order], self._starts, axis=1)
 
     def _of_ratio(self, stops: Array) -> tuple[Array, Array]:
         """Of a ratio of sums over units; the error to first order."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from badge_peft.evaluation.units import Units
+from badge_peft.evaluation.exit_logits import Units
 
 Array = np.ndarray
 OUTSIDE = "O"

@@ -1,4 +1,4 @@
-"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed.
+"""`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed, and what leaves as one.
 
 `collect_exit_logits` (`collect.py`) makes them, in one full-depth pass.
 """
@@ -18,13 +18,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from badge_peft.early_exit.history import ExitHistory, group_codes
-from badge_peft.evaluation.units import Units
 from badge_peft.utils.checks import check_int
 from badge_peft.utils.files import replacing
 from badge_peft.utils.problem import infer_problem_type, problem_of
 
 _UNCERTAINTY = "signals"  # its name in the file, which files of earlier versions have
 _TENSORS = {"logits", "labels", "groups", "texts", _UNCERTAINTY}
+
+
+class Units:
+    """The U units of N rows: what leaves a batch as one, and is drawn and counted as one. A row or, where rows are
+    tokens, a text: `texts` [N] has a number for each row, the same for all of a text, which lie side by side."""
+
+    def __init__(self, rows: int, texts: np.ndarray | None = None) -> None:
+        self.rows = rows
+        #: [N] bool: the rows with which a unit begins.
+        self.first = np.ones(rows, dtype=bool) if texts is None else np.append(True, texts[1:] != texts[:-1])
+        self._are_rows = bool(self.first.all())
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[U]: the first row of each."""
+        return np.flatnonzero(self.first)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """[U]: how many rows each has."""
+        return np.diff(np.append(self.starts, self.rows))
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """[..., N] -> [..., U]: the largest value of each; of blocks, where the unit leaves."""
+        return values if self._are_rows else np.maximum.reduceat(values, self.starts, axis=-1)
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """[..., N] -> [..., U]: the sum in each."""
+        return values if self._are_rows else np.add.reduceat(values, self.starts, axis=-1)
+
+    def rows_of(self, units: np.ndarray) -> np.ndarray:
+        """[u] -> [n]: the rows of these units, in their order."""
+        if self._are_rows:
+            return units
+        sizes = self.sizes[units]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.repeat(self.starts[units], sizes) + within
 
 
 @dataclass
@@ -158,8 +197,7 @@ class ExitLogits:
     def select(self, rows: Tensor) -> ExitLogits:
         """The rows that an index or boolean tensor picks, with what their policies have derived."""
         names = ("labels", "uncertainty", "groups", "texts")
-        parts = {name: getattr(self, name) for name in names}
-        picked: Any = {name: None if x is None else x[rows] for name, x in parts.items()}
+        picked: Any = {name: x[rows] for name in names if (x := getattr(self, name)) is not None}
         part = replace(self, logits=self.logits[rows], **picked)
         if self._history is not None:
             groups = None if part.groups is None else part.groups.numpy()

@@ -29,10 +29,8 @@ def _f1(predictions: Array, labels: Array) -> float:
     multi = predictions.ndim == 2
     if not multi and max(predictions.max(initial=0), labels.max(initial=0)) > 1:
         raise ValueError("metric='f1' is for two classes (the positive one is 1) or multi-label: use 'macro_f1'.")
-    said, truth = (
-        predictions == 1,
-        labels == 1,
-    )  # of class 1, a label that the model lacks is another; or of all labels
+    # of class 1, a label that the model lacks is another; or of all labels
+    said, truth = predictions == 1, labels == 1
     return float(_f1_of((said & truth).sum(), said.sum() + truth.sum()))
 
 

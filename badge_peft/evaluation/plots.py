@@ -17,23 +17,11 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors, told apart with any color vision; markers tell them apart in gray.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_FIXED: dict[str, Any] = {
-    "color": "#555555",
-    "linestyle": "--",
-    "marker": "x",
-    "markersize": 5.5,
-    "linewidth": 1.4,
-    "zorder": 2,
-}
-_STAR: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none", "zorder": 5}
-_RING: dict[str, Any] = {
-    **_STAR,
-    "color": "#D55E00",
-    "marker": "o",
-    "markersize": 15,
-    "fillstyle": "none",
-    "markeredgewidth": 2.2,
-}
+Style = dict[str, Any]
+_FIXED: Style = {"color": "#555555", "linestyle": "--", "marker": "x", "markersize": 5.5, "linewidth": 1.4}
+_STAR: Style = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none", "zorder": 5}
+_HOLLOW: Style = {"marker": "o", "markersize": 15, "fillstyle": "none", "markeredgewidth": 2.2}
+_RING: Style = {**_STAR, **_HOLLOW, "color": "#D55E00"}
 
 
 def check_picture(path: str | Path) -> None:
@@ -61,8 +49,8 @@ def plot_tradeoff(
         tradeoff: From `sweep`.
         path: Where to write the picture; its suffix says the format (png, svg, pdf). None writes nothing.
         title: Above the picture.
-        chosen: A point to mark with a star, such as the calibrated setting; or two
-            by their labels, of which the second has a ring.
+        chosen: A point to mark with a star, such as the calibrated setting; or two by their labels, of which the
+            second has a ring.
 
     Returns:
         The matplotlib figure.
@@ -81,7 +69,7 @@ def plot_tradeoff(
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.add_subplot(axisbelow=True)
     names = [name for name in tradeoff.names if name != "fixed_depth"]
-    lines: list[tuple[str, dict[str, Any]]] = [
+    lines: list[tuple[str, Style]] = [
         (name, {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.8, "zorder": 3})
         for name, color, marker in zip(names, cycle(COLORS), cycle(MARKERS), strict=False)
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 
 def _same(value: Any) -> Any:
@@ -21,30 +22,21 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Runner:
-    """One way to run a model. `run` alone is timed.
+    """One way to run a model. `run` alone is timed."""
 
-    Args:
-        run: From what `prepare` made to an output.
-        prepare: From a batch to what `run` takes.
-        read: From an output to what is kept of it.
-        device: Where it runs; on CUDA the clock waits for the device.
-        around: Makes a context to run in.
-    """
-
-    run: Callable[[Any], Any]
-    prepare: Callable[[Any], Any] = _same
-    read: Callable[[Any], Any] = _same
-    device: torch.device | str = "cpu"
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    run: Callable[[Any], Any]  # from what `prepare` made to an output
+    prepare: Callable[[Any], Any] = _same  # from a batch to what `run` takes
+    read: Callable[[Any], Any] = _same  # from an output to what is kept of it
+    device: torch.device | str = "cpu"  # on CUDA the clock waits for it
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # makes a context to run in
 
 
 @dataclass
 class Timed:
-    """What the clock has of one runner: the seconds of each call, [batches * rounds], and of each batch what `read`
-    made of the last call."""
+    """What the clock has of one runner."""
 
-    seconds: list[float] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each call, [batches * rounds]
+    outputs: list[Any] = field(default_factory=list)  # of each batch, what `read` made of the last call
 
 
 def take_turns(
@@ -58,12 +50,12 @@ def take_turns(
     settle: bool = False,
     progress: str = "",
 ) -> list[Timed]:
-    """Times every runner on every batch, `rounds` times.
+    """Times every runner on every batch, `rounds` times before the next batch; one entry per runner.
 
     Args:
         runners: What is compared.
         batches: What they run on.
-        rounds: Rounds on each batch before the next batch.
+        rounds: On each batch.
         warmup: Batches of rounds before the first that counts, one each.
         order: Number of a round, below 0 where it does not count -> places in `runners`, in the order in which they
             run in that round; one may come several times. None: each once, and another one is first each time.
@@ -72,11 +64,7 @@ def take_turns(
         settle: Each call comes twice in a row, and the second counts: with its weights in the caches again, as in a
             service that does nothing else.
         progress: Name of a progress bar over the batches; empty: none.
-
-    Returns:
-        One entry per runner.
     """
-    from tqdm.auto import tqdm
 
     def rotated(turn: int) -> Sequence[int]:
         first = (turn // rounds + turn % rounds) % len(runners)  # another one for each batch, too

@@ -23,18 +23,11 @@ Text = str | list[str]
 
 @dataclass(frozen=True)
 class Words:
-    """The W words of one text.
+    """The W words of one text."""
 
-    Args:
-        text: The text; of tokens, these with blanks in between.
-        spans: [W], where each begins and ends, in characters.
-        places: [W], the position of the token that answers for each; None where the text was cut before, or the
-            tokenizer leaves the word out.
-    """
-
-    text: str
-    spans: list[tuple[int, int]]
-    places: list[int | None]
+    text: str  # of tokens, these with blanks in between
+    spans: list[tuple[int, int]]  # where each word begins and ends, in characters
+    places: list[int | None]  # of the token that answers for each; None: the text was cut, or the word is left out
 
 
 def tokenize_words(

@@ -14,7 +14,7 @@ from torch import Tensor
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.mixin import early_exit_forward
 from badge_peft.early_exit.policies import policy_class
-from badge_peft.evaluation.collate import SPECIAL, labeled_features, labeled_tokens, pad_features, tensor_columns
+from badge_peft.evaluation.collate import SPECIAL, labeled_rows, pad_features
 from badge_peft.evaluation.metrics import METRICS
 from badge_peft.export.pieces import ALONE
 from badge_peft.export.runtime import OnnxEarlyExitModel, OnnxOutput
@@ -86,8 +86,7 @@ def compare(badge: BadgeModel, session: OnnxEarlyExitModel, config: EarlyExitCon
         raise ValueError("there are no examples: pass at least one tokenized row, or None.")
     problem = problem_of(session.config["problem_type"])
     tokens = session.reads_tokens
-    check = labeled_tokens if tokens else labeled_features
-    rows = check(tensor_columns(badge.model, examples, tokens), session.config["num_labels"], problem)
+    rows = labeled_rows(badge.model, examples, session.config["num_labels"], problem, tokens)
     batches = [[i] for i in range(len(rows))]
     if policy_class(config).by_group:
         groups = examples["groups"][:] if "groups" in getattr(examples, "column_names", ()) else [0] * len(rows)

@@ -104,12 +104,8 @@ class MultiExitTrainingArguments(TrainingArguments):
 
     @classmethod
     def of(cls, args: TrainingArguments | None = None, **overrides: Any) -> MultiExitTrainingArguments:
-        """A copy of `args`, plain TrainingArguments among them, with `overrides` that are not None in their place.
-
-        Args:
-            args: None takes the defaults.
-            **overrides: Fields of this class.
-        """
+        """A copy of `args` (None: the defaults), plain TrainingArguments among them, with `overrides` that are not
+        None in their place."""
         args = cls() if args is None else args
         new = cls.__new__(type(args) if isinstance(args, cls) else cls)
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -161,10 +157,9 @@ def sampling(by_length: bool) -> dict[str, Any]:
 def _flag(name: str, value: Any) -> Any:
     """True, False or "auto"; the first two also as words, from a command line."""
     words = {"true": True, "false": False, "auto": "auto"}
-    found = words.get(str(value).lower())
-    if found is None:
+    if str(value).lower() not in words:
         raise ValueError(f"{name}={value!r} is not allowed: it must be True, False or 'auto'.")
-    return found
+    return words[str(value).lower()]
 
 
 def from_json(weights: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from badge_peft.early_exit.cached_states import CachedStates, texts_of
 from badge_peft.early_exit.config import EarlyExitConfig
@@ -122,10 +122,10 @@ def choose_exits(
     found: list[ExitForm] = []
     failure: Exception | None = None
     options = {**arguments, "num_train_epochs": epochs, "seed": seed}
-    with closing(_States(sets, data_collator)) as states:
+    with closing(_Trials(model, sets, data_collator, {"policy": policy, "metric": metric, **goal}, options)) as trials:
         for config in sorted(configs, key=_demand, reverse=True):
             try:
-                form = _try(model, config, sets, states, goal, policy, metric, data_collator, options)
+                form = trials.run(config)
             except (TrainingStopped, CannotCache) as error:
                 failure = error
                 continue
@@ -134,7 +134,7 @@ def choose_exits(
                 tell(form)
     if not found:
         raise ValueError(f"no form of exits could be trained: {failure}") from failure
-    by_time = "max_score_drop" in goal and goal["max_score_drop"] is not None
+    by_time = goal.get("max_score_drop") is not None
     return sorted(found, key=lambda f: (f.reached, f.time_saved if by_time else f.score, f.score), reverse=True)
 
 
@@ -159,60 +159,76 @@ def _demand(config: BadgeConfig) -> tuple[bool, bool, int]:
     return config.exit_type in ("mha", "residual_mha"), config.exit_pooling == "mean", len(config.exit_layers or ())
 
 
-class _States:
-    """The states of both sets of rows, for as long as they serve the forms that ask."""
+@dataclass
+class _Trials:
+    """What all forms are tried on: a model, rows to train on and to choose by, with their states for as long as these
+    serve the forms that ask, what `calibrate` is asked for, and arguments of the trainings."""
 
-    def __init__(self, sets: list[Any], collate: Any) -> None:
-        self.sets, self.collate = sets, collate
-        self.kept: list[CachedStates] = []
+    base: nn.Module
+    sets: list[Any]
+    collate: Any
+    wanted: dict[str, Any]
+    options: dict[str, Any]
+    kept: CachedStates | None = None
 
     def close(self) -> None:
         """Gives memory and files back."""
-        for states in self.kept:
-            states.close()
-        self.kept = []
+        if self.kept is not None:
+            self.kept.close()
+        self.kept = None
 
-    def of(self, model: nn.Module) -> list[CachedStates] | tuple[None, None]:
-        """Those that the active adapter reads; None for each set where the backbone is trained."""
+    def states(self, model: nn.Module) -> CachedStates | None:
+        """Those that the active adapter reads; None where the backbone is trained."""
         badge = get_badge_model(model)
         if is_trained(badge.model, badge.layout):
-            return None, None
-        if not self.kept or not self.kept[0].plan.serves(RecordingPass.of(badge, {}).plan):
+            return None
+        if self.kept is None or not self.kept.plan.serves(RecordingPass.of(badge, {}).plan):
             self.close()
+            rows = [row for part in self.sets for row in part]
             try:
-                self._cache(model, "float16")
-            except CannotCache:  # states of some models are too large for it
-                self._cache(model, "float32")
+                self.kept = cache_states(model, rows, data_collator=self.collate)
+            except CannotCache:  # states of some models are too large for float16
+                self.kept = cache_states(model, rows, data_collator=self.collate, dtype="float32")
         return self.kept
 
-    def _cache(self, model: nn.Module, dtype: str) -> None:
+    def run(self, config: BadgeConfig) -> ExitForm:
+        """Trains, times and calibrates one form."""
+        start = time.perf_counter()
+        set_seed(self.options["seed"])
+        with quiet():
+            model = get_peft_model(self.base, copy.deepcopy(config))
+        badge = get_badge_model(model)
         try:
-            for part in self.sets:
-                self.kept.append(cache_states(model, part, data_collator=self.collate, dtype=dtype))
-        except BaseException:
-            self.close()
-            raise
+            states = self.states(model)
+            self._train(model, states)
+            exit_logits = collect_exit_logits(model.eval(), self.sets[1], cached_states=states)
+            costs = measure_costs(model, self.sets[1], seconds=TIMED_S)
+        finally:
+            badge.unload()
+        scored, metric = exit_logits.labeled(), self.wanted["metric"]
+        scores, reached = exit_scores(scored, metric), True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                chosen = calibrate(exit_logits, costs=costs, **self.wanted)
+            except ValueError:  # the goal is out of reach
+                chosen, reached = EarlyExitConfig(policy="never"), False
+        point = evaluate_policy(scored, chosen, metric)
+        return ExitForm(
+            config,
+            chosen,
+            scores.per_exit,
+            scores.exit_layers,
+            point.score,
+            scores.per_exit[-1],
+            point.layer_speedup,
+            (chosen.calibration or {}).get("time_saved", 0.0),
+            costs,
+            time.perf_counter() - start,
+            reached,
+        )
 
-
-def _try(
-    base: nn.Module,
-    config: BadgeConfig,
-    sets: list[Any],
-    states: _States,
-    goal: dict[str, Any],
-    policy: str,
-    metric: Metric,
-    collate: Any,
-    options: dict[str, Any],
-) -> ExitForm:
-    """Trains, times and calibrates one form."""
-    start = time.perf_counter()
-    set_seed(options["seed"])
-    with quiet():
-        model = get_peft_model(base, copy.deepcopy(config))
-    badge = get_badge_model(model)
-    try:
-        trained_on, held_out = states.of(model)
+    def _train(self, model: nn.Module, states: CachedStates | None) -> None:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             arguments = multi_exit_arguments(
                 model,
@@ -223,43 +239,14 @@ def _try(
                 logging_steps=10**9,
                 label_names=["labels"],
                 disable_tqdm=True,
-                **options,
+                **self.options,
             )
             trainer = MultiExitTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=sets[0],
-                data_collator=collate,
-                cache_states=False if trained_on is None else trained_on,
+                model,
+                arguments,
+                train_dataset=self.sets[0],
+                data_collator=self.collate,
+                cache_states=False if states is None else states,
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
             trainer.train()
-        model.eval()
-        exit_logits = collect_exit_logits(model, sets[1], cached_states=held_out)
-        costs = measure_costs(model, sets[1], seconds=TIMED_S)
-    finally:
-        badge.unload()
-    scored = exit_logits.labeled()
-    scores = exit_scores(scored, metric)
-    reached = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            chosen = calibrate(exit_logits, policy, metric=metric, costs=costs, **goal)
-        except ValueError:  # the goal is out of reach
-            chosen, reached = EarlyExitConfig(policy="never"), False
-    point = evaluate_policy(scored, chosen, metric)
-    return ExitForm(
-        config,
-        chosen,
-        scores.per_exit,
-        scores.exit_layers,
-        point.score,
-        scores.per_exit[-1],
-        point.layer_speedup,
-        (chosen.calibration or {}).get("time_saved", 0.0),
-        costs,
-        time.perf_counter() - start,
-        reached,
-    )

@@ -25,29 +25,17 @@ GROUPS = "groups"  # the name in a batch of the query that each row belongs to
 
 @dataclass
 class Step:
-    """What an objective may know about the pass that it scores.
+    """What an objective may know about the pass that it scores."""
 
-    Args:
-        exits: Block numbers of the exits; the last is M.
-        logits: One [B, K] per exit.
-        labels: As the loss needs them, or None.
-        problem_type: As transformers has it.
-        number: Optimizer steps done before this one.
-        output: Of the pass.
-        criterion: The loss of one exit against labels.
-        groups: [B], the query of each row, where the batch has it.
-        training: Whether a step is made of it, or an evaluation.
-    """
-
-    exits: list[int]
-    logits: list[Tensor]
-    labels: Tensor | None
+    exits: list[int]  # block numbers; the last is M
+    logits: list[Tensor]  # one [B, K] per exit
+    labels: Tensor | None  # as the loss needs them
     problem_type: str
-    number: int
+    number: int  # optimizer steps done before this one
     output: MultiExitOutput
     criterion: Criterion = field(default_factory=Criterion)
-    groups: Tensor | None = None
-    training: bool = True
+    groups: Tensor | None = None  # [B], the query of each row, where the batch has it
+    training: bool = True  # a step is made of it; else an evaluation
 
     def loss(self, index: int) -> Tensor:
         """Loss of one exit against the labels."""
@@ -85,15 +73,7 @@ class Objective:
         return sum_losses([x for x, _ in kept], [w for _, w in kept])
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """Refuses an adapter that it cannot train.
-
-        Args:
-            config: The adapter's.
-            exits: Block numbers of its exits.
-
-        Raises:
-            ValueError: saying why.
-        """
+        """Refuses an adapter that it cannot train, by its config and the block numbers of its exits."""
         loss_weights(self.weights or "uniform", exits)
         if self.distillation:
             check_earlier_exits(f"distillation={self.distillation}", exits)
@@ -163,8 +143,7 @@ class PastFuture(Objective):
     exit_pass: type[EarlyExitPass] = field(default=ImitationPass, repr=False)
 
     def start_loss(self, step: Step, index: int) -> Tensor | None:
-        """None: an exit reads what others have left."""
-        return None
+        return None  # an exit reads what others have left
 
     def __call__(self, step: Step) -> Tensor:
         weights = loss_weights(self.weights or "linear", step.exits)
@@ -173,29 +152,36 @@ class PastFuture(Objective):
         return (classify + step.output.imitation_loss.mean()) / 2
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """Its exits must predict states."""
         if config.exit_type != "past_future":
             raise ValueError(NEEDS)
         super().check(config, exits)
 
 
 @dataclass
-class SingleExit(Objective):
-    """One exit alone, that after block `depth`, as if the model ended there: the paper's "single exits", one training
-    for each."""
-
-    depth: int = 0
+class FinalExit(Objective):
+    """One exit alone, here exit M: stage 1 of two-stage training."""
 
     def __call__(self, step: Step) -> Tensor:
         return step.loss(self._index(step.exits))
 
     def start_loss(self, step: Step, index: int) -> Tensor | None:
-        """Of its exit alone."""
-        return super().start_loss(step, index) if step.exits[index] == self.depth else None
+        return super().start_loss(step, index) if index == self._index(step.exits) else None
+
+    def final_exit_alone(self, exits: list[int]) -> bool:
+        return self._index(exits) == len(exits) - 1
+
+    def _index(self, exits: list[int]) -> int:
+        return len(exits) - 1
+
+
+@dataclass
+class SingleExit(FinalExit):
+    """The exit after block `depth`, as if the model ended there: the paper's "single exits", one training for each."""
+
+    depth: int = 0
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """Its exit must be one of them; other exits have no weight."""
-        self._index(exits)
+        self._index(exits)  # other exits have no weight
 
     def _index(self, exits: list[int]) -> int:
         if self.depth not in exits:
@@ -206,27 +192,9 @@ class SingleExit(Objective):
     def best_by(self) -> str:
         return f"exit_{self.depth}"
 
-    def final_exit_alone(self, exits: list[int]) -> bool:
-        return self.depth == exits[-1]
-
     def trains_lte_at(self, number: int) -> bool:
         """At this exit alone: the loss of LTE reaches the bypass of every exit that it judges."""
         return number == self.depth
-
-
-@dataclass
-class FinalExit(Objective):
-    """Stage 1 of two-stage training: exit M alone."""
-
-    def __call__(self, step: Step) -> Tensor:
-        return step.loss(-1)
-
-    def start_loss(self, step: Step, index: int) -> Tensor | None:
-        """Of exit M alone."""
-        return super().start_loss(step, index) if index == len(step.exits) - 1 else None
-
-    def final_exit_alone(self, exits: list[int]) -> bool:
-        return True
 
 
 @dataclass
@@ -235,14 +203,12 @@ class EarlierExits(Objective):
     it (Eq. 6), or with `distillation` from exit M as FastBERT does, whose teacher is not disturbed by dropout here."""
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """There must be such exits, and exit M must not share their weights."""
         check_earlier_exits("objective='two_stage'", exits)
         if config.exit_type == "past_future":
             raise ValueError(NOT_IN_STAGES)
         super().check(config, exits)
 
     def exit(self, step: Step, index: int) -> Tensor | None:
-        """As for joint training, without exit M."""
         return None if index == len(step.exits) - 1 else super().exit(step, index)
 
 

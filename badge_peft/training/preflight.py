@@ -55,13 +55,12 @@ def check_training(args: TrainingArguments, adapter_name: str, replaces_optimize
 
 def check_final_exit(objective: Objective, exits: list[int], trains_final_exit: bool) -> None:
     """Refuses an objective with steps of exit M alone where nothing that exit M reads is trained."""
-    if trains_final_exit or not objective.final_exit_alone(exits):
-        return
-    raise ValueError(
-        f"{type(objective).__name__} trains exit {exits[-1]} alone, at all steps or at some, but nothing that "
-        "this exit reads is trainable: the backbone, the model's own head and the final exit are frozen. Use "
-        "objective='joint', or make the adapter with train_head=True, final_exit='exit' or another backbone mode."
-    )
+    if not trains_final_exit and objective.final_exit_alone(exits):
+        raise ValueError(
+            f"{type(objective).__name__} trains exit {exits[-1]} alone, at all steps or at some, but nothing that "
+            "this exit reads is trainable: the backbone, the model's own head and the final exit are frozen. Use "
+            "objective='joint', or make the adapter with train_head=True, final_exit='exit' or another backbone mode."
+        )
 
 
 def check_evaluation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -44,7 +44,6 @@ class RankingDistillation(Objective):
             raise ValueError("squared=0 and listwise=0 leave nothing to learn: give one of them a weight.")
 
     def check(self, config: BadgeConfig, exits: list[int]) -> None:
-        """One score, and a full depth that does not change meanwhile."""
         super().check(config, exits)
         check_earlier_exits("objective=RankingDistillation()", exits)
         if config.resolved_labels != 1:
@@ -60,11 +59,9 @@ class RankingDistillation(Objective):
 
     @property
     def reads_labels(self) -> bool:
-        """No."""
         return False
 
     def exit(self, step: Step, index: int) -> Tensor | None:
-        """Of every exit but M."""
         if index == len(step.exits) - 1:
             return None
         student, teacher = step.logits[index][:, 0].float(), step.logits[-1][:, 0].detach().float()
@@ -75,9 +72,7 @@ class RankingDistillation(Objective):
 
     def start_loss(self, step: Step, index: int) -> Tensor | None:
         """The squared error alone: rows of many queries come at once."""
-        if index == len(step.exits) - 1:
-            return None
-        return F.mse_loss(step.logits[index][:, 0].float(), step.logits[-1][:, 0].detach().float())
+        return replace(self, squared=1.0, listwise=0.0).exit(step, index)
 
 
 def listwise_loss(student: Tensor, teacher: Tensor, groups: Tensor | None, temperature: float = 1.0) -> Tensor:

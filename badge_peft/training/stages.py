@@ -54,9 +54,8 @@ class Stage:
             return wanted
         newest = newest_checkpoint(Path(self.path(args)))
         if newest is None and not self.folder:
-            raise ValueError(
-                f"there is no whole checkpoint in {self.path(args)}: train without resume_from_checkpoint."
-            )
+            place = self.path(args)
+            raise ValueError(f"there is no whole checkpoint in {place}: train without resume_from_checkpoint.")
         return newest
 
     @contextmanager
@@ -104,8 +103,8 @@ def stages_left(stages: list[Stage], args: MultiExitTrainingArguments, wanted: A
 def newest_checkpoint(folder: Path) -> str | None:
     """The last checkpoint in `folder` that was written whole: the state of the trainer, its last file, can be read.
     None where there is none."""
-    numbers = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("*-*")}
-    for path in sorted((p for p, number in numbers.items() if number.isdecimal()), key=lambda p: -int(numbers[p])):
+    numbered = [(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in folder.glob("*-*")]
+    for _, path in sorted((-int(number), path) for number, path in numbered if number.isdecimal()):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -21,26 +21,17 @@ from badge_peft.early_exit.full_depth import check_labels
 from badge_peft.evaluation.collate import evaluating
 from badge_peft.evaluation.metrics import Metric, exit_scores
 from badge_peft.model import BadgeModel, get_badge_model
+from badge_peft.training import preflight
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
-from badge_peft.training.cached_trainer import CachingTrainer
 from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
 from badge_peft.training.conditioning import Conditioning
 from badge_peft.training.criterion import Criterion
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.preflight import (
-    check_evaluation,
-    check_final_exit,
-    check_loss,
-    check_options,
-    check_parameters,
-    check_training,
-    chosen_set,
-)
-from badge_peft.training.rows import ROWS, holds_batches, rows_of_loss, rows_of_scores, unnumbered
+from badge_peft.training.rows import holds_batches, rows_of_loss, rows_of_scores
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.start import START_BATCH, start_exits
-from badge_peft.training.state_cache import StateCache, has_rows, without_unused_columns
+from badge_peft.training.state_cache import CachingTrainer, StateCache, has_rows, without_unused_columns
 from badge_peft.tuner.backbone import is_trained
 from badge_peft.tuner.config import own_exits
 from badge_peft.tuner.losses import uncertainty_loss
@@ -61,7 +52,7 @@ class MultiExitTrainer(CachingTrainer):
             `metric_for_best_model` is `s_avg` when the arguments do not say (`exit_<depth>` for `single_exit`); `loss`
             is what transformers says where nobody does, so for the loss itself write `eval_loss`.
         cache_states: With a frozen backbone in evaluation mode, what exits read of a row is the same in every epoch:
-            it is computed once and kept. "auto", where it can be; True; False; or the states of these rows, as
+            it is computed once and kept. "auto", where it can be; True; False; or states of these rows, as
             `badge_peft.cache_states` makes them, for one more adapter on the same texts.
         **kwargs: Of `transformers.Trainer`, and the other fields that `MultiExitTrainingArguments` adds to
             `TrainingArguments` (`depth`, `exit_weights`, `distillation`, `adapter_learning_rate`, ...), in place of
@@ -74,8 +65,6 @@ class MultiExitTrainer(CachingTrainer):
         ValueError: an argument has a value that is not allowed, or does not fit the model's exits.
     """
 
-    args: MultiExitTrainingArguments
-    _stage: Stage | None = None  # the one that runs
     _has_trained = False
     _conditioning: Conditioning | None = None
 
@@ -101,7 +90,7 @@ class MultiExitTrainer(CachingTrainer):
         self._cache = StateCache(given)
         super().__init__(model, MultiExitTrainingArguments.of(args, **fields), *others, **kwargs)
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._scores
-        check_options(self.args, self.optimizer_cls_and_kwargs)
+        preflight.check_options(self.args, self.optimizer_cls_and_kwargs)
         self._given_optimizer = self.optimizer is not None or self.lr_scheduler is not None
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer scales them
         self._chooses_metric = self.args.metric_for_best_model in (None, "loss") and self.args.eval_strategy != "no"
@@ -153,7 +142,7 @@ class MultiExitTrainer(CachingTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's loss of one batch."""
-        features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS, ROWS)}
+        features = {k: v for k, v in inputs.items() if k not in ("labels", GROUPS)}
         labels = inputs.get("labels")
         if labels is not None:
             check_labels(self.badge.config_of(), labels, *input_size(**features))
@@ -161,7 +150,7 @@ class MultiExitTrainer(CachingTrainer):
         if self._stage is not None:
             self._stage.set_modes(model, self.exits[-1])
         objective = self.exit_objective
-        outputs = model(**features, **self.cached(inputs, training), exit_pass=objective.exit_pass)
+        outputs = model(**features, **self._cache.find(features), exit_pass=objective.exit_pass)
         config, exits = self.badge.config_of(), self.exits
         logits, labels, uncertainties = rows_of_loss(
             outputs.exit_logits, outputs.exit_uncertainty, labels, features.get("attention_mask"), config
@@ -172,7 +161,7 @@ class MultiExitTrainer(CachingTrainer):
             Step(exits, logits, labels, problem_type, number, outputs, criterion, inputs.get(GROUPS), training)
         )
         if training:
-            check_loss(loss, self.state.global_step + 1)
+            preflight.check_loss(loss, self.state.global_step + 1)
         if labels is not None and uncertainties is not None and self._trains_uncertainty():
             taught = [m for m in own_exits(config, exits[-1]) if objective.trains_lte_at(m)]
             if taught:
@@ -192,27 +181,25 @@ class MultiExitTrainer(CachingTrainer):
 
     def _criterion(self) -> Criterion:
         """The loss of one exit against labels, once it is known that the objective honors all that was asked for."""
-        config = self.badge.config_of()
-        criterion = Criterion(self.args.label_smoothing_factor, self.args.class_weights, self._loss_function)
+        args, config = self.args, self.badge.config_of()
+        criterion = Criterion(args.label_smoothing_factor, args.class_weights, self._loss_function)
         criterion.check(config.resolved_problem_type, config.resolved_labels, self.exit_objective.reads_labels)
         return criterion
 
     def _start_exits(self) -> None:
         """With a frozen backbone, brings the exits to where a regression on what they read stands."""
-        if self.args.exit_start != "regression" or is_trained(self.badge.model, self.badge.layout):
-            return
-        if not has_rows(self.train_dataset):
+        is_wanted = self.args.exit_start == "regression" and has_rows(self.train_dataset)
+        if not is_wanted or is_trained(self.badge.model, self.badge.layout):
             return
         if self._conditioning is not None:
             self._conditioning.forget()  # a check of cached states, which runs without them would not have
-        # the cache again, so that the states of the rows are found
-        with evaluating(self._module), self._cache.training_rows(self):
+        with evaluating(self._module):
             rows, collate = without_unused_columns(self, self.train_dataset)
             draw = torch.Generator().manual_seed(self.args.seed)
             order = torch.randperm(len(rows), generator=draw).tolist()
-            size = 1 if holds_batches(unnumbered(rows)) else START_BATCH
+            size = 1 if holds_batches(rows) else START_BATCH
             loader = DataLoader(Subset(rows, order), size, collate_fn=collate)
-            batches = ({**batch, **self.cached(batch, True)} for batch in map(self._prepare_inputs, loader))
+            batches = ({**batch, **self._cache.find(batch)} for batch in map(self._prepare_inputs, loader))
             start_exits(self.badge, self.exit_objective, batches, self._criterion())
 
     def _trains_uncertainty(self) -> bool:
@@ -222,22 +209,16 @@ class MultiExitTrainer(CachingTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The arguments' optimizer or `optimizer_cls_and_kwargs`, with a learning rate for each part of the model."""
-        if self.optimizer is None:
-            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-                self.args, cast(Any, self.model)
-            )
-            cls, options = found[0], {name: value for name, value in found[1].items() if name != "lr"}
-            groups = parameter_groups(
-                self._module,
-                self.args.adapter_learning_rate,
-                self.args.learning_rate,
-                self.args.head_learning_rate,
-                self.args.weight_decay,
-            )
-            self.optimizer = cls(groups, **options)
-            self._conditioning = None
-            if self.args.standardize and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                self._conditioning = Conditioning(self.badge, self.optimizer)
+        if self.optimizer is not None:
+            return self.optimizer
+        own, model = self.args, self._module
+        cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(own, cast(Any, model))
+        rates = (own.adapter_learning_rate, own.learning_rate, own.head_learning_rate)
+        groups = parameter_groups(model, *rates, weight_decay=own.weight_decay)
+        self.optimizer = cls(groups, **{name: value for name, value in options.items() if name != "lr"})
+        self._conditioning = None
+        if own.standardize and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._conditioning = Conditioning(self.badge, self.optimizer)
         return self.optimizer
 
     # ---------------------------------------------------------------------------------------------------------- stages
@@ -261,7 +242,7 @@ class MultiExitTrainer(CachingTrainer):
             set_seed(self.args.seed)
             self.model = super().call_model_init(trial)
         self._criterion()
-        check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
+        preflight.check_evaluation(self.args, self.eval_dataset, self.label_names, self.get_eval_dataloader)
         stages, exits = self._stages(), self.exits
         trains_final_exit = any(
             p.requires_grad and not is_earlier_exit(name, exits[-1]) for name, p in self._module.named_parameters()
@@ -269,10 +250,10 @@ class MultiExitTrainer(CachingTrainer):
         if len(stages) > 1 and not trains_final_exit:
             stages = stages[1:]
         stages, adapter = stages_left(stages, self.args, resume_from_checkpoint), self.badge.single_active_adapter()
-        check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
+        preflight.check_training(self.args, adapter, self._given_optimizer and bool(stages[0].folder))
         for stage in stages:
             stage.objective.check(self.badge.config_of(), exits)
-            check_final_exit(stage.objective, exits, trains_final_exit)
+            preflight.check_final_exit(stage.objective, exits, trains_final_exit)
         check_final_stays(stages, self._module, adapter, exits[-1])
         if self._has_trained and not self._given_optimizer:
             self.optimizer = None  # it has the rates, and maybe the part of the parameters, of the training before
@@ -282,7 +263,7 @@ class MultiExitTrainer(CachingTrainer):
                 resume = stage.resume(self.args, resume_from_checkpoint)
                 with self._running(stage):
                     output = super().train(resume, trial, *args, **kwargs)
-                    check_parameters(self._module, self.state.global_step)
+                    preflight.check_parameters(self._module, self.state.global_step)
                     if stage is not stages[-1]:
                         self.save_model(str(Path(str(self.args.output_dir), "best")))
                 resume_from_checkpoint = None
@@ -305,11 +286,8 @@ class MultiExitTrainer(CachingTrainer):
     @contextmanager
     def _running(self, stage: Stage) -> Iterator[None]:
         """The trainer with the arguments of `stage`, on the parameters that it trains."""
-        args = self.args
-        self.args, self._stage = (
-            stage.arguments(args, chosen_set(args.metric_for_best_model, self.eval_dataset)),
-            stage,
-        )
+        args, chosen_on = self.args, preflight.chosen_set(self.args.metric_for_best_model, self.eval_dataset)
+        self.args, self._stage = stage.arguments(args, chosen_on), stage
         if stage.folder:
             self.optimizer, self.lr_scheduler = None, None
             self.model_wrapped = self._module  # DDP knows what is trained from the moment that it is made
@@ -321,19 +299,18 @@ class MultiExitTrainer(CachingTrainer):
 
     # ---------------------------------------------------------------------------------------------------------- scores
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """As Trainer's, with the scores of all exits."""
-        return super().evaluate(eval_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
-
-    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """As Trainer's: the logits of exit M; with labels, the scores of all exits, too."""
-        output = super().predict(test_dataset, [*(ignore_keys or []), *_NO_PREDICTIONS], metric_key_prefix)
+        output = super().predict(*args, **kwargs)
         return output._replace(predictions=output.predictions[0])
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
         """As Trainer's. Logits of tokens come as [B, S, E, K]: Trainer fills up the second dimension, and no other."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
-        found: Any = logits  # whatever Trainer types it as, of several outputs it is a tuple
+        ignored = [*(ignore_keys or []), *_NO_PREDICTIONS]
+        found: Any  # whatever Trainer types it as, of several outputs it is a tuple
+        loss, found, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored)
         if found is not None and self.badge.config_of().reads_tokens:
             found = (found[0], found[1].transpose(1, 2), *found[2:])
         return loss, found, labels

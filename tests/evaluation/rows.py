@@ -1,4 +1,4 @@
-"""Tokenized rows of different lengths for the tiny models, and made-up exit logits."""
+"""Tokenized rows of different lengths for the tiny models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from badge_peft import BadgeConfig, ExitLogits
+from badge_peft import BadgeConfig
 from tests.models import LABELS, VOCAB, make_model
 
 
@@ -34,12 +34,3 @@ def make_exits(case: str = "bert", **fields: Any) -> Any:
             if ".badge_" in name and parameter.dim() == 2:
                 parameter.normal_(0, 0.5)
     return model
-
-
-def make_logits(rows: int = 200, exits: int = 4, labels: int = 3, seed: int = 0) -> ExitLogits:
-    """Exits that grow more right, and more sure of it, with their depth."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.randint(0, labels, (rows,), generator=generator)
-    noise = torch.randn(rows, exits, labels, generator=generator)
-    strength = torch.linspace(0.8, 3.0, exits)[None, :, None]
-    return ExitLogits(noise + strength * torch.nn.functional.one_hot(truth, labels)[:, None].float(), truth)

@@ -202,9 +202,8 @@ def test_the_fields_of_the_user_are_kept():
 def test_a_fixed_depth_stays_between_the_bounds(bounds, depths, policy):
     stored = strange(SINGLE, 3, 60, [1, 2, 3, 4, 5, 6] if len(depths) == 3 else [1, 2, 4, 6], "plain", 3)
     asked = {"policy": policy, **bounds} | ({"depth": 6} if policy == "fixed_depth" else {})
-    tried = [
-        p.config for p in search(stored, asked, selection.SETTINGS, "accuracy") if p.config.policy == "fixed_depth"
-    ]
+    points = search(stored, asked, selection.SETTINGS, "accuracy")
+    tried = [p.config for p in points if p.config.policy == "fixed_depth"]
     assert {c.depth for c in tried} == set(depths)
     assert all({name: getattr(c, name) for name in bounds} == bounds for c in tried)
     for goal in ({"max_score_drop": 2.0}, {"target_blocks_saved": 0.0}):
@@ -232,11 +231,8 @@ def test_another_metric_is_another_choice():
         return float((predictions == 0).mean())
 
     config = quiet(stored, "entropy", target_blocks_saved=0.3, metric=zeros)
-    assert config.calibration["metric"] == "zeros"
     tried = [p for p in search(stored, "entropy", selection.SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
     assert config.calibration["score"] == max(p.score for p in tried)
-    f1 = calibrate(stored, "entropy", target_blocks_saved=0.3, metric="macro_f1")
-    assert f1.calibration["metric"] == "macro_f1"
 
 
 def test_without_labels_the_score_is_agreement_with_full_depth():

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from badge_peft import ExitLogits, collect_exit_logits
 from badge_peft.evaluation.collate import pad_features
 from badge_peft.utils.problem import problem_of
-from tests.evaluation.rows import make_exits, make_logits, make_rows
+from tests.evaluation.rows import make_exits, make_rows
 from tests.models import PAD, make_badge, make_model, shake
 
 
@@ -43,32 +43,26 @@ def assert_equal(a: ExitLogits, b: ExitLogits) -> None:
 
 
 def test_defaults() -> None:
-    data = ExitLogits(torch.zeros(2, 3, 4))
+    data = ExitLogits(torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert data.logits.dtype == torch.float32
     assert (data.exits, data.depth, data.problem_type) == ([1, 2, 3], 3, "single_label_classification")
     assert (data.labels, data.uncertainty, len(data)) == (None, None, 2)
     assert ExitLogits(torch.zeros(2, 3, 1)).problem_type == "regression"
 
 
-@pytest.mark.parametrize("data", [full(), ExitLogits(torch.zeros(1, 2, 1)), make_logits(7)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        full(),
+        ExitLogits(torch.zeros(1, 2, 1)),
+        ExitLogits(torch.randn(4, 6, 2)[:, ::2]),
+        ExitLogits(torch.randn(3, 2, 4), torch.ones(3, 4), problem_type="multi_label_classification"),
+        ExitLogits(torch.zeros(2, 3, 4), exit_layers=np.arange(1, 4), num_blocks=np.int64(5)),
+    ],
+)
 def test_save_and_load(data: ExitLogits, tmp_path: Path) -> None:
     data.save(tmp_path / "exits.safetensors")
     assert_equal(ExitLogits.load(tmp_path / "exits.safetensors"), data)
-
-
-def test_a_slice_can_be_saved(tmp_path: Path) -> None:
-    data = ExitLogits(torch.randn(4, 6, 2)[:, ::2])
-    data.save(tmp_path / "exits.safetensors")
-    assert_equal(ExitLogits.load(tmp_path / "exits.safetensors"), data)
-
-
-def test_multi_label_targets_are_kept(tmp_path: Path) -> None:
-    data = ExitLogits(torch.randn(3, 2, 4), torch.ones(3, 4), problem_type="multi_label_classification")
-    data.save(tmp_path / "exits.safetensors")
-    assert_equal(ExitLogits.load(tmp_path / "exits.safetensors"), data)
-
-
-def test_half_precision_becomes_float32() -> None:
-    assert ExitLogits(torch.zeros(1, 2, 2, dtype=torch.bfloat16)).logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([3, 0]), torch.tensor([True, False, False, True, False])])
@@ -79,12 +73,6 @@ def test_select_by_numbers_and_by_mask(rows: torch.Tensor) -> None:
     assert torch.equal(chosen.labels, data.labels[rows])  # type: ignore[arg-type,index]
     assert torch.equal(chosen.uncertainty, data.uncertainty[rows])  # type: ignore[arg-type,index]
     assert (chosen.exits, chosen.depth) == (data.exits, data.depth)
-
-
-def test_answers_are_the_logits_of_the_block_where_each_row_stopped() -> None:
-    data = full(3)
-    answers = data.answers(torch.tensor([6, 0, 2]))
-    assert torch.equal(answers, torch.stack([data.logits[0, 2], data.logits[1, 0], data.logits[2, 1]]))
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
@@ -103,19 +91,12 @@ def test_a_part_has_derived_what_the_whole_has(problem: str) -> None:
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
-def test_predicted_is_the_prediction_of_the_answers(problem: str) -> None:
-    data = ExitLogits(torch.randn(20, 3, 4), exit_layers=[0, 2, 6], problem_type=problem)
-    stops = torch.tensor([0, 2, 6, 6, 2] * 4)
-    expected = problem_of(problem).predictions(data.answers(stops))
-    assert data.predicted(stops.numpy()).tolist() == expected.tolist()
-
-
-def test_the_history_is_made_once() -> None:
-    data = full()
-    history = data.history()
-    assert data.history() is history
-    assert (history.exits, history.rows, history.num_labels) == ([0, 2, 6], 5, 4)
-    assert torch.equal(torch.from_numpy(history.logits[1]), data.logits[:, 1])
+def test_answers_and_predictions_are_those_of_the_block_where_each_row_stopped(problem: str) -> None:
+    data = ExitLogits(torch.randn(5, 3, 4), exit_layers=[0, 2, 6], problem_type=problem)
+    stops = torch.tensor([0, 2, 6, 6, 2])
+    answers = torch.stack([data.logits[i, j] for i, j in enumerate([0, 1, 2, 2, 1])])
+    assert torch.equal(data.answers(stops), answers)
+    assert data.predicted(stops.numpy()).tolist() == problem_of(problem).predictions(answers).tolist()
 
 
 @pytest.mark.parametrize(
@@ -130,26 +111,15 @@ def test_the_history_is_made_once() -> None:
         ({"uncertainty": torch.zeros(2, 2)}, r"uncertainty must be \[2, 3\]"),
         ({"num_blocks": 2}, "num_blocks=2 is not allowed: it must be a whole number of at least 3"),
         ({"logits": torch.zeros(2, 1, 3), "exit_layers": [0]}, "num_blocks=0 is not allowed: .* at least 1"),
+        ({"texts": [0, 0, 1]}, r"texts has shape \[3\] for 2 tokens"),
+        ({"logits": torch.zeros(4, 2, 3), "texts": [0, 1, 0, 1]}, "side by side"),  # each run would count as a text
+        ({"label_names": ["O"]}, "label_names has 1 names for 4 labels"),
         ({"problem_type": "multilabel"}, "problem_type='multilabel' is not allowed: it must be one of single_label"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExitLogits(**{"logits": torch.zeros(2, 3, 4), **fields})
-
-
-def test_tokens_of_a_text_lie_side_by_side() -> None:
-    """Each run of a number would count as a text."""
-    assert len(ExitLogits(torch.zeros(4, 2, 3), texts=[5, 5, 2, 2]).units) == 2
-    with pytest.raises(ValueError, match="side by side"):
-        ExitLogits(torch.zeros(4, 2, 3), texts=[0, 1, 0, 1])
-
-
-def test_block_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
-    data = ExitLogits(torch.zeros(2, 3, 4), exit_layers=np.arange(1, 4), num_blocks=np.int64(5))
-    data.save(tmp_path / "x.safetensors")
-    found = ExitLogits.load(tmp_path / "x.safetensors")
-    assert (found.exits, found.depth) == ([1, 2, 3], 5)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -167,50 +137,33 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 # the logits of every row, in the order of the data, whatever the batches were
 
 
-def alone(model: Any, row: dict[str, Any]) -> torch.Tensor:
-    batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return model(**batch).exit_logits[0]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_rows_come_back_in_order_and_as_each_row_alone(batch_size: int) -> None:
-    model, rows = make_exits(), make_rows(9)
+@pytest.mark.parametrize(("batch_size", "exit_layers", "exits"), [(1, None, [1, 2, 3]), (4, [0, 2], [0, 2, 3])])
+def test_rows_come_back_in_order_and_as_each_row_alone(batch_size: int, exit_layers: Any, exits: list[int]) -> None:
+    model, rows = make_exits(exit_layers=exit_layers), make_rows(9)
     data = collect_exit_logits(model, rows, batch_size=batch_size)
-    expected = torch.stack([alone(model, row) for row in rows])
-    torch.testing.assert_close(data.logits, expected, atol=1e-5, rtol=1e-5)
+    for row, found in zip(rows, data.logits, strict=True):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(found, model(**batch).exit_logits[0].detach(), atol=1e-5, rtol=1e-5)
     assert data.labels is not None and data.labels.tolist() == [row["label"] for row in rows]
-    assert (data.exits, data.depth, data.problem_type) == ([1, 2, 3], 3, "single_label_classification")
+    assert (data.exits, data.depth, data.problem_type) == (exits, 3, "single_label_classification")
 
 
-def test_exit_zero_and_left_out_exits_have_their_block_numbers() -> None:
-    data = collect_exit_logits(make_exits(exit_layers=[0, 2]), make_rows(2))
-    assert data.exits == [0, 2, 3]
-    assert data.logits.shape == (2, 3, 3)
-
-
-def test_columns_that_the_model_does_not_read_are_left_out() -> None:
-    model, rows = make_exits(), make_rows(3)
-    plain = collect_exit_logits(model, rows)
-    more = [{**row, "text": "a film", "idx": i, "labels": row["label"]} for i, row in enumerate(rows)]
-    for row in more:
-        row.pop("label")
-    data = collect_exit_logits(model, Dataset.from_list(more))
-    assert torch.equal(data.logits, plain.logits)
-    assert torch.equal(data.labels, plain.labels)  # type: ignore[arg-type]
-
-
-def test_rows_without_labels_and_without_masks() -> None:
-    model, rows = make_exits(), make_rows(3, labels=False)
-    data = collect_exit_logits(model, [{"input_ids": row["input_ids"]} for row in rows])
-    assert data.labels is None
-    assert torch.equal(data.logits, collect_exit_logits(model, rows).logits)
-
-
-def test_tensors_are_rows_too() -> None:
-    model, rows = make_exits(), make_rows(3)
-    tensors = [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
-    assert torch.equal(collect_exit_logits(model, tensors).logits, collect_exit_logits(model, rows).logits)
+@pytest.mark.parametrize(
+    "clothe",
+    [
+        lambda rows: Dataset.from_list([{**row, "text": "a film", "idx": i} for i, row in enumerate(rows)]),
+        lambda rows: [{"labels": row["label"], "input_ids": row["input_ids"]} for row in rows],
+        lambda rows: [{name: torch.tensor(value) for name, value in row.items()} for row in rows],
+    ],
+    ids=["other columns", "no mask", "tensors"],
+)
+def test_rows_may_come_in_other_forms(clothe: Any) -> None:
+    """Dropout is off, and the training mode as before afterwards."""
+    model, rows = make_exits(exit_dropout=0.9).train(), make_rows(3)
+    found, plain = (collect_exit_logits(model, form) for form in (clothe(rows), rows))
+    assert torch.equal(found.logits, plain.logits) and not found.logits.requires_grad
+    assert torch.equal(found.labels, plain.labels)  # type: ignore[arg-type]
+    assert model.training and collect_exit_logits(model, make_rows(3, labels=False)).labels is None
 
 
 def test_a_collator_of_ones_own() -> None:
@@ -225,24 +178,11 @@ def test_a_collator_of_ones_own() -> None:
     assert sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_training_mode_is_restored_and_no_graph_is_kept(training: bool) -> None:
-    model = make_exits().train(training)
-    data = collect_exit_logits(model, make_rows(2))
-    assert model.training is training
-    assert not data.logits.requires_grad
-
-
 def test_the_training_mode_is_restored_after_an_error() -> None:
     model = make_exits().train()
     with pytest.raises(IndexError):
         collect_exit_logits(model, [{"input_ids": [10**6]}])
     assert model.training
-
-
-def test_dropout_is_off() -> None:
-    model, rows = make_exits(exit_dropout=0.9).train(), make_rows(4)
-    assert torch.equal(collect_exit_logits(model, rows).logits, collect_exit_logits(model, rows).logits)
 
 
 def test_padding() -> None:

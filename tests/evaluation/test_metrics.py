@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from badge_peft import ExitLogits, calibrate, exit_scores, sweep
 from badge_peft.evaluation.metrics import METRICS, Metric, score
 from badge_peft.utils.problem import UNKNOWN_LABEL, problem_of
-from tests.evaluation.rows import make_logits
+from tests.evaluation.logits import plausible
 
 
 def by_hand() -> ExitLogits:
@@ -45,26 +45,9 @@ def test_the_shallowest_of_equal_exits_is_the_best_one() -> None:
     assert exit_scores(same).best_exit == 3
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-def test_classification_metrics_are_those_of_scikit_learn(labels: int) -> None:
-    data = make_logits(labels=labels)
-    assert data.labels is not None
-    said, truth = data.logits[:, 0].argmax(-1).numpy(), data.labels.numpy()
-    expected = {
-        "accuracy": accuracy_score(truth, said),
-        "macro_f1": f1_score(truth, said, average="macro"),
-        "matthews": matthews_corrcoef(truth, said),
-    }
-    if labels == 2:
-        expected["f1"] = f1_score(truth, said)
-        expected["acc_and_f1"] = (expected["accuracy"] + expected["f1"]) / 2
-    for name, value in expected.items():
-        assert exit_scores(data, name).per_exit[0] == pytest.approx(value)
-
-
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 10**6), st.booleans())
-def test_f1_and_matthews_are_those_of_scikit_learn(rows: int, classes: int, seed: int, unknown: bool) -> None:
+def test_metrics_of_classes_are_those_of_scikit_learn(rows: int, classes: int, seed: int, unknown: bool) -> None:
     """Classes that nobody says, that nobody is, and that the model lacks among them."""
     draw = np.random.default_rng(seed)
     said, truth = draw.integers(0, classes, rows), draw.integers(0, classes, rows)
@@ -75,9 +58,12 @@ def test_f1_and_matthews_are_those_of_scikit_learn(rows: int, classes: int, seed
         assert METRICS["macro_f1"](said, truth) == pytest.approx(
             f1_score(truth, said, average="macro", zero_division=0)
         )
+        accuracy = accuracy_score(truth, said)
+        assert METRICS["accuracy"](said, truth) == pytest.approx(accuracy)
         if classes < 3:
             expected = f1_score(truth == 1, said == 1, zero_division=0)
             assert METRICS["f1"](said, truth) == pytest.approx(expected)
+            assert METRICS["acc_and_f1"](said, truth) == pytest.approx((accuracy + expected) / 2)
         said, truth = (draw.random((2, rows, classes)) < draw.random()).astype(np.int64)
         for name, average in (("f1", "micro"), ("macro_f1", "macro")):
             if classes > 1:  # a single column is no multi-label to scikit-learn
@@ -108,15 +94,6 @@ def test_multi_label_answers_are_decisions_per_label() -> None:
     assert exit_scores(data, "f1").per_exit == [pytest.approx(2 * 4 / (2 * 4 + 1))]  # 4 hits, 1 miss
 
 
-def test_a_metric_of_ones_own() -> None:
-    def share_of_zeros(answers: np.ndarray, labels: np.ndarray) -> float:
-        return float((answers == 0).mean())
-
-    scores = exit_scores(by_hand(), share_of_zeros)
-    assert scores.per_exit == [0.5, 0.5, 0.75]
-    assert scores.metric == "share_of_zeros"
-
-
 def test_a_metric_that_gives_nan_is_refused() -> None:
     """NaN is neither within a drop nor beyond it: the exit that it was given for would be chosen."""
     found = by_hand()
@@ -136,7 +113,7 @@ def test_score_takes_answers_that_no_single_exit_gave() -> None:
 
 
 def test_refusals() -> None:
-    data = make_logits(labels=3)
+    data = plausible(rows=20)
     with pytest.raises(ValueError, match="no labels"):
         exit_scores(ExitLogits(data.logits))
     with pytest.raises(ValueError, match="metric='acuracy' is not allowed.*accuracy, f1"):

@@ -11,14 +11,14 @@ import pytest
 from badge_peft import evaluate_policy, sweep
 from badge_peft.evaluation.plots import plot_tradeoff
 from badge_peft.evaluation.tradeoff import TradeOff
-from tests.evaluation.rows import make_logits
+from tests.evaluation.logits import plausible
 
 POLICIES = [{"policy": "divergence", "patience": 1}, {"policy": "divergence", "divergence": "kl"}, "patience"]
 
 
 @pytest.fixture(scope="module")
 def tradeoff() -> TradeOff:
-    return sweep(make_logits(), POLICIES, points=5)
+    return sweep(plausible(rows=200, exits=4), POLICIES, points=5)
 
 
 def test_one_line_per_curve_and_a_legend(tradeoff: TradeOff) -> None:
@@ -38,11 +38,6 @@ def test_only_fixed_depth_is_dashed_and_curves_can_be_told_apart(tradeoff: Trade
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines)
 
 
-def test_fixed_depth_is_there_when_nobody_asked_for_it() -> None:
-    figure = plot_tradeoff(sweep(make_logits(), ["patience"]))
-    assert "fixed depth" in [line.get_label() for line in figure.axes[0].get_lines()]
-
-
 def test_axes_are_in_per_cent(tradeoff: TradeOff) -> None:
     axes = plot_tradeoff(tradeoff, title="tiny").axes[0]
     assert axes.xaxis.get_major_formatter()(0.5) == "50%"
@@ -52,13 +47,13 @@ def test_axes_are_in_per_cent(tradeoff: TradeOff) -> None:
 
 
 def test_a_correlation_is_not_in_per_cent() -> None:
-    axes = plot_tradeoff(sweep(make_logits(), ["patience"], metric="matthews")).axes[0]
+    axes = plot_tradeoff(sweep(plausible(rows=50), ["patience"], metric="matthews")).axes[0]
     assert axes.get_ylabel() == "matthews"
     assert "%" not in axes.yaxis.get_major_formatter()(0.5)
 
 
 def test_the_chosen_setting_is_marked(tradeoff: TradeOff) -> None:
-    point = evaluate_policy(make_logits(), {"policy": "divergence", "threshold": 0.5, "patience": 1})
+    point = evaluate_policy(plausible(rows=200, exits=4), {"policy": "divergence", "threshold": 0.5, "patience": 1})
     star = plot_tradeoff(tradeoff, chosen=point).axes[0].get_lines()[-1]
     assert (star.get_label(), star.get_marker()) == ("calibrated", "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([point.layer_speedup], [point.score])

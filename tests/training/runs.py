@@ -66,35 +66,18 @@ def arguments(path: Path, **changes: Any) -> TrainingArguments:
 
 
 def make_trainer(path: Path, model: Any, data: Any = None, **options: Any) -> MultiExitTrainer:
-    """A trainer, which evaluates on `data`, too, where there is no `eval_dataset`; options that `MultiExitTrainer`
-    does not know are arguments."""
+    """A trainer, which evaluates on `data`, too, where there is no `eval_dataset`."""
     data = Rows() if data is None else data
-    names = ("objective", "depth", "exit_weights", "distillation", "distillation_temperature", "metric", "callbacks")
-    names += (
-        "adapter_learning_rate",
-        "head_learning_rate",
-        "early_stopping_patience",
-        "compute_metrics",
-        "model_init",
-        "cache_states",
-        "cache_dtype",
-        "cache_memory_gb",
-        "data_collator",
-        "eval_dataset",
-        "standardize",
-        "exit_start",
-    )
-    own = {name: options.pop(name) for name in names if name in options}
-    own.setdefault("adapter_learning_rate", 0.1)
-    own.setdefault("standardize", False)  # as in a loop by hand
-    own.setdefault("exit_start", "random")
-    own.setdefault("cache_states", False)  # float16 would round; test_caching.py has the others
-    return MultiExitTrainer(
-        model=model,
-        args=arguments(path, **options),
-        train_dataset=data,
-        **{"eval_dataset": data, **own},
-    )
+    plain = {name: options.pop(name) for name in TrainingArguments.__dataclass_fields__.keys() & options.keys()}
+    own: dict[str, Any] = {
+        "train_dataset": data,
+        "eval_dataset": data,
+        "adapter_learning_rate": 0.1,
+        "standardize": False,  # as in a loop by hand
+        "exit_start": "random",
+        "cache_states": False,  # float16 would round; test_caching.py has the others
+    }
+    return MultiExitTrainer(model, arguments(path, **plain), **{**own, **options})
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -118,6 +101,22 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+#: Evaluated and saved after each step; the best is loaded at the end.
+EACH_STEP: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+def scripted(scores: list[list[float]]) -> Any:
+    """A metric that gives these scores, a list of one per exit for each evaluation."""
+    found = iter([score for of_exits in scores for score in of_exits])
+    return lambda predictions, labels: next(found)
 
 
 class Stop(TrainerCallback):

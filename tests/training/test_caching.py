@@ -9,21 +9,19 @@ import pytest
 import torch
 from datasets import Dataset as TextDataset
 from torch.utils.data import IterableDataset
-from transformers import default_data_collator
+from transformers import DataCollatorWithPadding, default_data_collator
 
-from badge_peft import (
-    CachedStates,
-    MultiExitTrainer,
-    cache_states,
-    collect_exit_logits,
-    multi_exit_arguments,
-)
+from badge_peft import CachedStates, MultiExitTrainer, cache_states, collect_exit_logits
 from badge_peft.early_exit.exit_pass import EarlyExitPass
+from badge_peft.training.arguments import sampling
+from badge_peft.training.caching import StatePasses
 from badge_peft.training.objectives import Objective
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
+from tests.texts import make_tokenizer
 
-from .runs import MULTI, REGRESSION, Rows, Stop, arguments, make, make_trainer, moved, weights
+from .runs import Rows, Stop, arguments, make, make_trainer, moved, weights
 
+collate = DataCollatorWithPadding(make_tokenizer())
 ROUNDING = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 HALF: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 3}
 
@@ -119,6 +117,16 @@ def test_no_block_runs(monkeypatch):
         model(**batch, cached_states=states, cached_rows=torch.arange(4))
 
 
+def test_rows_are_found_by_their_texts():
+    batch = make_batch(rows=6)
+    with cache_states(make_badge(), rows_of(batch)) as states:
+        part = {name: value[[4, 0, 5]] for name, value in batch.items()}
+        assert states.find(part).tolist() == [4, 0, 5] and states.select([5, 0, 4]).find(part).tolist() == [2, 1, 0]
+        others = ({"input_ids": part["input_ids"] + 1}, {"token_type_ids": torch.ones_like(part["input_ids"])})
+        for other in (*others, {name: value.flip(1) for name, value in part.items()}):
+            assert states.find({**part, **other}) is None
+
+
 def test_the_model_is_left_as_it_was():
     model = make_badge().train()
     model.base_model.wrapped[0].eval()
@@ -134,6 +142,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mean": ({"exit_pooling": "mean"}, {"exit_weights": "linear"}),
     "own final exit": ({"final_exit": "exit", "exit_layers": [0, 2]}, {}),
     "two_stage": ({}, {"objective": "two_stage"}),
+    "two_stage full": ({"backbone": "full"}, {"objective": "two_stage"}),  # the second stage alone
     "distilled": ({"train_head": False}, {"distillation": 1.0}),
     "alternating": ({}, {"objective": "alternating"}),
     "gradient_equilibrium": ({"placement": "mhsa"}, {"objective": "gradient_equilibrium"}),
@@ -158,24 +167,13 @@ def test_a_training_is_the_uncached_one(name, tmp_path):
     alone, model = make(**fields), make(**fields)
     before = weights(model)
     _, expected = train(tmp_path / "a", alone, **options)
-    trainer, found = train(tmp_path / "b", model, cache_states=True, cache_dtype="float32", **options)
+    trainer, found = train(tmp_path / "b", model, cache_states="auto", cache_dtype="float32", **options)
     assert trainer.state_cache["kept"] and trainer.state_cache["where"] == "memory"
     assert len(found) == len(expected) >= 3 and found == pytest.approx(expected, abs=1e-6, rel=1e-5)
     after = weights(alone)
     assert moved(before, after)
     for key, value in weights(model).items():
         torch.testing.assert_close(value, after[key], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("problem_type", "num_labels"), [(MULTI, 3), (REGRESSION, 1)])
-@pytest.mark.parametrize("dtype", ROUNDING)
-def test_losses_to_the_rounding_of_the_stored_type(dtype, problem_type, num_labels, tmp_path):
-    data = Rows(problem_type, num_labels)
-    made = [make(problem_type, num_labels, exit_pooling="mean") for _ in range(2)]
-    _, expected = train(tmp_path, made[0], data, adapter_learning_rate=1e-3)
-    options = {"cache_states": True, "cache_dtype": dtype, "adapter_learning_rate": 1e-3}
-    _, found = train(tmp_path, made[1], data, **options)
-    assert found == pytest.approx(expected, rel=ROUNDING[dtype])
 
 
 def test_the_backbone_is_in_evaluation_mode(tmp_path):
@@ -190,81 +188,25 @@ def test_the_backbone_is_in_evaluation_mode(tmp_path):
     assert losses["uncached", 0.5] != pytest.approx(losses[0.5], rel=0.02)
 
 
-def test_the_second_stage_on_a_backbone_that_the_first_has_trained(tmp_path):
-    alone, model = (make(backbone="full") for _ in range(2))
-    _, expected = train(tmp_path / "a", alone, objective="two_stage")
-    trainer, found = train(tmp_path / "b", model, objective="two_stage", cache_states="auto", cache_dtype="float32")
-    assert trainer.state_cache["kept"]
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("eval_strategy", ["no", "epoch"])
-def test_both_stages_read_the_states_of_the_training_rows(eval_strategy, tmp_path):
-    """Stage 2 has its backbone in evaluation mode, and the rows of an evaluation have states of their own."""
+@pytest.mark.parametrize("log", [{}, {"eval_strategy": "epoch", **sampling(by_length=True)}], ids=str)
+def test_both_stages_read_the_states_of_the_training_rows(log, tmp_path):
+    """Stage 2 has its backbone in evaluation mode; the rows of an evaluation have states of their own, and texts."""
     rows, others = (
-        [{**row, "label": i % 3} for i, row in enumerate(rows_of(make_batch(rows=8, seed=seed)))] for seed in (1, 3)
+        TextDataset.from_list([{**row, "label": i % 3, "text": "-"} for i, row in enumerate(rows_of(batch))])
+        for batch in (make_batch(rows=8, seed=1), make_batch(rows=8, seed=3))
     )
     found, passes = [], []
     for cached in (False, True):
         model, calls = make(), []
         options = {"cache_states": cached, "cache_dtype": "float32", "data_collator": collate}
-        log = {"eval_strategy": eval_strategy, "logging_strategy": "steps", "logging_steps": 1}
-        trainer = make_trainer(tmp_path / str(cached), model, rows, objective="two_stage", **options, **log, **HALF)
-        trainer.eval_dataset = others
+        options |= {"eval_dataset": others, "logging_strategy": "steps", "logging_steps": 1, **log, **HALF}
+        trainer = make_trainer(tmp_path / str(cached), model, rows, objective="two_stage", **options)
         model.base_model.wrapped[0].base_layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
         passes.append(len(calls))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert passes[1] <= 6 < passes[0]  # three for each of the two: two of a check, and the one that is kept
-
-
-def test_batches_of_similar_length_and_text_columns(tmp_path):
-    """As `multi_exit_arguments` has them, with evaluations and the best checkpoint."""
-    labels = Rows(rows=12).labels.tolist()
-    data, others = (
-        TextDataset.from_list(
-            [{**row, "label": label, "text": "-"} for row, label in zip(rows_of(batch), labels, strict=True)]
-        )
-        for batch in (make_batch(rows=12), make_batch(rows=12, seed=2))
-    )
-    found = []
-    for i, cached in enumerate((False, True)):
-        model = make()
-        trainer = MultiExitTrainer(
-            model=model,
-            args=multi_exit_arguments(
-                model,
-                str(tmp_path / str(i)),
-                num_train_epochs=3,
-                per_device_train_batch_size=4,
-                logging_steps=1,
-                use_cpu=True,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            data_collator=collate,
-            train_dataset=data,
-            eval_dataset=others,
-            cache_states=cached,
-            cache_dtype="float32",
-        )
-        trainer.train()
-        found.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history if "train_loss" not in e])
-    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-5)
-
-
-def collate(rows):
-    length = max(len(row["input_ids"]) for row in rows)
-    padded = [
-        {
-            "input_ids": [*row["input_ids"], *[1] * (length - len(row["input_ids"]))],
-            "attention_mask": [1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])),
-            "label": row["label"],
-        }
-        for row in rows
-    ]
-    return default_data_collator(padded)
 
 
 @needs_safe_torch_load
@@ -401,19 +343,6 @@ def test_a_model_whose_exits_read_something_else(tmp_path):
         cache_states(model, rows_of(make_batch()))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("cache_states", "sometimes", "cache_states='sometimes' is not allowed: it must be True, False or 'auto'"),
-        ("cache_dtype", "int8", "cache_dtype='int8' is not allowed: it must be one of float16, bfloat16, float32"),
-        ("cache_memory_gb", -1, "cache_memory_gb=-1 is not allowed: it must be at least 0"),
-    ],
-)
-def test_bad_values(field, value, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, make(), **{field: value})
-
-
 # --------------------------------------------------------------------------------------------------- further adapters
 
 
@@ -437,7 +366,6 @@ def test_states_that_do_not_fit(tmp_path):
         (make(), data, "the adapter reads"),
         (make_badge(base=make_model(seed=5), exit_layers=[1]), data, "the states are those of another backbone"),
         (make(exit_layers=[1]), other, "the states are those of other texts"),
-        (make(exit_layers=[1]), Rows(rows=7), "the states are those of other texts"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, model, given, cache_states=states)
@@ -456,7 +384,7 @@ def test_some_of_the_rows(tmp_path):
         part.close()
         whole = collect_exit_logits(model, rows, cached_states=states)
         with pytest.raises(ValueError, match="cached_states are those of other texts"):
-            collect_exit_logits(model, rows[1:], cached_states=states)
+            collect_exit_logits(model, [{"input_ids": [5, 6], "labels": 0}], cached_states=states)
     expected = collect_exit_logits(model, rows)
     torch.testing.assert_close(whole.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.logits, whole.logits[[6, 0, 3]], rtol=1e-5, atol=1e-5)
@@ -467,20 +395,12 @@ def test_some_of_the_rows(tmp_path):
 def test_trials_share_the_states(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     collected = []
-    original = cache_states.__globals__["StatePasses"].collect
-    monkeypatch.setattr(
-        cache_states.__globals__["StatePasses"],
-        "collect",
-        lambda *args: collected.append(1) or original(*args),
-    )
-    trainer = make_trainer(
-        tmp_path, None, model_init=lambda: make(), cache_states="auto", eval_strategy="epoch", **HALF
-    )
+    original = StatePasses.collect
+    monkeypatch.setattr(StatePasses, "collect", lambda *args: collected.append(1) or original(*args))
+    options = {"cache_states": "auto", "eval_strategy": "epoch", **HALF}
+    trainer = make_trainer(tmp_path, None, model_init=lambda: make(), **options)
     best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {
-            "adapter_learning_rate": trial.suggest_float("adapter_learning_rate", 1e-2, 1e-1),
-            "objective": trial.suggest_categorical("objective", ["joint", "two_stage"]),
-        },
+        hp_space=lambda trial: {"objective": ["joint", "two_stage"][trial.suggest_int("stages", 1, 2) - 1]},
         compute_objective=lambda metrics: metrics["eval_s_avg"],
         direction="maximize",
         n_trials=3,
@@ -490,16 +410,15 @@ def test_trials_share_the_states(tmp_path, monkeypatch):
 
 
 def test_a_trial_may_choose_how_states_are_kept(tmp_path):
-    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("optuna")
     dtypes, kept = ["float16", "float32"], []
     trainer = make_trainer(tmp_path, None, model_init=lambda: make(), cache_states="auto", **HALF)
     trainer.hyperparameter_search(
-        hp_space=lambda trial: {"cache_dtype": trial.suggest_categorical("cache_dtype", dtypes)},
+        hp_space=lambda trial: {"cache_dtype": dtypes[trial.number]},
         compute_objective=lambda metrics: kept.append((trainer.args.cache_dtype, trainer.state_cache["dtype"])) or 0.0,
         n_trials=2,
-        sampler=optuna.samplers.GridSampler({"cache_dtype": dtypes}),
     )
-    assert sorted(kept) == [(dtype, dtype) for dtype in dtypes]
+    assert kept == [(dtype, dtype) for dtype in dtypes]
 
 
 def test_trials_that_train_the_backbone_have_states_of_their_own(tmp_path):
@@ -532,7 +451,7 @@ def test_evaluations_of_a_training_read_their_states_too(labeled, tmp_path, monk
         options = {**HALF, "cache_states": cached, "cache_dtype": "float32", "per_device_eval_batch_size": 3}
         trainer = make_trainer(tmp_path, model, eval_strategy="epoch", metric_for_best_model="a_s_avg", **options)
         trainer.eval_dataset = {"a": Rows(rows=5), "b": Rows(rows=7, labeled=labeled)}
-        monkeypatch.setattr("badge_peft.training.trainer.check_evaluation", lambda *args: None)
+        monkeypatch.setattr("badge_peft.training.preflight.check_evaluation", lambda *args: None)
         trainer.train()
         found.append(
             [{k: v for k, v in e.items() if "_exit_" in k or k.endswith("_loss")} for e in trainer.state.log_history]
@@ -542,20 +461,6 @@ def test_evaluations_of_a_training_read_their_states_too(labeled, tmp_path, monk
         entry.pop("train_loss", None), expected.pop("train_loss", None)
         assert entry == pytest.approx(expected, rel=1e-5)
     assert sum("eval_a_exit_1" in entry for entry in found[1]) == 3
-
-
-def test_evaluations_with_workers_that_stay(tmp_path):
-    """Trainer keeps their loaders by name."""
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    log = {"eval_strategy": "epoch", "metric_for_best_model": "a_s_avg"}
-    trainer = make_trainer(tmp_path, make(), cache_states=True, **log, **workers, **HALF)
-    trainer.eval_dataset = {"a": Rows(rows=5), "b": Rows(rows=7)}
-    trainer.train()
-    trainer.args.dataloader_persistent_workers = False
-    expected = {name: trainer.evaluate(rows)["eval_loss"] for name, rows in trainer.eval_dataset.items()}
-    assert expected["a"] != expected["b"]
-    found = {name: e[key] for e in trainer.state.log_history for name in "ab" if (key := f"eval_{name}_loss") in e}
-    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_arguments_of_a_plain_trainer_are_not_needed(tmp_path):

@@ -1,4 +1,5 @@
-"""Label smoothing, class weights and `compute_loss_func` in the loss of every exit; what has no meaning is refused."""
+"""Label smoothing, class weights and `compute_loss_func` in the loss of every exit, what has no meaning being refused;
+and the loss of an exit that follows another one, against sums by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +10,25 @@ import torch.nn.functional as F
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from badge_peft.training.criterion import Criterion
+from badge_peft.training.criterion import Criterion, distillation_loss
 from badge_peft.training.objectives import Objective
 from tests.models import exits_of
 
-from .runs import MULTI, PROBLEMS, REGRESSION, ROWS, Rows, arguments, close, make, make_trainer, moved, weights
+from .runs import (
+    MULTI,
+    PROBLEMS,
+    REGRESSION,
+    ROWS,
+    SINGLE,
+    Rows,
+    arguments,
+    close,
+    kl,
+    make,
+    make_trainer,
+    moved,
+    weights,
+)  # fmt: skip
 
 WEIGHTS = [1.0, 2.0, 0.5]
 
@@ -126,3 +141,32 @@ def test_plain_trainer_warns_that_no_exit_learns(smoothing, tmp_path) -> None:
     with pytest.warns(UserWarning, match="no labels reach the model .* trains no exit.*use MultiExitTrainer"):
         Trainer(model=model, args=args, train_dataset=Rows(), **options).train()
     assert not [name for name in moved(before, weights(model)) if ".badge_" in name]
+
+
+LOGITS = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))  # [E, B, K]
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distillation_loss(problem_type, temperature):
+    found = distillation_loss(LOGITS[0], LOGITS[1], problem_type, temperature)
+    assert float(found) == pytest.approx(kl(LOGITS[1], LOGITS[0], problem_type, temperature), rel=1e-5)
+    assert float(distillation_loss(LOGITS[0], LOGITS[0], problem_type, temperature)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_distillation_of_regression_is_the_squared_distance(temperature):
+    student, teacher = LOGITS[0, :, :1], LOGITS[1, :, :1]
+    expected = (
+        sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)) / 5
+    )
+    assert float(distillation_loss(student, teacher, REGRESSION, temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_distillation_of_large_logits_is_no_nan(problem_type, dtype):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]]).to(dtype).requires_grad_()
+    loss = distillation_loss(student, -student.detach(), problem_type)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and loss.dtype == torch.float32

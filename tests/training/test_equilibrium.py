@@ -11,7 +11,7 @@ import torch
 
 from badge_peft import ARCHITECTURES
 from badge_peft.early_exit.exit_pass import EarlyExitPass
-from badge_peft.training.passes import GradientEquilibriumPass, scale_gradient
+from badge_peft.training.passes import GradientEquilibriumPass
 from badge_peft.tuner.architectures import head_pooling
 from tests import reference
 from tests.models import (
@@ -188,14 +188,6 @@ def test_lora_of_a_block_is_rescaled_as_the_block(placement):
 def test_weights():
     running = full_depth(make_badge(exit_layers=[0, 2, 3]), BATCH, GradientEquilibriumPass)[0]
     assert [running.weight(m) for m in range(4)] == [1 / 3, 1 / 2, 1 / 2, 1]
-
-
-def test_scale_gradient():
-    x = torch.randn(3, requires_grad=True)
-    y = scale_gradient(x, 0.25)
-    assert torch.equal(y, x)
-    (y * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    assert x.grad.tolist() == [0.25, 0.5, 0.75]
 
 
 def test_early_exit_afterwards_is_as_before():

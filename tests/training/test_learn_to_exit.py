@@ -1,4 +1,4 @@
-"""Learning to exit (LTE): its loss by hand; its layer trained, saved, loaded; policy `learned` live and replayed."""
+"""Learning to exit (LTE): its loss by hand; its layer trained; policy `learned` live and replayed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from badge_peft import BadgeConfig, calibrate, collect_exit_logits, sweep
+from badge_peft import collect_exit_logits
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.tuner.adapter_file import CONFIG_TENSOR
 from badge_peft.tuner.losses import exit_loss, uncertainty_loss
-from tests import reference
-from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import CASES, HIDDEN, exits_of, make_badge, make_batch, make_labels
 from tests.thresholds import in_a_gap
 
-from .runs import MULTI, PROBLEMS, REGRESSION, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
+from .runs import MULTI, PROBLEMS, SINGLE, Rows, arguments, close, make, make_trainer, moved, weights
 
 BATCH = make_batch()
 RATES = {"adapter_learning_rate": 0.1, "max_steps": 5}
@@ -150,35 +148,6 @@ def test_a_single_exit_is_trained_as_without_it(depth, tmp_path):
     assert all(f".{depth}." in name for name in found[1])
 
 
-# ----------------------------------------------------------------------------------------------------------- the files
-
-
-def test_saved_and_loaded(tmp_path):
-    model = make_badge(learn_to_exit=True, train_head=False)
-    model.save_pretrained(tmp_path)
-    keys = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "doubt" in key}
-    assert keys == {f"base_model.model.bert.encoder.layer.0.badge_doubt.{name}" for name in ("weight", "bias")}
-    before, loaded = output_of(model), PeftModel.from_pretrained(make_model(), tmp_path, adapter_name="other")
-    assert loaded.peft_config["other"].learn_to_exit is True
-    after = output_of(loaded)
-    assert torch.equal(after.exit_uncertainty, before.exit_uncertainty) and torch.equal(
-        after.exit_logits, before.exit_logits
-    )
-    beside = make_badge(adapter_name="one")
-    beside.load_adapter(tmp_path, "two")
-    assert output_of(beside).exit_uncertainty is None
-    beside.set_adapter("two")
-    assert torch.equal(output_of(beside).exit_uncertainty, before.exit_uncertainty)
-
-
-@pytest.mark.parametrize("case", ["bert", "albert", "albert-groups", "modernbert-cls"])
-def test_one_layer_for_all_exits(case):
-    model = get_peft_model(make_model(case), BadgeConfig(r=4, learn_to_exit=True))
-    plain = get_peft_model(make_model(case), BadgeConfig(r=4))
-    extra = model.get_nb_trainable_parameters()[0] - plain.get_nb_trainable_parameters()[0]
-    assert extra == HIDDEN + 1
-
-
 # ---------------------------------------------------------------------------------------------------------- the policy
 
 
@@ -229,18 +198,6 @@ def test_default_threshold_is_a_tenth():
     assert equal.tolist() == [1, 1, 2]  # below, not at, the threshold
 
 
-def test_swept_and_calibrated():
-    model = make_badge(learn_to_exit=True, final_exit="exit")
-    data = Rows(rows=40)
-    stored = collect_exit_logits(model, [data[i] for i in range(40)])
-    assert {p.name for p in sweep(stored, ["learned"]).points} == {"fixed_depth", "learned"}
-    config = calibrate(stored, "learned", target_blocks_saved=0.3)
-    out = model.early_exit_forward(**data.batch, early_exit_config=config)
-    assert 1 - out.exit_layer.float().mean() / 3 >= 0.3 - 1e-6
-    restored = type(stored)(stored.logits, stored.labels, uncertainty=stored.uncertainty)
-    assert torch.equal(build_policy(config).replay(restored), build_policy(config).replay(stored))
-
-
 def test_without_the_layer_it_says_so():
     model = make_badge()
     message = r"policy='learned' needs an adapter with an LTE layer: train with BadgeConfig\(learn_to_exit=True\)"
@@ -253,12 +210,6 @@ def test_without_the_layer_it_says_so():
     assert output_of(model).exit_uncertainty is None
 
 
-@pytest.mark.parametrize("value", ["yes", 1, None])
-def test_wrong_value(value):
-    with pytest.raises(ValueError, match=f"learn_to_exit={value!r} is not allowed: it must be True or False"):
-        BadgeConfig(learn_to_exit=value)
-
-
 def test_accumulation_of_a_plain_trainer_does_not_change_it(tmp_path):
     found = []
     for size, steps in ((8, 1), (2, 4)):
@@ -268,10 +219,3 @@ def test_accumulation_of_a_plain_trainer_does_not_change_it(tmp_path):
         Trainer(model, arguments(tmp_path, **options), train_dataset=Rows(), optimizers=(optimizer, None)).train()
         found.append(weights(model))
     close(found[1], found[0])
-
-
-def test_doubts_are_no_prediction_of_the_trainer(tmp_path):
-    data, model = Rows(REGRESSION, 1), make(REGRESSION, 1, learn_to_exit=True)
-    found = make_trainer(tmp_path, model, data, per_device_eval_batch_size=3).evaluate()
-    assert {f"eval_exit_{m}" for m in (1, 2, 3)} <= found.keys()
-    assert reference.own_weights(model)

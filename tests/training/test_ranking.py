@@ -186,16 +186,12 @@ def test_batches_on_cached_states_train_as_others_do(tmp_path):
 
 
 def test_states_that_were_computed_before(tmp_path):
-    """Those of the rows of all batches, one after another."""
-    rows, ids = rows_of_queries()
+    """Those of the rows of all batches, in any order."""
+    rows, _ = rows_of_queries()
     model = make_badge(base=make_model(num_labels=1), train_head=False)
-    order = [i for batch in query_batches(ids, 16) for i in batch]
-    for wanted, kept in ((order, True), (order[::-1], None)):
-        with cache_states(model, [rows[i] for i in wanted]) as states:
-            trainer = make_trainer(tmp_path, model, 1, cache_states=states)
-            if kept:
-                trainer.train()
-                assert trainer.state_cache["where"] == "given"
-            else:
-                with pytest.raises(ValueError, match="the states are those of other texts"):
-                    trainer.train()
+    with cache_states(model, rows[::-1]) as states:
+        trainer = make_trainer(tmp_path, model, 1, cache_states=states)
+        trainer.train()
+        assert trainer.state_cache["where"] == "given"
+        with pytest.raises(ValueError, match="the states are those of other texts"):
+            make_trainer(tmp_path, model, 1, cache_states=states.select(range(1, 48))).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.training import MultiExitTrainingArguments
 from badge_peft.training.objectives import (
     Alternating,
@@ -15,7 +16,8 @@ from badge_peft.training.objectives import (
     PastFuture,
     SingleExit,
 )
-from badge_peft.training.stages import Stage, is_earlier_exit, make_stages
+from badge_peft.training.passes import GradientEquilibriumPass, ImitationPass
+from badge_peft.training.stages import Stage, make_stages
 
 from .runs import make
 
@@ -25,23 +27,24 @@ def arguments(tmp_path, **values) -> MultiExitTrainingArguments:
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("name", "kinds", "run"),
     [
-        ("joint", [Objective]),
-        ("two_stage", [FinalExit, EarlierExits]),
-        ("alternating", [Alternating]),
-        ("gradient_equilibrium", [GradientEquilibrium]),
-        ("past_future", [PastFuture]),
-        ("single_exit", [SingleExit]),
+        ("joint", [Objective], EarlyExitPass),
+        ("two_stage", [FinalExit, EarlierExits], EarlyExitPass),
+        ("alternating", [Alternating], EarlyExitPass),
+        ("gradient_equilibrium", [GradientEquilibrium], GradientEquilibriumPass),
+        ("past_future", [PastFuture], ImitationPass),
+        ("single_exit", [SingleExit], EarlyExitPass),
     ],
 )
-def test_stages_of_an_objective(name, kinds, tmp_path) -> None:
+def test_stages_of_an_objective(name, kinds, run, tmp_path) -> None:
     share = 0.0 if name in ("single_exit", "past_future") else 0.25
     args = arguments(tmp_path, objective=name, depth=2, distillation=share, distillation_temperature=3.0)
     stages = make_stages(args, "linear")
     assert [type(stage.objective) for stage in stages] == kinds
     for stage in stages:
         assert (stage.objective.distillation, stage.objective.temperature) == (share, 3.0)
+        assert stage.objective.exit_pass is run
         assert stage.objective.weights == (None if name == "past_future" else "linear")  # GPF has its own
     args.exit_weights = [1.0, 2.0, 3.0]
     assert make_stages(args, "linear")[-1].objective.weights == [1.0, 2.0, 3.0]
@@ -50,23 +53,16 @@ def test_stages_of_an_objective(name, kinds, tmp_path) -> None:
 
 
 def test_arguments_of_a_stage_are_a_copy(tmp_path) -> None:
-    args = arguments(
-        tmp_path / "home", objective="two_stage", load_best_model_at_end=True, eval_strategy="epoch",
-        save_strategy="epoch", metric_for_best_model="s_avg", greater_is_better=True,
-    )  # fmt: skip
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "eval_loss"}
+    args = arguments(tmp_path, objective="two_stage", load_best_model_at_end=True, greater_is_better=False, **options)
     first, second = make_stages(args, "uniform")
     found = [(own.output_dir, own.metric_for_best_model) for own in (first.arguments(args), second.arguments(args))]
-    home = str(tmp_path / "home")
-    assert found == [(f"{home}/stage1", "final"), (f"{home}/stage2", "s_avg")]
-    assert (args.output_dir, args.metric_for_best_model) == (home, "s_avg")
-    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
-    chosen = [
-        (own.metric_for_best_model, own.greater_is_better) for own in (first.arguments(args), second.arguments(args))
-    ]
-    assert chosen == [("final", True), ("eval_loss", False)]
+    assert found == [(f"{tmp_path}/stage1", "final"), (f"{tmp_path}/stage2", "eval_loss")]
+    assert first.arguments(args).greater_is_better and not second.arguments(args).greater_is_better
     assert first.arguments(args, "a").metric_for_best_model == "a_final"
-    args.load_best_model_at_end, args.metric_for_best_model = False, "s_avg"
-    assert first.arguments(args).metric_for_best_model == "s_avg"  # nothing is chosen by it
+    assert (args.output_dir, args.metric_for_best_model) == (str(tmp_path), "eval_loss")
+    args.load_best_model_at_end = False
+    assert first.arguments(args).metric_for_best_model == "eval_loss"  # nothing is chosen by it
     assert Stage(Objective()).arguments(args) is args
 
 
@@ -86,22 +82,6 @@ def test_what_a_stage_resumes_from(tmp_path) -> None:
         if state is not None:
             (place.parent / name / "trainer_state.json").write_text(state)
     assert first.resume(args, True) == str(place)
-
-
-@pytest.mark.parametrize("fields", [{"backbone": "full"}, {"final_exit": "exit", "learn_to_exit": True}], ids=str)
-def test_a_stage_trains_its_parameters_and_leaves_no_trace(fields, tmp_path) -> None:
-    model = make(**fields)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    first, second = make_stages(arguments(tmp_path, objective="two_stage"), "uniform")
-    parts = []
-    for stage in (first, second, Stage(Objective())):
-        with pytest.raises(KeyboardInterrupt), stage.selected(model, 3):
-            parts.append({name for name, p in model.named_parameters() if p.requires_grad})
-            raise KeyboardInterrupt
-        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-    assert parts[0] | parts[1] == parts[2] == trainable and not parts[0] & parts[1]
-    assert parts[1] == {name for name in trainable if is_earlier_exit(name, 3)}
-    assert any(".badge_" in name for name in parts[0]) == (fields.get("final_exit") == "exit")
 
 
 def test_only_the_exits_of_a_frozen_teacher_are_in_training_mode(tmp_path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,23 +11,29 @@ from datasets import Dataset as TextDataset
 from transformers import EvalPrediction, TrainingArguments
 
 from badge_peft import exit_scores
-from badge_peft.evaluation.collate import pad_features
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments, parameter_groups
+from badge_peft.training.arguments import sampling
 from badge_peft.training.objectives import SingleExit
 from badge_peft.training.preflight import check_evaluation
 from tests import reference
 from tests.models import exits_of, make_badge, needs_safe_torch_load
 
-from .runs import MULTI, PROBLEMS, REGRESSION, Rows, Stop, arguments, close, make, make_trainer, moved, weights
-
-EACH_STEP = {
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "load_best_model_at_end": True,
-}
+from .runs import (
+    EACH_STEP,
+    MULTI,
+    PROBLEMS,
+    REGRESSION,
+    Rows,
+    Stop,
+    arguments,
+    close,
+    make,
+    make_trainer,
+    moved,
+    scripted,
+    weights,
+)  # fmt: skip
 
 
 def check(trainer):
@@ -74,35 +79,18 @@ def test_metric(metric, tmp_path):
 
 
 @pytest.mark.parametrize("learn_to_exit", [False, True])
-def test_compute_metrics_of_the_user_sees_full_depth_alone(learn_to_exit, tmp_path):
+def test_compute_metrics_of_the_user_sees_full_depth_and_what_it_asks_for(learn_to_exit, tmp_path):
     seen: list[EvalPrediction] = []
-
-    def compute_metrics(prediction):
-        seen.append(prediction)
-        return {"mine": 7.0}
-
+    options = {"include_for_metrics": ["inputs", "loss"], "per_device_eval_batch_size": 3}
+    options |= {"compute_metrics": lambda prediction: seen.append(prediction) or {"mine": 7.0}}
     data, model = Rows(), make(learn_to_exit=learn_to_exit)
-    found = make_trainer(
-        tmp_path,
-        model,
-        Rows(rows=5),
-        eval_dataset=data,
-        compute_metrics=compute_metrics,
-        per_device_eval_batch_size=3,
-    ).evaluate()
+    found = make_trainer(tmp_path, model, Rows(rows=5), eval_dataset=data, **options).evaluate()
     assert found["eval_mine"] == 7.0 and "eval_s_avg" in found
     assert isinstance(seen[0].predictions, np.ndarray)
-    np.testing.assert_allclose(
-        seen[0].predictions, exits_of(model.eval(), data.batch)[:, -1].numpy(), rtol=1e-4, atol=1e-5
-    )
+    full_depth = exits_of(model.eval(), data.batch)[:, -1].numpy()
+    np.testing.assert_allclose(seen[0].predictions, full_depth, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
-
-
-def test_compute_metrics_of_the_user_sees_what_it_asks_for(tmp_path):
-    seen: list[EvalPrediction] = []
-    options = {"include_for_metrics": ["inputs", "loss"], "compute_metrics": lambda p: seen.append(p) or {}}
-    found = make_trainer(tmp_path, make(), **options).evaluate()
-    np.testing.assert_array_equal(seen[0].inputs, Rows().batch["input_ids"].numpy())
+    np.testing.assert_array_equal(seen[0].inputs, data.batch["input_ids"].numpy())
     assert seen[0].losses.mean() == pytest.approx(found["eval_loss"])
 
 
@@ -154,18 +142,6 @@ def test_problem_type_that_the_labels_say(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- the best checkpoint
-
-
-def scripted(scores):
-    """A metric that gives these scores, a list of one per exit for each evaluation."""
-    calls = []
-
-    def metric(predictions, labels):
-        calls.append(1)
-        evaluation, exit_ = divmod(len(calls) - 1, 3)
-        return scores[evaluation][exit_]
-
-    return metric
 
 
 SCORES = [[0.1, 0.2, 0.9], [0.6, 0.5, 0.4], [0.7, 0.1, 0.1], [0.2, 0.3, 0.3]]
@@ -235,31 +211,24 @@ def test_a_resumed_training_stops_where_an_uninterrupted_one_does(tmp_path):
     "options", [{}, {"metric_for_best_model": "s_best"}, {"load_best_model_at_end": False}], ids=str
 )
 def test_evaluation_rows_without_labels_are_refused_before_training(options, objective, tmp_path):
-    model = make()
-    before = weights(model)
-    trainer = make_trainer(tmp_path / "out", model, objective=objective, **{**EACH_STEP, **options})
+    trainer = make_trainer(tmp_path / "out", make(), objective=objective, **{**EACH_STEP, **options})
     bare = Rows(labeled=False)
     table = TextDataset.from_list([{k: v.tolist() for k, v in bare[i].items()} for i in range(len(bare))])
-    for rows in (bare, table):
-        trainer.eval_dataset = rows
+    for trainer.eval_dataset in (bare, table):
         name = options.get("metric_for_best_model", "s_avg")
         with pytest.raises(ValueError, match=f"metric_for_best_model='{name}' .* no labels.*column 'labels'"):
             trainer.train()
-    assert not moved(before, weights(model)) and trainer.state.global_step == 0
+    assert trainer.state.global_step == 0
 
 
 def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
-    """A collator may make them of any column; of several sets, the metric's counts; random numbers stay the same."""
+    """A collator may make them of any column; random numbers stay the same."""
     trainer = make_trainer(tmp_path, make(), max_steps=1, remove_unused_columns=False, **EACH_STEP)
     collate = trainer.data_collator
 
     def with_labels(rows):
         batch = collate(rows)
-        return (
-            {"labels": batch["truth"], **{k: v for k, v in batch.items() if k != "truth"}}
-            if "truth" in batch
-            else batch
-        )
+        return {"labels" if name == "truth" else name: value for name, value in batch.items()}
 
     labeled = Rows()
     rows = [{**Rows(labeled=False)[i], "truth": int(labeled.labels[i])} for i in range(len(labeled))]
@@ -269,13 +238,7 @@ def test_evaluation_rows_that_have_labels_in_another_way(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     trainer.train()
     assert trainer.state.best_global_step == 1
-    trainer.args.metric_for_best_model = "eval_two_s_avg"
-    trainer.eval_dataset = {"one": Rows(labeled=False), "two": Rows()}
-    check(trainer)
-    trainer.eval_dataset = {"one": Rows(), "two": Rows(labeled=False)}
-    with pytest.raises(ValueError, match="eval_two_s_avg"):
-        check(trainer)
-    trainer.args.eval_strategy = "no"
+    trainer.eval_dataset, trainer.args.eval_strategy = Rows(labeled=False), "no"
     check(trainer)
 
 
@@ -288,6 +251,9 @@ def test_one_of_several_evaluation_sets_chooses(objective, tmp_path):
         trainer.train()
     options = {**EACH_STEP, "metric_for_best_model": "a_b_s_avg"}
     trainer = make_trainer(tmp_path, make(), objective=objective, max_steps=1, **options)
+    trainer.eval_dataset = {"a": Rows(), "a_b": Rows(labeled=False)}
+    with pytest.raises(ValueError, match="metric_for_best_model='a_b_s_avg' .* no labels"):
+        trainer.train()
     trainer.eval_dataset = sets
     trainer.train()
     assert trainer.state.best_global_step == 1
@@ -299,10 +265,7 @@ def test_one_of_several_evaluation_sets_chooses(objective, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "rates"),
     [
-        ({}, {}, {"head": 2.5e-4, "adapter": 2.5e-3}),
         ({"backbone": "full"}, {}, {"backbone": 5e-5, "head": 5e-5, "adapter": 2.5e-3}),
-        ({"backbone": "lora"}, {}, {"backbone": 1e-3, "head": 2.5e-4, "adapter": 2.5e-3}),
-        ({"train_head": False}, {"adapter_learning_rate": 0.3}, {"adapter": 0.3}),
         (
             {"backbone": "full"},
             {"learning_rate": 0.02, "adapter_learning_rate": 0.3, "head_learning_rate": 0.04},
@@ -314,28 +277,11 @@ def test_one_of_several_evaluation_sets_chooses(objective, tmp_path):
 )
 def test_learning_rates_by_part(fields, options, rates, tmp_path):
     model = make(**fields)
-    own = {name: options.pop(name) for name in ("adapter_learning_rate", "head_learning_rate") if name in options}
-    args = multi_exit_arguments(
-        model,
-        str(tmp_path),
-        use_cpu=True,
-        eval_strategy="no",
-        save_strategy="no",
-        load_best_model_at_end=False,
-        **options,
-    )
-    trainer = MultiExitTrainer(model=model, args=args, train_dataset=Rows(), **own)
-    optimizer = trainer.create_optimizer()
+    off = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    args = multi_exit_arguments(model, str(tmp_path), use_cpu=True, **off, **options)
+    optimizer = MultiExitTrainer(model=model, args=args, train_dataset=Rows()).create_optimizer()
     assert type(optimizer) is torch.optim.AdamW
-    found = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    assert found == pytest.approx(rates)
-    parts = {"backbone": set(), "head": set(), "adapter": set()}
-    names = {id(p): name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        parts[group["name"]] |= {names[id(p)] for p in group["params"]}
-    assert parts["adapter"] == {name for name in names.values() if ".badge_" in name}
-    assert set.union(*parts.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all(".modules_to_save." in name for name in parts["head"])
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(rates)
 
 
 def test_each_training_has_an_optimizer_of_its_own(tmp_path):
@@ -390,35 +336,9 @@ def test_arguments_are_the_papers(tmp_path):
     assert (args.learning_rate, args.num_train_epochs, args.lr_scheduler_type) == (0.5, 25, "linear")
     assert (args.eval_strategy, args.save_strategy, args.load_best_model_at_end) == ("epoch", "epoch", True)
     assert (args.metric_for_best_model, args.greater_is_better, args.report_to) == ("s_avg", True, [])
-    grouped = getattr(args, "train_sampling_strategy", None) == "group_by_length" or getattr(
-        args, "group_by_length", False
-    )
-    assert grouped
+    assert all(getattr(args, name) == value for name, value in sampling(by_length=True).items())
     assert multi_exit_arguments(model, str(tmp_path)).learning_rate == 1e-3
     assert multi_exit_arguments(make(backbone="full"), str(tmp_path)).learning_rate == 5e-5
-
-
-def test_rows_of_like_length_share_a_batch(tmp_path):
-    model, lengths = make(), [3 + i % 8 for i in range(64)]
-    rows = {
-        "input_ids": [[5] * n for n in lengths],
-        "attention_mask": [[1] * n for n in lengths],
-        "labels": [0, 1] * 32,
-    }
-    args = multi_exit_arguments(
-        model, str(tmp_path), use_cpu=True, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-        per_device_train_batch_size=4,
-    )  # fmt: skip
-    trainer = MultiExitTrainer(
-        model=model,
-        args=args,
-        train_dataset=TextDataset.from_dict(rows),
-        data_collator=lambda rows: pad_features(rows, model.base_model.model),
-    )
-    batches = list(trainer.get_train_dataloader())
-    assert sum(batch["attention_mask"].sum().item() for batch in batches) == sum(lengths)
-    padding = sum((batch["attention_mask"] == 0).sum().item() for batch in batches)
-    assert padding < 64  # one position for each row; batches at random have two to three
 
 
 # ------------------------------------------------------------------------------------------------- resuming, searching
@@ -437,12 +357,8 @@ def test_rows_of_like_length_share_a_batch(tmp_path):
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(fields, options, tmp_path):
     options = {**options, "max_steps": 5, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
-    options |= {
-        "optim": "adamw_torch",
-        "lr_scheduler_type": "linear",
-        "learning_rate": 0.001,
-        "adapter_learning_rate": 0.01,
-    }
+    options |= {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    options |= {"learning_rate": 0.001, "adapter_learning_rate": 0.01}
     whole = make(**fields)
     make_trainer(tmp_path / "whole", whole, **options).train()
     with pytest.raises(KeyboardInterrupt):
@@ -454,44 +370,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(fields, options, tmp
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     state = json.loads((tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").read_text())
     assert state["global_step"] == 5
-
-
-@pytest.mark.parametrize("objective", ["joint", "two_stage"])
-def test_search_over_hyper_parameters(objective, tmp_path):
-    """Each trial has a new model, and its objective is not the search's."""
-    made = []
-
-    def model_init(trial=None):
-        rank = 2 if trial is None else trial.suggest_categorical("r", [2, 3])
-        made.append(make(r=rank))
-        return made[-1]
-
-    options = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
-    trainer = make_trainer(tmp_path, None, objective=objective, model_init=model_init, **options)
-    best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.02)},
-        compute_objective=lambda metrics: metrics["eval_s_avg"],
-        n_trials=2,
-        direction="maximize",
-        backend="optuna",
-    )
-    assert {"learning_rate", "r"} <= set(best.hyperparameters)
-    assert len(made) == 3 and best.objective is not None
-    start = {r: weights(make(r=r)) for r in (2, 3)}
-    for model in made[1:]:  # the first is the one that the trainer was made with
-        names = moved(start[model.peft_config["default"].r], weights(model))
-        assert {".badge_" in name for name in names} == {True, False}
-
-
-def test_gradient_checkpointing(tmp_path):
-    names = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    found = []
-    for checkpointing in ({}, {name: True, f"{name}_kwargs": {"use_reentrant": False}}):
-        model = make(backbone="full", placement="mhsa")
-        make_trainer(tmp_path, model, objective="gradient_equilibrium", **checkpointing).train()
-        found.append(weights(model))
-    close(found[1], found[0])
 
 
 def test_a_model_without_an_adapter_of_ours(tmp_path):
