@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from badge_peft.tuner.fingerprint import FIELDS, _sample, base_name, check_fingerprint, fingerprint
+from badge_peft.tuner.architectures import base_name
+from badge_peft.tuner.backbone import FIELDS, _sample, check_fingerprint, fingerprint
 from tests.models import CASES, make_badge, make_model
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from badge_peft import ARCHITECTURES, BadgeBlock, BadgeConfig
 from badge_peft.tuner.adapter_file import CONFIG_TENSOR
+from badge_peft.tuner.config_rules import lora_fields
 from badge_peft.tuner.lora import lora_layers
-from badge_peft.tuner.lora_config import lora_fields
 from tests.labels import label
 from tests.models import (
     BLOCKS,

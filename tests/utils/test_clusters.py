@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from badge_peft.utils.clusters import ask_for_token
+from badge_peft.utils.extras import ask_for_token
 
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
