@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -37,11 +36,6 @@ def test_lists_are_no_tensors() -> None:
     for call in (model, model.early_exit_forward):
         with pytest.raises(ValueError, match="inputs are list, and the model needs tensors.*return_tensors='pt'"):
             call(input_ids=[[1, 2]])
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
-def test_temperatures_of_any_kind(kind) -> None:
-    assert EarlyExitConfig(policy="max_prob", temperature=kind([1.0, 2.0])).temperature == [1.0, 2.0]
 
 
 def test_a_config_that_does_not_fit_is_refused_when_it_is_set() -> None:

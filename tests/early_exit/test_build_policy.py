@@ -36,15 +36,6 @@ def test_an_override_leaves_the_config_as_it_is(name):
     assert build_policy(config).config == config == before
 
 
-def test_another_config_is_seen():
-    config = EarlyExitConfig(policy="fixed_depth", depth=2)
-    assert build_policy(config).config.depth == 2
-    assert build_policy(replace(config, depth=3)).config.depth == 3
-    assert build_policy(config, depth=1).config.depth == 1
-    assert build_policy(config, min_exit=1).config.min_exit == 1
-    assert build_policy(config).config == config
-
-
 def test_a_change_inside_of_what_was_given_is_seen():
     fields = fields_of("agreement", [1, 2, 3], 3, "single_label_classification")
     config, weights = EarlyExitConfig(**fields), fields["parameters"]["coefficients"][0]
@@ -77,15 +68,3 @@ def test_no_row_goes_beyond_what_was_fitted(problem_type, labels):
         assert int(policy.replay(logits, problem_type=problem_type).max()) == policy.max_exit == last
     with pytest.raises(ValueError, match="max_exit=4 is not allowed: the model has 3 blocks"):
         build_policy(**fields, max_exit=4).check([1, 2, 3], labels, problem_type)
-
-
-def test_numbers_of_other_types_are_refused():
-    build_policy(policy="patience", patience=1)
-    with pytest.raises(ValueError, match="patience=True"):
-        build_policy(policy="patience", patience=True)
-
-
-@pytest.mark.parametrize("config", ["divergence", 0.2, ["never"]])
-def test_a_config_of_another_type(config):
-    with pytest.raises(ValueError, match="must be an EarlyExitConfig, a dict or None"):
-        build_policy(config)

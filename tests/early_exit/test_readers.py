@@ -81,7 +81,6 @@ def test_live_is_replay(problem_type, num_labels, data):
     config = data.draw(configs(exits, num_labels, problem_type))
     logits = logits_of(data.draw(st.integers(0, 999)), rows, num_labels, data.draw(st.sampled_from(KINDS)))
     model = table_model(num_labels, problem_type, exits, BLOCKS, *style)
-    warm_up(model, logits, exits)
     check(model, logits, exits, problem_type, config)
 
 
@@ -198,22 +197,6 @@ def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_l
     assert policy.replay(logits, exits, problem_type).tolist() == want
 
 
-def warm_up(model, logits, exits):
-    """Runs every block once."""
-    model(**as_inputs(logits[:1]))
-
-
-@pytest.mark.parametrize("name", ON_LOGITS)
-@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
-@pytest.mark.parametrize("rows", [1, 2, 17])
-def test_every_policy_at_every_batch_size(rows, final_exit, name):
-    exits = EXITS[1]
-    model = table_model(5, SINGLE, exits, BLOCKS, final_exit)
-    logits = logits_of(rows, rows, 5, "converging")
-    warm_up(model, logits, exits)
-    check(model, logits, exits, SINGLE, fields_of(name, exits, 5, SINGLE))
-
-
 def test_the_logits_above_reach_every_exit():
     logits = logits_of(0, 300, 5, "converging")
     reached = build_policy(threshold=0.8).replay(logits, range(BLOCKS + 1)).unique()
@@ -227,41 +210,3 @@ def test_full_depth_gives_the_table(final_exit, exits):
     out = table_model(5, SINGLE, exits, BLOCKS, final_exit)(**as_inputs(logits))
     assert torch.equal(out.exit_logits, logits[:, list(exits)])
     assert torch.equal(out.logits, logits[:, -1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_do_not_depend_on_their_order(kind):
-    exits = EXITS[1]
-    model = table_model(5, SINGLE, exits, BLOCKS)
-    logits = logits_of(3, 17, 5, kind)
-    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
-    first = model.early_exit_forward(**as_inputs(logits), threshold=0.6)
-    second = model.early_exit_forward(**as_inputs(logits[order]), threshold=0.6)
-    assert second.exit_layer.tolist() == first.exit_layer[order].tolist()
-    assert torch.equal(second.logits, first.logits[order])
-
-
-@pytest.mark.parametrize("returns_tuple", [False, True])
-@pytest.mark.parametrize("by_keyword", [False, True])
-@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
-@pytest.mark.parametrize("depth", EXITS[1])
-def test_all_rows_stop_together(depth, final_exit, by_keyword, returns_tuple):
-    model = table_model(2, SINGLE, EXITS[1], BLOCKS, final_exit, returns_tuple, by_keyword)
-    logits = logits_of(0, 5, 2, "normal")
-    warm_up(model, logits, EXITS[1])
-    want = check(model, logits, EXITS[1], SINGLE, {"policy": "fixed_depth", "depth": depth})
-    assert want.tolist() == [depth] * 5
-
-
-@pytest.mark.parametrize("returns_tuple", [False, True])
-@pytest.mark.parametrize("by_keyword", [False, True])
-def test_each_row_stops_somewhere_else(by_keyword, returns_tuple):
-    """Row n says the same label from entry n on; row 5 never does."""
-    labels = torch.arange(BLOCKS + 1).expand(7, -1) % 2
-    rows = torch.arange(7).unsqueeze(1)
-    agreed = torch.where(torch.arange(BLOCKS + 1) >= rows, rows % 2, labels)
-    logits = torch.nn.functional.one_hot(agreed, 2) * torch.tensor([1.0, 1.5]) + torch.arange(7.0).view(-1, 1, 1)
-    model = table_model(2, SINGLE, EXITS[1], BLOCKS, "base_head", returns_tuple, by_keyword)
-    warm_up(model, logits, EXITS[1])
-    want = check(model, logits, EXITS[1], SINGLE, {"policy": "patience", "patience": 1})
-    assert want.tolist() == [1, 2, 3, 4, 5, 6, 6]
