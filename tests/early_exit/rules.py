@@ -134,3 +134,20 @@ def watched_blocks(model: Any) -> Iterator[list[tuple[int, int]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watched_exits(model: Any) -> Iterator[list[tuple[str, int]]]:
+    """(adapter, block number) of each exit of its own that a badge model computes inside, in order."""
+    found: list[tuple[str, int]] = []
+    handles = [
+        exit_.register_forward_hook(lambda *_, key=(name, int(number)): found.append(key))
+        for block in model.base_model.wrapped
+        for name, head in block.badge_exit.items()
+        for number, exit_ in head.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

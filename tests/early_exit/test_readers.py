@@ -13,7 +13,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import build_policy
 
 from .reference import MULTI, REGRESSION, SINGLE
-from .rules import NO_REGRESSION, ON_LOGITS, fields_of
+from .rules import NO_REGRESSION, ON_LOGITS, fields_of, watched_exits
 from .table_model import as_inputs, table_model
 
 BLOCKS = 6
@@ -99,18 +99,10 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
     logits[:, unread] = 1e3 * torch.randn(logits[:, unread].shape, generator=torch.Generator().manual_seed(1))
     assert policy.replay(logits[:, list(exits)], exits, problem_type).tolist() == want.tolist()
     model = table_model(num_labels, problem_type, exits, BLOCKS)
-    computed = []
-    handles = [
-        exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number))
-        for block in model.base_model.wrapped
-        for head in block.badge_exit.values()
-        for number, exit_ in head.items()
-    ]
-    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
-    for handle in handles:
-        handle.remove()
+    with watched_exits(model) as computed:
+        out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
     assert out.exit_layer.tolist() == want.tolist()
-    assert computed == [m for m in read if m <= want.max()]
+    assert [m for _, m in computed] == [m for m in read if m <= want.max()]
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
@@ -125,9 +117,7 @@ def test_exits_that_carry_logits(problem_type, num_labels, data):
     model = table_model(num_labels, problem_type, exits, BLOCKS, final_exit, carry="logits")
     heads = [item for block in model.base_model.wrapped for head in block.badge_exit.values() for item in head.items()]
     shares = data.draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 0.3]), min_size=len(heads), max_size=len(heads)))
-    computed, handles = [], []
-    for (number, exit_), share in zip(heads, shares, strict=True):
-        handles.append(exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number)))
+    for (_, exit_), share in zip(heads, shares, strict=True):
         if exit_.carry is not None:
             exit_.carry.weight.data.fill_(share)
     inputs = as_inputs(table)
@@ -135,17 +125,15 @@ def test_exits_that_carry_logits(problem_type, num_labels, data):
         logits = model(**inputs).exit_logits
     policy = build_policy(config)
     want = policy.replay(logits, exits, problem_type)
-    computed.clear()
-    out = model.early_exit_forward(**inputs, early_exit_config=config)
-    for handle in handles:
-        handle.remove()
+    with watched_exits(model) as computed:
+        out = model.early_exit_forward(**inputs, early_exit_config=config)
     assert out.exit_layer.tolist() == want.tolist()
     found = logits[torch.arange(7), torch.tensor([exits.index(m) for m in want.tolist()])]
     assert torch.equal(out.logits, found)
     end = next(j for j in range(len(exits)) if policy.is_final(exits, j))
     own = [m for m in exits if final_exit == "exit" or m < BLOCKS]
     read = [m for j, m in enumerate(exits[: end + 1]) if policy.needs_logits(exits, j) and m in own]
-    assert computed == [m for m in own if m <= max(read, default=-1) and m <= want.max()]
+    assert [m for _, m in computed] == [m for m in own if m <= max(read, default=-1) and m <= want.max()]
 
 
 @pytest.mark.parametrize(

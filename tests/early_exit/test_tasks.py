@@ -15,7 +15,7 @@ from badge_peft.compile import compile_blocks
 from badge_peft.early_exit.calls import config_of_each
 from tests.models import CASES, blocks_of, make_badge, make_batch, make_model, shake
 
-from .rules import RULES, watched_blocks, with_threshold
+from .rules import RULES, watched_blocks, watched_exits, with_threshold
 from .test_adapter_names import ADAPTERS, LENGTH, ROWS, make
 
 NAMES = tuple(ADAPTERS)
@@ -111,18 +111,8 @@ def test_a_row_leaves_with_its_last_task(model: Any) -> None:
 
 def test_exits_that_no_task_asks_for_are_not_computed(model: Any) -> None:
     rules = {"tags": {"policy": "fixed_depth", "depth": 2}, "wide": {"policy": "patience", "patience": 1}}
-    computed: list[tuple[str, int]] = []
-    hooks = [
-        exit_.register_forward_hook(lambda *_, key=(name, int(number)): computed.append(key))
-        for block in blocks_of(model)
-        for name in rules
-        for number, exit_ in block.badge_exit[name].items()
-    ]
-    try:
+    with watched_exits(model) as computed:
         out = model.early_exit_forward(**make_batch(1, LENGTH), tasks=list(rules), early_exit_config=rules)
-    finally:
-        for hook in hooks:
-            hook.remove()
     deepest = int(out["wide"].exit_layer)
     assert sorted(computed) == [("tags", 2), *(("wide", m) for m in range(1, deepest + 1))]
 

@@ -94,7 +94,7 @@ def test_calls_leave_nothing_behind():
 def test_growth_would_be_seen(monkeypatch):
     """The measurement can fail: one kept answer a call is seen."""
     kept = []
-    monkeypatch.setattr(f"{__name__}.answer", lambda *args: kept.append(answer(*args)))
+    monkeypatch.setattr(f"{__name__}.answer", lambda *args, answer=answer: kept.append(answer(*args)))
     assert grow(40).objects >= 40
 
 

@@ -375,26 +375,6 @@ def test_deleting(active, tmp_path):
     assert torch.equal(exits_of(model, BATCH), alone["one"])
 
 
-@pytest.mark.parametrize("first", ["frozen", "lora"])
-@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
-def test_a_second_lora_after_wrapping(case, first):
-    model = make_badge(case, backbone=first)
-    shake(model, only=".lora_")
-    before = exits_of(model, BATCH)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    add(model, "other", 5, backbone="lora", lora={"r": 3})
-    # `add` has shaken the first adapter, too: put it back
-    shaken = make_badge(case, backbone=first)
-    shake(shaken, only=".lora_")
-    model.load_state_dict(shaken.state_dict(), strict=False)
-    assert torch.equal(exits_of(model, BATCH), before)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
-    model.set_adapter("other")
-    assert not torch.allclose(exits_of(model, BATCH), before)
-    lora = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name}
-    assert len(lora) == 2 * len(lora_layers(model)) and all(".other." in name for name in lora)
-
-
 @pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"])
 def test_names_that_lora_has_taken(name):
     with pytest.raises(ValueError, match=f"an adapter cannot be called '{name}'"):
