@@ -14,8 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from badge_peft.model import get_badge_model
 from badge_peft.tuner.config import BadgeConfig, is_badge
-from badge_peft.utils.files import write_json
-from badge_peft.utils.paths import is_local
+from badge_peft.utils.files import is_local, write_json
 
 #: `{"tasks": {"intent": "intent", "pii": "user/repo"}}`: folders below that of the file, or others, or repositories.
 TASKS = "tasks.json"

@@ -21,8 +21,8 @@ from badge_peft.bundle import download_bundle, find_tasks, read_configs
 from badge_peft.model import get_badge_model
 from badge_peft.model_card import CARD, CONFIG, PICTURE, REPORT, hub_id, read_report, write_model_card
 from badge_peft.tuner.config import BadgeConfig, is_badge
+from badge_peft.utils.files import is_local
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.paths import is_local
 
 _NO_CONFIG = (AttributeError, JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError)
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # what their names start with

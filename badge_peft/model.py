@@ -24,7 +24,6 @@ from badge_peft.tuner.config import BadgeConfig, exit_numbers, own_exits
 from badge_peft.tuner.exits import AdapterExits
 from badge_peft.tuner.extensions import extension_of
 from badge_peft.tuner.layer import MERGE_ERROR, BadgeBlock
-from badge_peft.tuner.lora_config import lora_config
 from badge_peft.tuner.preconditions import BadgeConfigs, check_no_other_tuner
 from badge_peft.tuner.prepare import pooling_kind, prepared_copy
 from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names, watch_saved_modules
@@ -185,7 +184,7 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
 
     def _prepare_model(self, peft_config: BadgeConfig, model: nn.Module) -> None:  # type: ignore[override]  # typed for any
         if peft_config.backbone == "lora":
-            wanted = lora_config(peft_config.lora, self.layout)
+            wanted = lora.lora_config(peft_config.lora, self.layout)
             lora.inject(model, self._name_of(peft_config), wanted, self.block_names, peft_config.inference_mode)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -262,7 +261,8 @@ class BadgeModel(EarlyExitMixin, BaseTuner):
         was_active = adapter_name in self.active_adapters
         trained_backbone = adapter_name in self.peft_config and self._owner([adapter_name]) is not None
         super().delete_adapter(adapter_name)
-        lora.delete(self.model, adapter_name)
+        for layer in lora.lora_layers(self.model):
+            layer.delete_adapter(adapter_name)
         if trained_backbone:
             backbone.train_for(self.model, None)
         if was_active and self.active_adapters:  # PEFT leaves its head out where the deleted one had none

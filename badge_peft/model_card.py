@@ -24,8 +24,7 @@ from yaml import YAMLError
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies.base import set_fields
 from badge_peft.utils.checks import is_number
-from badge_peft.utils.files import write_text
-from badge_peft.utils.paths import is_local
+from badge_peft.utils.files import is_local, write_text
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 START, END = "<!-- badge_peft:start -->", "<!-- badge_peft:end -->"

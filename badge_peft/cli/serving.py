@@ -67,8 +67,7 @@ def serve(
         address: Of a Ray cluster to run on. Default: this machine alone.
     """
     from badge_peft.utils.checks import check_choice
-    from badge_peft.utils.clusters import ask_for_token
-    from badge_peft.utils.extras import require
+    from badge_peft.utils.extras import ask_for_token, require
 
     check_choice("on_drift", on_drift, ("alarm", "careful"))
     scaling = _autoscaling(autoscaling, replicas)

@@ -17,8 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from badge_peft.utils.checks import check_int
-from badge_peft.utils.clusters import ask_for_token, no_cluster
-from badge_peft.utils.extras import require
+from badge_peft.utils.extras import ask_for_token, no_cluster, require
 from badge_peft.workflows.columns import Names, find_columns
 from badge_peft.workflows.predict import Answerer, Answering
 from badge_peft.workflows.settings import PolicyOverrides, TextColumns

@@ -24,7 +24,7 @@ from ray.serve.config import AutoscalingConfig
 
 from badge_peft.serving.deployment import Service
 from badge_peft.serving.settings import TOKEN, ServiceSettings, check_settings
-from badge_peft.utils.clusters import AUTH, no_cluster
+from badge_peft.utils.extras import AUTH, no_cluster
 
 APPLICATION = "badge-peft"
 _SHUTDOWN = 60  # seconds in which a replica finishes what it has accepted

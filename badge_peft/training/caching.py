@@ -19,9 +19,8 @@ from badge_peft.early_exit.state_passes import RecordingPass
 from badge_peft.evaluation.collate import evaluating, pad_features, tensor_columns
 from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.tuner.adapter_file import weights_hash
-from badge_peft.tuner.backbone import is_trained
+from badge_peft.tuner.backbone import fingerprint, is_trained
 from badge_peft.tuner.decoders import decoder_arguments
-from badge_peft.tuner.fingerprint import fingerprint
 from badge_peft.tuner.lora import is_lora
 from badge_peft.utils import distributed
 from badge_peft.utils.checks import check_choice

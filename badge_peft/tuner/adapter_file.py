@@ -68,8 +68,7 @@ class AdapterSource:
 
     def read_tensors(self) -> dict[str, Tensor] | None:
         """The tensors in the file; None without a file, unless it must be there."""
-        folder = Path(self.path, self.hub.get("subfolder") or "")
-        names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        folder, names = self.folder, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         file = next((folder / name for name in names if (folder / name).exists()), None)
         if file is None and not self.needs_weights:
             return None
@@ -92,14 +91,23 @@ class AdapterSource:
     def config_of_other_weights(self, expected: str | None) -> dict[str, Any] | None:
         """The config inside of the weights in a local folder, its `weights_hash` filled in, where their hash is not
         the one `expected`; None where it is, where there is no such config, or where nothing is expected."""
-        if expected is None or not Path(self.path, self.hub.get("subfolder") or "").is_dir():
+        if expected is None or not self.folder.is_dir():
             return None
-        try:
-            tensors = self.read_tensors() or {}
-        except ValueError:  # said when they are loaded
-            return None
+        tensors = self.readable_tensors()
         found, config = weights_hash(tensors), config_in(tensors)
         return None if found == expected or config is None else {**config, "weights_hash": found}
+
+    def readable_tensors(self) -> dict[str, Tensor]:
+        """As `read_tensors`, but none where they cannot be read, which is said when they are loaded."""
+        try:
+            return self.read_tensors() or {}
+        except ValueError:
+            return {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, if they are local."""
+        return Path(self.path, self.hub.get("subfolder") or "")
 
 
 def check_latest(folder: Path) -> None:
@@ -114,8 +122,5 @@ def check_latest(folder: Path) -> None:
 
 def hash_in(folder: Path) -> str | None:
     """The hash of the weights in `folder`; None where there are none that can be read."""
-    try:
-        tensors = AdapterSource(str(folder), needs_weights=False).read_tensors()
-    except ValueError:
-        return None
-    return None if tensors is None else weights_hash(tensors)
+    tensors = AdapterSource(str(folder), needs_weights=False).readable_tensors()
+    return weights_hash(tensors) if tensors else None

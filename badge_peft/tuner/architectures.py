@@ -1,21 +1,95 @@
 """What differs between backbones, as one table: a new backbone is a new row, or a row of the user's own.
 
-Decoders that are built as Llama is are found by their parts (`decoders.py`)."""
+Most families of decoders are built as Llama is and differ in norms alone: their row is found by what a block is made
+of. What is special in a call of theirs: `decoders.py`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from badge_peft.tuner.decoders import decoder_layout
-from badge_peft.tuner.layout import BlockLayout
-
 # What PEFT's wrappers put into a name. (One saved module inside of another leaves an adapter's name in a file.)
 _WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the parts of a backbone are. All names are relative: `blocks` and `final_norm` to the backbone (the module
+    that `base_model_prefix` names), `head` to the model, the rest to one block.
+
+    Args:
+        blocks: Path of the `ModuleList` of transformer blocks.
+        attention_norm: The LayerNorm whose *output* is H_{m,MHA} (post-LN), or the module whose *input* it is
+            (pre-LN). '' where there is none: then an adapter has no `placement="ffn"` or `"mhsa"`.
+        ffn: Submodules that, applied in order, are FFN(.) without its residual. () where these do not say it all:
+            then an adapter has no `placement="mhsa"`, which runs them a second time.
+        last_norm: The LayerNorm that ends a block; its input is H_{m,F}. `None` for pre-LN blocks, where the block's
+            output is H_{m,F}.
+        final_norm: Pre-LN only: the norm after the last block; LN' starts as its copy.
+        pooling: What the model's own head reads: `cls`, `mean`, `last`, or the config attribute that says it.
+        head: Modules of the model's own head that carry weights, for `train_head=True`.
+        pooler: The dense layer, in front of a tanh, that the model's own head reads: in the backbone or in the model.
+            None where its pooler is of another form.
+        inner_blocks: Path inside an entry of `blocks` when entries are groups that run again and again (ALBERT).
+        shared_arguments: Keyword arguments of a block whose first dimension is never the batch.
+        mask_arguments: Arguments of a block that have positions in their last two dimensions ([B, 1, S, S] or
+            [B, 1, 1, S] or [B, S]). Without any, rows that survive an early exit keep the padding of those that left.
+        position_arguments: Arguments of a block that have positions in dimension 1 ([B, S] or [1, S, ...]).
+        lora_targets: Modules of a block that `backbone="lora"` adapts when its LoraConfig does not say.
+        full_rows_until: The model mixes the output of this block with other full-size tensors, so rows may leave only
+            after it.
+    """
+
+    blocks: str
+    attention_norm: str
+    ffn: tuple[str, ...]
+    last_norm: str | None = None
+    final_norm: str | None = None
+    pooling: str = "cls"
+    head: tuple[str, ...] = ("classifier",)
+    pooler: str | None = None
+    inner_blocks: str | None = None
+    shared_arguments: tuple[str, ...] = ()
+    mask_arguments: tuple[str, ...] = ()
+    position_arguments: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ("query", "value")
+    full_rows_until: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.last_norm is None) == (self.final_norm is None):
+            raise ValueError(
+                f"a BlockLayout has either last_norm (post-LN blocks) or final_norm (pre-LN blocks), got "
+                f"last_norm={self.last_norm!r} and final_norm={self.final_norm!r}."
+            )
+        for name, value in vars(self).copy().items():
+            if isinstance(value, list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, str) and str(self.__dataclass_fields__[name].type).startswith("tuple"):
+                raise ValueError(f"{name}={value!r} is not allowed: it must be a tuple of names, ({value!r},).")
+
+    @classmethod
+    def of(cls, value: Any) -> BlockLayout:
+        """A layout from one, or from a dict of its fields.
+
+        Raises:
+            ValueError: `value` is neither, or a field is missing or unknown.
+        """
+        if not isinstance(value, (dict, BlockLayout)):
+            raise ValueError(f"block_layout={value!r} is not allowed: it must be a BlockLayout or a dict.")
+        try:
+            return cls(**value) if isinstance(value, dict) else value
+        except TypeError as error:
+            allowed = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"block_layout={value!r} is not allowed: {error}; its fields are {allowed}.") from error
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether blocks normalize their inputs (ModernBERT) and not their output (BERT)."""
+        return self.last_norm is None
 
 
 _BERT = BlockLayout(
@@ -25,6 +99,23 @@ _BERT = BlockLayout(
     last_norm="output.LayerNorm",
     mask_arguments=("attention_mask",),
 )
+_LLAMA = BlockLayout(
+    blocks="layers",
+    attention_norm="post_attention_layernorm",
+    ffn=("post_attention_layernorm", "mlp"),
+    final_norm="norm",
+    pooling="last",
+    head=("score",),
+    lora_targets=("q_proj", "v_proj"),
+    mask_arguments=("attention_mask",),
+    position_arguments=(
+        "position_embeddings",
+        "position_embeddings_global",  # Gemma 3 before transformers 5
+        "position_embeddings_local",
+        "position_ids",
+    ),
+)
+_WITH_IDS = replace(_LLAMA, position_arguments=("position_ids",))
 
 ARCHITECTURES: dict[str, BlockLayout] = {
     "bert": replace(_BERT, pooler="pooler.dense"),
@@ -48,20 +139,15 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         lora_targets=("q_lin", "v_lin"),
         mask_arguments=("attention_mask", "attn_mask"),  # its name before transformers 5
     ),
-    "mpnet": BlockLayout(
-        blocks="encoder.layer",
+    "mpnet": replace(
+        _BERT,
         attention_norm="attention.LayerNorm",
-        ffn=("intermediate", "output.dense", "output.dropout"),
-        last_norm="output.LayerNorm",
         pooler="classifier.dense",
         lora_targets=("attn.q", "attn.v"),
         mask_arguments=("attention_mask", "position_bias"),
     ),
-    "deberta-v2": BlockLayout(
-        blocks="encoder.layer",
-        attention_norm="attention.output.LayerNorm",
-        ffn=("intermediate", "output.dense", "output.dropout"),
-        last_norm="output.LayerNorm",
+    "deberta-v2": replace(
+        _BERT,
         head=("pooler", "classifier"),
         lora_targets=("query_proj", "value_proj"),
         shared_arguments=("rel_embeddings", "relative_pos"),
@@ -79,27 +165,28 @@ ARCHITECTURES: dict[str, BlockLayout] = {
         mask_arguments=("attention_mask", "sliding_window_mask"),
         position_arguments=("position_embeddings", "position_ids"),
     ),
-    "gpt2": BlockLayout(
-        blocks="h",
-        attention_norm="ln_2",
-        ffn=("ln_2", "mlp"),
-        final_norm="ln_f",
-        pooling="last",
-        head=("score",),
-        lora_targets=("c_attn",),
-        mask_arguments=("attention_mask",),
-        position_arguments=("position_ids",),
+    "gpt2": replace(
+        _WITH_IDS, blocks="h", attention_norm="ln_2", ffn=("ln_2", "mlp"), final_norm="ln_f", lora_targets=("c_attn",)
     ),
-    "opt": BlockLayout(
-        blocks="decoder.layers",
-        attention_norm="",  # its blocks flatten rows and positions there
-        ffn=(),
-        final_norm="decoder.final_layer_norm",
-        pooling="last",
-        head=("score",),
-        lora_targets=("q_proj", "v_proj"),
-        mask_arguments=("attention_mask",),
-        position_arguments=("position_ids",),
+    # OPT's blocks flatten rows and positions where H_{m,MHA} is
+    "opt": replace(
+        _WITH_IDS, blocks="decoder.layers", attention_norm="", ffn=(), final_norm="decoder.final_layer_norm"
+    ),
+}
+_PARTS = frozenset({"self_attn", "mlp", "post_attention_layernorm"})
+#: Parts of a decoder's block -> its layout.
+_DECODERS = {
+    # llama, mistral, qwen2, qwen3, smollm3, granite, phi3, ...
+    _PARTS | {"input_layernorm"}: _LLAMA,
+    # gemma2, gemma3: norms before and after both parts
+    _PARTS | {"input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}: replace(
+        _LLAMA,
+        attention_norm="pre_feedforward_layernorm",
+        ffn=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    ),
+    # olmo2: norms after both parts
+    _PARTS | {"post_feedforward_layernorm"}: replace(
+        _LLAMA, attention_norm="mlp", ffn=("mlp", "post_feedforward_layernorm")
     ),
 }
 
@@ -122,6 +209,26 @@ def get_layout(model: nn.Module, layout: BlockLayout | dict[str, Any] | None = N
             )
     layout = BlockLayout.of(layout)
     _check(model, layout)
+    return layout
+
+
+def decoder_layout(model: nn.Module) -> BlockLayout | None:
+    """The layout of a decoder whose blocks have the parts of Llama's, Gemma's or OLMo 2's; None for other models."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
+    blocks = getattr(backbone, "layers", None)
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(backbone, "norm"):
+        return None
+    block: Any = blocks[0]
+    while hasattr(block, "base_layer"):
+        block = block.base_layer
+    parts = frozenset(name for name, part in block.named_children() if not isinstance(part, nn.Dropout))
+    layout = _DECODERS.get(parts)
+    if layout is None:
+        return None
+    if getattr(block, "residual_multiplier", 1.0) != 1.0:  # granite scales what the FFN gives
+        layout = replace(layout, ffn=())
+    if hasattr(block.self_attn, "qkv_proj"):  # phi3
+        layout = replace(layout, lora_targets=("qkv_proj",))
     return layout
 
 

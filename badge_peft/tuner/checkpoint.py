@@ -22,8 +22,7 @@ from badge_peft.tuner.architectures import BlockLayout, base_name, block_names, 
 from badge_peft.tuner.backbone import is_own_weight
 from badge_peft.tuner.config import BadgeConfig, own_exits
 from badge_peft.tuner.layer import adapter_modules
-from badge_peft.tuner.lora import is_adapter_key, lora_tensors
-from badge_peft.tuner.lora_config import lora_config
+from badge_peft.tuner.lora import lora_config, lora_tensors
 from badge_peft.tuner.saved_modules import has_own_labels, resized, saved_names
 
 #: dtypes of the weights that an adapter is trained in. Others (float8, integers, complex) would be cast in silence.
@@ -33,13 +32,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def adapter_state_dict(config: BadgeConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of `state_dict` that belong to the adapter: its bypasses and exits, and the backbone's LoRA or the
     trained backbone itself, which they are never separated from. (PEFT adds `modules_to_save`.)"""
-    ours = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}\.")
-    chosen = {key: value for key, value in state_dict.items() if ours.search(key)}
-    if config.backbone == "lora":
-        chosen.update({key: value for key, value in state_dict.items() if is_adapter_key(key, adapter_name)})
-    if config.backbone == "full":
-        chosen.update({key: value for key, value in state_dict.items() if is_own_weight(key)})
-    return chosen
+    kinds = rf"{PREFIX}[a-z]+|lora_\w+" if config.backbone == "lora" else rf"{PREFIX}[a-z]+"
+    ours = re.compile(rf"\.(?:{kinds})\.{re.escape(adapter_name)}(?:\.|$)")
+    full = config.backbone == "full"
+    return {key: value for key, value in state_dict.items() if ours.search(key) or (full and is_own_weight(key))}
 
 
 def saved_state_dict(
@@ -49,8 +45,7 @@ def saved_state_dict(
     the saving end in between. (`base_name` is that of the base model, where the config has none yet.)"""
     base = config.base_model_name_or_path or base_name or None
     fields = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": base, "weights_hash": None}
-    chosen = adapter_state_dict(config, adapter_name, state_dict)
-    return {**chosen, CONFIG_TENSOR: config_tensor(fields)}
+    return {**adapter_state_dict(config, adapter_name, state_dict), CONFIG_TENSOR: config_tensor(fields)}
 
 
 def check_file(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> None:

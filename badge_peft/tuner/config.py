@@ -17,9 +17,8 @@ from badge_peft.registry import NAME, add_peft_type
 from badge_peft.tuner.adapter_file import AdapterSource, check_latest, hash_in
 from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.bypass import ACTIVATION_MODULES
-from badge_peft.tuner.config_rules import REMOVED, check_fields
+from badge_peft.tuner.config_rules import REMOVED, check_fields, lora_fields
 from badge_peft.tuner.exits import EXITS
-from badge_peft.tuner.lora_config import lora_fields
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, require, without_removed
 from badge_peft.utils.files import write_text

@@ -1,72 +1,16 @@
-"""Decoders that classify a text at its last token: where their blocks are, and what is special in a call of theirs.
-
-Most families are built as Llama is and differ in norms alone, so a row is found by what a block consists of.
-"""
+"""Decoders that classify a text at its last token: what is special in a call of theirs."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from badge_peft.tuner.layout import BlockLayout
+from badge_peft.tuner.architectures import BlockLayout
 
-_LLAMA = BlockLayout(
-    blocks="layers",
-    attention_norm="post_attention_layernorm",
-    ffn=("post_attention_layernorm", "mlp"),
-    final_norm="norm",
-    pooling="last",
-    head=("score",),
-    lora_targets=("q_proj", "v_proj"),
-    mask_arguments=("attention_mask",),
-    position_arguments=(
-        "position_embeddings",
-        "position_embeddings_global",  # Gemma 3 before transformers 5
-        "position_embeddings_local",
-        "position_ids",
-    ),
-)
-_PARTS = frozenset({"self_attn", "mlp", "post_attention_layernorm"})
-#: Parts of a block -> its layout.
-_LAYOUTS = {
-    # llama, mistral, qwen2, qwen3, smollm3, granite, phi3, ...
-    _PARTS | {"input_layernorm"}: _LLAMA,
-    # gemma2, gemma3: norms before and after both parts
-    _PARTS | {"input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}: replace(
-        _LLAMA,
-        attention_norm="pre_feedforward_layernorm",
-        ffn=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-    ),
-    # olmo2: norms after both parts
-    _PARTS | {"post_feedforward_layernorm"}: replace(
-        _LLAMA, attention_norm="mlp", ffn=("mlp", "post_feedforward_layernorm")
-    ),
-}
 _CACHES = ("past_key_values", "cache")  # by release of transformers
-
-
-def decoder_layout(model: nn.Module) -> BlockLayout | None:
-    """The layout of a decoder whose blocks have the parts of Llama's, Gemma's or OLMo 2's; None for other models."""
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "model", model)
-    blocks = getattr(backbone, "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(backbone, "norm"):
-        return None
-    block: Any = blocks[0]
-    while hasattr(block, "base_layer"):
-        block = block.base_layer
-    parts = frozenset(name for name, part in block.named_children() if not isinstance(part, nn.Dropout))
-    layout = _LAYOUTS.get(parts)
-    if layout is None:
-        return None
-    if getattr(block, "residual_multiplier", 1.0) != 1.0:  # granite scales what the FFN gives
-        layout = replace(layout, ffn=())
-    if hasattr(block.self_attn, "qkv_proj"):  # phi3
-        layout = replace(layout, lora_targets=("qkv_proj",))
-    return layout
 
 
 def decoder_arguments(model: nn.Module, arguments: dict[str, Any], batch_size: int) -> dict[str, Any]:

@@ -18,10 +18,20 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
+from badge_peft.tuner.architectures import BlockLayout
 from badge_peft.tuner.layer import BadgeBlock
 
 _LORA = re.compile(r"\.lora_\w+\.")
 _STAND_IN = "stand_in"  # the name of an adapter that is never used
+
+
+def lora_config(fields: dict[str, Any] | None, layout: BlockLayout) -> LoraConfig:
+    """The LoRA that a `BadgeConfig.lora` describes; None is r=8, alpha=16, dropout 0.05. Without `target_modules` it
+    adapts queries and values, as PEFT does by default."""
+    fields = dict({"r": 8, "lora_alpha": 16, "lora_dropout": 0.05} if fields is None else fields)
+    if not fields.get("target_modules"):
+        fields["target_modules"] = list(layout.lora_targets)
+    return LoraConfig(**fields)
 
 
 def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list[str], inference: bool) -> None:
@@ -30,7 +40,8 @@ def inject(model: nn.Module, adapter_name: str, config: LoraConfig, blocks: list
         before = model.__dict__.pop("peft_config", None)  # or the new LoraModel would add itself to ours
         heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad]
         try:
-            bound = _with(config, target_modules=list(_targets(model, config, blocks)), inference_mode=inference)
+            targets = list(_targets(model, config, blocks))
+            bound = LoraConfig(**{**config.to_dict(), "target_modules": targets, "inference_mode": inference})
             LoraModel(model, {adapter_name: bound}, adapter_name)
             for layer in lora_layers(model):  # a new layer is in training mode, whatever its model is in
                 cast(nn.Module, layer).train(layer.get_base_layer().training)
@@ -55,7 +66,7 @@ def lora_tensors(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dic
                 parent.add_module(part, nn.Module())
             parent = cast(nn.Module, getattr(parent, part))
         parent.add_module(name.rpartition(".")[2], _stand_in(module))
-    bound = _with(config, target_modules=list(targets), init_lora_weights=False)
+    bound = LoraConfig(**{**config.to_dict(), "target_modules": list(targets), "init_lora_weights": False})
     with torch.device("meta"):
         LoraModel(stand_ins, {_STAND_IN: bound}, _STAND_IN)
     return {
@@ -75,25 +86,10 @@ def set_active(model: nn.Module, adapter_names: list[str], inference_mode: bool)
         layer.set_adapter([name for name in adapter_names if name in known], inference_mode=inference_mode)
 
 
-def delete(model: nn.Module, adapter_name: str) -> None:
-    """Takes the LoRA of one adapter away."""
-    for layer in lora_layers(model):
-        layer.delete_adapter(adapter_name)
-
-
 def is_lora(key: str) -> bool:
     """Whether a parameter is of a LoRA of PEFT's, as ours are: there, something follows the parameter's name. (In
     other libraries' LoRAs, which are part of the backbone, nothing does.)"""
     return _LORA.search(key) is not None
-
-
-def is_adapter_key(key: str, adapter_name: str) -> bool:
-    """Whether a key of the model's state dict belongs to the LoRA of `adapter_name`, which may be called `lora_x`."""
-    return re.search(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)", key) is not None
-
-
-def _with(config: LoraConfig, **changes: Any) -> LoraConfig:
-    return LoraConfig(**{**config.to_dict(), **changes})
 
 
 def _targets(model: nn.Module, config: LoraConfig, blocks: list[str]) -> dict[str, nn.Module]:

@@ -28,6 +28,10 @@ _MERGE = (
     "merge it into the weights first, `model = model.merge_and_unload()`, and put BADGE on the result (save that, so "
     "that both can be loaded again); or train a LoRA together with the exits, BadgeConfig(backbone='lora')"
 )
+_VECTORS = (
+    "vectors before the sequence or the keys can neither be merged nor be cut with the rows that leave. Put it on the "
+    "model without them, model.get_base_model()"
+)
 _MERGE_LAYERS = (
     "load it as a PeftModel, PeftModel.from_pretrained(base_model, folder), or make it with get_peft_model, and "
 )
@@ -42,13 +46,9 @@ def check_no_other_tuner(model: nn.Module) -> None:
     if any(isinstance(config, PeftConfig) and is_badge(config) for config in configs.values()):
         raise ValueError(f"the model already carries a BADGE adapter ({_names(kinds)}): {_ON_TOP}.")
     if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        has_layers = isinstance(model, BaseTuner) or isinstance(getattr(model, "base_model", None), BaseTuner)
         found = f"a {type(model).__name__} with the adapter {_names(kinds)}"
-        if not isinstance(getattr(model, "base_model", None), BaseTuner) and not isinstance(model, BaseTuner):
-            raise ValueError(
-                f"BADGE cannot be put on {found}: vectors before the sequence or the keys can neither be merged nor "
-                "be cut with the rows that leave. Put it on the model without them, model.get_base_model()."
-            )
-        raise ValueError(f"BADGE cannot be put on {found}: {_MERGE}.")
+        raise ValueError(f"BADGE cannot be put on {found}: {_MERGE if has_layers else _VECTORS}.")
     for name, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             of = f" of the adapter {_names(kinds)}" if kinds else ""
@@ -94,9 +94,9 @@ def _names(kinds: dict[str, str]) -> str:
 def check_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT tells the tensors of adapters apart by `.name.` in their keys: no key may hold that for another reason."""
     named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
-    taken = {part for name, _ in named if ".badge_" not in name for part in name.split(".")}
+    taken = _NAMES.union(part for name, _ in named if ".badge_" not in name for part in name.split("."))
     ours = adapter_name.startswith(PREFIX)  # by which parameters of exits are known, for a learning rate of their own
-    if ours or adapter_name in taken or adapter_name in _NAMES or adapter_name.isdigit():
+    if ours or adapter_name in taken or adapter_name.isdigit():
         raise ValueError(
             f"an adapter cannot be called {adapter_name!r}: a module of the model or of the adapter has that name or "
             "starts with it, and the two would be confused. Choose another name: get_peft_model and load_adapter "
@@ -135,20 +135,17 @@ def check_trainable(model: nn.Module, modules_to_save: list[str], backbone: str)
     for name, parameter in model.named_parameters():
         if ".badge_" in name or not is_quantized(parameter):
             continue
+        quantized = f"{name} is quantized ({type(parameter).__name__} of {parameter.dtype})"
         if backbone == "full":
             raise ValueError(
-                f"backbone='full' is not allowed on this model: {name} is quantized ({_weight_kind(parameter)}) and "
-                "cannot be trained. Use backbone='frozen' or 'lora', or load the model without quantization."
+                f"backbone='full' is not allowed on this model: {quantized} and cannot be trained. Use "
+                "backbone='frozen' or 'lora', or load the model without quantization."
             )
         parts = name.split(".")[:-1]
         for module in modules_to_save:
             if any(part.endswith(module) for part in parts):  # as PEFT looks for them
                 raise ValueError(
-                    f"{module!r} cannot be trained on this model: {name} is quantized ({_weight_kind(parameter)}). "
-                    "Leave the head out of the quantization (llm_int8_skip_modules, modules_to_not_convert: the "
-                    "name of the module), or keep it: train_head=False, and no such name in modules_to_save."
+                    f"{module!r} cannot be trained on this model: {quantized}. Leave the head out of the quantization "
+                    "(llm_int8_skip_modules, modules_to_not_convert: the name of the module), or keep it: "
+                    "train_head=False, and no such name in modules_to_save."
                 )
-
-
-def _weight_kind(parameter: Tensor) -> str:
-    return f"{type(parameter).__name__} of {parameter.dtype}"

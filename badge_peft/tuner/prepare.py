@@ -10,10 +10,10 @@ from torch import nn
 
 from badge_peft._version import package_version
 from badge_peft.tuner.architectures import BlockLayout, block_names, get_layout, head_pooling, hidden_size, own_pooler
+from badge_peft.tuner.backbone import check_fingerprint, fingerprint, stored_setup
 from badge_peft.tuner.config import CHOICES, BadgeConfig, exit_numbers
-from badge_peft.tuner.config_rules import check_label_names
+from badge_peft.tuner.config_rules import check_label_count
 from badge_peft.tuner.extensions import check_saved, extension_of
-from badge_peft.tuner.fingerprint import check_fingerprint, fingerprint, stored_setup
 from badge_peft.tuner.losses import loss_weights
 from badge_peft.tuner.pooling import TOKENS
 from badge_peft.tuner.preconditions import check_devices, check_name, check_trainable
@@ -22,6 +22,7 @@ from badge_peft.tuner.preconditions import check_devices, check_name, check_trai
 _PEFT_HEADS = ("classifier", "score")
 # PEFT cannot do with an empty list; no module ends in this name.
 NO_HEAD = "no_head_is_saved"
+_OWN_BASE = "Load the base model that adapter_config.json names (base_model_name_or_path)."
 
 
 class _OwnNames(list[str]):
@@ -51,9 +52,14 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     extension.check(model, config)
     layout = get_layout(model, config.block_layout)
     blocks = block_names(model, layout)
-    _check_saved("num_blocks", config.num_blocks, len(blocks))
     width = hidden_size(model, layout, blocks[0])
-    _check_saved("hidden_size", config.hidden_size, width)
+    for name, found in (("num_blocks", len(blocks)), ("hidden_size", width)):
+        expected = getattr(config, name)
+        if expected not in (None, found):
+            raise ValueError(
+                f"this adapter was made for a backbone with {name}={expected}, but the model has {name}={found}. "
+                f"{_OWN_BASE}"
+            )
     _check_head(model, config, layout)
     _check_placement(model, config, layout)
     shares_pooler = config.exit_type == "shared_pooled"
@@ -65,7 +71,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
     loss_weights(config.exit_weights, exit_numbers(config, len(blocks)))
     others = getattr(model, "peft_config", None) or {}
     num_labels, problem_type = _labels(model, config, beside_others=any(name != adapter_name for name in others))
-    check_label_names(config.label_names, num_labels)
+    check_label_count(config.label_names, num_labels)
     kind = pooling_kind(model, config, layout)
     if kind != TOKENS and kind not in CHOICES["exit_pooling"][1:]:
         raise ValueError(
@@ -78,8 +84,7 @@ def prepared_copy(model: nn.Module, config: BadgeConfig, adapter_name: str) -> B
         if config.base_fingerprint is not None:  # read from a file
             raise ValueError(
                 f"this adapter was made for another architecture: the blocks of its backbone are called "
-                f"{config.target_modules}, and those of this {type(model).__name__} are called {target}. Load the "
-                "base model that adapter_config.json names (base_model_name_or_path)."
+                f"{config.target_modules}, and those of this {type(model).__name__} are called {target}. {_OWN_BASE}"
             )
         raise ValueError(
             f"target_modules={config.target_modules!r} is not allowed: BADGE wraps whole blocks. Say which blocks "
@@ -125,15 +130,12 @@ def _check_head(model: nn.Module, config: BadgeConfig, layout: BlockLayout) -> N
         return
     kind = type(model).__name__
     missing = not hasattr(model, layout.head[-1])
-    if config.reads_tokens:
-        if missing or not classifies_tokens(model):
-            raise ValueError(
-                f"task_type='TOKEN_CLS' is not allowed on {kind}, whose head does not classify tokens: load the model "
-                "with AutoModelForTokenClassification, or use final_exit='exit' and num_labels=..., which needs no "
-                "head."
-            )
-        return
-    if missing or classifies_tokens(model) or kind.endswith("ForMultipleChoice"):
+    if config.reads_tokens and (missing or not classifies_tokens(model)):
+        raise ValueError(
+            f"task_type='TOKEN_CLS' is not allowed on {kind}, whose head does not classify tokens: load the model "
+            "with AutoModelForTokenClassification, or use final_exit='exit' and num_labels=..., which needs no head."
+        )
+    if not config.reads_tokens and (missing or classifies_tokens(model) or kind.endswith("ForMultipleChoice")):
         why = f"has no module {layout.head[-1]!r}" if missing else "does not classify sequences"
         raise ValueError(
             f"final_exit='base_head' is not allowed on {kind}, which {why}: load the model with "
@@ -165,14 +167,6 @@ def pooling_kind(model: nn.Module, config: BadgeConfig, layout: BlockLayout | No
     if config.exit_pooling != "auto":
         return config.exit_pooling
     return head_pooling(model, layout or get_layout(model, config.block_layout))
-
-
-def _check_saved(name: str, expected: int | None, found: int) -> None:
-    if expected is not None and expected != found:
-        raise ValueError(
-            f"this adapter was made for a backbone with {name}={expected}, but the model has {name}={found}. Load the "
-            "base model that adapter_config.json names (base_model_name_or_path)."
-        )
 
 
 def _labels(model: nn.Module, config: BadgeConfig, beside_others: bool) -> tuple[int, str | None]:

@@ -25,11 +25,6 @@ def require(allowed: bool, name: str, value: Any, rule: str) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: {rule}.")
 
 
-def is_list_of(kind: type, value: Any) -> bool:
-    """Whether `value` is a list with nothing but `kind` in it."""
-    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
-
-
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

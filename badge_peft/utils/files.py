@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all; and what can only be a file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 _LEFT_BEHIND = 3600.0  # seconds after which a temporary file is of a process that was killed
+
+
+def is_local(name: str | Path, suffixes: Collection[str] = ()) -> bool:
+    """Whether `name` can only be of the file system. A repository of the Hub is called `name` or `owner/name`."""
+    path = Path(name)
+    return (
+        path.exists()
+        or path.is_absolute()
+        or str(name).startswith((".", "~"))
+        or len(path.parts) > 2
+        or path.suffix.lower() in suffixes
+    )
 
 
 def write_json(path: str | Path, data: Any, indent: int = 2) -> None:

@@ -89,10 +89,13 @@ class Problem:
 
     def probabilities(self, logits: Array) -> Array | None:
         """[K] logits to [K] probabilities, of one label or of each; None for regression."""
-        return torch.from_numpy(logits).softmax(-1).numpy()
+        values = torch.from_numpy(logits)
+        return (values.sigmoid() if self.many_labels else values.softmax(-1)).numpy() if self.gives_labels else None
 
     def same(self, logits: Tensor, others: Tensor) -> float | None:
         """Share of rows [N, K] with the same prediction; None for regression, which has none that is the same."""
+        if not self.gives_labels:
+            return None
         return float((~differs(self.predictions(logits), self.predictions(others))).mean())
 
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
@@ -112,19 +115,15 @@ class MultiLabel(Problem):
     many_labels = True
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The labels' binary cross-entropies."""
         return F.binary_cross_entropy_with_logits(logits, labels.view_as(logits).float(), reduction=reduction)
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[B]: 1 where any label is wrong."""
         return ((logits > 0) != (labels.view_as(logits) > 0.5)).any(dim=-1).float()
 
     def has_label(self, labels: Tensor) -> Tensor:
-        """[B]: all of them."""
         return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
     def check_labels(self, labels: Tensor, num_labels: int, batch_size: int) -> None:
-        """One finite number for each row and label, from 0 to 1 where it stands for a decision, or ValueError."""
         if labels.numel() != batch_size * num_labels:
             raise ValueError(
                 f"labels have shape {list(labels.shape)}; {self.name} with num_labels={num_labels} needs "
@@ -141,23 +140,15 @@ class MultiLabel(Problem):
             )
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
-        """[N, K]."""
         return (rows, num_labels)
 
     def targets(self, labels: Tensor) -> Array:
-        """0 / 1 decisions [N, K]."""
         return (labels > 0.5).long().numpy()
 
     def predictions(self, logits: Tensor) -> Array:
-        """0 / 1 decisions [N, K]."""
         return (logits > 0).long().numpy()
 
-    def probabilities(self, logits: Array) -> Array:
-        """[K], of each label by itself."""
-        return torch.from_numpy(logits).sigmoid().numpy()
-
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
-        """`labels`, and the `score` of the least sure decision."""
         with np.errstate(over="ignore", invalid="ignore"):
             sure = (1 / (1 + np.exp(-np.abs(logits)))).min()  # the larger of p and 1 - p
         chosen = [name for name, value in zip(names, logits, strict=True) if value > 0]
@@ -174,35 +165,21 @@ class Regression(MultiLabel):
     many_labels = False
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """The squared difference."""
         return F.mse_loss(logits, labels.view_as(logits).float(), reduction=reduction)
 
     def error(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[B]: |tanh(y' - y)|."""
         return (logits.float() - labels.view_as(logits)).tanh().abs().mean(dim=-1)
 
     def label_shape(self, rows: int, num_labels: int) -> tuple[int, ...]:
-        """[N], or [N, K] where there are several values per row."""
         return (rows,) if num_labels == 1 else (rows, num_labels)
 
     def targets(self, labels: Tensor) -> Array:
-        """Values."""
         return labels.numpy()
 
     def predictions(self, logits: Tensor) -> Array:
-        """Values [N], or [N, K] where there are several per row."""
         return logits.float().squeeze(-1).numpy()
 
-    def probabilities(self, logits: Array) -> Any:
-        """None."""
-        return None
-
-    def same(self, logits: Tensor, others: Tensor) -> float | None:
-        """None."""
-        return None
-
     def format_prediction(self, logits: Array, names: Sequence[str]) -> dict[str, Any]:
-        """`value`, a number or a list of them."""
         values = [json_number(value) for value in logits]
         return {"value": values[0] if len(values) == 1 else values}
 

@@ -22,9 +22,8 @@ from badge_peft.model import BadgeModel, get_badge_model
 from badge_peft.model_card import CONFIG, read_report
 from badge_peft.ranking.calibration import METRIC
 from badge_peft.registry import NAME
-from badge_peft.utils.files import write_json
+from badge_peft.utils.files import is_local, write_json
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.paths import is_local
 from badge_peft.workflows.base_model import choose_device
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset, read_examples

@@ -18,8 +18,8 @@ from badge_peft.model import get_badge_model
 from badge_peft.tuner.architectures import block_names, get_layout
 from badge_peft.tuner.config import BadgeConfig
 from badge_peft.utils import distributed
+from badge_peft.utils.files import is_local
 from badge_peft.utils.logs import quiet
-from badge_peft.utils.paths import is_local
 from badge_peft.workflows.columns import Names
 from badge_peft.workflows.data import TextDataset
 from badge_peft.workflows.encode import check_kind

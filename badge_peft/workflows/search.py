@@ -30,7 +30,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.training import cache_states
 from badge_peft.training.parameters import ADAPTER_LR
 from badge_peft.training.preflight import TrainingStopped
-from badge_peft.tuner.fingerprint import fingerprint
+from badge_peft.tuner.backbone import fingerprint
 from badge_peft.workflows.base_model import Base, add_exits
 from badge_peft.workflows.fit import collator, train_exits
 from badge_peft.workflows.settings import SEARCH_PICTURE, STUDY, ExitOptions, TrainSettings

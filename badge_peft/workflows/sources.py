@@ -19,7 +19,7 @@ from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from badge_peft.utils.paths import is_local
+from badge_peft.utils.files import is_local
 from badge_peft.workflows.columns import QUERY_ID_NAMES
 
 FORMATS = {

@@ -1,8 +1,9 @@
-"""Exit rules to test with, and thresholds that rounding cannot reach."""
+"""Exit rules to test with, thresholds that rounding cannot reach, and what a model's own blocks compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -117,3 +118,36 @@ def answers(logits: Tensor, exits: list[int], exit_layer: Tensor) -> Tensor:
     """[B, K]: of [B, E, K], the logits of the exit at which each row stops."""
     index = torch.tensor([exits.index(m) for m in exit_layer.tolist()])
     return logits[torch.arange(len(index)), index]
+
+
+@contextmanager
+def watched_blocks(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """(rows, positions) that each block of a badge model computes inside, in order."""
+    found: list[tuple[int, int]] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        found.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+    handles = [b.base_layer.register_forward_pre_hook(hook, with_kwargs=True) for b in model.base_model.wrapped]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watched_exits(model: Any) -> Iterator[list[tuple[str, int]]]:
+    """(adapter, block number) of each exit of its own that a badge model computes inside, in order."""
+    found: list[tuple[str, int]] = []
+    handles = [
+        exit_.register_forward_hook(lambda *_, key=(name, int(number)): found.append(key))
+        for block in model.base_model.wrapped
+        for name, head in block.badge_exit.items()
+        for number, exit_ in head.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

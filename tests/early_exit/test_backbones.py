@@ -14,9 +14,9 @@ import torch
 
 from badge_peft.early_exit.policies import build_policy
 from tests.design import pairs
-from tests.models import CASES, KIN, LABELS, crossed, exits_of, link, make_badge, make_batch, make_model
+from tests.models import CASES, KIN, LABELS, crossed, link, make_badge, make_batch, make_model
 
-from .rules import MARGIN, RULES, answers, labels_are_safe, mixed_rule, with_threshold
+from .rules import MARGIN, RULES, answers, labels_are_safe, mixed_rule, watched_blocks, with_threshold
 
 BLOCKS = 6  # of every model but one
 FACTORS = (("block", "ffn", "mhsa", "none"), ("cls", "mean", "last"), ("base_head", "exit"))
@@ -59,25 +59,12 @@ def rules_for(model, logits, doubts, turn, every):
             yield with_threshold(rule, logits, exits, (0.2, 0.4, 0.6)[(turn + i) % 3], doubts)
 
 
-class BlockRows:
-    """Counts the rows that each of the model's own blocks computes."""
-
-    def __init__(self, model):
-        self.model, self.rows = model.base_model, []
-        for block in self.model.wrapped:
-            block.base_layer.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module, args, kwargs):
-        self.rows.append((args[0] if args else kwargs["hidden_states"]).shape[0])
-
-    def check(self, exit_layer):
-        """Block m ran for the rows that go past exit m - 1 and for no others (DeBERTa's first one, whose output a
-        convolution mixes with the embeddings: for all rows or none)."""
-        going = [int((exit_layer >= m).sum()) for m in range(1, self.model.num_blocks + 1)]
-        full = self.model.layout.full_rows_until
-        want = [len(exit_layer) if rows and m <= full else rows for m, rows in enumerate(going, start=1)]
-        assert self.rows == [rows for rows in want if rows]
-        self.rows.clear()
+def rows_going(model, exit_layer):
+    """Rows of each block: block m runs for the rows that go past exit m - 1 and for no others (DeBERTa's first one,
+    whose output a convolution mixes with the embeddings: for all rows or none)."""
+    going = [int((exit_layer >= m).sum()) for m in range(1, model.base_model.num_blocks + 1)]
+    full = model.base_model.layout.full_rows_until
+    return [len(exit_layer) if m <= full else rows for m, rows in enumerate(going, start=1) if rows]
 
 
 def rows_of(case):
@@ -105,13 +92,13 @@ def test_live_is_replay(case, placement, pooling, final_exit):
     exits = model.base_model.exit_layers()
     batch, logits, doubts = safe_batch(model, 1 + turn % 17, seed=turn, side="left" if turn % 3 == 0 else "right")
     assert logits.shape == (len(batch["input_ids"]), len(exits), LABELS)
-    blocks = BlockRows(model)
     for rule in rules_for(model, logits, doubts, turn, every=3):
-        out = model.early_exit_forward(**batch, early_exit_config=rule)
+        with watched_blocks(model) as seen:
+            out = model.early_exit_forward(**batch, early_exit_config=rule)
         want = build_policy(rule).replay(logits, exits, uncertainty=doubts)
         assert out.exit_layer.tolist() == want.tolist(), rule
         close(out.logits, answers(logits, exits, want))
-        blocks.check(out.exit_layer)
+        assert [rows for rows, _ in seen] == rows_going(model, out.exit_layer)
 
 
 KINDS = [
@@ -153,31 +140,6 @@ def test_a_batch_is_each_row_alone(case, placement, pooling, final_exit, exit_ty
     assert len(depths) >= 3
 
 
-@pytest.mark.parametrize(("case", "rows"), crossed(CASES, [8, 16, 32]))
-def test_a_batch_as_large_as_another_dimension(case, rows):
-    """8 is the length of the sequence, 16 the number of DeBERTa's relative positions, 32 the width: a tensor with one
-    of them first looks as if it had a row per input."""
-    model = make(case)
-    exits = model.base_model.exit_layers()
-    batch, logits, _ = safe_batch(model, rows, seed=rows)
-    rule = mixed_rule(logits, exits)
-    out = model.early_exit_forward(**batch, early_exit_config=rule)
-    want = build_policy(rule).replay(logits, exits)
-    assert out.exit_layer.tolist() == want.tolist()
-    close(out.logits, answers(logits, exits, want))
-
-
-@pytest.mark.parametrize(("case", "depth"), crossed(CASES, [0, 1, 3]))
-def test_all_rows_stop_at_one_exit(case, depth):
-    model = make(case, exit_layers=[0, 1, 2, 3])
-    blocks = BlockRows(model)
-    batch = make_batch(5)
-    out = model.early_exit_forward(**batch, policy="fixed_depth", depth=depth)
-    assert out.exit_layer.tolist() == [depth] * 5
-    assert blocks.rows == [5] * depth
-    close(out.logits, exits_of(model, batch)[:, depth])
-
-
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_rows_that_never_stop_leave_through_the_models_own_head(case):
     """Bit for bit the answer of the base model, and beside rows that stop early to rounding."""
@@ -194,3 +156,17 @@ def test_rows_that_never_stop_leave_through_the_models_own_head(case):
     stayed = out.exit_layer == last
     assert stayed.any() and not stayed.all()
     close(out.logits[stayed], base[stayed])
+
+
+@pytest.mark.parametrize(("case", "rows"), crossed(CASES, [8, 16, 32]))
+def test_a_batch_as_large_as_another_dimension(case, rows):
+    """8 is the length of the sequence, 16 the number of DeBERTa's relative positions, 32 the width: a tensor with one
+    of them first looks as if it had a row per input."""
+    model = make(case)
+    exits = model.base_model.exit_layers()
+    batch, logits, _ = safe_batch(model, rows, seed=rows)
+    rule = mixed_rule(logits, exits)
+    out = model.early_exit_forward(**batch, early_exit_config=rule)
+    want = build_policy(rule).replay(logits, exits)
+    assert out.exit_layer.tolist() == want.tolist()
+    close(out.logits, answers(logits, exits, want))

@@ -1,15 +1,17 @@
-"""`build_policy`: every form of a config, and no change goes unseen."""
+"""`build_policy`: every form of a config, and no change goes unseen; and a policy in words."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.policies import POLICIES, build_policy
+from badge_peft.early_exit.policies.base import describe, set_fields
 
 from .rules import NAMES, fields_of
 
@@ -34,15 +36,6 @@ def test_an_override_leaves_the_config_as_it_is(name):
     before = copy.deepcopy(config)
     assert build_policy(config, threshold=0.5).config == replace(config, threshold=0.5)
     assert build_policy(config).config == config == before
-
-
-def test_another_config_is_seen():
-    config = EarlyExitConfig(policy="fixed_depth", depth=2)
-    assert build_policy(config).config.depth == 2
-    assert build_policy(replace(config, depth=3)).config.depth == 3
-    assert build_policy(config, depth=1).config.depth == 1
-    assert build_policy(config, min_exit=1).config.min_exit == 1
-    assert build_policy(config).config == config
 
 
 def test_a_change_inside_of_what_was_given_is_seen():
@@ -79,13 +72,36 @@ def test_no_row_goes_beyond_what_was_fitted(problem_type, labels):
         build_policy(**fields, max_exit=4).check([1, 2, 3], labels, problem_type)
 
 
-def test_numbers_of_other_types_are_refused():
-    build_policy(policy="patience", patience=1)
-    with pytest.raises(ValueError, match="patience=True"):
-        build_policy(policy="patience", patience=True)
+# ------------------------------------------------------------------------------------------------------------ in words
 
 
-@pytest.mark.parametrize("config", ["divergence", 0.2, ["never"]])
-def test_a_config_of_another_type(config):
-    with pytest.raises(ValueError, match="must be an EarlyExitConfig, a dict or None"):
-        build_policy(config)
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "divergence (ce)"),
+        (
+            {"divergence": "kl", "window": "consecutive", "threshold": 0.25, "patience": 1},
+            "divergence (kl), window=consecutive, threshold=0.25, patience=1",
+        ),
+        (
+            {"policy": "max_prob", "threshold": 0.123456, "decide_every": 2},
+            "max_prob, threshold=0.1235, decide_every=2",
+        ),
+        ({"policy": "entropy", "threshold": 0.3, "min_exit": 2}, "entropy, threshold=0.3, min_exit=2"),
+        ({"policy": "max_prob", "temperature": [1.5, 0.87654]}, "max_prob, temperature=[1.5, 0.8765]"),
+        ({"policy": "patience", "patience": 3}, "patience, patience=3"),
+        ({"policy": "fixed_depth", "depth": 4}, "fixed_depth, depth=4"),
+        ({"policy": "entropy", "threshold": [0.5, 1]}, "entropy, threshold=[0.5, 1]"),
+        ({"policy": "never"}, "never"),
+    ],
+)
+def test_a_rule_in_one_line(fields: dict[str, Any], said: str) -> None:
+    assert describe(EarlyExitConfig(**fields)) == said
+
+
+def test_the_fields_of_a_table() -> None:
+    fields = {"policy": "entropy", "threshold": 0.3, "decide_every": 2}
+    assert set_fields(EarlyExitConfig(**fields, divergence="kl")) == fields
+    assert set_fields(EarlyExitConfig(patience=1)) == {
+        "policy": "divergence", "divergence": "ce", "window": "all", "patience": 1
+    }  # fmt: skip

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import threading
-import weakref
 from typing import Any
 
 import pytest
@@ -22,7 +19,6 @@ from tests.models import (
     LINKS,
     blocks_of,
     checkpoint,
-    crossed,
     exits_of,
     make_badge,
     make_batch,
@@ -216,8 +212,9 @@ def test_wrong_labels_are_refused_before_the_pass(labels, message):
 )
 def test_empty_batch(batch, message):
     model = make_badge()
-    with pytest.raises(ValueError, match=message):
-        model(**batch)
+    for call in (model, model.early_exit_forward):
+        with pytest.raises(ValueError, match=message):
+            call(**batch)
     assert exits_of(model, make_batch()).shape == (4, 3, 3)
 
 
@@ -274,11 +271,31 @@ def compare_gradients(case: str, checkpointing: dict[str, Any] | None, **fields:
 
 
 NOT_REENTRANT = {"use_reentrant": False}
+EXITS_OF_OTHER_KINDS = [
+    {"placement": "ffn"},
+    {"exit_type": "pooled"},
+    {"exit_type": "mha", "bias": True},
+    *LINKS,
+    {**LINKS[0], "exit_layers": [0, 2], "final_exit": "exit"},
+]
 
 
-@pytest.mark.parametrize(("case", "placement"), crossed(CASES, PLACEMENTS))
-def test_gradients_with_a_trained_backbone(case, placement):
-    compare_gradients(case, None, placement=placement, backbone="full")
+@pytest.mark.parametrize(
+    ("case", "checkpointing", "fields"),
+    [
+        *((case, None, {"placement": placement}) for case, placement in pairs(CASES, PLACEMENTS)),
+        *(
+            (case, None if case == "albert" else NOT_REENTRANT, fields)
+            for case, fields in pairs(("bert", "albert", "modernbert-mean"), EXITS_OF_OTHER_KINDS)
+        ),
+        # where nothing inside of a block is read
+        ("bert", {"use_reentrant": True}, {"placement": "none"}),
+        ("modernbert-cls", {"use_reentrant": True}, {"placement": "block"}),
+    ],
+    ids=str,
+)
+def test_gradients_with_a_trained_backbone(case, checkpointing, fields):
+    compare_gradients(case, checkpointing, backbone="full", **fields)
 
 
 @pytest.mark.parametrize(
@@ -299,23 +316,6 @@ def test_gradients_with_checkpointing(case, placement):
 @pytest.mark.parametrize("case", ["bert", "modernbert-mean"])
 def test_gradients_with_a_frozen_backbone(case, placement, checkpointing):
     compare_gradients(case, checkpointing, placement=placement)
-
-
-@pytest.mark.parametrize("fields", [{"placement": "ffn"}, {"exit_type": "pooled"}, {"exit_type": "mha", "bias": True}])
-@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
-def test_gradients_of_other_exits(case, fields):
-    compare_gradients(case, None if case == "albert" else NOT_REENTRANT, backbone="full", **fields)
-
-
-@pytest.mark.parametrize("fields", [*LINKS, {**LINKS[0], "exit_layers": [0, 2], "final_exit": "exit"}], ids=str)
-@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-mean"])
-def test_gradients_of_exits_that_build_on_one_another(case, fields):
-    compare_gradients(case, None if case == "albert" else NOT_REENTRANT, backbone="full", **fields)
-
-
-@pytest.mark.parametrize(("case", "placement"), [("bert", "none"), ("modernbert-cls", "block")])
-def test_reentrant_checkpointing_where_nothing_inside_of_a_block_is_read(case, placement):
-    compare_gradients(case, {"use_reentrant": True}, placement=placement, backbone="full")
 
 
 @pytest.mark.parametrize(
@@ -343,51 +343,6 @@ def test_frozen_backbone_takes_no_gradient():
 # ---- nothing stays behind
 
 
-def test_no_graph_outlives_its_call():
-    model = make_badge(placement="ffn", backbone="full").train()
-    out = model(**make_batch(), labels=make_labels())
-    watched = weakref.ref(out.exit_logits)
-    copy.deepcopy(model)  # torch refuses to copy tensors that are part of a graph
-    del out
-    gc.collect()
-    assert watched() is None
-
-
-def test_model_works_after_an_error_inside_of_a_block():
-    model = make_badge(placement="ffn")
-    before = exits_of(model, make_batch())
-
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handle = blocks_of(model)[1].base_layer.register_forward_pre_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        model(**make_batch())
-    handle.remove()
-    assert current_pass() is None
-    assert torch.equal(exits_of(model, make_batch()), before)
-
-
-def test_threads_share_a_model():
-    model = make_badge("albert", placement="ffn", final_exit="exit")
-    batches = [make_batch(rows=1 + i % 4, length=4 + i, seed=i) for i in range(8)]
-    alone = [exits_of(model, batch) for batch in batches]
-    found: dict[int, list[Tensor]] = {i: [] for i in range(8)}
-    start = threading.Barrier(8)
-
-    def work(i: int) -> None:
-        start.wait()
-        for _ in range(10):
-            found[i].append(exits_of(model, batches[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(found[i]) == 10 and all(torch.equal(x, alone[i]) for x in found[i]) for i in range(8))
-
-
 @pytest.mark.parametrize(
     "states",
     [torch.zeros(1, 20, HIDDEN), torch.zeros(20, HIDDEN), torch.zeros(3, 5, HIDDEN)],
@@ -412,8 +367,10 @@ def test_mask_of_four_dimensions(pooling):
     mask = batch["attention_mask"][:, None, None, :].expand(4, 1, 8, 8)
     additive = {"input_ids": batch["input_ids"], "attention_mask": (1.0 - mask) * torch.finfo(torch.float32).min}
     message = rf"exit_pooling='{pooling}' needs .* \[batch, sequence\], got \[4, 1, 8, 8\]"
-    with pytest.raises(ValueError, match=message):
-        make_badge(exit_pooling=pooling)(**additive)
+    model = make_badge(exit_pooling=pooling)
+    for call in (model, model.early_exit_forward):
+        with pytest.raises(ValueError, match=message):
+            call(**additive)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from functools import cache
 
@@ -13,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import (
     POLICIES,
@@ -25,8 +22,9 @@ from badge_peft.early_exit.policies import (
     build_policy,
 )
 
-from .reference import MULTI, REGRESSION, SINGLE, dge, distributions, divergences, entropy, pabee
+from .reference import MULTI, REGRESSION, SINGLE, dge, divergences, pabee
 from .rules import NO_REGRESSION, ON_LOGITS, fields_of
+from .table_model import as_inputs, table_model
 
 KINDS = ("ce", "kl", "js", "label")
 PROBLEMS = (SINGLE, MULTI, REGRESSION)
@@ -80,18 +78,6 @@ def test_dge_is_equations_3_and_4(kind, window, share, problem_type):
         assert policy.replay(random_logits(problem_type), problem_type=problem_type).tolist() == want
 
 
-def test_the_logits_above_reach_every_exit():
-    reached, never = set(), 0
-    for kind, window, t in itertools.product(KINDS, ("all", "consecutive"), (1, 2, 3)):
-        s = tables(kind, SINGLE)
-        tau = 0.5 if kind == "label" else tau_at(s, 0.5)
-        found = [dge(row, window, tau, t) for row in s]
-        reached |= set(found)
-        never += found.count(EXITS)
-        assert len(set(found)) >= 3
-    assert reached == set(range(2, EXITS + 1)) and never > 0
-
-
 @pytest.mark.parametrize("problem_type", PROBLEMS)
 @pytest.mark.parametrize("patience", [1, 2, 3, 6, 7])
 def test_patience_is_pabees_counter(patience, problem_type):
@@ -114,40 +100,9 @@ def test_patience_on_label_sequences(labels, patience):
     assert same.replay(logits).tolist() == want
 
 
-@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
-@pytest.mark.parametrize("t", [1, 2, 3])
-@pytest.mark.parametrize("share", [0.2, 0.5])
-def test_rules_that_trust_an_exits_own_confidence(share, t, problem_type):
-    """DeeBERT's entropy, the largest probability, and PCEE's counter of consecutive low entropies, as they are coded
-    there, on entropies in shares of the largest one."""
-    logits = random_logits(problem_type).tolist()
-    most = math.log(3) if problem_type == SINGLE else 3 * math.log(2)
-    h = [[sum(map(entropy, distributions(x, problem_type))) / most for x in row] for row in logits]
-    top = [[min(max(p) for p in distributions(x, problem_type)) for x in row] for row in logits]
-    low, high = gap_at(h, share), gap_at(top, 1 - share)
-
-    def stop(name, **fields):
-        return build_policy(policy=name, **fields).replay(logits, problem_type=problem_type).tolist()
-
-    assert stop("entropy", threshold=low * most) == [first(row, lambda v: v < low) for row in h]
-    assert stop("max_prob", threshold=high) == [first(row, lambda v: v >= high) for row in top]
-    want = [pcee(row, low, t) for row in h]
-    assert stop("confident_patience", threshold=low, patience=t) == want
-    assert len(set(want)) > 3
-
-
 def first(values, condition):
     """Number (from 1) of the first value that meets the condition, or of the last."""
     return next((m for m, v in enumerate(values, start=1) if condition(v)), len(values))
-
-
-def pcee(entropies, threshold, patience):
-    counter = 0
-    for number, value in enumerate(entropies, start=1):
-        counter = counter + 1 if value < threshold else 0
-        if counter == patience:
-            return number
-    return len(entropies)
 
 
 def test_temperatures_divide_the_logits_of_their_exit():
@@ -174,24 +129,6 @@ def test_learned_stops_where_the_doubt_is_small():
 def test_rules_that_need_a_distribution_refuse_regression(name):
     with pytest.raises(ValueError, match=f"policy='{name}' needs a distribution"):
         build_policy(policy=name).replay(random_logits(REGRESSION))
-
-
-def test_labels_a_b_a_count_for_dge_and_not_for_pabee():
-    logits = np.eye(2, dtype=np.float32)[np.array([[0, 1, 0, 1, 1]])]
-    assert DivergencePolicy(divergence="label", patience=1).replay(logits).tolist() == [3]
-    assert PatiencePolicy(patience=1).replay(logits).tolist() == [5]
-
-
-def test_the_count_may_jump_past_t():
-    logits = np.eye(2, dtype=np.float32)[np.array([[0, 1, 0, 1, 0, 0]])]
-    # cnt = 0, 0, 1, 1, 2, 3 for the labels 0 1 0 1 0 0; it never equals 3 before it is reached by a jump elsewhere
-    assert DivergencePolicy(divergence="label", patience=2).replay(logits).tolist() == [5]
-    jump = np.eye(3, dtype=np.float32)[np.array([[0, 1, 1, 2, 2, 0, 2]])]  # cnt = 0, 0, 1, 0, 1, 1, 2
-    assert DivergencePolicy(divergence="label", patience=2).replay(jump).tolist() == [7]
-    close = np.array([[[0.0], [10.0], [1.0], [0.5]]], np.float32)  # cnt = 0, 0, 0, 2
-    assert DivergencePolicy(threshold=0.6, patience=1).replay(close).tolist() == [4]
-    longer = np.concatenate([close, close[:, :1]], axis=1)
-    assert DivergencePolicy(threshold=0.6, patience=1).replay(longer).tolist() == [4]
 
 
 def test_equality_with_tau_does_not_stop():
@@ -260,30 +197,12 @@ def test_min_exit_and_max_exit(name, exits):
     assert both.tolist() == [numbers[3]] * ROWS
 
 
-@pytest.mark.parametrize(("field", "value"), [("min_exit", 8), ("max_exit", 8), ("max_exit", 0), ("depth", 8)])
-def test_blocks_that_the_model_lacks_are_refused(field, value):
-    policy = build_policy({"policy": "fixed_depth", "depth": 3, **{field: value}})
-    with pytest.raises(ValueError, match=f"{field}={value} is not allowed"):
-        policy.replay(random_logits(SINGLE))
-
-
-def test_a_depth_without_an_exit_is_refused():
-    with pytest.raises(ValueError, match=r"depth=4 is not allowed.*\[0, 2, 5\]"):
-        FixedDepthPolicy(depth=4).replay(random_logits(SINGLE)[:, :3], exit_layers=[0, 2, 5])
-
-
 @pytest.mark.parametrize("exits", [[1, 2, 3, 4, 5, 6, 7], [0, 2, 5, 6, 8, 10, 12]])
 def test_fixed_depth_and_never(exits):
     logits = random_logits(SINGLE)
     for depth in exits:
         assert FixedDepthPolicy(depth=depth).replay(logits, exits).tolist() == [depth] * ROWS
     assert NeverPolicy().replay(logits, exits).tolist() == [exits[-1]] * ROWS
-
-
-def test_one_exit_alone_answers():
-    for name in ON_LOGITS:
-        policy = build_policy(fields_of(name, [12], 3, SINGLE))
-        assert policy.replay(random_logits(SINGLE)[:, :1], [12]).tolist() == [12] * ROWS
 
 
 @pytest.mark.parametrize("exits", [[0, 2, 5], [1, 6], [3]])
@@ -329,45 +248,54 @@ def test_defaults_stop_some_rows_and_not_all_at_once(rule, problem_type, num_lab
     assert len(stops.unique()) > 1
 
 
+LN_2 = math.log(2)
+
+
 @pytest.mark.parametrize(
-    ("kind", "problem_type", "num_labels", "tau"),
+    ("policy", "problem_type", "num_labels", "threshold"),
     [
-        ("ce", SINGLE, 2, 0.3 * np.log(2)),
-        ("ce", SINGLE, 150, 0.3 * np.log(150)),
-        ("kl", SINGLE, 77, 0.05 * np.log(77)),
-        ("js", SINGLE, 3, 0.02 * np.log(3)),
-        ("ce", MULTI, 10, 0.3 * 10 * np.log(2)),
-        ("js", MULTI, 10, 0.02 * 10 * np.log(2)),
+        ("ce", SINGLE, 2, 0.3 * LN_2),
+        ("ce", SINGLE, 150, 0.3 * math.log(150)),
+        ("kl", SINGLE, 77, 0.05 * math.log(77)),
+        ("js", SINGLE, 3, 0.02 * math.log(3)),
+        ("ce", MULTI, 10, 0.3 * 10 * LN_2),
+        ("js", MULTI, 10, 0.02 * 10 * LN_2),
         ("label", SINGLE, 77, 0.5),
         ("label", MULTI, 10, 0.5),
         ("ce", REGRESSION, 1, 0.1),
         ("label", REGRESSION, 1, 0.1),
+        ("patience", SINGLE, 77, 0.5),
+        ("patience", REGRESSION, 1, 0.1),
+        ("entropy", SINGLE, 2, 0.3 * LN_2),
+        ("entropy", SINGLE, 77, 0.3 * math.log(77)),
+        ("entropy", MULTI, 5, 0.3 * 5 * LN_2),
+        ("max_prob", SINGLE, 2, 0.9),
+        ("max_prob", SINGLE, 4, 0.7),
+        ("max_prob", SINGLE, 80, 0.51),
+        ("max_prob", MULTI, 5, 0.9),
+        ("confident_patience", SINGLE, 2, 0.4),
+        ("confident_patience", SINGLE, 77, 0.4),
+        ("confident_patience", MULTI, 5, 0.4),
     ],
 )
-def test_documented_defaults(kind, problem_type, num_labels, tau):
+def test_documented_defaults(policy, problem_type, num_labels, threshold):
+    rule = {"divergence": policy, "patience": 1} if policy in KINDS else {"policy": policy}
+    rule |= {"patience": 2} if policy.endswith("patience") else {}
     logits = plausible_logits(problem_type, num_labels)
-    default = DivergencePolicy(divergence=kind).replay(logits, problem_type=problem_type)
-    written = DivergencePolicy(divergence=kind, threshold=float(tau), patience=1)
-    assert default.tolist() == written.replay(logits, problem_type=problem_type).tolist()
+    if policy in ("entropy", "max_prob", "confident_patience"):
+        logits = np.random.default_rng(0).normal(scale=4.0, size=(400, 5, num_labels)).astype(np.float32)
+    default = build_policy({k: v for k, v in rule.items() if k != "patience"}).replay(logits, None, problem_type)
+    assert 1 < len(default.unique())
+
+    def written(share):
+        return build_policy(rule, threshold=share * threshold).replay(logits, None, problem_type).tolist()
+
+    assert default.tolist() == written(1)
+    if policy not in ("label", "patience"):
+        assert default.tolist() != written(0.7) and default.tolist() != written(1.3)
 
 
-@pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
-def test_documented_defaults_of_patience(problem_type, num_labels):
-    logits = plausible_logits(problem_type, num_labels)
-    written = PatiencePolicy(patience=2, threshold=0.1)
-    want = written.replay(logits, problem_type=problem_type).tolist()
-    assert PatiencePolicy().replay(logits, problem_type=problem_type).tolist() == want
-
-
-# ------------------------------------------------------------------------------------------------- building and input
-
-
-def test_the_problem_type_follows_from_the_labels():
-    one = random_logits(REGRESSION)
-    assert DivergencePolicy().replay(one).tolist() == DivergencePolicy().replay(one, problem_type=REGRESSION).tolist()
-    three = random_logits(SINGLE)
-    assert DivergencePolicy().replay(three).tolist() == DivergencePolicy().replay(three, problem_type=SINGLE).tolist()
-    assert DivergencePolicy().replay(three).tolist() != DivergencePolicy().replay(three, problem_type=MULTI).tolist()
+# -------------------------------------------------------------------------------------------------- building and input
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -396,17 +324,6 @@ def test_a_policy_keeps_no_state(name):
     policy.replay(random_logits(SINGLE)[:1] * 100)
     policy.replay(random_logits(SINGLE)[::-1] / 3)
     assert policy.replay(random_logits(SINGLE)).tolist() == first.tolist()
-
-
-@pytest.mark.parametrize("name", ON_LOGITS)
-def test_a_policy_never_changes_the_config_it_was_given(name):
-    fields = fields_of(name, range(1, EXITS + 1), 3, SINGLE)
-    config = EarlyExitConfig(**fields, window="all", divergence="js")
-    before = copy.deepcopy(config)
-    policy = build_policy(config, threshold=0.3)
-    policy.replay(random_logits(SINGLE))
-    assert config == before
-    assert type(policy) is POLICIES[name] and policy.name == name
 
 
 @pytest.mark.parametrize(("name", "problem_type"), RULED)
@@ -440,3 +357,52 @@ def test_every_name_is_built():
     for name, policy in POLICIES.items():
         built = build_policy(fields_of(name, [1, 2], 3, SINGLE))
         assert type(built) is policy and built.name == built.config.policy == name
+
+
+# ------------------------------------------------------------------------------------- an exit's own confidence
+
+
+def signals(name, logits, problem_type=SINGLE, **fields):
+    """[E, N] of a rule on logits [N, E, K]."""
+    history = ExitHistory.of(np.asarray(logits, np.float32), range(1, len(logits[0]) + 1), problem_type)
+    rule = build_policy(policy=name, **fields)
+    return np.stack([rule.score(history, j) for j in range(len(logits[0]))])
+
+
+def between(logit):
+    """Rows of two exits with the logits (v, 0) and (0, v), v from 0 to `logit`."""
+    v = np.linspace(0, logit, 41, dtype=np.float32)
+    zero = np.zeros_like(v)
+    return np.stack([np.stack([v, zero], -1), np.stack([zero, v], -1)], axis=1)
+
+
+def test_ends():
+    """Entropy and its share stop below the threshold, a probability at it."""
+    logits = [[[0.0, 0.0]] * 3]
+    half, most = 0.5, float(np.float32(math.log(2)))
+    exact = float(signals("entropy", logits)[0, 0])
+    assert exact == pytest.approx(most, abs=1e-6)
+    assert build_policy(policy="entropy", threshold=exact).replay(logits).tolist() == [3]
+    assert build_policy(policy="entropy", threshold=exact + 1e-6).replay(logits).tolist() == [1]
+    assert build_policy(policy="max_prob", threshold=half).replay(logits).tolist() == [1]
+    assert build_policy(policy="max_prob", threshold=half + 1e-6).replay(logits).tolist() == [3]
+    for name in ("entropy", "confident_patience"):
+        assert build_policy(policy=name, threshold=0.0).replay(between(30.0)).tolist() == [2] * 41
+    assert build_policy(policy="max_prob", threshold=1.5).replay(between(30.0)).tolist() == [2] * 41
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
+def test_temperatures_live_are_those_of_the_replay(final_exit, problem_type):
+    blocks, exits = 4, (0, 1, 2, 3, 4)
+    logits = 3 * torch.randn(13, blocks + 1, 3, generator=torch.Generator().manual_seed(0))
+    logits[:2] *= 1e4
+    model = table_model(3, problem_type, exits, blocks, final_exit)
+    rule = {"policy": "max_prob", "threshold": 0.8, "temperature": [0.5, 2.0, 5.0, 0.9, 1.0]}
+    want = build_policy(rule).replay(logits, exits, problem_type)
+    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=rule)
+    assert out.exit_layer.tolist() == want.tolist() and len(want.unique()) > 2
+    plain = build_policy(rule, temperature=None).replay(logits, exits, problem_type)
+    assert plain.tolist() != want.tolist()
+    with pytest.raises(ValueError, match="temperature has 4 numbers, but there are 5 exits"):
+        model.early_exit_forward(**as_inputs(logits), early_exit_config={**rule, "temperature": [1.0] * 4})

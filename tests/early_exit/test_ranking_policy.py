@@ -15,7 +15,6 @@ from badge_peft import EarlyExitConfig
 from badge_peft.early_exit.history import group_codes
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.base import describe, set_fields
-from badge_peft.early_exit.policies.ranking import kth_best
 from badge_peft.evaluation import ExitLogits, evaluate_policy, sweep
 
 from .reference import MULTI, REGRESSION, SINGLE
@@ -115,32 +114,6 @@ def test_ids_of_several_kinds_and_missing_ones_are_refused():
             group_codes(ids, 3)
 
 
-def test_scores_that_are_not_finite_neither_leave_nor_count():
-    scores = torch.tensor([[3.0, 0], [2, 0], [math.nan, 0], [math.inf, 0], [-9, 0]])[:, :, None]
-    config = {"policy": "top_k", "top_k": 2, "parameters": {"margins": [0.0, 0.0]}}
-    assert build_policy(config).replay(scores).tolist() == [2, 2, 2, 2, 1]
-    few = build_policy(config, top_k=3).replay(scores)
-    assert few.tolist() == [2, 2, 2, 2, 2]  # three finite scores: none lies below the third
-    assert build_policy(config, top_k=4).replay(scores).tolist() == [2] * 5
-
-
-def test_ties_share_their_fate_and_k_always_stay():
-    scores = torch.tensor([5.0, 4, 4, 4, 1])[:, None, None].repeat(1, 2, 1)
-    policy = build_policy(policy="top_k", top_k=2, parameters={"margins": [0.0, 0.0]})
-    assert policy.replay(scores).tolist() == [2, 2, 2, 2, 1]
-    for k in (4, 5, 6, 1000):
-        assert build_policy(policy.config, top_k=k).replay(scores).tolist() == [2] * 4 + [1 if k == 4 else 2]
-    assert policy.replay(scores[:1]).tolist() == [2]
-
-
-def test_the_bar_is_that_of_the_candidates_that_are_left():
-    """Row 1 leaves at exit 1, so its high score at exit 2 raises no bar there."""
-    scores = torch.tensor([[9.0, 5, 5], [0, 8, 8], [8, 3, 3]])[:, :, None]
-    policy = build_policy(policy="top_k", top_k=1, parameters={"margins": [4.0, 2.5, 0.0]})
-    assert policy.replay(scores).tolist() == [3, 1, 3]
-    assert build_policy(policy.config, min_exit=2).replay(scores).tolist() == [2, 3, 2]
-
-
 def test_endless_margins_are_full_depth_and_small_ones_leave_k():
     scores = torch.randn(40, 4, 1, generator=torch.Generator().manual_seed(0))
     config = EarlyExitConfig(policy="top_k", top_k=7, parameters={"margins": [None, math.inf, None, 0.0]})
@@ -151,23 +124,6 @@ def test_endless_margins_are_full_depth_and_small_ones_leave_k():
     wider = [build_policy(config, parameters={"margins": [1.0] * 4}, threshold=f).replay(scores) for f in (0.5, 1, 2)]
     saved = [float(stops.float().mean()) for stops in wider]
     assert saved == sorted(saved) and saved[0] < saved[-1]
-
-
-def test_rows_of_several_adapters_have_their_own_queries():
-    exits = EXITS[0]
-    model = table_model.__wrapped__(1, REGRESSION, exits, BLOCKS)
-    model.add_adapter("other", model.peft_config["default"])
-    model.base_model.adapter_exits("other")
-    scores = torch.randn(12, BLOCKS + 1, 1, generator=torch.Generator().manual_seed(1))
-    config = {"policy": "top_k", "top_k": 2, "parameters": {"margins": [0.2] * BLOCKS}}
-    names = ["default", "other"] * 6
-    ids = torch.tensor([0, 0, 1, 1] * 3)
-    out = model.early_exit_forward(**as_inputs(scores), early_exit_config=config, adapter_names=names, groups=ids)
-    for name in ("default", "other"):
-        rows = torch.tensor([n == name for n in names])
-        model.set_adapter(name)
-        alone = model.early_exit_forward(**as_inputs(scores[rows]), early_exit_config=config, groups=ids[rows])
-        assert out.exit_layer[rows].tolist() == alone.exit_layer.tolist()
 
 
 def test_stored_logits_know_their_queries(tmp_path):
@@ -234,10 +190,18 @@ def test_what_does_not_fit_the_model_is_refused():
     assert all(build_policy(config).suits(kind) for kind in (MULTI, REGRESSION))
 
 
-def test_groups_and_the_kth_best():
-    codes = group_codes(["b", "a", "b"], 3)
-    assert codes.tolist() == [1, 0, 1] and group_codes(None, 3) is None
-    scores = np.array([1.0, 5.0, 2.0, -np.inf], np.float32)
-    assert kth_best(scores, None, 2).tolist() == [2.0] * 4
-    assert kth_best(scores, None, 5).tolist() == [-np.inf] * 4
-    assert kth_best(scores, np.array([0, 1, 0, 1]), 2).tolist() == [1.0, -np.inf, 1.0, -np.inf]
+def test_rows_of_several_adapters_have_their_own_queries():
+    exits = EXITS[0]
+    model = table_model.__wrapped__(1, REGRESSION, exits, BLOCKS)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.adapter_exits("other")
+    scores = torch.randn(12, BLOCKS + 1, 1, generator=torch.Generator().manual_seed(1))
+    config = {"policy": "top_k", "top_k": 2, "parameters": {"margins": [0.2] * BLOCKS}}
+    names = ["default", "other"] * 6
+    ids = torch.tensor([0, 0, 1, 1] * 3)
+    out = model.early_exit_forward(**as_inputs(scores), early_exit_config=config, adapter_names=names, groups=ids)
+    for name in ("default", "other"):
+        rows = torch.tensor([n == name for n in names])
+        model.set_adapter(name)
+        alone = model.early_exit_forward(**as_inputs(scores[rows]), early_exit_config=config, groups=ids[rows])
+        assert out.exit_layer[rows].tolist() == alone.exit_layer.tolist()

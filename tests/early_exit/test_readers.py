@@ -13,7 +13,7 @@ from badge_peft.early_exit.history import ExitHistory
 from badge_peft.early_exit.policies import build_policy
 
 from .reference import MULTI, REGRESSION, SINGLE
-from .rules import NO_REGRESSION, ON_LOGITS, fields_of
+from .rules import NO_REGRESSION, ON_LOGITS, fields_of, watched_exits
 from .table_model import as_inputs, table_model
 
 BLOCKS = 6
@@ -81,7 +81,6 @@ def test_live_is_replay(problem_type, num_labels, data):
     config = data.draw(configs(exits, num_labels, problem_type))
     logits = logits_of(data.draw(st.integers(0, 999)), rows, num_labels, data.draw(st.sampled_from(KINDS)))
     model = table_model(num_labels, problem_type, exits, BLOCKS, *style)
-    warm_up(model, logits, exits)
     check(model, logits, exits, problem_type, config)
 
 
@@ -100,18 +99,10 @@ def test_exits_that_are_not_read_change_nothing(problem_type, num_labels, data):
     logits[:, unread] = 1e3 * torch.randn(logits[:, unread].shape, generator=torch.Generator().manual_seed(1))
     assert policy.replay(logits[:, list(exits)], exits, problem_type).tolist() == want.tolist()
     model = table_model(num_labels, problem_type, exits, BLOCKS)
-    computed = []
-    handles = [
-        exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number))
-        for block in model.base_model.wrapped
-        for head in block.badge_exit.values()
-        for number, exit_ in head.items()
-    ]
-    out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
-    for handle in handles:
-        handle.remove()
+    with watched_exits(model) as computed:
+        out = model.early_exit_forward(**as_inputs(logits), early_exit_config=config)
     assert out.exit_layer.tolist() == want.tolist()
-    assert computed == [m for m in read if m <= want.max()]
+    assert [m for _, m in computed] == [m for m in read if m <= want.max()]
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), PROBLEMS)
@@ -126,9 +117,7 @@ def test_exits_that_carry_logits(problem_type, num_labels, data):
     model = table_model(num_labels, problem_type, exits, BLOCKS, final_exit, carry="logits")
     heads = [item for block in model.base_model.wrapped for head in block.badge_exit.values() for item in head.items()]
     shares = data.draw(st.lists(st.sampled_from([0.0, 1.0, -0.5, 0.3]), min_size=len(heads), max_size=len(heads)))
-    computed, handles = [], []
-    for (number, exit_), share in zip(heads, shares, strict=True):
-        handles.append(exit_.register_forward_hook(lambda *_, number=int(number): computed.append(number)))
+    for (_, exit_), share in zip(heads, shares, strict=True):
         if exit_.carry is not None:
             exit_.carry.weight.data.fill_(share)
     inputs = as_inputs(table)
@@ -136,17 +125,15 @@ def test_exits_that_carry_logits(problem_type, num_labels, data):
         logits = model(**inputs).exit_logits
     policy = build_policy(config)
     want = policy.replay(logits, exits, problem_type)
-    computed.clear()
-    out = model.early_exit_forward(**inputs, early_exit_config=config)
-    for handle in handles:
-        handle.remove()
+    with watched_exits(model) as computed:
+        out = model.early_exit_forward(**inputs, early_exit_config=config)
     assert out.exit_layer.tolist() == want.tolist()
     found = logits[torch.arange(7), torch.tensor([exits.index(m) for m in want.tolist()])]
     assert torch.equal(out.logits, found)
     end = next(j for j in range(len(exits)) if policy.is_final(exits, j))
     own = [m for m in exits if final_exit == "exit" or m < BLOCKS]
     read = [m for j, m in enumerate(exits[: end + 1]) if policy.needs_logits(exits, j) and m in own]
-    assert computed == [m for m in own if m <= max(read, default=-1) and m <= want.max()]
+    assert [m for _, m in computed] == [m for m in own if m <= max(read, default=-1) and m <= want.max()]
 
 
 @pytest.mark.parametrize(
@@ -198,22 +185,6 @@ def test_decide_every_keeps_the_rule_and_thins_out_its_exits(problem_type, num_l
     assert policy.replay(logits, exits, problem_type).tolist() == want
 
 
-def warm_up(model, logits, exits):
-    """Runs every block once."""
-    model(**as_inputs(logits[:1]))
-
-
-@pytest.mark.parametrize("name", ON_LOGITS)
-@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
-@pytest.mark.parametrize("rows", [1, 2, 17])
-def test_every_policy_at_every_batch_size(rows, final_exit, name):
-    exits = EXITS[1]
-    model = table_model(5, SINGLE, exits, BLOCKS, final_exit)
-    logits = logits_of(rows, rows, 5, "converging")
-    warm_up(model, logits, exits)
-    check(model, logits, exits, SINGLE, fields_of(name, exits, 5, SINGLE))
-
-
 def test_the_logits_above_reach_every_exit():
     logits = logits_of(0, 300, 5, "converging")
     reached = build_policy(threshold=0.8).replay(logits, range(BLOCKS + 1)).unique()
@@ -227,41 +198,3 @@ def test_full_depth_gives_the_table(final_exit, exits):
     out = table_model(5, SINGLE, exits, BLOCKS, final_exit)(**as_inputs(logits))
     assert torch.equal(out.exit_logits, logits[:, list(exits)])
     assert torch.equal(out.logits, logits[:, -1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_do_not_depend_on_their_order(kind):
-    exits = EXITS[1]
-    model = table_model(5, SINGLE, exits, BLOCKS)
-    logits = logits_of(3, 17, 5, kind)
-    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
-    first = model.early_exit_forward(**as_inputs(logits), threshold=0.6)
-    second = model.early_exit_forward(**as_inputs(logits[order]), threshold=0.6)
-    assert second.exit_layer.tolist() == first.exit_layer[order].tolist()
-    assert torch.equal(second.logits, first.logits[order])
-
-
-@pytest.mark.parametrize("returns_tuple", [False, True])
-@pytest.mark.parametrize("by_keyword", [False, True])
-@pytest.mark.parametrize("final_exit", ["exit", "base_head"])
-@pytest.mark.parametrize("depth", EXITS[1])
-def test_all_rows_stop_together(depth, final_exit, by_keyword, returns_tuple):
-    model = table_model(2, SINGLE, EXITS[1], BLOCKS, final_exit, returns_tuple, by_keyword)
-    logits = logits_of(0, 5, 2, "normal")
-    warm_up(model, logits, EXITS[1])
-    want = check(model, logits, EXITS[1], SINGLE, {"policy": "fixed_depth", "depth": depth})
-    assert want.tolist() == [depth] * 5
-
-
-@pytest.mark.parametrize("returns_tuple", [False, True])
-@pytest.mark.parametrize("by_keyword", [False, True])
-def test_each_row_stops_somewhere_else(by_keyword, returns_tuple):
-    """Row n says the same label from entry n on; row 5 never does."""
-    labels = torch.arange(BLOCKS + 1).expand(7, -1) % 2
-    rows = torch.arange(7).unsqueeze(1)
-    agreed = torch.where(torch.arange(BLOCKS + 1) >= rows, rows % 2, labels)
-    logits = torch.nn.functional.one_hot(agreed, 2) * torch.tensor([1.0, 1.5]) + torch.arange(7.0).view(-1, 1, 1)
-    model = table_model(2, SINGLE, EXITS[1], BLOCKS, "base_head", returns_tuple, by_keyword)
-    warm_up(model, logits, EXITS[1])
-    want = check(model, logits, EXITS[1], SINGLE, {"policy": "patience", "patience": 1})
-    assert want.tolist() == [1, 2, 3, 4, 5, 6, 6]

@@ -13,9 +13,9 @@ from torch import Tensor
 from badge_peft import BadgeConfig, EarlyExitConfig, EarlyExitOutput, MultiTaskOutput
 from badge_peft.compile import compile_blocks
 from badge_peft.early_exit.calls import config_of_each
-from tests.models import CASES, LINKS, blocks_of, make_badge, make_batch, make_model, shake
+from tests.models import CASES, blocks_of, make_badge, make_batch, make_model, shake
 
-from .rules import RULES, with_threshold
+from .rules import RULES, watched_blocks, watched_exits, with_threshold
 from .test_adapter_names import ADAPTERS, LENGTH, ROWS, make
 
 NAMES = tuple(ADAPTERS)
@@ -66,22 +66,6 @@ def test_every_backbone(case: str) -> None:
     check(make(case, ("default", "wide", "stock", "doubts")), make_batch(ROWS, LENGTH), ["stock", "wide", "default"])
 
 
-@pytest.mark.parametrize("link", LINKS, ids=str)
-def test_exits_that_build_on_one_another(link: dict[str, Any]) -> None:
-    """Of adapters that are alike, so that their exits would be read in one product if they stood alone."""
-    model = make_badge(base=make_model(num_hidden_layers=4), adapter_name="a", **link)
-    model.add_adapter("b", BadgeConfig(r=4, **link))
-    shake(model, seed=5, only=".b.")
-    batch = make_batch(ROWS, LENGTH)
-    for rule in ({"policy": "max_prob"}, {"policy": "fixed_depth", "depth": 3}, {"divergence": "js"}):
-        for name in ("a", "b"):
-            model.set_adapter(name)
-            with torch.no_grad():
-                logits = model(**batch).exit_logits
-            model.set_early_exit_config(with_threshold(rule, logits, model.exit_layers(), 0.5), name)
-        check(model.eval(), batch, ["a", "b"])
-
-
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_policy(model: Any, rule: dict[str, Any]) -> None:
     names = ["doubts"] if rule.get("policy") == "learned" else ["default", "stock", "doubts"]
@@ -118,46 +102,17 @@ def _share(model: Any) -> None:
     _SHARED[:] = [model]
 
 
-def test_a_batch_is_its_rows(model: Any) -> None:
-    batch = make_batch(ROWS, LENGTH)
-    whole = model.early_exit_forward(**batch, tasks=NAMES)
-    for i in range(ROWS):
-        row = model.early_exit_forward(**{k: v[i : i + 1] for k, v in batch.items()}, tasks=NAMES)
-        assert row.blocks_run.tolist() == [whole.blocks_run[i]]
-        for name in NAMES:
-            assert row[name].exit_layer.tolist() == [whole[name].exit_layer[i]]
-            torch.testing.assert_close(row[name].logits[0], whole[name].logits[i], rtol=1e-4, atol=1e-4)
-
-
 def test_a_row_leaves_with_its_last_task(model: Any) -> None:
-    seen: list[int] = []
-    hooks = [
-        block.base_layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
-        for block in blocks_of(model)
-    ]
     rules = {name: {"policy": "fixed_depth", "depth": depth} for name, depth in (("few", 2), ("tags", 1), ("wide", 3))}
-    try:
+    with watched_blocks(model) as seen:
         out = model.early_exit_forward(**make_batch(ROWS, LENGTH), tasks=list(rules), early_exit_config=rules)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert seen == [ROWS] * 3 and out.blocks_run.tolist() == [3] * ROWS
+    assert [rows for rows, _ in seen] == [ROWS] * 3 and out.blocks_run.tolist() == [3] * ROWS
 
 
 def test_exits_that_no_task_asks_for_are_not_computed(model: Any) -> None:
     rules = {"tags": {"policy": "fixed_depth", "depth": 2}, "wide": {"policy": "patience", "patience": 1}}
-    computed: list[tuple[str, int]] = []
-    hooks = [
-        exit_.register_forward_hook(lambda *_, key=(name, int(number)): computed.append(key))
-        for block in blocks_of(model)
-        for name in rules
-        for number, exit_ in block.badge_exit[name].items()
-    ]
-    try:
+    with watched_exits(model) as computed:
         out = model.early_exit_forward(**make_batch(1, LENGTH), tasks=list(rules), early_exit_config=rules)
-    finally:
-        for hook in hooks:
-            hook.remove()
     deepest = int(out["wide"].exit_layer)
     assert sorted(computed) == [("tags", 2), *(("wide", m) for m in range(1, deepest + 1))]
 
@@ -177,14 +132,6 @@ def test_compiled_blocks() -> None:
     for name in names:
         assert compiled[name].exit_layer.tolist() == plain[name].exit_layer.tolist()
         torch.testing.assert_close(compiled[name].logits, plain[name].logits, rtol=1e-4, atol=1e-4)
-
-
-def test_the_active_adapter_stays_the_active_one(model: Any) -> None:
-    batch = make_batch(ROWS, LENGTH)
-    before = model.early_exit_forward(**batch)
-    model.early_exit_forward(**batch, tasks=["wide", "tags"])
-    assert model.active_adapter == "default"
-    assert torch.equal(before.logits, model.early_exit_forward(**batch).logits)
 
 
 def test_logits_that_are_not_finite() -> None:
@@ -252,13 +199,6 @@ def test_one_config_for_all_or_one_for_each() -> None:
         config_of_each({"a": rule, "c": other}, ["a", "b"])
 
 
-def test_overrides_hold_for_every_task(model: Any) -> None:
-    out = model.early_exit_forward(
-        **make_batch(ROWS, LENGTH), tasks=["default", "wide"], policy="fixed_depth", depth=2
-    )
-    assert out.blocks_run.tolist() == [2] * ROWS
-
-
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -293,8 +233,3 @@ def test_adapters_that_change_what_others_pass_through() -> None:
     model.set_adapter("own")
     with pytest.raises(ValueError, match="active adapter 'own' has backbone='lora'.*set_adapter with"):
         model.early_exit_forward(**batch, tasks=["wide"])
-
-
-def test_a_rule_that_does_not_fit_one_of_the_tasks(model: Any) -> None:
-    with pytest.raises(ValueError, match="depth=1 is not allowed"):
-        model.early_exit_forward(**make_batch(ROWS, LENGTH), tasks=["default", "few"], policy="fixed_depth", depth=1)

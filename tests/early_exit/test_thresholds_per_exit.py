@@ -10,12 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from badge_peft import BadgeConfig
-from badge_peft.app.explain import explain
 from badge_peft.early_exit.policies import build_policy
-from badge_peft.early_exit.policies.base import describe
 from badge_peft.evaluation import ExitLogits, sweep
-from tests.models import exits_of, make_badge, make_batch, shake
+from tests.models import make_badge, make_batch
 
 from .reference import MULTI, REGRESSION, SINGLE, distributions, divergences, entropy
 from .rules import NO_REGRESSION, ON_LOGITS, fields_of
@@ -96,15 +93,6 @@ def test_equal_ones_are_one(data):
     assert torch.equal(one.replay(logits, problem_type=problem), many.replay(logits, problem_type=problem))
 
 
-def test_live_is_replay():
-    model = make_badge(exit_layers=[0, 1, 2, 3])
-    batch = make_batch(9)
-    for rule in (*RULES[:6], {"policy": "entropy"}):
-        rule = {**rule, "threshold": [0.9, 0.4, 1.1, 0.0]}
-        out = model.early_exit_forward(**batch, early_exit_config=rule)
-        assert out.exit_layer.tolist() == build_policy(rule).replay(exits_of(model, batch), [0, 1, 2, 3]).tolist()
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_one_for_each_exit(count):
     model, rule = make_badge(), {"policy": "entropy", "threshold": [0.5] * count}
@@ -115,16 +103,6 @@ def test_one_for_each_exit(count):
         model.set_early_exit_config(rule)
     with pytest.raises(ValueError, match=message):
         build_policy(rule).replay(torch.zeros(1, 3, 2))
-
-
-def test_in_words():
-    rule = {"policy": "entropy", "threshold": [0.25, 0.5, 1.0, 1.5, 0.1, 0.0]}
-    assert describe(build_policy(rule).config) == "entropy, threshold=[0.25, 0.5, 1, 1.5, 0.1, 0]"
-    logits = ExitLogits(logits_of(SINGLE)[:1], None, list(range(1, EXITS + 1)), SINGLE, EXITS)
-    steps = explain(logits, rule).steps
-    assert [step.evidence.threshold for step in steps] == rule["threshold"]
-    for step in steps[:-1]:
-        assert step.stops == (step.evidence.measured[0].value < step.evidence.threshold)
 
 
 def test_a_sweep_leaves_them_alone():
@@ -145,18 +123,3 @@ def test_of_a_ranking():
     assert len(set(wanted.tolist())) > 2
     with pytest.raises(ValueError, match=r"threshold=\[1.0, -0.5\] is not allowed: with policy='top_k'"):
         build_policy({**rule, "threshold": [1.0, -0.5]})
-
-
-@pytest.mark.parametrize("policy", ["entropy", "divergence"])
-def test_of_many_tasks(policy):
-    """Whose policies are alike but for their thresholds, of which one has one for each exit."""
-    model = make_badge(adapter_name="a")
-    model.add_adapter("b", BadgeConfig(r=4))
-    shake(model, seed=5, only=".b.")
-    rules = {"a": {"policy": policy, "threshold": [0.3, 0.9, 0.0]}, "b": {"policy": policy, "threshold": 0.7}}
-    batch = make_batch(9)
-    together = model.eval().early_exit_forward(**batch, tasks=["a", "b"], early_exit_config=rules)
-    for name, rule in rules.items():
-        model.set_adapter(name)
-        alone = model.early_exit_forward(**batch, early_exit_config=rule)
-        assert together[name].exit_layer.tolist() == alone.exit_layer.tolist()

@@ -9,22 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from badge_peft import BadgeConfig
-from tests.models import make_badge, make_batch, make_model, shake
+from tests.early_exit.test_adapter_names import BASE, make
+from tests.models import make_batch
 
-BASE = "__base__"
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "wide": {"final_exit": "exit", "num_labels": 5, "placement": "ffn", "exit_pooling": "mean", "learn_to_exit": True},
-    "few": {"final_exit": "exit", "num_labels": 2, "exit_layers": [0, 2, 4], "exit_pooling": "last"},
-    "degree": {"final_exit": "exit", "num_labels": 1, "placement": "none", "exit_type": "mha"},
-    "tags": {
-        "final_exit": "exit",
-        "num_labels": 4,
-        "problem_type": "multi_label_classification",
-        "placement": "mhsa",
-    },
-}
+NAMES = ("default", "wide", "few", "degree", "tags")
 POLICIES: list[dict[str, Any]] = [
     {"policy": "divergence"},
     {"policy": "divergence", "divergence": "js", "window": "consecutive"},
@@ -52,14 +40,9 @@ class Request:
     arguments: dict[str, Any]
 
 
-def make_service() -> Any:
+def make_service(case: str = "bert") -> Any:
     """A model of four blocks with several adapters, in eval mode; the first is active."""
-    names = list(ADAPTERS)
-    model = make_badge("bert", base=make_model("bert", num_hidden_layers=4), adapter_name=names[0])
-    for seed, name in enumerate(names[1:]):
-        model.add_adapter(name, BadgeConfig(**{"r": 4, **ADAPTERS[name]}))
-        shake(model, seed=seed, only=f".{name}.")
-    return model.eval()
+    return make(case, NAMES)
 
 
 def draw_requests(count: int, seed: int = 0) -> list[Request]:
@@ -83,7 +66,7 @@ def draw_requests(count: int, seed: int = 0) -> list[Request]:
         elif arguments["policy"] not in ("never", "patience"):
             arguments["threshold"] = draw.choice((0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0))
         if draw.random() < 0.4:
-            names = [*ADAPTERS, BASE]
+            names = [*NAMES, BASE]
             if arguments["policy"] in ("entropy", "max_prob", "confident_patience"):
                 names.remove("degree")  # regression has no distribution
             arguments["adapter_names"] = [draw.choice(names) for _ in range(rows)]

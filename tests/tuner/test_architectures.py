@@ -90,11 +90,6 @@ def test_pooling_is_that_of_the_models_own_head(case):
     assert torch.equal(read, expected)
 
 
-def test_pooling_of_modernbert_follows_its_config():
-    layout = ARCHITECTURES["modernbert"]
-    assert [head_pooling(make_model(f"modernbert-{kind}"), layout) for kind in ("cls", "mean")] == ["cls", "mean"]
-
-
 def test_row_from_a_dict_and_the_backbone_alone():
     base = make_model("bert")
     row = {**ERNIE, "mask_arguments": ["attention_mask"]}

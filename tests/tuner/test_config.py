@@ -202,10 +202,6 @@ def test_json_gives_the_same_config_back(changed, tmp_path):
         assert stored[name] == changed[name]
 
 
-def test_to_dict_is_json():
-    assert json.loads(json.dumps(BadgeConfig(**OTHER).to_dict()))["early_exit"]["patience"] == 2
-
-
 def test_unknown_key_of_a_newer_version_is_dropped(tmp_path):
     BadgeConfig(r=4).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -13,7 +13,7 @@ import badge_peft
 from badge_peft import BadgeConfig, compile_blocks
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.ranking import EarlyExitReranker
-from badge_peft.tuner.decoders import decoder_layout
+from badge_peft.tuner.architectures import decoder_layout
 from tests.decoders import FAMILIES, make_decoder
 from tests.design import pairs
 from tests.early_exit.rules import answers, mixed_rule

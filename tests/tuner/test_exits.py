@@ -1,4 +1,4 @@
-"""Exits: linear, pooled, attention (against torch's own and against a loop over heads and positions), and past_future
+"""Exits: linear, pooled, attention (against torch's own), and past_future
 (Global Past-Future) against a loop over exits, written from the formulas:
 
 past_i = sum_{j <= i} w_j v_j, future_i = sum_{j > i} w_j tanh(W_j v_i), lam_i = sigmoid(U tanh(mean_{j <= i} G_j v_j))
@@ -8,49 +8,22 @@ and logits_i = 2 lam_i past_i + (2 - 2 lam_i) future_i, where v_j is the pooled 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
 from badge_peft import BadgeConfig, MultiExitHead
-from badge_peft.training.passes import ImitationPass
 from badge_peft.tuner.config import CHOICES
 from badge_peft.tuner.exits import EXITS, AttentionExit
 from badge_peft.tuner.pooling import Pooling
 from tests import reference
-from tests.models import BLOCKS, HIDDEN, LABELS, exits_of, make_badge, make_batch, make_labels, make_model
-from tests.passes import full_depth
-from tests.thresholds import in_a_gap
+from tests.models import HIDDEN, exits_of, make_badge, make_batch, make_model
 
 STATES = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-
-def test_every_exit_type_of_the_config_exists():
-    assert tuple(EXITS) == CHOICES["exit_type"]
-    assert BadgeConfig().exit_type in EXITS
-
-
-@pytest.mark.parametrize(
-    ("exit_type", "size"),
-    [
-        ("linear", 3 * 9),
-        ("pooled", 8 * 8 + 8 + 3 * 9),
-        ("mha", 4 * 32 * 8 + 3 * 9),
-        ("residual_mha", 4 * 32 * 8 + 3 * 9),
-    ],
-)
-def test_shape_and_size(exit_type, size):
-    exit_ = EXITS[exit_type](8, 3, 0.0)
-    assert sum(p.numel() for p in exit_.parameters()) == size
-    pooling = Pooling("cls", MASK)
-    states = STATES if exit_.reads_sequence else pooling.pick(STATES)
-    vector = exit_.represent(states, pooling)
-    assert vector.shape == (2, 8) and exit_(vector).shape == (2, 3)
 
 
 def test_attention_beside_the_mean_begins_as_a_linear_exit():
@@ -80,17 +53,6 @@ def test_one_exit_for_each_number(exit_type):
     assert head.exit(0).dropout.p == 0.1
     with pytest.raises(KeyError):
         head.exit(2)
-
-
-@pytest.mark.parametrize("kind", ["cls", "mean", "last"])
-def test_attention_exit_never_reads_padding(kind):
-    exit_ = EXITS["mha"](8, 3, 0.0).eval()
-    pooling = Pooling(kind, MASK)
-    before = exit_.represent(STATES, pooling)
-    after = exit_.represent(STATES.masked_fill(MASK[..., None] == 0, 9.0), pooling)
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
-    short = exit_.represent(STATES[1:, :3], Pooling(kind, None))
-    torch.testing.assert_close(before[1:], short)
 
 
 def test_attention_exit_needs_a_mask_of_two_dimensions():
@@ -133,30 +95,16 @@ def by_torch(exit_, x, mask):
     return mixed.transpose(0, 1)
 
 
-def by_loop(exit_, x, mask):
-    """[B, S, d], number by number."""
-    q, k, v = (x @ getattr(exit_, name).weight.T for name in ("query", "key", "value"))
-    mixed = torch.zeros_like(q)
-    for b in range(B):
-        real = [s for s in range(S) if mask is None or mask[b, s]]
-        for head in (slice(0, 16), slice(16, 32)):
-            for s in range(S):
-                scores = [math.exp((q[b, s, head] * k[b, t, head]).sum() / 4) for t in real]
-                for score, t in zip(scores, real, strict=True):
-                    mixed[b, s, head] += score / sum(scores) * v[b, t, head]
-    return mixed @ exit_.output.weight.T
-
-
 @pytest.mark.parametrize("kind", POOLINGS)
 @pytest.mark.parametrize("mask", ATTENTION_MASKS)
-@pytest.mark.parametrize(("attend", "size"), [(by_torch, 32), (by_loop, 32), (by_loop, 24), (by_loop, 40)])
 @torch.no_grad()
-def test_attention_against_loops(attend, size, mask, kind):
-    exit_, x, mask = make_attention(size), make_states(size), ATTENTION_MASKS[mask]
+def test_attention_against_torchs(mask, kind):
+    """Against loops: `tests/reference.py`, in test_layer.py."""
+    exit_, x, mask = make_attention(32), make_states(32), ATTENTION_MASKS[mask]
     pooling = Pooling(kind, mask)
     vector = exit_.represent(x, pooling)
-    expected = reference.pool(attend(exit_, x, torch.ones(B, S) if mask is None else mask), _all(mask), kind)
-    assert vector.shape == (B, size)
+    expected = reference.pool(by_torch(exit_, x, torch.ones(B, S) if mask is None else mask), _all(mask), kind)
+    assert vector.shape == (B, 32)
     torch.testing.assert_close(vector, expected, rtol=1e-10, atol=1e-12)
     logits = expected @ exit_.linear.weight.T + exit_.linear.bias
     torch.testing.assert_close(exit_(vector), logits, rtol=1e-10, atol=1e-12)
@@ -164,24 +112,6 @@ def test_attention_against_loops(attend, size, mask, kind):
 
 def _all(mask):
     return torch.ones(B, S, dtype=torch.long) if mask is None else mask
-
-
-@pytest.mark.parametrize("kind", POOLINGS)
-def test_heads_of_attention_do_not_mix(kind):
-    """With a single head of width 32 in place of two of 16 the numbers are others."""
-    exit_, x = make_attention(32), make_states(32)
-    two = exit_.represent(x, Pooling(kind, None))
-    exit_.HEADS = 1
-    assert not torch.allclose(exit_.represent(x, Pooling(kind, None)), two)
-
-
-@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.bool, torch.float32])
-@pytest.mark.parametrize("kind", POOLINGS)
-def test_attention_takes_masks_of_every_kind(kind, dtype):
-    exit_, x = make_attention(32), make_states(32)
-    expected = exit_.represent(x, Pooling(kind, ATTENTION_MASKS["right"]))
-    assert torch.equal(exit_.represent(x, Pooling(kind, ATTENTION_MASKS["right"].to(dtype))), expected)
-    assert not torch.allclose(exit_.represent(x, Pooling(kind, None)), expected)
 
 
 @pytest.mark.parametrize("kind", POOLINGS)
@@ -204,27 +134,6 @@ def test_in_attention_only_the_picked_position_asks(kind, positions):
     assert seen["query"] == (B, *positions, 24)
     assert seen["key"] == seen["value"] == (B, S, 24)
     assert seen["output"] == (B, 32)  # after the mean, which a layer without bias lets through
-
-
-@pytest.mark.parametrize("num_labels", [1, 2, 77])
-def test_number_of_parameters_of_attention(num_labels):
-    exit_ = AttentionExit(768, num_labels, 0.1)
-    assert sum(p.numel() for p in exit_.parameters()) == 98_304 + num_labels * 769
-    sizes = {name: tuple(p.shape) for name, p in exit_.named_parameters() if not name.startswith("linear")}
-    assert sizes == {
-        "query.weight": (32, 768),
-        "key.weight": (32, 768),
-        "value.weight": (32, 768),
-        "output.weight": (768, 32),
-    }
-
-
-def test_gradients_reach_every_part_of_attention():
-    model = make_badge(exit_type="mha", final_exit="exit").train()
-    model(**make_batch(), labels=make_labels()).loss.backward()
-    gradients = {name: p.grad for name, p in reference.own_weights(model).items() if name.startswith("exit.")}
-    assert len(gradients) == BLOCKS * 6
-    assert all(gradient.any() for gradient in gradients.values())
 
 
 # ----------------------------------------------------------------------------------------------------- past and future
@@ -289,50 +198,6 @@ def test_past_future_formulas(case, fields):
     assert torch.equal(model(**batch).logits, found[:, -1])
 
 
-@pytest.mark.parametrize(
-    ("exit_layers", "policy"),
-    [(None, "entropy"), ([0, 1, 2, 3, 4, 5, 6], "divergence"), ([0, 2, 5], "max_prob")],
-    ids=str,
-)
-@pytest.mark.parametrize("case", ["bert", "albert-groups", "deberta-v2"])
-def test_past_future_early_exit(case, exit_layers, policy):
-    """Each row's notes follow it: whoever leaves, the others get the logits that they have at full depth."""
-    model = make_badge(
-        case, make_model(case, num_hidden_layers=6).double(), exit_layers=exit_layers, **PAST_FUTURE
-    ).double()
-    numbers = model.base_model.exit_layers()
-    batch = make_batch(rows=13, seed=7)
-    full = exits_of(model, batch)
-    rule = in_a_gap({"policy": policy}, full, numbers)
-    out = model.early_exit_forward(**batch, early_exit_config=rule)
-    assert len(out.exit_layer.unique()) >= 2
-    index = torch.tensor([numbers.index(m) for m in out.exit_layer.tolist()])
-    torch.testing.assert_close(out.logits, full[torch.arange(13), index], rtol=1e-8, atol=1e-8)
-
-
-def test_past_future_rows_left_at_every_exit_above():
-    """So the test above does compact, several times in one pass."""
-    model = make_badge("bert", make_model(num_hidden_layers=6).double(), **PAST_FUTURE)
-    batch = make_batch(rows=13, seed=7)
-    rule = in_a_gap({"policy": "entropy"}, exits_of(model, batch), [1, 2, 3, 4, 5, 6])
-    out = model.early_exit_forward(**batch, early_exit_config=rule)
-    assert len(out.exit_layer.unique()) >= 4
-    for row in range(13):  # and alone as together
-        alone = model.early_exit_forward(**{k: v[row : row + 1] for k, v in batch.items()}, early_exit_config=rule)
-        assert alone.exit_layer.tolist() == out.exit_layer[row : row + 1].tolist()
-        torch.testing.assert_close(alone.logits[0], out.logits[row], rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize(("exit_layers", "exits"), [(None, 3), ([0, 1, 2, 3], 4), ([2], 2)], ids=str)
-@pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
-def test_past_future_number_of_parameters(case, exit_layers, exits):
-    model = get_peft_model(make_model(case), BadgeConfig(placement="none", exit_layers=exit_layers, **PAST_FUTURE))
-    d, k = HIDDEN, LABELS
-    # dense and W_j (d x d each), the gate d -> 32, the balance 32 -> K, and the linear layer
-    each = 2 * (d * d + d) + (32 * d + 32) + (32 * k + k) + (k * d + k)
-    assert model.get_nb_trainable_parameters()[0] == exits * each - (d * d + d)  # none predicts the first
-
-
 def test_past_future_number_of_parameters_at_bert_base_size(capsys):
     base = make_model(hidden_size=768, num_attention_heads=12, intermediate_size=8, num_labels=2)
     model = get_peft_model(base, BadgeConfig(placement="none", **PAST_FUTURE))
@@ -372,49 +237,3 @@ def test_past_future_dropout_drops_the_same_of_a_state_for_all_exits():
     assert len(seen["linear"]) == len(seen["gate"]) == 2
     assert all(torch.equal(x, seen["linear"][0]) for x in (*seen["linear"], *seen["gate"]))
     assert (seen["linear"][0] == 0).float().mean() > 0.3
-
-
-def test_past_future_saved_and_loaded(tmp_path):
-    model = make_badge(**PAST_FUTURE, exit_layers=[0, 2])
-    before = exits_of(model, make_batch())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(exits_of(PeftModel.from_pretrained(make_model(), tmp_path, "other"), make_batch()), before)
-
-
-def test_past_future_two_adapters_have_exits_of_their_own():
-    model = make_badge(**PAST_FUTURE)
-    alone = exits_of(model, make_batch())
-    model.add_adapter("other", BadgeConfig(exit_layers=[0, 1], **PAST_FUTURE))
-    model.eval()
-    assert torch.equal(exits_of(model, make_batch()), alone)
-    model.set_adapter("other")
-    assert exits_of(model, make_batch()).shape == (4, 3, 3)
-
-
-@pytest.mark.parametrize("final_exit", ["base_head", None])
-def test_past_future_exit_m_must_be_one_of_them(final_exit):
-    fields = {} if final_exit is None else {"final_exit": final_exit}
-    with pytest.raises(
-        ValueError, match="exit_type='past_future' needs final_exit='exit': exit M is one of the exits"
-    ):
-        BadgeConfig(exit_type="past_future", **fields)
-
-
-def test_past_future_vectors_are_kept_for_training_alone():
-    model = make_badge(**PAST_FUTURE)
-    state = full_depth(model, make_batch(), ImitationPass)[1].state
-    assert sorted(state.vectors) == [0, 1, 2] and sorted(state.predictions) == [(0, 1), (0, 2), (1, 2)]
-    state = full_depth(model, make_batch())[1].state
-    assert not state.vectors and not state.predictions
-
-
-def test_past_future_joint_training_moves_it():
-    model = make_badge(**PAST_FUTURE)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        losses.append(model.train()(**make_batch(), labels=make_labels()).loss)
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] / 2

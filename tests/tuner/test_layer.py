@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from tests.models import (
     exits_of,
     make_badge,
     make_batch,
-    make_labels,
     make_model,
     shake,
 )
@@ -32,25 +30,22 @@ PLACEMENTS = ("block", "ffn", "mhsa", "none")
 POOLINGS = ("cls", "mean", "last")
 
 
-def compare(case: str, pooling: str = "cls", side: str = "right", **fields) -> None:
-    """Every exit in float64 against the plain reference, with an exit on the embeddings and one at each block."""
-    base = make_model(case).double()
+def compare(case: str, pooling: str = "cls", side: str = "right", changes=None, **fields) -> torch.Tensor:
+    """Every exit in float64 against the plain reference, with an exit on the embeddings and one at each block where
+    `fields` name no others. [B, E, K]"""
+    base = make_model(case, **(changes or {})).double()
     blocks = base.config.num_hidden_layers * getattr(base.config, "inner_group_num", 1)
     batch = make_batch(side=side)
-    model = make_badge(
-        base=copy.deepcopy(base),
-        exit_layers=list(range(blocks + 1)),
-        exit_pooling=pooling,
-        final_exit="exit",
-        **fields,
-    )
+    fields = {"exit_layers": list(range(blocks + 1)), "final_exit": "exit", **fields}
+    model = make_badge(base=copy.deepcopy(base), exit_pooling=pooling, **fields)
     config = model.peft_config["default"]
     with torch.no_grad():
         expected = torch.stack(reference.all_logits(base, config, reference.own_weights(model), batch, pooling), dim=1)
     found = exits_of(model, batch)
-    assert found.shape == (4, blocks + 1, 3) and found.dtype == torch.float64
+    assert found.shape == (4, len(model.base_model.exit_layers()), 3) and found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert (found[:, 1:] - found[:, :-1]).abs().amax(dim=(0, 2)).min() > 1e-3  # exits do differ
+    assert len(found[0]) == 1 or (found[:, 1:] - found[:, :-1]).abs().amax(dim=(0, 2)).min() > 1e-3  # exits do differ
+    return found
 
 
 @pytest.mark.parametrize(("case", "placement"), crossed(CASES, PLACEMENTS))
@@ -81,14 +76,7 @@ def test_padding_on_the_left(pooling):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_feed_forward_in_chunks(pooling, placement):
-    base = make_model(chunk_size_feed_forward=4).double()
-    model = make_badge(base=copy.deepcopy(base), placement=placement, exit_pooling=pooling)
-    batch = make_batch(length=8)
-    with torch.no_grad():
-        expected = reference.all_logits(
-            base, model.peft_config["default"], reference.own_weights(model), batch, pooling
-        )
-    torch.testing.assert_close(exits_of(model, batch), torch.stack(expected, dim=1), rtol=1e-10, atol=1e-10)
+    compare("bert", pooling, changes={"chunk_size_feed_forward": 4}, placement=placement, final_exit="base_head")
 
 
 @pytest.mark.parametrize(("case", "placement"), pairs(CASES, ("block", "ffn", "mhsa")))
@@ -137,6 +125,7 @@ def test_own_norm_starts_as_a_copy_and_is_one(case):
         ({"placement": "none"}, 0, 3 * 769),
         ({"exit_type": "pooled"}, 26_112, 768 * 768 + 768 + 3 * 769),
         ({"exit_type": "mha"}, 26_112, 98_304 + 3 * 769),
+        ({"exit_type": "residual_mha"}, 26_112, 98_304 + 3 * 769),
     ],
 )
 @pytest.mark.parametrize("case", ["bert", "albert"])
@@ -148,30 +137,6 @@ def test_number_of_parameters_at_bert_base_size(case, fields, bypass, exit_):
     for number in range(1, BLOCKS + 1):
         assert sum(p.numel() for name, p in weights.items() if name.startswith(f"bypass.{number}.")) == bypass
         assert sum(p.numel() for name, p in weights.items() if name.startswith(f"exit.{number}.")) == exit_
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("albert")])
-@pytest.mark.parametrize("placement", ["block", "ffn", "mhsa"])
-def test_shared_layer_has_a_bypass_and_an_exit_for_each_run(case, placement):
-    model = get_peft_model(make_model(case), BadgeConfig(r=4, placement=placement, final_exit="exit", exit_dropout=0))
-    blocks = blocks_of(model)
-    assert len(blocks) == {"albert": 1, "albert-groups": 2, "albert-inner": 4}[case]
-    depth = model.base_model.num_blocks
-    assert sorted(number for block in blocks for number in block.numbers) == list(range(1, depth + 1))
-    start = {name: p.detach().clone() for name, p in reference.own_weights(model).items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # the first step moves W_up away from zero, the second then moves W_down
-        optimizer.zero_grad()
-        model.train()(**make_batch(), labels=make_labels()).loss.backward()
-        optimizer.step()
-    weights = reference.own_weights(model)
-    assert len({id(p) for p in weights.values()}) == len(weights) == depth * 6
-    for name in ("bypass.{}.down.weight", "bypass.{}.up.weight", "bypass.{}.norm.weight", "exit.{}.linear.weight"):
-        moves = [weights[name.format(m)] - start[name.format(m)] for m in range(1, depth + 1)]
-        assert all(move.abs().max() > 0 for move in moves)
-        assert all(not torch.allclose(a, b) for a, b in itertools.combinations(moves, 2))
-    exits = exits_of(model.eval(), make_batch())
-    assert all(not torch.allclose(exits[:, a], exits[:, b]) for a, b in itertools.combinations(range(depth), 2))
 
 
 @pytest.mark.parametrize("case", CASES)

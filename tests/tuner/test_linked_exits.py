@@ -3,8 +3,6 @@ form: it starts as exits that stand alone, and the model's own head knows nothin
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,7 +10,8 @@ from peft import get_peft_model
 from badge_peft import BadgeConfig
 from tests import reference
 from tests.design import pairs
-from tests.models import LINKS, exits_of, make_badge, make_batch, make_labels, make_model
+from tests.models import LINKS, exits_of, make_badge, make_batch, make_model
+from tests.tuner.test_layer import compare
 
 EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
 
@@ -30,21 +29,8 @@ EXIT_LAYERS = (None, [0, 1, 2, 3], [0, 2], [2], [1, 3])
     ),
 )
 def test_formulas(case, placement, pooling, final_exit, exit_type, exit_layers, link):
-    base = make_model(case).double()
-    model = make_badge(
-        base=copy.deepcopy(base),
-        placement=placement,
-        exit_pooling=pooling,
-        final_exit=final_exit,
-        exit_type=exit_type,
-        exit_layers=exit_layers,
-        **link,
-    )
-    batch = make_batch()
-    with torch.no_grad():
-        config, weights = model.peft_config["default"], reference.own_weights(model)
-        expected = torch.stack(reference.all_logits(base, config, weights, batch, pooling), dim=1)
-    torch.testing.assert_close(exits_of(model, batch), expected, rtol=1e-10, atol=1e-10)
+    fields = {"placement": placement, "final_exit": final_exit, "exit_type": exit_type, "exit_layers": exit_layers}
+    compare(case, pooling, **fields, **link)
 
 
 @pytest.mark.parametrize("link", LINKS, ids=str)
@@ -118,16 +104,3 @@ def test_lower_precision(dtype):
     scale = float(wide.abs().max())
     torch.testing.assert_close(found.float(), wide, rtol=0.1, atol=0.1 * scale)
     assert exits_of(model.to(dtype), make_batch()).dtype == dtype
-
-
-def test_training_moves_the_share():
-    torch.manual_seed(0)
-    model = get_peft_model(make_model(), BadgeConfig(carry="logits", exit_layers=[0, 1, 2])).train()
-    shares = {name: p for name, p in reference.own_weights(model).items() if name.endswith("carry.weight")}
-    assert len(shares) == 2 and not any(p.any() for p in shares.values())
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(**make_batch(), labels=make_labels()).loss.backward()
-        optimizer.step()
-    assert all(p.any() for p in shares.values())

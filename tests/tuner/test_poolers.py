@@ -15,6 +15,7 @@ from badge_peft.export import OnnxEarlyExitModel, export_onnx
 from tests import reference
 from tests.design import pairs
 from tests.models import CASES, exits_of, make_badge, make_batch, make_labels, make_model, shake, trained
+from tests.tuner.test_layer import compare
 
 SHARED = {"exit_type": "shared_pooled"}
 WITH = [case for case, (kind, _) in CASES.items() if kind in reference.POOLERS]
@@ -65,16 +66,12 @@ def test_other_models_have_none(case):
     pairs(WITH, ("block", "mhsa", "none"), ("cls", "mean", "last"), ("base_head", "exit")),
 )
 def test_formulas(case, placement, pooling, final_exit):
-    base, batch = make_model(case).double(), make_batch()
-    fields = {"placement": placement, "exit_pooling": pooling, "final_exit": final_exit, "exit_layers": [0, 1, 2]}
-    model = make_badge(case, copy.deepcopy(base), **SHARED, **fields)
-    with torch.no_grad():
-        config, weights = model.peft_config["default"], reference.own_weights(model)
-        expected = torch.stack(reference.all_logits(base, config, weights, batch, pooling), dim=1)
-    found = exits_of(model, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    fields = {"placement": placement, "final_exit": final_exit, "exit_layers": [0, 1, 2], **SHARED}
+    found = compare(case, pooling, **fields)
+    base = make_model(case).double()
+    model = make_badge(base=base, exit_pooling=pooling, **fields)
     rule = {"policy": "max_prob", "threshold": float(found.softmax(-1).amax(-1)[:, :-1].median()) + 1e-6}
-    out = model.early_exit_forward(**batch, early_exit_config=rule)
+    out = model.early_exit_forward(**make_batch(), early_exit_config=rule)
     want = build_policy(rule).replay(found, model.base_model.exit_layers())
     assert out.exit_layer.tolist() == want.tolist()
 

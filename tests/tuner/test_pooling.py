@@ -26,38 +26,14 @@ def test_against_row_by_row(kind, side, dtype):
         torch.testing.assert_close(found, pool(STATES, mask, kind), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["cls", "mean", "last"])
-def test_no_mask_is_a_mask_of_ones(kind):
-    without, ones = Pooling(kind, None), Pooling(kind, torch.ones(5, 6, dtype=torch.long))
-    torch.testing.assert_close(
-        without.reduce(without.pick(STATES)), ones.reduce(ones.pick(STATES)), rtol=1e-12, atol=1e-12
-    )
-
-
 def test_pick_takes_one_position_where_one_is_read():
     mask = torch.tensor(MASKS["right"])
     assert [Pooling(kind, mask).pick(STATES).shape for kind in ("cls", "last", "mean")] == [(5, 4), (5, 4), (5, 6, 4)]
 
 
-def test_position_wise_maths_may_follow_the_picking():
-    weight = torch.randn(4, 3, generator=GENERATOR, dtype=torch.float64)
-    mask = torch.tensor(MASKS["right"])
-    for kind in ("cls", "mean", "last"):
-        pooling = Pooling(kind, mask)
-        first = pooling.reduce((pooling.pick(STATES) @ weight).tanh())
-        torch.testing.assert_close(first, pool((STATES @ weight).tanh(), mask, kind), rtol=1e-12, atol=1e-12)
-
-
 def test_row_without_a_real_token_gives_zeros_not_nan():
     pooling = Pooling("mean", torch.zeros(5, 6, dtype=torch.long))
     assert torch.equal(pooling.reduce(STATES), torch.zeros(5, 4, dtype=torch.float64))
-
-
-def test_mean_in_half_precision_keeps_its_type():
-    mask = torch.tensor(MASKS["right"])
-    found = Pooling("mean", mask).reduce(STATES.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), pool(STATES, mask, "mean"), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", ["cls", "mean", "last"])

@@ -14,7 +14,6 @@ from peft import PeftModel, get_peft_model
 import badge_peft
 from badge_peft import ARCHITECTURES, BadgeConfig
 from badge_peft.tuner.exits import EXITS
-from badge_peft.tuner.prepare import pooling_kind
 from tests.models import CASES, HIDDEN, blocks_of, exits_of, make_badge, make_batch, make_model
 
 
@@ -83,6 +82,11 @@ def test_modules_that_are_trained_and_saved_beside_the_adapter(case, fields, sav
         ({"num_labels": 4}, "num_labels=4, but the model's head has 3.*final_exit='exit'"),
         ({"hidden_size": 768}, "hidden_size=768, but the model has hidden_size=32.*base_model_name_or_path"),
         ({"num_blocks": 12}, "num_blocks=12, but the model has num_blocks=3"),
+        ({"label_names": ["a", "b"]}, r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"),
+        *(
+            ({"modules_to_save": names}, f"modules_to_save='{names[-1]}' is not allowed: .* is or holds a block")
+            for names in (["encoder"], ["bert"], ["embeddings", "layer.1"])
+        ),
         ({"target_modules": "query"}, "target_modules='query' is not allowed.*exit_layers"),
         ({"base_fingerprint": {"classifier.weight": [1.0, 2.0, 3.0, 4.0]}}, "made for another backbone"),
     ],
@@ -156,23 +160,6 @@ def test_other_names_are_fine(name, tmp_path):
     assert torch.equal(exits_of(back.eval(), make_batch()), before)
 
 
-@pytest.mark.parametrize("names", [["encoder"], ["bert"], ["embeddings", "layer.1"]], ids=str)
-def test_modules_to_save_that_hold_a_block(names):
-    base = make_model()
-    check = unchanged(base)
-    with pytest.raises(ValueError, match=f"modules_to_save='{names[-1]}' is not allowed: .* is or holds a block"):
-        get_peft_model(base, BadgeConfig(modules_to_save=names))
-    check()
-
-
-def test_as_many_label_names_as_the_model_has_labels():
-    base = make_model()
-    check = unchanged(base)
-    with pytest.raises(ValueError, match=r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"):
-        get_peft_model(base, BadgeConfig(label_names=["a", "b"]))
-    check()
-
-
 def test_labels_and_problem_type_come_from_the_model():
     model = make_badge(base=make_model(num_labels=5, problem_type="multi_label_classification"))
     config = model.peft_config["default"]
@@ -181,20 +168,6 @@ def test_labels_and_problem_type_come_from_the_model():
     config = model.peft_config["default"]
     assert (config.num_labels, config.problem_type) == (2, "regression")
     assert exits_of(model, make_batch()).shape == (4, 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("case", "pooling", "kind"),
-    [
-        ("bert", "auto", "cls"),
-        ("modernbert-mean", "auto", "mean"),
-        ("modernbert-cls", "auto", "cls"),
-        ("modernbert-cls", "last", "last"),
-        ("bert", "mean", "mean"),
-    ],
-)
-def test_pooling(case, pooling, kind):
-    assert pooling_kind(make_model(case), BadgeConfig(exit_pooling=pooling)) == kind
 
 
 def test_pooling_of_the_model_that_exits_do_not_know():
