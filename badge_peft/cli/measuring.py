@@ -167,7 +167,7 @@ def bench(
         onnx: Also export to ONNX and time ONNX Runtime, fp32 and int8.
     """
     from badge_peft.utils.extras import require_onnx_exporter
-    from badge_peft.workflows.adapter_dir import check_texts_only, early_exit_configs, open_tasks
+    from badge_peft.workflows.adapter_dir import early_exit_configs, open_tasks
     from badge_peft.workflows.bench import bench_adapter, bench_tasks
     from badge_peft.workflows.report import bench_summary, bench_table
 
@@ -188,7 +188,6 @@ def bench(
         print(f"\n{bench_table(found)}")
         shared.write(found, json_file)
         return
-    check_texts_only(opened.task, "bench", ranks=True)
     examples = opened.read(data, columns)
     opened.metric(metric)
     shared.prepare_folder(json_file)

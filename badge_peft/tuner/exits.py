@@ -79,7 +79,7 @@ class Exit(nn.Module):
         super().__init__()
         self.dropout = CenteredDropout(dropout)
         self.linear = nn.Linear(hidden_size, num_labels)
-        self.carry: nn.Module | None = None  # of an exit that builds on those before it (`tuner/carry.py`)
+        self.carry: nn.Module | None = None  # of an exit that builds on those before it
 
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
         """What `pooling.pick` left of the states (or all of them, for `reads_sequence`) -> [B, d]."""

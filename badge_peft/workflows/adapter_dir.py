@@ -195,9 +195,9 @@ def check_ranking_metric(metric: str | None) -> str:
     return METRIC
 
 
-def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
+def check_texts_only(task: str, command: str) -> None:
     """Refuses a token adapter where a command answers whole texts, and one that ranks where texts are answered."""
-    if task == "ranking" and not ranks:
+    if task == "ranking":
         raise ValueError(
             f"`badge-peft {command}` answers texts one by one, and this adapter ranks the candidates of a query: use "
             "evaluate, sweep, calibrate, predict, bench, export or serve."
@@ -205,7 +205,7 @@ def check_texts_only(task: str, command: str, ranks: bool = False) -> None:
     if task == "tokens":
         raise ValueError(
             f"`badge-peft {command}` is for adapters that classify texts, and this one labels tokens: use train, "
-            "evaluate, sweep, calibrate, predict or export."
+            "evaluate, sweep, calibrate, predict, bench or export."
         )
 
 

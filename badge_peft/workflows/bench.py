@@ -28,7 +28,7 @@ from badge_peft.model import get_badge_model
 from badge_peft.ranking.metrics import top_k_kept
 from badge_peft.ranking.segments import CandidatePass, RankedCandidates
 from badge_peft.utils.checks import check_int
-from badge_peft.utils.problem import problem_of
+from badge_peft.utils.problem import NO_LABEL, differs, problem_of
 from badge_peft.workflows.adapter_dir import Adapter
 from badge_peft.workflows.base_model import keeps_answers
 from badge_peft.workflows.data import TextDataset
@@ -111,10 +111,16 @@ def bench_adapter(
     encoded = adapter.encode(examples.select(range(min(limit, len(examples)))))
     own = collect_exit_logits(adapter.model, encoded, size)
     base = adapter.model.get_base_model()
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in tensor_columns(base, encoded)]
+    tokens = own.texts is not None
+    rows = tensor_columns(base, encoded, tokens)
+    for row in rows:
+        labels = row.pop("labels", None)
+        if tokens and labels is not None:  # who has no label needs no answer
+            row[SPECIAL] = [int(label == NO_LABEL) for label in labels]
     batches = [pad_features(rows[start : start + size], base) for start in range(0, len(rows), size)]
+    asked = [_asked(batch).numpy() for batch in batches] if tokens else None
     report |= {"rows": len(rows), "batch_size": size, "labels": None if own.labels is None else "given"}
-    result = partial(_result, own, metric, keeps_answers(adapter.model))
+    result = partial(_result, own, metric, keeps_answers(adapter.model), asked)
     return report | bench(make, batches, _warmup(batches), threads, result)
 
 
@@ -184,8 +190,11 @@ def _runners(adapter: Adapter, config: EarlyExitConfig, onnx: bool, threads: int
     early = partial(early_exit_forward, adapter.model, early_exit_config=config)
     move = partial(_moved, adapter)
     found = {
-        name: Runner(partial(_call, model), move, _read, adapter.device)
-        for name, model in (("stock PyTorch", stock_model(adapter)), ("BADGE PyTorch", early))
+        name: Runner(partial(_call, model), inputs, _read, adapter.device)
+        for name, model, inputs in (
+            ("stock PyTorch", stock_model(adapter), lambda batch: _without_special(move(batch))),
+            ("BADGE PyTorch", early, move),
+        )
     }
     if not onnx:
         return found
@@ -202,12 +211,14 @@ def _runners(adapter: Adapter, config: EarlyExitConfig, onnx: bool, threads: int
         exits.write(directory, int8=bool(suffix))
         session = open_session(file, threads)
         model = OnnxEarlyExitModel.from_pretrained(directory, threads=threads, spinning=False)
-        arrays = partial(onnx_inputs, names=[entry.name for entry in session.get_inputs()])
+        names = [entry.name for entry in session.get_inputs()]
         found[f"ONNX Runtime{suffix}, full depth"] = Runner(
-            partial(session.run, ["logits"]), arrays, lambda output: (output[0], None)
+            partial(session.run, ["logits"]), partial(onnx_inputs, names=names), lambda output: (output[0], None)
         )
         found[f"BADGE ONNX{suffix}"] = Runner(
-            partial(_call, model), arrays, lambda output: (output.logits, output.exit_layer)
+            partial(_call, model),
+            partial(_early_inputs, names),
+            lambda output: (output.logits, output.exit_layer),
         )
     return found
 
@@ -223,6 +234,12 @@ def stock_model(adapter: Adapter) -> Any:
     return get_badge_model(copy.deepcopy(adapter.model)).unload().eval()
 
 
+def _asked(batch: Batch) -> Tensor:
+    """[B, S] bool: the tokens that are to be answered."""
+    real = batch["attention_mask"] != 0
+    return real & (batch[SPECIAL] == 0) if SPECIAL in batch else real
+
+
 def _call(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
     return model(**inputs)
 
@@ -231,25 +248,47 @@ def _moved(adapter: Adapter, batch: Batch) -> Batch:
     return {name: value.to(adapter.device) for name, value in batch.items()}
 
 
+def _without_special(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != SPECIAL}
+
+
 def onnx_inputs(batch: Batch, names: list[str]) -> dict[str, Array]:
     """The inputs of a graph; not every tokenizer gives the token_type_ids that it asks for."""
     filled = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
     return {name: filled[name].numpy().astype(np.int64) for name in names}
 
 
-def _result(own: ExitLogits, metric: str, stock_counts: bool, timed: Timed, _: list[Timed]) -> dict[str, Any]:
+def _early_inputs(names: list[str], batch: Batch) -> dict[str, Array]:
+    return onnx_inputs(batch, [*names, *{SPECIAL}.intersection(batch)])
+
+
+def _result(
+    own: ExitLogits, metric: str, stock_counts: bool, asked: list[Array] | None, timed: Timed, _: list[Timed]
+) -> dict[str, Any]:
     """Scores of one runner, against the labels and full depth of the adapter's `own` exit logits. The base model
-    without exits has a score where `stock_counts`: it could be in service."""
-    logits = torch.from_numpy(np.concatenate([logits for logits, _ in timed.outputs]))  # [N, K]
-    exits = [exits for _, exits in timed.outputs if exits is not None]  # of each batch [B]
+    without exits has a score where `stock_counts`: it could be in service. Of token classification `asked` [B, S] of
+    each batch are answered, and a text stops with the last of them."""
+    outputs: list[Any] = timed.outputs
+    rows = sum(len(each) for each, _ in outputs)
+    if asked is not None:
+        outputs = [(each[mask], _of_texts(exits, mask)) for (each, exits), mask in zip(outputs, asked, strict=True)]
+    logits = torch.from_numpy(np.concatenate([each for each, _ in outputs]))  # [N, K]
+    exits = [exits for _, exits in outputs if exits is not None]  # of each batch [B]
     comparable = bool(exits) or stock_counts
-    same = problem_of(own.kind).same(logits, own.logits[:, -1])
+    problem, same = problem_of(own.kind), None
+    if problem.gives_labels:
+        same = 1 - float(own.units.largest(differs(problem.predictions(logits), own.predictions[-1])).mean())
     return {
-        "examples_per_s": len(logits) / sum(timed.seconds),
+        "examples_per_s": rows / sum(timed.seconds),
         "mean_exit": float(np.concatenate(exits).mean()) if exits else float(own.depth),
         "score": score(own, logits, metric) if comparable and own.labels is not None else None,
         "answers_as_full_depth": same if comparable else None,
     }
+
+
+def _of_texts(exits: Array | None, asked: Array) -> Array | None:
+    """[B] of the exits of texts, or of their tokens [B, S]."""
+    return exits if exits is None or exits.ndim == 1 else np.where(asked, exits, 0).max(axis=1)
 
 
 def _first_queries(adapter: Adapter, examples: TextDataset, limit: int) -> list[list[Row]]:

@@ -126,6 +126,21 @@ def test_entities_in_characters_are_the_same_labels(corpus: Path, adapter: Path,
     assert stored.logits.shape == same.logits.shape and torch.equal(stored.labels, same.labels)
 
 
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bench(corpus: Path, adapter: Path, cli: Cli, tmp_path: Path, onnx: bool) -> None:
+    """Texts of several lengths, whose tokens are answered as `evaluate` has it."""
+    options = [] if onnx else ["--no-onnx"]
+    cli("bench", adapter, corpus / "test.jsonl", "--rows", 12, "--json", tmp_path / "b.json", *options)
+    found = {each["name"]: each for each in json.loads((tmp_path / "b.json").read_text())["results"]}
+    early = found["BADGE PyTorch"]
+    write_jsonl(tmp_path / "first.jsonl", tagged(30, seed=1)[:12])
+    cli("evaluate", adapter, tmp_path / "first.jsonl", "--json", tmp_path / "e.json", "--latency", 0)
+    expected = json.loads((tmp_path / "e.json").read_text())["early_exit"]
+    assert (early["score"], early["mean_exit"]) == pytest.approx((expected["score"], expected["mean_exit"]))
+    assert early["answers_as_full_depth"] == pytest.approx(expected["answers_as_full_depth"])
+    assert "BADGE ONNX" not in found or found["BADGE ONNX"]["mean_exit"] == early["mean_exit"]
+
+
 def test_evaluate_calibrate_and_sweep(corpus: Path, adapter: Path, cli: Cli, tmp_path: Path) -> None:
     out = cli("evaluate", adapter, corpus / "test.jsonl", "--json", tmp_path / "e.json", "--latency", 2)
     assert "entity f1" in out.stdout and "latency (" in out.stdout
@@ -299,7 +314,6 @@ def test_what_is_for_the_other_kind(corpus: Path, adapter: Path, trained: Path, 
         (("evaluate", trained, rows), "the adapter classifies texts, and"),
         (("evaluate", adapter, write_csv(tmp_path / "l.csv", ROWS[:9])), "the adapter labels tokens, and"),
         (("predict", trained, rows), "row 1 has a list in column 'tokens', and the adapter classifies texts"),
-        (("bench", adapter, rows), "`badge-peft bench` is for adapters that classify texts"),
         (
             ("evaluate", adapter, new),
             "row 1 has the tag 'B-new', which the model",

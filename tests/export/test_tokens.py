@@ -20,6 +20,7 @@ from badge_peft.export.onnx import OnnxExporter
 from badge_peft.export.policies import Decision
 from badge_peft.export.sliced import assemble
 from badge_peft.export.trace import export_blocks
+from badge_peft.workflows.labels import LabelSet
 from badge_peft.workflows.predict import predict
 from tests.early_exit.reference import SINGLE
 from tests.early_exit.rules import with_threshold
@@ -131,9 +132,7 @@ def test_the_folder(cut: tuple[Any, Any], tmp_path: Path) -> None:
 
     class Opened:
         tokenizer, device, tags = make_tokenizer(), torch.device("cpu"), TAGS
-
-        class labels:
-            names = TAGS
+        labels = LabelSet(TAGS, "single_label_classification", tokens=True)
 
     opened: Any = Opened()
     opened.model = model
