@@ -24,7 +24,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from common import describe, write_page  # noqa: E402
+from common import Results, describe, write_page  # noqa: E402
 from deployed_parts.clock import time_adapter  # noqa: E402
 from deployed_parts.exits import train_exits  # noqa: E402
 from deployed_parts.finetune import finetune  # noqa: E402
@@ -34,6 +34,8 @@ from deployed_parts.rivals import compare_models, linear_model  # noqa: E402
 from deployed_parts.scores import score_adapter  # noqa: E402
 from paper_grid.models import find_backbone  # noqa: E402
 from paper_grid.settings import Backbone  # noqa: E402
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "deployed.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Classifier:
         print(f"== {self.name} {kind}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+        made = {"where": describe(torch.get_num_threads()), **make()}
+        part.write_text(json.dumps(made, indent=1), encoding="utf-8")
         os.replace(part, path)
 
 
@@ -115,6 +118,14 @@ def clock_all(it: Classifier, args: argparse.Namespace) -> None:
         it.record("linear", lambda: linear_model(it.data, timed))
 
 
+def collect(records: Path, file: Path) -> Results:
+    """All records that there ever were, those of the folder added."""
+    results = Results(file)
+    for path in sorted(records.glob("*.json")):
+        results.keep(path.stem.replace(".", "/"), json.loads(path.read_text(encoding="utf-8")))
+    return results
+
+
 def classifiers(settings: dict[str, Any], args: argparse.Namespace) -> Iterator[Classifier]:
     for backbone in settings["backbones"]:
         for task in settings["tasks"]:
@@ -133,15 +144,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=None, help="of the exits")
     parser.add_argument("--students", action="store_true", help="finetune: the first blocks alone, too")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", type=Path, default=RESULTS, help="page: where records are kept")
     parser.add_argument("--docs", type=Path, default=None, help="page: where to write it, with its picture")
     args = parser.parse_args()
     settings = yaml.safe_load(args.settings.read_text(encoding="utf-8"))
     torch.set_num_threads(args.threads or settings["threads"])
     if args.step == "page":
-        found = read_found(args.out / "records", classifiers(settings, args))
+        found = read_found(collect(args.out / "records", args.json), classifiers(settings, args))
         if args.docs is not None and any(own.clocks for own in found):
             draw(found, args.docs.parent / PICTURE)
-        write_page(page(found, describe(torch.get_num_threads())), args.docs)
+        write_page(page(found), args.docs)
         return
     if args.data_dir is None:
         parser.error("--data-dir is needed: a folder with one folder per task.")

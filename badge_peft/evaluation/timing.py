@@ -61,8 +61,8 @@ def take_turns(
             run in that round; one may come several times. None: each once, and another one is first each time.
         pause: Seconds before each call. Where two runtimes take turns, the threads of the one that has just finished
             spin for a while and would take cores from the other.
-        settle: Each call comes twice in a row, and the second counts: with its weights in the caches again, as in a
-            service that does nothing else.
+        settle: Each call follows one of the same runner on the batch before, which does not count: with its weights in
+            the caches, as in a service that runs one model on one text after another.
         progress: Name of a progress bar over the batches; empty: none.
     """
 
@@ -73,25 +73,27 @@ def take_turns(
     found = [Timed() for _ in runners]
     for turn, batch in enumerate(warmup, start=-len(warmup)):
         for which in (order or rotated)(turn):
-            _timed(runners[which], batch, pause, settle)
+            _timed(runners[which], batch, pause)
     for i, batch in enumerate(tqdm(batches, desc=progress, disable=not progress)):
+        before = batches[i - 1 : i] or batches[-1:] if settle else ()
         for turn in range(i * rounds, (i + 1) * rounds):
             for which in (order or rotated)(turn):
-                seconds, output = _timed(runners[which], batch, pause, settle)
+                seconds, output = _timed(runners[which], batch, pause, before)
                 found[which].seconds.append(seconds)
                 found[which].outputs[i:] = [output]
     return found
 
 
-def _timed(runner: Runner, batch: Any, pause: float, settle: bool) -> tuple[float, Any]:
-    """Seconds of one call, and what was read from it."""
+def _timed(runner: Runner, batch: Any, pause: float, before: Sequence[Any] = ()) -> tuple[float, Any]:
+    """Seconds of one call, and what was read from it; batches `before` it do not count."""
     inputs = runner.prepare(batch)
+    untimed = [runner.prepare(each) for each in before]
     cuda = torch.device(runner.device).type == "cuda"
     with runner.around():
         if pause:
             time.sleep(pause)
-        if settle:
-            runner.run(inputs)
+        for each in untimed:
+            runner.run(each)
         if cuda:
             torch.cuda.synchronize(runner.device)
         start = time.perf_counter()

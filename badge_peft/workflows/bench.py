@@ -1,7 +1,8 @@
 """What an adapter saves on the user's own texts, beside what could be run instead. What `badge-peft bench` does.
 
-All that is compared takes turns batch by batch, in changing order, each with the same number of threads; times are
-those of the model's calls alone, without the tokenizer.
+All that is compared takes turns batch by batch, in changing order, each with the same number of threads, and after a
+call on the batch before, as in a service that runs nothing else; times are those of the model's calls alone, without
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def bench(
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             used = torch.get_num_threads()
             made = runners(used, Path(folder))
-            timed = take_turns([*made.values()], batches, warmup=warmup, pause=_PAUSE, progress="timing")
+            timed = take_turns([*made.values()], batches, warmup=warmup, pause=_PAUSE, settle=True, progress="timing")
     finally:
         torch.set_num_threads(before)
     found = []

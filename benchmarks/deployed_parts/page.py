@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, markdown, verdict, versions
+from common import Results, machine, markdown, verdict
 
 Record = dict[str, Any]
 STOCK, EARLY = "stock PyTorch", "BADGE PyTorch"
@@ -29,6 +27,7 @@ class Found:
         adapters: Of the adapters that no option shaped, by seed.
         clocks: Their times, by seed.
         others: `plain0`, `rivals` and `linear`, where they are there.
+        machines: Where any of it was measured.
     """
 
     task: str
@@ -36,6 +35,7 @@ class Found:
     adapters: list[Record]
     clocks: list[Record]
     others: dict[str, Record]
+    machines: frozenset[str] = frozenset()
 
     def saved(self, way: str = "one", stock: str = STOCK, early: str = EARLY) -> list[float]:
         """The share of the time that early exits save, by seed."""
@@ -51,26 +51,22 @@ class Found:
         return [own["drops"][drop][name] for own in self.adapters]
 
 
-def read_found(records: Path, classifiers: Iterable[Any]) -> list[Found]:
-    """What there is, of each classifier that has adapters."""
+def read_found(results: Results, classifiers: Iterable[Any]) -> list[Found]:
+    """What there is, of each classifier that has adapters; a record is kept as `name/kind`."""
     found = []
     for it in classifiers:
-        own = {path.name.split(".")[1]: json.loads(path.read_text()) for path in records.glob(f"{it.name}.*.json")}
+        own = results.below(it.name)
         adapters, clocks = ([own[key] for key in sorted(own) if key.startswith(kind)] for kind in ("default", "clock"))
         if adapters:
             title = f"{it.own['title']}, {it.backbone}"
             others = {key: own[key] for key in ("plain0", "rivals", "linear") if key in own}
-            found.append(Found(it.task, title, adapters, clocks, others))
+            machines = frozenset(machine(record["where"]) for record in own.values())
+            found.append(Found(it.task, title, adapters, clocks, others, machines))
     return found
 
 
-def page(found: Sequence[Found], where: Record) -> str:
-    """The page.
-
-    Args:
-        found: From `read_found`.
-        where: From `common.describe`.
-    """
+def page(found: Sequence[Found]) -> str:
+    """The page."""
     seeds = sorted({len(own.adapters) for own in found})
     timed = [own for own in found if own.clocks]
     return f"""# Classifiers in service, before and after
@@ -81,7 +77,7 @@ policy is calibrated on the validation rows; all scores and times are of test ro
 {_headline(found)}
 
 The drop of at most one point is allowed to the policy on new rows; `model` is the classifier's own score. Times are
-measured, the model without exits and with them in turn, {where["threads"]} thread; a batch has 32 texts. Values are
+measured, the model without exits and with them in turn; a batch has 32 texts. Values are
 means over {" or ".join(map(str, seeds))} seeds of the exits, with the range where there are several.
 
 ## Milliseconds a text
@@ -118,7 +114,7 @@ python benchmarks/deployed.py clock --data-dir DATA
 python benchmarks/deployed.py page --docs docs/results/deployed.md
 ```
 
-{machine(where)}; {versions(where)}.
+On {". On ".join(sorted(frozenset().union(*(own.machines for own in found))))}.
 """
 
 
@@ -193,7 +189,7 @@ def _rivals(found: Sequence[Found]) -> str:
         students = [
             f"{name.removeprefix('first ')}: {each['score']:.1%} at {1 - each['ms'] / ms:.0%}"
             for name, each in models.items()
-            if name != "full"
+            if name.startswith("first ")
         ]
         linear = own.others.get("linear")
         rows.append([own.title, early, *fixed, plain, "; ".join(students) or "-", _score(linear)])

@@ -103,7 +103,7 @@ def fixed_depths(own: Found) -> list[list[tuple[float, float]]]:
 def _milliseconds(own: Found, depth: int, full: float, key: str | None) -> float:
     blocks = max(own.adapters[0]["exit_layers"])
     rivals: Record = own.others.get("rivals", {}) if key else {}
-    known = {int(name.removeprefix("first ")): each[key] for name, each in rivals.items() if name != "full"}
+    known = {int(name.removeprefix("first ")): each[key] for name, each in rivals.items() if "first" in name}
     if not known:
         return full * depth / blocks
     known[blocks] = rivals["full"][key]

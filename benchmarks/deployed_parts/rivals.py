@@ -85,7 +85,7 @@ def _times(models: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, di
             runners += [Runner(lambda row, m=model: m(**row)), Runner(partial(session.run, ["logits"]), arrays)]
             keys += [(name, "ms"), (name, "int8_ms")]
         with torch.inference_mode():
-            timed = take_turns(runners, inputs, ROUNDS, warmup=inputs[:5], pause=PAUSE)
+            timed = take_turns(runners, inputs, ROUNDS, warmup=inputs[:5], pause=PAUSE, settle=True)
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     for (name, what), each in zip(keys, timed, strict=True):
         found[name][what] = 1e3 * float(np.mean(np.median(np.reshape(each.seconds, (-1, ROUNDS)), axis=1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from common import describe  # noqa: E402
-from deployed import main  # noqa: E402
+from common import Results, describe  # noqa: E402
+from deployed import collect, main  # noqa: E402
 from deployed_parts.page import LADDER, Found, page, read_found  # noqa: E402
 from deployed_parts.picture import fixed_depths, points  # noqa: E402
 
@@ -34,11 +35,12 @@ def clock(saved: float, int8: float) -> dict[str, Any]:
 
 
 def made(folder: Path, records: dict[str, Any]) -> str:
+    results = Results(folder / "deployed.json")
     for name, record in records.items():
-        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    names = dict.fromkeys(name.split(".")[0] for name in records)
+        results.keep(name, {"where": describe(1), **record})
+    names = dict.fromkeys(name.split("/")[0] for name in records)
     all_ = [SimpleNamespace(name=n, task=n.split("-")[0], backbone="tiny", own={"title": n}) for n in names]
-    return page(read_found(folder, all_), describe(1))
+    return page(read_found(results, all_))
 
 
 def row(text: str, title: str) -> list[str]:
@@ -46,8 +48,8 @@ def row(text: str, title: str) -> list[str]:
 
 
 def test_values_are_means_with_their_range(tmp_path: Path) -> None:
-    records = {f"a-tiny.default{i}": adapter(score) for i, score in enumerate((0.88, 0.9))}
-    text = made(tmp_path, {**records, "a-tiny.clock0": clock(0.5, 2.5), "a-tiny.clock1": clock(0.6, 2.5)})
+    records = {f"a-tiny/default{i}": adapter(score) for i, score in enumerate((0.88, 0.9))}
+    text = made(tmp_path, {**records, "a-tiny/clock0": clock(0.5, 2.5), "a-tiny/clock1": clock(0.6, 2.5)})
     found = row(text, "a-tiny")
     assert found[1:] == [
         "90.0%",
@@ -64,7 +66,7 @@ def test_values_are_means_with_their_range(tmp_path: Path) -> None:
     [(0.895, 0.8, 2.5, "yyyy"), (0.88, 0.8, 2.5, "nyyy"), (0.895, 0.6, 1.5, "ynny"), (0.895, -0.03, 2.5, "nnyn")],
 )
 def test_targets_can_be_missed(tmp_path: Path, score: float, saved: float, int8: float, reached: str) -> None:
-    text = made(tmp_path, {"banking77-tiny.default0": adapter(score), "banking77-tiny.clock0": clock(saved, int8)})
+    text = made(tmp_path, {"banking77-tiny/default0": adapter(score), "banking77-tiny/clock0": clock(saved, int8)})
     lines = [line for line in text.splitlines() if line.startswith("* ")]
     assert ["n" if "missed" in line else "y" for line in lines] == list(reached)
     assert ("not banking77-tiny" in lines[3]) == (reached[3] == "n")
@@ -72,8 +74,8 @@ def test_targets_can_be_missed(tmp_path: Path, score: float, saved: float, int8:
 
 def test_rivals_stand_beside(tmp_path: Path) -> None:
     rivals = {"full": {"score": 0.9, "ms": 10.0}, "first 1": {"score": 0.85, "ms": 2.0}}
-    records = {"a-tiny.rivals": rivals, "a-tiny.linear": {"score": 0.7, "ms": 0.5}}
-    text = made(tmp_path, {"a-tiny.default0": adapter(0.9), "a-tiny.plain0": adapter(0.87), **records})
+    records = {"a-tiny/rivals": rivals, "a-tiny/linear": {"score": 0.7, "ms": 0.5}}
+    text = made(tmp_path, {"a-tiny/default0": adapter(0.9), "a-tiny/plain0": adapter(0.87), **records})
     assert "No times are measured yet." in text
     assert "| 90.0% at 60.0% | 89.0% at 50.0% | 87.0% at 60.0% | 1: 85.0% at 80% | 70.0% |" in text
 
@@ -97,19 +99,36 @@ def test_a_fixed_depth_takes_the_time_of_the_first_blocks() -> None:
     ]
 
 
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"where": describe(1), **record}), encoding="utf-8")
+
+
+def test_records_stay_when_their_folder_is_gone(tmp_path: Path) -> None:
+    records, file = tmp_path / "records", tmp_path / "deployed.json"
+    write(records / "a-tiny.default0.json", adapter(0.9))
+    collect(records, file)
+    shutil.rmtree(records)
+    write(records / "a-tiny.clock0.json", clock(0.5, 2.0))
+    write(records / "a-tiny.default0.json", adapter(0.8))  # made anew
+    collect(records, file)
+    assert sorted(Results(file)) == ["a-tiny/clock0", "a-tiny/default0"]
+    assert Results(file)["a-tiny/default0"]["drops"]["0.01"]["score"] == 0.8
+
+
 def test_the_picture_is_written_next_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tmp_path / "out" / "records"
-    records.mkdir(parents=True)
     docs = tmp_path / "docs" / "results" / "deployed.md"
     arguments = ["deployed.py", "page", "--out", str(tmp_path / "out"), "--docs", str(docs)]
+    arguments += ["--json", str(tmp_path / "deployed.json")]
     monkeypatch.setattr(sys, "argv", arguments)
     for task in ("banking77", "sst2"):
-        (records / f"{task}-minilm.default0.json").write_text(json.dumps(adapter(0.89)), encoding="utf-8")
+        write(records / f"{task}-minilm.default0.json", adapter(0.89))
     picture = tmp_path / "docs" / "img" / "deployed.svg"
     main()
     assert not picture.exists() and "deployed.svg" not in docs.read_text(encoding="utf-8")
 
-    (records / "sst2-minilm.clock0.json").write_text(json.dumps(clock(0.5, 2.0)), encoding="utf-8")
+    write(records / "sst2-minilm.clock0.json", clock(0.5, 2.0))
     main()
     assert "](../img/deployed.svg)" in docs.read_text(encoding="utf-8")
     drawn = picture.read_bytes()

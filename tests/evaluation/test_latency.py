@@ -76,7 +76,7 @@ def test_both_take_turns_example_by_example(rows: int, options: dict[str, Any], 
 def set_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[bool], float]) -> None:
     """A clock of our own: what it says of a call that is early, or not."""
 
-    def timed(runner: Any, batch: Any, pause: float, settle: bool) -> tuple[float, Any]:
+    def timed(runner: Any, batch: Any, pause: float, before: Any = ()) -> tuple[float, Any]:
         with runner.around():
             output = runner.run(runner.prepare(batch))
         return milliseconds(hasattr(output, "exit_layer")) / 1e3, runner.read(output)

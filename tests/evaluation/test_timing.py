@@ -101,6 +101,13 @@ def test_only_the_second_of_two_calls_in_a_row_counts(clock: Clock) -> None:
         assert take_turns(runners, [0, 1, 2], order=lambda turn: [0, 1], settle=settle)[0].seconds == [seconds] * 3
 
 
+@pytest.mark.parametrize(("batches", "calls"), [("xyz", "az ax ax ay ay az"), ("x", "ax ax")])
+def test_a_settled_call_follows_one_on_the_batch_before(clock: Clock, batches: str, calls: str) -> None:
+    (found,) = take_turns([clock.runner("a")], batches, settle=True)
+    assert clock.calls == calls.split()
+    assert found.outputs == [*batches] and found.seconds == [1.0] * len(batches)
+
+
 def test_a_pause_is_before_each_call(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(timing.time, "sleep", pauses.append)
