@@ -68,6 +68,7 @@ def read_found(results: Results, classifiers: Iterable[Any]) -> list[Found]:
 def page(found: Sequence[Found]) -> str:
     """The page."""
     seeds = sorted({len(own.adapters) for own in found})
+    counts = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
     timed = [own for own in found if own.clocks]
     return f"""# Classifiers in service, before and after
 
@@ -78,7 +79,7 @@ policy is calibrated on the validation rows; all scores and times are of test ro
 
 The drop of at most one point is allowed to the policy on new rows; `model` is the classifier's own score. Times are
 measured, the model without exits and with them in turn; a batch has 32 texts. Values are
-means over {" or ".join(map(str, seeds))} seeds of the exits, with the range where there are several.
+means over {counts} of the exits, with the range where there are several.
 
 ## Milliseconds a text
 
