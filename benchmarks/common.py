@@ -106,7 +106,12 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 def machine(where: dict[str, Any]) -> str:
     """The machine and the versions of `describe`, without what differs from run to run."""
-    return f"{where['cpu']}, {where['cores']} cores, {where['threads']} thread(s); {versions(where)}"
+    return f"{where['cpu']}, {counted(where['cores'], 'core')}, {counted(where['threads'], 'thread')}; {versions(where)}"
+
+
+def counted(number: int, thing: str) -> str:
+    """Such as "1 core" or "2 threads"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def versions(where: dict[str, Any]) -> str:

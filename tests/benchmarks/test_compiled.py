@@ -37,7 +37,7 @@ def test_the_page_says_against_what() -> None:
     assert "| leaves at block 6: compiled / limit | 1.000 (1.000-1.000) | 1.667 (1.667-1.667) |" in text
     assert "| leaves at block 6: compiled / eager | 0.600 (0.600-0.600) | 1.000 (1.000-1.000) |" in text
     assert "faster than eager ones in 2 of 4 cases: they take 0.60 to 1.57 of the time" in text
-    assert "a cpu, 2 cores, 2 thread(s); Python 3, torch 2; weights of seed 0" in text
+    assert "a cpu, 2 cores, 2 threads; Python 3, torch 2; weights of seed 0" in text
 
 
 def test_an_exit_that_was_not_measured_is_left_open() -> None:
