@@ -230,6 +230,8 @@ def test_int8_beside_float32_from_one_cut(exporter, tmp_path):
     branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     kinds = [node.op_type for g in (graph, *branches) for node in g.node]
     assert sum("MatMulInteger" in kind for kind in kinds) >= 18  # six weights a block
+    weights = [onnx.numpy_helper.to_array(w) for w in graph.initializer if w.data_type == onnx.TensorProto.INT8]
+    assert len(weights) >= 18 and max(np.abs(w.astype(int)).max() for w in weights) <= 64  # 2 x 255 x 64 fits 16 bits
     assert kinds.count("Gemm") == 7  # one of exit 0, two of each bypass and one of its exit: these stay in float32
     OnnxEarlyExitModel.from_pretrained(tmp_path / "a")(make_batch()["input_ids"])
 
