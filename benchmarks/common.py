@@ -106,7 +106,8 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 def machine(where: dict[str, Any]) -> str:
     """The machine and the versions of `describe`, without what differs from run to run."""
-    return f"{where['cpu']}, {counted(where['cores'], 'core')}, {counted(where['threads'], 'thread')}; {versions(where)}"
+    cores, threads = counted(where["cores"], "core"), counted(where["threads"], "thread")
+    return f"{where['cpu']}, {cores}, {threads}; {versions(where)}"
 
 
 def counted(number: int, thing: str) -> str:

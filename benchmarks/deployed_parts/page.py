@@ -81,7 +81,7 @@ The drop of at most one point is allowed to the policy on new rows; `model` is t
 measured, the model without exits and with them in turn; a batch has 32 texts. Values are
 means over {counts} of the exits, with the range where there are several.
 
-## Milliseconds a text
+## Milliseconds per text
 
 One text at a time; early answers next to the same runtime at full depth.
 

@@ -52,7 +52,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
         for axes in figure.axes[len(timed) :]:
             axes.set_visible(False)
-        figure.supxlabel("milliseconds a text")
+        figure.supxlabel("milliseconds per text")
         figure.supylabel("score on test rows")
         marks: list[Any] = [Line2D([], [], color=color, label=name, linewidth=1.6) for name, color, _ in RUNTIMES]
         for label, style in (
