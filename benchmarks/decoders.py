@@ -100,11 +100,11 @@ def train(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "forms": forms,
         "policy": recorded_fields(chosen),
         "score": point.score,
-        "layer_speedup": point.layer_speedup,
+        "blocks_saved": point.blocks_saved,
         "settings": {name: getattr(options, name) for name in ("epochs", "lr", "bf16", "seed", "length")},
         "environment": describe(options.threads),
     }
-    print(f"{out.name}: best {scores.best:.4f}, {point.score:.4f} at {point.layer_speedup:.1%} saved", flush=True)
+    print(f"{out.name}: best {scores.best:.4f}, {point.score:.4f} at {point.blocks_saved:.1%} saved", flush=True)
     return result
 
 
@@ -138,8 +138,8 @@ def clock(folder: str, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "rows": len(found),
         "full_ms": found.full_depth_mean_ms,
         "mean_ms": found.mean_ms,
-        "time_saved": found.speedup_paper,
-        "layer_speedup": found.layer_speedup,
+        "time_saved": found.time_saved,
+        "blocks_saved": found.blocks_saved,
         "environment": describe(options.threads),
     }
 
@@ -182,13 +182,13 @@ def page(results: Results) -> str:
         clock, of_time = ["-"] * 3, ""
         if (timed := times.get(name)) is not None:
             of_time = f" and {timed['time_saved']:.0%} of the time"
-            note = f"{timed['layer_speedup']:.1%} of the blocks, {timed['rows']} texts"
+            note = f"{timed['blocks_saved']:.1%} of the blocks, {timed['rows']} texts"
             clock = [f"{timed['full_ms']:.0f}", f"{timed['mean_ms']:.0f}", f"{timed['time_saved']:.1%} ({note})"]
         best = 100 * own["best"]
         early = 100 * own["score"]
-        said.append(f"{name}: {own['layer_speedup']:.0%} of the blocks{of_time} saved for {best - early:.1f} points")
+        said.append(f"{name}: {own['blocks_saved']:.0%} of the blocks{of_time} saved for {best - early:.1f} points")
         policy = own["policy"]["policy"]
-        saved.append([name, policy, f"{best:.1f}", f"{early:.1f}", f"{own['layer_speedup']:.1%}", *clock])
+        saved.append([name, policy, f"{best:.1f}", f"{early:.1f}", f"{own['blocks_saved']:.1%}", *clock])
     heads = ["", "policy", "best exit", "with early exits", "blocks saved", "full depth, ms", "early exits, ms"]
     return f"""# A decoder as a classifier
 

@@ -70,7 +70,7 @@ def chosen_on_itself(rows: ExitLogits, policy: str) -> EarlyExitConfig:
     """The fastest of all settings within the drop on the rows that chose it."""
     best = reference(rows)[1]
     good = [p for p in search(rows, policy, 60, "accuracy") if p.score >= best - ALLOWED - 1e-12]
-    return max(good, key=lambda p: (p.layer_speedup, p.score)).config
+    return max(good, key=lambda p: (p.blocks_saved, p.score)).config
 
 
 METHODS: dict[str, Callable[[ExitLogits, str], EarlyExitConfig]] = {
@@ -115,7 +115,7 @@ def draw_sets(pool: ExitLogits, size: int, policy: str, draws: int, methods: lis
         for name in methods:
             point = evaluate_policy(test, METHODS[name](rows, policy))
             found[name]["excess"].append(round(100 * (best - point.score - ALLOWED), 4))
-            found[name]["speedup"].append(round(point.layer_speedup, 5))
+            found[name]["speedup"].append(round(point.blocks_saved, 5))
     return found
 
 

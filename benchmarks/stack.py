@@ -102,7 +102,7 @@ def stack_section(results: Results) -> str:
         frozen = tasks[task]["frozen"]
         scores = [frozen["full_depth_score"], frozen["early_exit"]["score"], own["score"]]
         deep, early, alone = (f"{100 * value:.1f}" for value in scores)
-        saved = f"{frozen['early_exit']['layer_speedup']:.0%}"
+        saved = f"{frozen['early_exit']['blocks_saved']:.0%}"
         cost = f"{100 * (scores[2] - scores[0]):.1f}"
         lines.append([task, f"{frozen['rows']:,}", frozen["metric"], deep, early, saved, alone, cost])
     rows = ", ".join(f"{task} {own['train_rows']:,}" for task, own in full.items())

@@ -74,9 +74,9 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
                 "name": name,
                 "setting": describe_policy(config),
                 "score": point.score,
-                "saved": point.layer_speedup,
+                "saved": point.blocks_saved,
                 "saved_by_tokens": 1 - float(stops.mean()) / test.depth,
-                "time_saved": timed.speedup_paper,
+                "time_saved": timed.time_saved,
                 "full_p50_ms": timed.full_depth_p50_ms,
                 "timed_rows": len(timed),
             }

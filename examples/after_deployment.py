@@ -120,8 +120,8 @@ def main() -> None:
         "same_answer_per_exit": chosen.calibration["exit_scores"],
         "policy": chosen.policy,
         "same_answer": chosen.calibration["score"],
-        "blocks_saved": chosen.calibration["layer_speedup"],
-        "time_saved": latency.speedup_paper,
+        "blocks_saved": chosen.calibration["blocks_saved"],
+        "time_saved": latency.time_saved,
         "p50_ms": latency.p50_ms,
         "full_depth_p50_ms": latency.full_depth_p50_ms,
     }

@@ -98,7 +98,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir)
     found = model.get_early_exit_config().calibration
     print(f"{found['score']:.1%} of {found['queries']} queries keep their top {args.top_k}", end="; ")
-    print(f"{found['layer_speedup']:.1%} of the blocks saved; on queries left out {found['held_out']:.1%}")
+    print(f"{found['blocks_saved']:.1%} of the blocks saved; on queries left out {found['held_out']:.1%}")
 
     reranker = EarlyExitReranker.from_pretrained(args.output_dir, max_length=args.max_length)
     query = held_out[0]

@@ -99,7 +99,7 @@ def main() -> None:
     for block, score in zip(scores.exit_layers, scores.per_exit, strict=True):
         print(f"  exit {block:2}  {score:.1%}")
     print(f"  S-avg    {scores.avg:.1%}\n  S-best   {scores.best:.1%}")
-    print(f"stopping early ({chosen.policy}): {early.score:.1%}, with {early.layer_speedup:.1%} of the blocks saved")
+    print(f"stopping early ({chosen.policy}): {early.score:.1%}, with {early.blocks_saved:.1%} of the blocks saved")
     print(f"saved to {args.output_dir}")
 
 

@@ -19,7 +19,7 @@ from tests.models import make_badge, make_model, shake
 
 LATENCY = {
     **{"p50_ms": 3.0, "p95_ms": 9.0, "full_depth_p50_ms": 12.0, "full_depth_p95_ms": 17.0},
-    **{"speedup_paper": 0.5, "rows": 20, "device": "cpu", "threads": 2},
+    **{"time_saved": 0.5, "rows": 20, "device": "cpu", "threads": 2},
 }
 
 
@@ -74,7 +74,7 @@ def test_save_pretrained_leaves_our_card(tmp_path: Path) -> None:
     scores = record["exit_scores"].values()
     assert f"S-avg {sum(scores) / 3:.1%}, S-best {max(scores):.1%} (400 rows)" in text
     assert f"accuracy {record['score']:.1%}, at full depth {record['full_depth_score']:.1%}" in text
-    assert f"{record['layer_speedup']:.1%} of the blocks are saved." in text
+    assert f"{record['blocks_saved']:.1%} of the blocks are saved." in text
     assert "tradeoff.png" not in text and "on the clock" not in text
 
 

@@ -162,7 +162,7 @@ def calibrate(
         "full_depth_score": scores.per_exit[-1],
         "exit_scores": {str(m): s for m, s in zip(scores.exit_layers, scores.per_exit, strict=True)},
         "mean_exit": point.mean_exit,
-        "layer_speedup": point.layer_speedup,
+        "blocks_saved": point.blocks_saved,
         **({} if costs is None else {"time_saved": predicted, "costs": costs.to_dict()}),
         "curve": curve_record(scored, setting_curve(scored, chosen, metric)),
         **record,

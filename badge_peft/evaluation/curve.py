@@ -88,8 +88,8 @@ def setting_curve(
     depth) as it is. Of settings that are equally fast there is one."""
     own = evaluate_policy(exit_logits, EarlyExitConfig.of(config, calibration=None), metric)
     family = build_policy(config).opened(exit_logits.kind) or own.config
-    found = {point.layer_speedup: point for point in curve_points(exit_logits, [family], points, metric)}
-    found[own.layer_speedup] = own
+    found = {point.blocks_saved: point for point in curve_points(exit_logits, [family], points, metric)}
+    found[own.blocks_saved] = own
     return [found[speedup] for speedup in sorted(found)]
 
 
@@ -99,7 +99,7 @@ def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[d
     record = []
     for point in points:
         varied = {name: getattr(point.config, name) for name in _VARIED}
-        measured = {name: getattr(point, name) for name in ("mean_exit", "layer_speedup", "score")}
+        measured = {name: getattr(point, name) for name in ("mean_exit", "blocks_saved", "score")}
         promise = ExitPromise.of(exit_logits, point.config)
         counts = {"rows_stopped": list(promise.rows_stopped), "disagreements": promise.disagreements}
         record.append({**{name: value for name, value in varied.items() if value is not None}, **measured, **counts})
@@ -108,9 +108,11 @@ def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[d
 
 def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
     """The curve that `calibrate` stored with this setting, slow to fast."""
+    entries = _entries(config)
+    depth = max(int(number) for number in (config.calibration or {})["exit_scores"])
     return [
-        TradeOffPoint(config.policy, setting, entry["mean_exit"], entry["layer_speedup"], entry["score"])
-        for setting, entry in _entries(config)
+        TradeOffPoint(config.policy, setting, entry["mean_exit"], 1 - entry["mean_exit"] / depth, entry["score"])
+        for setting, entry in entries
     ]
 
 

@@ -47,10 +47,10 @@ class LatencyReport:
         full_depth_mean_ms: Mean time of the reference.
         full_depth_p50_ms: Median time of the reference.
         full_depth_p95_ms: 95th percentile of the time of the reference.
-        speedup_paper: 1 - sum t / sum T: the share of the time saved, as the paper counts it.
+        time_saved: 1 - sum t / sum T: the share of the time saved, as the paper counts it.
         speedup_ratio: sum T / sum t: how many times as fast.
         mean_exit: Mean number of the block that answered.
-        layer_speedup: 1 - mean_exit / M: the share of the blocks saved; `speedup_paper` falls short of it by what
+        blocks_saved: 1 - mean_exit / M: the share of the blocks saved; `time_saved` falls short of it by what
             exits cost.
     """
 
@@ -60,10 +60,10 @@ class LatencyReport:
     full_depth_mean_ms: float = field(init=False)
     full_depth_p50_ms: float = field(init=False)
     full_depth_p95_ms: float = field(init=False)
-    speedup_paper: float = field(init=False)
+    time_saved: float = field(init=False)
     speedup_ratio: float = field(init=False)
     mean_exit: float = field(init=False)
-    layer_speedup: float = field(init=False)
+    blocks_saved: float = field(init=False)
     times_ms: list[float]
     full_depth_times_ms: list[float]
     exit_layer: list[int]
@@ -84,9 +84,9 @@ class LatencyReport:
             self.full_depth_times_ms
         )
         self.speedup_ratio = sum(self.full_depth_times_ms) / sum(self.times_ms)
-        self.speedup_paper = 1 - sum(self.times_ms) / sum(self.full_depth_times_ms)
+        self.time_saved = 1 - sum(self.times_ms) / sum(self.full_depth_times_ms)
         self.mean_exit = float(np.mean(self.exit_layer))
-        self.layer_speedup = 1 - self.mean_exit / self.num_blocks
+        self.blocks_saved = 1 - self.mean_exit / self.num_blocks
 
     def to_dict(self) -> dict[str, Any]:
         """Summary and raw numbers as JSON-able values."""

@@ -76,10 +76,10 @@ def plot_tradeoff(
     for name, style in [*lines, ("fixed_depth", _FIXED)]:
         curve = tradeoff.curve(name)
         label = name.replace("divergence", "DGE", 1).replace("_", " ")  # `divergence-kl t=2` reads "DGE-kl t=2"
-        axes.plot([p.layer_speedup for p in curve], [p.score for p in curve], label=label, **style)
+        axes.plot([p.blocks_saved for p in curve], [p.score for p in curve], label=label, **style)
     marks = {"calibrated": chosen} if isinstance(chosen, TradeOffPoint) else chosen or {}
     for (label, point), style in zip(marks.items(), (_STAR, _RING), strict=False):
-        axes.plot([point.layer_speedup], [point.score], label=label, **style)
+        axes.plot([point.blocks_saved], [point.score], label=label, **style)
 
     share = tradeoff.metric in PERCENTAGES
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -28,19 +28,19 @@ class TradeOffPoint:
         name: The curve that it belongs to.
         config: The configuration.
         mean_exit: Mean number of the block that answered; of token classification, at which the text left.
-        layer_speedup: 1 - mean_exit / M, the share of blocks saved.
+        blocks_saved: 1 - mean_exit / M, the share of blocks saved.
         score: Of the answers.
     """
 
     name: str
     config: EarlyExitConfig
     mean_exit: float
-    layer_speedup: float
+    blocks_saved: float
     score: float
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: the numbers, and the fields of the config that are set."""
-        numbers = {"mean_exit": self.mean_exit, "layer_speedup": self.layer_speedup, "score": self.score}
+        numbers = {"mean_exit": self.mean_exit, "blocks_saved": self.blocks_saved, "score": self.score}
         form = {"divergence": self.config.divergence, "window": self.config.window}
         return {"name": self.name, **form, **set_fields(self.config), **numbers}
 
@@ -66,12 +66,12 @@ class TradeOff:
 
     def curve(self, name: str) -> list[TradeOffPoint]:
         """The points of one curve, by speed-up."""
-        return sorted((p for p in self.points if p.name == name), key=lambda p: p.layer_speedup)
+        return sorted((p for p in self.points if p.name == name), key=lambda p: p.blocks_saved)
 
     def best_at(self, name: str, speedup: float) -> TradeOffPoint | None:
         """The best score of a curve at a layer speed-up of at least `speedup`; None where the curve does not reach."""
-        reached = [p for p in self.curve(name) if p.layer_speedup >= speedup - 1e-12]
-        return max(reached, key=lambda p: (p.score, p.layer_speedup), default=None)
+        reached = [p for p in self.curve(name) if p.blocks_saved >= speedup - 1e-12]
+        return max(reached, key=lambda p: (p.score, p.blocks_saved), default=None)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One flat dict per point, for `pandas.DataFrame` or JSON."""
@@ -149,7 +149,7 @@ def search(
 def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
     """The points that no other beats in both score and speed-up, from slow to fast."""
     front: list[TradeOffPoint] = []
-    for point in sorted(points, key=lambda p: (-p.layer_speedup, -p.score)):
+    for point in sorted(points, key=lambda p: (-p.blocks_saved, -p.score)):
         if not front or point.score > front[-1].score:
             front.append(point)
     return front[::-1]

@@ -118,7 +118,7 @@ def calibrate_ranking(
         "score": best.score,
         "full_depth_score": 1.0,
         "mean_exit": best.mean_exit,
-        "layer_speedup": best.layer_speedup,
+        "blocks_saved": best.blocks_saved,
         **bound,
     }
     if relevance is not None:

@@ -180,7 +180,7 @@ class LatencyController:
 def points_above(curve: Sequence[TradeOffPoint], min_score: float | None) -> list[TradeOffPoint]:
     """The points that score at least `min_score`: from the slowest such point to the last before one that does not,
     so that no lucky point far out is used. A ValueError where there is none, or the curve is not in order."""
-    speeds = [point.layer_speedup for point in curve]
+    speeds = [point.blocks_saved for point in curve]
     if not speeds or sorted(set(speeds)) != speeds:
         raise ValueError(f"a curve needs points from slow to fast, each faster than the last, got speed-ups {speeds}.")
     keeps = [min_score is None or point.score >= min_score for point in curve]

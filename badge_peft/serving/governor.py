@@ -206,7 +206,7 @@ class Governor:
 
     def metrics(self) -> str:
         """For Prometheus, as text."""
-        speedup = None if self.controller is None else self.controller.point.layer_speedup
+        speedup = None if self.controller is None else self.controller.point.blocks_saved
         return self._metrics.text(self.version, self.configs, self.monitors, self.unwatched, self.target, speedup)
 
 

@@ -221,7 +221,7 @@ class _Trials:
             scores.exit_layers,
             point.score,
             scores.per_exit[-1],
-            point.layer_speedup,
+            point.blocks_saved,
             (chosen.calibration or {}).get("time_saved", 0.0),
             costs,
             time.perf_counter() - start,

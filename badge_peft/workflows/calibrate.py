@@ -74,7 +74,7 @@ def take_full_depth(
     """As `choose`, for exits of which none is worth stopping at: the policy `never`, whatever the goal."""
     found = measure(exit_logits, EarlyExitConfig(policy="never"), metric)
     record = {name: found[name] for name in ("metric", "labels", "rows", "full_depth_score", "weights_hash")}
-    record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "layer_speedup")}
+    record |= {name: found["early_exit"][name] for name in ("score", "mean_exit", "blocks_saved")}
     scores = {str(m): value for m, value in zip(found["exit_layers"], found["per_exit"], strict=True)}
     record |= {"policy_asked_for": goal.policy, "exit_scores": scores}
     return EarlyExitConfig(policy="never", calibration=record), found, []

@@ -117,7 +117,7 @@ def before_and_after(report: dict[str, Any]) -> str:
     rows = [
         [metric.replace("_", " "), show(report["full_depth_score"], metric), show(early["score"], metric), ""],
         *([["answers as the model", "100.0%", f"{same:.1%}", ""]] if same is not None else []),
-        ["blocks a text", f"{depth}", f"{early['mean_exit']:.2f}", f"{early['layer_speedup']:.1%}"],
+        ["blocks a text", f"{depth}", f"{early['mean_exit']:.2f}", f"{early['blocks_saved']:.1%}"],
     ]
     for title, stock, own in (
         ("PyTorch", "stock PyTorch", "BADGE PyTorch"),

@@ -212,7 +212,7 @@ def measure(exit_logits: ExitLogits, config: EarlyExitConfig, metric: str = "acc
             "config": recorded_fields(config),
             "score": point.score,
             "mean_exit": point.mean_exit,
-            "layer_speedup": point.layer_speedup,
+            "blocks_saved": point.blocks_saved,
             "answers_as_full_depth": agreement,
             "rows_stopped": stopped,
         },

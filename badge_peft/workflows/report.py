@@ -53,7 +53,7 @@ def summary(report: dict[str, Any]) -> str:
         f"  {_metric_name(report)} {show(early['score'], metric)}; at full depth "
         f"{show(report['full_depth_score'], metric)}",
         f"  {early['mean_exit']:.2f} of {report['num_blocks']} blocks per row on average: "
-        f"{early['layer_speedup']:.1%} of the blocks saved",
+        f"{early['blocks_saved']:.1%} of the blocks saved",
     ]
     expected = (report.get("calibration") or {}).get("time_saved")
     if expected is not None:
@@ -123,7 +123,7 @@ def tradeoff_table(found: TradeOff, against_full_depth: bool) -> str:
             point.name,
             describe(point.config),
             f"{point.mean_exit:.2f}",
-            f"{point.layer_speedup:.1%}",
+            f"{point.blocks_saved:.1%}",
             show(point.score, found.metric),
         ]
         for curve in found.names
@@ -155,7 +155,7 @@ def latency_line(latency: dict[str, Any]) -> str:
         f"  latency ({latency['rows']} rows, one at a time, {latency['device']}, {latency['threads']} threads): "
         f"p50 {latency['p50_ms']:.2f} ms, p95 {latency['p95_ms']:.2f} ms; the model without exits "
         f"{latency['full_depth_p50_ms']:.2f} and {latency['full_depth_p95_ms']:.2f} ms: "
-        f"{latency['speedup_paper']:.1%} of the time saved"
+        f"{latency['time_saved']:.1%} of the time saved"
     )
 
 

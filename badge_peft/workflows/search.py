@@ -210,7 +210,7 @@ class Search:
             study.set_user_attr("target", scores.best - float(goal.arguments()["max_score_drop"] or 0))
         target = study.user_attrs["target"]
         points = sweep(found, None if goal.policy == "auto" else [goal.policy], metric=self.metric).points
-        reached = [point.layer_speedup for point in points if point.score >= target]
+        reached = [point.blocks_saved for point in points if point.score >= target]
         return max(reached) if reached else max(point.score for point in points) - target
 
 

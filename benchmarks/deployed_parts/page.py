@@ -146,7 +146,7 @@ def _headline(found: Sequence[Found]) -> str:
     rows = []
     for own in found:
         measured = [_shares(own.saved(way)) if own.clocks else "-" for way in ("one", "batch")]
-        cells = [_shares(own.early("0.01", name)) for name in ("score", "answers_as_full_depth", "layer_speedup")]
+        cells = [_shares(own.early("0.01", name)) for name in ("score", "answers_as_full_depth", "blocks_saved")]
         rows.append([own.title, _shares(_models(own)), *cells, *measured])
     columns = ["classifier", "model", "with exits", "same answer", "blocks saved", "time saved", "time saved, batches"]
     return markdown(columns, rows)
@@ -173,7 +173,7 @@ of all test rows in float32; for int8 the difference on the timed rows is added.
 
 
 def _half(found: Sequence[Found]) -> str:
-    names = ("score", "answers_as_full_depth", "layer_speedup", "expected_time_saved")
+    names = ("score", "answers_as_full_depth", "blocks_saved", "expected_time_saved")
     rows = [[own.title, _shares(_models(own)), *(_shares(own.early("0.005", n)) for n in names)] for own in found]
     columns = ["classifier", "model", "with exits", "same answer", "blocks saved", "time saved, expected"]
     return markdown(columns, rows)
@@ -182,7 +182,7 @@ def _half(found: Sequence[Found]) -> str:
 def _rivals(found: Sequence[Found]) -> str:
     rows = []
     for own in found:
-        early = f"{_shares(own.early('0.01', 'score'))} at {_shares(own.early('0.01', 'layer_speedup'))}"
+        early = f"{_shares(own.early('0.01', 'score'))} at {_shares(own.early('0.01', 'blocks_saved'))}"
         fixed = [_at(adapter["drops"]["0.01"]["fixed_depth"]) for adapter in own.adapters[:1]]
         plain = _at(own.others["plain0"]["drops"]["0.01"]) if "plain0" in own.others else "-"
         models = own.others.get("rivals", {})
@@ -228,7 +228,7 @@ def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _at(early: Record) -> str:
-    return f"{early['score']:.1%} at {early['layer_speedup']:.1%}"
+    return f"{early['score']:.1%} at {early['blocks_saved']:.1%}"
 
 
 def _score(record: Record | None) -> str:

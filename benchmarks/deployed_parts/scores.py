@@ -80,5 +80,5 @@ def _fixed(report: dict[str, Any], drop: float) -> EarlyExitConfig:
 
 def _early(measured: dict[str, Any]) -> dict[str, Any]:
     found = measured["early_exit"]
-    names = ("score", "mean_exit", "layer_speedup", "answers_as_full_depth")
+    names = ("score", "mean_exit", "blocks_saved", "answers_as_full_depth")
     return {"policy": found["config"]["policy"], **{name: found[name] for name in names}}

@@ -68,8 +68,8 @@ def along(logits: ExitLogits, config: Any, metric: str) -> np.ndarray:
     )
     pairs = {0.0: [exit_scores(logits, metric).per_exit[-1]]}
     for point in found.points:
-        if point.layer_speedup > 0 and (point.name == "fixed_depth") == (name == "fixed_depth"):
-            pairs.setdefault(round(point.layer_speedup, 9), []).append(point.score)
+        if point.blocks_saved > 0 and (point.name == "fixed_depth") == (name == "fixed_depth"):
+            pairs.setdefault(round(point.blocks_saved, 9), []).append(point.score)
     x = np.array(sorted(pairs))
     return np.interp(GRID, x, [100 * max(pairs[share]) for share in x], right=np.nan)
 

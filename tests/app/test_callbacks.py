@@ -184,7 +184,7 @@ def test_the_point_on_the_curve(make: Make) -> None:
     for tau, t in ((0.05, 1), (0.6, 1), (0.6, 3)):
         page = callbacks.curve(tau, t)
         point = evaluate_policy(logits, {"threshold": tau, "patience": t})
-        cells = [f"{point.score:.1%}", f"{point.mean_exit:.2f}", f"{point.layer_speedup:.1%}"]
+        cells = [f"{point.score:.1%}", f"{point.mean_exit:.2f}", f"{point.blocks_saved:.1%}"]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page and "data:image/svg+xml" in page
         assert f"threshold={tau}, patience={t}" in page
         seen.add(point.mean_exit)

@@ -34,4 +34,4 @@ def test_a_decoder(tmp_path: Path) -> None:
     assert scores["forms"]["block bypass, carried logits"]["best"] == scores["best"]
     page = (tmp_path / "page.md").read_text()
     assert f"| mood | {100 * scores['per_exit'][0]:.1f} |" in page
-    assert f"**mood: {scores['layer_speedup']:.0%} of the blocks" in page
+    assert f"**mood: {scores['blocks_saved']:.0%} of the blocks" in page

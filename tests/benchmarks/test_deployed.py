@@ -21,7 +21,7 @@ from deployed_parts.picture import fixed_depths, points  # noqa: E402
 
 
 def early(score: float, blocks: float) -> dict[str, Any]:
-    return {"score": score, "layer_speedup": blocks, "answers_as_full_depth": 0.97, "expected_time_saved": 0.4}
+    return {"score": score, "blocks_saved": blocks, "answers_as_full_depth": 0.97, "expected_time_saved": 0.4}
 
 
 def adapter(score: float) -> dict[str, Any]:

@@ -419,7 +419,7 @@ def test_headline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule, test = savings.rule(record, "share"), store.logits(record.settled, "test")
     expected = evaluate_policy(test, rule, record.settled["metric"])
     assert exit_scores(answers, record.settled["metric"]).best == pytest.approx(expected.score)
-    assert saved == pytest.approx(expected.layer_speedup)
+    assert saved == pytest.approx(expected.blocks_saved)
     assert 0 <= savings.within_drop(record)[0] < 1
     assert Savings(store).rule(record, "share") == rule  # as it was kept
 

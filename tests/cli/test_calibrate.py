@@ -26,9 +26,9 @@ def test_only_the_exit_rule_changes(adapter: Path, cli: Cli) -> None:
     assert after == before and list(after) == list(before)
     assert _others(adapter) == others and stat.S_IMODE(file.stat().st_mode) == 0o640
     config = load_pretrained(str(adapter)).base_model.get_early_exit_config()
-    assert config.policy == "entropy" and config.calibration["layer_speedup"] >= 0.5
+    assert config.policy == "entropy" and config.calibration["blocks_saved"] >= 0.5
     card = (adapter / "README.md").read_text()
-    assert f"{config.calibration['layer_speedup']:.1%} of the blocks are saved" in card and "`entropy`" in card
+    assert f"{config.calibration['blocks_saved']:.1%} of the blocks are saved" in card and "`entropy`" in card
     assert "of the blocks saved" in told.output and str(file) in told.output
 
 
@@ -43,7 +43,7 @@ def test_a_fixed_depth_is_found(adapter: Path, cli: Cli) -> None:
     cli("calibrate", adapter, "--policy", "fixed_depth", "--target-speedup", 0.5)
     config = load_pretrained(str(adapter)).base_model.get_early_exit_config()
     assert (config.policy, config.depth) == ("fixed_depth", 1)  # of 3
-    assert config.calibration["layer_speedup"] >= 0.5 and config.calibration["policy_asked_for"] == "fixed_depth"
+    assert config.calibration["blocks_saved"] >= 0.5 and config.calibration["policy_asked_for"] == "fixed_depth"
 
 
 def test_on_data_with_labels(adapter: Path, place: Path, cli: Cli) -> None:
@@ -61,7 +61,7 @@ def test_a_bound_for_new_data(adapter: Path, cli: Cli, monkeypatch: pytest.Monke
     ExitLogits(noisy).save(adapter / "exit_logits.safetensors")
     cli("calibrate", adapter, "--policy", "max_prob", "--max-score-drop", 0.05, "--confidence", 0.9)
     record = load_pretrained(str(adapter)).base_model.get_early_exit_config().calibration
-    assert record["confidence"] == 0.9 and record["test_rows"] == 1500 and record["layer_speedup"] > 0
+    assert record["confidence"] == 0.9 and record["test_rows"] == 1500 and record["blocks_saved"] > 0
 
 
 def test_a_write_that_fails_leaves_the_old_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

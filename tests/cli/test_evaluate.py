@@ -36,10 +36,10 @@ def test_the_numbers_are_those_of_the_library(
     config = load_pretrained(str(trained)).base_model.get_early_exit_config()
     point = evaluate_policy(logits, config)
     early = report["early_exit"]
-    assert (early["score"], early["mean_exit"], early["layer_speedup"]) == (
+    assert (early["score"], early["mean_exit"], early["blocks_saved"]) == (
         point.score,
         point.mean_exit,
-        point.layer_speedup,
+        point.blocks_saved,
     )
     assert report["latency"]["rows"] == 3 and report["latency"]["full_depth_p50_ms"] > 0
     stored = ExitLogits.load(tmp_path / "l.safetensors")

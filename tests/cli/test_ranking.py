@@ -70,7 +70,7 @@ def test_the_report(ranked: Path) -> None:
     assert (report["task"], report["queries"], report["train_queries"]) == ("ranking", 3, 12)
     assert (report["rows"], report["train_rows"]) == (3 * CANDIDATES, 12 * CANDIDATES)
     assert report["full_depth_is_checkpoint"]["equal"] and report["per_exit"][-1] == 1.0
-    assert report["early_exit"]["score"] >= 0.6 and 0 < report["early_exit"]["layer_speedup"] < 1
+    assert report["early_exit"]["score"] >= 0.6 and 0 < report["early_exit"]["blocks_saved"] < 1
     assert report["columns"] == {"text": "query", "text_pair": "document", "label": "label", "query_id": "query_id"}
     assert set(report["relevance"]) >= {"ndcg", "full_depth_ndcg", "mrr", "full_depth_mrr"}
     config = json.loads((ranked / "reranker" / "adapter_config.json").read_text())
@@ -158,7 +158,7 @@ def test_evaluate_and_sweep(ranked: Path, tmp_path: Path, cli: Cli) -> None:
     assert found["metric"] == "top_k_kept" and {p["name"] for p in found["points"]} == {"fixed_depth", "top_k"}
     points = [p for p in found["points"] if p["name"] == "top_k"]
     assert all(p["top_k"] == 2 for p in points) and len(points) <= 5
-    assert points[0]["layer_speedup"] <= points[-1]["layer_speedup"] and "top_k=2" in told
+    assert points[0]["blocks_saved"] <= points[-1]["blocks_saved"] and "top_k=2" in told
 
 
 def test_predict_ranks_each_query(ranked: Path, cli: Cli) -> None:

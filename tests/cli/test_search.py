@@ -160,7 +160,7 @@ def test_worth_for_speed() -> None:
     assert attrs == {"target": target}
     for found, value in zip((first, better, worse), worth, strict=True):
         points = sweep(found).points
-        saved = [point.layer_speedup for point in points if point.score >= target]
+        saved = [point.blocks_saved for point in points if point.score >= target]
         assert value == pytest.approx(max(saved) if saved else max(p.score for p in points) - target)
     assert worth[1] > worth[0] >= 0 > worth[2]
     scored = SimpleNamespace(settings=TrainSettings(output_dir=Path("-")), metric="accuracy")

@@ -189,7 +189,7 @@ def test_exits_that_have_learned_nothing_are_told_first_and_not_used(place: Path
     told = cli(*train, *FAST).stdout.split("\n\n")
     assert told[1].startswith("WARNING: no exit is better than always answering 'bad' (which scores")
     report = json.loads((out / "report.json").read_text())
-    assert report["constant_answer"]["beaten"] is False and report["early_exit"]["layer_speedup"] == 0
+    assert report["constant_answer"]["beaten"] is False and report["early_exit"]["blocks_saved"] == 0
     assert json.loads((out / "adapter_config.json").read_text())["early_exit"]["policy"] == "never"
     assert "| exit after block | accuracy |" in (out / "README.md").read_text()
 
@@ -239,7 +239,7 @@ def test_a_separate_file_is_calibrated_on(place: Path, cli: Cli, tmp_path: Path)
     cli(*train, "--eval-data", tmp_path / "eval.jsonl", "--target-blocks-saved", 0.3, "--policy", "divergence")
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["rows"] == 20 and report["train_rows"] == 100  # the twenty texts do not train
-    assert report["early_exit"]["layer_speedup"] >= 0.3
+    assert report["early_exit"]["blocks_saved"] >= 0.3
 
 
 @pytest.mark.parametrize(("backbone", "objective"), [("lora", "joint"), ("full", "two_stage")])

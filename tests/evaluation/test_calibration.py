@@ -51,7 +51,7 @@ def check(stored, config, goal, metric):
     point = evaluate_policy(stored, config, metric)
     scores = exit_scores(stored, metric).per_exit
     if "target_blocks_saved" in goal:
-        assert point.layer_speedup >= goal["target_blocks_saved"] - 1e-9
+        assert point.blocks_saved >= goal["target_blocks_saved"] - 1e-9
     for depth, score in zip(stored.exits, scores, strict=True):
         if depth <= point.mean_exit + 1e-9:
             assert score <= point.score + 1e-9, (depth, score, point)
@@ -110,9 +110,9 @@ def test_nothing_that_is_tried_is_better(rows, policy, goal):
     fewer = [replace(form, exit_layers=few) for form in families(policy, stored) for few in fewer_exits(form, stored)]
     tried += curve_points(stored, fewer, selection.SETTINGS, "accuracy")
     assert len(tried) > 12
-    good = [p for p in tried if p.layer_speedup >= goal["target_blocks_saved"] - 1e-12]
+    good = [p for p in tried if p.blocks_saved >= goal["target_blocks_saved"] - 1e-12]
     assert max(p.score for p in good) == point.score
-    assert max(p.layer_speedup for p in good if p.score == point.score) == point.layer_speedup
+    assert max(p.blocks_saved for p in good if p.score == point.score) == point.blocks_saved
 
 
 @pytest.mark.parametrize(("problem_type", "num_labels"), SIZES)
@@ -171,7 +171,7 @@ def test_what_is_recorded(problem_type, num_labels):
         zip(map(str, range(1, 13)), exit_scores(stored, metric).per_exit, strict=True)
     )
     assert record["mean_exit"] == pytest.approx(point.mean_exit)
-    assert record["layer_speedup"] == pytest.approx(1 - point.mean_exit / 12)
+    assert record["blocks_saved"] == pytest.approx(1 - point.mean_exit / 12)
     again = EarlyExitConfig.of(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert torch.equal(build_policy(again).replay(stored), build_policy(config).replay(stored))
@@ -231,7 +231,7 @@ def test_another_metric_is_another_choice():
         return float((predictions == 0).mean())
 
     config = quiet(stored, "entropy", target_blocks_saved=0.3, metric=zeros)
-    tried = [p for p in search(stored, "entropy", selection.SETTINGS, zeros) if p.layer_speedup >= 0.3 - 1e-12]
+    tried = [p for p in search(stored, "entropy", selection.SETTINGS, zeros) if p.blocks_saved >= 0.3 - 1e-12]
     assert config.calibration["score"] == max(p.score for p in tried)
 
 
@@ -286,7 +286,7 @@ def test_the_model_stops_where_the_calibration_said(policy):
     model.set_early_exit_config(config)
     out = model.early_exit_forward(**batch)
     assert out.exit_layer.tolist() == build_policy(config).replay(stored).tolist()
-    assert 1 - out.exit_layer.double().mean().item() / 3 == pytest.approx(config.calibration["layer_speedup"])
+    assert 1 - out.exit_layer.double().mean().item() / 3 == pytest.approx(config.calibration["blocks_saved"])
     right = (out.logits.argmax(-1) == labels).double().mean().item()
     assert right == pytest.approx(config.calibration["score"])
 

@@ -31,7 +31,7 @@ def test_what_calibrate_stored_is_what_a_replay_measures(problem_type, policy):
     chosen = quiet(exit_logits, policy, target_blocks_saved=0.3, metric=metric)
     again = EarlyExitConfig.of(json.loads(json.dumps(chosen.to_dict())))
     points = stored_curve(again)
-    speeds = [p.layer_speedup for p in points]
+    speeds = [p.blocks_saved for p in points]
     assert 2 <= len(points) <= POINTS + 1 and speeds == sorted(set(speeds))
     for point in points:
         measured = evaluate_policy(exit_logits, point.config, metric)

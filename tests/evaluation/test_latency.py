@@ -52,7 +52,7 @@ def test_the_adapters_own_config_is_the_default() -> None:
     report = measure_latency(model, make_rows(3), warmup=0)
     assert report.exit_layer == [2, 2, 2]
     assert report.early_exit["policy"] == "fixed_depth"
-    assert (report.mean_exit, report.layer_speedup) == (2.0, pytest.approx(1 / 3))
+    assert (report.mean_exit, report.blocks_saved) == (2.0, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_clock_decides_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.times_ms == pytest.approx([1, 2, 3, 4])
     assert (report.mean_ms, report.p50_ms, report.p95_ms) == pytest.approx((2.5, 2.5, 3.85))
     assert (report.full_depth_mean_ms, report.full_depth_p50_ms) == pytest.approx((25, 25))
-    assert report.speedup_paper == pytest.approx(0.9)
+    assert report.time_saved == pytest.approx(0.9)
     assert report.speedup_ratio == pytest.approx(10)
 
 
@@ -159,9 +159,9 @@ def test_no_examples_and_no_adapter() -> None:
 
 def test_speedups_of_a_made_up_report() -> None:
     report = LatencyReport([1.0, 3.0], [4.0, 4.0], [1, 3], [0, 1], 4, "full_depth", {}, 2, "cpu", "2")
-    assert report.speedup_paper == pytest.approx(0.5)
+    assert report.time_saved == pytest.approx(0.5)
     assert report.speedup_ratio == pytest.approx(2.0)
-    assert report.layer_speedup == pytest.approx(0.5)
+    assert report.blocks_saved == pytest.approx(0.5)
     assert np.isclose(report.full_depth_p95_ms, 4.0)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["exit_layer"] == [1, 3] and {"mean_ms", "p50_ms", "p95_ms", "times_ms", "full_depth_p50_ms"} <= set(

@@ -28,7 +28,7 @@ def test_one_line_per_curve_and_a_legend(tradeoff: TradeOff) -> None:
     for line in axes.get_lines():
         name = next(n for n in tradeoff.names if n.replace("divergence", "DGE").replace("_", " ") == line.get_label())
         curve = tradeoff.curve(name)
-        assert list(line.get_xdata()) == [point.layer_speedup for point in curve]
+        assert list(line.get_xdata()) == [point.blocks_saved for point in curve]
         assert list(line.get_ydata()) == [point.score for point in curve]
 
 
@@ -56,7 +56,7 @@ def test_the_chosen_setting_is_marked(tradeoff: TradeOff) -> None:
     point = evaluate_policy(plausible(rows=200, exits=4), {"policy": "divergence", "threshold": 0.5, "patience": 1})
     star = plot_tradeoff(tradeoff, chosen=point).axes[0].get_lines()[-1]
     assert (star.get_label(), star.get_marker()) == ("calibrated", "*")
-    assert (list(star.get_xdata()), list(star.get_ydata())) == ([point.layer_speedup], [point.score])
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([point.blocks_saved], [point.score])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

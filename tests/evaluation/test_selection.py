@@ -52,7 +52,7 @@ def test_a_setting_has_its_drop(kind, labels, metric):
     assert len(found) > 5
     for setting in found[::7]:
         point = evaluate_policy(stored, setting.config, metric)
-        assert setting.saved == pytest.approx(point.layer_speedup) and setting.error > 0
+        assert setting.saved == pytest.approx(point.blocks_saved) and setting.error > 0
         assert setting.counted == pytest.approx(full - point.score)
         assert (kind, metric) == (SINGLE, "accuracy") or setting.drop == setting.counted
 
@@ -123,7 +123,7 @@ def test_what_is_promised_holds_on_new_rows():
             rows, test = pool.select(order[:300]), pool.select(order[300:])
             point = evaluate_policy(test, quietly(rows, policy, max_score_drop=0.02))
             excess.append(exit_scores(test).best - point.score - 0.02)
-            saved.append(point.layer_speedup)
+            saved.append(point.blocks_saved)
         assert np.mean(excess) < 0.003 and np.quantile(excess, 0.9) < 0.012
         assert np.mean(saved) > 0.25  # a rule so careful that it returns nothing is broken
 
@@ -139,7 +139,7 @@ def test_auto_is_never_behind_a_single_policy(rows, labels):
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         part, test = pool.select(order[:rows]), pool.select(order[rows:])
         for name in names:
-            saved[name].append(evaluate_policy(test, quietly(part, name, max_score_drop=0.02)).layer_speedup)
+            saved[name].append(evaluate_policy(test, quietly(part, name, max_score_drop=0.02)).blocks_saved)
     best = max(np.mean(values) for name, values in saved.items() if name != "auto")
     assert np.mean(saved["auto"]) >= 0.9 * best
 
@@ -215,7 +215,7 @@ def test_more_policies_take_nothing_away():
         for forms in policies_of([EarlyExitConfig(policy="max_prob")])
     ]
     most = max(choice.saved for choice in few if choice is not None)
-    assert quietly(stored, "auto", max_score_drop=0.02).calibration["layer_speedup"] >= most - 1e-9
+    assert quietly(stored, "auto", max_score_drop=0.02).calibration["blocks_saved"] >= most - 1e-9
 
 
 def test_exits_that_are_too_sure_are_passed_over():
@@ -225,7 +225,7 @@ def test_exits_that_are_too_sure_are_passed_over():
     stored.logits[:, 1] = 8 * torch.nn.functional.one_hot(torch.randint(0, 3, (600,), generator=draw), 3).float()
     config = quietly(stored, "max_prob", max_score_drop=0.02)
     assert config.exit_layers is not None and 2 not in config.exit_layers
-    assert config.calibration["layer_speedup"] > 0.2
+    assert config.calibration["blocks_saved"] > 0.2
 
 
 def test_time_decides_which_exits_are_read():

@@ -116,12 +116,12 @@ def test_calibrate(metric: str, labels: bool) -> None:
     record: Any = quick.calibration
     assert record["rows"] == 120 and record["tokens"] == len(stored) and record["metric"] == metric
     point = evaluate_policy(stored.labeled(), EarlyExitConfig.of(quick, calibration=None), metric)
-    assert record["score"] == point.score and record["layer_speedup"] == point.layer_speedup >= 0.2
+    assert record["score"] == point.score and record["blocks_saved"] == point.blocks_saved >= 0.2
     assert record["drop_interval"][0] <= record["drop_interval"][1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept = calibrate(stored, "auto", max_score_drop=0.2, metric=metric)
-    assert kept.calibration["layer_speedup"] > 0
+    assert kept.calibration["blocks_saved"] > 0
 
 
 def test_the_error_of_a_drop_is_one_of_texts() -> None:

@@ -45,7 +45,7 @@ def test_twenty_points_spread_over_the_speed_ups(policy, problem_type, num_label
     stored = plausible(problem_type, num_labels)
     found = sweep(stored, [policy], metric=metric_of(problem_type))
     points = [p for p in found.points if p.config.policy != "fixed_depth"]
-    speed_ups = sorted({p.layer_speedup for p in points})
+    speed_ups = sorted({p.blocks_saved for p in points})
     assert len(points) == 20 and len(speed_ups) == 20
     assert np.diff(speed_ups).max() < 3 * (speed_ups[-1] - speed_ups[0]) / 19 + 0.01
     assert speed_ups[0] < 0.1 or policy["policy"] == "agreement"  # which goes no further than the best exit
@@ -66,7 +66,7 @@ def test_the_fixed_depths_are_always_there(policies, exits):
     scores = dict(zip(exits, exit_scores(stored).per_exit, strict=True))
     for point in line:
         assert point.mean_exit == point.config.depth
-        assert point.layer_speedup == pytest.approx(1 - point.config.depth / exits[-1])
+        assert point.blocks_saved == pytest.approx(1 - point.config.depth / exits[-1])
         assert point.score == scores[point.config.depth]
 
 
@@ -141,9 +141,9 @@ POINTS = [
 def test_curves():
     found = TradeOff([*POINTS, TradeOffPoint("b", EarlyExitConfig(), 6.0, 0.5, 0.5)], "accuracy", 12)
     assert found.names == ["a", "b"]
-    assert [p.layer_speedup for p in found.curve("a")] == [0.2, 0.4, 0.6, 0.7]
+    assert [p.blocks_saved for p in found.curve("a")] == [0.2, 0.4, 0.6, 0.7]
     assert found.best_at("a", 0.0).score == 0.9 and found.best_at("a", 0.4).score == 0.8
-    assert found.best_at("a", 0.41).layer_speedup == 0.7  # of equal scores the faster
+    assert found.best_at("a", 0.41).blocks_saved == 0.7  # of equal scores the faster
     assert found.best_at("a", 0.71) is None and found.best_at("c", 0.0) is None
 
 
@@ -178,7 +178,7 @@ def test_files(tmp_path):
         "threshold": 0.3,
         "window": "all",
         "mean_exit": pytest.approx(4.8),
-        "layer_speedup": 0.6,
+        "blocks_saved": 0.6,
         "score": 0.7,
     }
     found.save(tmp_path / "sweep.json")

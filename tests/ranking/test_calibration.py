@@ -46,21 +46,21 @@ def test_enough_queries_keep_their_top_k(top_k, keep):
     record = config.calibration
     assert kept[:, 0].mean() == pytest.approx(record["score"]) and record["score"] >= keep
     assert record["mean_exit"] == pytest.approx(stops.mean())
-    assert record["layer_speedup"] == pytest.approx(1 - stops.mean() / EXITS)
+    assert record["blocks_saved"] == pytest.approx(1 - stops.mean() / EXITS)
     assert (record["queries"], record["rows"], record["keep"]) == (40, 1000, keep)
     assert config.policy == "top_k" and config.top_k == top_k and len(config.parameters["margins"]) == EXITS
-    assert 0.1 < record["layer_speedup"] < 0.8 and 0.5 < record["held_out"] <= 1
+    assert 0.1 < record["blocks_saved"] < 0.8 and 0.5 < record["held_out"] <= 1
     assert EarlyExitConfig.of(config.to_dict()) == config
 
 
 def test_less_is_faster():
     scores, ids, _ = make_scores()
-    saved = [calibrate_ranking(scores, ids, 10, keep).calibration["layer_speedup"] for keep in (0.5, 0.8, 1)]
+    saved = [calibrate_ranking(scores, ids, 10, keep).calibration["blocks_saved"] for keep in (0.5, 0.8, 1)]
     assert saved == sorted(saved, reverse=True) and saved[0] > saved[-1] + 0.02
-    smaller = [calibrate_ranking(scores, ids, k).calibration["layer_speedup"] for k in (1, 10)]
+    smaller = [calibrate_ranking(scores, ids, k).calibration["blocks_saved"] for k in (1, 10)]
     assert smaller == sorted(smaller, reverse=True)
     everything = calibrate_ranking(scores, ids, 25)
-    assert everything.calibration["layer_speedup"] == 0.0 and everything.calibration["score"] == 1.0
+    assert everything.calibration["blocks_saved"] == 0.0 and everything.calibration["score"] == 1.0
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -81,7 +81,7 @@ def test_order_counts_where_candidates_stop_before_the_last_exit():
     kept, _ = kept_by_loops(scores, ids, strict)
     assert strict.calibration["score"] == pytest.approx(kept[:, 1].mean()) and strict.max_exit == 2
     assert free.calibration["score"] >= strict.calibration["score"] >= 0.5
-    assert strict.calibration["layer_speedup"] <= free.calibration["layer_speedup"]
+    assert strict.calibration["blocks_saved"] <= free.calibration["blocks_saved"]
     with pytest.raises(ValueError, match=r"keep=1\.0 cannot be reached below max_exit=1"):
         calibrate_ranking(scores, ids, 3, 1.0, max_exit=1)
     whole = [calibrate_ranking(scores, ids, 3, 0.9, ordered=o).parameters for o in (False, True)]
@@ -92,10 +92,10 @@ def test_exits_where_nothing_is_decided_ask_for_no_margin():
     scores, ids, _ = make_scores()
     scores[:, 0] = np.random.default_rng(0).normal(size=len(scores)) * 100
     late = calibrate_ranking(scores, ids, 5, min_exit=2)
-    assert late.calibration["layer_speedup"] > 0.2
-    assert calibrate_ranking(scores, ids, 5).calibration["layer_speedup"] > 0.2  # the shape makes room for it
+    assert late.calibration["blocks_saved"] > 0.2
+    assert calibrate_ranking(scores, ids, 5).calibration["blocks_saved"] > 0.2  # the shape makes room for it
     single = calibrate_ranking(scores[:, -1:], ids, 5)
-    assert single.parameters == {"margins": [0.0]} and single.calibration["layer_speedup"] == 0.0
+    assert single.parameters == {"margins": [0.0]} and single.calibration["blocks_saved"] == 0.0
 
 
 def test_stored_exit_logits_know_exits_queries_and_labels():
@@ -106,7 +106,7 @@ def test_stored_exit_logits_know_exits_queries_and_labels():
     record = config.calibration
     stops = build_policy(config).replay(stored)
     assert set(stops.tolist()) <= {0, 1, 2, 4, 6} and record["weights_hash"] == "abc"
-    assert record["layer_speedup"] == pytest.approx(1 - stops.double().mean().item() / 6)
+    assert record["blocks_saved"] == pytest.approx(1 - stops.double().mean().item() / 6)
     assert record["ndcg"] == pytest.approx(record["full_depth_ndcg"], abs=0.02) and record["full_depth_mrr"] > 0.5
     given_ = calibrate_ranking(scores, ids, 5, labels=labels.tolist()).calibration
     assert given_["full_depth_ndcg"] == record["full_depth_ndcg"]
@@ -123,7 +123,7 @@ def test_names_and_order_of_queries_do_not_matter():
 def test_a_bound_is_slower_and_holds_on_new_queries():
     scores, ids, _ = make_scores(200, 20)
     plain, bound = (calibrate_ranking(scores, ids, 5, 0.9, confidence=c) for c in (None, 0.95))
-    assert bound.calibration["layer_speedup"] <= plain.calibration["layer_speedup"]
+    assert bound.calibration["blocks_saved"] <= plain.calibration["blocks_saved"]
     assert bound.calibration["confidence"] == 0.95 and bound.calibration["test_queries"] == 100
     new, new_ids, _ = make_scores(1000, 20, seed=9)
     fresh = ExitLogits(torch.from_numpy(new)[:, :, None], groups=new_ids)

@@ -107,7 +107,7 @@ def test_a_target_moves_the_setting_once_in_an_interval_and_never_below_the_floo
         before = of.configs
         report(of, [0.5] * 20)  # within the same interval
         assert of.configs == before
-    assert of.controller.point.layer_speedup > slow.layer_speedup
+    assert of.controller.point.blocks_saved > slow.blocks_saved
     assert of.controller.point == of.controller.points[-1]
     assert of.controller.point.score >= calibrated().calibration["full_depth_score"] - 0.05
     assert report(of)["early_exit"]["default"]["threshold"] == of.controller.config.threshold

@@ -78,7 +78,7 @@ def test_the_table_is_of_the_report(finished: Finished) -> None:
     assert table in printed and "Traceback" not in printed
     lines = {line.split("  ")[0]: line for line in table.splitlines()}
     early = report["early_exit"]
-    assert f"{early['layer_speedup']:.1%}" in lines["blocks a text"]
+    assert f"{early['blocks_saved']:.1%}" in lines["blocks a text"]
     assert f"{report['full_depth_score']:.1%}" in lines["accuracy"] and f"{early['score']:.1%}" in lines["accuracy"]
     for runner in report["bench"]["results"]:
         assert f"{1e3 / runner['examples_per_s']:.2f}" in table
