@@ -42,11 +42,11 @@ class ExitHistory:
         self.num_labels = num_labels
         self.groups = groups
         self.seen = 0
-        self.logits = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
+        self.logits: Array = np.empty((len(self.exits), rows, num_labels), dtype=np.float32)
         self.finite: Array | None = None  # [E, n] bool, whether all logits are; None: so far they are, in all rows
         self.uncertainty: Array | None = None  # [E, n], what a learned exit layer predicts; NaN where it has not
-        self._log_probs = np.empty_like(self.logits)
-        self._log_others = np.empty_like(self.logits) if self.problem.many_labels else None
+        self._log_probs: Array = np.empty_like(self.logits)
+        self._log_others: Array | None = np.empty_like(self.logits) if self.problem.many_labels else None
         self._cache: dict[tuple[str, int, int, int], Array] = {}
 
     @classmethod

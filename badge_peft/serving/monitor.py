@@ -38,7 +38,7 @@ class RateDetector:
     """Evidence that one of `count` shares lies above its promise."""
 
     def __init__(self, count: int) -> None:
-        self.values = np.zeros((count, len(ODDS)))
+        self.values: np.ndarray = np.zeros((count, len(ODDS)))
 
     def update(self, happened: Array, promised: Array) -> float:
         """Takes one row: what happened, [count] bool, and the largest shares that keep the promise, [count]. Where one

@@ -179,7 +179,8 @@ def fitted_temperatures(history: ExitHistory, labels: Array) -> list[float]:
         history: All exits seen.
         labels: [n] class numbers, of which any outside of 0..K-1 are left out, or [n, K] targets of 0 and 1.
     """
-    low, high = np.full(len(history.exits), 1 / LARGEST), np.full(len(history.exits), LARGEST)
+    low: Array = np.full(len(history.exits), 1 / LARGEST)
+    high: Array = np.full(len(history.exits), LARGEST)
     for _ in range(_STEPS):
         middle = np.sqrt(low * high)
         rises = _slope(history, labels, middle) > 0
@@ -189,8 +190,8 @@ def fitted_temperatures(history: ExitHistory, labels: Array) -> list[float]:
 
 def _slope(history: ExitHistory, labels: Array, inverse: Array) -> Array:
     """[E]: the derivative of the cross-entropy's sum by the inverse temperature."""
-    logits = history.logits.astype(np.float64)  # [E, n, K]
-    scaled = logits * inverse[:, None, None]
+    logits: Array = history.logits.astype(np.float64)  # [E, n, K]
+    scaled: Array = logits * inverse[:, None, None]
     if history.problem.many_labels:
         probabilities, targets = 0.5 * (1 + np.tanh(scaled / 2)), labels.astype(np.float64)
     else:
