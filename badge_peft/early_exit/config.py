@@ -8,8 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from badge_peft.utils.checks import check_choice, check_int, is_number, require, to_python, without_removed
-from badge_peft.utils.options import option
+from badge_peft.utils.checks import check_choice, check_int, is_number, option, require, to_python, without_removed
 
 Policy = TypeVar("Policy", bound=type[Any])
 

@@ -19,9 +19,8 @@ from badge_peft.training.criterion import check_class_weights
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_choice, check_int, check_number
+from badge_peft.utils.checks import check_choice, check_int, check_number, option
 from badge_peft.utils.distributed import on_cpu
-from badge_peft.utils.options import option
 
 
 @dataclass(repr=False)  # that of TrainingArguments hides tokens

@@ -20,9 +20,8 @@ from badge_peft.tuner.bypass import ACTIVATION_MODULES
 from badge_peft.tuner.config_rules import REMOVED, check_fields, lora_fields
 from badge_peft.tuner.exits import EXITS
 from badge_peft.tuner.losses import check_weights
-from badge_peft.utils.checks import check_choice, check_int, require, without_removed
+from badge_peft.utils.checks import check_choice, check_int, option, require, without_removed
 from badge_peft.utils.files import write_text
-from badge_peft.utils.options import option
 from badge_peft.utils.problem import PROBLEM_TYPES, Problem, infer_problem_type
 
 CHOICES: dict[str, tuple[str, ...]] = {

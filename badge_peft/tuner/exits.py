@@ -96,11 +96,9 @@ class LinearExit(Exit):
     pools_freely = True
 
 
-class PooledExit(Exit):
-    """Dense, tanh, dropout, linear: as BERT's own pooler and head, each exit with its own. The dense layer starts as a
-    copy of the model's, where it has one."""
+class DenseExit(Exit):
+    """A dense layer of its own and tanh before the linear layer."""
 
-    pools_freely = True
     reads_states = ("dense",)
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
@@ -110,6 +108,13 @@ class PooledExit(Exit):
     def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
         """[B, d], after the tanh."""
         return self.dense(pooling.reduce(states)).tanh()
+
+
+class PooledExit(DenseExit):
+    """Dense, tanh, dropout, linear: as BERT's own pooler and head, each exit with its own. The dense layer starts as a
+    copy of the model's, where it has one."""
+
+    pools_freely = True
 
 
 class SharedPooledExit(Exit):
@@ -174,7 +179,7 @@ class ResidualAttentionExit(AttentionExit):
         return pooling.reduce(pooling.pick(states)) + super().represent(states, pooling)
 
 
-class PastFutureExit(Exit):
+class PastFutureExit(DenseExit):
     """Global Past-Future: exit i answers by the states of exits 1..i and by its predictions of those of deeper exits.
 
         past = sum_{j <= i} w_j v_j,  future = sum_{j > i} w_j tanh(W_j v_i)
@@ -186,18 +191,12 @@ class PastFutureExit(Exit):
     """
 
     GATE: ClassVar[int] = 32
-    reads_states = ("dense",)
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
-        self.dense = nn.Linear(hidden_size, hidden_size)
         self.imitate = nn.Linear(hidden_size, hidden_size)  # W_j: from an earlier v_i to this v_j
         self.gate = nn.Linear(hidden_size, self.GATE)
         self.balance = nn.Linear(self.GATE, num_labels)
-
-    def represent(self, states: Tensor, pooling: Pooling) -> Tensor:
-        """v_i: [B, d]."""
-        return self.dense(pooling.reduce(states)).tanh()
 
     def forward(self, vector: Tensor, state: ExitState | None = None) -> Tensor:
         """[B, d] -> [B, K], with what `state` has of the exits before and after this one."""
@@ -230,15 +229,7 @@ EXITS: dict[str, type[Exit]] = {
 
 class MultiExitHead(nn.ModuleDict):
     """The exits that one block module serves, by block number: one exit for an ordinary block, M for ALBERT's shared
-    one, and exit 0 (on the embeddings) with exit 1.
-
-    Args:
-        numbers: Block numbers that get an exit.
-        exit_type: A name in `EXITS`.
-        hidden_size: d.
-        num_labels: K.
-        dropout: Probability, before the linear layer.
-    """
+    one, and exit 0 (on the embeddings) with exit 1. `exit_type` is a name in `EXITS`."""
 
     def __init__(self, numbers: list[int], exit_type: str, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__({str(m): EXITS[exit_type](hidden_size, num_labels, dropout) for m in numbers})

@@ -1,12 +1,20 @@
-"""Checks of field values, shared by the configs: an error names the field, the value and what is allowed."""
+"""Fields of the dataclasses that users fill in, and checks of their values: an error names the field, the value and
+what is allowed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any
 
 import numpy as np
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] | None = None, **arguments: Any) -> Any:
+    """A dataclass field with its default, and its line of help for parsers and the documentation."""
+    metadata = {"help": help} if choices is None else {"help": help, "choices": choices}
+    return field(default=default, metadata=metadata, **arguments)
 
 
 def to_python(value: Any) -> Any:
@@ -27,16 +35,14 @@ def require(allowed: bool, name: str, value: Any, rule: str) -> None:
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises a ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be one of {', '.join(allowed)}.")
+    require(value in allowed, name, value, f"it must be one of {', '.join(allowed)}")
 
 
 def check_int(name: str, value: Any, at_least: int, optional: bool = True) -> None:
     """Raises a ValueError unless `value` is a whole number of at least `at_least`, or None where it is `optional`."""
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of at least {at_least}.")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    allowed = (value is None and optional) or (is_int and value >= at_least)
+    require(allowed, name, value, f"it must be a whole number of at least {at_least}")
 
 
 def without_removed(fields: dict[str, Any], removed: dict[str, tuple[Any, str]]) -> dict[str, Any]:
@@ -50,5 +56,4 @@ def without_removed(fields: dict[str, Any], removed: dict[str, tuple[Any, str]])
 
 def check_number(name: str, value: Any, allowed: Callable[[float], bool], rule: str) -> None:
     """Raises a ValueError, ending in `rule`, unless `value` is None or a finite number that is `allowed`."""
-    if value is not None and not (is_number(value) and allowed(value)):
-        raise ValueError(f"{name}={value!r} is not allowed: {rule}.")
+    require(value is None or (is_number(value) and allowed(value)), name, value, rule)

@@ -244,9 +244,6 @@ def test_trained_backbone_has_its_model_to_itself(first, second, tmp_path):
     assert torch.equal(exits_of(model, make_batch()), before)
 
 
-# ---- training on
-
-
 # ---- files that do not fit
 
 
@@ -295,8 +292,15 @@ def untouched(base: Any) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
-def drop(name: str) -> Any:
-    return lambda weights: {key: value for key, value in weights.items() if key != name}
+def without(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in weights.items() if key != name}
+
+
+def lose_a_tensor(folder: Path, part: str = "badge_exit") -> dict[str, Tensor]:
+    """Takes the first tensor with `part` in its name out of the file; all that were in it."""
+    weights = in_memory(folder / FILE)
+    save_file(without(next(name for name in weights if part in name), weights), folder / FILE)
+    return weights
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,7 @@ def test_file_that_lacks_any_tensor(fields, tmp_path):
     weights = in_memory(tmp_path / FILE)
     del weights[CONFIG_TENSOR]
     for name in weights:
-        save_file(drop(name)(weights), tmp_path / FILE)
+        save_file(without(name, weights), tmp_path / FILE)
         base = make_model(num_hidden_layers=2)
         load = partial(PeftModel.from_pretrained, base, tmp_path)
         refused(base, load, "lacks 1 of .* tensors, first")
@@ -325,9 +329,7 @@ def test_file_that_lacks_any_tensor(fields, tmp_path):
 def test_an_adapter_whose_file_is_damaged_is_not_added(fields, part, tmp_path):
     kept = make_badge()
     kept.save_pretrained(tmp_path)
-    weights = in_memory(tmp_path / FILE)
-    name = next(name for name in weights if name.endswith(part))
-    save_file(drop(name)(weights), tmp_path / FILE)
+    weights = lose_a_tensor(tmp_path, part)
     model = trained(**fields)
     before = set(model.state_dict())
     refused(model, lambda: model.load_adapter(tmp_path, "second"), "lacks 1 of")
@@ -339,7 +341,7 @@ def test_an_adapter_whose_file_is_damaged_is_not_added(fields, part, tmp_path):
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
     assert torch.equal(exits_of(model.eval(), make_batch()), exits_of(kept, make_batch()))
-    save_file(drop(name)(weights), tmp_path / FILE)
+    lose_a_tensor(tmp_path, part)
     model.set_adapter("default")
     refused(model, lambda: model.load_adapter(tmp_path, "second"), "lacks 1 of")  # that one was there before
     assert list(model.peft_config) == ["default", "second"]
@@ -364,8 +366,7 @@ def test_a_rule_that_the_exits_cannot_follow(rule, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, BadgeConfig(early_exit=rule))
     untouched(base)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "early_exit": rule}))
+    edit_config(tmp_path, early_exit=rule)
     remedy = f"{message}.* early_exit in the adapter_config.json of .*: set it to null there"
     refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), remedy)
     untouched(base)
@@ -374,9 +375,14 @@ def test_a_rule_that_the_exits_cannot_follow(rule, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         model.set_early_exit_config(rule)
     assert model.config_of().early_exit is None
-    file.write_text(json.dumps({**json.loads(file.read_text()), "early_exit": None}))
+    edit_config(tmp_path, early_exit=None)
     model.load_adapter(tmp_path, "second")
     assert list(model.peft_config) == ["default", "second"]
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
 
 
 def in_memory(path: Path) -> dict[str, Tensor]:
@@ -405,15 +411,7 @@ def test_weights_that_cannot_be_read(damage, safe, tmp_path):
     whole = file.read_bytes()
     damage(file)
     message = "holds no weights of an adapter" if damage is Path.unlink else f"{file.name} cannot be read .*damaged"
-    model = trained(placement="ffn")
-    names = list(model.state_dict())
-    refused(model, lambda: model.load_adapter(tmp_path, "second"), message)
-    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
-    base = make_model()
-    for is_trainable in (False, True):
-        load = partial(PeftModel.from_pretrained, base, tmp_path, is_trainable=is_trainable)
-        refused(base, load, message)
-        untouched(base)
+    base, model = is_refused_on_both_ways(tmp_path, message)
     file.write_bytes(whole)
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
@@ -444,14 +442,17 @@ def changed_file(path: Path, change: Any, **fields: Any) -> None:
     save_file(weights, path / FILE)
 
 
-def is_refused_on_both_ways(path: Path, message: str) -> None:
+def is_refused_on_both_ways(path: Path, message: str) -> tuple[Any, Any]:
+    """The base model and the model with another adapter that have refused what is in `path`."""
     base = make_model()
-    refused(base, lambda: PeftModel.from_pretrained(base, path), message)
-    untouched(base)
+    for is_trainable in (False, True):
+        refused(base, partial(PeftModel.from_pretrained, base, path, is_trainable=is_trainable), message)
+        untouched(base)
     model = trained(placement="ffn")
     names = list(model.state_dict())
     refused(model, lambda: model.load_adapter(path, "second"), message)
     assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+    return base, model
 
 
 @pytest.mark.parametrize(
@@ -509,8 +510,7 @@ def test_weights_of_another_precision_are_read(dtype, tmp_path):
     changed_file(tmp_path, lambda weights: weights.update({k: v.to(dtype) for k, v in weights.items()}))
     with pytest.raises(ValueError, match="set weights_hash to null"):  # a file that was changed by hand
         PeftModel.from_pretrained(make_model(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_hash": None}))
+    edit_config(tmp_path, weights_hash=None)
     loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
     torch.testing.assert_close(exits_of(loaded, make_batch()), exits_of(trained(), make_batch()), rtol=0.1, atol=0.1)
 
@@ -529,15 +529,14 @@ def test_a_file_with_another_lora_is_refused(lora, part, tmp_path):
 @pytest.mark.parametrize("fields", [{"r": 10**9}, {"backbone": "lora", "lora": {"r": 10**9}}], ids=["r", "lora"])
 def test_a_size_in_the_config_is_compared_before_memory_is_taken(fields, tmp_path):
     trained(backbone=fields.get("backbone", "frozen")).save_pretrained(tmp_path)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    edit_config(tmp_path, **fields)
     is_refused_on_both_ways(tmp_path, r"in the adapter file and \[1000000000, 32\] here")
 
 
 def test_a_file_without_a_fingerprint_is_compared_as_well(tmp_path):
-    changed_file(tmp_path, lambda weights: weights.pop(next(name for name in weights if "badge_exit" in name)))
-    config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_fingerprint": None}))
+    trained().save_pretrained(tmp_path)
+    lose_a_tensor(tmp_path)
+    edit_config(tmp_path, base_fingerprint=None)
     is_refused_on_both_ways(tmp_path, "lacks 1 of")
 
 
@@ -594,8 +593,7 @@ def test_a_config_alone_may_be_read_and_put_on_a_model(tmp_path):
 def test_a_base_model_whose_adapter_is_damaged_is_given_back(fields, tmp_path):
     kept = trained(**fields)
     kept.save_pretrained(tmp_path)
-    weights = in_memory(tmp_path / FILE)
-    save_file(drop(next(name for name in weights if "badge_exit" in name))(weights), tmp_path / FILE)
+    weights = lose_a_tensor(tmp_path)
     base = make_model()
     refused(base, lambda: PeftModel.from_pretrained(base, tmp_path), "lacks 1 of")
     untouched(base)
@@ -607,8 +605,7 @@ def test_a_base_model_whose_adapter_is_damaged_is_given_back(fields, tmp_path):
 def test_a_model_that_somebody_holds_keeps_its_adapter(tmp_path):
     kept = make_badge()
     kept.save_pretrained(tmp_path)
-    weights = in_memory(tmp_path / FILE)
-    save_file(drop(next(iter(weights)))(weights), tmp_path / FILE)
+    weights = lose_a_tensor(tmp_path)
     config = BadgeConfig.from_pretrained(tmp_path)
     config.source = None  # start anew
     model = get_peft_model(make_model(), config).eval()

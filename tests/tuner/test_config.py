@@ -144,44 +144,27 @@ def test_wrong_value_names_field_value_and_what_is_allowed(name, value, allowed)
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("fields", "message"),
     [
-        ("divergence", "EarlyExitConfig, a dict or None, got str"),
-        ({"tau": 0.2}, "no field tau; its fields are policy"),
-        ({"patience": 0}, "patience=0"),
-        ({"policy": "luck"}, "policy='luck'"),
+        ({"early_exit": "divergence"}, "EarlyExitConfig, a dict or None, got str"),
+        ({"early_exit": {"tau": 0.2}}, "no field tau; its fields are policy"),
+        ({"early_exit": {"patience": 0}}, "patience=0"),
+        ({"early_exit": {"policy": "luck"}}, "policy='luck'"),
+        ({"block_layout": {**LAYOUT, "head": "score"}}, r"head='score' is not .* a tuple of names, \('score',\)"),
+        ({"task_type": "NONSENSE"}, "NONSENSE"),
+        ({"label_names": ["a", "b"], "num_labels": 3}, r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"),
+        ({"exit_type": "past_future"}, "exit_type='past_future' needs final_exit='exit'"),
     ],
 )
-def test_wrong_early_exit(value, message):
+def test_what_is_right_on_no_model(fields, message):
     with pytest.raises(ValueError, match=message):
-        BadgeConfig(early_exit=value)
-
-
-def test_one_name_is_no_tuple_of_names():
-    with pytest.raises(ValueError, match=r"head='score' is not allowed: it must be a tuple of names, \('score',\)"):
-        BadgeConfig(block_layout={**LAYOUT, "head": "score"})
-
-
-def test_unknown_task_type_is_named():
-    with pytest.raises(ValueError, match="NONSENSE"):
-        BadgeConfig(task_type="NONSENSE")
+        BadgeConfig(**fields)
 
 
 @pytest.mark.parametrize("norms", [{}, {"last_norm": "a", "final_norm": "b"}])
 def test_layout_has_one_of_two_norms(norms):
     with pytest.raises(ValueError, match="either last_norm .* or final_norm"):
         BlockLayout(blocks="h", attention_norm="ln_1", ffn=("mlp",), **norms)
-
-
-def test_as_many_names_as_labels():
-    with pytest.raises(ValueError, match=r"label_names=\['a', 'b'\] has 2 names, but num_labels=3"):
-        BadgeConfig(label_names=["a", "b"], num_labels=3)
-
-
-def test_past_future_exits_need_an_exit_at_the_end():
-    with pytest.raises(ValueError, match="exit_type='past_future' needs final_exit='exit'"):
-        BadgeConfig(exit_type="past_future")
-    assert BadgeConfig(exit_type="past_future", final_exit="exit").exit_type == "past_future"
 
 
 @pytest.mark.parametrize(
