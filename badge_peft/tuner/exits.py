@@ -229,7 +229,15 @@ EXITS: dict[str, type[Exit]] = {
 
 class MultiExitHead(nn.ModuleDict):
     """The exits that one block module serves, by block number: one exit for an ordinary block, M for ALBERT's shared
-    one, and exit 0 (on the embeddings) with exit 1. `exit_type` is a name in `EXITS`."""
+    one, and exit 0 (on the embeddings) with exit 1.
+
+    Args:
+        numbers: Block numbers that get an exit.
+        exit_type: A name in `EXITS`.
+        hidden_size: d.
+        num_labels: K.
+        dropout: Probability, before the linear layer.
+    """
 
     def __init__(self, numbers: list[int], exit_type: str, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__({str(m): EXITS[exit_type](hidden_size, num_labels, dropout) for m in numbers})

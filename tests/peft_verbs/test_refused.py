@@ -42,6 +42,7 @@ def rescale(model: Any) -> None:
 
 
 MERGE = r"cannot be merged.*unload\(\)"
+CONVERT = "not support LoRA conversion.*Badge"
 
 # id -> (what is called with a PEFT model and the folder it is saved in, error, its words)
 REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
@@ -63,16 +64,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Path], Any], type[Exception], str]] = {
         ValueError,
         "only supports LORA but BADGE was passed",
     ),
-    "convert_to_lora": (
-        lambda model, path: convert_to_lora(model, 4),
-        TypeError,
-        "not support LoRA conversion.*Badge",
-    ),
-    "save_as_lora": (
-        lambda model, path: save_as_lora(path / "lora", model, 4),
-        TypeError,
-        "not support LoRA conversion.*Badge",
-    ),
+    "convert_to_lora": (lambda model, path: convert_to_lora(model, 4), TypeError, CONVERT),
+    "save_as_lora": (lambda model, path: save_as_lora(path / "lora", model, 4), TypeError, CONVERT),
     "save_pretrained-converted": (
         lambda model, path: model.save_pretrained(path / "new", path_initial_model_for_weight_conversion=path),
         ValueError,
@@ -132,7 +125,7 @@ def kind(auto: Any) -> Callable[[], Any]:
 
 
 SHARED = "get_peft_model"
-NO_HEAD = "final_exit='base_head' is not allowed on {}.*AutoModelForSequenceClassification, or use final_exit='exit'"
+HEAD_REMEDY = "AutoModelForSequenceClassification, or use final_exit='exit'"
 
 # id -> (a base model, what is called with it and an adapter's folder, the error's words)
 WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], Any], str]] = {
@@ -158,46 +151,36 @@ WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], Any], str]] = {
         lambda base, path: AutoPeftModel.from_pretrained(path),
         "please use a specific class for your task type",
     ),
-    "AutoPeftModelForTokenClassification": (
-        make_model,
-        lambda base, path: AutoPeftModelForTokenClassification.from_pretrained(path),
-        "Expected target PEFT class: PeftModelForSequenceClassification",
-    ),
-    "AutoPeftModelForFeatureExtraction": (
-        make_model,
-        lambda base, path: AutoPeftModelForFeatureExtraction.from_pretrained(path),
-        "Expected target PEFT class: PeftModelForSequenceClassification",
-    ),
-    "AutoPeftModelForQuestionAnswering": (
-        make_model,
-        lambda base, path: AutoPeftModelForQuestionAnswering.from_pretrained(path),
-        "Expected target PEFT class: PeftModelForSequenceClassification",
-    ),
+    **{
+        auto.__name__: (
+            make_model,
+            lambda base, path, auto=auto: auto.from_pretrained(path),
+            "Expected target PEFT class: PeftModelForSequenceClassification",
+        )
+        for auto in (
+            AutoPeftModelForTokenClassification,
+            AutoPeftModelForFeatureExtraction,
+            AutoPeftModelForQuestionAnswering,
+        )
+    },
     "task_type": (
         make_model,
         lambda base, path: get_peft_model(base, BadgeConfig(task_type="TOKEN_CLS")),
         "task_type='TOKEN_CLS' is not allowed on BertForSequenceClassification, whose head does not classify tokens",
     ),
-    "an-encoder": (
-        kind(AutoModel),
-        lambda base, path: get_peft_model(base, BadgeConfig()),
-        NO_HEAD.format("BertModel, which has no module 'classifier'"),
-    ),
-    "for-tokens": (
-        kind(AutoModelForTokenClassification),
-        lambda base, path: get_peft_model(base, BadgeConfig()),
-        NO_HEAD.format("BertForTokenClassification, which does not classify sequences"),
-    ),
-    "for-choices": (
-        kind(AutoModelForMultipleChoice),
-        lambda base, path: get_peft_model(base, BadgeConfig()),
-        NO_HEAD.format("BertForMultipleChoice"),
-    ),
-    "for-questions": (
-        kind(AutoModelForQuestionAnswering),
-        lambda base, path: get_peft_model(base, BadgeConfig()),
-        NO_HEAD.format("BertForQuestionAnswering"),
-    ),
+    **{
+        auto.__name__: (
+            kind(auto),
+            lambda base, path: get_peft_model(base, BadgeConfig()),
+            f"final_exit='base_head' is not allowed on {found}.*{HEAD_REMEDY}",
+        )
+        for auto, found in {
+            AutoModel: "BertModel, which has no module 'classifier'",
+            AutoModelForTokenClassification: "BertForTokenClassification, which does not classify sequences",
+            AutoModelForMultipleChoice: "BertForMultipleChoice",
+            AutoModelForQuestionAnswering: "BertForQuestionAnswering",
+        }.items()
+    },
 }
 
 

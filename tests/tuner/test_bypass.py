@@ -20,7 +20,6 @@ from tests.models import (
     shake,
 )
 
-POOLINGS = ("cls", "mean", "last")
 SOME = ("bert", "albert", "distilbert", "deberta-v2", "modernbert-cls")  # whose FFNs are called in different ways
 
 

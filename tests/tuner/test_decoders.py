@@ -25,20 +25,18 @@ RULE = {"policy": "max_prob", "threshold": 0.6}
 PLACEMENTS = ("block", "ffn", "mhsa", "none")
 
 
+def config_for(family: str, **fields):
+    """Granite has no classifier in transformers, so its exits need one of their own at the end."""
+    head = {"final_exit": "exit", "num_labels": LABELS} if family == "granite" else {}
+    return BadgeConfig(task_type="SEQ_CLS", r=4, **{**head, **fields})
+
+
 def badge(family: str, **fields):
-    fields = {**({"final_exit": "exit", "num_labels": LABELS} if family == "granite" else {}), **fields}
-    base = make_decoder(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base, BadgeConfig(task_type="SEQ_CLS", r=4, **fields)).eval()
+        model = get_peft_model(make_decoder(family), config_for(family, **fields)).eval()
     shake(model)
     return model
-
-
-def get_hidden_states(family, base, batch):
-    with torch.no_grad():
-        out = base(**batch)
-    return out.last_hidden_state if family == "granite" else out.logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,19 +63,15 @@ def test_laws(family):
 def test_an_adapter_starts_at_the_blocks_own_output(family, placement):
     """W_up is zero then, so every placement reads what `none` reads. What a family cannot do is refused."""
     refused = {"opt": ("ffn", "mhsa"), "granite": ("mhsa",)}.get(family, ())
-    base = make_decoder(family)
-    fields = {"final_exit": "exit", "num_labels": LABELS} if family == "granite" else {}
-    config = BadgeConfig(task_type="SEQ_CLS", r=4, placement=placement, **fields)
     if placement in refused:
-        with pytest.raises(
-            ValueError, match=f"placement='{placement}' is not allowed on .*: allowed are 'block', 'none'"
-        ):
-            get_peft_model(base, config)
+        message = f"placement='{placement}' is not allowed on .*: allowed are 'block', 'none'"
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(make_decoder(family), config_for(family, placement=placement))
         return
     found = {}
     for kind in ("none", placement):
         torch.manual_seed(0)
-        model = get_peft_model(make_decoder(family), BadgeConfig(**{**config.to_dict(), "placement": kind})).eval()
+        model = get_peft_model(make_decoder(family), config_for(family, placement=kind)).eval()
         heads = {name: p for name, p in model.named_parameters() if ".badge_exit." in name}
         generator = torch.Generator().manual_seed(1)
         for _, parameter in sorted(heads.items()):

@@ -45,14 +45,6 @@ def make_lora(case="bert", base=None, lora=None, adapter_name="default", **field
     return model
 
 
-def add(model, name, seed, **fields):
-    """Another adapter, as if trained."""
-    model.add_adapter(name, BadgeConfig(**{"r": 3, **fields}))
-    for kind in ("badge", "lora"):
-        shake(model, seed, only=f".{kind}_")
-    model.eval()
-
-
 def plain_names(model):
     """Names of modules and tensors, as the base model had them."""
     return [name for name, _ in model.named_modules()], list(model.state_dict())

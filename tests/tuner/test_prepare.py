@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 
 import badge_peft
 from badge_peft import ARCHITECTURES, BadgeConfig
 from badge_peft.tuner.exits import EXITS
+from badge_peft.tuner.saved_modules import answer_by_adapters
 from tests.models import CASES, HIDDEN, blocks_of, exits_of, make_badge, make_batch, make_model
 
 
@@ -74,6 +77,25 @@ def test_modules_that_are_trained_and_saved_beside_the_adapter(case, fields, sav
     )
 
 
+@pytest.mark.parametrize(("case", "wrappers"), [("bert", 1), ("distilbert", 2), ("deberta-v2", 2)])
+def test_each_saved_module_has_one_hook(case, wrappers):
+    """By which rows go through their adapter's own head: tests/early_exit/test_adapter_names.py."""
+
+    def hooks(model: Any) -> list[int]:
+        saved = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        return [list(module._forward_hooks.values()).count(answer_by_adapters) for module in saved]
+
+    model = make_badge(case)
+    model.add_adapter("second", BadgeConfig())
+    assert hooks(model) == [1] * wrappers
+    assert type(model.get_base_model().classifier) is ModulesToSaveWrapper  # PEFT's own
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.add_adapter("third", BadgeConfig())
+        assert hooks(copied) == [1] * wrappers
+    base = model.unload()
+    assert not any(module._forward_hooks for module in base.modules())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -110,20 +132,9 @@ OWN_NAMES = {
 
 @pytest.mark.parametrize("case", ["bert", "albert", "modernbert-cls"])
 def test_adapter_with_the_name_of_a_module(case):
-    names = sorted(
-        {"classifier", "dense", "embeddings", "1", "0", "12", "weight", "bias", "down", "up", "norm", "base_layer"}
-        | {
-            "model",
-            "base_model",
-            "modules_to_save",
-            "original_module",
-            "badge_bypass",
-            "badge_exit",
-            "badge_doubt",
-            "badge_v1",
-        }
-        | (OWN_NAMES - {""})
-    )
+    of_models = "classifier dense embeddings 1 0 12 weight bias down up norm model base_model".split()
+    of_wrappers = "base_layer modules_to_save original_module badge_bypass badge_exit badge_doubt badge_v1".split()
+    names = sorted({*of_models, *of_wrappers, *OWN_NAMES} - {""})
     base = make_model(case)
     check = unchanged(base)
     for name in names:
