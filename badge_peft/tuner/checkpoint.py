@@ -101,11 +101,11 @@ def materialize(model: nn.Module, names: Iterable[str]) -> None:
     copies what it loads into the tensors that there are, which on "meta" would change nothing."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     for name in names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        found = module._parameters.get(name.rpartition(".")[2])
+        place, _, part = name.rpartition(".")
+        parameters = model.get_submodule(place)._parameters
+        found = parameters.get(part)
         if found is not None and found.device.type == "meta":
-            empty = torch.empty_like(found, device=device)
-            module._parameters[name.rpartition(".")[2]] = nn.Parameter(empty, found.requires_grad)
+            parameters[part] = nn.Parameter(torch.empty_like(found, device=device), found.requires_grad)
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: Mapping[str, Tensor]) -> None:

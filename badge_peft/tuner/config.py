@@ -147,10 +147,8 @@ class BadgeConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
-        data = super().to_dict()
-        for name in ("source", "after_saving"):
-            data.pop(name)
-        return data
+        at_run_time = ("source", "after_saving")
+        return {name: value for name, value in super().to_dict().items() if name not in at_run_time}
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -36,12 +36,8 @@ class RaggedRows:
         return self._starts[-1] * self.dtype.itemsize
 
     def allocate(self, folder: Path | None = None) -> None:
-        """Makes room for the rows.
-
-        Args:
-            folder: Where a memory-mapped file goes; None: in memory. Several processes that each make the same call
-                with a folder share one file, and what one of them puts all of them read.
-        """
+        """Makes room for the rows, in memory or in a memory-mapped file in `folder`. Several processes that each make
+        the same call with a folder share one file, and what one of them puts all of them read."""
         size = self._starts[-1]
         self.is_mapped = folder is not None
         if size:

@@ -32,24 +32,23 @@ def without_gradient(model: Any) -> set[str]:
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_an_adapter_in_the_precision_of_its_base(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """`autocast_adapter_dtype=False` leaves no float32 anywhere, and the file keeps what it was."""
+
+    def load(name: str) -> Any:
+        base = make_model(case, **SMALL).to(dtype)
+        return PeftModel.from_pretrained(base, tmp_path / name, autocast_adapter_dtype=False)
+
     model = trained(case, base=make_model(case, **SMALL))
     expected = exits_of(model, BATCH)
     model.save_pretrained(tmp_path / "float32")
-    half = PeftModel.from_pretrained(
-        make_model(case, **SMALL).to(dtype), tmp_path / "float32", autocast_adapter_dtype=False
-    )
+    half = load("float32")
     assert {p.dtype for p in half.parameters()} == {dtype}
     found = exits_of(half, BATCH)
     assert found.dtype == dtype
     assert near(found, expected)
     half.save_pretrained(tmp_path / "half")
-    again = PeftModel.from_pretrained(
-        make_model(case, **SMALL).to(dtype), tmp_path / "half", autocast_adapter_dtype=False
-    )
-    assert torch.equal(exits_of(again, BATCH), found)
-    loss = get_peft_model(make_model(case).to(dtype), BadgeConfig(), autocast_adapter_dtype=False)(
-        **BATCH, labels=make_labels()
-    ).loss
+    assert torch.equal(exits_of(load("half"), BATCH), found)
+    new = get_peft_model(make_model(case).to(dtype), BadgeConfig(), autocast_adapter_dtype=False)
+    loss = new(**BATCH, labels=make_labels()).loss
     loss.backward()
     assert torch.isfinite(loss)
 

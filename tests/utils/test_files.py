@@ -49,12 +49,19 @@ def test_what_was_there_stays_when_it_fails(tmp_path):
     assert path.read_text() == '{"old": 1}' and os.listdir(tmp_path) == ["a.json"]
 
 
+def make_folder(place, names):
+    place.mkdir()
+    for name in names:
+        (place / name).write_text(f"{name} of {place.name}")
+    return place
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
 def test_several_files_are_put_in_place_together(tmp_path, monkeypatch):
-    source, folder = tmp_path / "source", tmp_path / "folder"
-    for place, names in ((source, "abc"), (folder, "bx")):
-        place.mkdir()
-        for name in names:
-            (place / name).write_text(f"{name} of {place.name}")
+    source, folder = make_folder(tmp_path / "source", "abc"), make_folder(tmp_path / "folder", "bx")
     (folder / "b").chmod(0o640)
     order = []
     monkeypatch.setattr(
@@ -62,19 +69,12 @@ def test_several_files_are_put_in_place_together(tmp_path, monkeypatch):
     )
     install(source, folder, last=("b", "a", "nothing"))
     assert order == ["c", "b", "a"]
-    assert {p.name: p.read_text() for p in folder.iterdir()} == {
-        **{name: f"{name} of source" for name in "abc"},
-        "x": "x of folder",
-    }
+    assert contents(folder) == {**{name: f"{name} of source" for name in "abc"}, "x": "x of folder"}
     assert stat.S_IMODE((folder / "b").stat().st_mode) == 0o640
 
 
 def test_a_copy_that_fails_puts_nothing_in_place(tmp_path, monkeypatch):
-    source, folder = tmp_path / "source", tmp_path / "folder"
-    for place in (source, folder):
-        place.mkdir()
-        for name in "ab":
-            (place / name).write_text(place.name)
+    source, folder = make_folder(tmp_path / "source", "ab"), make_folder(tmp_path / "folder", "ab")
 
     def full(old, new, copyfile=shutil.copyfile):
         if old.name == "b":
@@ -84,7 +84,7 @@ def test_a_copy_that_fails_puts_nothing_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="no space"):
         install(source, folder)
-    assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "folder", "b": "folder"}
+    assert contents(folder) == {"a": "a of folder", "b": "b of folder"}
 
 
 def test_what_a_killed_process_left_is_removed_later(tmp_path):
@@ -98,16 +98,14 @@ def test_what_a_killed_process_left_is_removed_later(tmp_path):
 
 
 def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    source, folder = tmp_path / "source", tmp_path / "new" / "folder"
-    source.mkdir()
-    (source / "a").write_text("a")
+    source, folder = make_folder(tmp_path / "source", "a"), tmp_path / "new" / "folder"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", lambda *paths: (_ for _ in ()).throw(OSError("no space left on device")))
         with pytest.raises(OSError, match="no space"):
             install(source, folder)
     assert os.listdir(tmp_path / "new") == []
     install(source, folder)
-    assert os.listdir(tmp_path / "new") == ["folder"] and (folder / "a").read_text() == "a"
+    assert os.listdir(tmp_path / "new") == ["folder"] and contents(folder) == contents(source)
 
 
 def test_a_temporary_file_of_another_process_that_is_gone_again_is_no_error(tmp_path):
