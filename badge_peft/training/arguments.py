@@ -4,6 +4,7 @@ paper's values of both, on transformers 4.57 and 5 alike."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model import get_badge_model
@@ -151,6 +153,36 @@ def sampling(by_length: bool) -> dict[str, Any]:
     if "train_sampling_strategy" in {f.name for f in fields(TrainingArguments)}:  # transformers 5
         return {"train_sampling_strategy": "group_by_length" if by_length else "random"}
     return {"group_by_length": by_length}
+
+
+class SharedLengthSampler(LengthGroupedSampler):
+    """Batches of similar length, in an order that depends on seed and epoch alone.
+
+    transformers' own sampler draws from the process's generator. Dropout draws from it too on a CPU, as often as the
+    process's own batches are long, so after an epoch each process would have an order of its own, and a row would be
+    taken twice or not at all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def same_order(sampler: Any, args: TrainingArguments) -> Any:
+    """`sampler`, or in its place one that gives all processes the same order."""
+    if args.world_size == 1 or type(sampler) is not LengthGroupedSampler:
+        return sampler
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return SharedLengthSampler(sampler.batch_size * args.world_size, sampler.lengths, seed)
 
 
 def _flag(name: str, value: Any) -> Any:

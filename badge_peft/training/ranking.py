@@ -133,3 +133,14 @@ class QueryCollator:
         rows = [dict(row) for row in chain.from_iterable(items)]
         groups = torch.tensor([row.pop(GROUPS) for row in rows])
         return {**self.pad(rows), GROUPS: groups}
+
+
+def holds_batches(rows: Any) -> bool:
+    """Whether the items of a data set are lists of rows."""
+    return hasattr(rows, "__len__") and len(rows) > 0 and isinstance(rows[0], list)
+
+
+def flat_rows(rows: Any) -> list[Any]:
+    """The rows of a data set, or of all of its items."""
+    items = [rows[i] for i in range(len(rows))]
+    return [*chain.from_iterable(items)] if holds_batches(rows) else items

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from badge_peft.model import BadgeModel
+from badge_peft.training.criterion import Criterion, rows_of_loss
 from badge_peft.training.objectives import GROUPS, Objective, Step
-from badge_peft.training.rows import rows_of_loss
 from badge_peft.tuner.exits import Exit
 
 #: C of scikit-learn's LogisticRegression, the inverse weight of |W|^2 / 2 beside the sum of losses: from small to
@@ -31,16 +31,15 @@ MEMORY, ROWS = 2**29, 2**13  # bytes and rows of what is read, at most
 
 
 def start_exits(
-    badge: BadgeModel, objective: Objective, batches: Iterable[dict[str, Any]], criterion: Any
-) -> dict[int, float]:
+    badge: BadgeModel, objective: Objective, batches: Iterable[dict[str, Any]], criterion: Criterion
+) -> None:
     """Moves the linear layer of each exit of the active adapter, in evaluation mode, to the regression's, by the
-    batches that fill `MEMORY` or `ROWS`. Of each exit that was started: its loss on rows that were held out."""
+    batches that fill `MEMORY` or `ROWS`."""
     exits = {m: exit_ for m, exit_ in _own_exits(badge).items() if exit_.reads_states == ("linear",)}
     if not exits:
-        return {}
+        return
     vectors, logits, labels = _read(badge, exits, batches)
     numbers, config = badge.exit_layers(), badge.config_of()
-    found = {}
     for m, exit_ in exits.items():
         index = numbers.index(m)
 
@@ -51,10 +50,7 @@ def start_exits(
             step = Step(numbers, each, targets, config.resolved_problem_type, 0, None, criterion, None, False)  # type: ignore[arg-type]
             return objective.start_loss(step, index)
 
-        value = _fit(exit_.linear, vectors[m], loss)
-        if value is not None:
-            found[m] = value
-    return found
+        _fit(exit_.linear, vectors[m], loss)
 
 
 def _own_exits(badge: BadgeModel) -> dict[int, Exit]:
@@ -101,9 +97,9 @@ def _read(
     return {m: torch.cat(parts) for m, parts in seen.items()}, all_logits, torch.cat(known) if known else None
 
 
-def _fit(linear: nn.Linear, vectors: Tensor, loss: Callable[[Tensor, slice], Tensor | None]) -> float | None:
-    """Regressions on (x - mu) / sigma, of which the layer gets the best on held-out rows; returns its loss there.
-    None, and nothing changed, where there is no loss, or none that is finite."""
+def _fit(linear: nn.Linear, vectors: Tensor, loss: Callable[[Tensor, slice], Tensor | None]) -> None:
+    """Regressions on (x - mu) / sigma, of which the layer gets the best on held-out rows. Nothing is
+    changed where there is no loss, or none that is finite."""
     x = vectors.float()
     mean, sigma = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x = (x - mean) / sigma
@@ -132,8 +128,7 @@ def _fit(linear: nn.Linear, vectors: Tensor, loss: Callable[[Tensor, slice], Ten
             break
         best, found = float(value), (weight.detach() / sigma, bias.detach().clone())
     if found is None or not bool(found[0].isfinite().all()):
-        return None
+        return
     with torch.no_grad():
         linear.weight.copy_(found[0])
         linear.bias.copy_(found[1] - found[0] @ mean)
-    return best

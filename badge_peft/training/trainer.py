@@ -25,10 +25,10 @@ from badge_peft.training import preflight
 from badge_peft.training.arguments import OWN_FIELDS, MultiExitTrainingArguments
 from badge_peft.training.callbacks import AtFirstStep, EarlyStopping
 from badge_peft.training.conditioning import Conditioning
-from badge_peft.training.criterion import Criterion
+from badge_peft.training.criterion import Criterion, rows_of_loss, rows_of_scores
 from badge_peft.training.objectives import GROUPS, Objective, Step, make_objective
 from badge_peft.training.parameters import parameter_groups
-from badge_peft.training.rows import holds_batches, rows_of_loss, rows_of_scores
+from badge_peft.training.ranking import holds_batches
 from badge_peft.training.stages import Stage, check_final_stays, is_earlier_exit, make_stages, stages_left
 from badge_peft.training.start import START_BATCH, start_exits
 from badge_peft.training.state_cache import CachingTrainer, StateCache, has_rows, without_unused_columns
