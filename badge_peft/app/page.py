@@ -14,7 +14,7 @@ from badge_peft.app.tradeoff import TradeOffView
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.early_exit.policies import build_policy
 from badge_peft.early_exit.policies.base import describe
-from badge_peft.evaluation.collate import collect_exit_logits
+from badge_peft.evaluation.collect import collect_exit_logits
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.model import get_badge_model
 from badge_peft.utils.texts import whole

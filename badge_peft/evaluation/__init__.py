@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from badge_peft.evaluation.calibration import calibrate
-from badge_peft.evaluation.collate import collect_exit_logits
+from badge_peft.evaluation.collect import collect_exit_logits
 from badge_peft.evaluation.costs import CostModel, measure_costs
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.evaluation.latency import LatencyReport, measure_latency

@@ -1,6 +1,6 @@
 """`ExitLogits`: the logits of all exits on a data set, from which every policy is replayed, and what leaves as one.
 
-`collect_exit_logits` (`collate.py`) makes them, in one full-depth pass.
+`collect_exit_logits` (`collect.py`) makes them, in one full-depth pass.
 """
 
 from __future__ import annotations
