@@ -116,7 +116,7 @@ class EarlyExitConfig:
         if self.calibration is not None:
             settings = self._settings_hash()
             if self.calibration.get("settings", settings) == settings:
-                self._set("calibration", copy.deepcopy({**self.calibration, "settings": settings}))
+                self._set("calibration", _in_order(copy.deepcopy({**self.calibration, "settings": settings})))
             else:  # `dataclasses.replace` or a call's override has changed what was measured
                 self._set("calibration", None)
         self._set("parameters", copy.deepcopy(self.parameters))
@@ -177,6 +177,16 @@ class EarlyExitConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
+
+
+def _in_order(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a calibration with its exits by number: PEFT's file has "10" before "2"."""
+    scores = record.get("exit_scores")
+    if isinstance(scores, dict):
+        record["exit_scores"] = {
+            number: scores[number] for number in sorted(scores, key=lambda n: (len(str(n)), str(n)))
+        }
+    return record
 
 
 def _plain(value: Any) -> Any:

@@ -109,7 +109,7 @@ def curve_record(exit_logits: ExitLogits, points: list[TradeOffPoint]) -> list[d
 def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
     """The curve that `calibrate` stored with this setting, slow to fast."""
     entries = _entries(config)
-    depth = max(int(number) for number in (config.calibration or {})["exit_scores"])
+    depth = _exits(config)[-1]
     return [
         TradeOffPoint(config.policy, setting, entry["mean_exit"], 1 - entry["mean_exit"] / depth, entry["score"])
         for setting, entry in entries
@@ -118,11 +118,15 @@ def stored_curve(config: EarlyExitConfig) -> list[TradeOffPoint]:
 
 def stored_promises(config: EarlyExitConfig) -> dict[EarlyExitConfig, ExitPromise]:
     """What is promised of each point of the stored curve."""
-    entries = _entries(config)
-    exits = tuple(int(number) for number in (config.calibration or {})["exit_scores"])
+    entries, exits = _entries(config), _exits(config)
     return {
         setting: ExitPromise(exits, tuple(entry["rows_stopped"]), entry["disagreements"]) for setting, entry in entries
     }
+
+
+def _exits(config: EarlyExitConfig) -> tuple[int, ...]:
+    """The block numbers of the exits that were calibrated; the last is full depth."""
+    return tuple(int(number) for number in (config.calibration or {})["exit_scores"])
 
 
 def _entries(config: EarlyExitConfig) -> list[tuple[EarlyExitConfig, dict[str, Any]]]:

@@ -9,7 +9,7 @@ import pytest
 
 from badge_peft.early_exit.config import EarlyExitConfig
 from badge_peft.evaluation import evaluate_policy
-from badge_peft.evaluation.curve import POINTS, curve_record, setting_curve, stored_curve
+from badge_peft.evaluation.curve import POINTS, curve_record, setting_curve, stored_curve, stored_promises
 
 from .logits import MULTI, REGRESSION, SINGLE, plausible
 from .test_calibration import metric_of, quiet
@@ -39,6 +39,15 @@ def test_what_calibrate_stored_is_what_a_replay_measures(problem_type, policy):
         same = replace(point.config, threshold=chosen.threshold, patience=chosen.patience, depth=chosen.depth)
         assert same == replace(chosen, calibration=None)
     assert replace(chosen, calibration=None) in [p.config for p in points]
+
+
+def test_promises_are_of_their_exits_when_the_file_has_sorted_its_names():
+    """PEFT writes adapter_config.json with sorted keys: "10" comes before "2"."""
+    chosen = quiet(plausible(), "entropy", target_blocks_saved=0.3)
+    again = EarlyExitConfig.of(json.loads(json.dumps(chosen.to_dict(), sort_keys=True)))
+    assert stored_promises(again) == stored_promises(chosen)
+    assert stored_curve(again) == stored_curve(chosen)
+    assert list(again.calibration["exit_scores"]) == [str(m) for m in range(1, 13)]
 
 
 def test_a_setting_that_cannot_vary_is_its_own_curve():
