@@ -4,7 +4,6 @@ paper's values of both, on transformers 4.57 and 5 alike."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from badge_peft.evaluation.metrics import METRIC_NAMES
 from badge_peft.model import get_badge_model
@@ -20,6 +18,7 @@ from badge_peft.training.caching import CACHE_DTYPES, MEMORY_GB
 from badge_peft.training.criterion import check_class_weights
 from badge_peft.training.objectives import OBJECTIVES, make_objective
 from badge_peft.training.parameters import BACKBONE_LR
+from badge_peft.training.sampling import sampling
 from badge_peft.tuner.losses import check_weights
 from badge_peft.utils.checks import check_choice, check_int, check_number, option
 from badge_peft.utils.distributed import on_cpu
@@ -146,43 +145,6 @@ def multi_exit_arguments(model: nn.Module, output_dir: str, **overrides: Any) ->
     options |= sampling(by_length=True)
     options |= {"warmup_steps": 0.1} if "train_sampling_strategy" in options else {"warmup_ratio": 0.1}
     return MultiExitTrainingArguments(output_dir=output_dir, **{**options, **overrides})
-
-
-def sampling(by_length: bool) -> dict[str, Any]:
-    """The argument for batches of similar length, or of rows at random, as the installed transformers has it."""
-    if "train_sampling_strategy" in {f.name for f in fields(TrainingArguments)}:  # transformers 5
-        return {"train_sampling_strategy": "group_by_length" if by_length else "random"}
-    return {"group_by_length": by_length}
-
-
-class SharedLengthSampler(LengthGroupedSampler):
-    """Batches of similar length, in an order that depends on seed and epoch alone.
-
-    transformers' own sampler draws from the process's generator. Dropout draws from it too on a CPU, as often as the
-    process's own batches are long, so after an epoch each process would have an order of its own, and a row would be
-    taken twice or not at all.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-def same_order(sampler: Any, args: TrainingArguments) -> Any:
-    """`sampler`, or in its place one that gives all processes the same order."""
-    if args.world_size == 1 or type(sampler) is not LengthGroupedSampler:
-        return sampler
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return SharedLengthSampler(sampler.batch_size * args.world_size, sampler.lengths, seed)
 
 
 def _flag(name: str, value: Any) -> Any:

@@ -98,8 +98,8 @@ def _read(
 
 
 def _fit(linear: nn.Linear, vectors: Tensor, loss: Callable[[Tensor, slice], Tensor | None]) -> None:
-    """Regressions on (x - mu) / sigma, of which the layer gets the best on held-out rows. Nothing is
-    changed where there is no loss, or none that is finite."""
+    """Regressions on (x - mu) / sigma, of which the layer gets the best on held-out rows. Nothing is changed where
+    there is no loss, or none that is finite."""
     x = vectors.float()
     mean, sigma = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x = (x - mean) / sigma

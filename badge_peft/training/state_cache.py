@@ -22,11 +22,12 @@ from transformers import (
 from badge_peft.early_exit.cached_states import CachedStates
 from badge_peft.early_exit.exit_pass import EarlyExitPass
 from badge_peft.early_exit.state_passes import RecordingPass
-from badge_peft.training.arguments import MultiExitTrainingArguments, same_order
+from badge_peft.training.arguments import MultiExitTrainingArguments
 from badge_peft.training.caching import BATCH_SIZE, CannotCache, StatePasses, backbone_of, check_backbone
 from badge_peft.training.objectives import GROUPS
 from badge_peft.training.passes import GradientEquilibriumPass
 from badge_peft.training.ranking import QueryCollator, flat_rows, holds_batches
+from badge_peft.training.sampling import same_order
 from badge_peft.training.stages import Stage
 from badge_peft.utils import distributed
 

@@ -21,8 +21,8 @@ from badge_peft.training import (
     multi_exit_arguments,
     query_batches,
 )
-from badge_peft.training.arguments import sampling
 from badge_peft.training.callbacks import ProgressBar
+from badge_peft.training.sampling import sampling
 from badge_peft.utils import distributed
 from badge_peft.workflows.settings import TrainingOptions
 

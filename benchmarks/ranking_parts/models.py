@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from badge_peft import BadgeConfig, cache_states
 from badge_peft.integrations.bm25 import retrieve
 from badge_peft.training import QueryCollator, RankingDistillation, query_batches
-from badge_peft.training.arguments import sampling
+from badge_peft.training.sampling import sampling
 from ranking_parts.pools import Pool, Row
 
 BATCH = 32

@@ -13,9 +13,9 @@ from transformers import DataCollatorWithPadding, default_data_collator
 
 from badge_peft import CachedStates, MultiExitTrainer, cache_states, collect_exit_logits
 from badge_peft.early_exit.exit_pass import EarlyExitPass
-from badge_peft.training.arguments import sampling
 from badge_peft.training.caching import StatePasses
 from badge_peft.training.objectives import Objective
+from badge_peft.training.sampling import sampling
 from tests.models import CASES, make_badge, make_batch, make_model, needs_safe_torch_load, one_of_each_kind
 from tests.texts import make_tokenizer
 

@@ -19,9 +19,9 @@ from badge_peft.training import (
     multi_exit_arguments,
     query_batches,
 )
-from badge_peft.training.arguments import sampling
 from badge_peft.training.objectives import Step
 from badge_peft.training.ranking import listwise_loss
+from badge_peft.training.sampling import sampling
 from tests.models import exits_of, make_badge, make_model
 from tests.ranking.pairs import QUERY, make_documents, pair_tokenizer
 

@@ -13,9 +13,9 @@ from transformers import EvalPrediction, TrainingArguments
 from badge_peft import exit_scores
 from badge_peft.evaluation.exit_logits import ExitLogits
 from badge_peft.training import MultiExitTrainer, multi_exit_arguments, parameter_groups
-from badge_peft.training.arguments import sampling
 from badge_peft.training.objectives import SingleExit
 from badge_peft.training.preflight import check_evaluation
+from badge_peft.training.sampling import sampling
 from tests import reference
 from tests.models import exits_of, make_badge, needs_safe_torch_load
 
