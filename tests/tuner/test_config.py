@@ -229,6 +229,10 @@ def test_exit_numbers(layers, numbers):
     assert exit_numbers(BadgeConfig(exit_layers=layers), 4) == numbers
 
 
+def test_past_future_exits_with_an_exit_at_the_end():
+    assert BadgeConfig(exit_type="past_future", final_exit="exit").exit_type == "past_future"
+
+
 def test_exit_beyond_the_last_block():
     with pytest.raises(ValueError, match=r"exit_layers=\[2, 5\] names block 5, but the model has 4"):
         exit_numbers(BadgeConfig(exit_layers=[5, 2]), 4)
