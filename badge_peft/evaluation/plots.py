@@ -1,4 +1,4 @@
-"""`plot_tradeoff`: score against layer speed-up, one curve per policy, the fixed depths beside them."""
+"""`plot_tradeoff`: score against blocks saved, one curve per policy, the fixed depths beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score against speed-up: what each policy costs and gives on stored exit logits."""
+"""Score against blocks saved: what each policy costs and gives on stored exit logits."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class TradeOff:
         return list(dict.fromkeys(point.name for point in self.points))
 
     def curve(self, name: str) -> list[TradeOffPoint]:
-        """The points of one curve, by speed-up."""
+        """The points of one curve, by blocks saved."""
         return sorted((p for p in self.points if p.name == name), key=lambda p: p.blocks_saved)
 
     def best_at(self, name: str, speedup: float) -> TradeOffPoint | None:
-        """The best score of a curve at a layer speed-up of at least `speedup`; None where the curve does not reach."""
+        """The best score of a curve where at least the share `speedup` of the blocks is saved; None where none is."""
         reached = [p for p in self.curve(name) if p.blocks_saved >= speedup - 1e-12]
         return max(reached, key=lambda p: (p.score, p.blocks_saved), default=None)
 
@@ -147,7 +147,7 @@ def search(
 
 
 def pareto(points: list[TradeOffPoint]) -> list[TradeOffPoint]:
-    """The points that no other beats in both score and speed-up, from slow to fast."""
+    """The points that no other beats in both score and blocks saved, from slow to fast."""
     front: list[TradeOffPoint] = []
     for point in sorted(points, key=lambda p: (-p.blocks_saved, -p.score)):
         if not front or point.score > front[-1].score:
