@@ -86,9 +86,7 @@ def plot_tradeoff(
     if share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     name = tradeoff.metric.replace("_", " ")
-    axes.set(
-        xlabel="layer speed-up: share of blocks saved (%)", ylabel=f"{name} (%)" if share else name, title=title or ""
-    )
+    axes.set(xlabel="blocks saved (%)", ylabel=f"{name} (%)" if share else name, title=title or "")
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="best")
